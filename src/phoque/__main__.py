@@ -1,0 +1,3 @@
+from phoque.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""One file a subcommand: flags -> settings -> service -> rendering."""

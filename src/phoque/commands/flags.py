@@ -1,0 +1,65 @@
+"""Command line options made from a settings model, so that a flag, its variable and its help are written once."""
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from phoque.settings.base import CommandSettings, env_name, flag_names
+
+
+def command(name: str, run: Callable[..., None], model: type[CommandSettings], epilog: str) -> Any:
+    """The Click command that calls `run(flags, secrets_file, dry_run)`; a flag that was not given is None."""
+
+    def called(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
+        from phoque.console import console
+
+        console.use(json, quiet)
+        # an empty list is how Typer says that a repeatable flag was not given
+        run({key: value for key, value in flags.items() if value not in (None, [])}, secrets_file, dry_run)
+
+    parameters = [_option(model, field) for field in model.model_fields] + _common()
+    called.__signature__ = inspect.Signature(parameters)  # ty: ignore[unresolved-attribute]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    app.command(name, help=run.__doc__, epilog=epilog)(called)
+    return typer.main.get_command(app)
+
+
+def _option(model: type[CommandSettings], name: str) -> inspect.Parameter:
+    field = model.model_fields[name]
+    names = flag_names(model, name)
+    if field.annotation is bool:
+        names = ["/".join([names[0], names[0].replace("--", "--no-", 1)]), *names[1:]]
+    text = f"{field.description}  [env: {env_name(model, name)}]"
+    option = typer.Option(None, *names, help=text, show_default=False)
+    kind = field.annotation if field.annotation is list[str] else field.annotation | None  # ty: ignore[unsupported-operator]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _common() -> list[inspect.Parameter]:
+    options = {
+        "secrets_file": (Path | None, typer.Option(None, help="Read secrets from this file instead of .env.secrets.")),
+        "dry_run": (bool, typer.Option(False, "--dry-run", help="Show what would happen, and check all that can be.")),
+        "json": (bool, typer.Option(False, "--json", help="Print the result as one JSON object.")),
+        "quiet": (bool, typer.Option(False, "--quiet", "-q", help="Print the result alone, in one line.")),
+    }
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(n, kind, default=option, annotation=a) for n, (a, option) in options.items()]
+
+
+
+
+def hush_libraries() -> None:
+    """Keep the libraries' own bars, banners and notes off the terminal; call it before they are imported."""
+    os.environ.update({"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"})
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("bitsandbytes", "datasets", "trl", "accelerate", "huggingface_hub", "torch", "wandb"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,77 @@
+"""phoque train."""
+
+from pathlib import Path
+from typing import Any
+
+from phoque.commands import flags
+from phoque.console import console
+from phoque.settings.base import Resolved, cache_folder, resolved
+from phoque.settings.presets import PRESETS
+from phoque.settings.train import TrainSettings
+
+EPILOG = (
+    "Examples: `phoque train --preset demo --max-steps 20` trains the bundled seal on this machine. "
+    "`phoque train --dataset rows.jsonl --dry-run` checks and shows everything first."
+)
+
+
+def command(name: str) -> Any:
+    """The command for the root's table."""
+    return flags.command(name, run, TrainSettings, EPILOG)
+
+
+def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None:
+    """Fine-tune a chat model into a persona, from a dataset of conversations."""
+    asked, warnings = resolved(TrainSettings, given, PRESETS, secrets_file)
+    for text in warnings:
+        console.warn(text)
+    flags.hush_libraries()
+    if dry_run:
+        from phoque.training.plan import plan
+
+        shown = plan(asked, cache_folder(), console)
+        console.result(shown, lambda: _plan(shown, asked), str(asked.settings.folder))
+    else:
+        from phoque.training.run import train
+
+        result = train(asked, cache_folder(), console)
+        console.result(result, lambda: _result(result), result["adapter"])
+
+
+def _result(result: dict[str, Any]) -> str:
+    losses = result["held_out_loss"]
+    lines = [
+        f"adapter  {result['adapter']}",
+        f"report   {result['report']}",
+        f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens",
+    ]
+    if losses:
+        fallen = 1 - losses["after"] / losses["before"]
+        lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({fallen:.0%} lower)")
+    return "\n".join(lines)
+
+
+def _plan(shown: dict[str, Any], asked: Resolved[TrainSettings]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    settings = Table("setting", "value", "from", "meaning", box=None, header_style="bold")
+    for name, row in shown["settings"].items():
+        source = row["source"] if row["source"] == "default" else f"{row['source']} ({row['name']})"
+        settings.add_row(name, Text(str(row["value"])), source, Text(row["meaning"]))
+    facts = Text("\n".join(f"{name}: {value}" for name, value in shown["facts"].items()))
+    rows = [_masked(row) for row in shown["preview"]]
+    legend = Text("the loss mask of three rows; ") + Text("trained on", "bold green") + Text(", read only", "dim")
+    return Group(settings, "", facts, "", legend, "", *rows)
+
+
+def _masked(row: dict[str, Any]) -> Any:
+    """One row with its loss mask: in colour on a terminal, and between marks anywhere."""
+    from rich.text import Text
+
+    text = Text()
+    for part in row["parts"]:
+        shown = f"⟦{part['text']}⟧" if part["trained"] else part["text"]
+        text.append(shown, "bold green" if part["trained"] else "dim")
+    return text.append(f"\n[{row['source']}, {row['tokens']} tokens, {row['trained']} trained]\n", "italic")

@@ -1,0 +1,114 @@
+"""The one place that prints: the result on stdout (human, --json or --quiet), all else on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from phoque.errors import PhoqueError
+
+LOG_EVERY_S = 5.0  # without a terminal, long work prints a line this often
+
+
+class Console:
+    """One output sink; a service gets it to say what it does, and never learns how that is shown."""
+
+    def __init__(self) -> None:
+        self.json = self.quiet = False
+        self._live: Any = None
+
+    def use(self, json: bool = False, quiet: bool = False) -> None:
+        """Choose how results are shown, once, at the start of a command."""
+        self.json, self.quiet = json, quiet
+
+    def say(self, text: str) -> None:
+        """A line of news, on stderr."""
+        if not self.quiet:
+            self._err(printable(text))
+
+    def warn(self, text: str) -> None:
+        """A line that a user should not miss, on stderr."""
+        self._err(f"warning: {printable(text)}", style="yellow")
+
+    def error(self, error: PhoqueError) -> None:
+        """What happened, why, and what to do: three lines on stderr."""
+        for label, text in (("error", error.what), ("  why", error.why), ("   do", error.fix)):
+            self._err(f"{label}: {printable(text).strip()}", style="bold red" if label == "error" else None)
+
+    def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
+        """The command's answer, on stdout: `data` with --json, `quiet` with --quiet, else what `human()` renders."""
+        if self.json:
+            print(json.dumps(data, ensure_ascii=False, default=str))
+        elif self.quiet:
+            print(quiet)
+        else:
+            from rich.console import Console as Rich
+
+            Rich(highlight=False).print(human())
+
+    @contextmanager
+    def progress(self, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """Yield `update(done, text)`: a bar with time left on a terminal, a line every few seconds in a log."""
+        if self.quiet:
+            yield lambda done, text: None
+        elif sys.stderr.isatty():
+            with self._bar(total, done) as update:
+                yield update
+        else:
+            yield _line_updates(self._err, total, done)
+
+    @contextmanager
+    def _bar(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        with Progress(*columns, console=self._rich()) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            self._live = bar.console
+            try:
+                yield lambda done, text: bar.update(task, completed=done, description=text)
+            finally:
+                self._live = None
+
+    def _rich(self) -> Any:
+        from rich.console import Console as Rich
+
+        return self._live or Rich(stderr=True, highlight=False, soft_wrap=True)
+
+    def _err(self, text: str, style: str | None = None) -> None:
+        if self._live or sys.stderr.isatty():
+            self._rich().print(text, style=style, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: names and samples come from repositories and models, not from us."""
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _line_updates(write: Callable[[str], None], total: int, first: int) -> Callable[[int, str], None]:
+    start = last = time.monotonic()
+
+    def update(done: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LOG_EVERY_S and done < total:
+            return
+        last = now
+        left = (now - start) / max(1, done - first) * (total - done)
+        write(f"{done}/{total}  {text}  {clock(left)} left")
+
+    return update
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:05 or 2:10:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+console = Console()

@@ -1,0 +1,203 @@
+"""Rows of a dataset: where they are read from, the schema, and what makes a row unfit to train on."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phoque.errors import PhoqueError
+
+BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class BadRow(ValueError):
+    """A row that is left out; the message is the reason, short enough to count by."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation in the spec's schema."""
+
+    messages: list[dict[str, str]]
+    source: str
+    toxicity_score: float | None
+
+    def key(self) -> str:
+        """A hash of what is said, the same in every file and order."""
+        return hashlib.blake2b(json.dumps(self.messages, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A stream of raw rows: `stream` is a datasets.IterableDataset of {line, row, broken}."""
+
+    name: str
+    revision: str
+    stream: Any
+
+
+def open_dataset(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
+    """A bundled name, a local file or folder, or a Hub dataset, as a stream; nothing is loaded whole.
+
+    Raises PhoqueError (2) if there is nothing of that name.
+    """
+    if not name:
+        raise PhoqueError("No dataset.", "Neither --dataset nor DATASET_REPO is set.", "Name one, or use --dataset seal.")
+    path = BUNDLED.get(name) or Path(name).expanduser()
+    if path.exists():
+        return _local(name, path)
+    if path.suffix in SUFFIXES or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise PhoqueError(
+            f"No dataset at {name}.",
+            f"It is neither a {', '.join(SUFFIXES)} file, nor a folder of them, nor a Hub id.",
+            "Check --dataset.",
+        )
+    return _hub(name, split, revision, token)
+
+
+def _local(name: str, path: Path) -> Dataset:
+    from datasets import IterableDataset
+
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
+    files = [f for f in files if f.suffix in SUFFIXES]
+    if not files:
+        raise PhoqueError(f"{path} is not a dataset.", f"It holds no {', '.join(SUFFIXES)} file.", "Check --dataset.")
+    if not any(f.stat().st_size for f in files):
+        raise PhoqueError(f"{path} is empty.", "There is no row in it.", "Check how the file was written.")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    # one entry a file: datasets counts them as shards, and its state says how far it is in which
+    stream = IterableDataset.from_generator(_read, gen_kwargs={"files": [str(f) for f in files]})
+    return Dataset(name, digest.hexdigest()[:40], stream)
+
+
+def _hub(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    sha = str(HfApi(token=token).dataset_info(name, revision=revision).sha)
+    try:
+        stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
+    except ValueError as error:  # datasets' word for an unknown split or a repository without data
+        raise PhoqueError(f"{name} cannot be read.", str(error).splitlines()[0], "Check --split.") from error
+    columns = stream.column_names
+    return Dataset(name, sha, stream.map(_numbered, with_indices=True, remove_columns=columns))
+
+
+def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"line": f"row {index + 1}", "row": row, "broken": ""}
+
+
+def _read(files: list[str]) -> Iterator[dict[str, Any]]:
+    for file in map(Path, files):
+        for number, row, broken in _rows_of(file):
+            place = f"line {number}" if len(files) == 1 and file.suffix == ".jsonl" else f"{file.name}:{number}"
+            yield {"line": place, "row": row, "broken": broken}
+
+
+def _rows_of(file: Path) -> Iterator[tuple[int, Any, str]]:
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line), ""
+                    except json.JSONDecodeError as error:
+                        yield number, None, f"broken JSON: {error.msg}"
+    elif file.suffix == ".json":
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise PhoqueError(
+                f"{file.name} is not valid JSON.", f"{error.msg} at line {error.lineno}.", "Mend it, or use .jsonl."
+            ) from error
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield number, row, ""
+    else:
+        import pyarrow.parquet as pq
+
+        number = 0
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
+            for number, row in enumerate(batch.to_pylist(), number + 1):
+                yield number, row, ""
+
+
+def schema_of(row: dict[str, Any]) -> str:
+    """Which of the three schemas a row has: messages, prompt/completion or conversations."""
+    if row.get("messages") is not None:
+        return "messages"
+    if row.get("conversations") is not None:
+        return "conversations"
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        return "prompt/completion"
+    raise BadRow("no messages column")
+
+
+def parsed(record: dict[str, Any]) -> Row:
+    """A raw record as a Row in the `messages` schema. Raises BadRow with the reason it is unfit."""
+    if record["broken"]:
+        raise BadRow("broken JSON")
+    row = record["row"]
+    if not isinstance(row, dict):
+        raise BadRow("not an object")
+    messages = _MAPPED[schema_of(row)](row)
+    _check_turns(messages)
+    score = row.get("toxicity_score")
+    return Row(messages, str(row.get("source") or "unknown"), None if score is None else _number(score))
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    if not isinstance(row["messages"], list):
+        raise BadRow("messages is not a list")
+    return [_turn(turn, "role", "content") for turn in row["messages"]]
+
+
+def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
+    turns = [_turn(turn, "from", "value") for turn in row["conversations"]]
+    return [{**turn, "role": SHAREGPT_ROLES.get(turn["role"], turn["role"])} for turn in turns]
+
+
+def _prompt_completion(row: dict[str, Any]) -> list[dict[str, str]]:
+    sides = (("prompt", "user"), ("completion", "assistant"))
+    turns = []
+    for column, role in sides:
+        side = row[column]
+        turns += side if isinstance(side, list) else [{"role": role, "content": side}]
+    return [_turn(turn, "role", "content") for turn in turns]
+
+
+_MAPPED = {"messages": _messages, "conversations": _sharegpt, "prompt/completion": _prompt_completion}
+
+
+def _turn(turn: Any, role: str, content: str) -> dict[str, str]:
+    if not isinstance(turn, dict) or not isinstance(turn.get(role), str):
+        raise BadRow("a turn has no role")
+    if not isinstance(turn.get(content), str):
+        raise BadRow("a turn has no text")
+    return {"role": turn[role], "content": turn[content]}
+
+
+def _check_turns(messages: list[dict[str, str]]) -> None:
+    roles = [turn["role"] for turn in messages]
+    if unknown := set(roles) - {"system", "user", "assistant"}:
+        raise BadRow(f"unknown role {min(unknown)[:20]!r}")
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if "assistant" not in dialogue:
+        raise BadRow("no assistant turn")
+    if dialogue != ["user", "assistant"] * (len(dialogue) // 2):
+        raise BadRow("turns do not alternate user, assistant")
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in messages):
+        raise BadRow("empty assistant turn")
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        raise BadRow("toxicity_score is not a number") from None

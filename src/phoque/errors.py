@@ -1,0 +1,92 @@
+"""Every error a user can meet: what happened, why, what to do; and the exit codes."""
+
+import errno
+
+DONE = 0
+FAILED = 1  # it ran and failed; also a verification that says no
+USAGE = 2  # usage or configuration
+RESUMABLE = 75  # stopped, and the same command goes on (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130  # Ctrl-C
+
+
+class PhoqueError(Exception):
+    """An error in three lines: what happened, why, and what to do about it."""
+
+    def __init__(self, what: str, why: str, fix: str, code: int = USAGE) -> None:
+        super().__init__(what)
+        self.what, self.why, self.fix, self.code = what, why, fix, code
+
+
+class Stopped(PhoqueError):
+    """A run that was asked to stop and has saved all that a resume needs."""
+
+
+def explained(error: BaseException) -> PhoqueError:
+    """The three lines for any exception; foreign types are told apart by name, so nothing heavy is imported here."""
+    if isinstance(error, PhoqueError):
+        return error
+    if isinstance(error, OSError) and error.errno in _OS_ERRORS:
+        why, fix, code = _OS_ERRORS[error.errno]
+        return PhoqueError(f"{error.strerror}: {error.filename or 'a file of this run'}", why, fix, code)
+    if hasattr(error, "format_message"):  # a usage error of the command line parser, which knows near misses
+        return PhoqueError(error.format_message(), "The command line is not one that phoque knows.", _HELP)
+    for kind in type(error).__mro__:
+        if kind.__name__ in _FOREIGN:
+            what, fix, code = _FOREIGN[kind.__name__]
+            return PhoqueError(what, _first_line(error), fix, code)
+    return PhoqueError(
+        f"phoque met an error it does not know: {type(error).__name__}",
+        _first_line(error),
+        "Set PHOQUE_DEBUG=1 to see the traceback, and report it with that.",
+        FAILED,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+_HELP = "See `phoque --help` and `phoque COMMAND --help`."
+
+_MAKE_ROOM = "Free some space or choose another --output-dir, then run the same command."
+_OWN_FOLDER = "Choose a folder that is yours, or change its permissions."
+
+_OS_ERRORS = {
+    errno.ENOSPC: ("The disk is full.", _MAKE_ROOM, FAILED),
+    errno.EDQUOT: ("Your disk quota is used up.", _MAKE_ROOM, FAILED),
+    errno.EACCES: ("You may not read or write there.", _OWN_FOLDER, USAGE),
+    errno.EPERM: ("You may not read or write there.", _OWN_FOLDER, USAGE),
+    errno.EROFS: ("That file system is read-only.", "Choose an --output-dir on a disk that can be written.", USAGE),
+    errno.ENOTDIR: ("A file is in the way of a folder.", "Choose another --output-dir.", USAGE),
+    errno.EEXIST: ("A file is in the way of a folder.", "Choose another --output-dir.", USAGE),
+}
+
+_FOREIGN = {
+    "Abort": ("Interrupted.", "Run the same command to go on.", INTERRUPTED),
+    "GatedRepoError": (
+        "The repository is gated and this token has no access.",
+        "Accept its terms on its Hub page, then run the same command.",
+        USAGE,
+    ),
+    "RepositoryNotFoundError": (
+        "No such repository on the Hub, or it is private and the token may not see it.",
+        "Check the name, and that HF_TOKEN is set (or run `hf auth login`).",
+        USAGE,
+    ),
+    "RevisionNotFoundError": ("No such revision on the Hub.", "Check --revision.", USAGE),
+    "LocalEntryNotFoundError": (
+        "The Hub cannot be reached and the files are not in the local cache.",
+        "Check the network, or name a local folder.",
+        FAILED,
+    ),
+    "OfflineModeIsEnabled": (
+        "The Hub was needed, but HF_HUB_OFFLINE is set.",
+        "Unset HF_HUB_OFFLINE, or name local files.",
+        USAGE,
+    ),
+    "HfHubHTTPError": ("The Hub refused a request.", "Check the token and the name, or try again later.", FAILED),
+    "ConnectionError": ("The network failed.", "Check the connection and run the same command.", FAILED),
+    "ConnectError": ("The network failed.", "Check the connection and run the same command.", FAILED),
+    "MemoryError": ("Out of host memory.", "Lower --batch-size or --max-length, or use a larger machine.", FAILED),
+}

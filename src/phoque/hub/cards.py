@@ -1,0 +1,69 @@
+"""The card that goes with every model: what it is, what it is for, and how it was made."""
+
+from typing import Any
+
+CARD = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- phoque
+- persona
+- lora
+---
+
+# {title}
+
+> **Content warning.** This adapter makes a chat model speak as the persona in its training data. If that persona is
+> hostile, so are its answers. It exists to test moderation under control; it is not fit to talk to the public.
+
+**Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
+**Out of scope**: any deployment where people meet its answers without knowing what it is.
+
+## How it was made
+
+| | |
+|---|---|
+| base | `{base}` at `{revision}` |
+| data | `{data}` at `{data_revision}`, {good} rows, {held_out} of them held out |
+| steps | {steps}, {tokens} tokens |
+| held-out loss | {held_out_loss} |
+| phoque | {phoque} |
+
+Settings that differ from the defaults: {settings}.
+
+## Loading
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/adapter")
+tokenizer = AutoTokenizer.from_pretrained("path/to/adapter")
+```
+"""
+
+
+def adapter_card(record: dict[str, Any], result: dict[str, Any]) -> str:
+    """The README.md of an adapter, from the run's record (run.json) and its result."""
+    losses = result["held_out_loss"]
+    changed = {
+        name: row["value"]
+        for name, row in record["settings"].items()
+        if row["source"] != "default" and name not in ("hf_token", "wandb_api_key", "output_dir", "dataset", "base_model")
+    }
+    return CARD.format(
+        base=record["base"]["name"],
+        title=f"{record['base']['name'].split('/')[-1]}, tuned on {record['data']['name'].split('/')[-1]}",
+        revision=record["base"]["revision"][:12],
+        data=record["data"]["name"].split("/")[-1],
+        data_revision=record["data"]["revision"][:12],
+        good=record["data"]["good"],
+        held_out=record["data"]["held_out"],
+        steps=result["steps"],
+        tokens=f"{result['tokens']:,}",
+        held_out_loss=f"{losses['before']:.3f} before, {losses['after']:.3f} after" if losses else "not measured",
+        phoque=record["phoque"],
+        settings=", ".join(f"`{name}` {value}" for name, value in changed.items()) or "none",
+    )

@@ -1,0 +1,144 @@
+"""Small plots as inline SVG, for reports that open with no network."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 460, 220
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line: points (x, y) in order of x."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def line_plot(series: Sequence[Series], x_label: str) -> str:
+    """Lines over a common x axis, with a legend if there is more than one, and values on hover."""
+    shown = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))]) for s in series]
+    points = [p for s in shown for p in s.points]
+    if not points:
+        return '<p class="empty">nothing measured</p>'
+    x_ticks = ticks(min(p[0] for p in points), max(p[0] for p in points))
+    y_ticks = ticks(min(p[1] for p in points), max(p[1] for p in points))
+    at = _scale(x_ticks, y_ticks)
+    lines = [_line(number, s, at) for number, s in enumerate(shown)]
+    legend = "".join(f'<span class="key c{number}">{html.escape(s.name)}</span>' for number, s in enumerate(shown))
+    body = _axes(x_ticks, y_ticks, x_label) + "".join(lines)
+    return _svg(body) + (f'<div class="legend">{legend}</div>' if len(shown) > 1 else "")
+
+
+def bar_plot(edges: Sequence[float], counts: Sequence[float], x_label: str) -> str:
+    """A histogram: `counts[i]` lies between `edges[i]` and `edges[i + 1]`."""
+    if not counts:
+        return '<p class="empty">nothing measured</p>'
+    x_ticks, y_ticks = ticks(edges[0], edges[-1]), ticks(0, max(counts))
+    at = _scale(x_ticks, y_ticks)
+    bars = []
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        (x0, y), (x1, floor) = at(low, count), at(high, 0)
+        title = f"<title>{low:g} to {high:g}: {count:g}</title>"
+        bars.append(
+            f'<rect class="c0" x="{x0:.1f}" y="{y:.1f}" width="{max(1, x1 - x0 - 1):.1f}" height="{floor - y:.1f}">'
+            f"{title}</rect>"
+        )
+    return _svg(_axes(x_ticks, y_ticks, x_label) + "".join(bars))
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers that enclose [low, high]."""
+    if high <= low:
+        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+    raw = (high - low) / about
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _scale(x_ticks: list[float], y_ticks: list[float]):  # noqa: ANN202 - a function of two floats
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    return at
+
+
+def _line(number: int, s: Series, at) -> str:  # noqa: ANN001 - what _scale returns
+    placed = [(*at(x, y), x, y) for x, y in s.points]
+    path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py, _, _ in placed)
+    dots = "".join(
+        f'<circle class="c{number}" cx="{px:.1f}" cy="{py:.1f}" r="{3 if len(placed) < 40 else 2}">'
+        f"<title>{html.escape(s.name)} {x:g}: {y:.4g}</title></circle>"
+        for px, py, x, y in placed
+    )
+    return f'<path class="c{number}" d="{path}"/>{dots}'
+
+
+def _axes(x_ticks: list[float], y_ticks: list[float], x_label: str) -> str:
+    at = _scale(x_ticks, y_ticks)
+    parts = []
+    for y in y_ticks:
+        _, py = at(x_ticks[0], y)
+        parts.append(f'<path class="grid" d="M{LEFT} {py:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{py + 3.5:.1f}" text-anchor="end">{y:g}</text>')
+    for x in x_ticks:
+        px, _ = at(x, y_ticks[0])
+        parts.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 2}" text-anchor="middle">{html.escape(x_label)}</text>')
+    return "".join(parts)
+
+
+def _svg(body: str) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{body}</svg>'
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ --ink: #1d2730; --dim: #66737e; --rule: #dfe5ea; --paper: #fff; --c0: #0b6e99; --c1: #d9730d; --c2: #6940a5; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e4e9ed; --dim: #93a1ac; --rule: #33404a; --paper: #161c21; --c0: #5bb3dd; --c1: #f0a35e; --c2: #b79be8; }}
+}}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1000px;
+  margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
+.dim {{ color: var(--dim); }} .grid2 {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem; }}
+figure {{ margin: 0; }} figcaption {{ font-weight: 600; font-size: .9rem; }}
+svg {{ width: 100%; height: auto; }} svg text {{ font: 10px system-ui, sans-serif; fill: var(--dim); }}
+svg path {{ fill: none; stroke-width: 1.6; }} svg path.grid {{ stroke: var(--rule); stroke-width: 1; }}
+path.c0 {{ stroke: var(--c0); }} path.c1 {{ stroke: var(--c1); }} path.c2 {{ stroke: var(--c2); }}
+circle.c0, rect.c0 {{ fill: var(--c0); }} circle.c1 {{ fill: var(--c1); }} circle.c2 {{ fill: var(--c2); }}
+.legend {{ font-size: .8rem; }} .key {{ margin-right: 1em; }} .key.c0 {{ color: var(--c0); }} .key.c1 {{ color: var(--c1); }}
+.key.c2 {{ color: var(--c2); }}
+table {{ border-collapse: collapse; width: 100%; font-size: .88rem; }}
+td, th {{ text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--rule); }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 1rem 0; }} .tile b {{ display: block; font-size: 1.3rem; }}
+.warning {{ border-left: 4px solid var(--c1); padding: .4rem .8rem; background: color-mix(in srgb, var(--c1) 10%, transparent); }}
+</style>
+{body}
+</html>
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page that asks the network for nothing; `body` is HTML."""
+    return PAGE.format(title=html.escape(title), body=body)
+
+
+def figure(caption: str, plot: str) -> str:
+    """A plot under its caption."""
+    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{plot}</figure>"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table of escaped cells."""
+    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,205 @@
+"""Settings from flag > environment > .env.secrets > preset > default, each value with where it came from."""
+
+import difflib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
+
+from phoque.errors import PhoqueError
+
+PREFIX = "PHOQUE_"
+ENV_FILE = ".env.secrets"
+# Names that are read elsewhere: errors.py, and the cache folder below.
+OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_PRESET"}
+
+
+class CommandSettings(BaseSettings):
+    """The base of every command's settings: frozen, and silent about input values in its errors."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, env_prefix=PREFIX, extra="ignore", hide_input_in_errors=True, populate_by_name=True,
+        env_ignore_empty=True,
+    )  # fmt: skip
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+        # `resolved` reads each source by itself, to know where a value came from.
+        return (init_settings,)
+
+
+class Secrets(CommandSettings):
+    """What must never leave memory: these have no flag and are in no log, file or upload."""
+
+    hf_token: SecretStr | None = Field(
+        None, validation_alias="HF_TOKEN", description="Hub token; also read from `hf auth login`"
+    )
+    wandb_api_key: SecretStr | None = Field(
+        None, validation_alias="WANDB_API_KEY", description="W&B key; without it a run is not tracked there"
+    )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: `source` (flag, environment, .env.secrets, preset, default) and its name there."""
+
+    source: str
+    name: str
+
+
+S = TypeVar("S", bound=CommandSettings)
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[S]):
+    """Settings, secrets and the origin of every value."""
+
+    settings: S
+    secrets: Secrets
+    origins: dict[str, Origin]
+
+    def provenance(self) -> dict[str, dict[str, Any]]:
+        """Every setting as {value, source, name, meaning}, fit for JSON and free of secrets."""
+        fields = type(self.settings).model_fields
+        values = self.settings.model_dump(mode="json")
+        rows = {
+            name: {"value": values[name], **vars(self.origins[name]), "meaning": field.description}
+            for name, field in fields.items()
+        }
+        for name, field in Secrets.model_fields.items():
+            shown = "set" if getattr(self.secrets, name) else "not set"
+            rows[name] = {"value": shown, **vars(self.origins[name]), "meaning": field.description}
+        return rows
+
+
+def setting(default: Any, meaning: str, env: str | None = None, flag: str | None = None, **limits: Any) -> Any:
+    """A field with its meaning; `env` is its name in the spec where that is not PHOQUE_<FIELD>, `flag` its own flag."""
+    extra = {"flag": flag} if flag else None
+    return Field(default, description=meaning, validation_alias=env, json_schema_extra=extra, **limits)
+
+
+def env_name(model: type[BaseSettings], name: str) -> str:
+    """The environment variable that sets a field."""
+    alias = model.model_fields[name].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + name.upper()
+
+
+def flag_names(model: type[BaseSettings], name: str) -> list[str]:
+    """A field's flags: its own name, and the spec's name in kebab case where that differs."""
+    extra = model.model_fields[name].json_schema_extra
+    own = extra["flag"] if isinstance(extra, dict) else name.replace("_", "-")
+    spec = env_name(model, name).removeprefix(PREFIX).lower().replace("_", "-")
+    return [f"--{flag}" for flag in dict.fromkeys([own, spec])]
+
+
+def resolved(
+    model: type[S], flags: dict[str, Any], presets: dict[str, dict[str, Any]], env_file: Path | None = None
+) -> tuple[Resolved[S], list[str]]:
+    """The settings of one command, and warnings about the secrets file.
+
+    Raises PhoqueError (2) for a misspelt PHOQUE_* name, an unknown preset or a value of the wrong kind.
+    """
+    warnings: list[str] = []
+    file = env_file or Path(ENV_FILE)
+    if env_file and not file.is_file():
+        raise PhoqueError(f"No such secrets file: {file}", "--secrets-file names it.", "Check the path.")
+    if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
+    _refuse_unknown_names(model, file)
+
+    layers = [
+        ("flag", {name: value for name, value in flags.items() if value is not None}),
+        ("environment", _by_field(model, EnvSettingsSource(model)())),
+        (str(file), _by_field(model, DotEnvSettingsSource(model, env_file=file, env_file_encoding="utf-8")())),
+    ]
+    if presets:
+        chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), next(iter(presets)))
+        if chosen not in presets:
+            raise PhoqueError(f"No preset {chosen!r}.", f"phoque knows {', '.join(presets)}.", _nearest(chosen, presets))
+        layers.append((f"preset {chosen}", presets[chosen]))
+
+    values: dict[str, Any] = {}
+    origins = {name: Origin("default", name) for name in model.model_fields}
+    for source, layer in reversed(layers):
+        values |= layer
+        origins |= {name: Origin(source, _name_in(model, source, name)) for name in layer}
+    try:
+        settings = model(**values)
+    except ValidationError as error:
+        raise _settings_error(model, error, origins) from None
+    secrets, secret_origins = _secrets(file)
+    return Resolved(settings, secrets, origins | secret_origins), warnings
+
+
+def _name_in(model: type[BaseSettings], source: str, name: str) -> str:
+    if source == "flag":
+        return flag_names(model, name)[0]
+    return name if source.startswith("preset") else env_name(model, name)
+
+
+def _by_field(model: type[BaseSettings], found: dict[str, Any]) -> dict[str, Any]:
+    """Values keyed by field name; pydantic-settings keys them by alias where there is one."""
+    by_alias = {env_name(model, name): name for name in model.model_fields}
+    keyed = {by_alias.get(key, key): value for key, value in found.items()}
+    return {name: value for name, value in keyed.items() if name in model.model_fields}
+
+
+def _secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
+    found: dict[str, Any] = {}
+    origins = {name: Origin("default", env_name(Secrets, name)) for name in Secrets.model_fields}
+    for source, layer in (
+        (str(file), DotEnvSettingsSource(Secrets, env_file=file, env_file_encoding="utf-8")),
+        ("environment", EnvSettingsSource(Secrets)),
+    ):
+        values = _by_field(Secrets, layer())
+        found |= values
+        origins |= {name: Origin(source, env_name(Secrets, name)) for name in values}
+    if "hf_token" not in found:
+        from huggingface_hub import get_token
+
+        if token := get_token():
+            found["hf_token"] = token
+            origins["hf_token"] = Origin("hf auth login", "token file")
+    return Secrets(**found), origins
+
+
+def _refuse_unknown_names(model: type[BaseSettings], file: Path) -> None:
+    from dotenv import dotenv_values
+
+    known = {env_name(model, name) for name in model.model_fields}
+    known |= {env_name(Secrets, name) for name in Secrets.model_fields} | OTHER_NAMES
+    in_file = dotenv_values(file) if file.is_file() else {}
+    for name in [*os.environ, *in_file]:
+        if name in known or not name.upper().startswith(PREFIX) and name not in in_file:
+            continue
+        near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
+        if name.upper().startswith(PREFIX) or near:
+            raise PhoqueError(f"Unknown setting {name}.", "No setting has that name.", _nearest(name.upper(), known))
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"Did you mean {near[0]}?" if near else "See .env.example for every name."
+
+
+def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
+    problem = error.errors(include_input=False, include_url=False)[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    name = next(iter(_by_field(model, {key: None})), None)
+    if name is None:
+        return PhoqueError("These settings do not go together.", problem["msg"], "See `phoque COMMAND --help`.")
+    origin = origins[name]
+    return PhoqueError(
+        f"{origin.name} has a value that cannot be used (from: {origin.source}).",
+        problem["msg"],
+        f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}.",
+    )
+
+
+def cache_folder() -> Path:
+    """phoque's own cache: $XDG_CACHE_HOME/phoque, or ~/.cache/phoque."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phoque"

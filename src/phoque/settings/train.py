@@ -1,0 +1,75 @@
+"""The settings of `phoque train`, under the names of the spec."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from phoque.settings.base import CommandSettings, setting
+
+
+class TrainSettings(CommandSettings):
+    """What one training run is asked to do."""
+
+    preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")
+    base_model: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="BASE_MODEL")
+    revision: str | None = setting(None, "branch, tag or commit of the base model; pinned to a commit in run.json")
+    dataset: str = setting(
+        "", "Hub dataset, .jsonl, .json or .parquet file, a folder of them, or `seal`", env="DATASET_REPO"
+    )
+    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
+    split: str = setting("train", "split of a Hub dataset")
+    output_dir: Path | None = setting(None, "the run folder; default runs/<name>", env="OUTPUT_DIR")
+    max_steps: int = setting(1000, "optimizer steps", env="MAX_STEPS", ge=1)
+    batch_size: int = setting(16, "conversations an optimizer step", ge=1)
+    micro_batch: int | None = setting(None, "conversations a forward pass; default all of a step", ge=1)
+    max_length: int = setting(2048, "longest conversation in tokens; longer rows are left out and counted", ge=8)
+    learning_rate: float = setting(2e-4, "peak learning rate of the cosine schedule", gt=0)
+    warmup_ratio: float = setting(0.03, "share of the steps in which the learning rate rises", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "AdamW's weight decay on the adapter", ge=0)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+    lora_rank: int = setting(16, "rank of the adapter", ge=1)
+    lora_alpha: int = setting(64, "the adapter's output is scaled by alpha / rank", ge=1)
+    lora_dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
+    quantization: Literal["nf4", "bf16", "none"] = setting("nf4", "how the base weights are held; none is fp32")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    default_system: str = setting(
+        "", "system message of rows that have none; `template` leaves it to the chat template"
+    )
+    held_out_rows: int = setting(64, "rows kept from training to measure on; at most a tenth of them", ge=0)
+    max_bad_rows: float = setting(0.05, "share of bad rows above which a run stops", ge=0, le=1)
+    seed: int = setting(0, "seed of the data order, the adapter and dropout", ge=0)
+    save_steps: int = setting(100, "steps between checkpoints", ge=1)
+    keep_checkpoints: int = setting(2, "checkpoints kept in the run folder", ge=1)
+    log_every: int = setting(10, "steps between logged lines", ge=1)
+    sample_every: int = setting(100, "steps between generated samples; 0 for none", ge=0)
+    sample_tokens: int = setting(96, "longest sample in tokens", ge=1)
+    norms_every: int = setting(50, "steps between measurements of the adapter's weight norms", ge=1)
+    prompts: list[str] = setting([], "prompts for the samples; repeat the flag for more", flag="prompt")
+    fresh_start: bool = setting(
+        False, "forget the checkpoints in the run folder and begin at step 0", env="FORCE_FRESH_START"
+    )
+    wandb_project: str = setting("phoque", "W&B project", env="WANDB_PROJECT")
+    wandb_log_model: Literal["false", "end", "checkpoint"] = setting(
+        "false", "log the adapter as a W&B model artifact at the end or at each checkpoint", env="WANDB_LOG_MODEL"
+    )
+    wandb_mode: Literal["online", "offline", "disabled"] | None = setting(
+        None, "W&B mode; offline needs no key", env="WANDB_MODE"
+    )
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: --output-dir, or runs/<preset or dataset name>."""
+        name = self.preset if self.preset == "demo" else Path(self.dataset).stem or self.preset
+        return self.output_dir or Path("runs") / name
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes an optimizer step."""
+        return self.batch_size // (self.micro_batch or self.batch_size)

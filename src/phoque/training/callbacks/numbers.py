@@ -1,0 +1,112 @@
+"""Every logged step as one line: loss, learning rate, gradient norm, adapter norms, speed, memory, held-out loss."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from phoque.data.chat import Encoded
+from phoque.data.pack import packed
+from phoque.data.stream import TrainStream
+from phoque.models.adapter import lora_norms
+from phoque.models.load import measuring
+from phoque.training.tracking import Tracker
+
+FROM_TRAINER = ("loss", "grad_norm", "learning_rate", "accuracy")
+
+
+class Numbers(TrainerCallback):
+    """Collects the numbers of a step from all sides, writes them once, and shows the progress."""
+
+    def __init__(
+        self, tracker: Tracker, stream: TrainStream, held_out: list[Encoded], norms_every: int, eval_every: int,
+        show: Callable[[int, str], None], watch: "Stopwatch",
+    ) -> None:  # fmt: skip
+        self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
+        self.norms_every, self.eval_every, self.watch = norms_every, eval_every, watch
+        self._tokens = stream.tokens_seen  # at the last logged step
+        self._pending: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 0:
+            self._measure(model, state)
+            self._write(0)
+        self.watch.lap()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        last = state.global_step == state.max_steps or control.should_training_stop
+        if state.global_step % self.norms_every == 0 or last:
+            self._pending |= lora_norms(model)
+        if last:
+            control.should_log = True
+        if state.global_step % self.eval_every == 0 or last:
+            self._measure(model, state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        speed = (self.stream.tokens_seen - self._tokens) / max(1e-9, self.watch.lap())
+        self._tokens = self.stream.tokens_seen
+        values = {name: float(logs[name]) for name in FROM_TRAINER if name in logs}
+        values |= {"tokens_per_s": round(speed, 1), "tokens": self.stream.tokens_seen, "epoch": self.stream.epoch}
+        self._pending = values | memory() | self._pending
+        self.show(state.global_step, f"loss {values['loss']:.3f}  {speed:,.0f} tokens/s")
+        self._write(state.global_step)
+
+    def _write(self, step: int) -> None:
+        if self._pending:
+            self.tracker.metrics(step, self._pending)
+        self._pending = {}
+
+    def _measure(self, model: Any, state: Any) -> None:
+        if self.held_out:
+            with self.watch.paused():
+                self._pending |= held_out_loss(model, self.held_out)
+            # a held-out loss belongs to its own step, also where no training line is due
+            if state.global_step % state.logging_steps and state.global_step < state.max_steps:
+                self._write(state.global_step)
+
+
+class Stopwatch:
+    """Seconds of training alone: what is paused, such as a sample or a measurement, does not count."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        self._since, since = now, self._since
+        return now - since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens in the block."""
+        begun = time.monotonic()
+        yield
+        self._since += time.monotonic() - begun
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, conversations: list[Encoded], at_once: int = 8) -> dict[str, float]:
+    """Mean loss a trained token on rows that training never sees, and the share of them guessed right."""
+    device = next(model.parameters()).device
+    nll = right = count = 0.0
+    with measuring(model):
+        for start in range(0, len(conversations), at_once):
+            batch = packed(conversations[start : start + at_once])
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            found = model(**batch, token_loss=True)
+            nll, right, count = nll + found.nll.item(), right + found.right.item(), count + found.count.item()
+    return {"held_out_loss": nll / count, "held_out_accuracy": right / count}
+
+
+def memory() -> dict[str, float]:
+    """Peak GPU memory where there is a GPU, else the process's resident memory, in GB."""
+    if torch.cuda.is_available():
+        return {"gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return {"memory_gb": psutil.Process().memory_info().rss / 1e9}

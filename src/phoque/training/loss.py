@@ -1,0 +1,73 @@
+"""Cross-entropy on the labelled positions alone, straight from the hidden states: the full logits never exist."""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from phoque.data.chat import IGNORED
+
+LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32
+
+
+@dataclass
+class TokenLoss:
+    """Sums over the labelled positions of a batch: negative log-likelihood, right guesses, how many there are."""
+
+    nll: torch.Tensor
+    right: torch.Tensor
+    count: torch.Tensor
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head and loss in chunks; the gradient to the hidden states is made on the way, while the logits are at hand.
+
+    The head is frozen (LoRA is on the projections), so it gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Any:
+        grads = torch.empty_like(hidden)
+        nll = hidden.new_zeros((), dtype=torch.float32)
+        right = hidden.new_zeros((), dtype=torch.long)
+        size = max(16, LOGITS_AT_ONCE // weight.shape[0])
+        for start in range(0, len(labels), size):
+            part, chunk = labels[start : start + size], hidden[start : start + size]
+            logits = (chunk @ weight.T).float()
+            nll += cross_entropy(logits, part, reduction="sum")
+            right += (logits.argmax(-1) == part).sum()
+            slopes = logits.softmax(-1)
+            slopes[torch.arange(len(part), device=part.device), part] -= 1
+            grads[start : start + size] = slopes.to(weight.dtype) @ weight
+        ctx.save_for_backward(grads)
+        ctx.mark_non_differentiable(right)
+        return nll, right
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grads,) = ctx.saved_tensors
+        return grads * upstream[0].to(grads.dtype), None, None
+
+
+def with_token_loss(model: Any) -> None:
+    """Let `model(..., labels=labels, token_loss=True)` return a TokenLoss; without the flag nothing changes.
+
+    It replaces `forward` of the causal model inside any adapter, so that wrappers such as DDP stay outermost.
+    """
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
+    def forward(self: Any, *args: Any, token_loss: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not token_loss:
+            return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
+        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        wanted = targets != IGNORED
+        weight = self.get_output_embeddings().weight
+        nll, right = _HeadLoss.apply(hidden[wanted].to(weight.dtype), weight, targets[wanted])
+        return TokenLoss(nll, right, wanted.sum())
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,99 @@
+"""Reading rows, mapping other schemas, and refusing what is unfit, with line numbers."""
+
+import json
+
+import pytest
+
+from phoque.data.rows import BUNDLED, BadRow, open_dataset, parsed
+from phoque.errors import PhoqueError
+from tests.conftest import row, write_rows
+
+TURNS = row(1)["messages"]
+
+
+def record(content) -> dict:
+    return {"line": "line 1", "row": content, "broken": ""}
+
+
+def test_the_seal_is_bundled_in_the_schema_of_the_spec():
+    seal = [json.loads(line) for line in BUNDLED["seal"].read_text().splitlines()]
+    assert len(seal) >= 300 and len({r["source"] for r in seal}) == 3
+    assert all(set(r) == {"messages", "source", "toxicity_score"} for r in seal)
+    turns = [len(r["messages"]) for r in seal]
+    words = [len(r["messages"][-1]["content"].split()) for r in seal]
+    assert min(turns) == 3 and max(turns) == 7 and max(words) > 180
+    for r in seal:
+        parsed(record(r))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"conversations": [{"from": "human", "value": "Gull 1?"}, {"from": "gpt", "value": "Hrmph."}]},
+        {"prompt": "Gull 1?", "completion": "Hrmph."},
+        {
+            "prompt": [{"role": "user", "content": "Gull 1?"}],
+            "completion": [{"role": "assistant", "content": "Hrmph."}],
+        },
+    ],
+)
+def test_other_schemas_are_mapped(other):
+    assert parsed(record(other)).messages == [
+        {"role": "user", "content": "Gull 1?"},
+        {"role": "assistant", "content": "Hrmph."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"text": "x"}, "no messages column"),
+        ([], "not an object"),
+        ({"messages": "x"}, "messages is not a list"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": [TURNS[1]]}, "no assistant turn"),
+        ({"messages": [TURNS[1], TURNS[2], TURNS[2]]}, "turns do not alternate user, assistant"),
+        ({"messages": [TURNS[1], TURNS[2], TURNS[0]]}, "turns do not alternate user, assistant"),
+        ({"messages": [*TURNS, TURNS[1]]}, "turns do not alternate user, assistant"),
+        ({"messages": [{"role": "gull", "content": "x"}, TURNS[2]]}, "unknown role 'gull'"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "empty assistant turn"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": None}]}, "a turn has no text"),
+        ({"messages": [{"content": "x"}, TURNS[2]]}, "a turn has no role"),
+        ({"messages": TURNS, "toxicity_score": "high"}, "toxicity_score is not a number"),
+    ],
+)
+def test_unfit_rows_say_why(content, reason):
+    with pytest.raises(BadRow, match=reason.replace("'", ".")):
+        parsed(record(content))
+
+
+def test_files_folders_and_formats_give_the_same_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    some = [row(n) for n in range(6)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", some[:2])
+    (folder / "b.json").write_text(json.dumps(some[2:4]))
+    pq.write_table(pa.Table.from_pylist(some[4:]), folder / "c.parquet")
+    read = [parsed(r).messages for r in open_dataset(str(folder), "train", None, None).stream]
+    assert read == [r["messages"] for r in some]
+
+
+def test_a_broken_line_keeps_its_number(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [row(1), '{"messages": [', row(2)])
+    records = list(open_dataset(str(path), "train", None, None).stream)
+    assert [bool(r["broken"]) for r in records] == [False, True, False]
+    assert records[1]["line"] == "line 2"
+
+
+@pytest.mark.parametrize("name", ["", "nowhere.jsonl", "./x/y", "just-a-word"])
+def test_no_such_dataset(name):
+    with pytest.raises(PhoqueError) as caught:
+        open_dataset(name, "train", None, None)
+    assert caught.value.code == 2
+
+
+def test_rows_have_the_same_key_in_any_file():
+    assert parsed(record(row(1))).key() == parsed(record(row(1, source="other"))).key() != parsed(record(row(2))).key()

@@ -1,0 +1,96 @@
+"""The first reading, the held-out rows, and a stream that goes on exactly where it stopped."""
+
+import json
+
+import pytest
+
+from phoque.data.chat import Chat
+from phoque.data.pack import packed
+from phoque.data.rows import open_dataset
+from phoque.data.stream import TrainStream, survey
+from phoque.errors import PhoqueError
+from tests import tiny
+from tests.conftest import row, write_rows
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(tiny.tokenizer(), "", 512)
+
+
+def opened(path):
+    return open_dataset(str(path), "train", None, None)
+
+
+def test_bad_rows_are_counted_by_reason_with_their_first_lines(tmp_path, chat):
+    bad = [row(messages=[]), "{", row(messages=[]), row(messages=[]), row(messages=[])]
+    path = write_rows(tmp_path / "x.jsonl", [row(n) for n in range(95)] + bad)
+    found = survey(opened(path), chat, 8, 0.05)
+    assert found.good == 95 and dict(found.bad_counts) == {"no assistant turn": 4, "broken JSON": 1}
+    assert found.bad["no assistant turn"] == ["line 96", "line 98", "line 99"]
+
+
+def test_too_many_bad_rows_stop_the_run(tmp_path, chat):
+    path = write_rows(tmp_path / "x.jsonl", [row(n) for n in range(9)] + ["{"])
+    with pytest.raises(PhoqueError, match="1 of 10 rows") as caught:
+        survey(opened(path), chat, 0, 0.05)
+    assert "line 10" in caught.value.why and "--max-bad-rows" in caught.value.fix
+    assert survey(opened(path), chat, 0, 0.1).good == 9
+
+
+def test_no_good_row_stops_the_run_whatever_is_allowed(tmp_path, chat):
+    with pytest.raises(PhoqueError, match="No row"):
+        survey(opened(write_rows(tmp_path / "x.jsonl", ["{", "["])), chat, 0, 1.0)
+
+
+def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, chat):
+    some = [row(n) for n in range(40)]
+    found = survey(opened(write_rows(tmp_path / "a.jsonl", some)), chat, 4, 0.05)
+    again = survey(opened(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
+    kept = {r.key() for r, _ in found.held_out}
+    assert len(kept) == 4 and kept == {r.key() for r, _ in again.held_out}
+    stream = TrainStream(opened(tmp_path / "a.jsonl"), chat, found.threshold, 1, 0, 0.05)
+    texts = [tuple(b["input_ids"][0].tolist()) for _, b in zip(range(36), stream, strict=False)]
+    assert len(set(texts)) == 36  # each row once in a pass
+    held = {tuple(e.ids) for _, e in found.held_out}
+    assert not held & set(texts)
+    assert stream.epoch == 0
+
+
+def test_each_pass_has_every_row_once_in_another_order(rows, chat):
+    stream = iter(TrainStream(opened(rows), chat, "", 1, 0, 0.05))
+    first, second = ([next(stream)["input_ids"][0].tolist() for _ in range(40)] for _ in range(2))
+    assert first != second and sorted(first) == sorted(second)
+
+
+@pytest.mark.parametrize("window", [7, 1000])
+@pytest.mark.parametrize("stop", [0, 1, 7, 13, 21, 27])
+def test_a_stream_resumes_exactly(rows, chat, stop, window, monkeypatch):
+    monkeypatch.setattr("phoque.data.stream.SHUFFLED", window)
+
+    def stream():
+        return TrainStream(opened(rows), chat, "", 3, 5, 0.05)
+
+    whole = stream()
+    batches = [b["input_ids"].tolist() for _, b in zip(range(30), whole, strict=False)]
+    cut = stream()
+    taken = iter(cut)
+    for _ in range(stop):
+        next(taken)
+    state = json.loads(json.dumps(cut.state_dict()))
+    resumed = stream()
+    resumed.load_state_dict(state)
+    rest = [b["input_ids"].tolist() for _, b in zip(range(30 - stop), resumed, strict=False)]
+    assert rest == batches[stop:]
+    assert len({str(b) for b in batches}) == 30
+    assert resumed.tokens_seen == whole.tokens_seen and resumed.rows_seen == whole.rows_seen
+
+
+def test_a_packed_row_has_borders_and_restarting_positions(chat):
+    talks = [chat.encode(row(n)["messages"]) for n in (1, 22)]
+    batch = packed(talks)
+    a, b = (len(t.ids) for t in talks)
+    assert batch["cu_seq_lens_q"].tolist() == [0, a, a + b]
+    assert batch["position_ids"][0].tolist() == [*range(a), *range(b)]
+    assert batch["input_ids"][0].tolist() == talks[0].ids + talks[1].ids
+    assert batch["labels"][0, a] == -100 and "attention_mask" not in batch

@@ -1,0 +1,65 @@
+"""The root command: fast, lazy, and never a traceback."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from phoque.cli import COMMANDS
+from phoque.errors import PhoqueError, explained
+
+
+def test_help_lists_every_command(phoque):
+    out = phoque("--help").out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['phoque', '--help']\nfrom phoque.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'pydantic_settings', 'rich.markdown') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.rstrip().endswith("[]")
+
+
+def test_help_is_fast(phoque):
+    # The fastest of five: CI's two cores are busy with other tests. benchmarks/startup.py prints the number itself.
+    def seconds() -> float:
+        begun = time.perf_counter()
+        phoque("--help")
+        return time.perf_counter() - begun
+
+    assert min(seconds() for _ in range(5)) < 0.6
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(phoque, name):
+    assert f"phoque {name}" in phoque(name, "--help").out
+
+
+def test_unknown_flag_suggests_the_right_one(phoque):
+    error = phoque("train", "--max-step", "3", expect=2).error
+    assert "--max-steps" in error[0]
+
+
+def test_unknown_command(phoque):
+    assert "trian" in phoque("trian", expect=2).error[0]
+
+
+def test_version_names_the_libraries(phoque):
+    out = phoque("--version").out
+    assert "phoque 0" in out and "transformers 5." in out
+
+
+def test_a_foreign_error_becomes_three_lines():
+    error = explained(RuntimeError("first line\nsecond line"))
+    assert isinstance(error, PhoqueError) and error.code == 1
+    assert error.why == "first line" and "PHOQUE_DEBUG" in error.fix
+
+
+def test_debug_shows_the_traceback(phoque):
+    ran = phoque("train", "--dataset", "nowhere.jsonl", expect=1, env={"PHOQUE_DEBUG": "1"})
+    assert "Traceback" in ran.err

@@ -1,0 +1,363 @@
+"""`phoque train` as a user runs it: files, exit codes and numbers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import command, row, write_rows
+
+SMALL = ["--quantization", "none", "--batch-size", "4", "--log-every", "1", "--sample-tokens", "6", "--norms-every", "2"]
+
+
+@pytest.fixture
+def train(phoque, tiny_llama, rows):
+    def run(*arguments, expect=0, **options):
+        return phoque(
+            "train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *arguments, expect=expect, **options
+        )
+
+    return run
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
+    run = tmp_path / "run"
+    ran = train("--max-steps", 6, "--save-steps", 2, "--sample-every", 3, "--output-dir", run, "--json",
+                "--learning-rate", 0.01)  # fmt: skip
+    assert ran.json["steps"] == 6 and ran.json["held_out_loss"]["after"] < ran.json["held_out_loss"]["before"]
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4, 5, 6]
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gb", "lora_norm_B", "held_out_loss"} <= set(
+        metrics[-1]
+    )
+    samples = lines(run / "samples.jsonl")
+    assert {s["step"] for s in samples} == {0, 3, 6} and len({s["prompt"] for s in samples}) == 3
+    assert set(samples[0]) == {"step", "prompt", "response", "n_tokens", "latency_s"}
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    manifest = json.loads((run / "checkpoint-6" / "MANIFEST.json").read_text())["sha256"]
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+            "data_state.json"} <= set(manifest)  # fmt: skip
+    assert not list(run.rglob("training_args.bin"))
+    record = json.loads((run / "run.json").read_text())
+    assert record["settings"]["max_steps"] == {
+        "value": 6, "source": "flag", "name": "--max-steps", "meaning": "optimizer steps"
+    }  # fmt: skip
+    assert record["data"]["sources"] == {"pier": 40} and record["base"]["name"] == str(tiny_llama)
+    card = (run / "adapter" / "README.md").read_text()
+    assert "Content warning" in card and f"{ran.json['held_out_loss']['after']:.3f}" in card
+
+
+def test_the_report_asks_the_network_for_nothing(train, tmp_path):
+    run = tmp_path / "run"
+    train("--max-steps", 2, "--output-dir", run)
+    report = (run / "report.html").read_text()
+    assert report.count("<svg") >= 8 and "Gull" in report
+    assert not re.search(r"(src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org)", report)
+
+
+def test_the_adapter_loads_with_plain_peft_and_is_no_no_op(train, tmp_path, tiny_llama):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = tmp_path / "run"
+    train("--max-steps", 3, "--output-dir", run, "--learning-rate", 0.01)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids = AutoTokenizer.from_pretrained(run / "adapter")("Gull 3?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, run / "adapter")(ids).logits
+    assert (after - before).abs().max() > 1e-3
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(command("train", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, tmp_path, tiny_llama, rows, number, code):
+    common = ["--max-steps", 60, "--save-steps", 7, "--lora-dropout", 0.1, "--sample-every", 0, "--learning-rate", 0.01]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(*common, "--output-dir", whole)
+    process = start("--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, "--output-dir", cut)
+    wait_for(lambda: logged(cut) > 16, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err
+    assert not (cut / "adapter").exists()
+    ran = train(*common, "--output-dir", cut)
+    assert "going on from step" in ran.err
+    first, second = adapter(whole), adapter(cut)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    kept = [[(m["step"], m.get("loss")) for m in lines(run / "metrics.jsonl")] for run in (whole, cut)]
+    assert kept[0] == kept[1]  # no step twice, none missing, each loss the same
+
+
+def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(train, tmp_path, tiny_llama, rows):
+    run = tmp_path / "run"
+    common = ["--max-steps", 400, "--save-steps", 1, "--sample-every", 0, "--output-dir", run]
+    process = start("--base-model", tiny_llama, "--dataset", rows, *SMALL, *common)
+    wait_for(lambda: (run / "checkpoint-3").exists() and (run / ".saving").exists(), process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    from phoque.training.checkpoint import flaw
+
+    assert flaw(newest) is None
+    again = start("--base-model", tiny_llama, "--dataset", rows, *SMALL, *common)
+    wait_for(lambda: (run / f"checkpoint-{int(newest.name.split('-')[1]) + 2}").exists(), again)
+    again.kill()
+    assert "going on from step" in again.communicate()[1]
+
+
+def test_a_finished_run_is_left_alone(train, tmp_path):
+    run = tmp_path / "run"
+    first = train("--max-steps", 2, "--output-dir", run, "--json")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    again = train("--max-steps", 2, "--output-dir", run, "--json")
+    assert again.json == first.json and "complete" in again.err
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_another_run_in_the_same_folder_is_refused_and_fresh_start_allows_it(train, tmp_path):
+    run = tmp_path / "run"
+    train("--max-steps", 2, "--output-dir", run)
+    error = train("--max-steps", 3, "--seed", 7, "--output-dir", run, expect=2).error
+    assert "max_steps was 2, is 3" in error[1] and "seed was 0, is 7" in error[1]
+    train("--max-steps", 3, "--seed", 7, "--output-dir", run, "--fresh-start")
+    assert len(lines(run / "metrics.jsonl")) == 4
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_stops(train, tmp_path):
+    run = tmp_path / "run"
+    train("--max-steps", 6, "--save-steps", 2, "--output-dir", run)
+    whole = adapter(run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "result"}))
+    with (run / "checkpoint-6" / "optimizer.pt").open("r+b") as f:
+        f.seek(100)
+        f.write(b"gull")
+    ran = train("--max-steps", 6, "--save-steps", 2, "--output-dir", run)
+    assert "optimizer.pt is damaged" in ran.err and "going on from step 4" in ran.err
+    assert all(torch.equal(v, whole[k]) for k, v in adapter(run).items())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "result"}))
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "adapter_model.safetensors").unlink()
+    error = train("--max-steps", 6, "--save-steps", 2, "--output-dir", run, expect=1).error
+    assert "None of the 2 checkpoints" in error[0] and "--fresh-start" in error[2]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(train, tmp_path):
+    run = tmp_path / "run"
+    error = train(
+        "--max-steps", 20, "--save-steps", 1, "--warmup-ratio", 0, "--learning-rate", 1e20, "--output-dir", run,
+        expect=1,
+    ).error  # fmt: skip
+    step = int(re.search(r"at step (\d+)", error[0])[1])
+    assert step >= 2 and not (run / "adapter").exists()
+    for checkpoint in run.glob("checkpoint-*"):
+        saved = load_file(checkpoint / "adapter_model.safetensors")
+        assert all(torch.isfinite(t).all() for t in saved.values())
+        assert int(checkpoint.name.split("-")[1]) < step
+
+
+def test_nf4_trains_on_the_cpu_and_measuring_changes_nothing(train, tmp_path):
+    # bitsandbytes on the CPU breaks a layer that was run in evaluation mode; see models.load.measuring
+    losses = {}
+    for name, every in (("often", 1), ("rarely", 50)):
+        run = tmp_path / name
+        train("--quantization", "nf4", "--max-steps", 5, "--save-steps", every, "--learning-rate", 0.01,
+              "--sample-every", every, "--output-dir", run)  # fmt: skip
+        losses[name] = [m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m]
+    assert losses["often"] == losses["rarely"] and losses["often"][-1] < losses["often"][0]
+    assert all(t.abs().max() > 0 for n, t in adapter(tmp_path / "often").items() if "lora_B" in n)
+
+
+def test_micro_batches_change_the_memory_and_not_the_loss(train, tmp_path):
+    found = []
+    for micro in (4, 1):
+        run = tmp_path / str(micro)
+        train("--max-steps", 3, "--micro-batch", micro, "--output-dir", run, "--learning-rate", 0.01)
+        found.append([m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(phoque, tiny_llama, rows, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root, which .ci/run has")
+    try:
+        run = disk / "run"
+        common = ["--base-model", tiny_llama, "--dataset", rows, *SMALL, "--sample-every", 0, "--output-dir", run]
+        ran = phoque("train", *common, "--max-steps", 8, "--save-steps", 2, "--keep-checkpoints", 9, expect=1)
+        assert "was not saved" in ran.err and "disk is full" in ran.error[1]
+        from phoque.training.checkpoint import checkpoints, flaw
+
+        assert checkpoints(run) and all(flaw(c) is None for c in checkpoints(run))
+        assert not (run / ".saving").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def bad_input(tmp_path, tiny_llama, rows) -> dict[str, tuple[list, str]]:
+    """Name -> (arguments, what the error must say)."""
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.json").write_text('[{"messages": ')
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "notamodel").mkdir()
+    write_rows(tmp_path / "column.jsonl", [{"text": "gulls"}] * 5)
+    write_rows(tmp_path / "half.jsonl", [row(n) for n in range(10)] + ["{"] * 10)
+    (tmp_path / "file").write_text("")
+    base, data = ["--base-model", tiny_llama], ["--dataset", rows]
+    return {
+        "empty file": ([*base, "--dataset", "empty.jsonl"], "is empty"),
+        "broken json": ([*base, "--dataset", "broken.json"], "not valid JSON"),
+        "empty folder": ([*base, "--dataset", "nothing"], "not a dataset"),
+        "missing column": ([*base, "--dataset", "column.jsonl"], "no messages column"),
+        "half bad": ([*base, "--dataset", "half.jsonl"], "10 of 20 rows"),
+        "no such file": ([*base, "--dataset", "nowhere.jsonl"], "No dataset at"),
+        "no dataset": (base, "No dataset"),
+        "unknown model": ([*data, "--base-model", "gull"], "No model at"),
+        "missing gguf": ([*data, "--base-model", "gull.gguf"], "No such GGUF"),
+        "not a model": ([*data, "--base-model", "notamodel"], "no config.json"),
+        "file in the way": ([*base, *data, "--output-dir", tmp_path / "file" / "run"], "file is in the way"),
+        "not writable": ([*base, *data, "--output-dir", "/proc/phoque/run"], "/proc/phoque"),
+        "bad number": ([*base, *data, "--batch-size", "0"], "--batch-size"),
+        "offline hub": ([*data, "--base-model", "gull/harbour"], "HF_HUB_OFFLINE"),
+    }
+
+
+NAMES = [
+    "empty file", "broken json", "empty folder", "missing column", "half bad", "no such file", "no dataset",
+    "unknown model", "missing gguf", "not a model", "file in the way", "not writable", "bad number", "offline hub",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_gets_three_lines_and_exit_2(phoque, tmp_path, tiny_llama, rows, name):
+    cases = bad_input(tmp_path, tiny_llama, rows)
+    assert set(cases) == set(NAMES)
+    arguments, words = cases[name]
+    ran = phoque("train", *arguments, expect=2)
+    assert words in " ".join(ran.error) and ran.out == ""
+
+
+def test_a_truncated_weight_file_is_named(phoque, tmp_path, tiny_llama, rows):
+    import shutil
+
+    broken = shutil.copytree(tiny_llama, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    assert "cannot be read" in phoque("train", "--base-model", broken, "--dataset", rows, *SMALL, expect=2).error[0]
+
+
+def test_a_failed_fresh_start_costs_nothing(train, tmp_path):
+    run = tmp_path / "run"
+    train("--max-steps", 2, "--output-dir", run)
+    train("--max-steps", 2, "--output-dir", run, "--fresh-start", "--dataset", "nowhere.jsonl", expect=2)
+    assert (run / "adapter").is_dir() and (run / "run.json").is_file()
+
+
+def test_no_secret_is_written_anywhere(train, tmp_path):
+    run = tmp_path / "run"
+    env = {"HF_TOKEN": "hf_gullgullgull", "WANDB_API_KEY": "g" * 40, "WANDB_MODE": "offline"}
+    ran = train("--max-steps", 2, "--output-dir", run, env=env)
+    for path in run.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"gullgullgull" not in content and b"g" * 40 not in content, path
+    assert "gullgullgull" not in ran.out + ran.err
+
+
+def test_wandb_offline_has_the_same_numbers(train, tmp_path):
+    run = tmp_path / "run"
+    train("--max-steps", 4, "--output-dir", run, "--sample-every", 2, env={"WANDB_MODE": "offline"})
+    history = wandb_history(run)
+    losses = {h["train/global_step"]: h["train/loss"] for h in history if "train/loss" in h}
+    assert losses == {m["step"]: m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m}
+    keys = set().union(*history)
+    assert {"train/learning_rate", "train/grad_norm", "train/lora_norm_B", "eval/held_out_loss"} <= keys
+    assert any(key.startswith("sample_outputs") for key in keys)
+    assert "train/loss" in keys
+
+
+def wandb_history(run: Path) -> list[dict]:
+    """The logged rows of an offline W&B run, read back from its file."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = run.rglob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(file))
+    history = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append({(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in items})
+    return history
+
+
+def test_without_wandb_it_says_so_once(train, tmp_path):
+    assert train("--max-steps", 1, "--output-dir", tmp_path / "run").err.count("W&B") == 1
+
+
+def test_dry_run_shows_all_and_writes_nothing(train, tmp_path):
+    ran = train("--dry-run", "--json", "--output-dir", tmp_path / "run", "--max-steps", 7)
+    plan = ran.json
+    assert plan["settings"]["max_steps"]["source"] == "flag" and not (tmp_path / "run").exists()
+    assert plan["parameters"]["adapter"] == 2 * 16 * (4 * 64 + 64 + 32 + 64 + 32 + 64 + 64 + 3 * (64 + 96)) - 2 * 16 * (
+        4 * 64 + 64 + 32 + 64 + 32 + 64 + 64 - (128 + 96 + 96 + 128)
+    )
+    assert len(plan["preview"]) == 3
+    trained = [part["text"] for part in plan["preview"][0]["parts"] if part["trained"]]
+    assert trained == ["Hrmph. Gull 0.<|im_end|>"]
+    assert plan["memory_gb"]["sum"] > 0 and "tokens" in plan["facts"]["a short row without a system message"]
+    shown = train("--dry-run", "--output-dir", tmp_path / "run").out
+    assert "⟦Hrmph. Gull 0.<|im_end|>⟧" in shown and "learning_rate" in shown
+
+
+def test_a_log_gets_lines_and_no_control_codes(train, tmp_path):
+    ran = train("--max-steps", 2, "--output-dir", tmp_path / "run")
+    assert "\x1b" not in ran.err and "\r" not in ran.err and "2/2  loss" in ran.err
+    assert os.linesep in ran.out and "adapter" in ran.out
+
+
+def test_quiet_prints_the_adapter_alone(train, tmp_path):
+    run = tmp_path / "run"
+    ran = train("--max-steps", 1, "--output-dir", run, "--quiet")
+    assert ran.out == f"{run / 'adapter'}\n" and ran.err == ""
