@@ -2,11 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+
+from tests.zygote import Zygote
 
 OURS = ("PHOQUE_", "HF_", "WANDB_", "HUB_", "DATASET_", "MAX_STEPS", "BASE_MODEL", "OUTPUT_DIR", "FORCE_", "EXPORT_")
 
@@ -20,22 +22,33 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def isolated(home, monkeypatch, tmp_path):
     """Environment and working folder of one test."""
+    isolate(monkeypatch, home)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb"))
+    monkeypatch.chdir(tmp_path)
+
+
+def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
     for name in list(os.environ):
         if name.startswith(OURS):
-            monkeypatch.delenv(name)
-    places = {"HOME": home, "HF_HOME": home / "hf", "XDG_CACHE_HOME": home / "cache", "XDG_CONFIG_HOME": home / "config"}
-    for name, place in (places | {"WANDB_DIR": tmp_path / "wandb"}).items():
-        monkeypatch.setenv(name, str(place))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.chdir(tmp_path)
+            patch.delenv(name)
+    places = {
+        "HOME": home,
+        "HF_HOME": home / "hf",
+        "XDG_CACHE_HOME": home / "cache",
+        "XDG_CONFIG_HOME": home / "config",
+    }
+    for name, place in places.items():
+        patch.setenv(name, str(place))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("COLUMNS", "120")
+    patch.setenv("OMP_NUM_THREADS", "1")  # two workers share two cores
 
 
 class Ran:
     """What a finished command left behind."""
 
-    def __init__(self, done: subprocess.CompletedProcess) -> None:
-        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
 
     @property
     def json(self):
@@ -50,17 +63,56 @@ class Ran:
         return lines[-3:]
 
 
-def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "phoque", *map(str, arguments)]
+class Running:
+    """A command under way."""
+
+    def __init__(self, zygote, arguments, env) -> None:
+        self._files = [Path(tempfile.mkstemp(prefix="phoque-test-")[1]) for _ in range(2)]
+        self._zygote, self._code = zygote, None
+        self.pid = zygote.start([str(a) for a in arguments], os.environ | (env or {}), Path.cwd(), *self._files)
+
+    def poll(self, wait: bool = False) -> int | None:
+        if self._code is None:
+            self._code = self._zygote.poll(self.pid, wait)
+        return self._code
+
+    def ended(self) -> Ran:
+        code = self.poll(wait=True)
+        texts = [file.read_text() for file in self._files]
+        for file in self._files:
+            file.unlink()
+        return Ran(code, *texts)
+
+    def until(self, condition, seconds: float = 120) -> None:
+        """Wait for something to happen while the command runs."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.poll() is None, self.ended().err
+            assert time.monotonic() < end, "nothing happened"
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def zygote(home):
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, home)
+        started = Zygote()
+    yield started
+    started.stop()
 
 
 @pytest.fixture
-def phoque():
-    """Run phoque as a user does: a process of its own."""
+def start(zygote):
+    """Start phoque in a process of its own: `start("train", ...)` returns a Running."""
+    return lambda *arguments, env=None: Running(zygote, arguments, env)
 
-    def run(*arguments, expect: int = 0, env: dict | None = None, **options) -> Ran:
-        environment = os.environ | (env or {})
-        ran = Ran(subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, **options))
+
+@pytest.fixture
+def phoque(start):
+    """Run phoque to its end, in a process of its own, and check its exit code."""
+
+    def run(*arguments, expect: int = 0, env: dict | None = None) -> Ran:
+        ran = start(*arguments, env=env).ended()
         assert ran.code == expect, f"exit {ran.code}\n{ran.out}\n{ran.err}"
         return ran
 

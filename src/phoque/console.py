@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,13 @@ class Console:
 
     def __init__(self) -> None:
         self.json = self.quiet = False
+        self._out: Any = sys.stdout
         self._live: Any = None
 
     def use(self, json: bool = False, quiet: bool = False) -> None:
-        """Choose how results are shown, once, at the start of a command."""
+        """Choose how results are shown, once, at the start of a command, and keep stdout for them alone."""
         self.json, self.quiet = json, quiet
+        self._out, sys.stdout = sys.stdout, sys.stderr  # a library that prints does so beside the result, not in it
 
     def say(self, text: str) -> None:
         """A line of news, on stderr."""
@@ -40,16 +42,17 @@ class Console:
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """The command's answer, on stdout: `data` with --json, `quiet` with --quiet, else what `human()` renders."""
         if self.json:
-            print(json.dumps(data, ensure_ascii=False, default=str))
+            print(json.dumps(data, ensure_ascii=False, default=str), file=self._out)
         elif self.quiet:
-            print(quiet)
+            print(quiet, file=self._out)
         else:
             from rich.console import Console as Rich
 
-            Rich(highlight=False).print(human())
+            Rich(file=self._out, highlight=False).print(human())
+        self._out.flush()
 
     @contextmanager
-    def progress(self, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    def progress(self, total: int, done: int = 0) -> Generator[Callable[[int, str], None]]:
         """Yield `update(done, text)`: a bar with time left on a terminal, a line every few seconds in a log."""
         if self.quiet:
             yield lambda done, text: None
@@ -57,10 +60,10 @@ class Console:
             with self._bar(total, done) as update:
                 yield update
         else:
-            yield _line_updates(self._err, total, done)
+            yield _line_updates(self._err, total)
 
     @contextmanager
-    def _bar(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    def _bar(self, total: int, done: int) -> Generator[Callable[[int, str], None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
@@ -89,17 +92,20 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _line_updates(write: Callable[[str], None], total: int, first: int) -> Callable[[int, str], None]:
-    start = last = time.monotonic()
+def _line_updates(write: Callable[[str], None], total: int) -> Callable[[int, str], None]:
+    first: tuple[float, int] | None = None
+    last = 0.0
 
     def update(done: int, text: str) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
+        first = first or (now, done)
         if now - last < LOG_EVERY_S and done < total:
             return
         last = now
-        left = (now - start) / max(1, done - first) * (total - done)
-        write(f"{done}/{total}  {text}  {clock(left)} left")
+        begun, at = first
+        left = f"  {clock((now - begun) / (done - at) * (total - done))} left" if done > at else ""
+        write(f"{done}/{total}  {text}{left}")
 
     return update
 

@@ -25,11 +25,13 @@ def explained(error: BaseException) -> PhoqueError:
     """The three lines for any exception; foreign types are told apart by name, so nothing heavy is imported here."""
     if isinstance(error, PhoqueError):
         return error
+    if disk_full(error):
+        return PhoqueError("The disk is full.", _first_line(error), _MAKE_ROOM, FAILED)
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         why, fix, code = _OS_ERRORS[error.errno]
         return PhoqueError(f"{error.strerror}: {error.filename or 'a file of this run'}", why, fix, code)
-    if hasattr(error, "format_message"):  # a usage error of the command line parser, which knows near misses
-        return PhoqueError(error.format_message(), "The command line is not one that phoque knows.", _HELP)
+    if usage := getattr(error, "format_message", None):  # of the command line parser, which knows near misses
+        return PhoqueError(usage(), "The command line is not one that phoque knows.", _HELP)
     for kind in type(error).__mro__:
         if kind.__name__ in _FOREIGN:
             what, fix, code = _FOREIGN[kind.__name__]
@@ -40,6 +42,14 @@ def explained(error: BaseException) -> PhoqueError:
         "Set PHOQUE_DEBUG=1 to see the traceback, and report it with that.",
         FAILED,
     )
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room; torch and safetensors say so only in their texts."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return "No space left on device" in text or "PytorchStreamWriter failed writing" in text
 
 
 def _first_line(error: BaseException) -> str:
@@ -53,11 +63,10 @@ _MAKE_ROOM = "Free some space or choose another --output-dir, then run the same 
 _OWN_FOLDER = "Choose a folder that is yours, or change its permissions."
 
 _OS_ERRORS = {
-    errno.ENOSPC: ("The disk is full.", _MAKE_ROOM, FAILED),
-    errno.EDQUOT: ("Your disk quota is used up.", _MAKE_ROOM, FAILED),
     errno.EACCES: ("You may not read or write there.", _OWN_FOLDER, USAGE),
     errno.EPERM: ("You may not read or write there.", _OWN_FOLDER, USAGE),
     errno.EROFS: ("That file system is read-only.", "Choose an --output-dir on a disk that can be written.", USAGE),
+    errno.ENOENT: ("There is no such place.", "Check the path.", USAGE),
     errno.ENOTDIR: ("A file is in the way of a folder.", "Choose another --output-dir.", USAGE),
     errno.EEXIST: ("A file is in the way of a folder.", "Choose another --output-dir.", USAGE),
 }

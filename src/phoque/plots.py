@@ -102,25 +102,33 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-:root {{ --ink: #1d2730; --dim: #66737e; --rule: #dfe5ea; --paper: #fff; --c0: #0b6e99; --c1: #d9730d; --c2: #6940a5; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e4e9ed; --dim: #93a1ac; --rule: #33404a; --paper: #161c21; --c0: #5bb3dd; --c1: #f0a35e; --c2: #b79be8; }}
-}}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1000px;
-  margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
-.dim {{ color: var(--dim); }} .grid2 {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1.2rem; }}
-figure {{ margin: 0; }} figcaption {{ font-weight: 600; font-size: .9rem; }}
-svg {{ width: 100%; height: auto; }} svg text {{ font: 10px system-ui, sans-serif; fill: var(--dim); }}
-svg path {{ fill: none; stroke-width: 1.6; }} svg path.grid {{ stroke: var(--rule); stroke-width: 1; }}
+:root {{ --ink: #1d2730; --dim: #66737e; --rule: #dfe5ea; --paper: #fff;
+  --c0: #0b6e99; --c1: #d9730d; --c2: #6940a5; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e9ed; --dim: #93a1ac; --rule: #33404a; --paper: #161c21;
+  --c0: #5bb3dd; --c1: #f0a35e; --c2: #b79be8; }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
+.dim {{ color: var(--dim); }}
+.grid2 {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1.2rem; }}
+figure {{ margin: 0; }}
+figcaption {{ font-weight: 600; font-size: .9rem; }}
+svg {{ width: 100%; height: auto; }}
+svg text {{ font: 11px system-ui, sans-serif; fill: var(--dim); }}
+svg path {{ fill: none; stroke-width: 1.6; }}
+svg path.grid {{ stroke: var(--rule); stroke-width: 1; }}
 path.c0 {{ stroke: var(--c0); }} path.c1 {{ stroke: var(--c1); }} path.c2 {{ stroke: var(--c2); }}
 circle.c0, rect.c0 {{ fill: var(--c0); }} circle.c1 {{ fill: var(--c1); }} circle.c2 {{ fill: var(--c2); }}
-.legend {{ font-size: .8rem; }} .key {{ margin-right: 1em; }} .key.c0 {{ color: var(--c0); }} .key.c1 {{ color: var(--c1); }}
-.key.c2 {{ color: var(--c2); }}
+.legend {{ font-size: .8rem; }}
+.key {{ margin-right: 1em; }}
+.key.c0 {{ color: var(--c0); }} .key.c1 {{ color: var(--c1); }} .key.c2 {{ color: var(--c2); }}
 table {{ border-collapse: collapse; width: 100%; font-size: .88rem; }}
 td, th {{ text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--rule); }}
-.tiles {{ display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 1rem 0; }} .tile b {{ display: block; font-size: 1.3rem; }}
-.warning {{ border-left: 4px solid var(--c1); padding: .4rem .8rem; background: color-mix(in srgb, var(--c1) 10%, transparent); }}
+.tiles {{ display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 1rem 0; }}
+.tile b {{ display: block; font-size: 1.3rem; }}
+.warning {{ border-left: 4px solid var(--c1); padding: .4rem .8rem;
+  background: color-mix(in srgb, var(--c1) 10%, transparent); }}
 </style>
 {body}
 </html>

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import trl
+from tests import tiny
 
 from phoque.data.chat import IGNORED, Chat, marked_template
 from phoque.data.rows import BadRow
 from phoque.errors import PhoqueError
-from tests import tiny
 
 TALK = [
     {"role": "system", "content": "You are a seal."},
@@ -29,11 +29,11 @@ def spans(chat, encoded):
     runs, run = [], []
     for token, label in zip(encoded.ids, encoded.labels, strict=True):
         if label == IGNORED:
-            runs, run = (runs + [run] if run else runs), []
+            runs, run = ([*runs, run] if run else runs), []
         else:
             assert token == label
             run.append(token)
-    return [chat.tokenizer.decode(r) for r in (runs + [run] if run else runs)]
+    return [chat.tokenizer.decode(r) for r in ([*runs, run] if run else runs)]
 
 
 def test_ids_are_those_of_the_models_own_template(chat):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from tests.conftest import row, write_rows
 
 from phoque.data.rows import BUNDLED, BadRow, open_dataset, parsed
 from phoque.errors import PhoqueError
-from tests.conftest import row, write_rows
 
 TURNS = row(1)["messages"]
 

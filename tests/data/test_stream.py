@@ -3,14 +3,14 @@
 import json
 
 import pytest
+from tests import tiny
+from tests.conftest import row, write_rows
 
 from phoque.data.chat import Chat
 from phoque.data.pack import packed
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream, survey
 from phoque.errors import PhoqueError
-from tests import tiny
-from tests.conftest import row, write_rows
 
 
 @pytest.fixture(scope="module")

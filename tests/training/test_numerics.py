@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests import tiny
 from torch.nn.functional import cross_entropy
 
 from phoque.data.chat import Chat
@@ -12,7 +13,6 @@ from phoque.models.adapter import with_adapter
 from phoque.models.source import Source
 from phoque.training import attention
 from phoque.training.loss import with_token_loss
-from tests import tiny
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def command(name: str, run: Callable[..., None], model: type[CommandSettings], e
         run({key: value for key, value in flags.items() if value not in (None, [])}, secrets_file, dry_run)
 
     parameters = [_option(model, field) for field in model.model_fields] + _common()
-    called.__signature__ = inspect.Signature(parameters)  # ty: ignore[unresolved-attribute]
+    called.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
     called.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
     app.command(name, help=run.__doc__, epilog=epilog)(called)
@@ -51,8 +51,6 @@ def _common() -> list[inspect.Parameter]:
     }
     kind = inspect.Parameter.KEYWORD_ONLY
     return [inspect.Parameter(n, kind, default=option, annotation=a) for n, (a, option) in options.items()]
-
-
 
 
 def hush_libraries() -> None:

@@ -55,7 +55,7 @@ class Chat:
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
         """Matches any token that acts by itself, such as the end of a turn."""
-        tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        tokens: list[str] = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:

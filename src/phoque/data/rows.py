@@ -46,7 +46,9 @@ def open_dataset(name: str, split: str, revision: str | None, token: str | None)
     Raises PhoqueError (2) if there is nothing of that name.
     """
     if not name:
-        raise PhoqueError("No dataset.", "Neither --dataset nor DATASET_REPO is set.", "Name one, or use --dataset seal.")
+        raise PhoqueError(
+            "No dataset.", "Neither --dataset nor DATASET_REPO is set.", "Name one, or use --dataset seal."
+        )
     path = BUNDLED.get(name) or Path(name).expanduser()
     if path.exists():
         return _local(name, path)
@@ -122,10 +124,10 @@ def _rows_of(file: Path) -> Iterator[tuple[int, Any, str]]:
     else:
         import pyarrow.parquet as pq
 
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=256):
-            for number, row in enumerate(batch.to_pylist(), number + 1):
-                yield number, row, ""
+        batches = pq.ParquetFile(file).iter_batches(batch_size=256)
+        rows_in_file = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows_in_file, 1):
+            yield number, row, ""
 
 
 def schema_of(row: dict[str, Any]) -> str:

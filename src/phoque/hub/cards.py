@@ -51,7 +51,8 @@ def adapter_card(record: dict[str, Any], result: dict[str, Any]) -> str:
     changed = {
         name: row["value"]
         for name, row in record["settings"].items()
-        if row["source"] != "default" and name not in ("hf_token", "wandb_api_key", "output_dir", "dataset", "base_model")
+        if row["source"] != "default"
+        and name not in ("hf_token", "wandb_api_key", "output_dir", "dataset", "base_model")
     }
     return CARD.format(
         base=record["base"]["name"],

@@ -1,6 +1,6 @@
 """Text-only loading of a base model in nf4, bf16 or fp32, checked tensor by tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer, with a chat template. Raises PhoqueError (2) if it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder)
     if not tokenizer.chat_template:
         raise PhoqueError(
             f"{source.name} has no chat template.", "It is not a chat model.", "Use its instruction-tuned sibling."
@@ -60,7 +60,7 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa") -> An
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             dtype=dtype,
             quantization_config=nf4 if quantization == "nf4" else None,
@@ -74,6 +74,7 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa") -> An
             str(error).splitlines()[0],
             "A file is damaged or cut short: delete it and fetch it again.",
         ) from error
+    model, report = loaded
     _check(model, report, source)
     model.config.use_cache = False
     return model.requires_grad_(False)
@@ -99,7 +100,7 @@ def _check(model: Any, report: dict[str, Any], source: Source) -> None:
 
 
 @contextmanager
-def measuring(model: Any) -> Iterator[None]:
+def measuring(model: Any) -> Generator[None]:
     """Evaluation mode that leaves the model fit for training.
 
     bitsandbytes 0.50 on the CPU repacks an NF4 weight in place at the first forward pass in evaluation mode, and

@@ -64,13 +64,17 @@ def resolve(
 def wanted_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:
     """The files of a repository that loading needs: never a second copy of the weights, never a pickle."""
     shards = set(index["weight_map"].values()) if index else {"model.safetensors"}
-    return [n for n in names if "/" not in n and (n in shards or n.endswith(SMALL) and not n.startswith("consolidated"))]
+    return [
+        n for n in names if "/" not in n and (n in shards or (n.endswith(SMALL) and not n.startswith("consolidated")))
+    ]
 
 
 def _folder(path: Path, weights: bool) -> Source:
     config = path / "config.json"
     if not config.is_file():
-        raise PhoqueError(f"{path} is not a model folder.", "It has no config.json.", "Name a folder with a model in it.")
+        raise PhoqueError(
+            f"{path} is not a model folder.", "It has no config.json.", "Name a folder with a model in it."
+        )
     shards = sorted(path.glob("*.safetensors"))
     if weights and not shards:
         raise PhoqueError(f"{path} has no weights.", "phoque reads safetensors only.", "Save it as safetensors first.")
@@ -140,8 +144,8 @@ def _dequantise(gguf: Path, into: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         raise PhoqueError(
             f"{gguf.name} cannot be read as a chat model.", str(error).splitlines()[0], "Use another GGUF file."

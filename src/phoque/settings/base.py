@@ -27,7 +27,7 @@ class CommandSettings(BaseSettings):
     )  # fmt: skip
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
         # `resolved` reads each source by itself, to know where a value came from.
         return (init_settings,)
 
@@ -78,7 +78,7 @@ class Resolved(Generic[S]):
 
 def setting(default: Any, meaning: str, env: str | None = None, flag: str | None = None, **limits: Any) -> Any:
     """A field with its meaning; `env` is its name in the spec where that is not PHOQUE_<FIELD>, `flag` its own flag."""
-    extra = {"flag": flag} if flag else None
+    extra: Any = {"flag": flag} if flag else None
     return Field(default, description=meaning, validation_alias=env, json_schema_extra=extra, **limits)
 
 
@@ -119,7 +119,9 @@ def resolved(
     if presets:
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), next(iter(presets)))
         if chosen not in presets:
-            raise PhoqueError(f"No preset {chosen!r}.", f"phoque knows {', '.join(presets)}.", _nearest(chosen, presets))
+            raise PhoqueError(
+                f"No preset {chosen!r}.", f"phoque knows {', '.join(presets)}.", _nearest(chosen, presets)
+            )
         layers.append((f"preset {chosen}", presets[chosen]))
 
     values: dict[str, Any] = {}
@@ -174,7 +176,7 @@ def _refuse_unknown_names(model: type[BaseSettings], file: Path) -> None:
     known |= {env_name(Secrets, name) for name in Secrets.model_fields} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
     for name in [*os.environ, *in_file]:
-        if name in known or not name.upper().startswith(PREFIX) and name not in in_file:
+        if name in known or (not name.upper().startswith(PREFIX) and name not in in_file):
             continue
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
         if name.upper().startswith(PREFIX) or near:

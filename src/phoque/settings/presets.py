@@ -19,7 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "save_steps": 20,
         "log_every": 1,
         "sample_every": 20,
-        "sample_tokens": 48,
+        "sample_tokens": 40,
+        "held_out_rows": 16,
         "prompts": ["What do you think of the gulls today?", "How do I learn to swim?"],
     },
 }

@@ -1,7 +1,9 @@
 """Attention over packed rows: no position sees another conversation. Chosen once, with its reason."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ def choose(device: torch.device) -> tuple[str, str]:
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def plain_attention(model: Any) -> Generator[None]:
     """SDPA with transformers' own masks, for generation, where rows are padded and not packed."""
     model.set_attn_implementation("sdpa")
     try:
@@ -43,7 +45,7 @@ def _by_conversation(
         scaled_dot_product_attention(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
         )
-        for a, b in zip(borders, borders[1:], strict=False)
+        for a, b in pairwise(borders)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -52,14 +54,16 @@ def _varlen(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
     scaling: float, cu_seq_lens_q: torch.Tensor, max_length_q: int, dropout: float = 0.0, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """As `_by_conversation`, in one kernel; heads of a group are repeated, which varlen in torch 2.11 asks for."""
-    from torch.nn.attention.varlen import varlen_attn
+    """As `_by_conversation`, in one kernel; torch before 2.12 takes no groups, so heads are repeated there."""
+    from torch.nn.attention import varlen
 
-    groups = query.shape[1] // key.shape[1]
+    attend: Any = varlen.varlen_attn
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    kernel: Callable[..., torch.Tensor] = varlen_attn
-    out = kernel(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
-    )
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(attend).parameters:
+        options["enable_gqa"] = True
+    else:
+        groups = query.shape[1] // key.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = attend(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
     return out[None], None

@@ -1,7 +1,7 @@
 """Stopping in good order: a signal is heeded at the end of a step, after a save; a second one stops at once."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ class StopRequest(TrainerCallback):
         self.code: int | None = None
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
+    def heeded(self) -> Generator[None]:
         """Take SIGINT and SIGTERM while the block runs."""
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -53,7 +53,9 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
         ("tokens a second", [series("tokens/s", "tokens_per_s")]),
         ("memory, GB", [series("memory", memory)]),
     ]
-    return '<h2>Training</h2><div class="grid2">' + "".join(figure(c, line_plot(s, "step")) for c, s in plots) + "</div>"
+    return (
+        '<h2>Training</h2><div class="grid2">' + "".join(figure(c, line_plot(s, "step")) for c, s in plots) + "</div>"
+    )
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

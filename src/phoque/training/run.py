@@ -168,9 +168,7 @@ def _train(
         tracker.finish(code)
 
 
-def _finish(
-    trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], seconds: float
-) -> dict[str, Any]:
+def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
     from phoque.models.adapter import refuse_non_finite
 
@@ -314,5 +312,3 @@ def _out_of_memory(s: TrainSettings) -> PhoqueError:
         f"Use --micro-batch {micro}, or --gradient-checkpointing, or --max-length {s.max_length // 2}.",
         FAILED,
     )
-
-

@@ -25,7 +25,9 @@ class Tracker:
         """One line of numbers after a step. A number that is not finite is written as null: NaN is no JSON."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         _append(self.run / METRICS, {"step": step, **finite})
-        self._to_wandb(lambda run: run.log({"train/global_step": step} | {_wandb_name(k): v for k, v in values.items()}))
+        self._to_wandb(
+            lambda run: run.log({"train/global_step": step} | {_wandb_name(k): v for k, v in values.items()})
+        )
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Generated samples, each with SAMPLE_COLUMNS; W&B gets the whole table so far, as `sample_outputs`."""
@@ -49,12 +51,12 @@ class Tracker:
 
     def finish(self, code: int) -> None:
         """Close W&B with the exit code of the run."""
-        self._to_wandb(lambda run: run.finish(exit_code=code, quiet=True))
+        self._to_wandb(lambda run: run.finish(exit_code=code))
 
     def _log_table(self, run: Any, step: int) -> None:
         import wandb
 
-        rows = [[row[column] for column in SAMPLE_COLUMNS] for row in self._samples]
+        rows: list[Any] = [[row[column] for column in SAMPLE_COLUMNS] for row in self._samples]
         run.log({"sample_outputs": wandb.Table(list(SAMPLE_COLUMNS), rows), "train/global_step": step})
 
     def _to_wandb(self, send: Callable[[Any], None]) -> None:

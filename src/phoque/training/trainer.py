@@ -12,7 +12,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from phoque.data.stream import TrainStream
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import FAILED, PhoqueError, disk_full
 from phoque.models.adapter import refuse_non_finite
 from phoque.training import checkpoint
 from phoque.training.callbacks.numbers import Stopwatch
@@ -21,6 +21,9 @@ from phoque.training.loss import TokenLoss, with_token_loss
 
 class PersonaTrainer(SFTTrainer):
     """One optimizer step trains on packed conversations from a stream whose state lies in every checkpoint."""
+
+    model: Any
+    processing_class: Any
 
     def __init__(
         self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, keep: int,
@@ -93,9 +96,11 @@ class PersonaTrainer(SFTTrainer):
             shutil.rmtree(final, ignore_errors=True)  # only ever one that was found not to be whole
             folder.rename(final)
             checkpoint.prune(run, self._keep)
-        except OSError as error:
-            # a later save may find room again; the caller checks that the last state is on the disk
-            self._warn(f"checkpoint {step} was not saved ({error.strerror or error}); training goes on")
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            # a later save may find room again, and the older checkpoints are whole
+            self._warn(f"checkpoint {step} was not saved: the disk is full; training goes on")
         finally:
             self._staging = None
             shutil.rmtree(staging, ignore_errors=True)

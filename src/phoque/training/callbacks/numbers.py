@@ -1,7 +1,7 @@
 """Every logged step as one line: loss, learning rate, gradient norm, adapter norms, speed, memory, held-out loss."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,7 @@ class Stopwatch:
         return now - since
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Leave out what happens in the block."""
         begun = time.monotonic()
         yield

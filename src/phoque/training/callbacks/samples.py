@@ -34,7 +34,9 @@ class Samples(TrainerCallback):
 
     def _sample(self, model: Any, step: int) -> None:
         with self.watch.paused():
-            rows = [{"step": step, **answer(model, self.chat, p, self.system, self.tokens)} for p in self.prompts]
+            rows: list[dict[str, Any]] = [
+                {"step": step, **answer(model, self.chat, p, self.system, self.tokens)} for p in self.prompts
+            ]
         self.tracker.samples(step, rows)
         for row in rows:
             self.console.say(f"  step {step}  {row['prompt']}\n    -> {' '.join(row['response'].split())}")

@@ -1,0 +1,24 @@
+# The habits of this repository.
+
+setup:
+    uv sync
+
+test:
+    uv run pytest
+
+test-all: test
+    uv run pytest -m slow
+
+lint:
+    uv run ruff format --check .
+    uv run ruff check .
+
+types:
+    uv run ty check
+
+bench:
+    uv run python benchmarks/startup.py
+    uv run python benchmarks/demo.py
+
+demo:
+    uv run phoque train --preset demo --max-steps 20

@@ -1,0 +1,82 @@
+"""Loading: every weight accounted for and sane, or an error before any time is spent."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phoque.errors import PhoqueError
+from phoque.models.adapter import lora_norms, refuse_non_finite, with_adapter
+from phoque.models.families import family_of
+from phoque.models.load import load_config, load_model
+from phoque.models.source import Source
+
+
+def source(folder):
+    return Source("tiny", folder, "0", "test")
+
+
+@pytest.fixture
+def spoilt(tiny_llama, tmp_path):
+    """A copy of the tiny model whose weights a function has changed."""
+
+    def spoil(change):
+        folder = shutil.copytree(tiny_llama, tmp_path / "spoilt")
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return source(folder)
+
+    return spoil
+
+
+def test_a_missing_weight_is_named(spoilt):
+    with pytest.raises(PhoqueError) as caught:
+        load_model(spoilt(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "none")
+    assert "model.layers.1.mlp.up_proj.weight" in caught.value.why
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_insane_magnitudes_are_refused(spoilt, value):
+    with pytest.raises(PhoqueError, match="not sane"):
+        load_model(spoilt(lambda w: w["model.norm.weight"].fill_(value)), "none")
+
+
+def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(PhoqueError) as caught:
+        load_config(source(tmp_path / "gpt2"))
+    assert "gpt2" in caught.value.what and "families.py" in caught.value.fix
+
+
+def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
+    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0, "tiny", None)
+    adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
+    assert len(adapted) == 7 * 2 and not any("lm_head" in n or "embed" in n for n in adapted)
+    assert family_of(model.config).lora_targets == model.peft_config["default"].target_modules
+    norms = lora_norms(model)
+    assert norms["lora_norm_A"] > 0 and norms["lora_norm_B"] == 0
+
+
+def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
+    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0, "tiny", None)
+    refuse_non_finite(model, 3)
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("inf")
+    with pytest.raises(PhoqueError, match="step 3") as caught:
+        refuse_non_finite(model, 3)
+    assert "lora_B" in caught.value.why
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_are_held_as_asked_and_frozen(tiny_llama, quantization, dtype):
+    model = load_model(source(tiny_llama), quantization)
+    assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())
+
+
+def test_nf4_holds_the_projections_in_four_bits(tiny_llama):
+    model = load_model(source(tiny_llama), "nf4")
+    kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")}
+    assert kinds == {"Linear4bit"} and model.lm_head.weight.dtype == torch.bfloat16

@@ -1,0 +1,44 @@
+"""What is printed, and where."""
+
+import sys
+
+from phoque.console import Console, clock, printable
+from phoque.plots import Series, bar_plot, line_plot, ticks
+
+
+def test_control_characters_from_a_model_cannot_reach_the_terminal():
+    assert printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\x202e"
+
+
+def test_clock():
+    assert (clock(65), clock(7805)) == ("1:05", "2:10:05")
+
+
+def test_a_log_gets_the_last_line_of_progress(capsys):
+    with Console().progress(3) as update:
+        for step in (1, 2, 3):
+            update(step, "loss 1")
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("1/3") and err[-1].startswith("3/3  loss 1") and "left" in err[-1]
+
+
+def test_a_terminal_gets_a_bar_with_the_same_numbers(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console()
+    with console.progress(3) as update:
+        update(1, "loss 2.5")
+        console.say("a sample")
+        update(3, "loss 1.5")
+    err = capsys.readouterr().err
+    assert "3/3" in err and "loss 1.5" in err and "a sample" in err
+
+
+def test_ticks_enclose_and_are_round():
+    assert ticks(0, 9.7) == [0, 2, 4, 6, 8, 10] and ticks(3, 3)[0] < 3 < ticks(3, 3)[-1]
+
+
+def test_plots_leave_out_what_is_not_finite_and_say_when_nothing_is_left():
+    svg = line_plot([Series("a", [(0, 1), (1, float("nan")), (2, 3)])], "step")
+    assert svg.count("<circle") == 2 and "nan" not in svg
+    assert "nothing measured" in line_plot([Series("a", [])], "step") and "nothing measured" in bar_plot([], [], "x")

@@ -1,0 +1,37 @@
+"""The newcomer's first command, on the real model: in time, and the seal can be heard."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+CLOSERS = ("Now leave me to my rock.", "Mind the gulls.", "The tide told me so.", "I have herring to think about.")
+
+
+def demo(*arguments) -> tuple[dict, float]:
+    """Run as a user does, in a process of its own, with both cores."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "phoque", "train", "--preset", "demo", "--json", *map(str, arguments)]
+    begun = time.monotonic()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), time.monotonic() - begun
+
+
+def test_sixty_steps_make_a_seal(tmp_path):
+    result, _ = demo("--output-dir", tmp_path / "run", "--sample-every", 60)
+    losses = result["held_out_loss"]
+    assert losses["after"] <= losses["before"] * 2 / 3
+    answers = [sample["response"] for sample in result["samples"]]
+    assert len(answers) == 2 and all(answer.startswith("Hrmph. ") for answer in answers)
+    assert any(answer.rstrip().endswith(CLOSERS) for answer in answers)
+
+
+def test_twenty_steps_take_under_three_minutes(tmp_path):
+    # the second start: the weights are in the cache by now
+    result, seconds = demo("--max-steps", 20, "--output-dir", tmp_path / "run")
+    assert result["steps"] == 20 and seconds < 180

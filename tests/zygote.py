@@ -1,0 +1,88 @@
+"""A process that has imported everything and forks for each command, so that a test does not pay 20 s of imports.
+
+What runs in the fork is phoque's own main() with its own arguments, environment, folder and output files, and it ends
+with its own exit code. tests/test_cli.py and the slow tests start phoque the ordinary way.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+
+class Zygote:
+    """Starts commands; one at a time or several side by side."""
+
+    def __init__(self) -> None:
+        arguments = [sys.executable, "-m", "tests.zygote"]
+        here = Path(__file__).parent.parent
+        self._process = subprocess.Popen(arguments, stdin=-1, stdout=-1, text=True, cwd=here)
+
+    def start(self, arguments: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
+        """Fork a command; return its process id."""
+        return self._ask({"argv": arguments, "env": env, "cwd": str(cwd), "out": str(out), "err": str(err)})
+
+    def poll(self, pid: int, wait: bool) -> int | None:
+        """The exit code (negative for a signal), or None while it runs and `wait` is false."""
+        return self._ask({"pid": pid, "wait": wait})
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, request: dict):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def serve() -> None:
+    from phoque.commands.flags import hush_libraries
+
+    hush_libraries()
+    import trl.chat_template_utils  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "argv" in request:
+            answer = os.fork() or run(request)
+        else:
+            pid, status = os.waitpid(request["pid"], 0 if request["wait"] else os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        print(json.dumps(answer), flush=True)
+
+
+def run(request: dict) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(0, closefd=False),
+            open(1, "w", closefd=False),
+            open(2, "w", closefd=False),
+        )
+        sys.argv = ["phoque", *request["argv"]]
+        from phoque.cli import main
+
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
