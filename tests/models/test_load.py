@@ -37,10 +37,41 @@ def test_a_missing_weight_is_named(spoilt):
     assert "model.layers.1.mlp.up_proj.weight" in caught.value.why
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e6])
-def test_insane_magnitudes_are_refused(spoilt, value):
-    with pytest.raises(PhoqueError, match="not sane"):
-        load_model(spoilt(lambda w: w["model.norm.weight"].fill_(value)), "none")
+@pytest.mark.parametrize(
+    ("name", "value"), [("model.norm.weight", float("nan")), ("model.layers.0.mlp.up_proj.weight", 448)]
+)
+def test_insane_magnitudes_are_refused(spoilt, name, value):
+    with pytest.raises(PhoqueError, match="not sane") as caught:
+        load_model(spoilt(lambda w: w[name][..., :1].fill_(value)), "none")
+    assert name in caught.value.why
+
+
+def test_loading_is_what_transformers_loads(tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    ours, theirs = load_model(source(tiny_llama), "none"), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    ids = torch.arange(30)[None]
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+def test_nf4_is_bit_for_bit_what_transformers_quantises(tiny_llama):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=nf4, dtype=torch.bfloat16)
+    ours = load_model(source(tiny_llama), "nf4")
+    ids = torch.arange(30)[None]
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    packed = {n: m.weight.data for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert len(packed) == 14 and all(torch.equal(ours.get_submodule(n).weight.data, w) for n, w in packed.items())
 
 
 def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
@@ -53,7 +84,7 @@ def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
-    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0, "tiny", None)
+    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
     adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
     assert len(adapted) == 7 * 2 and not any("lm_head" in n or "embed" in n for n in adapted)
     assert family_of(model.config).lora_targets == model.peft_config["default"].target_modules
@@ -62,7 +93,7 @@ def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
-    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0, "tiny", None)
+    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
     refuse_non_finite(model, 3)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("inf")
     with pytest.raises(PhoqueError, match="step 3") as caught:

@@ -11,11 +11,11 @@ def silent(text):
 
 
 def test_a_second_copy_of_the_weights_and_pickles_are_never_fetched():
-    names = ["config.json", "tokenizer.json", "chat_template.jinja", "consolidated.safetensors", "params.json",
-             "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin", "x.py",
-             "model.safetensors.index.json", "original/model.safetensors"]  # fmt: skip
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    unwanted = {"consolidated.safetensors", "pytorch_model.bin", "x.py", "original/model.safetensors"}
+    unwanted = {"consolidated.safetensors", "params.json", "tekken.json", "pytorch_model.bin", "x.py",
+                "original/model.safetensors"}  # fmt: skip
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json", *shards, *unwanted]
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
     assert set(wanted_files(names, index)) == set(names) - unwanted
     assert wanted_files(["model.safetensors", "consolidated.safetensors"], None) == ["model.safetensors"]
 

@@ -32,7 +32,7 @@ def stream_of(rows, chat, size=4):
 
 def shaken(model):
     """An adapter whose B is not zero, so that a wrong mask or scale would show."""
-    model = with_adapter(model, 4, 8, 0.0, "tiny", None)
+    model = with_adapter(model, 4, 8, 0.0)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -103,7 +103,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
     taken = [b for _, b in zip(range(32), stream_of(rows, Chat(tiny.tokenizer(), "", 2048), 1), strict=False)]
     data = Dataset.from_list([{k: b[k][0].tolist() for k in ("input_ids", "labels")} for b in taken])
     torch.manual_seed(0)
-    model = with_adapter(loaded(tiny_llama), 16, 64, 0.0, "tiny", None)
+    model = with_adapter(loaded(tiny_llama), 16, 64, 0.0)
     arguments = SFTConfig(
         output_dir=str(tmp_path / "trl"), max_steps=8, per_device_train_batch_size=4, learning_rate=0.01,
         lr_scheduler_type="cosine", warmup_steps=0, optim="adamw_torch", use_cpu=True, bf16=False, report_to=[],

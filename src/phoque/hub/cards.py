@@ -36,9 +36,9 @@ Settings that differ from the defaults: {settings}.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = {auto_class}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/adapter")
 tokenizer = AutoTokenizer.from_pretrained("path/to/adapter")
 ```
@@ -56,6 +56,7 @@ def adapter_card(record: dict[str, Any], result: dict[str, Any]) -> str:
     }
     return CARD.format(
         base=record["base"]["name"],
+        auto_class=record["base"]["auto_class"],
         title=f"{record['base']['name'].split('/')[-1]}, tuned on {record['data']['name'].split('/')[-1]}",
         revision=record["base"]["revision"][:12],
         data=record["data"]["name"].split("/")[-1],

@@ -1,14 +1,20 @@
 """The LoRA adapter: its config, its norms, and whether it is fit to be saved."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from phoque.errors import FAILED, PhoqueError
-from phoque.models.families import family_of
+from phoque.models.families import Family, family_of
+
+WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 
 
-def with_adapter(model: Any, rank: int, alpha: int, dropout: float, base_name: str, revision: str | None) -> Any:
+def with_adapter(model: Any, rank: int, alpha: int, dropout: float, revision: str | None = None) -> Any:
     """`model` with a fresh fp32 LoRA adapter on the seven projections of every layer (B is zero: a no-op at first)."""
     from peft import LoraConfig, get_peft_model
 
@@ -18,13 +24,55 @@ def with_adapter(model: Any, rank: int, alpha: int, dropout: float, base_name: s
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=family_of(model.config).lora_targets,
-        base_model_name_or_path=base_name,
         revision=revision,
     )
-    model = get_peft_model(model, config)
-    # peft puts the path of the loaded folder there; a cache path means nothing to whoever gets the adapter
-    model.peft_config["default"].base_model_name_or_path = base_name
-    return model
+    return get_peft_model(model, config)
+
+
+def save_adapter(model: Any, folder: Path, family: Family) -> None:
+    """Write the adapter under the full model's names, so that it loads on the model that was published."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # no look at the embeddings: peft asks the Hub about them at each save, and they are frozen here
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    named = {_full_name(key, family): tensor.contiguous() for key, tensor in weights.items()}
+    save_file(named, folder / WEIGHTS, {"format": "pt"})
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def load_adapter(model: Any, folder: Path, family: Family) -> None:
+    """Put saved weights into the adapter that `model` already has, under either model's names.
+
+    Raises PhoqueError (2) naming the first tensor that is missing, left over or of another shape: peft itself only
+    warns, and an adapter under the wrong names is a silent no-op.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    saved = {_text_name(key, family): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    wanted = {k: tuple(t.shape) for k, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    if differing := sorted(k for k in wanted.keys() | shapes.keys() if wanted.get(k) != shapes.get(k)):
+        first = differing[0]
+        raise PhoqueError(
+            f"The adapter in {folder} does not fit {model.base_model.model.name_or_path}.",
+            f"{first}: the model needs {wanted.get(first, 'no such tensor')}, the adapter has "
+            f"{shapes.get(first, 'none')} ({len(differing)} tensors differ).",
+            "Use the base model and the rank that the adapter was trained with.",
+        )
+    set_peft_model_state_dict(model, saved)
+
+
+def _full_name(key: str, family: Family) -> str:
+    text, full = family.full_names
+    return key.replace(PEFT_PREFIX + text, PEFT_PREFIX + full, 1)
+
+
+def _text_name(key: str, family: Family) -> str:
+    text, full = family.full_names
+    return key.replace(PEFT_PREFIX + full, PEFT_PREFIX + text, 1) if full else key
 
 
 def lora_norms(model: Any) -> dict[str, float]:

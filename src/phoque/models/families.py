@@ -1,6 +1,7 @@
 """All that differs between architectures. A new family is one entry here."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from phoque.errors import PhoqueError
@@ -13,17 +14,35 @@ LLAMA_PROJECTIONS = r"(?:.*\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|u
 class Family:
     """How one architecture is loaded for text, and where its adapter goes.
 
-    `lora_targets` is a regex that peft matches against whole module names: the seven projections of every layer.
-    `text_prefix` is what the checkpoint puts before the text model's keys, and `full_names` renames the text-only
-    model's modules to the full model's.
+    `lora_targets` is a regex that is matched against whole module names: the seven projections of every layer.
+    `text_keys` are (pattern, replacement) pairs that turn a checkpoint's key into the text-only model's; a key that
+    none matches is not of the text model. `full_names` is what the text model's layers are called in the full one.
+    `auto_class` is the class of transformers that loads the full model.
     """
 
     lora_targets: str = LLAMA_PROJECTIONS
-    text_prefix: str = ""
-    full_names: dict[str, str] = field(default_factory=dict)
+    text_keys: tuple[tuple[str, str], ...] = (("^", ""),)
+    full_names: tuple[str, str] = ("", "")
+    auto_class: str = "AutoModelForCausalLM"
+
+    def text_key(self, key: str) -> str | None:
+        """The text-only model's name of a checkpoint's tensor, or None if it has none."""
+        for pattern, replacement in self.text_keys:
+            if re.match(pattern, key):
+                return re.sub(pattern, replacement, key, count=1)
+        return None
 
 
 LLAMA_LIKE = Family()
+MISTRAL3 = Family(
+    text_keys=(
+        (r"^language_model\.", ""),  # as published
+        (r"^model\.language_model\.", "model."),  # as transformers 5 may save it
+        (r"^lm_head\.", "lm_head."),
+    ),
+    full_names=("model.layers.", "model.language_model.layers."),
+    auto_class="AutoModelForImageTextToText",
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA_LIKE,
@@ -32,7 +51,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": LLAMA_LIKE,
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
-    "mistral3": Family(text_prefix="language_model.", full_names={"model.layers.": "model.language_model.layers."}),
+    "mistral3": MISTRAL3,
 }
 
 
@@ -42,6 +61,6 @@ def family_of(config: Any) -> Family:
         raise PhoqueError(
             f"phoque has no entry for the architecture {config.model_type!r}.",
             f"It knows {', '.join(FAMILIES)}.",
-            "An entry in models/families.py needs the regex of its LoRA targets and the prefix of its text weights.",
+            "An entry in models/families.py needs its text weights' names and the regex of its LoRA targets.",
         )
     return FAMILIES[config.model_type]

@@ -1,5 +1,6 @@
 """Text-only loading of a base model in nf4, bf16 or fp32, checked tensor by tensor."""
 
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +9,12 @@ import torch
 
 from phoque.errors import PhoqueError
 from phoque.models.families import family_of
+from phoque.models.fp8 import dequantised, is_scale, scales_of
+from phoque.models.shards import Shards
 from phoque.models.source import Source
 
-LARGEST_SANE = 1e3  # trained weights are below 100; raw FP8 codes taken for weights reach 448 in every matrix
+LARGEST_SANE = 100.0  # in a matrix; raw FP8 codes taken for weights reach 448 in every one
+HEAD = "lm_head.weight"
 
 
 def load_config(source: Source) -> Any:
@@ -31,7 +35,8 @@ def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer, with a chat template. Raises PhoqueError (2) if it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder)
+    # never mistral-common's own tokenizer, which transformers prefers where it is installed: it renders no template
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False)
     if not tokenizer.chat_template:
         raise PhoqueError(
             f"{source.name} has no chat template.", "It is not a chat model.", "Use its instruction-tuned sibling."
@@ -44,56 +49,122 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(source: Source, quantization: str, attention: str = "sdpa") -> Any:
-    """The base model, text-only, on the training device, frozen, in `nf4`, `bf16` or `none` (fp32).
+def load_model(source: Source, quantization: str, attention: str = "sdpa", on: torch.device | None = None) -> Any:
+    """The text model on one device (the training device by default), frozen, in `nf4`, `bf16` or `none` (fp32).
 
-    Raises PhoqueError (2) when a weight is missing or unreadable or has a magnitude that no trained weight has.
+    One pass over the checkpoint, a tensor at a time: read, dequantised if it is FP8, cast, quantised, put in its place.
+    Everything that can be told from the headers is checked first. Raises PhoqueError (2) when a weight is missing,
+    left over, of another shape, or of a magnitude that no trained weight has.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    on = on or device()
+    config = load_config(source)
+    family = family_of(config)
+    text = config.get_text_config()
+    shards = Shards(source.folder)
+    names = {text_name: key for key in shards.tensors if (text_name := family.text_key(key)) and not is_scale(key)}
+    if text.tie_word_embeddings:
+        names.pop(HEAD, None)
+    declared = getattr(config, "quantization_config", None) or {}
+    scales = scales_of(shards.tensors, names.values(), _is_fp8(declared))
+    model = _skeleton(text, quantization, attention, family.lora_targets)
+    _check_names(model, names, shards, source, text.tie_word_embeddings)
+    _fill(model, names, shards, scales, on, torch.float32 if quantization == "none" else torch.bfloat16)
+    if text.tie_word_embeddings:
+        model.tie_weights()
+    model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL ask for this attribute
+    model.name_or_path = source.name
+    if (source.folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
 
-    dtype = torch.float32 if quantization == "none" else torch.bfloat16
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            quantization_config=nf4 if quantization == "nf4" else None,
-            attn_implementation=attention,
-            device_map={"": device()},
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError) as error:
-        raise PhoqueError(
-            f"The weights of {source.name} cannot be read.",
-            str(error).splitlines()[0],
-            "A file is damaged or cut short: delete it and fetch it again.",
-        ) from error
-    model, report = loaded
-    _check(model, report, source)
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     model.config.use_cache = False
     return model.requires_grad_(False)
 
 
-def _check(model: Any, report: dict[str, Any], source: Source) -> None:
-    missing = sorted(report["missing_keys"])
-    unread = sorted(key for key in report["unexpected_keys"] if "scale" in key)
-    if missing or unread or report["mismatched_keys"]:
-        first = (missing or unread or sorted(map(str, report["mismatched_keys"])))[0]
+def _is_fp8(declared: Any) -> bool:
+    method = declared.get("quant_method") if isinstance(declared, dict) else declared.quant_method
+    if method not in (None, "fp8"):
         raise PhoqueError(
-            f"The weights of {source.name} do not fit its architecture.",
-            f"First tensor that is missing, left over or of another shape: {first}.",
-            "The checkpoint is incomplete or quantised in a way phoque does not read.",
+            f"The checkpoint is quantised with {method}.", "phoque reads FP8, BF16, FP16 and FP32.", "Use another copy."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.abs().max().item() < LARGEST_SANE:
+    return method == "fp8"
+
+
+def _skeleton(text: Any, quantization: str, attention: str, projections: str) -> Any:
+    """The model with its buffers and no weights; its projections made to hold NF4 if that is asked for."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(text, attn_implementation=attention, dtype=torch.bfloat16)
+    if quantization == "nf4":
+        from bitsandbytes.nn import Linear4bit
+
+        for name, module in list(model.named_modules()):
+            if re.fullmatch(projections, name):
+                held = Linear4bit(
+                    module.in_features, module.out_features, bias=module.bias is not None, device="meta",
+                    compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
+                )  # fmt: skip
+                model.set_submodule(name, held)
+    return model
+
+
+def _check_names(model: Any, names: dict[str, str], shards: Shards, source: Source, tied: bool) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not (tied and name == HEAD)}
+    missing = sorted(shapes.keys() - names.keys())
+    extra = sorted(name for name in names.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq"))
+    reshaped = sorted(n for n in shapes.keys() & names.keys() if shards.tensors[names[n]].shape != shapes[n])
+    for found, what in ((missing, "missing"), (extra, "left over"), (reshaped, "of another shape")):
+        if found:
             raise PhoqueError(
-                f"The weights of {source.name} are not sane.",
+                f"The weights of {source.name} do not fit its architecture.",
+                f"{len(found)} {'is' if len(found) == 1 else 'are'} {what}, first {found[0]}.",
+                "The checkpoint is incomplete, or its config is another model's.",
+            )
+    for name in names.keys() - shapes.keys():
+        del names[name]
+
+
+def _fill(
+    model: Any, names: dict[str, str], shards: Shards, scales: dict[str, str], on: torch.device, dtype: torch.dtype
+) -> None:
+    """Read every tensor once and put it in its place on the device."""
+    target = {key: name for name, key in names.items()}
+    factors = {key: shards.read(scale) for key, scale in scales.items()}
+    largest: dict[str, torch.Tensor] = {}
+    for key, stored in shards.stream(target):
+        tensor = stored.to(on, non_blocking=True)
+        if key in factors:
+            tensor = dequantised(tensor, factors[key])
+        tensor = tensor.to(dtype)
+        # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count
+        largest[target[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0
+        _put(model, target[key], tensor, on)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(on)
+    _refuse_insane(largest)
+
+
+def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf == "weight" and type(module).__name__ == "Linear4bit":
+        from bitsandbytes import nn
+
+        params: Any = nn.Params4bit
+        weight = params(tensor, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module)
+        module.weight = weight.to(on)  # a Params4bit quantises itself when it is moved, also to where it is
+    else:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _refuse_insane(largest: dict[str, torch.Tensor]) -> None:
+    for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
+        if not value < LARGEST_SANE:
+            raise PhoqueError(
+                "The weights are not sane.",
                 f"{name} holds values beyond {LARGEST_SANE:g} or NaN.",
                 "The checkpoint is damaged, or its scales were not applied.",
             )

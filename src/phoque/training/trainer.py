@@ -13,7 +13,8 @@ from trl import SFTConfig, SFTTrainer
 
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, PhoqueError, disk_full
-from phoque.models.adapter import refuse_non_finite
+from phoque.models.adapter import load_adapter, refuse_non_finite, save_adapter
+from phoque.models.families import Family
 from phoque.training import checkpoint
 from phoque.training.callbacks.numbers import Stopwatch
 from phoque.training.loss import TokenLoss, with_token_loss
@@ -26,7 +27,7 @@ class PersonaTrainer(SFTTrainer):
     processing_class: Any
 
     def __init__(
-        self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, keep: int,
+        self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, family: Family, keep: int,
         warn: Callable[[str], None], watch: Stopwatch, callbacks: list[Any],
     ) -> None:  # fmt: skip
         from datasets import IterableDataset
@@ -36,7 +37,7 @@ class PersonaTrainer(SFTTrainer):
         super().__init__(
             model=model, args=args, train_dataset=columns, processing_class=tokenizer, callbacks=callbacks
         )  # fmt: skip
-        self._stream, self._keep, self._warn, self._watch = stream, keep, warn, watch
+        self._stream, self._keep, self._warn, self._watch, self._family = stream, keep, warn, watch, family
         self._staging: str | None = None
         with_token_loss(self.model.get_base_model())
         for parameter in self.model.parameters():
@@ -107,7 +108,8 @@ class PersonaTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Trainer's own also pickles its arguments, which is where tokens leak
-        folder = str(output_dir)
-        self.model.save_pretrained(folder, state_dict=state_dict)
-        self.processing_class.save_pretrained(folder)
-        (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's empty card; ours is in adapter/
+        save_adapter(self.model, Path(str(output_dir)), self._family)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, Path(resume_from_checkpoint), self._family)

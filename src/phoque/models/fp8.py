@@ -1,0 +1,59 @@
+"""FP8 checkpoints: which scale belongs to which weight, and the weight in full precision.
+
+Despite its name, `weight_scale_inv` is multiplied with the weight. `activation_scale` is for FP8 products and unused
+here. Scales may be FP32 or BF16, one for a whole matrix or one for a block of it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from phoque.errors import PhoqueError
+from phoque.models.shards import Stored
+
+SCALE, ACTIVATION = "_scale_inv", "activation_scale"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor is only there to undo the quantisation of another."""
+    return name.endswith((SCALE, ACTIVATION))
+
+
+def scales_of(tensors: dict[str, Stored], wanted: Iterable[str], declared: bool) -> dict[str, str]:
+    """The name of the scale of each FP8 weight among `wanted`.
+
+    Raises PhoqueError (2) for an FP8 weight without its scale, a scale without its FP8 weight, and a checkpoint whose
+    config declares FP8 (`declared`) but holds none: each would train on other weights than were published.
+    """
+    wanted = set(wanted)
+    quantised = {name for name in wanted if tensors[name].dtype in FP8}
+    for name in sorted(quantised):
+        if name + SCALE not in tensors:
+            raise PhoqueError(
+                f"{name} is FP8 and has no scale.", f"{name + SCALE} is missing.", "The checkpoint is incomplete."
+            )
+    for name in sorted(tensors):
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in wanted - quantised:
+            raise PhoqueError(
+                f"{name} is a scale, but its weight is not FP8.",
+                "The shards are of two checkpoints.",
+                "Fetch it again.",
+            )
+    if declared and not quantised:
+        raise PhoqueError(
+            "The config says FP8, but no weight is FP8.",
+            "The config and the weights are of two checkpoints.",
+            "Remove quantization_config from config.json, or fetch the checkpoint again.",
+        )
+    return {name: name + SCALE for name in quantised}
+
+
+def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`weight` (rows, columns) times its scale, in FP32; `scale` is one number or a grid of blocks."""
+    full, scale = weight.to(torch.float32), scale.to(weight.device, torch.float32)
+    if scale.numel() == 1:
+        return full.mul_(scale.reshape(()))
+    for axis in (0, 1):
+        scale = scale.repeat_interleave(-(-full.shape[axis] // scale.shape[axis]), axis)
+    return full.mul_(scale[: full.shape[0], : full.shape[1]])
