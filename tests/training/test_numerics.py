@@ -32,8 +32,8 @@ def stream_of(rows, chat, size=4):
 
 def shaken(model):
     """An adapter whose B is not zero, so that a wrong mask or scale would show."""
-    model = with_adapter(model, 4, 8, 0.0)
     torch.manual_seed(3)
+    model = with_adapter(model, 4, 8, 0.0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -1,7 +1,7 @@
 """Text-only loading of a base model in nf4, bf16 or fp32, checked tensor by tensor."""
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,14 +61,17 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
     family = family_of(config)
     text = config.get_text_config()
     shards = Shards(source.folder)
-    names = {text_name: key for key in shards.tensors if (text_name := family.text_key(key)) and not is_scale(key)}
+    names = {text_name: key for key in shards.tensors if (text_name := family.text_key(key)) and not _derived(key)}
     if text.tie_word_embeddings:
         names.pop(HEAD, None)
     declared = getattr(config, "quantization_config", None) or {}
     scales = scales_of(shards.tensors, names.values(), _is_fp8(declared))
-    model = _skeleton(text, quantization, attention, family.lora_targets)
-    _check_names(model, names, shards, source, text.tie_word_embeddings)
-    _fill(model, names, shards, scales, on, torch.float32 if quantization == "none" else torch.bfloat16)
+    targets = {key: name for name, key in names.items()}
+    with shards.stream(targets, on) as arriving:  # the disk is the slowest part: it works while the model is made
+        model = _skeleton(text, quantization, attention, family.lora_targets)
+        _check_names(model, names, shards, source, text.tie_word_embeddings)
+        factors = {key: shards.read(scale) for key, scale in scales.items()}
+        _fill(model, targets, arriving, factors, on, torch.float32 if quantization == "none" else torch.bfloat16)
     if text.tie_word_embeddings:
         model.tie_weights()
     model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL ask for this attribute
@@ -79,6 +82,11 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     model.config.use_cache = False
     return model.requires_grad_(False)
+
+
+def _derived(key: str) -> bool:
+    """Whether a stored tensor is no weight: a scale, or the rotary frequencies that old checkpoints keep."""
+    return is_scale(key) or key.endswith("rotary_emb.inv_freq")
 
 
 def _is_fp8(declared: Any) -> bool:
@@ -113,7 +121,7 @@ def _skeleton(text: Any, quantization: str, attention: str, projections: str) ->
 def _check_names(model: Any, names: dict[str, str], shards: Shards, source: Source, tied: bool) -> None:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not (tied and name == HEAD)}
     missing = sorted(shapes.keys() - names.keys())
-    extra = sorted(name for name in names.keys() - shapes.keys() if not name.endswith("rotary_emb.inv_freq"))
+    extra = sorted(names.keys() - shapes.keys())
     reshaped = sorted(n for n in shapes.keys() & names.keys() if shards.tensors[names[n]].shape != shapes[n])
     for found, what in ((missing, "missing"), (extra, "left over"), (reshaped, "of another shape")):
         if found:
@@ -122,25 +130,19 @@ def _check_names(model: Any, names: dict[str, str], shards: Shards, source: Sour
                 f"{len(found)} {'is' if len(found) == 1 else 'are'} {what}, first {found[0]}.",
                 "The checkpoint is incomplete, or its config is another model's.",
             )
-    for name in names.keys() - shapes.keys():
-        del names[name]
 
 
 def _fill(
-    model: Any, names: dict[str, str], shards: Shards, scales: dict[str, str], on: torch.device, dtype: torch.dtype
-) -> None:
-    """Read every tensor once and put it in its place on the device."""
-    target = {key: name for name, key in names.items()}
-    factors = {key: shards.read(scale) for key, scale in scales.items()}
+    model: Any, targets: dict[str, str], arriving: Iterator[tuple[str, torch.Tensor]], factors: dict[str, torch.Tensor],
+    on: torch.device, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Put every tensor in its place on the device, as it arrives."""
     largest: dict[str, torch.Tensor] = {}
-    for key, stored in shards.stream(target):
-        tensor = stored.to(on, non_blocking=True)
-        if key in factors:
-            tensor = dequantised(tensor, factors[key])
-        tensor = tensor.to(dtype)
+    for key, stored in arriving:
+        tensor = (dequantised(stored, factors[key]) if key in factors else stored).to(dtype)
         # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count
-        largest[target[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0
-        _put(model, target[key], tensor, on)
+        largest[targets[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0
+        _put(model, targets[key], tensor, on)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(on)
