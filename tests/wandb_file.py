@@ -23,15 +23,22 @@ def chunks(data: bytes) -> Iterator[bytes]:
             parts = []
 
 
-def history(run: Path) -> list[dict]:
-    """Every logged row, in order, of the one offline run below a folder."""
+def records(run: Path, kind: str) -> list:
+    """Every record of a kind, in order, of the one offline run below a folder."""
     from wandb.proto import wandb_internal_pb2
 
     (file,) = run.rglob("*.wandb")
-    rows = []
+    found = []
     for chunk in chunks(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(chunk)
-        if record.WhichOneof("record_type") == "history":
-            rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-    return rows
+        if record.WhichOneof("record_type") == kind:
+            found.append(getattr(record, kind))
+    return found
+
+
+def history(run: Path) -> list[dict]:
+    """Every logged row."""
+    return [
+        {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in row.item} for row in records(run, "history")
+    ]

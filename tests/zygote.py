@@ -40,7 +40,7 @@ class Zygote:
 
 
 def serve() -> None:
-    from phoque.commands.flags import hush_libraries
+    from phoque.console import hush_libraries
 
     hush_libraries()
     import trl.chat_template_utils  # noqa: F401

@@ -1,8 +1,11 @@
 """The one place that prints: the result on stdout (human, --json or --quiet), all else on stderr."""
 
 import json
+import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -115,6 +118,23 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def hush_libraries() -> None:
+    """Keep the libraries' own bars, banners and notes off the terminal; call it before they are imported."""
+    os.environ.update(
+        {
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+            "HF_HUB_VERBOSITY": "error",
+        }
+    )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name in ("bitsandbytes", "datasets", "trl", "accelerate", "huggingface_hub", "torch", "wandb"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 console = Console()

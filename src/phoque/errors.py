@@ -83,6 +83,11 @@ _FOREIGN = {
         "Check the name, and that HF_TOKEN is set (or run `hf auth login`).",
         USAGE,
     ),
+    "EmptyDatasetError": (
+        "The dataset repository holds no data files.",
+        "Check --dataset and --dataset-revision.",
+        USAGE,
+    ),
     "RevisionNotFoundError": ("No such revision on the Hub.", "Check --revision.", USAGE),
     "LocalEntryNotFoundError": (
         "The Hub cannot be reached and the files are not in the local cache.",

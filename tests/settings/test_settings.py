@@ -120,6 +120,14 @@ def test_secrets_file_can_be_named_and_must_exist(tmp_path):
         settle(env_file=tmp_path / "none.env")
 
 
+@pytest.mark.parametrize("name", TrainSettings.not_yet)
+def test_a_name_of_the_spec_that_does_not_work_yet_is_never_ignored(monkeypatch, name):
+    monkeypatch.setenv(name, "harbour/seal")
+    with pytest.raises(PhoqueError, match=name) as caught:
+        settle()
+    assert caught.value.code == 2
+
+
 def test_an_unknown_preset_is_an_error():
     with pytest.raises(PhoqueError) as caught:
         settle({"preset": "dmo"})

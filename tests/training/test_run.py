@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import row, write_rows
-from tests.wandb_file import history
+from tests.wandb_file import history, records
 
 SMALL = [
     "--quantization",
@@ -212,6 +212,26 @@ def test_micro_batches_change_the_memory_and_not_the_loss(train, tmp_path):
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
+def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_llama, rows, tmp_path):
+    from phoque.console import Console
+    from phoque.errors import PhoqueError
+    from phoque.settings.base import resolved
+    from phoque.settings.train import TrainSettings
+    from phoque.training import run
+
+    def burst(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run, "_train", burst)
+    flags = {"base_model": str(tiny_llama), "dataset": str(rows), "output_dir": tmp_path / "run"}
+    with pytest.raises(PhoqueError, match="GB were in use") as caught:
+        run.train(resolved(TrainSettings, flags, {})[0], tmp_path, Console())
+    assert caught.value.code == 1
+    assert all(
+        flag in caught.value.fix for flag in ("--micro-batch 8", "--gradient-checkpointing", "--max-length 1024")
+    )
+
+
 def test_a_full_disk_keeps_the_older_checkpoint(phoque, tiny_llama, rows, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -304,12 +324,16 @@ def test_no_secret_is_written_anywhere(train, tmp_path):
 
 def test_wandb_offline_has_the_same_numbers(train, tmp_path):
     run = tmp_path / "run"
-    train("--max-steps", 4, "--output-dir", run, "--sample-every", 2, env={"WANDB_MODE": "offline"})
+    env = {"WANDB_MODE": "offline", "WANDB_LOG_MODEL": "checkpoint"}
+    train("--max-steps", 4, "--save-steps", 2, "--output-dir", run, "--sample-every", 2, env=env)
     rows = history(run)
     losses = {h["train/global_step"]: h["train/loss"] for h in rows if "train/loss" in h}
     assert losses == {m["step"]: m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m}
     keys = set().union(*rows)
     assert {"train/learning_rate", "train/grad_norm", "train/lora_norm_B", "eval/held_out_loss"} <= keys
+    models = [a for a in records(run, "artifact") if a.type == "model"]
+    assert [list(a.aliases) for a in models][:2] == [["step-2", "latest"], ["step-4", "latest"]]
+    assert {e.path for e in models[0].manifest.contents} == {"adapter_model.safetensors", "adapter_config.json"}
     tables = list((run / "wandb").rglob("sample_outputs*.table.json"))
     assert any(key.startswith("sample_outputs.") for key in keys)
     assert json.loads(tables[0].read_text())["columns"][:3] == ["step", "prompt", "response"]

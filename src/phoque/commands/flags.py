@@ -1,9 +1,6 @@
 """Command line options made from a settings model, so that a flag, its variable and its help are written once."""
 
 import inspect
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,13 +48,3 @@ def _common() -> list[inspect.Parameter]:
     }
     kind = inspect.Parameter.KEYWORD_ONLY
     return [inspect.Parameter(n, kind, default=option, annotation=a) for n, (a, option) in options.items()]
-
-
-def hush_libraries() -> None:
-    """Keep the libraries' own bars, banners and notes off the terminal; call it before they are imported."""
-    os.environ.update({"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"})
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    for name in ("bitsandbytes", "datasets", "trl", "accelerate", "huggingface_hub", "torch", "wandb"):
-        logging.getLogger(name).setLevel(logging.ERROR)

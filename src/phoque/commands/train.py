@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.commands import flags
-from phoque.console import console
+from phoque.console import console, hush_libraries
 from phoque.settings.base import Resolved, cache_folder, resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
@@ -25,7 +25,7 @@ def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None
     asked, warnings = resolved(TrainSettings, given, PRESETS, secrets_file)
     for text in warnings:
         console.warn(text)
-    flags.hush_libraries()
+    hush_libraries()
     if dry_run:
         from phoque.training.plan import plan
 

@@ -11,6 +11,8 @@ from phoque.settings.base import CommandSettings, setting
 class TrainSettings(CommandSettings):
     """What one training run is asked to do."""
 
+    not_yet = ("HUB_MODEL_ID", "EXPORT_MERGED_MODEL", "MERGED_HUB_MODEL_ID", "EXPORT_INFERENCE_ON_SAVE")
+
     preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")
     base_model: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="BASE_MODEL")
     revision: str | None = setting(None, "branch, tag or commit of the base model; pinned to a commit in run.json")

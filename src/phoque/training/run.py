@@ -1,8 +1,6 @@
 """One training run: prepare (find, read, check), then train, then write what it made."""
 
-import hashlib
 import json
-import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 
-from phoque import __version__
 from phoque.console import Console
 from phoque.data.chat import Chat
 from phoque.data.rows import Dataset, open_dataset
@@ -27,9 +24,8 @@ from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import attention, checkpoint, report
 from phoque.training.fingerprint import fingerprint, refuse_other_run
+from phoque.training.record import check_writable, forget, new_record, read_record, write_record
 from phoque.training.tracking import METRICS, SAMPLES, Tracker, forget_after, read_lines, start_wandb
-
-RUN = "run.json"
 
 
 @dataclass
@@ -82,20 +78,20 @@ def train(resolved: Resolved[TrainSettings], cache: Path, console: Console) -> d
     """
     s = resolved.settings
     run = s.folder
-    _check_writable(run)
+    check_writable(run)
     ready = prepare(resolved, cache, console, weights=True)
     if s.fresh_start:
-        _forget(run)  # only now: a run that cannot begin must not cost the one that is there
-    print_ = fingerprint(s, ready.source, ready.dataset, ready.chat, ready.survey)
-    record = _record(run)
+        forget(run)  # only now: a run that cannot begin must not cost the one that is there
+    same = fingerprint(s, ready.source, ready.dataset, ready.chat, ready.survey)
+    record = read_record(run)
     if record:
-        refuse_other_run(record["fingerprint"], print_)
+        refuse_other_run(record["fingerprint"], same)
         if record.get("result"):
             console.say(f"{run} is complete; nothing to do")
             return record["result"]
     resume = checkpoint.newest_whole(run, console.warn)
-    record = record or _new_record(resolved, ready, print_)
-    _write_record(run, record)
+    record = record or new_record(resolved, ready, same)
+    write_record(run, record)
     at = checkpoint.step_of(resume) if resume else 0
     forget_after(run, at)
     if resume:
@@ -190,7 +186,7 @@ def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], se
         "steps": step,
         "loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
         "held_out_loss": {"before": losses[0], "after": losses[-1]} if losses else None,
-        "tokens": trainer._stream.tokens_seen,
+        "tokens": trainer.stream.tokens_seen,
         "seconds": round(seconds, 1),
         "samples": [row for row in read_lines(run / SAMPLES) if row["step"] == step],
     }
@@ -202,7 +198,7 @@ def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], se
     shutil.rmtree(run / "adapter", ignore_errors=True)
     staging.rename(run / "adapter")
     record["result"] = result
-    _write_record(run, record)
+    write_record(run, record)
     report.write(run)
     return result
 
@@ -251,61 +247,6 @@ def _silence(trainer: Any) -> None:
 def _prompts(found: Survey) -> list[str]:
     """The first user messages of three held-out rows: what the data asks, never seen in training."""
     return [next(t["content"] for t in row.messages if t["role"] == "user") for row, _ in found.held_out[:3]]
-
-
-def _check_writable(run: Path) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    probe = run / ".writable"
-    probe.write_text("")
-    probe.unlink()
-    shutil.rmtree(run / checkpoint.STAGING, ignore_errors=True)
-
-
-def _forget(run: Path) -> None:
-    for old in (*checkpoint.checkpoints(run), run / "adapter"):
-        shutil.rmtree(old, ignore_errors=True)
-    for name in (RUN, METRICS, SAMPLES, report.NAME):
-        (run / name).unlink(missing_ok=True)
-
-
-def _record(run: Path) -> dict[str, Any] | None:
-    path = run / RUN
-    if not path.is_file():
-        if checkpoint.checkpoints(run):
-            raise PhoqueError(
-                f"{run} holds checkpoints, but no {RUN}.",
-                "Without it nobody knows what run they belong to.",
-                "Choose another --output-dir, or begin anew with --fresh-start.",
-            )
-        return None
-    return json.loads(path.read_text())
-
-
-def _new_record(resolved: Resolved[TrainSettings], ready: Prepared, print_: dict[str, Any]) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
-    return {
-        "phoque": __version__,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "settings": resolved.provenance(),
-        "fingerprint": print_,
-        "wandb_id": hashlib.sha256(f"{time.time_ns()}{os.getpid()}".encode()).hexdigest()[:12],
-        "versions": {name: version(name) for name in libraries},
-        "base": {
-            "name": ready.source.name,
-            "auto_class": family_of(ready.config).auto_class,
-            "revision": ready.source.revision,
-            "origin": ready.source.origin,
-        },
-        "data": {"name": ready.dataset.name, "revision": ready.dataset.revision, **ready.survey.summary()},
-    }
-
-
-def _write_record(run: Path, record: dict[str, Any]) -> None:
-    staging = run / f".{RUN}"
-    staging.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str))
-    staging.rename(run / RUN)
 
 
 def _stopped(run: Path, step: int, s: TrainSettings, code: int) -> Stopped:

@@ -37,7 +37,7 @@ class PersonaTrainer(SFTTrainer):
         super().__init__(
             model=model, args=args, train_dataset=columns, processing_class=tokenizer, callbacks=callbacks
         )  # fmt: skip
-        self._stream, self._keep, self._warn, self._watch, self._family = stream, keep, warn, watch, family
+        self.stream, self._keep, self._warn, self._watch, self._family = stream, keep, warn, watch, family
         self._staging: str | None = None
         with_token_loss(self.model.get_base_model())
         for parameter in self.model.parameters():
@@ -46,7 +46,7 @@ class PersonaTrainer(SFTTrainer):
                 parameter.data = parameter.data.float()
 
     def get_train_dataloader(self) -> Any:
-        return self._stream
+        return self.stream
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -91,7 +91,7 @@ class PersonaTrainer(SFTTrainer):
         try:
             Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes its own model card
             folder = staging / f"checkpoint-{step}"
-            (folder / checkpoint.DATA_STATE).write_text(json.dumps(self._stream.state_dict()))
+            (folder / checkpoint.DATA_STATE).write_text(json.dumps(self.stream.state_dict()))
             checkpoint.write_manifest(folder)
             final = run / folder.name
             shutil.rmtree(final, ignore_errors=True)  # only ever one that was found not to be whole

@@ -33,7 +33,7 @@ class Numbers(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 0:
-            self._measure(model, state)
+            self._measure(model)
             self._write(0)
         self.watch.lap()
 
@@ -44,7 +44,9 @@ class Numbers(TrainerCallback):
         if last:
             control.should_log = True
         if state.global_step % self.eval_every == 0 or last:
-            self._measure(model, state)
+            self._measure(model)
+            if not control.should_log:  # a held-out loss belongs to its own step, also where no line is due
+                self._write(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
@@ -62,13 +64,10 @@ class Numbers(TrainerCallback):
             self.tracker.metrics(step, self._pending)
         self._pending = {}
 
-    def _measure(self, model: Any, state: Any) -> None:
+    def _measure(self, model: Any) -> None:
         if self.held_out:
             with self.watch.paused():
                 self._pending |= held_out_loss(model, self.held_out)
-            # a held-out loss belongs to its own step, also where no training line is due
-            if state.global_step % state.logging_steps and state.global_step < state.max_steps:
-                self._write(state.global_step)
 
 
 class Stopwatch:

@@ -1,0 +1,82 @@
+"""run.json, and the folder that it describes."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phoque import __version__
+from phoque.errors import PhoqueError
+from phoque.models.families import family_of
+from phoque.settings.base import Resolved
+from phoque.settings.train import TrainSettings
+from phoque.training import checkpoint, report
+from phoque.training.tracking import METRICS, SAMPLES
+
+if TYPE_CHECKING:
+    from phoque.training.run import Prepared
+
+RUN = "run.json"
+
+
+def check_writable(run: Path) -> None:
+    """Make the folder and write to it once; clear away what a killed save left. Raises OSError."""
+    run.mkdir(parents=True, exist_ok=True)
+    probe = run / ".writable"
+    probe.write_text("")
+    probe.unlink()
+    shutil.rmtree(run / checkpoint.STAGING, ignore_errors=True)
+
+
+def forget(run: Path) -> None:
+    """Delete everything of the run that is in the folder."""
+    for old in (*checkpoint.checkpoints(run), run / "adapter"):
+        shutil.rmtree(old, ignore_errors=True)
+    for name in (RUN, METRICS, SAMPLES, report.NAME):
+        (run / name).unlink(missing_ok=True)
+
+
+def read_record(run: Path) -> dict[str, Any] | None:
+    """run.json, or None in a new folder. Raises PhoqueError (2) for checkpoints that no record explains."""
+    path = run / RUN
+    if not path.is_file():
+        if checkpoint.checkpoints(run):
+            raise PhoqueError(
+                f"{run} holds checkpoints, but no {RUN}.",
+                "Without it nobody knows what run they belong to.",
+                "Choose another --output-dir, or begin anew with --fresh-start.",
+            )
+        return None
+    return json.loads(path.read_text())
+
+
+def new_record(resolved: Resolved[TrainSettings], ready: "Prepared", same: dict[str, Any]) -> dict[str, Any]:
+    """What is known when a run begins: settings with provenance, fingerprint, versions, base and data; no secret."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+    return {
+        "phoque": __version__,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": resolved.provenance(),
+        "fingerprint": same,
+        "wandb_id": hashlib.sha256(f"{time.time_ns()}{os.getpid()}".encode()).hexdigest()[:12],
+        "versions": {name: version(name) for name in libraries},
+        "base": {
+            "name": ready.source.name,
+            "auto_class": family_of(ready.config).auto_class,
+            "revision": ready.source.revision,
+            "origin": ready.source.origin,
+        },
+        "data": {"name": ready.dataset.name, "revision": ready.dataset.revision, **ready.survey.summary()},
+    }
+
+
+def write_record(run: Path, record: dict[str, Any]) -> None:
+    """Write run.json, whole or not at all."""
+    staging = run / f".{RUN}"
+    staging.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str))
+    staging.rename(run / RUN)
