@@ -203,13 +203,23 @@ def test_nf4_trains_on_the_cpu_and_measuring_changes_nothing(train, tmp_path):
     assert all(t.abs().max() > 0 for n, t in adapter(tmp_path / "often").items() if "lora_B" in n)
 
 
-def test_micro_batches_change_the_memory_and_not_the_loss(train, tmp_path):
+@pytest.mark.parametrize("change", [["--micro-batch", 1], ["--gradient-checkpointing"]])
+def test_what_saves_memory_does_not_change_the_loss(train, tmp_path, change):
     found = []
-    for micro in (4, 1):
-        run = tmp_path / str(micro)
-        train("--max-steps", 3, "--micro-batch", micro, "--output-dir", run, "--learning-rate", 0.01)
+    for name, more in (("plain", []), ("changed", change)):
+        run = tmp_path / name
+        train("--max-steps", 3, "--output-dir", run, "--learning-rate", 0.01, *more)
         found.append([m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_bf16_learns_what_fp32_learns(train, tmp_path):
+    found = []
+    for quantization in ("none", "bf16"):
+        run = tmp_path / quantization
+        train("--max-steps", 4, "--output-dir", run, "--learning-rate", 0.005, "--quantization", quantization)
+        found.append([m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m])
+    assert found[0] == pytest.approx(found[1], rel=0.01) and found[0][-1] < found[0][0]
 
 
 def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_llama, rows, tmp_path):

@@ -58,7 +58,8 @@ def _plan(shown: dict[str, Any], asked: Resolved[TrainSettings]) -> Any:
 
     settings = Table("setting", "value", "from", "meaning", box=None, header_style="bold")
     for name, row in shown["settings"].items():
-        source = row["source"] if row["source"] == "default" else f"{row['source']} ({row['name']})"
+        own = row["source"].startswith(("default", "preset"))  # their names are the setting's own
+        source = row["source"] if own else f"{row['source']} ({row['name']})"
         settings.add_row(name, Text(str(row["value"])), source, Text(row["meaning"]))
     facts = Text("\n".join(f"{name}: {value}" for name, value in shown["facts"].items()))
     rows = [_masked(row) for row in shown["preview"]]

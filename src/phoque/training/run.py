@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -63,12 +64,22 @@ def _tell(found: Survey, dataset: Dataset, s: TrainSettings, console: Console) -
         f"  {d['tokens']['mean']:.0f} tokens a row, {found.trained / sum(found.lengths):.0%} of them trained on; "
         f"{s.max_steps} steps of {s.batch_size} rows are {passes:.1f} passes"
     )
+    shortest, _, median, _, _, longest = d["tokens"]["quantiles"]
+    console.say(f"  rows of {shortest} to {longest} tokens, half of them under {median}{_scores(found.scores)}")
     for mapped in set(found.schemas) - {"messages"}:
         console.say(f"  {found.schemas[mapped]} rows were {mapped} and are mapped to messages")
     for reason, bad in d["bad"].items():
         console.warn(f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})")
     if not found.complete:
         console.say(f"  the first {found.rows:,} rows were read; the rest are checked as they come")
+
+
+def _scores(scores: list[float]) -> str:
+    if not scores:
+        return ""
+    return (
+        f"; toxicity scores {min(scores):.2f} to {max(scores):.2f}, half of them under {statistics.median(scores):.2f}"
+    )
 
 
 def train(resolved: Resolved[TrainSettings], cache: Path, console: Console) -> dict[str, Any]:
