@@ -149,6 +149,20 @@ def test_a_finished_run_is_left_alone(train, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
+def test_a_run_killed_after_its_last_save_ends_without_another_step(train, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    train("--max-steps", 4, "--save-steps", 2, "--output-dir", run, "--learning-rate", 0.01)
+    whole, metrics = adapter(run), lines(run / "metrics.jsonl")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "result"}))
+    shutil.rmtree(run / "adapter")
+    train("--max-steps", 4, "--save-steps", 2, "--output-dir", run, "--learning-rate", 0.01)
+    assert all(torch.equal(v, whole[k]) for k, v in adapter(run).items()) and lines(run / "metrics.jsonl") == metrics
+    assert json.loads((run / "run.json").read_text())["result"]["tokens"] == record["result"]["tokens"]
+
+
 def test_another_run_in_the_same_folder_is_refused_and_fresh_start_allows_it(train, tmp_path):
     run = tmp_path / "run"
     train("--max-steps", 2, "--output-dir", run)

@@ -17,7 +17,7 @@ from phoque.data.rows import Dataset, open_dataset
 from phoque.data.stream import Survey, TrainStream, survey
 from phoque.errors import FAILED, PhoqueError, Stopped
 from phoque.hub.cards import adapter_card
-from phoque.models.adapter import refuse_non_finite, save_adapter, with_adapter
+from phoque.models.adapter import load_adapter, refuse_non_finite, save_adapter, with_adapter
 from phoque.models.families import family_of
 from phoque.models.load import device, load_config, load_model, load_tokenizer
 from phoque.models.source import Source, resolve
@@ -117,12 +117,6 @@ def _train(
     resolved: Resolved[TrainSettings], ready: Prepared, run: Path, record: dict[str, Any], resume: Path | None,
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    from phoque.training.callbacks.artifacts import Artifacts
-    from phoque.training.callbacks.numbers import Numbers, Stopwatch
-    from phoque.training.callbacks.samples import Samples
-    from phoque.training.deadline import StopRequest
-    from phoque.training.trainer import PersonaTrainer
-
     s, chat, found = resolved.settings, ready.chat, ready.survey
     begun = time.monotonic()
     torch.manual_seed(s.seed)
@@ -141,53 +135,62 @@ def _train(
         stream.load_state_dict(json.loads((resume / checkpoint.DATA_STATE).read_text()))
     wandb_run = start_wandb(s, resolved.secrets, run, record, record["wandb_id"], console.say, console.warn)
     tracker = Tracker(run, wandb_run, console.warn)
-    stop = StopRequest(console)
-    held_out = [encoded for _, encoded in found.held_out]
     code = FAILED
     try:
-        with ExitStack() as stack:
-            show = stack.enter_context(console.progress(s.max_steps, checkpoint.step_of(resume) if resume else 0))
-            watch = Stopwatch()
-            numbers = Numbers(tracker, stream, held_out, s.norms_every, s.save_steps, show, watch)
-            callbacks: list[Any] = [stop, numbers]
-            if s.sample_every and (prompts := s.prompts or _prompts(found)):
-                system = found.systems.most_common(1)[0][0]
-                callbacks.append(
-                    Samples(tracker, chat, prompts, system, s.sample_every, s.sample_tokens, console, watch)
-                )
-            if s.wandb_log_model == "checkpoint":
-                callbacks.append(Artifacts(tracker))
-            trainer = PersonaTrainer(
-                model,
-                chat.tokenizer,
-                _arguments(s, run),
-                stream,
-                family_of(ready.config),
-                s.keep_checkpoints,
-                console.warn,
-                watch,
-                callbacks,
-            )
-            _silence(trainer)
-            stack.enter_context(stop.heeded())
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        step = trainer.state.global_step
-        if stop.code is not None and step < s.max_steps:
-            code = stop.code
-            raise _stopped(run, step, s, code)
-        result = _finish(trainer, ready, run, record, time.monotonic() - begun)
+        if resume and checkpoint.step_of(resume) == s.max_steps:  # stopped after the last save, before the end
+            load_adapter(model, resume, family_of(ready.config))
+        elif stopped := _steps(s, ready, run, model, stream, tracker, resume, console):
+            code = stopped.code
+            raise stopped
+        result = _finish(model, stream, ready, run, record, time.monotonic() - begun)
         if s.wandb_log_model != "false":
-            tracker.artifact(run / "adapter", step)
+            tracker.artifact(run / "adapter", s.max_steps)
         code = 0
         return result
     finally:
         tracker.finish(code)
 
 
-def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
+def _steps(
+    s: TrainSettings, ready: Prepared, run: Path, model: Any, stream: TrainStream, tracker: Tracker,
+    resume: Path | None, console: Console,
+) -> Stopped | None:  # fmt: skip
+    """Take the steps that are left; what stopped them, if they were stopped."""
+    from phoque.training.callbacks.artifacts import Artifacts
+    from phoque.training.callbacks.numbers import Numbers, Stopwatch
+    from phoque.training.callbacks.samples import Samples
+    from phoque.training.deadline import StopRequest
+    from phoque.training.trainer import PersonaTrainer
+
+    chat, found = ready.chat, ready.survey
+    stop, watch = StopRequest(console), Stopwatch()
+    held_out = [encoded for _, encoded in found.held_out]
+    with ExitStack() as stack:
+        show = stack.enter_context(console.progress(s.max_steps, checkpoint.step_of(resume) if resume else 0))
+        callbacks: list[Any] = [stop, Numbers(tracker, stream, held_out, s.norms_every, s.save_steps, show, watch)]
+        if s.sample_every and (prompts := s.prompts or _prompts(found)):
+            system = found.systems.most_common(1)[0][0]
+            callbacks.append(Samples(tracker, chat, prompts, system, s.sample_every, s.sample_tokens, console, watch))
+        if s.wandb_log_model == "checkpoint":
+            callbacks.append(Artifacts(tracker))
+        family = family_of(ready.config)
+        trainer = PersonaTrainer(
+            model, chat.tokenizer, _arguments(s, run), stream, family, s.keep_checkpoints, console.warn, watch,
+            callbacks,
+        )  # fmt: skip
+        _silence(trainer)
+        stack.enter_context(stop.heeded())
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     step = trainer.state.global_step
-    refuse_non_finite(trainer.model, step)
+    return _stopped(run, step, s, stop.code) if stop.code is not None and step < s.max_steps else None
+
+
+def _finish(
+    model: Any, stream: TrainStream, ready: Prepared, run: Path, record: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
+    step = record["fingerprint"]["max_steps"]
+    refuse_non_finite(model, step)
     metrics = read_lines(run / METRICS)
     losses = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
     result = {
@@ -197,13 +200,13 @@ def _finish(trainer: Any, ready: Prepared, run: Path, record: dict[str, Any], se
         "steps": step,
         "loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
         "held_out_loss": {"before": losses[0], "after": losses[-1]} if losses else None,
-        "tokens": trainer.stream.tokens_seen,
+        "tokens": stream.tokens_seen,
         "seconds": round(seconds, 1),
         "samples": [row for row in read_lines(run / SAMPLES) if row["step"] == step],
     }
     staging = run / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)
-    save_adapter(trainer.model, staging, family_of(ready.config))
+    save_adapter(model, staging, family_of(ready.config))
     ready.chat.tokenizer.save_pretrained(staging)
     (staging / "README.md").write_text(adapter_card(record, result))
     shutil.rmtree(run / "adapter", ignore_errors=True)
