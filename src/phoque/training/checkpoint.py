@@ -1,6 +1,5 @@
 """Checkpoints on disk: one exists when its manifest verifies, and is written under a temporary name first."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phoque.errors import FAILED, PhoqueError
+from phoque.files import sha256
 
 MANIFEST = "MANIFEST.json"
 STAGING = ".saving"
@@ -19,7 +19,7 @@ NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_
 def write_manifest(folder: Path) -> None:
     """Write the sha256 of each file, last of all, and have everything on the disk before returning."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
-    sums = {str(f.relative_to(folder)): _sha256(f) for f in files}
+    sums = {str(f.relative_to(folder)): sha256(f) for f in files}
     (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
     for file in [*files, folder / MANIFEST, folder]:
         handle = os.open(file, os.O_RDONLY)
@@ -38,7 +38,7 @@ def flaw(folder: Path) -> str | None:
     for name in (*NEEDED, *sums):
         if name not in sums or not (folder / name).is_file():
             return f"{name} is missing"
-    return next((f"{name} is damaged" for name, wanted in sums.items() if _sha256(folder / name) != wanted), None)
+    return next((f"{name} is damaged" for name, wanted in sums.items() if sha256(folder / name) != wanted), None)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -77,8 +77,3 @@ def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(run)[keep:]:
         shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
