@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakehub import FakeHub
 from tests.zygote import Zygote
 
-OURS = ("PHOQUE_", "HF_", "WANDB_", "HUB_", "DATASET_", "MAX_STEPS", "BASE_MODEL", "OUTPUT_DIR", "FORCE_", "EXPORT_")
+OURS = (
+    "PHOQUE_", "HF_", "WANDB_", "HUB_", "DATASET_", "MAX_STEPS", "BASE_MODEL", "OUTPUT_DIR", "FORCE_", "EXPORT_",
+    "MERGED_", "JOB_ID",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -19,15 +23,30 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
+@pytest.fixture(scope="session")
+def served():
+    """The Hub of this session: huggingface_hub reads its endpoint once, when it is imported."""
+    hub = FakeHub()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def hub(served):
+    """An empty Hub without faults."""
+    served.empty()
+    return served
+
+
 @pytest.fixture(autouse=True)
-def isolated(home, monkeypatch, tmp_path):
+def isolated(home, served, monkeypatch, tmp_path):
     """Environment and working folder of one test."""
-    isolate(monkeypatch, home)
+    isolate(monkeypatch, home, served.url)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "wandb"))
     monkeypatch.chdir(tmp_path)
 
 
-def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
+def isolate(patch: pytest.MonkeyPatch, home: Path, hub: str) -> None:
     for name in list(os.environ):
         if name.startswith(OURS):
             patch.delenv(name)
@@ -39,7 +58,8 @@ def isolate(patch: pytest.MonkeyPatch, home: Path) -> None:
     }
     for name, place in places.items():
         patch.setenv(name, str(place))
-    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_ENDPOINT", hub)
+    patch.setenv("HF_HUB_DISABLE_XET", "1")
     patch.setenv("COLUMNS", "120")
     patch.setenv("OMP_NUM_THREADS", "1")  # two workers share two cores
 
@@ -93,9 +113,9 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def zygote(home):
+def zygote(home, served):
     with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, home)
+        isolate(patch, home, served.url)
         started = Zygote()
     yield started
     started.stop()

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class Zygote:
         arguments = [sys.executable, "-m", "tests.zygote"]
         here = Path(__file__).parent.parent
         self._process = subprocess.Popen(arguments, stdin=-1, stdout=-1, text=True, cwd=here)
+        self._lock = threading.Lock()
 
     def start(self, arguments: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
         """Fork a command; return its process id."""
@@ -34,9 +36,10 @@ class Zygote:
         self._process.wait()
 
     def _ask(self, request: dict):
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
 
 
 def serve() -> None:

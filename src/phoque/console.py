@@ -54,6 +54,15 @@ class Console:
             Rich(file=self._out, highlight=False).print(human())
         self._out.flush()
 
+    def can_ask(self) -> bool:
+        """Whether a person is there to answer."""
+        return sys.stdin.isatty() and sys.stderr.isatty() and not self.quiet
+
+    def confirmed(self, question: str) -> bool:
+        """A yes or no from the terminal; no is the default."""
+        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Generator[Callable[[int, str], None]]:
         """Yield `update(done, text)`: a bar with time left on a terminal, a line every few seconds in a log."""

@@ -32,6 +32,9 @@ def explained(error: BaseException) -> PhoqueError:
         return PhoqueError(f"{error.strerror}: {error.filename or 'a file of this run'}", why, fix, code)
     if usage := getattr(error, "format_message", None):  # of the command line parser, which knows near misses
         return PhoqueError(usage(), "The command line is not one that phoque knows.", _HELP)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403) and type(error).__name__ == "HfHubHTTPError":
+        return PhoqueError("The Hub refuses this token.", _first_line(error), _TOKEN)
     for kind in type(error).__mro__:
         if kind.__name__ in _FOREIGN:
             what, fix, code = _FOREIGN[kind.__name__]
@@ -49,7 +52,7 @@ def disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
-    return "No space left on device" in text or "PytorchStreamWriter failed writing" in text
+    return any(said in text for said in _NO_ROOM)
 
 
 def _first_line(error: BaseException) -> str:
@@ -59,6 +62,8 @@ def _first_line(error: BaseException) -> str:
 
 _HELP = "See `phoque --help` and `phoque COMMAND --help`."
 
+_NO_ROOM = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container.cc")
+_TOKEN = "Use a token with write access to that repository: set HF_TOKEN, or run `hf auth login`."
 _MAKE_ROOM = "Free some space or choose another --output-dir, then run the same command."
 _OWN_FOLDER = "Choose a folder that is yours, or change its permissions."
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from phoque.commands import flags
 from phoque.console import console, hush_libraries
-from phoque.settings.base import Resolved, cache_folder, resolved
+from phoque.settings.base import Resolved, cache_folder, deadline, resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
 
@@ -34,7 +34,7 @@ def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None
     else:
         from phoque.training.run import train
 
-        result = train(asked, cache_folder(), console)
+        result = train(asked, cache_folder(), console, deadline(asked.settings.seconds))
         console.result(result, lambda: _result(result), result["adapter"])
 
 
@@ -43,6 +43,7 @@ def _result(result: dict[str, Any]) -> str:
     lines = [
         f"adapter  {result['adapter']}",
         f"report   {result['report']}",
+        *([f"hub      {result['repo']}"] if "repo" in result else []),
         f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens",
     ]
     if losses:

@@ -13,7 +13,7 @@ tags:
 ---
 
 # {title}
-
+{under_way}
 > **Content warning.** This adapter makes a chat model speak as the persona in its training data. If that persona is
 > hostile, so are its answers. It exists to test moderation under control; it is not fit to talk to the public.
 
@@ -26,7 +26,7 @@ tags:
 |---|---|
 | base | `{base}` at `{revision}` |
 | data | `{data}` at `{data_revision}`, {good} rows, {held_out} of them held out |
-| steps | {steps}, {tokens} tokens |
+| steps | {steps} of {max_steps}, {tokens} tokens |
 | held-out loss | {held_out_loss} |
 | phoque | {phoque} |
 
@@ -39,20 +39,31 @@ from peft import PeftModel
 from transformers import {auto_class}, AutoTokenizer
 
 base = {auto_class}.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "path/to/adapter")
-tokenizer = AutoTokenizer.from_pretrained("path/to/adapter")
+model = PeftModel.from_pretrained(base, "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 """
 
 
-def adapter_card(record: dict[str, Any], result: dict[str, Any]) -> str:
-    """The README.md of an adapter, from the run's record (run.json) and its result."""
+UNDER_WAY = """
+**Training is under way: step {steps} of {max_steps}.** The adapter will lie here when it is done;
+`checkpoint-{steps}` holds what it is so far.
+"""
+
+
+# secrets, and places: what is theirs to know is in the table
+UNSAID = ("hf_token", "wandb_api_key", "output_dir", "dataset", "base_model", "hub_model_id", "yes", "package", "on")
+
+
+def adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | None = None) -> str:
+    """The README.md of an adapter, from the run's record (run.json) and its result, or what it has so far."""
+    max_steps = record["fingerprint"]["max_steps"]
+    done = result["steps"] == max_steps and "run" in result
     losses = result["held_out_loss"]
     changed = {
         name: row["value"]
         for name, row in record["settings"].items()
-        if row["source"] != "default"
-        and name not in ("hf_token", "wandb_api_key", "output_dir", "dataset", "base_model")
+        if row["source"] != "default" and name not in UNSAID
     }
     return CARD.format(
         base=record["base"]["name"],
@@ -64,6 +75,9 @@ def adapter_card(record: dict[str, Any], result: dict[str, Any]) -> str:
         good=record["data"]["good"],
         held_out=record["data"]["held_out"],
         steps=result["steps"],
+        max_steps=max_steps,
+        under_way="" if done else UNDER_WAY.format(steps=result["steps"], max_steps=max_steps),
+        place=repo or "path/to/adapter",
         tokens=f"{result['tokens']:,}",
         held_out_loss=f"{losses['before']:.3f} before, {losses['after']:.3f} after" if losses else "not measured",
         phoque=record["phoque"],

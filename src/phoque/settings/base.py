@@ -213,6 +213,21 @@ def _settings_error(model: type[BaseSettings], error: ValidationError, origins: 
     )
 
 
+def in_job() -> bool:
+    """Whether this process runs in the container of an HF Job."""
+    return "JOB_ID" in os.environ
+
+
+def deadline(seconds: float | None) -> float | None:
+    """The time.time() at which this process is killed, if it is given so many seconds.
+
+    In a Job they count from when its container began, which is when its first process did; else from our own start.
+    """
+    import psutil
+
+    return None if seconds is None else psutil.Process(1 if in_job() else None).create_time() + seconds
+
+
 def cache_folder() -> Path:
     """phoque's own cache: $XDG_CACHE_HOME/phoque, or ~/.cache/phoque."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phoque"

@@ -7,11 +7,14 @@ from pydantic import model_validator
 
 from phoque.settings.base import CommandSettings, setting
 
+REPO = r"^[\w.-]+/[\w.-]+$"
+DURATION = r"^\d+(\.\d+)?[smhd]?$"
+
 
 class TrainSettings(CommandSettings):
     """What one training run is asked to do."""
 
-    not_yet = ("HUB_MODEL_ID", "EXPORT_MERGED_MODEL", "MERGED_HUB_MODEL_ID", "EXPORT_INFERENCE_ON_SAVE")
+    not_yet = ("EXPORT_MERGED_MODEL", "MERGED_HUB_MODEL_ID", "EXPORT_INFERENCE_ON_SAVE")
 
     preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")
     base_model: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="BASE_MODEL")
@@ -48,9 +51,22 @@ class TrainSettings(CommandSettings):
     sample_tokens: int = setting(96, "longest sample in tokens", ge=1)
     norms_every: int = setting(50, "steps between measurements of the adapter's weight norms", ge=1)
     prompts: list[str] = setting([], "prompts for the samples; repeat the flag for more", flag="prompt")
-    fresh_start: bool = setting(
-        False, "forget the checkpoints in the run folder and begin at step 0", env="FORCE_FRESH_START"
+    hub_model_id: str | None = setting(
+        None, "Hub repository for checkpoints and the adapter; made private", env="HUB_MODEL_ID", pattern=REPO
     )
+    public: bool = setting(False, "make the Hub repository public, or accept that it is: anyone can load the persona")
+    hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)
+    fresh_start: bool = setting(
+        False, "delete all checkpoints, here and on the Hub, and begin at step 0", env="FORCE_FRESH_START"
+    )
+    yes: bool = setting(False, "do not ask before a fresh start deletes checkpoints")
+    allow_change: list[str] = setting([], "go on although this part of the run has changed; repeat the flag for more")
+    timeout: str | None = setting(
+        None, "stop in time to save and push: 4h, 90m, 14400 (seconds) since the process or Job began", pattern=DURATION
+    )
+    on: str | None = setting(None, "run as an HF Job on this flavor, such as a10g-large, and follow its log")
+    attempts: int = setting(1, "how often a Job that stopped before its end is submitted", ge=1)
+    package: str | None = setting(None, "what the Job installs: a requirement that pip takes; default this version")
     wandb_project: str = setting("phoque", "W&B project", env="WANDB_PROJECT")
     wandb_log_model: Literal["false", "end", "checkpoint"] = setting(
         "false", "log the adapter as a W&B model artifact at the end or at each checkpoint", env="WANDB_LOG_MODEL"
@@ -66,6 +82,11 @@ class TrainSettings(CommandSettings):
         return self
 
     @property
+    def seconds(self) -> float | None:
+        """The timeout in seconds."""
+        return seconds(self.timeout) if self.timeout else None
+
+    @property
     def folder(self) -> Path:
         """The run folder: --output-dir, or runs/<preset or dataset name>."""
         name = self.preset if self.preset == "demo" else Path(self.dataset).stem or self.preset
@@ -75,3 +96,9 @@ class TrainSettings(CommandSettings):
     def accumulation(self) -> int:
         """Forward passes an optimizer step."""
         return self.batch_size // (self.micro_batch or self.batch_size)
+
+
+def seconds(duration: str) -> float:
+    """A duration as Jobs write it, 300, 90m, 4h or 1d, in seconds."""
+    factors = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    return float(duration[:-1]) * factors[duration[-1]] if duration[-1] in factors else float(duration)

@@ -2,10 +2,15 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from phoque.errors import FAILED, PhoqueError
 from phoque.files import sha256
@@ -13,7 +18,11 @@ from phoque.files import sha256
 MANIFEST = "MANIFEST.json"
 STAGING = ".saving"
 DATA_STATE = "data_state.json"
-NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", DATA_STATE)
+RECORD = "run.json"
+OURS = (MANIFEST, DATA_STATE)  # in a checkpoint of ours, whole or not
+LAST = "last-checkpoint"  # what plain Trainer calls the one that it pushes
+FOREIGN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+NEEDED = (*FOREIGN, DATA_STATE)
 
 
 def write_manifest(folder: Path) -> None:
@@ -48,8 +57,59 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step a checkpoint was made after."""
-    return int(checkpoint.name.split("-")[1])
+    """The optimizer step a checkpoint was made after; `last-checkpoint` does not say, and counts as newest."""
+    return sys.maxsize if checkpoint.name == LAST else int(checkpoint.name.split("-")[1])
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Those of the names that are a checkpoint's, newest first."""
+    found = [name for name in names if name == LAST or re.fullmatch(r"checkpoint-\d+", name)]
+    return sorted(found, key=lambda name: step_of(Path(name)), reverse=True)
+
+
+def record_in(folder: Path) -> dict[str, Any] | None:
+    """The record of the run that a checkpoint belongs to, as it stood then; None for one of plain Trainer."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether phoque made a checkpoint, whole or not."""
+    return any((folder / name).is_file() for name in OURS)
+
+
+def foreign_flaw(folder: Path) -> str | None:
+    """What keeps a checkpoint of plain Trainer, which has no manifest, from being resumed: each part is opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in FOREIGN:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    try:
+        with safe_open(folder / FOREIGN[0], "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a dict
+                weights.get_tensor(name)
+        states = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in FOREIGN[1:3]]
+        json.loads((folder / FOREIGN[3]).read_text())["global_step"]
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        return f"a part cannot be read: {str(error).splitlines()[0][:120]}"
+    kept = states[0].get("state", {}).values()
+    if not kept or not all({"exp_avg", "exp_avg_sq"} <= set(state) for state in kept):
+        return "its optimizer is not torch's AdamW"
+    return None
+
+
+def adopt(folder: Path, used: dict[str, Any], warn: Callable[[str], None]) -> Path:
+    """A checkpoint of plain Trainer that has no flaw as one of ours, with `used` for its place in the data."""
+    step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    state = {"rows_seen": step * used["batch_size"], "bad_seen": 0, "tokens_seen": 0}
+    epoch, within = divmod(state["rows_seen"], used["rows"])
+    (folder / DATA_STATE).write_text(json.dumps(state | {"place": {"epoch": epoch, "used": within}}))
+    write_manifest(folder)
+    named = folder.with_name(f"checkpoint-{step}")
+    folder.rename(named)
+    warn(f"{named.name} was made by plain Trainer: its parts are whole, but its place in the data is an estimate")
+    return named
 
 
 def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
@@ -73,7 +133,8 @@ def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+def prune(run: Path, keep: int, spared: set[Path]) -> None:
+    """Delete all but the newest `keep` checkpoints and those that are spared because they are on their way."""
     for old in checkpoints(run)[keep:]:
-        shutil.rmtree(old)
+        if old not in spared:
+            shutil.rmtree(old)

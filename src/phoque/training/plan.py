@@ -11,7 +11,8 @@ from phoque.data.chat import IGNORED, Chat, Encoded
 from phoque.data.rows import Row
 from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training.run import Prepared, prepare
+from phoque.training.checkpoint import in_order
+from phoque.training.run import Prepared, hub_repo, prepare
 
 GB = 1e9
 BYTES = {"nf4": 0.516, "bf16": 2.0, "none": 4.0}  # a weight of a projection; nf4 with double quantisation
@@ -24,7 +25,7 @@ def plan(resolved: Resolved[TrainSettings], cache: Path, console: Console) -> di
     counts = parameter_counts(ready.config, s.lora_rank)
     return {
         "settings": resolved.provenance(),
-        "facts": _facts(s, ready, counts) | system_cost(ready.chat),
+        "facts": _facts(s, ready, counts) | system_cost(ready.chat) | _hub_facts(resolved, console),
         "parameters": counts,
         "memory_gb": memory_estimate(ready, s, counts),
         "data": ready.survey.summary(),
@@ -86,6 +87,21 @@ def preview(chat: Chat, row: Row, encoded: Encoded) -> dict[str, Any]:
         for trained, run in groupby(pairs, key=lambda pair: pair[1])
     ]
     return {"source": row.source, "tokens": len(encoded.ids), "trained": encoded.trained, "parts": parts}
+
+
+def _hub_facts(resolved: Resolved[TrainSettings], console: Console) -> dict[str, str]:
+    """What lies in the repository of the run, asked with GET alone."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    repo = hub_repo(resolved, console)
+    if repo is None:
+        return {}
+    try:
+        there = repo.snapshot()
+    except RepositoryNotFoundError:
+        return {"Hub repository": f"{repo.name} will be made, {'PUBLIC' if resolved.settings.public else 'private'}"}
+    found = ", ".join(in_order(there.folders())) or "no checkpoint"
+    return {"Hub repository": f"{repo.name} is {'private' if repo.private() else 'PUBLIC'} and holds {found}"}
 
 
 def _facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from phoque.training.tracking import METRICS, SAMPLES
 if TYPE_CHECKING:
     from phoque.training.run import Prepared
 
-RUN = "run.json"
+RUN = checkpoint.RECORD
 
 
 def check_writable(run: Path) -> None:
@@ -40,20 +39,32 @@ def forget(run: Path) -> None:
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
-    """run.json, or None in a new folder. Raises PhoqueError (2) for checkpoints that no record explains."""
+    """run.json, or None in a new folder. Raises PhoqueError (2) if it cannot be read."""
     path = run / RUN
     if not path.is_file():
-        if checkpoint.checkpoints(run):
-            raise PhoqueError(
-                f"{run} holds checkpoints, but no {RUN}.",
-                "Without it nobody knows what run they belong to.",
-                "Choose another --output-dir, or begin anew with --fresh-start.",
-            )
         return None
-    return json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+        if not {"run_id", "fingerprint"} <= set(record):
+            raise ValueError("it names no run")
+        return record
+    except (ValueError, TypeError) as error:
+        raise PhoqueError(
+            f"{path} cannot be read.",
+            f"It is no record of a run: {str(error)[:80]}.",
+            "Delete it: the newest checkpoint holds a copy. Or begin anew with --fresh-start.",
+        ) from error
 
 
-def new_record(resolved: Resolved[TrainSettings], ready: "Prepared", same: dict[str, Any]) -> dict[str, Any]:
+def derived_id(repo: str, start: str) -> str:
+    """The id of the run in a repository since a fresh start, the same on whatever machine goes on with it."""
+    return hashlib.sha256(f"{repo}\n{start}".encode()).hexdigest()[:12]
+
+
+def new_record(
+    resolved: Resolved[TrainSettings], ready: "Prepared", same: dict[str, Any], run_id: str,
+    marker: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
     """What is known when a run begins: settings with provenance, fingerprint, versions, base and data; no secret."""
     from importlib.metadata import version
 
@@ -63,7 +74,8 @@ def new_record(resolved: Resolved[TrainSettings], ready: "Prepared", same: dict[
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "settings": resolved.provenance(),
         "fingerprint": same,
-        "wandb_id": hashlib.sha256(f"{time.time_ns()}{os.getpid()}".encode()).hexdigest()[:12],
+        "run_id": run_id,
+        "fresh_start": marker,
         "versions": {name: version(name) for name in libraries},
         "base": {
             "name": ready.source.name,
@@ -76,7 +88,10 @@ def new_record(resolved: Resolved[TrainSettings], ready: "Prepared", same: dict[
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
-    """Write run.json, whole or not at all."""
+    """Write run.json if it says something new, whole or not at all."""
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+    if (run / RUN).is_file() and (run / RUN).read_text() == text:
+        return
     staging = run / f".{RUN}"
-    staging.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str))
+    staging.write_text(text)
     staging.rename(run / RUN)

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from phoque.settings.base import Secrets
 from phoque.settings.train import TrainSettings
@@ -15,26 +15,31 @@ SAMPLE_COLUMNS = ("step", "prompt", "response", "n_tokens", "latency_s")
 
 
 class Tracker:
-    """Appends to the run folder and, if it is on, to W&B; W&B failing never stops a run."""
+    """Appends to the run folder and, if it is on, to W&B; W&B failing never stops a run.
 
-    def __init__(self, run: Path, wandb_run: Any, warn: Callable[[str], None]) -> None:
+    A run that goes on takes some steps again, and W&B keeps what it was sent: nothing up to step `logged` goes twice.
+    """
+
+    def __init__(self, run: Path, wandb_run: Any, warn: Callable[[str], None], logged: int) -> None:
         self.run, self._wandb, self._warn = run, wandb_run, warn
+        self._logged = max(logged, _logged_there(wandb_run))
         self._samples = read_lines(run / SAMPLES)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of numbers after a step. A number that is not finite is written as null: NaN is no JSON."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         _append(self.run / METRICS, {"step": step, **finite})
-        self._to_wandb(
-            lambda run: run.log({"train/global_step": step} | {_wandb_name(k): v for k, v in values.items()})
-        )
+        named = {"train/global_step": step} | {_wandb_name(k): v for k, v in values.items()}
+        if step > self._logged:
+            self._to_wandb(lambda run: run.log(named))
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Generated samples, each with SAMPLE_COLUMNS; W&B gets the whole table so far, as `sample_outputs`."""
         for row in rows:
             _append(self.run / SAMPLES, row)
         self._samples += rows
-        self._to_wandb(lambda run: self._log_table(run, step))
+        if step > self._logged:
+            self._to_wandb(lambda run: self._log_table(run, step))
 
     def artifact(self, folder: Path, step: int) -> None:
         """The adapter in `folder` as a version of the W&B model artifact of this run."""
@@ -71,9 +76,12 @@ class Tracker:
 
 def start_wandb(
     s: TrainSettings, secrets: Secrets, run: Path, config: dict[str, Any], run_id: str,
-    say: Callable[[str], None], warn: Callable[[str], None],
+    resume: Literal["allow", "never"], say: Callable[[str], None], warn: Callable[[str], None],
 ) -> Any:  # fmt: skip
-    """A W&B run under a fixed id, resumed if it exists; None if W&B is off or cannot be reached."""
+    """A W&B run under a fixed id, resumed if it exists ("allow") or only begun if it does not ("never").
+
+    None if W&B is off or cannot be reached.
+    """
     mode = s.wandb_mode or ("online" if secrets.wandb_api_key else "disabled")
     if mode == "disabled":
         if s.wandb_mode is None:
@@ -83,11 +91,11 @@ def start_wandb(
     import wandb
 
     key = secrets.wandb_api_key.get_secret_value() if secrets.wandb_api_key else None
-    settings = wandb.Settings(api_key=key, silent=True, console="off", init_timeout=60)
+    settings = wandb.Settings(api_key=key, silent=True, console="off", init_timeout=30)
     try:
         wandb_run = wandb.init(
             project=s.wandb_project, name=run.name, id=run_id, mode=mode, dir=str(run), config=config,
-            resume="never" if s.fresh_start else "allow", settings=settings,
+            resume=resume, settings=settings,
         )  # fmt: skip
         wandb_run.define_metric("train/global_step")
         wandb_run.define_metric("*", step_metric="train/global_step")
@@ -104,6 +112,18 @@ def _wandb_name(name: str) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def logged_until(run: Path) -> int:
+    """The last step in the folder's metrics, -1 if there is none."""
+    return max((row["step"] for row in _readable(run / METRICS)), default=-1)
+
+
+def _logged_there(wandb_run: Any) -> int:
+    """The last step that a resumed W&B run has, as its server says; -1 for a new one."""
+    if wandb_run is None or not wandb_run.resumed:
+        return -1
+    return int(wandb_run.summary.get("train/global_step", -1))
 
 
 def forget_after(run: Path, step: int) -> None:

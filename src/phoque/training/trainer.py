@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
@@ -18,6 +20,23 @@ from phoque.models.families import Family
 from phoque.training import checkpoint
 from phoque.training.callbacks.numbers import Stopwatch
 from phoque.training.loss import TokenLoss, with_token_loss
+from phoque.training.pushing import Pusher
+from phoque.training.tracking import METRICS, SAMPLES
+
+
+@dataclass
+class Saves:
+    """What belongs to a save beside the trainer's own state.
+
+    `keep` checkpoints stay in the run folder; `pusher` brings each to the Hub; `took` learns how long it lasted;
+    `replan` sets the schedule from the settings instead of the checkpoint, for a change that was allowed.
+    """
+
+    keep: int
+    pusher: Pusher | None
+    took: Callable[[float], None]
+    warn: Callable[[str], None]
+    replan: bool
 
 
 class PersonaTrainer(SFTTrainer):
@@ -27,8 +46,8 @@ class PersonaTrainer(SFTTrainer):
     processing_class: Any
 
     def __init__(
-        self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, family: Family, keep: int,
-        warn: Callable[[str], None], watch: Stopwatch, callbacks: list[Any],
+        self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, family: Family, saves: Saves,
+        watch: Stopwatch, callbacks: list[Any],
     ) -> None:  # fmt: skip
         from datasets import IterableDataset
 
@@ -37,7 +56,7 @@ class PersonaTrainer(SFTTrainer):
         super().__init__(
             model=model, args=args, train_dataset=columns, processing_class=tokenizer, callbacks=callbacks
         )  # fmt: skip
-        self.stream, self._keep, self._warn, self._watch, self._family = stream, keep, warn, watch, family
+        self.stream, self._family, self._saves, self._watch = stream, family, saves, watch
         self._staging: str | None = None
         with_token_loss(self.model.get_base_model())
         for parameter in self.model.parameters():
@@ -63,8 +82,8 @@ class PersonaTrainer(SFTTrainer):
             raise PhoqueError(
                 f"The loss or its gradient is not finite at step {step}.",
                 "Usually the learning rate is too high, or one row is extreme.",
-                f"The checkpoint before it is whole: lower --learning-rate (now {self.args.learning_rate:g}) "
-                "and begin anew with --fresh-start.",
+                "Run the same command: it goes on from the checkpoint before. If it happens again, lower "
+                f"--learning-rate (now {self.args.learning_rate:g}) with --allow-change learning_rate.",
                 FAILED,
             )
         return norm
@@ -79,32 +98,55 @@ class PersonaTrainer(SFTTrainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        begun = time.monotonic()
         with self._watch.paused():
             self._save_whole(model, trial)
+        self._saves.took(time.monotonic() - begun)
 
     def _save_whole(self, model: Any, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         step = self.state.global_step
+        if checkpoint.flaw(run / f"checkpoint-{step}") is None:
+            return  # asked to stop right after it was saved
         refuse_non_finite(self.model, step)
         staging = run / checkpoint.STAGING
         self._staging = str(staging)
+        pusher = self._saves.pusher
         try:
             Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes its own model card
             folder = staging / f"checkpoint-{step}"
             (folder / checkpoint.DATA_STATE).write_text(json.dumps(self.stream.state_dict()))
+            for name in (checkpoint.RECORD, METRICS, SAMPLES):  # all that another machine needs to go on
+                if (run / name).is_file():
+                    shutil.copyfile(run / name, folder / name)
             checkpoint.write_manifest(folder)
             final = run / folder.name
             shutil.rmtree(final, ignore_errors=True)  # only ever one that was found not to be whole
             folder.rename(final)
-            checkpoint.prune(run, self._keep)
+            if pusher:
+                pusher.offer(final)
+            checkpoint.prune(run, self._saves.keep, pusher.held() if pusher else set())
         except Exception as error:
             if not disk_full(error):
                 raise
             # a later save may find room again, and the older checkpoints are whole
-            self._warn(f"checkpoint {step} was not saved: the disk is full; training goes on")
+            self._saves.warn(f"checkpoint {step} was not saved: the disk is full; training goes on")
         finally:
             self._staging = None
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._saves.replan:
+            return
+        # a loaded schedule knows the learning rates of the run that saved it, and would go on with them
+        args, schedule, optimizer = self.args, cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
+        schedule.base_lrs = [args.learning_rate for _ in schedule.base_lrs]
+        for group, plan in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["initial_lr"] = args.learning_rate
+            group["lr"] = args.learning_rate * plan(schedule.last_epoch)
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the other group is what is never decayed
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Trainer's own also pickles its arguments, which is where tokens leak
