@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -29,7 +30,9 @@ class Zygote:
 
     def poll(self, pid: int, wait: bool) -> int | None:
         """The exit code (negative for a signal), or None while it runs and `wait` is false."""
-        return self._ask({"pid": pid, "wait": wait})
+        while (code := self._ask({"pid": pid})) is None and wait:
+            time.sleep(0.01)  # here and not there, where it would keep other commands from starting
+        return code
 
     def stop(self) -> None:
         self._process.stdin.close()
@@ -46,14 +49,16 @@ def serve() -> None:
     from phoque.console import hush_libraries
 
     hush_libraries()
-    import trl.chat_template_utils  # noqa: F401
+
+    import phoque.training.run
+    import phoque.training.trainer  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
         if "argv" in request:
             answer = os.fork() or run(request)
         else:
-            pid, status = os.waitpid(request["pid"], 0 if request["wait"] else os.WNOHANG)
+            pid, status = os.waitpid(request["pid"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         print(json.dumps(answer), flush=True)
 

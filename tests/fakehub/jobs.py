@@ -11,12 +11,6 @@ from pathlib import Path
 from typing import Any
 
 DONE = ("COMPLETED", "CANCELED", "ERROR")
-SHIM = """#!/bin/sh
-# stands in for uv in the container's image: what it would install is installed already
-while [ "$1" != phoque ]; do shift; done
-shift
-exec "{python}" -m phoque "$@"
-"""
 
 
 class Process:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from phoque.commands import flags
+from phoque.commands import flags, jobs
 from phoque.console import console, hush_libraries
 from phoque.settings.base import Resolved, cache_folder, deadline, resolved
 from phoque.settings.presets import PRESETS
@@ -26,7 +26,9 @@ def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None
     for text in warnings:
         console.warn(text)
     hush_libraries()
-    if dry_run:
+    if asked.settings.on:
+        jobs.run("train", asked, dry_run)
+    elif dry_run:
         from phoque.training.plan import plan
 
         shown = plan(asked, cache_folder(), console)

@@ -225,7 +225,11 @@ def deadline(seconds: float | None) -> float | None:
     """
     import psutil
 
-    return None if seconds is None else psutil.Process(1 if in_job() else None).create_time() + seconds
+    if seconds is None:
+        return None
+    own, first = psutil.Process().create_time(), psutil.Process(1).create_time()
+    # a first process that is older than all the time there is belongs to the machine, not to the container
+    return (first if in_job() and own - first < seconds else own) + seconds
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,30 @@
+"""--on FLAVOR, for every command that takes it."""
+
+from typing import Any
+
+from phoque.console import console
+from phoque.settings.base import Resolved
+
+
+def run(command: str, asked: Resolved[Any], dry_run: bool) -> None:
+    """Submit the command as a Job and follow it; with --dry-run, show the Job and send nothing but GET and HEAD."""
+    from phoque.hub.client import Hub
+    from phoque.hub.jobs import checked, job_for, run_on
+
+    job = job_for(command, asked)
+    token = asked.secrets.hf_token
+    hub = Hub(token.get_secret_value() if token else None, console.say, asked.settings.hub_patience)
+    if asked.settings.timeout is None:
+        console.warn(f"without --timeout the Job is stopped after {job.timeout}")
+    found = checked(hub, asked)
+    if dry_run:
+        shown = {"job": job.shown(), "checked": found, "settings": asked.provenance()}
+        console.result(shown, lambda: _lines(shown["job"] | found), " ".join(job.command))
+    else:
+        result = run_on(hub, job, asked.settings.attempts, console)
+        console.result(result, lambda: _lines(result), result["url"])
+
+
+def _lines(values: dict[str, Any]) -> str:
+    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+    return "\n".join(f"{name:10} {value}" for name, value in shown.items())

@@ -1,0 +1,184 @@
+"""`--on FLAVOR`: this very command as an HF Job, followed to its end and submitted again if it stopped before it."""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phoque import __version__
+from phoque.console import Console
+from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError
+from phoque.hub.client import Hub, passing, reason
+from phoque.settings.base import PREFIX, Resolved, Secrets, env_name, flag_names
+
+HERE = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that do not go into the Job's arguments
+DEFAULT_TIMEOUT = "30m"  # what Jobs give one that names none
+INPUTS = ("dataset", "base_model")
+OVER = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted; `secrets` holds values, and only `shown` may be shown."""
+
+    image: str
+    command: list[str]
+    env: dict[str, str]
+    secrets: dict[str, str]
+    flavor: str
+    timeout: str
+
+    def shown(self) -> dict[str, Any]:
+        """The job with the names of its secrets alone."""
+        return vars(self) | {"secrets": sorted(self.secrets)}
+
+
+def job_for(command: str, resolved: Resolved[Any]) -> Job:
+    """The Job that runs a command with these settings: every value that is not a default, secrets as secrets.
+
+    Raises PhoqueError (2) for settings that only mean something on this machine.
+    """
+    from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
+
+    s = resolved.settings
+    for name in INPUTS:
+        value = getattr(s, name, None)
+        if value and Path(value).expanduser().exists():
+            raise PhoqueError(
+                f"{flag_names(type(s), name)[0]} {value} is on this machine.",
+                "A Job sees nothing of it.",
+                "Upload it to a private repository on the Hub and name that.",
+            )
+    if resolved.secrets.hf_token is None:
+        raise PhoqueError("There is no Hub token.", "Jobs need one.", "Set HF_TOKEN, or run `hf auth login`.")
+    if not s.hub_model_id:
+        raise PhoqueError(
+            "A Job needs a repository to keep its work in.",
+            "Its disk is gone when it ends.",
+            "Name one with --hub-model-id; it is made private.",
+        )
+    keys = {name: getattr(resolved.secrets, name) for name in Secrets.model_fields}
+    secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
+    timeout = s.timeout or DEFAULT_TIMEOUT
+    package = s.package or requirement()
+    run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *arguments(resolved)]
+    # its own clock begins when the container does, see settings.base.deadline
+    return Job(DEFAULT_UV_IMAGE, run, {f"{PREFIX}TIMEOUT": timeout, "PYTHONUNBUFFERED": "1"}, secrets, s.on, timeout)
+
+
+def arguments(resolved: Resolved[Any]) -> list[str]:
+    """The flags that give a command these settings, those at their default or preset left out."""
+    model, found = type(resolved.settings), []
+    for name, field in model.model_fields.items():
+        value = getattr(resolved.settings, name)
+        if name in HERE or value is None or resolved.origins[name].source.startswith(("default", "preset")):
+            continue
+        flag = flag_names(model, name)[0]
+        if field.annotation is bool:
+            found.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                found += [flag, str(one)]
+    return found
+
+
+def requirement() -> str:
+    """What a Job installs to have this copy of phoque: the release, or the commit it was installed from (PEP 610).
+
+    Raises PhoqueError (2) for a copy from a folder or file, which no Job can reach.
+    """
+    from importlib.metadata import distribution
+
+    origin = json.loads(distribution("phoque").read_text("direct_url.json") or "{}")
+    if not origin:
+        return f"phoque=={__version__}"
+    if vcs := origin.get("vcs_info"):
+        return f"phoque @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+    raise PhoqueError(
+        "A Job cannot install this copy of phoque.",
+        "It was installed from a folder or a file of this machine.",
+        f"Say what it shall install, such as --package phoque=={__version__} or --package git+https://...",
+    )
+
+
+def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
+    """What the Job is going to need, asked with GET alone; raises the Hub's error for what is not there."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    s, api = resolved.settings, hub.api
+    who = hub.tried("asking who this is", api.whoami)
+    found = {"account": who["name"], "token": who["auth"].get("accessToken", {}).get("role", "unknown")}
+    for name, info in (("base_model", api.model_info), ("dataset", api.dataset_info)):
+        value, revision = getattr(s, name), getattr(s, "revision" if name == "base_model" else f"{name}_revision")
+        if value and value.count("/") == 1:
+            sha = hub.tried(value, lambda info=info, v=value, r=revision: info(v, revision=r)).sha
+            found[name] = f"{value}@{sha[:8]}"
+    try:
+        private = hub.tried(s.hub_model_id, lambda: api.repo_info(s.hub_model_id)).private
+        found["repository"] = f"{s.hub_model_id}, {'private' if private else 'PUBLIC'}"
+    except RepositoryNotFoundError:
+        found["repository"] = f"{s.hub_model_id}, will be made, {'PUBLIC' if s.public else 'private'}"
+    return found
+
+
+def run_on(hub: Hub, job: Job, attempts: int, console: Console) -> dict[str, Any]:
+    """Submit the job and follow it; again, up to `attempts` times, while it stops before its end and can go on.
+
+    Returns {job, url, stage, attempts}. Raises PhoqueError with 75 if it can still go on, 1 or 2 if it failed for good,
+    and 130 at Ctrl-C, which leaves the job running.
+    """
+    for attempt in range(1, attempts + 1):
+        made = hub.api.run_job(**vars(job))  # not tried again: a lost reply would make two of them
+        console.say(f"job {made.id} on {job.flavor}, at most {job.timeout}: {made.url}")
+        try:
+            message, stage = _followed(hub, made.id, console)
+        except KeyboardInterrupt:
+            raise PhoqueError(
+                f"Job {made.id} is no longer followed; it goes on.",
+                f"To follow it: hf jobs logs --follow {made.id}",
+                f"To stop it: hf jobs cancel {made.id}",
+                INTERRUPTED,
+            ) from None
+        if stage == "COMPLETED":
+            return {"job": made.id, "url": made.url, "stage": stage, "attempts": attempt}
+        code = exit_code(message)
+        if stage != "ERROR" or code in (FAILED, USAGE):
+            break
+        if attempt < attempts:
+            console.say(f"attempt {attempt} of {attempts} stopped before its end ({message}); submitting it again")
+    final = code if code in (FAILED, USAGE) else FAILED if stage != "ERROR" else RESUMABLE
+    raise PhoqueError(
+        f"Job {made.id} ended as {stage}.",
+        f"{message or 'It says no more'}; its log is at {made.url}.",
+        "Run the same command: it goes on from the newest checkpoint on the Hub."
+        if final == RESUMABLE
+        else "See the last lines of its log.",
+        final,
+    )
+
+
+def _followed(hub: Hub, number: str, console: Console) -> tuple[str, str]:
+    """Show the log until the job is over; return its message and stage."""
+    seen = 0
+    while True:
+        try:
+            for line_number, line in enumerate(hub.api.fetch_job_logs(job_id=number, follow=True)):
+                if line_number >= seen:  # a stream that broke begins at the beginning
+                    console.say(line)
+                    seen += 1
+        except Exception as error:
+            if not passing(error):
+                raise
+            console.say(f"the log broke off: {reason(error)}")
+        status = hub.tried("asking for the job", lambda: hub.api.inspect_job(job_id=number)).status
+        if str(getattr(status.stage, "value", status.stage)) in OVER:
+            return status.message or "", str(getattr(status.stage, "value", status.stage))
+        time.sleep(1.0)
+
+
+def exit_code(message: str) -> int | None:
+    """The exit code of the command, as far as the job's message names it."""
+    found = re.search(r"exit code:? (\d+)", message)
+    return int(found[1]) if found else None

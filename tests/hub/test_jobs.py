@@ -1,0 +1,134 @@
+"""--on: the command as an HF Job, against a Hub that runs it as a process with a time limit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import Running
+from tests.fakehub import TOKEN
+from tests.fakehub.jobs import Jobs
+from tests.training.test_hub import COMMON, on_hub, same, steps, titles
+
+BASE, DATA, REPO = "harbour/tiny", "harbour/gulls", "harbour/seal"
+KEY = "g" * 40
+
+
+class Container:
+    """A job's command, forked from the zygote: the `uv run ... phoque` in front of it has nothing to install here."""
+
+    zygote = None
+
+    def __init__(self, argv, env, cwd, out):
+        assert argv[:4] == ["uv", "run", "--no-project", "--with"]
+        arguments = argv[argv.index("phoque") + 1 :]
+        self.pid = self.zygote.start(arguments, env, cwd, Path(os.devnull), out)
+        self._code = None
+
+    def poll(self):
+        if self._code is None:
+            self._code = self.zygote.poll(self.pid, False)
+        return self._code
+
+
+@pytest.fixture
+def cluster(hub, zygote, tiny_llama, rows, tmp_path):
+    hub.add("models", BASE, {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
+    hub.add("datasets", DATA, {"train.jsonl": rows.read_bytes()})
+    Container.zygote = zygote
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_TOKEN", "WANDB"))} | {"WANDB_MODE": "disabled"}
+    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container)
+    hub.jobs.root.mkdir()
+    return hub
+
+
+ASKED = ["train", "--base-model", BASE, "--dataset", DATA, *COMMON, "--hub-model-id", REPO, "--save-steps", "3"]
+ON = ["--on", "a10g-large", "--package", "phoque==0.1.0"]
+SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY}
+
+
+def test_the_same_command_runs_as_a_job_and_its_log_is_followed(cluster, phoque, tmp_path):
+    ran = phoque(*ASKED, *ON, "--max-steps", 6, "--timeout", "10m", "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED" and "6/6  loss" in ran.err and "on a10g-large, at most 10m" in ran.err
+    spec = cluster.jobs.jobs[ran.json["job"]]["spec"]
+    assert spec["secrets"] == SECRETS and spec["timeoutSeconds"] == 600 and spec["flavor"] == "a10g-large"
+    assert spec["environment"]["PHOQUE_TIMEOUT"] == "10m"
+    for secret in SECRETS.values():
+        assert secret not in json.dumps([spec["command"], spec["environment"], spec["labels"]]) + ran.err + ran.out
+    assert titles(cluster)[-1] == "Adapter"
+    phoque(*ASKED, "--max-steps", 6, "--output-dir", tmp_path / "here", env=SECRETS | {"WANDB_MODE": "disabled"})
+    assert (tmp_path / "here" / "adapter").is_dir()  # and what the job made is this run, complete
+
+
+def test_a_dry_run_shows_the_job_and_only_reads(cluster, phoque):
+    env = SECRETS | {"FORCE_FRESH_START": "1", "MAX_STEPS": "7"}
+    plan = phoque(*ASKED, *ON, "--dry-run", "--json", env=env).json
+    assert {command for command, _ in cluster.log} <= {"GET", "HEAD"} and not cluster.jobs.jobs
+    assert plan["job"]["secrets"] == ["HF_TOKEN", "WANDB_API_KEY"] and plan["job"]["flavor"] == "a10g-large"
+    command = " ".join(plan["job"]["command"])
+    assert "phoque train" in command and "--max-steps 7" in command and "--fresh-start" in command
+    assert "--on" not in command and TOKEN not in json.dumps(plan) and KEY not in json.dumps(plan)
+    assert plan["checked"]["repository"] == "harbour/seal, will be made, private"
+    assert plan["checked"]["base_model"].startswith("harbour/tiny@")
+    shown = phoque(*ASKED, *ON, "--dry-run", env=env)
+    assert "a10g-large" in shown.out and "without --timeout" in shown.err
+
+
+def test_a_job_that_times_out_is_submitted_again_until_it_is_done(cluster, phoque, tmp_path, tiny_llama, rows):
+    phoque("train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, "--max-steps", 200, "--save-steps", 20,
+           "--output-dir", tmp_path / "whole")  # fmt: skip
+    ran = phoque(*ASKED, *ON, "--max-steps", 200, "--save-steps", 20, "--timeout", "5s", "--attempts", 20, "--json",
+                 env=SECRETS)  # fmt: skip
+    assert ran.json["attempts"] > 1 and "submitting it again" in ran.err and "to the deadline" in ran.err
+    codes = [job["codes"][-1] for job in cluster.jobs.jobs.values()]
+    assert codes[-1] == 0 and set(codes[:-1]) == {75}  # in time: no job was killed
+    from safetensors.torch import load_file
+
+    assert same(on_hub(cluster), load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors"))
+
+
+def test_a_job_that_fails_for_good_is_not_submitted_again(cluster, phoque):
+    error = phoque(*ASKED, *ON, "--dataset", "harbour/no-such", "--attempts", 3, env=SECRETS, expect=2).error
+    assert not cluster.jobs.jobs and "No such repository" in error[0]  # found out before anything is rented
+    ran = phoque(*ASKED, *ON, "--split", "night", "--attempts", 3, env=SECRETS, expect=2)
+    assert len(cluster.jobs.jobs) == 1 and "--split" in ran.err and "exit code: 2" in ran.error[1]
+
+
+def test_ctrl_c_leaves_the_job_running(cluster, zygote):
+    process = Running(zygote, [*ASKED, *ON, "--max-steps", "300"], SECRETS)
+    process.until(lambda: cluster.jobs.jobs and next(iter(cluster.jobs.jobs.values()))["log"].read_text().count("loss"))
+    os.kill(process.pid, signal.SIGINT)
+    ran = process.ended()
+    (number,) = cluster.jobs.jobs
+    assert ran.code == 130 and f"hf jobs logs --follow {number}" in ran.error[1] and "hf jobs cancel" in ran.error[2]
+    assert cluster.jobs.jobs[number]["stage"] == "RUNNING"
+    cluster.jobs.cancel(number)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--dataset", "rows.jsonl"], "is on this machine"),
+        (["--package", ""], "--package"),
+        (["--timeout", "soon"], "--timeout"),
+    ],
+)
+def test_what_cannot_run_as_a_job_is_said_here(cluster, phoque, rows, change, words):
+    more = ON if change[0] != "--package" else ON[:2]
+    change = [] if change[0] == "--package" else change
+    assert words in " ".join(phoque(*ASKED, *more, *change, env=SECRETS, expect=2).error)
+
+
+def test_the_script_for_hf_jobs_uv_run_is_phoque_train(tmp_path, cluster, tiny_llama, rows):
+    """jobs/train.py, as `hf jobs uv run` runs it: a process with the environment of the spec's README."""
+    script = Path(__file__).parents[2] / "jobs" / "train.py"
+    header = script.read_text().split("# ///")[1]
+    assert "[tool.hf-jobs]" in header and "phoque" in header and "HF_TOKEN" in header
+    env = os.environ | {"HF_TOKEN": TOKEN, "DATASET_REPO": DATA, "BASE_MODEL": BASE, "HUB_MODEL_ID": REPO,
+                        "MAX_STEPS": "2", "WANDB_MODE": "disabled", "WANDB_PROJECT": "seal"}  # fmt: skip
+    ran = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert titles(cluster)[-1] == "Adapter" and steps(tmp_path / "runs" / "gulls") == [0, 2]
