@@ -24,16 +24,16 @@ def chunks(data: bytes) -> Iterator[bytes]:
 
 
 def records(run: Path, kind: str) -> list:
-    """Every record of a kind, in order, of the one offline run below a folder."""
+    """Every record of a kind, in order, of the offline runs below a folder: one for each time phoque was started."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = run.rglob("*.wandb")
     found = []
-    for chunk in chunks(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(chunk)
-        if record.WhichOneof("record_type") == kind:
-            found.append(getattr(record, kind))
+    for file in sorted(run.rglob("*.wandb"), key=lambda f: f.stat().st_mtime):
+        for chunk in chunks(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(chunk)
+            if record.WhichOneof("record_type") == kind:
+                found.append(getattr(record, kind))
     return found
 
 

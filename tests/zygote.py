@@ -23,16 +23,26 @@ class Zygote:
         here = Path(__file__).parent.parent
         self._process = subprocess.Popen(arguments, stdin=-1, stdout=-1, text=True, cwd=here)
         self._lock = threading.Lock()
+        self._codes: dict[int, int] = {}
 
-    def start(self, arguments: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
-        """Fork a command; return its process id."""
-        return self._ask({"argv": arguments, "env": env, "cwd": str(cwd), "out": str(out), "err": str(err)})
+    def start(
+        self, arguments: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path, prelude: str = ""
+    ) -> int:
+        """Fork a command; return its process id. `prelude` is executed in it first, to hurt it from within."""
+        asked = {"argv": arguments, "env": env, "cwd": str(cwd), "out": str(out), "err": str(err)}
+        return self._ask(asked | {"prelude": prelude})
 
     def poll(self, pid: int, wait: bool) -> int | None:
         """The exit code (negative for a signal), or None while it runs and `wait` is false."""
-        while (code := self._ask({"pid": pid})) is None and wait:
+        while (code := self.poll_once(pid)) is None and wait:
             time.sleep(0.01)  # here and not there, where it would keep other commands from starting
         return code
+
+    def poll_once(self, pid: int) -> int | None:
+        """As poll, without waiting; a code is kept for whoever asks again."""
+        if pid not in self._codes and (code := self._ask({"pid": pid})) is not None:
+            self._codes[pid] = code
+        return self._codes.get(pid)
 
     def stop(self) -> None:
         self._process.stdin.close()
@@ -78,6 +88,7 @@ def run(request: dict) -> None:
             open(2, "w", closefd=False),
         )
         sys.argv = ["phoque", *request["argv"]]
+        exec(request["prelude"], {"__name__": "prelude"})
         from phoque.cli import main
 
         main()

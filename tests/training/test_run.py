@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,7 +260,7 @@ def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_l
 def test_a_full_disk_keeps_the_older_checkpoint(phoque, tiny_llama, rows, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=530k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root, which .ci/run has")
     try:
@@ -361,6 +362,55 @@ def test_wandb_offline_has_the_same_numbers(train, tmp_path):
     tables = list((run / "wandb").rglob("sample_outputs*.table.json"))
     assert any(key.startswith("sample_outputs.") for key in keys)
     assert json.loads(tables[0].read_text())["columns"][:3] == ["step", "prompt", "response"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_path, tiny_llama, rows, number):
+    run, env = tmp_path / "run", {"WANDB_MODE": "offline"}
+    common = ["--max-steps", 30, "--save-steps", 7, "--sample-every", 5, "--output-dir", run]
+    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, env=env)
+    process.until(lambda: logged(run) > 16)
+    os.kill(process.pid, number)
+    process.ended()
+    train(*common, env=env)
+    begun = records(run, "run")
+    assert len(list(run.rglob("*.wandb"))) == 2 and len({r.run_id for r in begun}) == 1
+    steps = [h["train/global_step"] for h in history(run) if "train/loss" in h]
+    assert sorted(set(steps)) == steps  # no step twice, in order
+    if number == signal.SIGTERM:  # and none is missing, as far as W&B was given the time to write
+        assert steps == list(range(1, 31))
+
+
+def test_a_fresh_start_asks_on_a_terminal_and_yes_does_not(tmp_path, tiny_llama, rows, train):
+    run = tmp_path / "run"
+    train("--max-steps", 2, "--output-dir", run)
+    command = [sys.executable, "-m", "phoque", "train", "--base-model", tiny_llama, "--dataset", rows, *SMALL,
+               "--max-steps", "2", "--output-dir", run, "--fresh-start"]  # fmt: skip
+    code, shown = on_a_terminal([*map(str, command)], "n\n")
+    assert code == 2 and "checkpoint-2" in shown and "[y/N]" in shown and "declined" in shown
+    assert (run / "checkpoint-2").is_dir()
+    before = json.loads((run / "run.json").read_text())["run_id"]
+    code, shown = on_a_terminal([*map(str, command), "--yes"], "")
+    assert code == 0 and "[y/N]" not in shown
+    assert json.loads((run / "run.json").read_text())["run_id"] != before
+
+
+def on_a_terminal(command: list[str], answer: str) -> tuple[int, str]:
+    """Run a command with a terminal for its standard streams, and type an answer."""
+    import pty
+
+    theirs, ours = pty.openpty()
+    process = subprocess.Popen(command, stdin=ours, stdout=ours, stderr=ours, close_fds=True)
+    os.close(ours)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(theirs, 4096)
+        except OSError:  # the other end is closed
+            return process.wait(), shown.decode()
+        if answer and b"[y/N]" in shown:
+            os.write(theirs, answer.encode())
+            answer = ""
 
 
 def test_without_wandb_it_says_so_once(train, tmp_path):

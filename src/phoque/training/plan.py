@@ -12,7 +12,7 @@ from phoque.data.rows import Row
 from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoint import in_order
-from phoque.training.run import Prepared, hub_repo, prepare
+from phoque.training.prepare import Prepared, hub_repo, prepare
 
 GB = 1e9
 BYTES = {"nf4": 0.516, "bf16": 2.0, "none": 4.0}  # a weight of a projection; nf4 with double quantisation

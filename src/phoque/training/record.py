@@ -16,7 +16,7 @@ from phoque.training import checkpoint, report
 from phoque.training.tracking import METRICS, SAMPLES
 
 if TYPE_CHECKING:
-    from phoque.training.run import Prepared
+    from phoque.training.prepare import Prepared
 
 RUN = checkpoint.RECORD
 

@@ -1,0 +1,110 @@
+"""All that a run stands on before a weight is loaded: the base, its chat format, the data, the repository."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phoque.console import Console
+from phoque.data.chat import Chat
+from phoque.data.rows import Dataset, open_dataset
+from phoque.data.stream import Survey, survey
+from phoque.errors import PhoqueError
+from phoque.hub.checkpoints import ModelRepo
+from phoque.hub.client import Hub
+from phoque.models.load import load_config, load_tokenizer
+from phoque.models.source import Source, resolve
+from phoque.settings.base import Resolved
+from phoque.settings.train import TrainSettings
+from phoque.training import checkpoint
+from phoque.training.deadline import StopRequest
+from phoque.training.resume import Beginning
+
+
+@dataclass
+class Prepared:
+    """All that is known before a weight is loaded: the base, its chat format, and what is in the data."""
+
+    source: Source
+    config: Any
+    chat: Chat
+    dataset: Dataset
+    survey: Survey
+
+
+def prepare(resolved: Resolved[TrainSettings], cache: Path, console: Console, weights: bool) -> Prepared:
+    """Find the base and the data, and read the data once. Raises PhoqueError (2) for what cannot be trained on."""
+    s = resolved.settings
+    if not s.base_model:
+        raise PhoqueError("No base model.", "--base-model is empty.", "Name one, or use a --preset.")
+    token = resolved.secrets.hf_token.get_secret_value() if resolved.secrets.hf_token else None
+    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, token)
+    source = resolve(s.base_model, s.revision, token, cache, console.say, weights)
+    config = load_config(source)
+    chat = Chat(load_tokenizer(source), s.default_system, s.max_length)
+    found = survey(dataset, chat, s.held_out_rows, s.max_bad_rows)
+    _tell(found, dataset, s, console)
+    return Prepared(source, config, chat, dataset, found)
+
+
+def _tell(found: Survey, dataset: Dataset, s: TrainSettings, console: Console) -> None:
+    d = found.summary()
+    sources = ", ".join(f"{name} {n}" for name, n in d["sources"].items())
+    console.say(f"data {dataset.name}: {found.good} rows ({sources}), {len(found.held_out)} held out")
+    passes = s.max_steps * s.batch_size / max(1, found.good - len(found.held_out))
+    console.say(
+        f"  {d['tokens']['mean']:.0f} tokens a row, {found.trained / sum(found.lengths):.0%} of them trained on; "
+        f"{s.max_steps} steps of {s.batch_size} rows are {passes:.1f} passes"
+    )
+    shortest, _, median, _, _, longest = d["tokens"]["quantiles"]
+    console.say(f"  rows of {shortest} to {longest} tokens, half of them under {median}{_scores(found.scores)}")
+    for mapped in set(found.schemas) - {"messages"}:
+        console.say(f"  {found.schemas[mapped]} rows were {mapped} and are mapped to messages")
+    for reason, bad in d["bad"].items():
+        console.warn(f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})")
+    if not found.complete:
+        console.say(f"  the first {found.rows:,} rows were read; the rest are checked as they come")
+
+
+def _scores(scores: list[float]) -> str:
+    if not scores:
+        return ""
+    return (
+        f"; toxicity scores {min(scores):.2f} to {max(scores):.2f}, half of them under {statistics.median(scores):.2f}"
+    )
+
+
+def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> ModelRepo | None:
+    """The repository that the run is kept in, if one is named."""
+    s, token = resolved.settings, resolved.secrets.hf_token
+    if not s.hub_model_id:
+        return None
+    if token is None:
+        raise PhoqueError(
+            "There is no Hub token.", f"{s.hub_model_id} cannot be written without one.",
+            "Set HF_TOKEN, or run `hf auth login`.",
+        )  # fmt: skip
+    return ModelRepo(Hub(token.get_secret_value(), console.say, s.hub_patience), s.hub_model_id)
+
+
+@dataclass
+class Run:
+    """A run that has begun: what was asked, what is known, where it lies and where it goes on from."""
+
+    resolved: Resolved[TrainSettings]
+    ready: Prepared
+    folder: Path
+    begun: Beginning
+    record: dict[str, Any]
+    repo: ModelRepo | None
+    stop: StopRequest
+    console: Console
+
+    @property
+    def settings(self) -> TrainSettings:
+        return self.resolved.settings
+
+    @property
+    def first(self) -> int:
+        """The step that the run goes on from."""
+        return checkpoint.step_of(self.begun.resume) if self.begun.resume else 0
