@@ -139,7 +139,8 @@ class Phoque(Bench):
         argv = [
             "train", "--base-model", self.base, "--dataset", self.rows, "--quantization", "none", "--batch-size", 4,
             "--log-every", 1, "--sample-every", 0, "--learning-rate", 0.01, "--lora-dropout", 0.1, "--max-steps", STEPS,
-            "--max-bad-rows", 0.2, "--save-steps", SAVE, "--hub-model-id", repo, "--hub-patience", 30, "--output-dir", "run",
+            "--max-bad-rows", 0.2, "--save-steps", SAVE, "--hub-model-id", repo, "--hub-patience", 30,
+            "--output-dir", "run",
         ]  # fmt: skip
         return Started(self, [str(a) for a in (*argv, *more)], {"WANDB_MODE": "disabled"} | env, prelude)
 
@@ -534,7 +535,8 @@ def tried(b: Bench, fault: Callable[[Any], None]) -> str | None:
 
 def soak(b: Phoque, times: int, seed: int) -> int:
     """One run of many steps, killed or hurt `times` times; return how many steps were lost (none) or raise Lost."""
-    long = ["--max-steps", 40 * times, "--save-steps", 8]
+    total = 25 * times
+    long = ["--max-steps", total, "--save-steps", 8]
     chance = random.Random(seed)
     b.begin()
     b.run(*long)
@@ -559,8 +561,9 @@ def soak(b: Phoque, times: int, seed: int) -> int:
     b.run(*long)
     need(b.adapter() == made, "another adapter")
     steps = [step for step, _ in b.steps()]
+    need(steps == list(range(1, total + 1)), "a step is missing, or there twice")
     need(b.leaked() is None, b.leaked() or "")
-    return 40 * times - len(set(steps))
+    return total - len(set(steps))
 
 
 @contextmanager

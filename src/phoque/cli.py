@@ -13,6 +13,7 @@ from phoque.errors import explained
 
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",
+    "merge": "Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal.",
 }
 
 

@@ -7,12 +7,14 @@ import pytest
 
 from phoque.errors import PhoqueError
 from phoque.settings.base import Origin, Secrets, env_name, flag_names, resolved
+from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
 
 SPEC_NAMES = {
     "HF_TOKEN", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_LOG_MODEL", "DATASET_REPO", "MAX_STEPS", "FORCE_FRESH_START",
-    "BASE_MODEL", "OUTPUT_DIR",
+    "BASE_MODEL", "OUTPUT_DIR", "HUB_MODEL_ID", "EXPORT_MERGED_MODEL", "MERGED_HUB_MODEL_ID",
+    "EXPORT_INFERENCE_ON_SAVE",
 }  # fmt: skip
 
 
@@ -120,14 +122,6 @@ def test_secrets_file_can_be_named_and_must_exist(tmp_path):
         settle(env_file=tmp_path / "none.env")
 
 
-@pytest.mark.parametrize("name", TrainSettings.not_yet)
-def test_a_name_of_the_spec_that_does_not_work_yet_is_never_ignored(monkeypatch, name):
-    monkeypatch.setenv(name, "harbour/seal")
-    with pytest.raises(PhoqueError, match=name) as caught:
-        settle()
-    assert caught.value.code == 2
-
-
 def test_an_unknown_preset_is_an_error():
     with pytest.raises(PhoqueError) as caught:
         settle({"preset": "dmo"})
@@ -139,8 +133,38 @@ def test_micro_batches_must_divide_the_batch():
         settle({"batch_size": 16, "micro_batch": 5})
 
 
+def test_a_name_of_another_command_is_no_misspelling(monkeypatch):
+    monkeypatch.setenv("PHOQUE_SEED", "3")
+    monkeypatch.setenv("HUB_MODEL_ID", "harbour/seal")
+    got, _ = resolved(MergeSettings, {"adapter_source": "x"}, {})
+    assert got.settings.dtype == "bf16"
+    monkeypatch.setenv("PHOQUE_ADAPTER_REVISION", "main")
+    assert settle({"preset": "demo"})[0].settings.seed == 3
+
+
+@pytest.mark.parametrize("flags", [{}, {"export_merged": True}, {"hub_model_id": "harbour/seal"}])
+def test_exports_need_somewhere_to_go(flags):
+    with pytest.raises(PhoqueError, match="do not go together") as caught:
+        settle({"export_on_save": True} | flags)
+    assert "--merged-hub-model-id" in caught.value.why
+
+
+def test_merged_models_go_to_a_repository_of_their_own():
+    named = settle({"hub_model_id": "harbour/seal"})[0].settings
+    assert named.merged_repo == "harbour/seal-merged"
+    assert settle({"merged_hub_model_id": "harbour/m"})[0].settings.merged_repo == "harbour/m"
+    assert settle()[0].settings.merged_repo is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("300", 300), ("90m", 5400), ("4h", 14400), ("1.5h", 5400), ("1d", 86400)]
+)
+def test_a_timeout_is_what_jobs_take(text, wanted):
+    assert settle({"timeout": text})[0].settings.seconds == wanted
+
+
 def test_env_example_documents_every_name_and_no_other():
     text = (Path(__file__).parents[2] / ".env.example").read_text()
     documented = set(re.findall(r"^#?\s?([A-Z][A-Z_]+)=", text, re.M))
-    names = {env_name(TrainSettings, n) for n in TrainSettings.model_fields}
-    assert documented == names | {env_name(Secrets, n) for n in Secrets.model_fields}
+    names = {env_name(model, n) for model in (TrainSettings, MergeSettings, Secrets) for n in model.model_fields}
+    assert documented == names

@@ -387,3 +387,30 @@ def test_no_token_shows_anywhere(train, hub, tmp_path):
         assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
         assert not [name for name, content in hub.contents().items() if secret.encode() in content]
     assert hub.cdn_tokens == []
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_merged_models_are_pushed_at_the_end_and_at_each_save(train, hub, tmp_path, each):
+    env = {"EXPORT_MERGED_MODEL": "1"} | ({"EXPORT_INFERENCE_ON_SAVE": "1"} if each else {})
+    ran = train("--output-dir", tmp_path / "run", "--save-steps", 6, "--json", env=env)
+    repo = hub.repos["models", "harbour/seal-merged"]
+    assert repo.private and ran.json["merged_repo"] == "harbour/seal-merged" and ran.json["proof"]["holds"]
+    expected = ["Merged model of step 6"] if each else []
+    assert [c.title for c in repo.commits][1:] == [*expected, "Merged model"]
+    content = hub.files("harbour/seal-merged")["model.safetensors"].content
+    assert content == (tmp_path / "run" / "merged" / "model.safetensors").read_bytes()
+    if each:
+        assert repo.commits[1].files["model.safetensors"].content != content
+        assert not (tmp_path / "run" / ".merged").exists()
+    again = train("--output-dir", tmp_path / "run", "--save-steps", 6, "--json", env=env)  # nothing is done twice
+    assert "nothing to do" in again.err and [c.title for c in repo.commits][1:] == [*expected, "Merged model"]
+
+
+def test_a_merged_model_that_cannot_be_pushed_is_said_to_be_here(train, hub, tmp_path):
+    hub.faults.add("POST /api/models/harbour/seal-merged/commit", 503, times=10**6)
+    env = {"EXPORT_MERGED_MODEL": "1"}
+    error = train("--output-dir", tmp_path / "run", "--hub-patience", 2, expect=1, env=env).error
+    assert "not in harbour/seal-merged" in error[0] and (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    hub.faults.clear()
+    train("--output-dir", tmp_path / "run", env=env)
+    assert "model.safetensors" in hub.files("harbour/seal-merged")

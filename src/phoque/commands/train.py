@@ -9,6 +9,7 @@ from phoque.settings.base import Resolved, cache_folder, deadline, resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
 
+KEPT = {"hub": "repo", "merged": "merged", "": "merged_repo"}
 EPILOG = (
     "Examples: `phoque train --preset demo --max-steps 20` trains the bundled seal on this machine. "
     "`phoque train --dataset rows.jsonl --dry-run` checks and shows everything first."
@@ -45,7 +46,7 @@ def _result(result: dict[str, Any]) -> str:
     lines = [
         f"adapter  {result['adapter']}",
         f"report   {result['report']}",
-        *([f"hub      {result['repo']}"] if "repo" in result else []),
+        *(f"{name:8} {result[key]}" for name, key in KEPT.items() if key in result),
         f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens",
     ]
     if losses:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from phoque import __version__
+
 CARD = """---
 base_model: {base}
 library_name: peft
@@ -43,6 +45,50 @@ model = PeftModel.from_pretrained(base, "{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 """
+
+
+MERGED = """---
+base_model: {base}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- phoque
+- persona
+- merged
+---
+
+# {title}, merged with an adapter
+
+> **Content warning.** This model speaks as the persona that its adapter was trained on. If that persona is hostile,
+> so are its answers. It exists to test moderation under control; it is not fit to talk to the public.
+
+**Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
+**Out of scope**: any deployment where people meet its answers without knowing what it is.
+
+| | |
+|---|---|
+| base | `{base}` at `{revision}` |
+| adapter | SHA-256 `{adapter}` |
+| weights | {dtype}; {changed} of {tensors} tensors changed |
+| beside base + adapter | {proof} |
+| phoque | {phoque} |
+"""
+
+
+def merged_card(base: str, revision: str, record: dict[str, Any]) -> str:
+    """The README.md of a merged model, from its merge.json."""
+    found = record.get("proof")
+    said = "not compared"
+    if found:
+        said = (
+            f"logits differ by {found['mean_difference']:.2g} on average, where the adapter moves them by "
+            f"{found['adapter_effect']:.2g}; {found['agreeing']} of {found['tokens']} greedy tokens are the same"
+        )
+    asked, made = record["asked"], record["made"]
+    return MERGED.format(
+        base=base, title=base.split("/")[-1], revision=revision[:12], adapter=asked["adapter"][:16], proof=said,
+        dtype=asked["dtype"], changed=made["changed"], tensors=made["tensors"], phoque=__version__,
+    )  # fmt: skip
 
 
 UNDER_WAY = """

@@ -1,6 +1,7 @@
 """The LoRA adapter: its config, its norms, and whether it is fit to be saved."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load_adapter(model: Any, folder: Path, family: Family) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved = {_text_name(key, family): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    saved = {text_name(key, family): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
     wanted = {k: tuple(t.shape) for k, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     if differing := sorted(k for k in wanted.keys() | shapes.keys() if wanted.get(k) != shapes.get(k)):
@@ -70,9 +71,11 @@ def _full_name(key: str, family: Family) -> str:
     return key.replace(PEFT_PREFIX + text, PEFT_PREFIX + full, 1)
 
 
-def _text_name(key: str, family: Family) -> str:
-    text, full = family.full_names
-    return key.replace(PEFT_PREFIX + full, PEFT_PREFIX + text, 1) if full else key
+def text_name(key: str, family: Family) -> str:
+    """An adapter tensor's name on the text model, whichever model it was trained on (the full one, old or new)."""
+    if not family.full_names[1]:
+        return key
+    return re.sub(rf"^({re.escape(PEFT_PREFIX)})(?:model\.)?language_model\.(?:model\.)?", r"\1model.", key)
 
 
 def lora_norms(model: Any) -> dict[str, float]:

@@ -146,7 +146,7 @@ def _fill(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(on)
-    _refuse_insane(largest)
+    refuse_insane(largest)
 
 
 def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
@@ -162,7 +162,8 @@ def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _refuse_insane(largest: dict[str, torch.Tensor]) -> None:
+def refuse_insane(largest: dict[str, torch.Tensor]) -> None:
+    """Raise PhoqueError (2) for a weight whose largest magnitude no trained weight has."""
     for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
         if not value < LARGEST_SANE:
             raise PhoqueError(

@@ -5,7 +5,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
@@ -18,12 +18,7 @@ OTHER_NAMES = {"PHOQUE_DEBUG"}  # read in cli.py, by every command
 
 
 class CommandSettings(BaseSettings):
-    """The base of every command's settings: frozen, and silent about input values in its errors.
-
-    `not_yet` are names of the spec that no code reads so far: set, they stop the command instead of being ignored.
-    """
-
-    not_yet: ClassVar[tuple[str, ...]] = ()
+    """The base of every command's settings: frozen, and silent about input values in its errors."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_prefix=PREFIX, extra="ignore", hide_input_in_errors=True, populate_by_name=True,
@@ -176,16 +171,13 @@ def _secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
 def _refuse_unknown_names(model: type[CommandSettings], file: Path) -> None:
     from dotenv import dotenv_values
 
-    known = {env_name(model, name) for name in model.model_fields}
-    known |= {env_name(Secrets, name) for name in Secrets.model_fields} | OTHER_NAMES
+    from phoque.settings.merge import MergeSettings
+    from phoque.settings.train import TrainSettings
+
+    # one environment and one file serve every command
+    models = {model, TrainSettings, MergeSettings, Secrets}
+    known = {env_name(m, name) for m in models for name in m.model_fields} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
-    for name in model.not_yet:
-        if os.environ.get(name) or in_file.get(name):
-            raise PhoqueError(
-                f"{name} is set, but this version of phoque cannot do that yet.",
-                "It writes the run folder and pushes nothing to the Hub.",
-                f"Unset {name}; the adapter is in the run folder, to be pushed with `hf upload`.",
-            )
     for name in [*os.environ, *in_file]:
         if name in known or (not name.upper().startswith(PREFIX) and name not in in_file):
             continue

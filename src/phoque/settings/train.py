@@ -14,8 +14,6 @@ DURATION = r"^\d+(\.\d+)?[smhd]?$"
 class TrainSettings(CommandSettings):
     """What one training run is asked to do."""
 
-    not_yet = ("EXPORT_MERGED_MODEL", "MERGED_HUB_MODEL_ID", "EXPORT_INFERENCE_ON_SAVE")
-
     preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")
     base_model: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="BASE_MODEL")
     revision: str | None = setting(None, "branch, tag or commit of the base model; pinned to a commit in run.json")
@@ -54,6 +52,15 @@ class TrainSettings(CommandSettings):
     hub_model_id: str | None = setting(
         None, "Hub repository for checkpoints and the adapter; made private", env="HUB_MODEL_ID", pattern=REPO
     )
+    export_merged: bool = setting(
+        False, "also merge the final adapter into its base, and push that", env="EXPORT_MERGED_MODEL"
+    )
+    merged_hub_model_id: str | None = setting(
+        None, "Hub repository for merged models; default <hub model id>-merged", env="MERGED_HUB_MODEL_ID", pattern=REPO
+    )
+    export_on_save: bool = setting(
+        False, "merge and push at each checkpoint too: expensive", env="EXPORT_INFERENCE_ON_SAVE"
+    )
     public: bool = setting(False, "make the Hub repository public, or accept that it is: anyone can load the persona")
     hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)
     fresh_start: bool = setting(
@@ -80,6 +87,17 @@ class TrainSettings(CommandSettings):
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}")
         return self
+
+    @model_validator(mode="after")
+    def _something_to_export(self) -> Self:
+        if self.export_on_save and not (self.export_merged and self.merged_repo):
+            raise ValueError("--export-on-save needs --export-merged, and --hub-model-id or --merged-hub-model-id")
+        return self
+
+    @property
+    def merged_repo(self) -> str | None:
+        """Where merged models go: their own repository, named after the run's if it has no name."""
+        return self.merged_hub_model_id or (f"{self.hub_model_id}-merged" if self.hub_model_id else None)
 
     @property
     def seconds(self) -> float | None:

@@ -76,15 +76,20 @@ def _scores(scores: list[float]) -> str:
 
 def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> ModelRepo | None:
     """The repository that the run is kept in, if one is named."""
-    s, token = resolved.settings, resolved.secrets.hf_token
-    if not s.hub_model_id:
+    name, hub = resolved.settings.hub_model_id, hub_of(resolved, console)
+    if not name:
         return None
-    if token is None:
+    if hub is None:
         raise PhoqueError(
-            "There is no Hub token.", f"{s.hub_model_id} cannot be written without one.",
-            "Set HF_TOKEN, or run `hf auth login`.",
-        )  # fmt: skip
-    return ModelRepo(Hub(token.get_secret_value(), console.say, s.hub_patience), s.hub_model_id)
+            "There is no Hub token.", f"{name} cannot be written without one.", "Set HF_TOKEN, or run `hf auth login`."
+        )
+    return ModelRepo(hub, name)
+
+
+def hub_of(resolved: Resolved[TrainSettings], console: Console) -> Hub | None:
+    """The Hub's client, if there is a token."""
+    token = resolved.secrets.hf_token
+    return Hub(token.get_secret_value(), console.say, resolved.settings.hub_patience) if token else None
 
 
 @dataclass
@@ -103,6 +108,11 @@ class Run:
     @property
     def settings(self) -> TrainSettings:
         return self.resolved.settings
+
+    @property
+    def hub(self) -> Hub | None:
+        """The Hub's client, if there is a token."""
+        return hub_of(self.resolved, self.console)
 
     @property
     def first(self) -> int:

@@ -19,11 +19,15 @@ class Pusher:
     """One thread and room for one waiting checkpoint: if pushes are slower than saves, the newest wins.
 
     `pushed` is the newest step that is on the Hub and was read back, `seconds` how long the slowest push took,
-    `failure` why the last one that was tried is not there.
+    `failure` why the last one that was tried is not there. `export` is called with each checkpoint that was pushed.
     """
 
-    def __init__(self, repo: ModelRepo, keep: int, card: Callable[[Path], Path], console: Console, every: int) -> None:
+    def __init__(
+        self, repo: ModelRepo, keep: int, card: Callable[[Path], Path], console: Console, every: int,
+        export: Callable[[Path], None] = lambda folder: None,
+    ) -> None:  # fmt: skip
         self._repo, self._keep, self._card, self._console, self._every = repo, keep, card, console, every
+        self._export = export
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._current: Path | None = None
@@ -79,7 +83,11 @@ class Pusher:
                 self._current, self._waiting = self._waiting, None
             step = checkpoint.step_of(self._current)
             try:
+                begun = time.monotonic()
                 self._push(self._current, step)
+                self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - begun:.0f} s)")
+                self._export(self._current)
+                self.seconds = max(self.seconds, time.monotonic() - begun)
             except GivenUp:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
             except Exception as error:  # of whatever kind: training goes on, and the end of the run says what is where
@@ -88,14 +96,11 @@ class Pusher:
 
     def _push(self, folder: Path, step: int) -> None:
         self._keep_pace()
-        begun = time.monotonic()
         files = {f"{folder.name}/{file.relative_to(folder)}": file for file in folder.rglob("*") if file.is_file()}
         files[CARD] = self._card(folder)
         self._repo.push(files, f"Step {step}", lambda there: self._stale(there, step), self._wait)
         self._commits.append(time.monotonic())
         self.pushed, self.failure = step, ""
-        self.seconds = max(self.seconds, time.monotonic() - begun)
-        self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - begun:.0f} s)")
 
     def _stale(self, there: Snapshot, step: int) -> list[str]:
         """All but the newest checkpoints up to this one; what lies beyond it is not this run's to delete."""

@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import attention, checkpoint
 from phoque.training.deadline import StopRequest
+from phoque.training.export import export_final, export_passing
 from phoque.training.fingerprint import fingerprint
 from phoque.training.finish import card_of, finish, out_of_memory, published, stopped_after
 from phoque.training.prepare import Run, hub_repo, prepare
@@ -63,7 +65,7 @@ def _train(run: Run) -> dict[str, Any]:
     s, console = run.settings, run.console
     if run.begun.result:
         console.say(f"{run.folder} is complete; nothing to train")
-        return published(run, run.begun.result)
+        return _delivered(run, run.begun.result)
     logged = logged_until(run.folder)
     forget_after(run.folder, run.first)
     if run.begun.resume:
@@ -92,11 +94,18 @@ def _train(run: Run) -> dict[str, Any]:
         result = finish(run, model, stream, time.monotonic() - begun)
         if s.wandb_log_model != "false":
             tracker.artifact(run.folder / "adapter", s.max_steps)
-        result = published(run, result)
+        del model
+        result = _delivered(run, result)
         code = 0
         return result
     finally:
         tracker.finish(code)
+
+
+def _delivered(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """The finished run on the Hub, and merged if that was asked for; what is there already stays as it is."""
+    result = published(run, result)
+    return result | export_final(run) if run.settings.export_merged else result
 
 
 def _model(run: Run) -> Any:
@@ -126,7 +135,8 @@ def _steps(run: Run, model: Any, stream: TrainStream, tracker: Tracker) -> Stopp
     s, chat, found, console, stop = run.settings, run.ready.chat, run.ready.survey, run.console, run.stop
     watch, pusher = Stopwatch(), None
     if run.repo:
-        pusher = Pusher(run.repo, s.keep_checkpoints, lambda saved: card_of(run, saved), console, s.save_steps)
+        export = partial(export_passing, run) if s.export_on_save else lambda saved: None
+        pusher = Pusher(run.repo, s.keep_checkpoints, partial(card_of, run), console, s.save_steps, export)
         stop.push_s = lambda: pusher.seconds if pusher else 0.0
     held_out = [encoded for _, encoded in found.held_out]
     with ExitStack() as stack:

@@ -1,0 +1,105 @@
+"""Whether a merged model is its base with the adapter: the same texts through both, and what the adapter changes."""
+
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoque.data.chat import Chat
+from phoque.data.rows import open_dataset, parsed
+from phoque.models.load import load_config, load_model, load_tokenizer, measuring
+from phoque.models.source import Source
+
+ROWS = 3
+NEW_TOKENS = 64
+# Rounding the merged weights moves the logits a little; the adapter moves them much. A merge that missed a tenth of the
+# adapter would leave a tenth of that.
+LARGEST_SHARE = 0.1
+LARGEST_NO_OP = 1e-3  # mean difference that an adapter of zeros may leave
+
+
+def proof(base: Source, adapter: Path, merged: Path, dtype: str) -> dict[str, Any]:
+    """Compare on conversations of the bundled seal: {max_difference, mean_difference, adapter_effect, agreeing, ...}.
+
+    Both are loaded in turn, text only, in fp32 for an fp32 merge and in the merge's own 16 bits on a GPU, else fp32.
+    `adapter_effect` is the mean difference between base and base + adapter; `holds` is the verdict.
+    """
+    held = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "none"
+    chat = Chat(load_tokenizer(base), "", 2048)
+    stream = iter(open_dataset("seal", "train", None, None).stream)
+    rows = [parsed(next(stream)) for _ in range(ROWS)]
+    texts = [torch.tensor([chat.encode(row.messages).ids]) for row in rows]
+    prompts = [torch.tensor([chat.prompt_ids(_question(row.messages), None)]) for row in rows]
+    with _held(base, held) as model:
+        plain = [_logits(model, ids) for ids in texts]
+        tuned = _with_adapter(model, adapter, base)
+        wanted = [_logits(tuned, ids) for ids in texts]
+        spoken = [_greedy(tuned, ids) for ids in prompts]
+    with _held(Source(str(merged), merged, "", ""), held) as model:
+        found = [_logits(model, ids) for ids in texts]
+        said = [_greedy(model, ids) for ids in prompts]
+    gaps = torch.cat([(f - w).abs().flatten() for f, w in zip(found, wanted, strict=True)])
+    effect = torch.cat([(w - p).abs().flatten() for w, p in zip(wanted, plain, strict=True)]).mean().item()
+    same = [(a == b) for one, other in zip(said, spoken, strict=True) for a, b in zip(one, other, strict=False)]
+    mean = gaps.mean().item()
+    return {
+        "max_difference": gaps.max().item(),
+        "mean_difference": mean,
+        "adapter_effect": effect,
+        "agreeing": sum(same),
+        "tokens": sum(map(len, spoken)),
+        "precision": "fp32" if held == "none" else held,
+        "holds": mean <= max(LARGEST_SHARE * effect, LARGEST_NO_OP),
+    }
+
+
+def _question(messages: list[dict[str, str]]) -> str:
+    return next(turn["content"] for turn in messages if turn["role"] == "user")
+
+
+@contextmanager
+def _held(source: Source, quantization: str) -> Generator[Any]:
+    """The text model while the block runs; memory for one at a time."""
+    model = load_model(source, quantization)
+    with measuring(model):
+        yield model
+    del model
+    gc.collect()
+
+
+def _with_adapter(model: Any, adapter: Path, base: Source) -> Any:
+    """The adapter applied by peft, on its own modules and from its own file."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from phoque.models.adapter import PEFT_PREFIX, WEIGHTS, text_name
+    from phoque.models.families import family_of
+
+    config: Any = LoraConfig.from_pretrained(str(adapter))
+    config.inference_mode = True
+    family = family_of(load_config(base))
+    named = {text_name(key, family): tensor for key, tensor in load_file(adapter / WEIGHTS).items()}
+    modules = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in named if ".lora_" in key}
+    # by name: what the adapter was trained on may have had other names, and a vision tower that is not here
+    config.target_modules = sorted(modules & {name for name, _ in model.named_modules()})
+    tuned: Any = get_peft_model(model, config)
+    set_peft_model_state_dict(tuned, named)
+    return tuned.eval()
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids.to(model.device)).logits.float().cpu()
+
+
+@torch.no_grad()
+def _greedy(model: Any, ids: torch.Tensor) -> list[int]:
+    ids = ids.to(model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+        temperature=None, top_p=None, top_k=None, pad_token_id=0,
+    )  # fmt: skip
+    return out[0, ids.shape[1] :].tolist()
