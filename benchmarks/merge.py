@@ -176,8 +176,9 @@ def main(ministral: bool, place: Path | None) -> None:
             memory = "" if row["memory"] is None else f"{row['memory'] / 1e9:.2f}"
             print(f"| {name} | {row['seconds']:.1f} | {memory} | {row['bytes'] / 1e9:.2f} |")
         ours_row = rows["phoque merge"]
-        print(f"\ntime: {ours_row['seconds'] / copy:.1f} x the copy (target 2.0); "
-              f"memory: {ours_row['memory'] / 1e9:.2f} GB (target {(1.5 * largest + (1 << 30)) / 1e9:.2f})")  # fmt: skip
+        allowed = (1.5 * largest + (1 << 30)) / 1e9
+        print(f"\ntime: {ours_row['seconds'] / copy:.1f} x the copy (target 2.0)")
+        print(f"memory: {ours_row['memory'] / 1e9:.2f} GB (target {allowed:.2f})")
         if not ministral:
             print(f"largest difference to peft's weights: {same_weights(root / 'ours', root / 'peft'):.2g}")
     finally:

@@ -5,10 +5,13 @@
 # [tool.hf-jobs]
 # flavor = "a10g-large"
 # timeout = "4h"
-# secrets = ["HF_TOKEN", "WANDB_API_KEY"]
+# secrets = ["HF_TOKEN"]
 # env = { PHOQUE_TIMEOUT = "4h" }
 # ///
-"""`phoque train` for `hf jobs uv run jobs/train.py`, with settings as --env NAME=VALUE: .env.example has the names."""
+"""`phoque train` for `hf jobs uv run jobs/train.py`, with settings as --env NAME=VALUE: .env.example has the names.
+
+Add --secrets WANDB_API_KEY for W&B. To change the time, change both: --timeout 8h --env PHOQUE_TIMEOUT=8h.
+"""
 
 import sys
 

@@ -94,3 +94,10 @@ def test_a_packed_row_has_borders_and_restarting_positions(chat):
     assert batch["position_ids"][0].tolist() == [*range(a), *range(b)]
     assert batch["input_ids"][0].tolist() == talks[0].ids + talks[1].ids
     assert batch["labels"][0, a] == -100 and "attention_mask" not in batch
+
+
+def test_a_pass_without_a_row_to_train_on_is_an_error_and_no_endless_loop(tmp_path, chat):
+    path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)  # all the same: all held out
+    found = survey(opened(path), chat, 4, 0.05)
+    with pytest.raises(PhoqueError, match="gave no row"):
+        next(iter(TrainStream(opened(path), chat, found.threshold, 2, 0, 0.05)))

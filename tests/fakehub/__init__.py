@@ -6,6 +6,7 @@ Authorization header that reached the other origin (there must be none).
 
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -137,6 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
             role = "write" if token == TOKEN else "read"
             return self._json({"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}})
         if path == "api/validate-yaml":
+            named = re.search(r"^base_model: (.*)$", json.loads(body)["content"], re.M)
+            if named and not re.fullmatch(r"[\w.-]+/[\w.-]+", named[1]):
+                said = f'"base_model" with value "{named[1]}" is not valid. Use a model id from https://hf.co/models.'
+                return self._json({"errors": [{"message": said}], "warnings": []}, status=400)
             return self._json({"errors": [], "warnings": []})
         if path == "api/repos/create":
             return self._create(token, json.loads(body))

@@ -17,12 +17,13 @@ class Repo:
     name = "harbour/seal"
 
     def __init__(self):
-        self.open, self.pushed = threading.Event(), []
+        self.open, self.pushed, self.commits = threading.Event(), [], 0
 
     def push(self, files, message, stale, wait):
         while not self.open.wait(0.01):
             wait(0.01)
         self.pushed.append(message)
+        self.commits += 1
         return "commit"
 
 

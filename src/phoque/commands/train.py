@@ -5,7 +5,7 @@ from typing import Any
 
 from phoque.commands import flags, jobs
 from phoque.console import console, hush_libraries
-from phoque.settings.base import Resolved, cache_folder, deadline, resolved
+from phoque.settings.base import Resolved, cache_folder, deadline, resolved, submission
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
 
@@ -37,7 +37,7 @@ def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None
     else:
         from phoque.training.run import train
 
-        result = train(asked, cache_folder(), console, deadline(asked.settings.seconds))
+        result = train(asked, cache_folder(), console, deadline(asked.settings.seconds), submission())
         console.result(result, lambda: _result(result), result["adapter"])
 
 

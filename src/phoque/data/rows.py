@@ -81,9 +81,11 @@ def _local(name: str, path: Path) -> Dataset:
 
 def _hub(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
     from datasets import load_dataset
-    from huggingface_hub import HfApi
 
-    sha = str(HfApi(token=token).dataset_info(name, revision=revision).sha)
+    from phoque.hub.client import PATIENCE_S, Hub
+
+    hub = Hub(token, lambda _: None, PATIENCE_S)
+    sha = str(hub.tried(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
     try:
         stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
     except ValueError as error:  # datasets' word for an unknown split or a repository without data

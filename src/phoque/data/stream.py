@@ -202,6 +202,7 @@ class TrainStream:
 
     def _conversations(self) -> Iterator[Encoded]:
         while True:
+            seen = self.rows_seen
             for record in self._pass():
                 try:
                     row = parsed(record)
@@ -213,6 +214,12 @@ class TrainStream:
                     continue
                 self.rows_seen += 1
                 yield encoded
+            if self.rows_seen == seen and self._place.used == 0:
+                raise PhoqueError(
+                    "A whole pass over the data gave no row to train on.",
+                    "Every row is held out or unfit; rows that say the same are held out together.",
+                    "Give it more rows that differ, or --held-out-rows 0.",
+                )
             self._place = _Place(self._place.epoch + 1)
 
     def _pass(self) -> Iterator[dict[str, Any]]:

@@ -3,10 +3,10 @@
 from typing import Any
 
 from phoque import __version__
+from phoque.models.source import Source
 
 CARD = """---
-base_model: {base}
-library_name: peft
+{base_model}library_name: peft
 pipeline_tag: text-generation
 tags:
 - phoque
@@ -48,8 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 
 
 MERGED = """---
-base_model: {base}
-library_name: transformers
+{base_model}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - phoque
@@ -75,7 +74,12 @@ tags:
 """
 
 
-def merged_card(base: str, revision: str, record: dict[str, Any]) -> str:
+def _base_model(hub_id: str | None) -> str:
+    """The line of a card's metadata; the Hub refuses a card that names a folder there."""
+    return f"base_model: {hub_id}\n" if hub_id else ""
+
+
+def merged_card(base: Source, record: dict[str, Any]) -> str:
     """The README.md of a merged model, from its merge.json."""
     found = record.get("proof")
     said = "not compared"
@@ -86,7 +90,8 @@ def merged_card(base: str, revision: str, record: dict[str, Any]) -> str:
         )
     asked, made = record["asked"], record["made"]
     return MERGED.format(
-        base=base, title=base.split("/")[-1], revision=revision[:12], adapter=asked["adapter"][:16], proof=said,
+        base_model=_base_model(base.hub_id), base=base.name, title=base.name.split("/")[-1],
+        revision=base.revision[:12], adapter=asked["adapter"][:16], proof=said,
         dtype=asked["dtype"], changed=made["changed"], tensors=made["tensors"], phoque=__version__,
     )  # fmt: skip
 
@@ -112,6 +117,7 @@ def adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | Non
         if row["source"] != "default" and name not in UNSAID
     }
     return CARD.format(
+        base_model=_base_model(record["base"]["hub_id"]),
         base=record["base"]["name"],
         auto_class=record["base"]["auto_class"],
         title=f"{record['base']['name'].split('/')[-1]}, tuned on {record['data']['name'].split('/')[-1]}",

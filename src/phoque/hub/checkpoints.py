@@ -40,6 +40,12 @@ class ModelRepo:
 
     def __init__(self, hub: Hub, name: str) -> None:
         self.hub, self.name = hub, name
+        self.commits = 0  # that were made here
+        self._marker: str | None = None
+
+    def pin(self, there: Snapshot) -> None:
+        """Remember the fresh-start marker: a push after somebody else's fresh start is refused from now on."""
+        self._marker = _blob(there)
 
     def open(self, public: bool, warn: Callable[[str], None]) -> None:
         """Make the repository if there is none, private unless `public`.
@@ -94,6 +100,12 @@ class ModelRepo:
 
         def once() -> str:
             before = self.snapshot()
+            if self._marker is not None and MARKER not in local and _blob(before) != self._marker:
+                raise PhoqueError(
+                    f"{self.name} was begun afresh by somebody else.",
+                    "What this run has made does not belong there any more.",
+                    "Stop one of the two, or give one another --hub-model-id.",
+                )
             missing = [path for path, file in local.items() if not file.same_as(before.files.get(path))]
             gone = stale(before)
             if not missing and not gone:
@@ -103,6 +115,7 @@ class ModelRepo:
             made = self.hub.api.create_commit(
                 self.name, operations, commit_message=message, parent_commit=before.sha
             )  # fmt: skip
+            self.commits += 1
             after = self.snapshot(made.oid)
             for path, file in local.items():
                 if not file.same_as(after.files.get(path)):
@@ -136,8 +149,13 @@ class ModelRepo:
         file.write_text(json.dumps(marker))
         try:
             self.push({MARKER: file}, "Fresh start: delete all checkpoints", lambda s: sorted(s.folders()))
+            self.pin(self.snapshot())
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _blob(there: Snapshot) -> str:
+    return there.files[MARKER].blob_id if MARKER in there.files else ""
 
 
 class _Hashes:

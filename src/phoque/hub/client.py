@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # answers that another try may change
+PATIENCE_S = 20.0  # for what is asked before anything was spent
 LONGEST_WAIT_S = 60.0
 DAMAGED_TRIES = 2
 

@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from phoque import __version__
@@ -65,7 +66,8 @@ def job_for(command: str, resolved: Resolved[Any]) -> Job:
     package = s.package or requirement()
     run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *arguments(resolved)]
     # its own clock begins when the container does, see settings.base.deadline
-    return Job(DEFAULT_UV_IMAGE, run, {f"{PREFIX}TIMEOUT": timeout, "PYTHONUNBUFFERED": "1"}, secrets, s.on, timeout)
+    env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": token_hex(6), "PYTHONUNBUFFERED": "1"}
+    return Job(DEFAULT_UV_IMAGE, run, env, secrets, s.on, timeout)
 
 
 def arguments(resolved: Resolved[Any]) -> list[str]:
@@ -73,7 +75,7 @@ def arguments(resolved: Resolved[Any]) -> list[str]:
     model, found = type(resolved.settings), []
     for name, field in model.model_fields.items():
         value = getattr(resolved.settings, name)
-        if name in HERE or value is None or resolved.origins[name].source.startswith(("default", "preset")):
+        if name in HERE or value is None or _own(resolved.origins[name].source):
             continue
         flag = flag_names(model, name)[0]
         if field.annotation is bool:
@@ -82,6 +84,10 @@ def arguments(resolved: Resolved[Any]) -> list[str]:
             for one in value if isinstance(value, list) else [value]:
                 found += [flag, str(one)]
     return found
+
+
+def _own(source: str) -> bool:
+    return source == "default" or source.startswith("preset ")
 
 
 def requirement() -> str:
@@ -135,12 +141,9 @@ def run_on(hub: Hub, job: Job, attempts: int, console: Console) -> dict[str, Any
         try:
             message, stage = _followed(hub, made.id, console)
         except KeyboardInterrupt:
-            raise PhoqueError(
-                f"Job {made.id} is no longer followed; it goes on.",
-                f"To follow it: hf jobs logs --follow {made.id}",
-                f"To stop it: hf jobs cancel {made.id}",
-                INTERRUPTED,
-            ) from None
+            raise _unfollowed(made.id, "", INTERRUPTED) from None
+        except Exception as error:  # the log, not the job
+            raise _unfollowed(made.id, f"{reason(error)}. ", RESUMABLE) from error
         if stage == "COMPLETED":
             return {"job": made.id, "url": made.url, "stage": stage, "attempts": attempt}
         code = exit_code(message)
@@ -156,6 +159,15 @@ def run_on(hub: Hub, job: Job, attempts: int, console: Console) -> dict[str, Any
         if final == RESUMABLE
         else "See the last lines of its log.",
         final,
+    )
+
+
+def _unfollowed(number: str, why: str, code: int) -> PhoqueError:
+    return PhoqueError(
+        f"Job {number} is no longer followed; it goes on.",
+        f"{why}To follow it: hf jobs logs --follow {number}",
+        f"To stop it: hf jobs cancel {number}",
+        code,
     )
 
 

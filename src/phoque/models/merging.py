@@ -50,7 +50,7 @@ def merge_into(base: Source, adapter: Path, into: Path, dtype: str, console: Con
         record["proof"] = proof(base, adapter, into, dtype)
         (into / RECORD).write_text(json.dumps(record, indent=1))
     if not (into / CARD).is_file():
-        (into / CARD).write_text(merged_card(base.name, base.revision, record))
+        (into / CARD).write_text(merged_card(base, record))
     found = record.get("proof")
     if found and not found["holds"]:
         raise PhoqueError(

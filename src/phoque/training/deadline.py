@@ -25,6 +25,7 @@ class StopRequest(TrainerCallback):
     def __init__(self, console: Console, deadline: float | None = None, allowed: float = 0.0) -> None:
         self.console, self.deadline, self._allowed = console, deadline, allowed
         self.code: int | None = None
+        self._signalled = False
         self.push_s: Callable[[], float] = lambda: 0.0
         self._begun = False  # until the first step there is nothing to save
         self._ending = False
@@ -56,9 +57,10 @@ class StopRequest(TrainerCallback):
         self._save_s = max(self._save_s, seconds)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.code is not None:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.code = INTERRUPTED if number == signal.SIGINT else RESUMABLE
+        self._signalled = True
+        self.code = self.code or (INTERRUPTED if number == signal.SIGINT else RESUMABLE)
         if self._ending:
             self.console.say("finishing first: the last step is done; once more stops at once")
         elif self._begun:

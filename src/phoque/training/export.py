@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import FAILED, RESUMABLE, PhoqueError
 from phoque.hub.checkpoints import ModelRepo
-from phoque.hub.client import reason
+from phoque.hub.client import passing, reason
 from phoque.models.merging import merge_into, push_merged
 from phoque.training import checkpoint
 from phoque.training.prepare import Run
@@ -34,8 +34,8 @@ def export_final(run: Run) -> dict[str, Any]:
         raise PhoqueError(
             f"The merged model is made, but it is not in {repo.name}.",
             f"{reason(error)}. It is in {into}.",
-            "Run the same command again: it only pushes.",
-            FAILED,
+            "Run the same command again, without --fresh-start: it only pushes.",
+            RESUMABLE if passing(error) else FAILED,
         ) from error
     return {"merged": str(into), "proof": made["proof"], "merged_repo": repo.name}
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phoque.data.stream import TrainStream
-from phoque.errors import FAILED, PhoqueError, Stopped
+from phoque.errors import FAILED, RESUMABLE, PhoqueError, Stopped
 from phoque.hub.cards import adapter_card
 from phoque.hub.checkpoints import CARD
+from phoque.hub.client import passing
 from phoque.hub.client import reason as why
 from phoque.models.adapter import refuse_non_finite, save_adapter
 from phoque.models.families import family_of
@@ -56,7 +57,7 @@ def finish(run: Run, model: Any, stream: TrainStream, seconds: float) -> dict[st
 
 def held_out_of(metrics: list[dict[str, Any]]) -> dict[str, float] | None:
     """The first and the last held-out loss of a run, if any was measured."""
-    losses = [m["held_out_loss"] for m in metrics if "held_out_loss" in m]
+    losses = [m["held_out_loss"] for m in metrics if m.get("held_out_loss") is not None]
     return {"before": losses[0], "after": losses[-1]} if losses else None
 
 
@@ -88,13 +89,15 @@ def published(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     write_record(folder, run.record)
     try:
         commit = run.repo.push({name: f for name, f in files.items() if f.is_file()}, "Adapter", lambda _: [])
+    except PhoqueError:
+        raise
     except Exception as error:
         raise PhoqueError(
             f"The adapter is made, but it is not in {run.repo.name}.",
             f"{why(error)}. It is in {folder / 'adapter'}.",
-            "Run the same command again: it only pushes. On a Job, whose disk is gone by then, it goes on from the "
-            "newest checkpoint on the Hub.",
-            FAILED,
+            "Run the same command again, without --fresh-start: it only pushes. On a Job, whose disk is gone by then, "
+            "it goes on from the newest checkpoint on the Hub.",
+            RESUMABLE if passing(error) else FAILED,
         ) from error
     return result | {"commit": commit}
 

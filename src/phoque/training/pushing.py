@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phoque.console import Console
+from phoque.errors import PhoqueError
 from phoque.hub.checkpoints import CARD, ModelRepo, Snapshot
 from phoque.hub.client import GivenUp, reason
 from phoque.training import checkpoint
@@ -34,12 +35,15 @@ class Pusher:
         self._offered, self._warned = 0.0, False
         self._commits: deque[float] = deque()
         self._ending = False
+        self._refused: PhoqueError | None = None
         self.pushed: int | None = None
         self.seconds, self.failure = 0.0, ""
         threading.Thread(target=self._work, daemon=True, name="push").start()
 
     def offer(self, folder: Path) -> None:
-        """Have a checkpoint pushed; one that was still waiting is left out."""
+        """Have a checkpoint pushed; one that was still waiting is left out. Raises PhoqueError if none may be."""
+        if self._refused:
+            raise self._refused
         self._check_pace()
         with self._changed:
             self._waiting = folder
@@ -90,6 +94,9 @@ class Pusher:
                 self.seconds = max(self.seconds, time.monotonic() - begun)
             except GivenUp:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
+            except PhoqueError as error:
+                self._refused, self.failure = error, error.what
+                self._console.warn(f"checkpoint {step} is not on the Hub: {error.what}")
             except Exception as error:  # of whatever kind: training goes on, and the end of the run says what is where
                 self.failure = reason(error)
                 self._console.warn(f"checkpoint {step} is not on the Hub: {self.failure}")
@@ -98,8 +105,10 @@ class Pusher:
         self._keep_pace()
         files = {f"{folder.name}/{file.relative_to(folder)}": file for file in folder.rglob("*") if file.is_file()}
         files[CARD] = self._card(folder)
+        before = self._repo.commits
         self._repo.push(files, f"Step {step}", lambda there: self._stale(there, step), self._wait)
-        self._commits.append(time.monotonic())
+        if self._repo.commits > before:
+            self._commits.append(time.monotonic())
         self.pushed, self.failure = step, ""
 
     def _stale(self, there: Snapshot, step: int) -> list[str]:

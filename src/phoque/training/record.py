@@ -32,8 +32,8 @@ def check_writable(run: Path) -> None:
 
 def forget(run: Path) -> None:
     """Delete everything of the run that is in the folder."""
-    for old in (*checkpoint.checkpoints(run), run / "adapter"):
-        shutil.rmtree(old, ignore_errors=True)
+    for name in (*checkpoint.in_order(p.name for p in run.glob("*checkpoint*")), "adapter", "merged"):
+        shutil.rmtree(run / name, ignore_errors=True)
     for name in (RUN, METRICS, SAMPLES, report.NAME):
         (run / name).unlink(missing_ok=True)
 
@@ -79,6 +79,7 @@ def new_record(
         "versions": {name: version(name) for name in libraries},
         "base": {
             "name": ready.source.name,
+            "hub_id": ready.source.hub_id,
             "auto_class": family_of(ready.config).auto_class,
             "revision": ready.source.revision,
             "origin": ready.source.origin,

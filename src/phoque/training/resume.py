@@ -14,7 +14,7 @@ from phoque.hub.checkpoints import MARKER, ModelRepo, Snapshot
 from phoque.hub.client import Damaged
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoint, report
-from phoque.training.fingerprint import refuse_other_run
+from phoque.training.fingerprint import SAME, refuse_other_run
 from phoque.training.record import RUN, derived_id, forget, read_record, write_record
 from phoque.training.tracking import METRICS, SAMPLES
 
@@ -31,6 +31,7 @@ class Beginning:
     resume: Path | None = None
     marker: dict[str, Any] | None = None  # of the fresh start that the run began with
     anew: bool = False  # that fresh start was made just now
+    on_hub: bool = False  # a checkpoint of that name is in the repository already
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -38,21 +39,23 @@ class Beginning:
 
 
 def begin(
-    s: TrainSettings, run: Path, repo: ModelRepo | None, same: dict[str, Any], used: dict[str, Any], console: Console
-) -> Beginning:
+    s: TrainSettings, run: Path, repo: ModelRepo | None, same: dict[str, Any], used: dict[str, Any], console: Console,
+    submission: str = "",
+) -> Beginning:  # fmt: skip
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
 
-    `same` is the fingerprint, `used` the state of the data for a checkpoint that has none. Raises PhoqueError (2) if it
-    is the state of another run, (1) if there are checkpoints and none is whole, and the Hub's error if it cannot be
-    asked: an error is never taken for an empty repository.
+    `same` is the fingerprint, `used` the state of the data for a checkpoint that has none, `submission` names the Job
+    that this process is an attempt of. Raises PhoqueError (2) if it is the state of another run, (1) if there are
+    checkpoints and none is whole, and the Hub's error if it cannot be asked: an error is never taken for an empty
+    repository.
     """
     remote = _Remote(repo, run / FETCHING, console) if repo else None
-    local = read_record(run)
+    local = _readable(run, s)
     marker = remote.marker if remote else (local or {}).get("fresh_start")
     if s.fresh_start:
         complete = remote.final if remote else local
-        if not _honoured(marker, complete, same, s, console):
-            marker = _start_anew(s, run, remote, same, console)
+        if not _honoured(marker, complete, submission, s, console):
+            marker = _start_anew(s, run, remote, submission, console)
             return Beginning(_id(repo, marker), marker=marker, anew=True)
     if remote:
         local = _bring(remote, run, local, same, used, console)
@@ -60,6 +63,7 @@ def begin(
     begun = Beginning(_id(repo, marker), local, checkpoint.newest_whole(run, console.warn), marker)
     if begun.record is None and begun.resume is not None:
         begun.record = checkpoint.record_in(begun.resume)
+    begun.on_hub = bool(remote and begun.resume and begun.resume.name in remote.at.folders())
     if begun.record is not None:
         begun.run_id = begun.record["run_id"]
         refuse_other_run(begun.record["fingerprint"], same, s.allow_change)
@@ -75,6 +79,7 @@ class _Remote:
         shutil.rmtree(staging, ignore_errors=True)
         self.repo, self.staging, self._console = repo, staging, console
         self.at: Snapshot = repo.snapshot()
+        repo.pin(self.at)
         self.marker = self._json(MARKER)
         # an adapter that lies there from before the last fresh start is not this run's
         self.final = final if (final := self._json(RUN)) and _start_of(final) == _marked(self.marker) else None
@@ -109,7 +114,7 @@ class _Remote:
             for name in checkpoint.in_order(self.at.folders())
             if checkpoint.step_of(Path(name)) > above
         }
-        ours = any(path.endswith(checkpoint.OURS) for paths in folders.values() for path in paths)
+        ours = any(path.endswith(checkpoint.OURS) for path in self.at.files)
         reason: str | None = None
         for name, paths in folders.items():
             reason = "it has no manifest"
@@ -117,6 +122,9 @@ class _Remote:
                 reason = self._fetched(paths) or (
                     checkpoint.flaw(self.staging / name) if ours else checkpoint.foreign_flaw(self.staging / name)
                 )
+            record = checkpoint.record_in(self.staging / name) if reason is None else None
+            if record and _start_of(record) != _marked(self.marker):
+                reason = "it is of the run before the last fresh start"
             if reason is None:
                 return self.staging / name if ours else checkpoint.adopt(self.staging / name, used, self._console.warn)
             self._console.warn(f"{name} in {self.repo.name} is left out: {reason}")
@@ -134,7 +142,7 @@ class _Remote:
         """Fetch a checkpoint's files; what keeps it from being whole if one is damaged or gone for good."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        wanted = [path for path in paths if not path.endswith("training_args.bin")]  # a pickle that nothing needs
+        wanted = [path for path in paths if not path.endswith(checkpoint.PICKLED)]
         size = sum(self.at.files[path].size for path in wanted) / 1e6
         self._console.say(f"fetching {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
         for path in wanted:
@@ -160,6 +168,8 @@ def _bring(
         here = [checkpoint.step_of(c) for c in checkpoint.checkpoints(run) if checkpoint.flaw(c) is None]
         found = remote.newest(max(here, default=-1), used)
         if found is None:
+            if remote.final and not local:  # finished by another command, and its checkpoints are gone
+                refuse_other_run(remote.final["fingerprint"], same, [])
             return local
         record = checkpoint.record_in(found)
         if local and record and record["run_id"] != local["run_id"]:
@@ -188,10 +198,10 @@ def _adopt_newest(run: Path, used: dict[str, Any], console: Console) -> None:
 
 
 def _start_anew(
-    s: TrainSettings, run: Path, remote: _Remote | None, same: dict[str, Any], console: Console
+    s: TrainSettings, run: Path, remote: _Remote | None, submission: str, console: Console
 ) -> dict[str, Any]:
     """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
-    here = {c.name for c in checkpoint.checkpoints(run)}
+    here = {path.name for path in run.glob("*checkpoint*")}
     there = set(remote.at.folders()) if remote else set()
     if names := checkpoint.in_order(here | there):
         where = " and ".join([str(run)] * bool(here) + ([remote.repo.name] if there and remote else []))
@@ -200,27 +210,45 @@ def _start_anew(
             raise PhoqueError(
                 "Nothing was begun.", "The fresh start was declined.", "Leave --fresh-start out to go on."
             )
-    marker = {"id": secrets.token_hex(6), "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "fingerprint": same}
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    marker = {"id": secrets.token_hex(6), "at": now, "asked": _asked(s), "submission": submission}
+    forget(run)  # first: what is here must not outlive what is there
     if remote:
         remote.repo.clear(marker, remote.staging)
-    forget(run)
     return marker
 
 
 def _honoured(
-    marker: dict[str, Any] | None, latest: dict[str, Any] | None, same: dict[str, Any], s: TrainSettings,
-    console: Console,
-) -> bool:  # fmt: skip
+    marker: dict[str, Any] | None, latest: dict[str, Any] | None, submission: str, s: TrainSettings, console: Console
+) -> bool:
     """Whether this very command has made its fresh start before, and the run that began with it is not done.
 
-    A job that is submitted again has the variable still set; it must go on, and not wipe its own progress for ever.
+    A job that is submitted again has the variable still set; it must go on, and not wipe its own progress for ever. A
+    finished run is begun again, but not by a later attempt of the submission that finished it.
     """
-    if marker is None or marker["fingerprint"] != same or "result" in (latest or {}):
+    if marker is None or marker["asked"] != _asked(s):
         return False
+    if "result" in (latest or {}):
+        return bool(submission) and submission == marker["submission"]
     if console.can_ask() and not s.yes:
         return not console.confirmed(f"The run begun afresh at {marker['at']} is not finished. Begin again?")
     console.say(f"the fresh start was made at {marker['at']} and its run is not finished: going on with it")
     return True
+
+
+def _asked(s: TrainSettings) -> dict[str, Any]:
+    """What the command itself says about what is learnt: data that has changed since is no other command."""
+    return s.model_dump(mode="json", include={*SAME, "base_model", "revision", "dataset", "dataset_revision", "split"})
+
+
+def _readable(run: Path, s: TrainSettings) -> dict[str, Any] | None:
+    """run.json, where a fresh start may also replace one that cannot be read."""
+    try:
+        return read_record(run)
+    except PhoqueError:
+        if not s.fresh_start:
+            raise
+        return None
 
 
 def _two_runs(run: Path, repo: str, here: str, there: str) -> PhoqueError:

@@ -29,22 +29,24 @@ from phoque.training.tracking import Tracker, forget_after, logged_until, start_
 
 
 def train(
-    resolved: Resolved[TrainSettings], cache: Path, console: Console, deadline: float | None = None
-) -> dict[str, Any]:
+    resolved: Resolved[TrainSettings], cache: Path, console: Console, deadline: float | None = None,
+    submission: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Train to the end, from the newest whole checkpoint if there is one, here or on the Hub; return what was made.
 
-    `deadline` is the time.time() at which this process is going to be killed. Raises Stopped (75 or 130) after a stop
+    `deadline` is the time.time() at which this process is going to be killed, `submission` names the Job that it is an
+    attempt of. Raises Stopped (75 or 130) after a stop
     that saved, PhoqueError for all that can go wrong.
     """
     stop = StopRequest(console, deadline, resolved.settings.seconds or 0.0)
     try:
         with stop.heeded():
-            return _train(_begun(resolved, cache, stop, console))
+            return _train(_begun(resolved, cache, stop, console, submission))
     except torch.OutOfMemoryError as error:
         raise out_of_memory(resolved.settings) from error
 
 
-def _begun(resolved: Resolved[TrainSettings], cache: Path, stop: StopRequest, console: Console) -> Run:
+def _begun(resolved: Resolved[TrainSettings], cache: Path, stop: StopRequest, console: Console, submission: str) -> Run:
     s, run = resolved.settings, resolved.settings.folder
     check_writable(run)
     repo = hub_repo(resolved, console)
@@ -55,7 +57,7 @@ def _begun(resolved: Resolved[TrainSettings], cache: Path, stop: StopRequest, co
     ready = prepare(resolved, cache, console, weights=True)
     same = fingerprint(s, ready.source, ready.dataset, ready.chat, ready.survey)
     rows = ready.survey.good - len(ready.survey.held_out)
-    begun = begin(s, run, repo, same, {"rows": rows, "batch_size": s.batch_size}, console)
+    begun = begin(s, run, repo, same, {"rows": rows, "batch_size": s.batch_size}, console, submission)
     record = begun.record or new_record(resolved, ready, same, begun.run_id, begun.marker)
     write_record(run, record)
     return Run(resolved, ready, run, begun, record, repo, stop, console)
@@ -65,6 +67,7 @@ def _train(run: Run) -> dict[str, Any]:
     s, console = run.settings, run.console
     if run.begun.result:
         console.say(f"{run.folder} is complete; nothing to train")
+        run.stop.ending()
         return _delivered(run, run.begun.result)
     logged = logged_until(run.folder)
     forget_after(run.folder, run.first)
@@ -152,8 +155,17 @@ def _steps(run: Run, model: Any, stream: TrainStream, tracker: Tracker) -> Stopp
         trainer = PersonaTrainer(model, chat.tokenizer, arguments, stream, family, saves, watch, callbacks)
         _silence(trainer)
         if pusher and run.begun.resume:
-            pusher.offer(run.begun.resume)  # a no-op, unless it never got there
-        trainer.train(resume_from_checkpoint=str(run.begun.resume) if run.begun.resume else None)
+            if run.begun.on_hub:
+                pusher.pushed = run.first
+            else:
+                pusher.offer(run.begun.resume)
+        try:
+            trainer.train(resume_from_checkpoint=str(run.begun.resume) if run.begun.resume else None)
+        except Exception:  # what was saved before it is still on its way
+            if pusher:
+                console.say("waiting for the last checkpoint to reach the Hub")
+                pusher.drain(min(s.hub_patience, stop.left or s.hub_patience))
+            raise
     step = trainer.state.global_step
     if pusher and not pusher.drain(stop.left):
         pusher.failure = "the deadline came first"

@@ -111,7 +111,7 @@ def _wandb_name(name: str) -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in _lines(path)]
 
 
 def logged_until(run: Path) -> int:
@@ -131,18 +131,23 @@ def forget_after(run: Path, step: int) -> None:
     for name in (METRICS, SAMPLES):
         path = run / name
         kept = [row for row in _readable(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        staging = path.with_name(f".{name}")
+        staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        staging.replace(path)
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
     """As read_lines, less a last line that a kill cut short."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().splitlines()
+    lines = _lines(path)
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError:
         return [json.loads(line) for line in lines[:-1]]
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file, by the newline alone: splitlines() also cuts at U+2028, which a text may well hold."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

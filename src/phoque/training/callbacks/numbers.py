@@ -38,7 +38,10 @@ class Numbers(TrainerCallback):
         self.watch.lap()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        last = state.global_step == state.max_steps or control.should_training_stop
+        last = state.global_step == state.max_steps
+        if control.should_training_stop and not last:  # asked to stop: what time there is belongs to the save
+            control.should_log = True
+            return
         if state.global_step % self.norms_every == 0 or last:
             self._pending |= lora_norms(model)
         if last:

@@ -29,6 +29,8 @@ class Samples(TrainerCallback):
             self._sample(model, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if control.should_training_stop and state.global_step < state.max_steps:
+            return
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._sample(model, state.global_step)
 
