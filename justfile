@@ -19,6 +19,8 @@ types:
 bench:
     uv run python benchmarks/startup.py
     uv run python benchmarks/demo.py
+    uv run python benchmarks/faults.py
+    uv run python benchmarks/merge.py
 
 demo:
     uv run phoque train --preset demo --max-steps 20

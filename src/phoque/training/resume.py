@@ -168,7 +168,7 @@ def _bring(
         here = [checkpoint.step_of(c) for c in checkpoint.checkpoints(run) if checkpoint.flaw(c) is None]
         found = remote.newest(max(here, default=-1), used)
         if found is None:
-            if remote.final and not local:  # finished by another command, and its checkpoints are gone
+            if remote.final and not local and not here:  # finished by another command, and its checkpoints are gone
                 refuse_other_run(remote.final["fingerprint"], same, [])
             return local
         record = checkpoint.record_in(found)
