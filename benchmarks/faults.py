@@ -32,7 +32,7 @@ from tests.fakehub import TOKEN, FakeHub  # noqa: E402
 from tests.fakehub.jobs import Jobs  # noqa: E402
 from tests.zygote import Zygote  # noqa: E402
 
-REPO, DATA, STEPS, SAVE = "harbour/seal", "harbour/gulls", 12, 3
+REPO, BASE, STEPS, SAVE = "harbour/seal", "harbour/tiny", 12, 3
 KEY = "g" * 40
 SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY}
 COMMIT, LFS = "POST .*/commit/", "(PUT|POST) /lfs/"
@@ -102,6 +102,7 @@ class Bench:
 
     def begin(self) -> None:
         self.hub.empty()
+        self.hub.add("models", BASE, {p.name: p.read_bytes() for p in self.base.iterdir()})
         self.outputs.clear()
         self.new_machine()
 
@@ -137,7 +138,7 @@ class Phoque(Bench):
 
     def start(self, *more: Any, prelude: str = "", repo: str = REPO, **env: str) -> Started:
         argv = [
-            "train", "--base-model", self.base, "--dataset", self.rows, "--quantization", "none", "--batch-size", 4,
+            "train", "--base-model", BASE, "--dataset", self.rows, "--quantization", "none", "--batch-size", 4,
             "--log-every", 1, "--sample-every", 0, "--learning-rate", 0.01, "--lora-dropout", 0.1, "--max-steps", STEPS,
             "--max-bad-rows", 0.2, "--save-steps", SAVE, "--hub-model-id", repo, "--hub-patience", 30,
             "--output-dir", "run",
@@ -170,7 +171,7 @@ class Plain(Bench):
 
     def start(self, *more: Any, prelude: str = "", **env: str) -> Started:
         names = {"--dataset": "--rows", "--learning-rate": "--lr", "--batch-size": "--batch", "--save-steps": "--save"}
-        argv = ["--base", self.base, "--rows", self.rows, "--out", "run", "--repo", REPO, "--log", "log.txt",
+        argv = ["--base", BASE, "--rows", self.rows, "--out", "run", "--repo", REPO, "--log", "log.txt",
                 "--save", SAVE]  # fmt: skip
         argv += [names.get(str(a), a) for a in more if a not in ("--fresh-start",)]
         script = (

@@ -158,7 +158,10 @@ def main(ministral: bool, place: Path | None) -> None:
         if ministral:
             from benchmarks.ministral import make
 
-            make(base, tiny=False)
+            (root / "made").mkdir()
+            make(root / "made", tiny=False)
+            base = root / "made" / "fp8"
+            shutil.rmtree(root / "made" / "bf16")
         else:
             make_llama(base)
         make_adapter(base, adapter)

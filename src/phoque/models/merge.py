@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,10 +274,16 @@ def _write(folder: Path, plan: list[Written], arriving: Iterator[torch.Tensor]) 
     names = ["model.safetensors"] if alone else [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in
                                                  range(1, len(groups) + 1)]  # fmt: skip
     for name, group in zip(names, groups, strict=True):
-        with (folder / name).open("wb") as f:
+        with (folder / name).open("wb") as f, ThreadPoolExecutor(1) as writer:
             f.write(_header(group))
-            for _ in group:
-                f.write(memoryview(next(arriving).contiguous().reshape(-1).view(torch.uint8).numpy()))
+            pending = None
+            for _ in group:  # one tensor is written while the next is merged
+                raw = memoryview(next(arriving).contiguous().reshape(-1).view(torch.uint8).numpy())
+                if pending:
+                    pending.result()
+                pending = writer.submit(f.write, raw)
+            if pending:
+                pending.result()
             f.flush()
             os.fsync(f.fileno())
     if not alone:
