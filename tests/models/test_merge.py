@@ -232,7 +232,7 @@ def test_from_the_hub_to_the_hub(phoque, hub, tmp_path, tiny_llama):
 
 
 def test_memory_is_a_few_tensors(tmp_path):
-    """What the peak of a process grows by when it merges 0.4 GB: less than the model: what is read ahead, and a few tensors."""
+    """What the peak grows by when 0.4 GB are merged: less than that; what is read ahead, and a few tensors."""
     big = tiny.llama(tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
     trained(big, tmp_path / "adapter")
     script = f"""
