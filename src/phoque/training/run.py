@@ -11,7 +11,7 @@ import torch
 
 from phoque.console import Console
 from phoque.data.stream import Survey, TrainStream
-from phoque.errors import FAILED, Stopped
+from phoque.errors import FAILED, PhoqueError, Stopped
 from phoque.models.adapter import load_adapter, with_adapter
 from phoque.models.families import family_of
 from phoque.models.load import device, load_model
@@ -56,6 +56,12 @@ def _begun(resolved: Resolved[TrainSettings], cache: Path, stop: StopRequest, co
         )  # before anything is spent: without the right to write there nothing could be kept
     ready = prepare(resolved, cache, console, weights=True)
     same = fingerprint(s, ready.source, ready.dataset, ready.chat, ready.survey)
+    if same["processes"] > 1:
+        raise PhoqueError(
+            f"{same['processes']} processes were launched.",
+            "phoque trains in one: each of them would learn from the same rows.",
+            "Run `phoque train` without accelerate launch.",
+        )
     rows = ready.survey.good - len(ready.survey.held_out)
     begun = begin(s, run, repo, same, {"rows": rows, "batch_size": s.batch_size}, console, submission)
     record = begun.record or new_record(resolved, ready, same, begun.run_id, begun.marker)
