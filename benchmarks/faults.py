@@ -290,7 +290,7 @@ def job_timeouts(b: Bench) -> None:
         spec = {"command": [], "arguments": [], "environment": {}, "flavor": "cpu-basic"}
         stages: list[str] = []
         while "COMPLETED" not in stages:
-            need(len(stages) < 12, "it was never done")
+            need(len(stages) < 12, f"it was never done: {stages[-1:]}, {b.outputs[-1:]}")
             spec["timeoutSeconds"] = 2 + len(stages)  # a second more each time, for a machine that is busy
             job = b.hub.jobs.jobs[b.hub.jobs.submit("harbour", spec)["id"]]
             while job["stage"] in ("SCHEDULING", "RUNNING"):

@@ -30,7 +30,10 @@ class Zygote:
     ) -> int:
         """Fork a command; return its process id. `prelude` is executed in it first, to hurt it from within."""
         asked = {"argv": arguments, "env": env, "cwd": str(cwd), "out": str(out), "err": str(err)}
-        return self._ask(asked | {"prelude": prelude})
+        with self._lock:
+            pid = self._ask(asked | {"prelude": prelude})
+            self._codes.pop(pid, None)  # the system gives a number again
+            return pid
 
     def poll(self, pid: int, wait: bool) -> int | None:
         """The exit code (negative for a signal), or None while it runs and `wait` is false."""
@@ -40,19 +43,19 @@ class Zygote:
 
     def poll_once(self, pid: int) -> int | None:
         """As poll, without waiting; a code is kept for whoever asks again."""
-        if pid not in self._codes and (code := self._ask({"pid": pid})) is not None:
-            self._codes[pid] = code
-        return self._codes.get(pid)
+        with self._lock:  # a second asker must find the code, and not a process that is gone
+            if pid not in self._codes and (code := self._ask({"pid": pid})) is not None:
+                self._codes[pid] = code
+            return self._codes.get(pid)
 
     def stop(self) -> None:
         self._process.stdin.close()
         self._process.wait()
 
     def _ask(self, request: dict):
-        with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
 
 def serve() -> None:

@@ -64,12 +64,12 @@ def test_each_pass_has_every_row_once_in_another_order(rows, chat):
 
 
 @pytest.mark.parametrize("window", [7, 1000])
-@pytest.mark.parametrize("stop", [0, 1, 7, 13, 21, 27])
-def test_a_stream_resumes_exactly(rows, chat, stop, window, monkeypatch):
+@pytest.mark.parametrize(("size", "stop"), [(3, n) for n in (0, 1, 7, 13, 21, 27)] + [(4, 10)])  # 4 x 10: all rows
+def test_a_stream_resumes_exactly(rows, chat, size, stop, window, monkeypatch):
     monkeypatch.setattr("phoque.data.stream.SHUFFLED", window)
 
     def stream():
-        return TrainStream(opened(rows), chat, "", 3, 5, 0.05)
+        return TrainStream(opened(rows), chat, "", size, 5, 0.05)
 
     whole = stream()
     batches = [b["input_ids"].tolist() for _, b in zip(range(30), whole, strict=False)]

@@ -202,7 +202,7 @@ class TrainStream:
 
     def _conversations(self) -> Iterator[Encoded]:
         while True:
-            seen = self.rows_seen
+            seen, whole = self.rows_seen, self._place == _Place(self._place.epoch)
             for record in self._pass():
                 try:
                     row = parsed(record)
@@ -214,7 +214,7 @@ class TrainStream:
                     continue
                 self.rows_seen += 1
                 yield encoded
-            if self.rows_seen == seen and self._place.used == 0:
+            if whole and self.rows_seen == seen:  # not the rest of a pass: a state may stand after its last row
                 raise PhoqueError(
                     "A whole pass over the data gave no row to train on.",
                     "Every row is held out or unfit; rows that say the same are held out together.",
