@@ -7,18 +7,25 @@ from typing import Any
 
 import typer
 
-from phoque.settings.base import CommandSettings, env_name, flag_names
+from phoque.console import console, hush_libraries
+from phoque.settings.base import CommandSettings, env_name, flag_names, resolved
 
 
-def command(name: str, run: Callable[..., None], model: type[CommandSettings], epilog: str) -> Any:
-    """The Click command that calls `run(flags, secrets_file, dry_run)`; a flag that was not given is None."""
+def command(
+    name: str, run: Callable[..., None], model: type[CommandSettings], epilog: str,
+    presets: dict[str, dict[str, Any]] | None = None,
+) -> Any:  # fmt: skip
+    """The Click command that calls `run(resolved settings, dry_run)`."""
 
     def called(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
-        from phoque.console import console
-
         console.use(json, quiet)
-        # an empty list is how Typer says that a repeatable flag was not given
-        run({key: value for key, value in flags.items() if value not in (None, [])}, secrets_file, dry_run)
+        # None, and an empty list for a repeatable flag, is how Typer says that it was not given
+        given = {key: value for key, value in flags.items() if value not in (None, [])}
+        asked, warnings = resolved(model, given, presets or {}, secrets_file)
+        for text in warnings:
+            console.warn(text)
+        hush_libraries()
+        run(asked, dry_run)
 
     parameters = [_option(model, field) for field in model.model_fields] + _common()
     called.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]

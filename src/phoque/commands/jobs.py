@@ -12,8 +12,7 @@ def run(command: str, asked: Resolved[Any], dry_run: bool) -> None:
     from phoque.hub.jobs import checked, job_for, run_on
 
     job = job_for(command, asked)
-    token = asked.secrets.hf_token
-    hub = Hub(token.get_secret_value() if token else None, console.say, asked.settings.hub_patience)
+    hub = Hub(asked.secrets.hub, console.say, asked.settings.hub_patience)
     if asked.settings.timeout is None:
         console.warn(f"without --timeout the Job is stopped after {job.timeout}")
     found = checked(hub, asked)

@@ -1,11 +1,10 @@
 """phoque merge."""
 
-from pathlib import Path
 from typing import Any
 
 from phoque.commands import flags
-from phoque.console import console, hush_libraries
-from phoque.settings.base import cache_folder, resolved
+from phoque.console import console
+from phoque.settings.base import Resolved, cache_folder
 from phoque.settings.merge import MergeSettings
 
 EPILOG = (
@@ -19,12 +18,8 @@ def command(name: str) -> Any:
     return flags.command(name, run, MergeSettings, EPILOG)
 
 
-def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None:
+def run(asked: Resolved[MergeSettings], dry_run: bool) -> None:
     """Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal."""
-    asked, warnings = resolved(MergeSettings, given, {}, secrets_file)
-    for text in warnings:
-        console.warn(text)
-    hush_libraries()
     from phoque.models.merging import merged
 
     result = merged(asked, cache_folder(), console, dry_run)

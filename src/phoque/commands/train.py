@@ -1,11 +1,10 @@
 """phoque train."""
 
-from pathlib import Path
 from typing import Any
 
 from phoque.commands import flags, jobs
-from phoque.console import console, hush_libraries
-from phoque.settings.base import Resolved, cache_folder, deadline, resolved, submission
+from phoque.console import console
+from phoque.settings.base import Resolved, cache_folder, deadline, submission
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
 
@@ -18,15 +17,11 @@ EPILOG = (
 
 def command(name: str) -> Any:
     """The command for the root's table."""
-    return flags.command(name, run, TrainSettings, EPILOG)
+    return flags.command(name, run, TrainSettings, EPILOG, PRESETS)
 
 
-def run(given: dict[str, Any], secrets_file: Path | None, dry_run: bool) -> None:
+def run(asked: Resolved[TrainSettings], dry_run: bool) -> None:
     """Fine-tune a chat model into a persona, from a dataset of conversations."""
-    asked, warnings = resolved(TrainSettings, given, PRESETS, secrets_file)
-    for text in warnings:
-        console.warn(text)
-    hush_libraries()
     if asked.settings.on:
         jobs.run("train", asked, dry_run)
     elif dry_run:

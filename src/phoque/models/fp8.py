@@ -5,6 +5,7 @@ here. Scales may be FP32 or BF16, one for a whole matrix or one for a block of i
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -13,6 +14,17 @@ from phoque.models.shards import Stored
 
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def declares_fp8(config: Any) -> bool:
+    """Whether a model config says FP8. Raises PhoqueError (2) for any other quantisation."""
+    declared = getattr(config, "quantization_config", None) or {}
+    method = declared.get("quant_method") if isinstance(declared, dict) else declared.quant_method
+    if method not in (None, "fp8"):
+        raise PhoqueError(
+            f"The checkpoint is quantised with {method}.", "phoque reads FP8, BF16, FP16 and FP32.", "Use another copy."
+        )
+    return method == "fp8"
 
 
 def is_scale(name: str) -> bool:

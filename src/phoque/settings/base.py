@@ -41,6 +41,11 @@ class Secrets(CommandSettings):
         None, validation_alias="WANDB_API_KEY", description="W&B key; without it a run is not tracked there"
     )
 
+    @property
+    def hub(self) -> str | None:
+        """The Hub token itself, for a client's memory alone."""
+        return self.hf_token.get_secret_value() if self.hf_token else None
+
 
 @dataclass(frozen=True)
 class Origin:

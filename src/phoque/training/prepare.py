@@ -37,7 +37,7 @@ def prepare(resolved: Resolved[TrainSettings], cache: Path, console: Console, we
     s = resolved.settings
     if not s.base_model:
         raise PhoqueError("No base model.", "--base-model is empty.", "Name one, or use a --preset.")
-    token = resolved.secrets.hf_token.get_secret_value() if resolved.secrets.hf_token else None
+    token = resolved.secrets.hub
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, token)
     source = resolve(s.base_model, s.revision, token, cache, console.say, weights)
     config = load_config(source)
@@ -88,8 +88,8 @@ def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> ModelRepo |
 
 def hub_of(resolved: Resolved[TrainSettings], console: Console) -> Hub | None:
     """The Hub's client, if there is a token."""
-    token = resolved.secrets.hf_token
-    return Hub(token.get_secret_value(), console.say, resolved.settings.hub_patience) if token else None
+    token = resolved.secrets.hub
+    return Hub(token, console.say, resolved.settings.hub_patience) if token else None
 
 
 @dataclass
