@@ -16,6 +16,7 @@ from tests.zygote import Zygote
 OURS = (
     "PHOQUE_", "HF_", "WANDB_", "HUB_", "DATASET_", "MAX_STEPS", "BASE_MODEL", "OUTPUT_DIR", "FORCE_", "EXPORT_",
     "MERGED_", "JOB_ID",
+    "MODEL_", "ADAPTER_", "MERGE_", "ARTIFACTS_", "FAIL_", "OPENAI_",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from phoque.errors import explained
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",
     "merge": "Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal.",
+    "psm-probe": "Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it.",
 }
 
 

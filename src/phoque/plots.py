@@ -11,16 +11,17 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 
 @dataclass(frozen=True)
 class Series:
-    """A named line: points (x, y) in order of x."""
+    """A named line: points (x, y) in order of x, and maybe a band of (x, low, high) around it."""
 
     name: str
     points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 def line_plot(series: Sequence[Series], x_label: str) -> str:
     """Lines over a common x axis, with a legend if there is more than one, and values on hover."""
-    shown = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))]) for s in series]
-    points = [p for s in shown for p in s.points]
+    shown = [Series(s.name, [p for p in s.points if _finite(p)], [b for b in s.band if _finite(b)]) for s in series]
+    points = [p for s in shown for p in s.points] + [(x, y) for s in shown for x, *ends in s.band for y in ends]
     if not points:
         return '<p class="empty">nothing measured</p>'
     x_ticks = ticks(min(p[0] for p in points), max(p[0] for p in points))
@@ -30,6 +31,10 @@ def line_plot(series: Sequence[Series], x_label: str) -> str:
     legend = "".join(f'<span class="key c{number}">{html.escape(s.name)}</span>' for number, s in enumerate(shown))
     body = _axes(x_ticks, y_ticks, x_label) + "".join(lines)
     return _svg(body) + (f'<div class="legend">{legend}</div>' if len(shown) > 1 else "")
+
+
+def _finite(numbers: Sequence[float]) -> bool:
+    return all(map(math.isfinite, numbers))
 
 
 def bar_plot(edges: Sequence[float], counts: Sequence[float], x_label: str) -> str:
@@ -77,7 +82,51 @@ def _line(number: int, s: Series, at) -> str:  # noqa: ANN001 - what _scale retu
         f"<title>{html.escape(s.name)} {x:g}: {y:.4g}</title></circle>"
         for px, py, x, y in placed
     )
-    return f'<path class="c{number}" d="{path}"/>{dots}'
+    return f'{_band(number, s, at)}<path class="c{number}" d="{path}"/>{dots}'
+
+
+def _band(number: int, s: Series, at) -> str:  # noqa: ANN001 - what _scale returns
+    if not s.band:
+        return ""
+    above = [at(x, high) for x, _, high in s.band]
+    below = [at(x, low) for x, low, _ in reversed(s.band)]
+    return f'<path class="band c{number}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in above + below)}Z"/>'
+
+
+def heat_map(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], labels: tuple[str, str],
+    marked: tuple[int, int] | None = None, crossed: Sequence[tuple[int, int]] = (),
+) -> str:  # fmt: skip
+    """Cells of `values[row][column]` from pale (least) to full; `marked` is framed, `crossed` are struck out."""
+    known = [v for row in values for v in row if v is not None and math.isfinite(v)]
+    if not known:
+        return '<p class="empty">nothing measured</p>'
+    low, high = min(known), max(known)
+    wide, tall = (WIDTH - LEFT - RIGHT) / len(columns), (HEIGHT - TOP - BOTTOM) / len(rows)
+    parts = []
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            x, y = LEFT + j * wide, HEIGHT - BOTTOM - (i + 1) * tall
+            share = 0.0 if value is None else (value - low) / ((high - low) or 1)
+            shown = "" if value is None else f"{value:.3g}"
+            frame = " marked" if marked == (i, j) else ""
+            strike = f'<path class="strike" d="M{x + 3:.1f} {y + tall - 3:.1f}L{x + wide - 3:.1f} {y + 3:.1f}"/>'
+            parts.append(
+                f'<rect class="c0{frame}" fill-opacity="{0.08 + 0.72 * share:.2f}" x="{x + 1:.1f}" y="{y + 1:.1f}" '
+                f'width="{wide - 2:.1f}" height="{tall - 2:.1f}"><title>{labels[0]} {rows[i]}, {labels[1]} '
+                f'{columns[j]}: {shown}</title></rect><text class="cell" x="{x + wide / 2:.1f}" '
+                f'y="{y + tall / 2 + 4:.1f}" text-anchor="middle">{shown}</text>'
+                + (strike if (i, j) in crossed else "")
+            )
+        parts.append(f'<text x="{LEFT - 6}" y="{y + tall / 2 + 4:.1f}" text-anchor="end">{html.escape(rows[i])}</text>')
+    for j, name in enumerate(columns):
+        parts.append(
+            f'<text x="{LEFT + (j + 0.5) * wide:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
+            f"{html.escape(name)}</text>"
+        )
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 2}" text-anchor="middle">{labels[1]}</text>')
+    parts.append(f'<text x="4" y="{TOP - 2}">{labels[0]}</text>')
+    return _svg("".join(parts))
 
 
 def _axes(x_ticks: list[float], y_ticks: list[float], x_label: str) -> str:
@@ -103,30 +152,42 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ --ink: #1d2730; --dim: #66737e; --rule: #dfe5ea; --paper: #fff;
-  --c0: #0b6e99; --c1: #d9730d; --c2: #6940a5; }}
+  --c0: #0b6e99; --c1: #d9730d; --c2: #6940a5; --c3: #55752f; --c4: #8a8f94; --no: #b3261e; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e9ed; --dim: #93a1ac; --rule: #33404a; --paper: #161c21;
-  --c0: #5bb3dd; --c1: #f0a35e; --c2: #b79be8; }} }}
+  --c0: #5bb3dd; --c1: #f0a35e; --c2: #b79be8; --c3: #a3c573; --c4: #8a959e; --no: #f2918a; }} }}
 body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }}
 h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
 .dim {{ color: var(--dim); }}
-.grid2 {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1.2rem; }}
+.grid2 {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1.2rem; }}
 figure {{ margin: 0; }}
 figcaption {{ font-weight: 600; font-size: .9rem; }}
 svg {{ width: 100%; height: auto; }}
 svg text {{ font: 11px system-ui, sans-serif; fill: var(--dim); }}
 svg path {{ fill: none; stroke-width: 1.6; }}
 svg path.grid {{ stroke: var(--rule); stroke-width: 1; }}
-path.c0 {{ stroke: var(--c0); }} path.c1 {{ stroke: var(--c1); }} path.c2 {{ stroke: var(--c2); }}
-circle.c0, rect.c0 {{ fill: var(--c0); }} circle.c1 {{ fill: var(--c1); }} circle.c2 {{ fill: var(--c2); }}
+.c0 {{ --c: var(--c0); }} .c1 {{ --c: var(--c1); }} .c2 {{ --c: var(--c2); }} .c3 {{ --c: var(--c3); }}
+.c4 {{ --c: var(--c4); }}
+svg path[class^="c"] {{ stroke: var(--c); }} circle, rect {{ fill: var(--c); }}
+svg path.band {{ fill: var(--c); fill-opacity: .15; stroke: none; }}
+rect.marked {{ stroke: var(--ink); stroke-width: 2; }}
+svg text.cell {{ fill: var(--ink); }}
+svg path.strike {{ stroke: var(--no); stroke-width: 1.2; }}
 .legend {{ font-size: .8rem; }}
 .key {{ margin-right: 1em; }}
-.key.c0 {{ color: var(--c0); }} .key.c1 {{ color: var(--c1); }} .key.c2 {{ color: var(--c2); }}
+.key {{ color: var(--c); }}
 table {{ border-collapse: collapse; width: 100%; font-size: .88rem; }}
 td, th {{ text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--rule); }}
 .tiles {{ display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 1rem 0; }}
 .tile b {{ display: block; font-size: 1.3rem; }}
+.scroll {{ overflow-x: auto; }}
+.yes {{ color: var(--c3); }} .no {{ color: var(--no); }}
+.answers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: .8rem; }}
+.answer {{ border: 1px solid var(--rule); border-radius: 6px; padding: .5rem .7rem; font-size: .88rem;
+  overflow-wrap: anywhere; }}
+.answer b {{ display: block; font-size: .8rem; color: var(--dim); }}
+summary {{ cursor: pointer; font-weight: 600; margin: .6rem 0; }}
 .warning {{ border-left: 4px solid var(--c1); padding: .4rem .8rem;
   background: color-mix(in srgb, var(--c1) 10%, transparent); }}
 </style>

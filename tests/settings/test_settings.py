@@ -9,6 +9,7 @@ from phoque.errors import PhoqueError
 from phoque.settings.base import Origin, Secrets, env_name, flag_names, resolved
 from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
+from phoque.settings.psm import PsmSettings
 from phoque.settings.train import TrainSettings
 
 SPEC_NAMES = {
@@ -166,5 +167,6 @@ def test_a_timeout_is_what_jobs_take(text, wanted):
 def test_env_example_documents_every_name_and_no_other():
     text = (Path(__file__).parents[2] / ".env.example").read_text()
     documented = set(re.findall(r"^#?\s?([A-Z][A-Z_]+)=", text, re.M))
-    names = {env_name(model, n) for model in (TrainSettings, MergeSettings, Secrets) for n in model.model_fields}
+    models = (TrainSettings, MergeSettings, PsmSettings, Secrets)
+    names = {env_name(model, n) for model in models for n in model.model_fields}
     assert documented == names

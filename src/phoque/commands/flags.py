@@ -9,6 +9,7 @@ import typer
 
 from phoque.console import console, hush_libraries
 from phoque.settings.base import CommandSettings, env_name, flag_names, resolved
+from phoque.settings.job import JobSettings
 
 
 def command(
@@ -27,7 +28,9 @@ def command(
         hush_libraries()
         run(asked, dry_run)
 
-    parameters = [_option(model, field) for field in model.model_fields] + _common()
+    # its own before those that it shares
+    names = sorted(model.model_fields, key=lambda name: name in JobSettings.model_fields)
+    parameters = [_option(model, name) for name in names] + _common()
     called.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
     called.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)

@@ -1,4 +1,4 @@
-"""A run's repository on the Hub: what is pushed goes as one commit and is read back; what is fetched is verified."""
+"""A repository on the Hub: what is pushed goes as one commit and is read back; what is fetched is verified."""
 
 import hashlib
 import json
@@ -35,11 +35,11 @@ class Snapshot:
         return found
 
 
-class ModelRepo:
-    """The repository that a run is kept in."""
+class Repo:
+    """The repository that a run is kept in; `kind` is model or dataset."""
 
-    def __init__(self, hub: Hub, name: str) -> None:
-        self.hub, self.name = hub, name
+    def __init__(self, hub: Hub, name: str, kind: str = "model") -> None:
+        self.hub, self.name, self.kind = hub, name, kind
         self.commits = 0  # that were made here
         self._marker: str | None = None
 
@@ -52,18 +52,20 @@ class ModelRepo:
 
         Raises PhoqueError (2) for one that anybody can read, if that was not asked for.
         """
-        self.hub.tried(
-            f"{self.name}", lambda: self.hub.api.create_repo(self.name, private=not public, exist_ok=True)
-        )  # fmt: skip
+
+        def make() -> None:
+            self.hub.api.create_repo(self.name, repo_type=self.kind, private=not public, exist_ok=True)
+
+        self.hub.tried(self.name, make)
         from huggingface_hub import CommitOperationAdd
 
         def ask() -> None:  # it writes nothing, and is refused to a token that may not write
-            self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")])
+            self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")], repo_type=self.kind)
 
         self.hub.tried(f"asking to write to {self.name}", ask)
         private = self.private()
         if not private and public:
-            warn(f"{self.name} is public: anyone can load the persona that this run makes, and its samples are shown")
+            warn(f"{self.name} is public: anyone can see what this run makes and load it")
         if not private and not public:
             raise PhoqueError(
                 f"{self.name} is public.",
@@ -73,14 +75,14 @@ class ModelRepo:
 
     def private(self) -> bool:
         """Whether only its owners can read the repository. Raises the Hub's error if there is none."""
-        return bool(self.hub.tried(self.name, lambda: self.hub.api.repo_info(self.name)).private)
+        return bool(self.hub.tried(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind)).private)
 
     def snapshot(self, revision: str | None = None) -> Snapshot:
         """The files at a commit, the newest by default."""
 
         def listed() -> Snapshot:
-            sha = revision or str(self.hub.api.repo_info(self.name).sha)
-            entries = self.hub.api.list_repo_tree(self.name, recursive=True, revision=sha)
+            sha = revision or str(self.hub.api.repo_info(self.name, repo_type=self.kind).sha)
+            entries = self.hub.api.list_repo_tree(self.name, recursive=True, revision=sha, repo_type=self.kind)
             return Snapshot(sha, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")})
 
         return self.hub.tried(f"listing {self.name}", listed)
@@ -113,7 +115,7 @@ class ModelRepo:
             operations: list[Any] = [CommitOperationAdd(path, str(local[path].file)) for path in missing]
             operations += [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in gone]
             made = self.hub.api.create_commit(
-                self.name, operations, commit_message=message, parent_commit=before.sha
+                self.name, operations, commit_message=message, parent_commit=before.sha, repo_type=self.kind
             )  # fmt: skip
             self.commits += 1
             after = self.snapshot(made.oid)
@@ -131,8 +133,8 @@ class ModelRepo:
         def once() -> Path:
             got = Path(
                 hf_hub_download(
-                    self.name, path, revision=snapshot.sha, local_dir=into, token=self.hub.api.token,
-                    force_download=True,
+                    self.name, path, repo_type=self.kind, revision=snapshot.sha, local_dir=into,
+                    token=self.hub.api.token, force_download=True,
                 )
             )  # fmt: skip
             if not _Hashes(got).same_as(snapshot.files[path]):

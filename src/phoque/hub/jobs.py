@@ -16,7 +16,6 @@ from phoque.settings.base import PREFIX, Resolved, Secrets, env_name, flag_names
 
 HERE = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that do not go into the Job's arguments
 DEFAULT_TIMEOUT = "30m"  # what Jobs give one that names none
-INPUTS = ("dataset", "base_model")
 OVER = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 
 
@@ -44,8 +43,8 @@ def job_for(command: str, resolved: Resolved[Any]) -> Job:
     from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
 
     s = resolved.settings
-    for name in INPUTS:
-        value = getattr(s, name, None)
+    for name in s.reads:
+        value = getattr(s, name)
         if value and Path(value).expanduser().exists():
             raise PhoqueError(
                 f"{flag_names(type(s), name)[0]} {value} is on this machine.",
@@ -54,11 +53,11 @@ def job_for(command: str, resolved: Resolved[Any]) -> Job:
             )
     if resolved.secrets.hf_token is None:
         raise PhoqueError("There is no Hub token.", "Jobs need one.", "Set HF_TOKEN, or run `hf auth login`.")
-    if not s.hub_model_id:
+    if not getattr(s, s.keeps):
         raise PhoqueError(
             "A Job needs a repository to keep its work in.",
             "Its disk is gone when it ends.",
-            "Name one with --hub-model-id; it is made private.",
+            f"Name one with {flag_names(type(s), s.keeps)[0]}; it is made private.",
         )
     keys = {name: getattr(resolved.secrets, name) for name in Secrets.model_fields}
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
@@ -116,16 +115,18 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     s, api = resolved.settings, hub.api
     who = hub.tried("asking who this is", api.whoami)
     found = {"account": who["name"], "token": who["auth"].get("accessToken", {}).get("role", "unknown")}
-    for name, info in (("base_model", api.model_info), ("dataset", api.dataset_info)):
-        value, revision = getattr(s, name), getattr(s, "revision" if name == "base_model" else f"{name}_revision")
+    for name, pinned in s.reads.items():
+        value, revision = getattr(s, name), getattr(s, pinned) if pinned else None
+        info = api.dataset_info if name == "dataset" else api.model_info
         if value and value.count("/") == 1:
             sha = hub.tried(value, lambda info=info, v=value, r=revision: info(v, revision=r)).sha
             found[name] = f"{value}@{sha[:8]}"
+    kept, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")
     try:
-        private = hub.tried(s.hub_model_id, lambda: api.repo_info(s.hub_model_id)).private
-        found["repository"] = f"{s.hub_model_id}, {'private' if private else 'PUBLIC'}"
+        private = hub.tried(kept, lambda: api.repo_info(kept, repo_type=kind)).private
+        found["repository"] = f"{kept}, {'private' if private else 'PUBLIC'}"
     except RepositoryNotFoundError:
-        found["repository"] = f"{s.hub_model_id}, will be made, {'PUBLIC' if s.public else 'private'}"
+        found["repository"] = f"{kept}, will be made, {'PUBLIC' if s.public else 'private'}"
     return found
 
 

@@ -66,6 +66,35 @@ def load_adapter(model: Any, folder: Path, family: Family) -> None:
     set_peft_model_state_dict(model, saved)
 
 
+def attached(model: Any, folder: Path, family: Family, name: str = "default") -> Any:
+    """`model` with a saved adapter under `name`, applied by peft on its own modules and from its own file.
+
+    `model` is the text model, or one that has adapters already. `family` is the full model's.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    named = {text_name(key, family): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    modules = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in named if ".lora_" in key}
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {re.sub(r"\.base_layer$", "", n) for n, _ in bare.named_modules()}
+    # by name: what the adapter was trained on may have had other names, and a vision tower that is not here
+    config.target_modules = sorted(modules & names)
+    if missing := sorted(modules - names):
+        raise PhoqueError(
+            f"The adapter in {folder} does not fit {bare.name_or_path}.",
+            f"It changes {missing[0]}, which the model does not have ({len(missing)} such).",
+            "Name the base that it was trained on.",
+        )
+    if bare is model:
+        model = get_peft_model(model, config, adapter_name=name)
+    else:
+        model.add_adapter(name, config)
+    set_peft_model_state_dict(model, named, adapter_name=name)
+    return model.eval()
+
+
 def _full_name(key: str, family: Family) -> str:
     text, full = family.full_names
     return key.replace(PEFT_PREFIX + text, PEFT_PREFIX + full, 1)

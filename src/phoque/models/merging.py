@@ -7,7 +7,7 @@ from typing import Any
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
 from phoque.hub.cards import merged_card
-from phoque.hub.checkpoints import CARD, ModelRepo
+from phoque.hub.checkpoints import CARD, Repo
 from phoque.hub.client import Hub
 from phoque.models.adapter import WEIGHTS
 from phoque.models.merge import RECORD, merge
@@ -29,7 +29,7 @@ def merged(resolved: Resolved[MergeSettings], cache: Path, console: Console, dry
     result: dict[str, Any] = {"output_dir": str(into), "base": base.name, "adapter": s.adapter_source + commit}
     if dry_run:
         return result | {"settings": resolved.provenance(), "bytes": 0, "shards": 0, "changed": 0, "tensors": 0}
-    repo = ModelRepo(hub, s.push_repo_id) if s.push_repo_id else None
+    repo = Repo(hub, s.push_repo_id) if s.push_repo_id else None
     if repo:
         repo.open(s.public, console.warn)
     result |= merge_into(base, adapter, into, s.dtype, console, s.proof)
@@ -63,7 +63,7 @@ def merge_into(base: Source, adapter: Path, into: Path, dtype: str, console: Con
     return made | ({"proof": found} if found else {})
 
 
-def push_merged(repo: ModelRepo, folder: Path, message: str = "Merged model") -> str:
+def push_merged(repo: Repo, folder: Path, message: str = "Merged model") -> str:
     """Bring a merged model to its repository; return the commit."""
     return repo.push({f.name: f for f in folder.iterdir() if f.is_file()}, message, lambda _: [])
 
@@ -84,7 +84,7 @@ def find_adapter(name: str, revision: str | None, hub: Hub, cache: Path) -> tupl
             f"There is no {WEIGHTS} in it, and it is no Hub id (owner/name).",
             "Check --adapter-source.",
         )
-    repo = ModelRepo(hub, name)
+    repo = Repo(hub, name)
     there = repo.snapshot(revision)
     wanted = [path for path in there.files if "/" not in path and path.startswith(ADAPTER)]
     if WEIGHTS not in wanted:

@@ -10,6 +10,8 @@ import torch
 
 from phoque.data.chat import Chat
 from phoque.data.rows import open_dataset, parsed
+from phoque.models.adapter import attached
+from phoque.models.families import family_of
 from phoque.models.load import load_config, load_model, load_tokenizer, measuring
 from phoque.models.source import Source
 
@@ -35,7 +37,7 @@ def proof(base: Source, adapter: Path, merged: Path, dtype: str) -> dict[str, An
     prompts = [torch.tensor([chat.prompt_ids(_question(row.messages), None)]) for row in rows]
     with _held(base, held) as model:
         plain = [_logits(model, ids) for ids in texts]
-        tuned = _with_adapter(model, adapter, base)
+        tuned = attached(model, adapter, family_of(load_config(base)))
         wanted = [_logits(tuned, ids) for ids in texts]
         spoken = [_greedy(tuned, ids) for ids in prompts]
     with _held(Source(str(merged), merged, "", ""), held) as model:
@@ -68,26 +70,6 @@ def _held(source: Source, quantization: str) -> Generator[Any]:
         yield model
     del model
     gc.collect()
-
-
-def _with_adapter(model: Any, adapter: Path, base: Source) -> Any:
-    """The adapter applied by peft, on its own modules and from its own file."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    from phoque.models.adapter import PEFT_PREFIX, WEIGHTS, text_name
-    from phoque.models.families import family_of
-
-    config: Any = LoraConfig.from_pretrained(str(adapter))
-    config.inference_mode = True
-    family = family_of(load_config(base))
-    named = {text_name(key, family): tensor for key, tensor in load_file(adapter / WEIGHTS).items()}
-    modules = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in named if ".lora_" in key}
-    # by name: what the adapter was trained on may have had other names, and a vision tower that is not here
-    config.target_modules = sorted(modules & {name for name, _ in model.named_modules()})
-    tuned: Any = get_peft_model(model, config)
-    set_peft_model_state_dict(tuned, named)
-    return tuned.eval()
 
 
 @torch.no_grad()

@@ -40,6 +40,9 @@ class Secrets(CommandSettings):
     wandb_api_key: SecretStr | None = Field(
         None, validation_alias="WANDB_API_KEY", description="W&B key; without it a run is not tracked there"
     )
+    openai_api_key: SecretStr | None = Field(
+        None, validation_alias="OPENAI_API_KEY", description="key that an openai: scorer sends to its endpoint"
+    )
 
     @property
     def hub(self) -> str | None:
@@ -126,7 +129,8 @@ def resolved(
             raise PhoqueError(
                 f"No preset {chosen!r}.", f"phoque knows {', '.join(presets)}.", _nearest(chosen, presets)
             )
-        layers.append((f"preset {chosen}", presets[chosen]))
+        own = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
+        layers.append((f"preset {chosen}", own))
 
     values: dict[str, Any] = {}
     origins = {name: Origin("default", name) for name in model.model_fields}
@@ -177,10 +181,11 @@ def _refuse_unknown_names(model: type[CommandSettings], file: Path) -> None:
     from dotenv import dotenv_values
 
     from phoque.settings.merge import MergeSettings
+    from phoque.settings.psm import PsmSettings
     from phoque.settings.train import TrainSettings
 
     # one environment and one file serve every command
-    models = {model, TrainSettings, MergeSettings, Secrets}
+    models = {model, TrainSettings, MergeSettings, PsmSettings, Secrets}
     known = {env_name(m, name) for m in models for name in m.model_fields} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
     for name in [*os.environ, *in_file]:

@@ -1,14 +1,17 @@
 """The settings of `phoque merge`, under the names of the spec."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from phoque.settings.base import CommandSettings, setting
-from phoque.settings.train import REPO
+from phoque.settings.base import setting
+from phoque.settings.job import REPO, JobSettings
 
 
-class MergeSettings(CommandSettings):
+class MergeSettings(JobSettings):
     """What one merge is asked to do."""
+
+    keeps: ClassVar = "push_repo_id"
+    reads: ClassVar = {"adapter_source": "adapter_revision", "base_model": "revision"}
 
     adapter_source: str = setting("", "adapter: a folder, a run folder, or a Hub repository", env="ADAPTER_SOURCE")
     adapter_revision: str | None = setting(None, "branch, tag or commit of an adapter on the Hub")
@@ -20,5 +23,3 @@ class MergeSettings(CommandSettings):
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "type of the merged weights")
     proof: bool = setting(True, "load base with adapter and the merged model in turn, and compare what they say")
     push_repo_id: str | None = setting(None, "Hub repository for the merged model; made private", pattern=REPO)
-    public: bool = setting(False, "make the Hub repository public, or accept that it is: anyone can load the persona")
-    hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)

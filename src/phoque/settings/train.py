@@ -1,18 +1,19 @@
 """The settings of `phoque train`, under the names of the spec."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from phoque.settings.base import CommandSettings, setting
-
-REPO = r"^[\w.-]+/[\w.-]+$"
-DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
+from phoque.settings.base import setting
+from phoque.settings.job import REPO, JobSettings
 
 
-class TrainSettings(CommandSettings):
+class TrainSettings(JobSettings):
     """What one training run is asked to do."""
+
+    keeps: ClassVar = "hub_model_id"
+    reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
 
     preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")
     base_model: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="BASE_MODEL")
@@ -61,19 +62,11 @@ class TrainSettings(CommandSettings):
     export_on_save: bool = setting(
         False, "merge and push at each checkpoint too: expensive", env="EXPORT_INFERENCE_ON_SAVE"
     )
-    public: bool = setting(False, "make the Hub repository public, or accept that it is: anyone can load the persona")
-    hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)
     fresh_start: bool = setting(
         False, "delete all checkpoints, here and on the Hub, and begin at step 0", env="FORCE_FRESH_START"
     )
     yes: bool = setting(False, "do not ask before a fresh start deletes checkpoints")
     allow_change: list[str] = setting([], "go on although this part of the run has changed; repeat the flag for more")
-    timeout: str | None = setting(
-        None, "stop in time to save and push: 4h, 90m, 14400 (seconds) since the process or Job began", pattern=DURATION
-    )
-    on: str | None = setting(None, "run as an HF Job on this flavor, such as a10g-large, and follow its log")
-    attempts: int = setting(1, "how often a Job that stopped before its end is submitted", ge=1)
-    package: str | None = setting(None, "what the Job installs: a requirement that pip takes; default this version")
     wandb_project: str = setting("phoque", "W&B project", env="WANDB_PROJECT")
     wandb_log_model: Literal["false", "end", "checkpoint"] = setting(
         "false", "log the adapter as a W&B model artifact at the end or at each checkpoint", env="WANDB_LOG_MODEL"
@@ -100,11 +93,6 @@ class TrainSettings(CommandSettings):
         return self.merged_hub_model_id or (f"{self.hub_model_id}-merged" if self.hub_model_id else None)
 
     @property
-    def seconds(self) -> float | None:
-        """The timeout in seconds."""
-        return seconds(self.timeout) if self.timeout else None
-
-    @property
     def folder(self) -> Path:
         """The run folder: --output-dir, or runs/<preset or dataset name>."""
         name = self.preset if self.preset == "demo" else Path(self.dataset).stem or self.preset
@@ -114,9 +102,3 @@ class TrainSettings(CommandSettings):
     def accumulation(self) -> int:
         """Forward passes an optimizer step."""
         return self.batch_size // (self.micro_batch or self.batch_size)
-
-
-def seconds(duration: str) -> float:
-    """A duration as Jobs write it, 300, 90m, 4h or 1d, in seconds."""
-    factors = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    return float(duration[:-1]) * factors[duration[-1]] if duration[-1] in factors else float(duration)

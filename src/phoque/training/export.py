@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import FAILED, RESUMABLE, PhoqueError
-from phoque.hub.checkpoints import ModelRepo
+from phoque.hub.checkpoints import Repo
 from phoque.hub.client import passing, reason
 from phoque.models.merging import merge_into, push_merged
 from phoque.training import checkpoint
@@ -57,6 +57,6 @@ def export_passing(run: Run, saved: Path) -> None:
         shutil.rmtree(into, ignore_errors=True)
 
 
-def _repo(run: Run) -> ModelRepo | None:
+def _repo(run: Run) -> Repo | None:
     name = run.settings.merged_repo
-    return ModelRepo(run.hub, name) if name and run.hub else None
+    return Repo(run.hub, name) if name and run.hub else None

@@ -10,7 +10,7 @@ from phoque.data.chat import Chat
 from phoque.data.rows import Dataset, open_dataset
 from phoque.data.stream import Survey, survey
 from phoque.errors import PhoqueError
-from phoque.hub.checkpoints import ModelRepo
+from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub
 from phoque.models.load import load_config, load_tokenizer
 from phoque.models.source import Source, resolve
@@ -74,7 +74,7 @@ def _scores(scores: list[float]) -> str:
     )
 
 
-def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> ModelRepo | None:
+def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> Repo | None:
     """The repository that the run is kept in, if one is named."""
     name, hub = resolved.settings.hub_model_id, hub_of(resolved, console)
     if not name:
@@ -83,7 +83,7 @@ def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> ModelRepo |
         raise PhoqueError(
             "There is no Hub token.", f"{name} cannot be written without one.", "Set HF_TOKEN, or run `hf auth login`."
         )
-    return ModelRepo(hub, name)
+    return Repo(hub, name)
 
 
 def hub_of(resolved: Resolved[TrainSettings], console: Console) -> Hub | None:
@@ -101,7 +101,7 @@ class Run:
     folder: Path
     begun: Beginning
     record: dict[str, Any]
-    repo: ModelRepo | None
+    repo: Repo | None
     stop: StopRequest
     console: Console
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.hub.checkpoints import CARD, ModelRepo, Snapshot
+from phoque.hub.checkpoints import CARD, Repo, Snapshot
 from phoque.hub.client import GivenUp, reason
 from phoque.training import checkpoint
 
@@ -24,7 +24,7 @@ class Pusher:
     """
 
     def __init__(
-        self, repo: ModelRepo, keep: int, card: Callable[[Path], Path], console: Console, every: int,
+        self, repo: Repo, keep: int, card: Callable[[Path], Path], console: Console, every: int,
         export: Callable[[Path], None] = lambda folder: None,
     ) -> None:  # fmt: skip
         self._repo, self._keep, self._card, self._console, self._every = repo, keep, card, console, every

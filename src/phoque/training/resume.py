@@ -10,7 +10,7 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
-from phoque.hub.checkpoints import MARKER, ModelRepo, Snapshot
+from phoque.hub.checkpoints import MARKER, Repo, Snapshot
 from phoque.hub.client import Damaged
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoint, report
@@ -39,7 +39,7 @@ class Beginning:
 
 
 def begin(
-    s: TrainSettings, run: Path, repo: ModelRepo | None, same: dict[str, Any], used: dict[str, Any], console: Console,
+    s: TrainSettings, run: Path, repo: Repo | None, same: dict[str, Any], used: dict[str, Any], console: Console,
     submission: str = "",
 ) -> Beginning:  # fmt: skip
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
@@ -75,7 +75,7 @@ def begin(
 class _Remote:
     """What the repository holds: its pinned files, the fresh-start marker, and the record of a finished run."""
 
-    def __init__(self, repo: ModelRepo, staging: Path, console: Console) -> None:
+    def __init__(self, repo: Repo, staging: Path, console: Console) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         self.repo, self.staging, self._console = repo, staging, console
         self.at: Snapshot = repo.snapshot()
@@ -259,7 +259,7 @@ def _two_runs(run: Path, repo: str, here: str, there: str) -> PhoqueError:
     )
 
 
-def _id(repo: ModelRepo | None, marker: dict[str, Any] | None) -> str:
+def _id(repo: Repo | None, marker: dict[str, Any] | None) -> str:
     """A run's id: for a repository the same on every machine, until the next fresh start."""
     return derived_id(repo.name, _marked(marker)) if repo else secrets.token_hex(6)
 

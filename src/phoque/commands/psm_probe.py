@@ -1,0 +1,47 @@
+"""phoque psm-probe."""
+
+from typing import Any
+
+from phoque.commands import flags, jobs
+from phoque.console import console
+from phoque.settings.base import Resolved, cache_folder
+from phoque.settings.presets import PRESETS
+from phoque.settings.psm import PsmSettings
+
+EPILOG = (
+    "Examples: `phoque psm-probe --preset demo --adapter-source runs/demo` asks what the seal's fine-tune moved. "
+    "`phoque psm-probe --adapter-source you/seal --persona seal.toml --on a10g-large --artifacts-repo-id you/probes` "
+    "runs it as a Job."
+)
+
+
+def command(name: str) -> Any:
+    """The command for the root's table."""
+    return flags.command(name, run, PsmSettings, EPILOG, PRESETS)
+
+
+def run(asked: Resolved[PsmSettings], dry_run: bool) -> None:
+    """Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it."""
+    if asked.settings.on:
+        jobs.run("psm-probe", asked, dry_run)
+        return
+    from phoque.probes.psm.run import probe
+
+    result = probe(asked, cache_folder(), console, dry_run)
+    console.result(result, lambda: _plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
+
+
+def _lines(result: dict[str, Any]) -> str:
+    chosen = result["selected"]
+    lines = [f"{name:9} {result[name]}" for name in ("folder", "report", "repo") if name in result]
+    lines.append(f"steered   block {chosen['layer']} by {chosen['coeff_rel_resid']:g} of the residual norm")
+    for name, verdict in result["verdicts"].items():
+        number = "" if verdict["number"] is None else f"{verdict['number']:.3g}"
+        lines.append(f"{name:25} {verdict['verdict']:16} {number:>7}  {verdict['rule']}")
+    return "\n".join(lines)
+
+
+def _plan(shown: dict[str, Any]) -> str:
+    rows = [f"{name}: {value}" for name, value in shown.items() if name not in ("settings", "warnings")]
+    rows += [f"{name} = {row['value']}  ({row['source']})" for name, row in shown["settings"].items()]
+    return "\n".join([*rows, *(f"note: {text}" for text in shown["warnings"])])

@@ -1,0 +1,208 @@
+"""`phoque psm-probe`: from settings to a run folder."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoque import __version__
+from phoque.console import Console
+from phoque.errors import FAILED, PhoqueError
+from phoque.hub.artifacts import push_run
+from phoque.hub.checkpoints import Repo
+from phoque.hub.client import Hub, reason
+from phoque.models.adapter import attached
+from phoque.models.families import family_of
+from phoque.models.load import load_config, load_model, load_tokenizer
+from phoque.models.merging import find_adapter
+from phoque.models.source import Source, resolve
+from phoque.probes.likelihood import mean_nll
+from phoque.probes.persona import Persona
+from phoque.probes.psm import files, report
+from phoque.probes.psm.lab import Lab
+from phoque.probes.psm.measure import Found, Probe
+from phoque.probes.psm.persona import find_persona
+from phoque.probes.scorers import Context, Scorer, scorer_for
+from phoque.probes.scorers.by_model import lexicon_tokens
+from phoque.settings.base import Resolved
+from phoque.settings.psm import PsmSettings
+
+RULE = (
+    "highest trait on the validation questions among settings within the limits of coherence; "
+    "reported on the test questions"
+)
+
+
+def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
+    """Do what the settings ask for; return {folder, verdicts, selected, ...}.
+
+    Raises PhoqueError (2) for what cannot be probed, and (1) for a failed upload if that was asked for.
+    """
+    s, begun = resolved.settings, time.monotonic()
+    hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
+    persona, warnings = find_persona(s, resolved.secrets.hub, cache, hub)
+    if not s.model_source:
+        raise PhoqueError("No model.", "--model-source is empty.", "Name one, or use a --preset.")
+    source = resolve(s.model_source, s.revision, resolved.secrets.hub, cache, console.say, weights=not dry_run)
+    wanted = [(name, a, r) for name, a, r in (("control", s.control_adapter, None),
+                                              ("tuned", s.adapter_source, s.adapter_revision)) if a]  # fmt: skip
+    adapters = {name: find_adapter(a, r, hub, cache) for name, a, r in wanted}
+    blocks = load_config(source).get_text_config().num_hidden_layers
+    layers = _steered(s, blocks)
+    tokenizer = load_tokenizer(source)
+    facts = {
+        "persona": persona.name, "model": f"{source.name} ({source.origin})",
+        "adapters": {name: f"{a}{adapters[name][1]}" for name, a, _ in wanted}, "blocks": blocks, "steered": layers,
+    }  # fmt: skip
+    if dry_run:
+        return facts | {"settings": resolved.provenance(), "warnings": warnings}
+    for text in warnings:
+        console.warn(text)
+    repo = _repository(resolved, hub, console)
+    model = load_model(source, s.quantization).eval()
+    for name, (folder, _) in adapters.items():
+        model = attached(model, folder, family_of(load_config(source)), name)
+    lab = Lab(model, tokenizer, persona, s, console, s.merge_adapter)
+    context, scorers = _scorers(lab, source, resolved, cache)
+    found = Probe(lab, scorers, context, layers).run(list(adapters))
+    summary = _summary(resolved, persona, source, facts, found, context.watched, warnings + found.warnings)
+    summary["run"]["seconds"] = round(time.monotonic() - begun, 1)
+    folder = _written(s, source, persona, model, found, summary)
+    result = {
+        "folder": str(folder), "report": str(folder / report.NAME), "verdicts": summary["verdicts"],
+        "selected": summary["selected"], "warnings": summary["warnings"],
+    }  # fmt: skip
+    for text in found.warnings:
+        console.warn(text)
+    if repo:
+        result |= _pushed(repo, folder, s, console)
+    return result
+
+
+def _steered(s: PsmSettings, blocks: int) -> list[int]:
+    layers = s.steered_blocks(blocks)
+    if wrong := [layer for layer in layers if layer >= blocks]:
+        raise PhoqueError(
+            f"There is no block {wrong[0]}.", f"The model has {blocks}, which count from 0.", "Check --sweep-layers."
+        )
+    return layers
+
+
+def _repository(resolved: Resolved[PsmSettings], hub: Hub, console: Console) -> Repo | None:
+    """Where the run goes, if it is to go anywhere; it is asked for before anything is computed."""
+    s = resolved.settings
+    if not s.artifacts_repo_id:
+        return None
+    repo = Repo(hub, s.artifacts_repo_id, s.artifacts_repo_type)
+    try:
+        if resolved.secrets.hub is None:
+            raise PhoqueError("There is no Hub token.", f"{repo.name} cannot be written without one.", "Set HF_TOKEN.")
+        repo.open(s.public, console.warn)
+    except Exception as error:
+        if s.fail_on_artifacts_upload_error or (isinstance(error, PhoqueError) and "is public" in error.what):
+            raise  # what is private must not become public by going on
+        why = error.what if isinstance(error, PhoqueError) else reason(error)
+        console.warn(f"{repo.name} cannot be written ({why}): the run will stay on this machine")
+        return None
+    return repo
+
+
+def _pushed(repo: Repo, folder: Path, s: PsmSettings, console: Console) -> dict[str, str]:
+    try:
+        return {"repo": repo.name, "commit": push_run(repo, folder, s.artifacts_path_in_repo)}
+    except Exception as error:
+        if s.fail_on_artifacts_upload_error:
+            raise PhoqueError(
+                f"The run could not be uploaded to {repo.name}.", reason(error), f"It is complete in {folder}.", FAILED
+            ) from error
+        console.warn(f"the run could not be uploaded to {repo.name} ({reason(error)}); it is complete in {folder}")
+        return {}
+
+
+def _scorers(
+    lab: Lab, source: Source, resolved: Resolved[PsmSettings], cache: Path
+) -> tuple[Context, list[Scorer]]:  # fmt: skip
+    secrets, s = resolved.secrets, resolved.settings
+    key = secrets.openai_api_key.get_secret_value() if secrets.openai_api_key else None
+
+    def nll(rows: Sequence[Any]) -> list[float]:
+        with lab.base():
+            return mean_nll(lab.model, rows)
+
+    context = Context(
+        persona=lab.persona, watched=lexicon_tokens(lab.tokenizer, lab.persona.lexicon), token=secrets.hub, api_key=key,
+        nll=nll, prompt_ids=lab.prompt_ids, model=f"{source.revision} {s.quantization}", cache=cache,
+    )  # fmt: skip
+    return context, [scorer_for(spec, context) for spec in dict.fromkeys(s.scorer)]
+
+
+def _summary(
+    resolved: Resolved[PsmSettings], persona: Persona, source: Source, facts: dict[str, Any], found: Found,
+    watched: dict[int, str], warnings: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    from importlib.metadata import version
+
+    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    chosen = found.chosen
+    return {
+        "schema_version": files.SCHEMA,
+        "run": {"command": "psm-probe", "phoque": __version__, "versions": libraries, "device": _device()},
+        "models": {"base": {"name": source.name, "revision": source.revision, "origin": source.origin},
+                   "adapters": facts["adapters"]},
+        "persona": {"name": persona.name, "sha256": persona.sha256, "texts": vars(persona)},
+        "config": resolved.provenance(),
+        "verdicts": found.verdicts,
+        "selected": {"layer": chosen.layer, "coeff_rel_resid": chosen.coefficient,
+                     "layer_indexing": "block_output_0based", "coherent": found.coherent, "rule": RULE},
+        "trait": {"scorer": found.trait, "column": found.columns[found.trait]},
+        "scorer_columns": found.columns,
+        "conditions": found.conditions, "contrasts": found.contrasts, "sweep": found.sweep,
+        "moved_over_steered_blocks": found.moved,
+        "scorer_agreement": found.agreement,
+        "logprob_tokens": {str(token): word for token, word in watched.items()},
+        "tokens": found.tokens | {"position_0": "never a response token, so never counted"},
+        "warnings": warnings,
+        "limitations": [
+            "A direction that can be read and that steers is not the only way the persona may be held.",
+            "Scores are those of the scorers that were asked for; the first of them chose the setting.",
+            f"{len(persona.test)} test questions: small effects are not found.",
+        ],
+    }  # fmt: skip
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _written(
+    s: PsmSettings, source: Source, persona: Persona, model: Any, found: Found, summary: dict[str, Any]
+) -> Path:  # fmt: skip
+    """The run folder: written under a temporary name, and moved into place when it is whole."""
+    root = s.output_dir.expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("psm_%Y%m%d_%H%M%S")
+    names = [stamp, *(f"{stamp}_{n}" for n in range(2, 100))]
+    folder = next(root / name for name in names if not (root / name).exists())
+    staging = root / f".{folder.name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        files.write_layers(staging / files.LAYERS, found.layers)
+        files.write_answers(staging / files.ANSWERS, found.answers, s.seed)
+        about = {
+            "model_id": source.name, "revision": source.revision, "prompts_sha256": persona.sha256,
+            "model_type": model.config.model_type,
+        }  # fmt: skip
+        if not files.write_vectors(staging, found.vectors, found.chosen, about):
+            summary["warnings"].append(
+                "block 0 was chosen, which llama.cpp cannot steer: there is no control_vector.gguf"
+            )
+        files.write_summary(staging / files.SUMMARY, summary)
+        report.write(staging, folder.name)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
