@@ -63,8 +63,6 @@ def serve() -> None:
 
     hush_libraries()
 
-    import phoque.training.run
-    import phoque.training.trainer  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

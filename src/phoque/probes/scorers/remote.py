@@ -7,9 +7,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from phoque.errors import FAILED, PhoqueError
+from phoque.files import sha256
 from phoque.probes.scorers import Context, Said, Scorer
 
 AT_ONCE = 32
@@ -81,7 +83,8 @@ def command(spec: str, line: str) -> Scorer:
             raise _failed(line, f"It wrote {len(found)} lines for {len(said)} texts")
         return found
 
-    return Scorer(spec, "score", score, f"command {line}")
+    parts = [Path(part) for part in shlex.split(line)]  # a script that has changed scores anew
+    return Scorer(spec, "score", score, f"command {line} {[sha256(p) for p in parts if p.is_file()]}")
 
 
 def _failed(what: str, why: str) -> PhoqueError:

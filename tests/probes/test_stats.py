@@ -1,0 +1,69 @@
+"""The statistics, against scipy and scikit-learn, and against what chance must give."""
+
+import numpy
+import pytest
+from scipy import stats as scipy_stats
+from sklearn.metrics import roc_auc_score
+
+from phoque.probes import stats
+
+
+@pytest.fixture
+def chance():
+    return numpy.random.default_rng(5)
+
+
+def test_auroc_is_that_of_scikit_learn_ties_included(chance):
+    high, low = chance.integers(0, 6, (9, 4)) + 1.0, chance.integers(0, 6, (7, 4)) * 1.0
+    for layer in range(4):
+        labels = [1] * 9 + [0] * 7
+        wanted = roc_auc_score(labels, [*high[:, layer], *low[:, layer]])
+        assert stats.auroc(high, low)[layer] == pytest.approx(wanted)
+
+
+def test_spearman_is_that_of_scipy_ties_included(chance):
+    a, b = chance.integers(0, 5, 40), chance.integers(0, 5, 40)
+    assert stats.spearman(a, b) == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
+    assert numpy.isnan(stats.spearman(numpy.ones(4), numpy.arange(4)))
+
+
+def test_sign_flips_give_scipys_exact_p(chance):
+    gaps = chance.normal(0.4, 1, (9, 1))
+    wanted = scipy_stats.permutation_test((gaps[:, 0],), lambda x, axis: numpy.mean(x, axis=axis),
+                                          permutation_type="samples", n_resamples=numpy.inf)  # fmt: skip
+    p, everywhere = stats.sign_flip(gaps)
+    assert p[0] == pytest.approx(wanted.pvalue) and everywhere[0] == pytest.approx(p[0])
+
+
+def test_under_chance_p_is_small_as_seldom_as_it_should_be(chance):
+    found = [stats.sign_flip(chance.normal(size=(10, 8))) for _ in range(200)]
+    alone = numpy.array([p for p, _ in found])
+    best = numpy.array([everywhere.min() for _, everywhere in found])
+    assert 0.02 < (alone < 0.05).mean() < 0.08
+    assert (best < 0.05).mean() < 0.1 < (alone.min(1) < 0.05).mean()  # the best of eight layers is not one layer
+
+
+def test_many_questions_are_flipped_at_random(chance):
+    p, _ = stats.sign_flip(chance.normal(1.5, 1, (30, 1)))
+    assert 0 < p[0] < 0.01
+
+
+def test_bootstrap_intervals_cover_the_mean(chance):
+    inside = 0
+    for n in range(100):
+        low, high = stats.mean_interval(chance.normal(2, 1, 20), seed=n)
+        inside += low < 2 < high
+    assert 85 <= inside <= 99
+
+
+def test_halves_agree_where_there_is_a_direction_and_not_where_there_is_none(chance):
+    direction = chance.normal(size=32)
+    differences = numpy.stack([chance.normal(size=(12, 32)), chance.normal(size=(12, 32)) + 3 * direction], axis=1)
+    none, some = stats.split_half(differences)
+    assert some > 0.9 and abs(none) < 0.4
+
+
+def test_natural_directions_lie_where_the_rows_do(chance):
+    rows = chance.normal(size=(10, 1, 40)) * numpy.array([5.0] * 3 + [0.01] * 37)
+    made = stats.natural_directions(rows, 50)
+    assert (made[:, 0, :3] ** 2).sum(1).min() > 0.99
