@@ -63,7 +63,6 @@ def serve() -> None:
 
     hush_libraries()
 
-
     for line in sys.stdin:
         request = json.loads(line)
         if "argv" in request:

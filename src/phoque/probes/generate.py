@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phoque.probes.blocks import Steering, inner, padded
+from phoque.probes.blocks import Steering, blocks, inner, padded
 
 ROWS_AT_ONCE = {"cuda": 256, "cpu": 64}
 NUCLEUS = 4096  # the likeliest tokens among which top-p chooses; sorting all of a vocabulary costs more than a step
+# not cuDNN's: it compiles a plan for each length, a tenth of a second at every step
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SHRINK_AT = 0.75  # when so few of a batch's rows are still speaking, the others are dropped from it
 
 
@@ -69,16 +72,20 @@ class _Batch:
         self.steering = Steering(_added(asks, model.device), response_only)
 
     def answered(self, temperature: float, top_p: float, watched: list[int]) -> list[Reply]:
-        from transformers import DynamicCache
+        from transformers.cache_utils import Cache
 
         ids, mask = padded([a.prompt for a in self.asks], self.model.device, left=True)
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, made = DynamicCache(), [Reply() for _ in self.asks]
+        room = ids.shape[1] + self.tokens
+        cache = Cache(layers=[reserved_layer(room) for _ in blocks(self.model)])
+        made = [Reply() for _ in self.asks]
         speaking = list(range(len(self.asks)))
-        with self.steering.on(self.model):
+        with self.steering.on(self.model), sdpa_kernel(KERNELS):
             for step in range(self.tokens):
+                # one new token sees all that is no padding: given so, no mask is built
+                seen = mask if step == 0 else mask[:, None, None].bool()
                 out = inner(self.model)(
-                    input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True,
+                    input_ids=ids, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True,
                     logits_to_keep=1,
                 )  # fmt: skip
                 logits = out.logits[:, -1].float()
@@ -121,6 +128,33 @@ class _Batch:
         place = torch.searchsorted(below, self.draws[:, step : step + 1].to(below) * total, right=True)
         place = place.clamp(max=(~below.isinf()).sum(-1, keepdim=True) - 1)
         return torch.where(self.greedy, best, order.gather(-1, place)[:, 0])
+
+
+def reserved_layer(room: int) -> Any:
+    """A layer of a key-value cache with room for all tokens: transformers' own copies itself at every step."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Reserved(DynamicLayer):
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                rows, heads, _, size = key_states.shape
+                self.rooms = [key_states.new_empty(rows, heads, room, size) for _ in range(2)]
+            begin = self.get_seq_length()
+            end = begin + key_states.shape[-2]
+            for held, new in zip(self.rooms, (key_states, value_states), strict=True):
+                held[:, :, begin:end] = new
+            self.keys, self.values = (held[:, :, :end] for held in self.rooms)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: torch.Tensor) -> None:
+            end = self.get_seq_length()
+            self.rooms = [held[indices] for held in self.rooms]
+            self.keys, self.values = (held[:, :, :end] for held in self.rooms)
+
+    return Reserved()
 
 
 def end_tokens(model: Any) -> set[int]:
