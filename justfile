@@ -21,6 +21,7 @@ bench:
     uv run python benchmarks/demo.py
     uv run python benchmarks/faults.py
     uv run python benchmarks/merge.py
+    uv run python benchmarks/psm.py
 
 demo:
     uv run phoque train --preset demo --max-steps 20

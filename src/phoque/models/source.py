@@ -60,7 +60,7 @@ def resolve(
         return _converted(path, str(path), cache, say)
     if path.is_dir():
         return _folder(path, weights)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise PhoqueError(
             f"No model at {name!r}.",
             "It is neither a folder, nor a .gguf file, nor a Hub id (owner/name).",

@@ -52,8 +52,8 @@ class Means:
 def residual_means(model: Any, rows: Sequence[Spoken]) -> Means:
     """Read every block's output for these rows, teacher-forced, in batches of about equal length.
 
-    Response tokens whose norm is over MASSIVE times the median of their batch are left out and counted; position 0,
-    the usual sink, is never one of them.
+    Response tokens whose norm is over MASSIVE times the median of their row are left out and counted; position 0, the
+    usual sink, is never one of them.
     """
     layers, size = len(blocks(model)), inner(model).config.hidden_size
     empty = torch.zeros(len(rows), layers, size)
@@ -82,7 +82,8 @@ def _read(model: Any, rows: Sequence[Spoken], batch: list[int], found: Means) ->
 
     def read(layer: int, hidden: torch.Tensor) -> None:
         norms = hidden.float().norm(dim=-1)
-        massive = norms > MASSIVE * norms[counted].median()
+        usual = norms.masked_fill(~counted, torch.nan).nanmedian(dim=1, keepdim=True).values
+        massive = norms > MASSIVE * usual
         kept = spoken & ~massive
         share = kept / kept.sum(1, keepdim=True).clamp(min=1)
         found.response[batch, layer] = torch.einsum("rt,rth->rh", share, hidden.float()).cpu()

@@ -140,8 +140,8 @@ def reserved_layer(room: int) -> Any:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                rows, heads, _, size = key_states.shape
-                self.rooms = [key_states.new_empty(rows, heads, room, size) for _ in range(2)]
+                rows, heads, size = key_states.shape[0], key_states.shape[1], key_states.shape[3]
+                self.rooms = [key_states.new_empty(rows, heads, room, size) for held in ("keys", "values")]
             begin = self.get_seq_length()
             end = begin + key_states.shape[-2]
             for held, new in zip(self.rooms, (key_states, value_states), strict=True):

@@ -46,13 +46,12 @@ class Residuals:
 
 
 class Lab:
-    """Runs the model for the probe. `tuned` names the adapters that are loaded beside the base."""
+    """Runs `model`, which may have adapters, for the probe."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, persona: Persona, settings: PsmSettings, console: Console, merge: bool
-    ) -> None:
-        self.model, self.tokenizer, self.persona, self.s, self.console = model, tokenizer, persona, settings, console
-        self._merge = merge
+    model: Any
+
+    def __init__(self, tokenizer: Any, persona: Persona, settings: PsmSettings, console: Console) -> None:
+        self.tokenizer, self.persona, self.s, self.console = tokenizer, persona, settings, console
 
     def prompt_ids(self, question: str, system: str) -> list[int]:
         """Token ids of a question that the assistant is about to answer. Raises PhoqueError (2) for a template without
@@ -84,7 +83,7 @@ class Lab:
     def tuned(self, name: str) -> Generator[None]:
         """The model with one of its adapters, merged into the weights for the time if that was asked for."""
         self.model.set_adapter(name)
-        if not self._merge:
+        if not self.s.merge_adapter:
             yield
             return
         self.model.merge_adapter(adapter_names=[name])

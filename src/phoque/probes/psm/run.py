@@ -62,15 +62,15 @@ def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_ru
     for text in warnings:
         console.warn(text)
     repo = _repository(resolved, hub, console)
-    model = load_model(source, s.quantization).eval()
-    for name, (folder, _) in adapters.items():
-        model = attached(model, folder, family_of(load_config(source)), name)
-    lab = Lab(model, tokenizer, persona, s, console, s.merge_adapter)
+    lab = Lab(tokenizer, persona, s, console)
     context, scorers = _scorers(lab, source, resolved, cache)
+    lab.model = load_model(source, s.quantization).eval()  # when all else is known to be fine
+    for name, (folder, _) in adapters.items():
+        lab.model = attached(lab.model, folder, family_of(load_config(source)), name)
     found = Probe(lab, scorers, context, layers).run(list(adapters))
     summary = _summary(resolved, persona, source, facts, found, context.watched, warnings + found.warnings)
     summary["run"]["seconds"] = round(time.monotonic() - begun, 1)
-    folder = _written(s, source, persona, model, found, summary)
+    folder = _written(s, source, persona, lab.model.config.model_type, found, summary)
     result = {
         "folder": str(folder), "report": str(folder / report.NAME), "verdicts": summary["verdicts"],
         "selected": summary["selected"], "warnings": summary["warnings"],
@@ -178,7 +178,7 @@ def _device() -> str:
 
 
 def _written(
-    s: PsmSettings, source: Source, persona: Persona, model: Any, found: Found, summary: dict[str, Any]
+    s: PsmSettings, source: Source, persona: Persona, model_type: str, found: Found, summary: dict[str, Any]
 ) -> Path:  # fmt: skip
     """The run folder: written under a temporary name, and moved into place when it is whole."""
     root = s.output_dir.expanduser()
@@ -194,7 +194,7 @@ def _written(
         files.write_answers(staging / files.ANSWERS, found.answers, s.seed)
         about = {
             "model_id": source.name, "revision": source.revision, "prompts_sha256": persona.sha256,
-            "model_type": model.config.model_type,
+            "model_type": model_type,
         }  # fmt: skip
         if not files.write_vectors(staging, found.vectors, found.chosen, about):
             summary["warnings"].append(

@@ -22,6 +22,7 @@ from phoque.probes.scorers.by_words import distinct_pairs, repetition
 
 STEERED = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
 LEAST_DISTINCT, LEAST_LENGTH = 0.75, 0.25  # of the neutral answers' own
+MARGIN = 0.6  # of these limits may be used up by what is chosen: answers get longer, and other questions differ
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Steerer:
         table = []
         for setting in settings:
             means = self.means([r for r in rows if r.setting == setting])
-            coherent = not self.flaws(means, neutral)
+            coherent = not self.flaws(means, neutral, MARGIN)
             table.append(
                 {"layer": setting.layer, "coeff_rel_resid": setting.coefficient, **means, "coherent": coherent}
             )
@@ -135,15 +136,15 @@ class Steerer:
         self.measure([r for r in rows if not r.measured])
         return {name: float(numpy.nanmean([r.measured[name] for r in rows])) for name in rows[0].measured}
 
-    def flaws(self, means: dict[str, float], neutral: dict[str, float]) -> list[str]:
-        """In which ways answers are less coherent than the neutral ones, beyond the limits."""
+    def flaws(self, means: dict[str, float], neutral: dict[str, float], share: float = 1.0) -> list[str]:
+        """What is wrong with answers that are less coherent than the neutral ones, beyond a share of the limits."""
         found = []
-        if not means["nll_base"] <= neutral["nll_base"] + self.lab.s.coherence_limit:
-            found.append(f"{means['nll_base'] - neutral['nll_base']:.2f} nats a token less likely")
-        if means["distinct2"] < LEAST_DISTINCT * neutral["distinct2"]:
-            found.append("repeats itself")
-        if means["n_tokens"] < LEAST_LENGTH * neutral["n_tokens"]:
-            found.append("hardly answers")
+        if not means["nll_base"] <= neutral["nll_base"] + share * self.lab.s.coherence_limit:
+            found.append(f"they are {means['nll_base'] - neutral['nll_base']:.2f} nats a token less likely")
+        if means["distinct2"] < (1 - share * (1 - LEAST_DISTINCT)) * neutral["distinct2"]:
+            found.append("they repeat themselves")
+        if means["n_tokens"] < (1 - share * (1 - LEAST_LENGTH)) * neutral["n_tokens"]:
+            found.append("they are hardly answers")
         return found
 
 

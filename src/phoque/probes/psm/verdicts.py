@@ -43,7 +43,7 @@ def verdicts(
         "coherent": _verdict(
             not flaws, persona["n"] >= LEAST_QUESTIONS, nll_drop,
             "steered answers on the test questions stay within the limits of likelihood, repetition and length"
-            + (f"; they are {', '.join(flaws)}" if flaws else ""),
+            + (f"; {', '.join(flaws)}" if flaws else ""),
         ),
     }  # fmt: skip
     if moved is None:
