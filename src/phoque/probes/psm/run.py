@@ -134,9 +134,15 @@ def _scorers(
 
     context = Context(
         persona=lab.persona, watched=lexicon_tokens(lab.tokenizer, lab.persona.lexicon), token=secrets.hub, api_key=key,
-        nll=nll, prompt_ids=lab.prompt_ids, model=f"{source.revision} {s.quantization}", cache=cache,
+        nll=nll, prompt_ids=lab.prompt_ids, model=f"{_weights(source)} {s.quantization}", cache=cache,
     )  # fmt: skip
     return context, [scorer_for(spec, context) for spec in dict.fromkeys(s.scorer)]
+
+
+def _weights(source: Source) -> str:
+    """What tells one set of weights from another: a folder's revision pins their shapes alone."""
+    times = [f.stat().st_mtime_ns for f in sorted(source.folder.glob("*.safetensors"))]
+    return source.revision if source.hub_id else f"{source.revision} {times}"
 
 
 def _summary(

@@ -73,6 +73,7 @@ class Steerer:
             for setting in (None, *settings) for n in range(len(questions))
         ]  # fmt: skip
         rows = self.answered(questions, wanted, self.lab.s.sweep_tokens, "sweep")
+        self.measure(rows)
         neutral = self.means([r for r in rows if r.setting is None])
         table = []
         for setting in settings:
@@ -133,7 +134,6 @@ class Steerer:
 
     def means(self, rows: Sequence[Row]) -> dict[str, float]:
         """The mean of everything that was measured."""
-        self.measure([r for r in rows if not r.measured])
         return {name: float(numpy.nanmean([r.measured[name] for r in rows])) for name in rows[0].measured}
 
     def flaws(self, means: dict[str, float], neutral: dict[str, float], share: float = 1.0) -> list[str]:
