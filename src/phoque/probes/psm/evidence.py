@@ -84,7 +84,7 @@ def evidence(found: Vectors, extraction: Residuals, heldout: Residuals, seed: in
         t_low, t_high = stats.interval(stats.bootstrap(stats.auroc, text["persona"], text["neutral"], seed=seed))
         differences = extraction.pair("persona", way) - extraction.pair("neutral", way)
         halves = stats.split_half(differences, seed)
-        random = _random_auroc(heldout, way, found.directions)
+        random, random_d = _of_random(heldout, way, found.directions)
         d = stats.cohens_d(onto["persona"], onto["neutral"])
         size = numpy.linalg.norm(found.raw[way], axis=-1)
         for layer in range(len(unit)):
@@ -101,7 +101,7 @@ def evidence(found: Vectors, extraction: Residuals, heldout: Residuals, seed: in
                 "perm_p": p[layer], "perm_p_all_layers": p_all[layer], "placebo_auroc": placebo[layer],
                 "lead_over_placebo": auroc[layer] - placebo[layer],
                 "lead_ci_low": lead_low[layer], "lead_ci_high": lead_high[layer],
-                "random_auroc_p95": random[layer], "transfer_auroc": transfer[layer],
+                "random_auroc_p95": random[layer], "random_d_p95": random_d[layer], "transfer_auroc": transfer[layer],
                 "transfer_ci_low": t_low[layer], "transfer_ci_high": t_high[layer], "split_half_cos": halves[layer],
             })  # fmt: skip
     return [{k: v.item() if isinstance(v, numpy.generic) else v for k, v in row.items()} for row in rows]
@@ -116,11 +116,11 @@ def _lead(persona: Array, neutral: Array, placebo: Array, its_neutral: Array) ->
     return stats.auroc(persona, neutral) - stats.auroc(placebo, its_neutral)
 
 
-def _random_auroc(heldout: Residuals, way: str, directions: Array) -> Array:
-    """The 95 % quantile, a block, of how well random directions tell persona from neutral, either way round."""
+def _of_random(heldout: Residuals, way: str, directions: Array) -> tuple[Array, Array]:
+    """The 95 % quantiles, a block, of random directions' AUROC and Cohen's d, either way round."""
     persona, neutral = (numpy.einsum("nlh,dlh->ndl", heldout.pair(c, way), directions) for c in ("persona", "neutral"))
-    found = stats.auroc(persona, neutral)
-    return numpy.quantile(numpy.maximum(found, 1 - found), 0.95, axis=0)
+    found, d = stats.auroc(persona, neutral), numpy.abs(stats.cohens_d(persona, neutral))
+    return numpy.quantile(numpy.maximum(found, 1 - found), 0.95, axis=0), numpy.quantile(d, 0.95, axis=0)
 
 
 def shift(found: Vectors, before: Array, after: Array, over: list[int], seed: int) -> tuple[dict[str, Array], Array]:

@@ -24,10 +24,10 @@ def verdicts(
             f"the persona's prompt raises {trait} over the neutral one (interval of the difference above 0)",
         ),
         "separable": _verdict(
-            at["auroc_ci_low"] > 0.5 and at["perm_p_all_layers"] < ALPHA and at["auroc"] > at["random_auroc_p95"],
+            at["auroc_ci_low"] > 0.5 and at["perm_p_all_layers"] < ALPHA and at["cohen_d"] > at["random_d_p95"],
             enough, at["auroc"],
-            f"held-out AUROC: interval above 0.5, above 95 % of random directions ({at['random_auroc_p95']:.2f}), "
-            f"p over all blocks {at['perm_p_all_layers']:.3f} < {ALPHA}",
+            f"held-out AUROC: interval above 0.5; Cohen's d {at['cohen_d']:.2f}, above 95 % of random directions "
+            f"({at['random_d_p95']:.2f}); p over all blocks {at['perm_p_all_layers']:.3f} < {ALPHA}",
         ),
         "specific": _verdict(
             at["lead_ci_low"] > 0 and at["transfer_ci_low"] > 0.5, enough, at["lead_over_placebo"],
