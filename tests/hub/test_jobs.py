@@ -108,6 +108,15 @@ def test_ctrl_c_leaves_the_job_running(cluster, zygote):
     cluster.jobs.cancel(number)
 
 
+def test_a_merge_runs_as_a_job_too(cluster, phoque):
+    phoque(*ASKED, "--max-steps", 3, "--output-dir", "here", env=SECRETS | {"WANDB_MODE": "disabled"})
+    asked = ["merge", "--adapter-source", REPO, "--base-model", BASE, "--push-repo-id", "harbour/whole"]
+    ran = phoque(*asked, *ON, "--timeout", "10m", "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED"
+    files = cluster.files("harbour/whole")
+    assert {"model.safetensors", "merge.json", "README.md"} <= files.keys()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from phoque.commands import flags
+from phoque.commands import flags, jobs
 from phoque.console import console
 from phoque.settings.base import Resolved, cache_folder
 from phoque.settings.merge import MergeSettings
@@ -20,6 +20,9 @@ def command(name: str) -> Any:
 
 def run(asked: Resolved[MergeSettings], dry_run: bool) -> None:
     """Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal."""
+    if asked.settings.on:
+        jobs.run("merge", asked, dry_run)
+        return
     from phoque.models.merging import merged
 
     result = merged(asked, cache_folder(), console, dry_run)
