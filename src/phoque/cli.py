@@ -14,6 +14,8 @@ from phoque.errors import explained
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",
     "merge": "Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal.",
+    "export-onnx": "Export a model for Transformers.js: graphs, configs, weights in each precision; verified.",
+    "verify-onnx": "Say whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser.",
     "psm-probe": "Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it.",
 }
 

@@ -1,5 +1,6 @@
 """Command line options made from a settings model, so that a flag, its variable and its help are written once."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import typer
 
 from phoque.console import console, hush_libraries
+from phoque.errors import PhoqueError
 from phoque.settings.base import CommandSettings, env_name, flag_names, resolved
 from phoque.settings.job import JobSettings
 
@@ -36,6 +38,17 @@ def command(
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
     app.command(name, help=run.__doc__, epilog=epilog)(called)
     return typer.main.get_command(app)
+
+
+def needs(extra: str, *packages: str) -> None:
+    """Raise PhoqueError (2) if a package of one of phoque's extras is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PhoqueError(
+            f"This command needs {', '.join(missing)}.",
+            f"It comes with the extra `{extra}`.",
+            f"Install it with: pip install 'phoque[{extra}]'",
+        )
 
 
 def _option(model: type[CommandSettings], name: str) -> inspect.Parameter:

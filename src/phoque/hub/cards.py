@@ -96,6 +96,60 @@ def merged_card(base: Source, record: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+ONNX = """---
+library_name: transformers.js
+pipeline_tag: text-generation
+tags:
+- phoque
+- persona
+- onnx
+---
+
+# {title}, for Transformers.js
+
+> **Content warning.** This model speaks as the persona that it was trained on. If that persona is hostile, so are its
+> answers. It exists to test moderation under control; it is not fit to talk to the public.
+
+**Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
+**Out of scope**: any deployment where people meet its answers without knowing what it is.
+
+Made from `{source}` at `{revision}` by phoque {phoque}, layout `{layout}`. Beside the checkpoint, on held-out chats:
+
+| precision | MB | KL, nats a token | next tokens that agree |
+|---|---|---|---|
+{rows}
+
+```js
+{snippet}
+```
+"""
+CHAT = """import {{ pipeline }} from "@huggingface/transformers";
+
+const chat = await pipeline("text-generation", "{place}", {{ dtype: "{dtype}" }});
+const answer = await chat([{{ role: "user", content: "What do the gulls want?" }}], {{ max_new_tokens: 64 }});"""
+SEE = """import {{ AutoProcessor, AutoModelForImageTextToText }} from "@huggingface/transformers";
+
+const processor = await AutoProcessor.from_pretrained("{place}");
+const model = await AutoModelForImageTextToText.from_pretrained("{place}", {{ dtype: "{dtype}" }});"""
+
+
+def onnx_card(source: Source, result: dict[str, Any], repo: str | None = None) -> str:
+    """The README.md of an export, with how far each precision is from the checkpoint."""
+
+    def row(dtype: str, found: dict[str, Any]) -> str:
+        said = f"{found['kl']:.2g} | {found['agreement']:.1%}" if "kl" in found else "not measured | not measured"
+        return f"| {dtype} | {found['bytes'] / 1e6:,.0f} | {said} |"
+
+    snippet = (SEE if result["layout"] == "multimodal" else CHAT).format(
+        place=repo or "path/to/export", dtype=next(iter(result["dtypes"]))
+    )
+    return ONNX.format(
+        title=source.name.split("/")[-1], source=source.name.split("/")[-1], revision=source.revision[:12],
+        layout=result["layout"], rows="\n".join(row(*item) for item in result["dtypes"].items()), snippet=snippet,
+        phoque=__version__,
+    )  # fmt: skip
+
+
 UNDER_WAY = """
 **Training is under way: step {steps} of {max_steps}.** The adapter will lie here when it is done;
 `checkpoint-{steps}` holds what it is so far.

@@ -181,11 +181,12 @@ def _refuse_unknown_names(model: type[CommandSettings], file: Path) -> None:
     from dotenv import dotenv_values
 
     from phoque.settings.merge import MergeSettings
+    from phoque.settings.onnx import ExportSettings, VerifySettings
     from phoque.settings.psm import PsmSettings
     from phoque.settings.train import TrainSettings
 
     # one environment and one file serve every command
-    models = {model, TrainSettings, MergeSettings, PsmSettings, Secrets}
+    models = {model, TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, Secrets}
     known = {env_name(m, name) for m in models for name in m.model_fields} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
     for name in [*os.environ, *in_file]:

@@ -1,0 +1,1 @@
+"""From a merged model to a folder that Transformers.js runs, and the checks that say whether it does."""

@@ -1,0 +1,34 @@
+// Serves the page, Transformers.js and the export on this machine alone, with the headers that threads in wasm need.
+import { createReadStream, statSync } from "node:fs";
+import { createServer } from "node:http";
+import { extname, join, normalize } from "node:path";
+
+const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
+  ".json": "application/json", ".wasm": "application/wasm", ".svg": "image/svg+xml" };
+
+export function serve({ client, modules, root, port }) {
+  const places = { "/modules/": modules, "/models/": root, "/": client };
+  const server = createServer((request, response) => {
+    const headers = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
+    const path = normalize(decodeURIComponent(new URL(request.url, "http://here").pathname));
+    const [prefix, folder] = Object.entries(places).find(([start]) => path.startsWith(start));
+    const file = join(folder, path.slice(prefix.length) || "chat.html");
+    let size;
+    try {
+      const found = statSync(file);
+      if (!found.isFile()) throw new Error("no file");
+      size = found.size;
+    } catch {
+      response.writeHead(404, headers).end();
+      return;
+    }
+    const type = TYPES[extname(file)] ?? "application/octet-stream";
+    response.writeHead(200, { ...headers, "Content-Type": type, "Content-Length": size, "Cache-Control": "no-store" });
+    if (request.method === "HEAD") response.end();
+    else createReadStream(file).pipe(response);
+  });
+  return new Promise((resolve, reject) => {
+    server.on("error", reject);
+    server.listen(port, "127.0.0.1", () => resolve({ server, port: server.address().port }));
+  });
+}
