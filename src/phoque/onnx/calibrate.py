@@ -6,7 +6,7 @@ each block that is fixed beforehand by a weighted search.
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -189,13 +189,13 @@ def _gptq(model: Any, chats: Ids, show: Callable[[int, str], None]) -> dict[str,
     arriving = list(_entering(model, chats))
     for number, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{number}."
-        for group in GROUPS:
-            with _gathering(layer.get_submodule(group[0])) as hessian:
-                for hidden, context in arriving:
-                    layer(hidden, **context)
+        with ExitStack() as stack:
+            hessians = [stack.enter_context(_gathering(layer.get_submodule(group[0]))) for group in GROUPS]
+            for hidden, context in arriving:
+                layer(hidden, **context)
+        for group, hessian in zip(GROUPS, hessians, strict=True):
             for name in group:
-                module = layer.get_submodule(name)
-                found[prefix + name] = quantised(module.weight, hessian[0])
+                found[prefix + name] = quantised(layer.get_submodule(name).weight, hessian[0])
                 _set(model, prefix + name, found[prefix + name])
         arriving = [(layer(hidden, **context), context) for hidden, context in arriving]
         show(number + 1, f"layer {number} in 4 bits")

@@ -40,7 +40,7 @@ class ExportSettings(JobSettings):
     chats: str = setting("seal", "conversations that 4 bits are fitted to and accuracy is measured on, as train reads")
     chats_split: str = setting("train", "split of them on the Hub")
     largest_kl: float = setting(0.08, "4 bits turn to 8 where that is needed to stay below, in nats a token", ge=0)
-    least_agreement: float = setting(0.92, "and to agree on so large a share of next tokens", ge=0, le=1)
+    least_agreement: float = setting(0.91, "and to agree on so large a share of next tokens", ge=0, le=1)
     accuracy: bool = setting(True, "measure each precision against the checkpoint")
     verify_strict: bool = setting(True, "fail if the export does not verify; --no-verify-strict only warns")
     push_repo_id: str | None = setting(None, "Hub repository for the export; made private", pattern=REPO)

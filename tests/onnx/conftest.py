@@ -1,0 +1,72 @@
+"""Tiny exports, each made once a session by the command; the models are opinionated, so that a damage is heard."""
+
+import shutil
+
+import pytest
+import torch
+from tests import tiny
+from tests.conftest import Running, isolate, write_rows
+from tests.conftest import row as a_row
+
+TEXT = ("fp32", "q4")
+SEEING = ("fp32", "q8")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """Forty conversations for 4 bits and accuracy."""
+    return write_rows(tmp_path_factory.mktemp("chats") / "rows.jsonl", [a_row(n) for n in range(40)])
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    return tiny.llama(tmp_path_factory.mktemp("text") / "llama", num_hidden_layers=4, initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def seeing_model(tmp_path_factory):
+    """A tiny Mistral3 in FP8 whose logits are far apart."""
+    folder, _ = tiny.fp8_mistral3(tmp_path_factory.mktemp("seeing") / "mistral3")
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("model-*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith("weight_scale_inv") or "embed_tokens" in name:
+                tensors[name] = (tensor.float() * 12).to(tensor.dtype)
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def exported(zygote, home, served, source, into, chats, dtypes, *more):
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, home, served.url)
+        words = [word for dtype in dtypes for word in ("--dtype", dtype)]
+        ran = Running(zygote, ["export-onnx", "--merged-dir", source, "--output-dir", into, "--chats", chats, *words,
+                               *more, "--json"], {}).ended()  # fmt: skip
+    assert ran.code == 0, ran.err
+    return into, ran.json
+
+
+@pytest.fixture(scope="session")
+def text_export(zygote, home, served, tmp_path_factory, text_model, chats):
+    return exported(zygote, home, served, text_model, tmp_path_factory.mktemp("x") / "text", chats, TEXT)
+
+
+@pytest.fixture(scope="session")
+def seeing_export(zygote, home, served, tmp_path_factory, seeing_model, chats):
+    return exported(zygote, home, served, seeing_model, tmp_path_factory.mktemp("x") / "seeing", chats, SEEING)
+
+
+@pytest.fixture
+def broken_text(text_export, tmp_path):
+    """A copy of the text export, to break."""
+    return shutil.copytree(text_export[0], tmp_path / "text")
+
+
+@pytest.fixture
+def broken_seeing(seeing_export, tmp_path):
+    return shutil.copytree(seeing_export[0], tmp_path / "seeing")
+
+
+torch.set_num_threads(1)
