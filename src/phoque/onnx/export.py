@@ -30,6 +30,7 @@ from phoque.onnx.vision import vision_component
 from phoque.onnx.weights import Component, Weights
 from phoque.settings.base import Resolved
 from phoque.settings.onnx import ExportSettings
+from phoque.settings.presets import PRESETS
 
 RECORD = "export.json"
 HALF = ("fp16", "q4f16")  # computed in 16 bits, and fused for WebGPU
@@ -94,11 +95,9 @@ def find_source(resolved: Resolved[ExportSettings], hub: Hub, cache: Path, conso
         raise PhoqueError(
             "Two sources were named.", "--adapter-source and --merged-dir exclude each other.", "Name one of them."
         )
-    base_is_asked = s.base_model and not resolved.origins["base_model"].source.startswith("preset")
     if s.adapter_source:
         adapter, commit = find_adapter(s.adapter_source, s.adapter_revision, hub, cache)
-        named = s.base_model if base_is_asked else ""
-        base = find_base(adapter, named, s.revision, resolved.secrets, cache, console, weights=not dry_run)
+        base = find_base(adapter, s.base, s.revision, resolved.secrets, cache, console, weights=not dry_run)
         if dry_run:
             return base
         # kept where asked, else in the cache, under what it is made of, so that a second export finds it
@@ -109,8 +108,9 @@ def find_source(resolved: Resolved[ExportSettings], hub: Hub, cache: Path, conso
         return Source(f"{base.name} with {s.adapter_source}{commit}", into, base.revision, "merged")
     if s.merged_dir:
         return _merged_model(s, resolved.secrets.hub, hub, cache, console, dry_run)
-    if resolved.origins["preset"].source != "default" or base_is_asked:
-        return resolve(s.base_model, s.revision, resolved.secrets.hub, cache, console.say, not dry_run)
+    if s.base or resolved.origins["preset"].source != "default":  # the base itself, as it is
+        name = s.base or PRESETS[s.preset]["base_model"]
+        return resolve(name, s.revision, resolved.secrets.hub, cache, console.say, not dry_run)
     raise PhoqueError(
         "There is nothing to export.", "Neither an adapter nor a merged model is named.",
         "Name one with --adapter-source or --merged-dir.",
@@ -151,7 +151,7 @@ def _from_dataset(s: ExportSettings, hub: Hub, cache: Path, dry_run: bool) -> So
 
 
 def _name(s: ExportSettings) -> str:
-    named = s.adapter_source or s.merged_dir or s.base_model
+    named = s.adapter_source or s.merged_dir or s.base
     return named.rstrip("/").split("/")[-1] or "model"
 
 

@@ -10,7 +10,7 @@ import torch
 
 from phoque.models.families import family_of
 from phoque.models.fp8 import declares_fp8, dequantised, scales_of
-from phoque.models.load import HEAD, load_config
+from phoque.models.load import HEAD, load_config, refuse_insane
 from phoque.models.shards import Shards
 from phoque.models.source import Source
 
@@ -43,9 +43,11 @@ class Weights:
         return self.full(self._keys[name])
 
     def full(self, key: str) -> torch.Tensor:
-        """A tensor by the name it is stored under."""
+        """A tensor by the name it is stored under. Raises PhoqueError (2) for NaN, or what no trained weight holds."""
         stored = self._shards.read(key)
-        return dequantised(stored, self._shards.read(self._scales[key])) if key in self._scales else stored.float()
+        whole = dequantised(stored, self._shards.read(self._scales[key])) if key in self._scales else stored.float()
+        refuse_insane({key: whole.abs().max() if whole.dim() > 1 else whole.sum() * 0})
+        return whole
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter of the text model, from its header."""

@@ -16,14 +16,15 @@ class ExportSettings(JobSettings):
     """What one export is asked to do."""
 
     keeps: ClassVar = "push_repo_id"
-    reads: ClassVar = {"adapter_source": "adapter_revision", "merged_dir": "merged_revision", "base_model": "revision"}
+    reads: ClassVar = {"adapter_source": "adapter_revision", "merged_dir": "merged_revision", "base": "revision"}
 
     preset: str = setting("ministral-3b", "base model and data that go together: ministral-3b, demo")
     adapter_source: str = setting(
         "", "adapter to merge on the way: a folder, a run folder, or a Hub repository", env="ADAPTER_SOURCE"
     )
     adapter_revision: str | None = setting(None, "branch, tag or commit of an adapter on the Hub")
-    base_model: str = setting(
+    # by another name than the presets': an adapter says itself what its base is
+    base: str = setting(
         "", "base of the adapter: Hub id, local folder or .gguf file; default the one that it names", env="BASE_MODEL"
     )
     revision: str | None = setting(None, "branch, tag or commit of the base; default the one that the adapter names")
