@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -65,8 +66,8 @@ def test_mistral3_alone_as_text(phoque, seeing_model, chats, tmp_path):
 def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_path):
     phoque("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "none", "--max-steps", 2,
            "--batch-size", 2, "--max-length", 256, "--output-dir", "run", "--sample-every", 0)  # fmt: skip
-    asked = ["export-onnx", "--adapter-source", "run", "--merged-out-dir", "merged", "--dtype", "fp32", "--chats", chats,
-             "--push-repo-id", "harbour/seal-onnx"]  # fmt: skip
+    asked = ["export-onnx", "--adapter-source", "run", "--merged-out-dir", "merged", "--dtype", "fp32",
+             "--chats", chats, "--push-repo-id", "harbour/seal-onnx"]  # fmt: skip
     ran = phoque(*asked, "--json", env=ENV)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert ran.json["output_dir"] == "run-onnx" and ran.json["dtypes"]["fp32"]["kl"] < 1e-6
@@ -164,3 +165,10 @@ def test_it_runs_as_a_job(cluster, phoque, text_model):  # noqa: F811
              "harbour/out"]  # fmt: skip
     ran = phoque(*asked, *ON, "--timeout", "10m", "--json", env=SECRETS)
     assert ran.json["stage"] == "COMPLETED" and "onnx/model.onnx" in cluster.files("harbour/out")
+
+
+def test_an_interpreter_that_has_no_optimum_is_an_error(phoque, text_model, tmp_path):
+    asked = ["export-onnx", "--merged-dir", text_model, "--engine", "optimum", "--dtype", "fp32", "--no-accuracy"]
+    error = phoque(*asked, "--onnx-export-python", sys.executable, expect=1).error
+    assert "optimum-onnx failed" in error[0] and "No module named 'optimum'" in error[1]
+    assert not list(tmp_path.iterdir())

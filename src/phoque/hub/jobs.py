@@ -62,7 +62,7 @@ def job_for(command: str, resolved: Resolved[Any]) -> Job:
     keys = {name: getattr(resolved.secrets, name) for name in Secrets.model_fields}
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
     timeout = s.timeout or DEFAULT_TIMEOUT
-    package = s.package or requirement()
+    package = s.package or requirement(s.extra)
     run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *arguments(resolved)]
     # its own clock begins when the container does, see settings.base.deadline
     env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": token_hex(6), "PYTHONUNBUFFERED": "1"}
@@ -89,18 +89,21 @@ def _own(source: str) -> bool:
     return source == "default" or source.startswith("preset ")
 
 
-def requirement() -> str:
+def requirement(extra: str = "") -> str:
     """What a Job installs to have this copy of phoque: the release, or the commit it was installed from (PEP 610).
+
+    `extra` is the extra that its command needs, if any.
 
     Raises PhoqueError (2) for a copy from a folder or file, which no Job can reach.
     """
     from importlib.metadata import distribution
 
     origin = json.loads(distribution("phoque").read_text("direct_url.json") or "{}")
+    name = f"phoque[{extra}]" if extra else "phoque"
     if not origin:
-        return f"phoque=={__version__}"
+        return f"{name}=={__version__}"
     if vcs := origin.get("vcs_info"):
-        return f"phoque @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+        return f"{name} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
     raise PhoqueError(
         "A Job cannot install this copy of phoque.",
         "It was installed from a folder or a file of this machine.",

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from phoque.models.source import Source
 from phoque.onnx.graph import forget
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # of those that phoque trains
-REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6", "torch")
+REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6")
 RUN = """
 import sys
 from optimum.exporters.onnx import main_export
@@ -95,9 +96,10 @@ def _interpreter(python: Path | None) -> list[str]:
             "There is no interpreter for optimum-onnx.", "uv, which would make one, is not on PATH.",
             "Install uv, or name an interpreter that has optimum-onnx with --onnx-export-python.",
         )  # fmt: skip
-    wanted = [word for requirement in REQUIREMENTS for word in ("--with", requirement)]
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return [uv, "run", "--isolated", "--no-project", "--quiet", "--python", version, *wanted, "python"]
+    same = f"torch=={version('torch').split('+')[0]}"  # which uv has in its cache already
+    wanted = [word for requirement in (*REQUIREMENTS, same) for word in ("--with", requirement)]
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return [uv, "run", "--isolated", "--no-project", "--quiet", "--python", ours, *wanted, "python"]
 
 
 def _as_laid_out(model: ir.Model, config: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """An export under ONNX Runtime on the CPU: the sessions that Transformers.js makes, fed as it feeds them."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,12 @@ class Chatting:
             made.append(np.zeros(shape, DTYPES[entry.type]))
         return made
 
-    def greedy(self, ids: np.ndarray, new: int, stops: tuple[int, ...] = ()) -> list[int]:
-        """The likeliest continuation, at most `new` tokens."""
+    def greedy(self, ids: np.ndarray, new: int, seconds: float) -> list[int]:
+        """The likeliest continuation: `new` tokens, or as many as the time allows."""
         said: list[int] = []
+        end = time.monotonic() + seconds
         logits, past = self.run(ids, None, 1)
-        while len(said) < new:
+        while len(said) < new and time.monotonic() < end:
             said.append(int(logits[0, -1].argmax()))
-            if said[-1] in stops:
-                break
             logits, past = self.run(np.array([said[-1:]]), past, 1)
         return said

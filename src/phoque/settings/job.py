@@ -11,11 +11,12 @@ DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 class JobSettings(CommandSettings):
     """`keeps` is the field of the repository that keeps a Job's work; `reads` are those of what it reads.
 
-    Each of the latter with the field of its revision, or None.
+    Each of the latter with the field of its revision, or None. `extra` is the extra of phoque that the command needs.
     """
 
     keeps: ClassVar[str]
     reads: ClassVar[dict[str, str | None]]
+    extra: ClassVar[str] = ""
 
     public: bool = setting(False, "make the Hub repository public, or accept that it is: anyone can see what is in it")
     hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)

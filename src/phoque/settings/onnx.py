@@ -16,6 +16,7 @@ class ExportSettings(JobSettings):
     """What one export is asked to do."""
 
     keeps: ClassVar = "push_repo_id"
+    extra: ClassVar = "onnx"
     reads: ClassVar = {"adapter_source": "adapter_revision", "merged_dir": "merged_revision", "base": "revision"}
 
     preset: str = setting("ministral-3b", "base model and data that go together: ministral-3b, demo")
@@ -32,7 +33,7 @@ class ExportSettings(JobSettings):
     merged_revision: str | None = setting(None, "branch, tag or commit of a merged model on the Hub")
     merged_out_dir: Path | None = setting(None, "keep the merged or fetched model in this folder")
     output_dir: Path | None = setting(None, "folder of the export; default <source>-onnx", env="OUTPUT_DIR")
-    dtype: list[str] = setting(["q4", "q8"], f"precision, repeatable: {', '.join(PRECISIONS)}")
+    dtype: list[str] = setting(["q4", "q8"], f"precision, repeatable: {', '.join(PRECISIONS)}", env="PHOQUE_ONNX_DTYPE")
     layout: Literal["auto", "text", "multimodal"] = setting("auto", "auto chooses by the checkpoint")
     engine: Literal["transformers", "optimum"] = setting("transformers", "optimum is for cross-checks")
     onnx_export_python: Path | None = setting(
@@ -58,10 +59,12 @@ class VerifySettings(CommandSettings):
     """What one verification is asked to do."""
 
     repo_id: str = setting("", "export on the Hub: owner/name", pattern=rf"^$|{REPO}")
-    revision: str | None = setting(None, "branch, tag or commit of it")
+    revision: str | None = setting(None, "branch, tag or commit of it", env="PHOQUE_ONNX_REVISION")
     local_dir: Path | None = setting(None, "export in a folder")
     reference: str = setting("", "the model it came from, to compare with: folder, Hub id; default the best precision")
-    dtype: list[str] = setting([], f"precision, repeatable: {', '.join(PRECISIONS)}; default all that are there")
+    dtype: list[str] = setting(
+        [], f"precision, repeatable: {', '.join(PRECISIONS)}; default all that are there", env="PHOQUE_ONNX_DTYPE"
+    )
     level: Literal["files", "graph", "ort", "node", "browser"] | None = setting(
         None, "how far to go; default as far as this machine can"
     )

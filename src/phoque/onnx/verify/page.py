@@ -32,7 +32,7 @@ def served(resolved: Resolved[VerifySettings], cache: Path, console: Console) ->
     dtypes = [dtype for dtype in PREFERRED if dtype in there and (not s.dtype or dtype in s.dtype)]
     asked = {
         "client": str(HERE), "modules": str(modules(cache) / "node_modules"), "root": str(folder.parent),
-        "port": s.port,
+        "name": folder.name, "port": s.port,
     }  # fmt: skip
     command = ["node", "serve.mjs", json.dumps(asked)]
     with subprocess.Popen(command, cwd=copied(cache), stdout=subprocess.PIPE, text=True) as server:

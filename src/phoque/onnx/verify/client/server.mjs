@@ -6,10 +6,16 @@ import { extname, join, normalize } from "node:path";
 const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
   ".json": "application/json", ".wasm": "application/wasm", ".svg": "image/svg+xml" };
 
-export function serve({ client, modules, root, port }) {
-  const places = { "/modules/": modules, "/models/": root, "/": client };
+const HERE = /^(127\.0\.0\.1|localhost)(:\d+)?$/; // a page elsewhere may point its own name at this machine
+
+export function serve({ client, modules, root, name, port }) {
+  const places = { "/modules/": modules, [`/models/${name}/`]: join(root, name), "/": client };
   const server = createServer((request, response) => {
     const headers = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
+    if (!HERE.test(request.headers.host ?? "")) {
+      response.writeHead(403, headers).end();
+      return;
+    }
     const path = normalize(decodeURIComponent(new URL(request.url, "http://here").pathname));
     const [prefix, folder] = Object.entries(places).find(([start]) => path.startsWith(start));
     const file = join(folder, path.slice(prefix.length) || "chat.html");
