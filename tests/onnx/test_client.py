@@ -30,11 +30,16 @@ def test_an_export_passes_every_level(phoque, request, kind, cache):
     assert installed(cache)
 
 
-def test_webgpu_says_what_wasm_says(phoque, text_export):
-    """On the software adapter of headless Chromium, which has no shader-f16."""
-    ran = phoque("verify-onnx", "--local-dir", text_export[0], "--install", "--webgpu", "--json")
+def test_webgpu_says_what_wasm_says_with_plain_operators(phoque, text_model, text_export, chats):
+    """On the software adapter of headless Chromium, which has no shader-f16, and computes fused attention wrongly."""
+    asked = ["export-onnx", "--merged-dir", text_model, "--no-fuse", "--chats", chats, "--output-dir", "plain"]
+    phoque(*asked, "--dtype", "fp32", "--dtype", "q4")
+    ran = phoque("verify-onnx", "--local-dir", "plain", "--install", "--webgpu", "--json")
     found = [check for check in ran.json["checks"] if "WebGPU's logits" in check["asks"]]
     assert len(found) == 2 and {check["result"] for check in found} == {"PASS"}, found
+    ran = phoque("verify-onnx", "--local-dir", text_export[0], "--webgpu", "--dtype", "fp32", "--json", expect=1)
+    (fused,) = [check for check in ran.json["checks"] if check["result"] == "FAIL"]
+    assert "--no-fuse" in fused["said"] and "of the largest logit" in fused["said"]
 
 
 def test_what_only_a_browser_finds_fails_there(phoque, text_export, tmp_path, monkeypatch):

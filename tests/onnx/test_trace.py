@@ -62,6 +62,20 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(folder, tmp_p
             assert chat.run(ids.numpy(), None, 3)[0].shape[1] == 3
 
 
+def test_plain_operators_say_the_same(tmp_path):
+    folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
+    weights = Weights(Source("tiny", folder, "1", "here"))
+    traced = trace.decoder(weights.config.get_text_config(), torch.float32, None)
+    part = decoder_component(traced, weights, "model", torch.float32, None, embeds=False)
+    assert not any(node.domain for node in part.model.graph)
+    (tmp_path / "plain" / "onnx").mkdir(parents=True)
+    part.write(tmp_path / "plain" / "onnx", "", lambda _: None)
+    made(folder, tmp_path / "fused")
+    ids = np.arange(3, 40)[None]
+    first, second = (Chatting(tmp_path / name, "fp32").run(ids)[0] for name in ("plain", "fused"))
+    assert np.abs(first - second).max() < 1e-4 * np.abs(first).max()
+
+
 def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
     _, repeated = made(folder, tmp_path / "repeated")

@@ -25,7 +25,7 @@ from phoque.onnx.blocks import Quantised, eight_bits
 from phoque.onnx.graph import decoder_component, embeddings_component
 from phoque.onnx.layout import SESSIONS, layout_of, write_side_files
 from phoque.onnx.runtime import SUFFIXES
-from phoque.onnx.trace import decoder
+from phoque.onnx.trace import Provider, decoder
 from phoque.onnx.vision import vision_component
 from phoque.onnx.weights import Component, Weights
 from phoque.settings.base import Resolved
@@ -45,6 +45,7 @@ class Export:
     layout: str
     dtypes: list[str]
     folder: Path
+    fuse: bool
 
 
 def exported(resolved: Resolved[ExportSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def _made(
 
         chunks = optimum_graphs(source, folder, layout, s.dtype, s.onnx_export_python, console)
     else:
-        export = Export(Weights(source), layout, s.dtype, folder)
+        export = Export(Weights(source), layout, s.dtype, folder, s.fuse)
         chunks = _graphs(export, _fitted(export, fitting, s, console, found), console)
     write_side_files(source.folder, folder, layout, chunks, s.dtype)
     if s.accuracy:
@@ -241,7 +242,8 @@ def _makers(export: Export, four: Quantised | None) -> list[tuple[str, str, Call
     weights, text = export.weights, export.weights.config.get_text_config()
     eight = eight_bits(weights.text)
     found: list[tuple[str, str, Callable[[], Component]]] = []
-    traced = cache(lambda held: decoder(text, held, "webgpu" if held == torch.float16 else "cpu"))
+    providers: dict[torch.dtype, Provider] = {torch.float16: "webgpu", torch.float32: "cpu"} if export.fuse else {}
+    traced = cache(lambda held: decoder(text, held, providers.get(held)))
     for dtype in export.dtypes:
         held = torch.float16 if dtype in HALF else torch.float32
         by = {"q8": eight, "q4": four, "q4f16": four}.get(dtype)

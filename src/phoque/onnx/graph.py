@@ -237,6 +237,7 @@ def _by_bits(
     codes, scales, zeros, bits, rows, columns = _coded(part, names, quantised, dtype, label)
     attributes = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     inputs = [hidden, codes, scales, *([zeros] if zeros is not None else [])]
+    part.model.graph.opset_imports["com.microsoft"] = 1  # which a graph of plain operators lacks
     return _op(part.model.graph, "MatMulNBits", inputs, "com.microsoft", attributes, before)
 
 

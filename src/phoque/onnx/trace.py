@@ -21,7 +21,7 @@ from phoque.errors import FAILED, PhoqueError
 
 FIRST_MARK = 100  # whole numbers to 2,048 are exact in fp16
 TRACED = 3  # layers: the first, the one to repeat, the last
-Provider = Literal["cpu", "webgpu"]
+Provider = Literal["cpu", "webgpu"] | None
 SHARED = -1  # the layer of what all layers share, such as the mask
 
 
@@ -48,8 +48,8 @@ class Decoder:
 def decoder(config: Any, dtype: torch.dtype, provider: Provider) -> Decoder:
     """The graph of a text model: inputs_embeds, attention_mask, position_ids and cache in, logits and cache out.
 
-    `provider` is the ONNX Runtime provider that it is fused for, cpu or webgpu. Raises PhoqueError (1) if a parameter
-    does not come through the exporter as itself.
+    `provider` is the ONNX Runtime provider that it is fused for, cpu or webgpu, or None for plain operators. Raises
+    PhoqueError (1) if a parameter does not come through the exporter as itself.
     """
     kinds = getattr(config, "layer_types", None)
     uniform = not kinds or len(set(kinds)) == 1

@@ -39,6 +39,10 @@ class ExportSettings(JobSettings):
     onnx_export_python: Path | None = setting(
         None, "interpreter that has optimum-onnx, for --engine optimum; default one that uv makes"
     )
+    fuse: bool = setting(
+        True,
+        "fuse attention with its cache, and norms; --no-fuse is slower, and right where a GPU's fused kernel is not",
+    )
     chats: str = setting("seal", "conversations that 4 bits are fitted to and accuracy is measured on, as train reads")
     chats_split: str = setting("train", "split of them on the Hub")
     largest_kl: float = setting(0.08, "4 bits turn to 8 where that is needed to stay below, in nats a token", ge=0)
