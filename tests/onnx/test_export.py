@@ -80,6 +80,11 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
     wanted = logits(tmp_path / "merged", ids)
     found, _ = Chatting(tmp_path / "run-onnx", "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    phoque(*asked, "--dtype", "q8", "--no-accuracy", env=ENV)  # fp32 and q8 now
+    phoque("export-onnx", "--merged-dir", "merged", "--dtype", "q8", "--no-accuracy", "--push-repo-id",
+           "harbour/seal-onnx", env=ENV)  # fmt: skip
+    left = {path for path in hub.files("harbour/seal-onnx") if path.startswith("onnx/")}
+    assert left == {"onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data"}
 
 
 @pytest.mark.parametrize("kind", ["models", "datasets"])

@@ -93,8 +93,8 @@ class Repo:
     ) -> str:  # fmt: skip
         """Bring `files` (path in the repository -> file here) into the repository; return the commit that has them.
 
-        One commit, which also deletes the `stale` folders; none if all is there already, as after a lost reply. The
-        tree is read back and every hash compared. A try that fails is followed by one with new operations.
+        One commit, which also deletes the `stale` files and folders; none if all is there already, as after a lost
+        reply. The tree is read back and every hash compared. A try that fails is followed by one with new operations.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -113,7 +113,12 @@ class Repo:
             if not missing and not gone:
                 return before.sha
             operations: list[Any] = [CommitOperationAdd(path, str(local[path].file)) for path in missing]
-            operations += [CommitOperationDelete(f"{folder}/", is_folder=True) for folder in gone]
+            operations += [
+                CommitOperationDelete(name)
+                if name in before.files
+                else CommitOperationDelete(f"{name}/", is_folder=True)
+                for name in gone
+            ]
             made = self.hub.api.create_commit(
                 self.name, operations, commit_message=message, parent_commit=before.sha, repo_type=self.kind
             )  # fmt: skip

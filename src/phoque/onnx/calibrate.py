@@ -5,7 +5,7 @@ each block that is fixed beforehand by a weighted search.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -224,7 +224,7 @@ def _entering(model: Any, chats: Ids) -> Iterator[tuple[torch.Tensor, dict[str, 
 
 
 @contextmanager
-def _gathering(module: Any) -> Iterator[list[torch.Tensor]]:
+def _gathering(module: Any) -> Generator[list[torch.Tensor]]:
     """The sum of x xᵀ over what enters a product while the block runs, in the one element of the list."""
     held: list[torch.Tensor] = []
 

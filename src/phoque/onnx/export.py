@@ -82,7 +82,9 @@ def exported(resolved: Resolved[ExportSettings], cache: Path, console: Console, 
         shutil.rmtree(staging, ignore_errors=True)
     if repo:
         files = {str(f.relative_to(into)): f for f in into.rglob("*") if f.is_file()}
-        result |= {"repo": repo.name, "commit": repo.push(files, "ONNX export", lambda _: [])}
+        # graphs of an earlier export that this one does not declare would fail in a browser
+        stale = lambda there: [path for path in there.files if path.startswith("onnx/") and path not in files]
+        result |= {"repo": repo.name, "commit": repo.push(files, "ONNX export", stale)}
     return result
 
 
