@@ -16,6 +16,7 @@ COMMANDS = {
     "merge": "Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal.",
     "export-onnx": "Export a model for Transformers.js: graphs, configs, weights in each precision; verified.",
     "verify-onnx": "Say whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser.",
+    "compare-sae": "Show which features a fine-tune moved, beyond what chance and a control would.",
     "psm-probe": "Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it.",
 }
 

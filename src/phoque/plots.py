@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
+COLOURS, DOTS = ("c4", "c0", "c1"), (1.2, 2.4, 2.4)  # of clouds, from the back to the front
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,46 @@ def line_plot(series: Sequence[Series], x_label: str) -> str:
 
 def _finite(numbers: Sequence[float]) -> bool:
     return all(map(math.isfinite, numbers))
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A named cloud: points (x, y, what it is called)."""
+
+    name: str
+    points: Sequence[tuple[float, float, str]]
+
+
+def scatter_plot(
+    clouds: Sequence[Dots], labels: tuple[str, str], diagonal: float | None = None, level: float | None = None
+) -> str:
+    """Clouds of points, later ones on top; a band of +-`diagonal` around y = x, or a dashed line at y = `level`."""
+    points = [p for cloud in clouds for p in cloud.points]
+    if not points:
+        return '<p class="empty">nothing measured</p>'
+    ys = [p[1] for p in points] + ([level] if level is not None else [])
+    x_ticks = ticks(min(p[0] for p in points), max(p[0] for p in points))
+    y_ticks = ticks(min(ys), max(ys))
+    if diagonal is not None:
+        x_ticks = y_ticks = ticks(min(x_ticks[0], y_ticks[0]), max(x_ticks[-1], y_ticks[-1]))
+    at, parts = _scale(x_ticks, y_ticks), [_axes(x_ticks, y_ticks, labels[0])]
+    if diagonal is not None:
+        ends = (x_ticks[0], x_ticks[-1])
+        corners = [at(x, min(max(x + side * diagonal, y_ticks[0]), y_ticks[-1])) for side in (1, -1)
+                   for x in (ends if side > 0 else ends[::-1])]  # fmt: skip
+        parts.append(f'<path class="band c4" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in corners)}Z"/>')
+    if level is not None:
+        _, y = at(x_ticks[0], level)
+        parts.append(f'<path class="dash" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+    for number, cloud in enumerate(clouds):
+        place = COLOURS[number]
+        for x, y, name in cloud.points:
+            px, py = at(x, y)
+            parts.append(f'<circle class="{place}" cx="{px:.1f}" cy="{py:.1f}" r="{DOTS[number]}"><title>'
+                         f"{html.escape(name)}</title></circle>")  # fmt: skip
+    parts.append(f'<text x="4" y="{TOP - 2}">{html.escape(labels[1])}</text>')
+    legend = "".join(f'<span class="key {COLOURS[n]}">{html.escape(c.name)}</span>' for n, c in enumerate(clouds))
+    return _svg("".join(parts)) + f'<div class="legend">{legend}</div>'
 
 
 def bar_plot(edges: Sequence[float], counts: Sequence[float], x_label: str) -> str:
@@ -166,6 +207,7 @@ figcaption {{ font-weight: 600; font-size: .9rem; }}
 svg {{ width: 100%; height: auto; }}
 svg text {{ font: 11px system-ui, sans-serif; fill: var(--dim); }}
 svg path {{ fill: none; stroke-width: 1.6; }}
+svg path.dash {{ stroke: var(--dim); stroke-dasharray: 4 3; stroke-width: 1; }}
 svg path.grid {{ stroke: var(--rule); stroke-width: 1; }}
 .c0 {{ --c: var(--c0); }} .c1 {{ --c: var(--c1); }} .c2 {{ --c: var(--c2); }} .c3 {{ --c: var(--c3); }}
 .c4 {{ --c: var(--c4); }}
@@ -181,6 +223,13 @@ table {{ border-collapse: collapse; width: 100%; font-size: .88rem; }}
 td, th {{ text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--rule); }}
 .tiles {{ display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 1rem 0; }}
 .tile b {{ display: block; font-size: 1.3rem; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }}
+.card {{ border: 1px solid var(--rule); border-radius: 6px; padding: .6rem .8rem; overflow-wrap: anywhere; }}
+.card h3 {{ margin: 0 0 .3rem; font-size: 1rem; }}
+.chip {{ display: inline-block; border: 1px solid var(--rule); border-radius: 4px; padding: 0 .3rem; margin: .1rem;
+  font: .8rem ui-monospace, monospace; white-space: pre-wrap; }}
+.context {{ font-size: .85rem; border-top: 1px solid var(--rule); padding: .25rem 0; }}
+mark {{ background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit; border-radius: 3px; }}
 .scroll {{ overflow-x: auto; }}
 .yes {{ color: var(--c3); }} .no {{ color: var(--no); }}
 .answers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: .8rem; }}

@@ -11,6 +11,7 @@ from phoque.settings.merge import MergeSettings
 from phoque.settings.onnx import ExportSettings, VerifySettings
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm import PsmSettings
+from phoque.settings.sae import SaeSettings
 from phoque.settings.train import TrainSettings
 
 SPEC_NAMES = {
@@ -168,6 +169,6 @@ def test_a_timeout_is_what_jobs_take(text, wanted):
 def test_env_example_documents_every_name_and_no_other():
     text = (Path(__file__).parents[2] / ".env.example").read_text()
     documented = set(re.findall(r"^#?\s?([A-Z][A-Z_]+)=", text, re.M))
-    models = (TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, Secrets)
+    models = (TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings, Secrets)
     names = {env_name(model, n) for model in models for n in model.model_fields}
     assert documented == names

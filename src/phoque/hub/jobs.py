@@ -15,6 +15,7 @@ from phoque.hub.client import Hub, passing, reason
 from phoque.settings.base import PREFIX, Resolved, Secrets, env_name, flag_names
 
 HERE = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that do not go into the Job's arguments
+DATASETS = ("dataset", "chat", "text")  # settings that name one
 DEFAULT_TIMEOUT = "30m"  # what Jobs give one that names none
 OVER = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 
@@ -120,8 +121,9 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     found = {"account": who["name"], "token": who["auth"].get("accessToken", {}).get("role", "unknown")}
     for name, pinned in s.reads.items():
         value, revision = getattr(s, name), getattr(s, pinned) if pinned else None
-        info = api.dataset_info if name == "dataset" else api.model_info
-        if value and value.count("/") == 1:
+        value = value.partition("#")[0]
+        info = api.dataset_info if name in DATASETS else api.model_info
+        if value.count("/") == 1:
             sha = hub.tried(value, lambda info=info, v=value, r=revision: info(v, revision=r)).sha
             found[name] = f"{value}@{sha[:8]}"
     kept, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")

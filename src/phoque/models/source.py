@@ -39,6 +39,12 @@ class Source:
         """The Hub's name of the model, where it has one."""
         return self.name if self.on_hub or self.name in PACKAGED.values() else None
 
+    @property
+    def weights(self) -> str:
+        """What tells one set of weights from another: a folder's revision pins their shapes alone."""
+        times = [f.stat().st_mtime_ns for f in sorted(self.folder.glob("*.safetensors"))]
+        return self.revision if self.hub_id else f"{self.revision} {times}"
+
 
 def resolve(
     name: str, revision: str | None, token: str | None, cache: Path, say: Callable[[str], None], weights: bool = True

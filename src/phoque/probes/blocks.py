@@ -4,7 +4,7 @@ Block indices count from 0 and mean the block's output, before the final norm: `
 been through that norm, so it is no residual stream, and nothing here uses it.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 
 MASSIVE = 10.0  # times the median norm: an attention sink, 98 % of all variance if it is let in
 TOKENS_AT_ONCE = {"cuda": 32_768, "cpu": 4_096}
+
+Take = Callable[[int, list[int], torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def inner(model: Any) -> Any:
@@ -58,9 +60,70 @@ def residual_means(model: Any, rows: Sequence[Spoken]) -> Means:
     layers, size = len(blocks(model)), inner(model).config.hidden_size
     empty = torch.zeros(len(rows), layers, size)
     found = Means(empty, empty.clone(), torch.zeros(len(rows), layers), *torch.zeros(2, layers, dtype=torch.long))
-    for batch in batches([len(r.prompt) + len(r.response) for r in rows], TOKENS_AT_ONCE[model.device.type]):
-        _read(model, rows, batch, found)
+
+    def take(layer: int, batch: list[int], hidden: torch.Tensor, _: torch.Tensor, mask: torch.Tensor) -> None:
+        place = torch.arange(hidden.shape[1], device=hidden.device)
+        begins = torch.tensor([len(rows[n].prompt) for n in batch], device=hidden.device)
+        spoken = (place >= begins[:, None]) & mask
+        norms = norms_of(hidden)
+        large = massive(norms, mask & (place > 0))
+        kept = spoken & ~large
+        share = kept / kept.sum(1, keepdim=True).clamp(min=1)
+        found.response[batch, layer] = torch.einsum("rt,rth->rh", share, hidden.float()).cpu()
+        found.last[batch, layer] = hidden[torch.arange(len(batch)), begins - 1].float().cpu()
+        found.norm[batch, layer] = (share * norms).sum(1).cpu()
+        found.kept[layer] += kept.sum().cpu()
+        found.massive[layer] += (spoken & large).sum().cpu()
+
+    read(model, [r.prompt + r.response for r in rows], range(layers), take)
     return found
+
+
+@torch.no_grad()
+def read(
+    model: Any, rows: Sequence[list[int]], layers: Sequence[int],
+    take: Take, budget: int | None = None,
+) -> None:  # fmt: skip
+    """Run the model over rows of token ids and call `take(layer, row numbers, hidden, ids, mask)` for each of `layers`.
+
+    hidden is (rows, tokens, hidden), ids and mask are (rows, tokens); mask says what is no padding. Rows go in batches
+    of at most `budget` tokens; blocks above the last of `layers` are not run.
+    """
+    at_once = budget or TOKENS_AT_ONCE[model.device.type]
+    for batch in batches([len(row) for row in rows], at_once):
+        ids, padding = padded([rows[n] for n in batch], model.device)
+        mask = padding.bool()
+        with ExitStack() as hooks:
+            hooks.enter_context(_only(model, max(layers) + 1))
+            for layer in layers:
+                hook = blocks(model)[layer].register_forward_hook(
+                    lambda _, __, out, layer=layer, own=(batch, ids, mask): take(layer, own[0], out, *own[1:])
+                )
+                hooks.callback(hook.remove)
+            inner(model).model(input_ids=ids, attention_mask=padding, use_cache=False)
+
+
+@contextmanager
+def _only(model: Any, count: int) -> Generator[None]:
+    """The model without its blocks from `count` on: what is not read need not be computed."""
+    decoder = inner(model).model
+    whole = decoder.layers
+    decoder.layers = whole[:count]
+    try:
+        yield
+    finally:
+        decoder.layers = whole
+
+
+def norms_of(hidden: torch.Tensor) -> torch.Tensor:
+    """The norm of each token's residual stream, in fp32."""
+    return torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+
+
+def massive(norms: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Which tokens of (rows, tokens) have a norm over MASSIVE times the median of what is counted in their row."""
+    usual = norms.masked_fill(~counted, torch.nan).nanmedian(dim=1, keepdim=True).values
+    return norms > MASSIVE * usual
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -71,32 +134,6 @@ def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
             made.append([])
         made[-1].append(row)
     return made
-
-
-def _read(model: Any, rows: Sequence[Spoken], batch: list[int], found: Means) -> None:
-    ids, mask = padded([rows[n].prompt + rows[n].response for n in batch], model.device)
-    place = torch.arange(ids.shape[1], device=model.device)
-    begins = torch.tensor([len(rows[n].prompt) for n in batch], device=model.device)[:, None]
-    spoken = (place >= begins) & mask.bool()
-    counted = mask.bool() & (place > 0)
-
-    def read(layer: int, hidden: torch.Tensor) -> None:
-        norms = hidden.float().norm(dim=-1)
-        usual = norms.masked_fill(~counted, torch.nan).nanmedian(dim=1, keepdim=True).values
-        massive = norms > MASSIVE * usual
-        kept = spoken & ~massive
-        share = kept / kept.sum(1, keepdim=True).clamp(min=1)
-        found.response[batch, layer] = torch.einsum("rt,rth->rh", share, hidden.float()).cpu()
-        found.last[batch, layer] = hidden[torch.arange(len(batch)), begins[:, 0] - 1].float().cpu()
-        found.norm[batch, layer] = (share * norms).sum(1).cpu()
-        found.kept[layer] += kept.sum().cpu()
-        found.massive[layer] += (spoken & massive).sum().cpu()
-
-    with ExitStack() as hooks:
-        for layer, block in enumerate(blocks(model)):
-            hook = block.register_forward_hook(lambda _, __, out, layer=layer: read(layer, out))
-            hooks.callback(hook.remove)
-        inner(model).model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def padded(rows: Sequence[list[int]], on: torch.device, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

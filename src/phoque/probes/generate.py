@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from phoque.errors import PhoqueError
 from phoque.probes.blocks import Steering, blocks, inner, padded
 
 ROWS_AT_ONCE = {"cuda": 256, "cpu": 64}
@@ -128,6 +129,24 @@ class _Batch:
         place = torch.searchsorted(below, self.draws[:, step : step + 1].to(below) * total, right=True)
         place = place.clamp(max=(~below.isinf()).sum(-1, keepdim=True) - 1)
         return torch.where(self.greedy, best, order.gather(-1, place)[:, 0])
+
+
+def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
+    """Token ids of a question that the assistant is about to answer; an empty `system` leaves that to the template.
+
+    Raises PhoqueError (2) for a template without a system role.
+    """
+    from jinja2 import TemplateError
+
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": question})
+    try:
+        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except TemplateError as error:
+        raise PhoqueError(
+            "This model's chat template takes no system prompt.", str(error), "Probe a model whose template does."
+        ) from error
+    return list(made["input_ids"])
 
 
 def reserved_layer(room: int) -> Any:

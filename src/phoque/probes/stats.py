@@ -10,6 +10,7 @@ import numpy
 
 BOOTSTRAPS = 2000
 FLIPS = 4096  # sign flips: all of them up to twelve prompts, else so many drawn
+TESTED_AT_ONCE = 128  # columns whose statistic is held for every flip
 
 Array = Any  # numpy.ndarray; its generic form says nothing more here
 
@@ -48,31 +49,58 @@ def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def signs(n: int, seed: int) -> Array:
-    """Rows of +1 and -1, (flips, n): every combination where there are at most FLIPS, else so many drawn."""
-    if 2**n <= FLIPS:
+def signs(n: int, seed: int, flips: int = FLIPS) -> Array:
+    """Rows of +1 and -1, (flips, n): every combination where there are at most `flips`, else so many drawn."""
+    if 2**n <= flips:
         return 1 - 2 * ((numpy.arange(2**n)[:, None] >> numpy.arange(n)) & 1)
-    return numpy.random.default_rng(seed).choice([-1, 1], (FLIPS, n))
+    return numpy.random.default_rng(seed).choice([-1, 1], (flips, n))
 
 
-def sign_flip(differences: Array, seed: int = 0) -> tuple[Array, Array]:
-    """Two-sided p of paired differences (n, layers), alone and for the largest over all layers (max-T).
+def sign_flip(differences: Array, seed: int = 0, flips: int = FLIPS) -> tuple[Array, Array]:
+    """Two-sided p of paired differences (n, columns), alone and for the largest over all columns (max-T).
 
-    The statistic is the mean over its standard error, so that layers of unlike scale compare.
+    The statistic is the mean over its standard error, so that columns of unlike scale compare. No p is below
+    1 / (flips + 1): ask for as many as the columns that are to be corrected for.
     """
-    n = len(differences)
-    flips = signs(n, seed)
-    mean = numpy.einsum("fn,nl->fl", flips, differences) / n
+    n, columns = differences.shape
+    exact = 2**n <= flips  # the observed signs are then among the flips
+    drawn = signs(n, seed, flips).astype(float)
     square = (differences**2).mean(0)
-    t = numpy.abs(mean) / numpy.sqrt(numpy.maximum(square - mean**2, 1e-12 * square + 1e-30))
-    seen = numpy.abs(differences.mean(0)) / numpy.sqrt(
-        numpy.maximum(square - differences.mean(0) ** 2, 1e-12 * square + 1e-30)
-    )
-    exact = 2**n <= FLIPS  # the observed signs are then among the flips
-    count = len(flips) if exact else len(flips) + 1
-    alone = ((t >= seen * (1 - 1e-9)).sum(0) + (not exact)) / count
-    largest = ((t.max(1)[:, None] >= seen * (1 - 1e-9)).sum(0) + (not exact)) / count
-    return alone, largest
+
+    def statistic(mean: Array, part: slice) -> Array:
+        own = square[part]
+        return numpy.abs(mean) / numpy.sqrt(numpy.maximum(own - mean**2, 1e-12 * own + 1e-30))
+
+    largest, alone, seen = numpy.zeros(len(drawn)), numpy.zeros(columns), numpy.zeros(columns)
+    for start in range(0, columns, TESTED_AT_ONCE):
+        part = slice(start, start + TESTED_AT_ONCE)
+        t = statistic(drawn @ differences[:, part] / n, part)
+        seen[part] = statistic(differences[:, part].mean(0), part) * (1 - 1e-9)
+        alone[part] = (t >= seen[part]).sum(0)
+        largest = numpy.maximum(largest, t.max(1))
+    above = len(drawn) - numpy.searchsorted(numpy.sort(largest), seen)
+    count = len(drawn) + (not exact)
+    return (alone + (not exact)) / count, (above + (not exact)) / count
+
+
+def benjamini_hochberg(p: Array) -> Array:
+    """The q of each p of (n,): the share of false finds among all that are at least as small (BH, 1995)."""
+    order = numpy.argsort(p)
+    scaled = p[order] * len(p) / numpy.arange(1, len(p) + 1)
+    q = numpy.empty(len(p))
+    q[order] = numpy.minimum(numpy.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return q
+
+
+def column_intervals(values: Array, seed: int = 0) -> tuple[Array, Array]:
+    """Bootstrap intervals of the means of (n, columns), rows resampled together."""
+    n, columns = values.shape
+    shares = numpy.stack([numpy.bincount(rows, minlength=n) for rows in resampled(n, seed)]) / n
+    low, high = numpy.empty(columns), numpy.empty(columns)
+    for start in range(0, columns, TESTED_AT_ONCE):
+        part = slice(start, start + TESTED_AT_ONCE)
+        low[part], high[part] = interval(shares @ values[:, part])
+    return low, high
 
 
 def contrast(first: Array, second: Array, seed: int = 0) -> dict[str, Any]:

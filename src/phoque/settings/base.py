@@ -183,10 +183,11 @@ def _refuse_unknown_names(model: type[CommandSettings], file: Path) -> None:
     from phoque.settings.merge import MergeSettings
     from phoque.settings.onnx import ExportSettings, VerifySettings
     from phoque.settings.psm import PsmSettings
+    from phoque.settings.sae import SaeSettings
     from phoque.settings.train import TrainSettings
 
     # one environment and one file serve every command
-    models = {model, TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, Secrets}
+    models = {model, TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings, Secrets}
     known = {env_name(m, name) for m in models for name in m.model_fields} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
     for name in [*os.environ, *in_file]:

@@ -10,6 +10,7 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
+from phoque.files import plain
 from phoque.probes.psm.evidence import Vectors
 from phoque.probes.psm.steering import Row, Setting
 
@@ -45,7 +46,7 @@ def write_answers(path: Path, rows: Sequence[Row], seed: int) -> None:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """What the run found, as JSON; a number that is none is null."""
-    path.write_text(json.dumps(_plain(summary), indent=1, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(plain(summary), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def write_vectors(folder: Path, found: Vectors, chosen: Setting, about: dict[str, str]) -> bool:
@@ -81,13 +82,3 @@ def write_vectors(folder: Path, found: Vectors, chosen: Setting, about: dict[str
     writer.write_tensors_to_file()
     writer.close()
     return True
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, numpy.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not numpy.isfinite(value) else value

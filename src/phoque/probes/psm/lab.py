@@ -11,7 +11,7 @@ import torch
 from phoque.console import Console
 from phoque.errors import PhoqueError
 from phoque.probes.blocks import Spoken, residual_means
-from phoque.probes.generate import Ask, Reply, replies
+from phoque.probes.generate import Ask, Reply, prompt_ids, replies
 from phoque.probes.persona import Persona
 from phoque.settings.psm import PsmSettings
 
@@ -54,21 +54,8 @@ class Lab:
         self.tokenizer, self.persona, self.s, self.console = tokenizer, persona, settings, console
 
     def prompt_ids(self, question: str, system: str) -> list[int]:
-        """Token ids of a question that the assistant is about to answer. Raises PhoqueError (2) for a template without
-        a system role.
-        """
-        from jinja2 import TemplateError
-
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-        try:
-            made = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        except TemplateError as error:
-            raise PhoqueError(
-                "This model's chat template takes no system prompt.", str(error), "Probe a model whose template does."
-            ) from error
-        return list(made["input_ids"])
+        """Token ids of a question that the assistant is about to answer."""
+        return prompt_ids(self.tokenizer, question, system)
 
     @contextmanager
     def base(self) -> Generator[None]:

@@ -1,6 +1,5 @@
 """`phoque psm-probe`: from settings to a run folder."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ import torch
 
 from phoque import __version__
 from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
-from phoque.hub.artifacts import push_run
-from phoque.hub.checkpoints import Repo
-from phoque.hub.client import Hub, reason
+from phoque.errors import PhoqueError
+from phoque.files import run_folder
+from phoque.hub.artifacts import opened_for_run, pushed_run
+from phoque.hub.client import Hub
 from phoque.models.adapter import attached
 from phoque.models.families import family_of
 from phoque.models.load import load_config, load_model, load_tokenizer
@@ -21,10 +20,10 @@ from phoque.models.merging import find_adapter
 from phoque.models.source import Source, resolve
 from phoque.probes.likelihood import mean_nll
 from phoque.probes.persona import Persona
+from phoque.probes.persona_source import find_persona
 from phoque.probes.psm import files, report
 from phoque.probes.psm.lab import Lab
 from phoque.probes.psm.measure import Found, Probe
-from phoque.probes.psm.persona import find_persona
 from phoque.probes.scorers import Context, Scorer, scorer_for
 from phoque.probes.scorers.by_model import lexicon_tokens
 from phoque.settings.base import Resolved
@@ -61,7 +60,7 @@ def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_ru
         return facts | {"settings": resolved.provenance(), "warnings": warnings}
     for text in warnings:
         console.warn(text)
-    repo = _repository(resolved, hub, console)
+    repo = opened_for_run(resolved, hub, console)
     lab = Lab(tokenizer, persona, s, console)
     context, scorers = _scorers(lab, source, resolved, cache)
     lab.model = load_model(source, s.quantization).eval()  # when all else is known to be fine
@@ -78,7 +77,7 @@ def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_ru
     for text in found.warnings:
         console.warn(text)
     if repo:
-        result |= _pushed(repo, folder, s, console)
+        result |= pushed_run(repo, folder, s, console)
     return result
 
 
@@ -89,37 +88,6 @@ def _steered(s: PsmSettings, blocks: int) -> list[int]:
             f"There is no block {wrong[0]}.", f"The model has {blocks}, which count from 0.", "Check --sweep-layers."
         )
     return layers
-
-
-def _repository(resolved: Resolved[PsmSettings], hub: Hub, console: Console) -> Repo | None:
-    """Where the run goes, if it is to go anywhere; it is asked for before anything is computed."""
-    s = resolved.settings
-    if not s.artifacts_repo_id:
-        return None
-    repo = Repo(hub, s.artifacts_repo_id, s.artifacts_repo_type)
-    try:
-        if resolved.secrets.hub is None:
-            raise PhoqueError("There is no Hub token.", f"{repo.name} cannot be written without one.", "Set HF_TOKEN.")
-        repo.open(s.public, console.warn)
-    except Exception as error:
-        if s.fail_on_artifacts_upload_error or (isinstance(error, PhoqueError) and "is public" in error.what):
-            raise  # what is private must not become public by going on
-        why = error.what if isinstance(error, PhoqueError) else reason(error)
-        console.warn(f"{repo.name} cannot be written ({why}): the run will stay on this machine")
-        return None
-    return repo
-
-
-def _pushed(repo: Repo, folder: Path, s: PsmSettings, console: Console) -> dict[str, str]:
-    try:
-        return {"repo": repo.name, "commit": push_run(repo, folder, s.artifacts_path_in_repo)}
-    except Exception as error:
-        if s.fail_on_artifacts_upload_error:
-            raise PhoqueError(
-                f"The run could not be uploaded to {repo.name}.", reason(error), f"It is complete in {folder}.", FAILED
-            ) from error
-        console.warn(f"the run could not be uploaded to {repo.name} ({reason(error)}); it is complete in {folder}")
-        return {}
 
 
 def _scorers(
@@ -134,15 +102,9 @@ def _scorers(
 
     context = Context(
         persona=lab.persona, watched=lexicon_tokens(lab.tokenizer, lab.persona.lexicon), token=secrets.hub, api_key=key,
-        nll=nll, prompt_ids=lab.prompt_ids, model=f"{_weights(source)} {s.quantization}", cache=cache,
+        nll=nll, prompt_ids=lab.prompt_ids, model=f"{source.weights} {s.quantization}", cache=cache,
     )  # fmt: skip
     return context, [scorer_for(spec, context) for spec in dict.fromkeys(s.scorer)]
-
-
-def _weights(source: Source) -> str:
-    """What tells one set of weights from another: a folder's revision pins their shapes alone."""
-    times = [f.stat().st_mtime_ns for f in sorted(source.folder.glob("*.safetensors"))]
-    return source.revision if source.hub_id else f"{source.revision} {times}"
 
 
 def _summary(
@@ -187,15 +149,7 @@ def _written(
     s: PsmSettings, source: Source, persona: Persona, model_type: str, found: Found, summary: dict[str, Any]
 ) -> Path:  # fmt: skip
     """The run folder: written under a temporary name, and moved into place when it is whole."""
-    root = s.output_dir.expanduser()
-    root.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("psm_%Y%m%d_%H%M%S")
-    names = [stamp, *(f"{stamp}_{n}" for n in range(2, 100))]
-    folder = next(root / name for name in names if not (root / name).exists())
-    staging = root / f".{folder.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    with run_folder(s.output_dir.expanduser(), "psm") as (staging, folder):
         files.write_layers(staging / files.LAYERS, found.layers)
         files.write_answers(staging / files.ANSWERS, found.answers, s.seed)
         about = {
@@ -208,7 +162,4 @@ def _written(
             )
         files.write_summary(staging / files.SUMMARY, summary)
         report.write(staging, folder.name)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder

@@ -10,21 +10,13 @@ from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub
 from phoque.probes.persona import Persona, from_rows, read_persona
 from phoque.settings.psm import PsmSettings
+from phoque.settings.sae import SaeSettings
 
 
-def find_persona(s: PsmSettings, token: str | None, cache: Path, hub: Hub) -> tuple[Persona, list[str]]:
+def find_persona(s: PsmSettings | SaeSettings, token: str | None, cache: Path, hub: Hub) -> tuple[Persona, list[str]]:
     """The persona, and what a user should know about it. Raises PhoqueError (2) if there is none."""
     if s.persona:
-        owner, _, rest = s.persona.partition("/")
-        name, _, path = rest.partition("/")
-        if path and not Path(s.persona).expanduser().exists() and not s.persona.startswith((".", "/", "~")):
-            repo = Repo(hub, f"{owner}/{name}", "dataset")
-            there = repo.snapshot()
-            if path not in there.files:
-                raise PhoqueError(f"No {path} in {repo.name}.", "--persona names it.", "Check the name.")
-            fetched = repo.fetch(there, path, cache / "personas" / f"{owner}--{name}-{there.sha[:12]}")
-            return read_persona(str(fetched)), []
-        return read_persona(s.persona), []
+        return read_persona(brought(s.persona, "--persona", cache, hub)), []
     if not s.dataset:
         raise PhoqueError(
             "No persona to look for.",
@@ -41,3 +33,16 @@ def find_persona(s: PsmSettings, token: str | None, cache: Path, hub: Hub) -> tu
     persona = from_rows(read_persona("seal"), rows, dataset.name)
     note = f"prompts and words are those of {dataset.name}; the questions are the bundled ones"
     return persona, [note]
+
+
+def brought(name: str, flag: str, cache: Path, hub: Hub) -> str:
+    """The path of a file that may lie in a dataset on the Hub, as OWNER/NAME/FILE; anything else as it is."""
+    owner, _, rest = name.partition("/")
+    repository, _, path = rest.partition("/")
+    if not path or Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+        return name
+    repo = Repo(hub, f"{owner}/{repository}", "dataset")
+    there = repo.snapshot()
+    if path not in there.files:
+        raise PhoqueError(f"No {path} in {repo.name}.", f"{flag} names it.", "Check the name.")
+    return str(repo.fetch(there, path, cache / "personas" / f"{owner}--{repository}-{there.sha[:12]}"))

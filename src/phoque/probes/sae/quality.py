@@ -1,0 +1,74 @@
+"""Is the dictionary fit to be read with? Judged reloaded, on texts that it was not trained on, without sink tokens."""
+
+from typing import Any
+
+import torch
+
+from phoque.probes.activations import Shards
+from phoque.probes.sae.dictionary import AT_ONCE, Dictionary
+from phoque.probes.sae.reading import Heard
+
+LEAST_EXPLAINED, MOST_DEAD = 0.5, 0.5
+DENSE = 0.1  # of the tokens
+FIRED_ON = 262_144  # training tokens, at most, on which a feature may fire to count as alive
+
+
+def judged(
+    dictionary: Dictionary, sets: dict[str, Heard], layer: int, shards: Shards | None, k: int | None, on: torch.device
+) -> dict[str, Any]:
+    """Explained variance by set of texts, features a token, dead and dense shares, cosine, and a verdict with reasons.
+
+    `k` is how many features a token were asked for, None where that is not known.
+    """
+    fired = torch.zeros(dictionary.features, device=on)
+    by_set: dict[str, float] = {}
+    tokens = size = cosine = 0.0
+    for name, heard in sets.items():
+        kept = torch.cat([s[fine] for s, fine in zip(heard.states[layer], heard.fine, strict=True)])
+        centre = kept.float().mean(0).to(on)
+        wrong = total = 0.0
+        for part in kept.split(AT_ONCE):
+            x = part.to(on).float()
+            z = dictionary.encode(x)
+            made = dictionary.decode(z)
+            wrong += float((x - made).square().sum())
+            total += float((x - centre).square().sum())
+            cosine += float(torch.nn.functional.cosine_similarity(x, made).sum())
+            size += float((z > 0).sum())
+            fired += (z > 0).sum(0)
+            tokens += len(x)
+        by_set[name] = 1 - wrong / total
+    dense = float((fired / tokens > DENSE).float().mean())
+    looked = int(tokens)
+    for part in _training_parts(shards, layer) if shards else ():
+        fired += (dictionary.encode(part.to(on).float()) > 0).sum(0)
+        looked += len(part)
+    found = {
+        "ev": by_set.get("chat", min(by_set.values())), "ev_by_set": by_set, "l0": size / tokens,
+        "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / tokens,
+        "tokens": int(tokens), "dead_over_tokens": looked,
+    }  # fmt: skip
+    reasons = _faults(found, k)
+    return found | {"verdict": "poor" if reasons else "good", "reasons": reasons}
+
+
+def _faults(found: dict[str, Any], k: int | None) -> list[str]:
+    said = []
+    if found["ev"] < LEAST_EXPLAINED:
+        said.append(f"it explains {found['ev']:.0%} of the variance of chats, less than {LEAST_EXPLAINED:.0%}")
+    if k is not None and not k / 2 <= found["l0"] <= 2 * k:
+        said.append(f"{found['l0']:.0f} features are active at a token, where {k} were asked for")
+    if found["dead_fraction"] > MOST_DEAD:
+        said.append(f"{found['dead_fraction']:.0%} of its features never fired")
+    return said
+
+
+def _training_parts(shards: Shards, layer: int) -> list[torch.Tensor]:
+    files, parts, total = shards.files(), [], 0
+    for file in files:
+        if total >= FIRED_ON:
+            break
+        own = shards.tensor(file, layer)[: FIRED_ON - total]
+        total += len(own)
+        parts += own.split(AT_ONCE)
+    return parts
