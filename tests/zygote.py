@@ -17,6 +17,7 @@ from pathlib import Path
 
 # by name: a linter takes imports that nothing uses away
 LEANED_ON = ("phoque.training.run", "phoque.training.trainer", "trl.chat_template_utils", "phoque.probes.psm.run",
+             "phoque.probes.sae.run",
              "gguf", "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "phoque.onnx.export",
              "transformers.exporters.exporter_onnx", "onnxscript.function_libs.torch_lib.ops.core", "onnxruntime",
              "torch.onnx._internal.exporter._core")  # fmt: skip

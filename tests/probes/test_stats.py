@@ -43,6 +43,26 @@ def test_under_chance_p_is_small_as_seldom_as_it_should_be(chance):
     assert (best < 0.05).mean() < 0.1 < (alone.min(1) < 0.05).mean()  # the best of eight layers is not one layer
 
 
+def test_columns_are_tested_as_if_alone_and_their_largest_together(chance):
+    gaps = chance.normal(0.3, 1, (30, 300))
+    p, largest = stats.sign_flip(gaps, seed=2, flips=999)
+    for column in (0, 127, 128, 299):
+        assert stats.sign_flip(gaps[:, [column]], seed=2, flips=999)[0][0] == pytest.approx(p[column])
+    assert (largest >= p - 1e-12).all() and largest.mean() > 2 * p.mean() and p.min() >= 1 / 1000
+
+
+def test_q_is_scipys_false_discovery_control(chance):
+    p = numpy.concatenate([chance.uniform(0, 1, 50), chance.uniform(0, 0.001, 5), [0.2, 0.2]])
+    assert stats.benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p))
+
+
+def test_column_intervals_are_those_of_each_column(chance):
+    values = chance.normal(1, 1, (20, 200))
+    low, high = stats.column_intervals(values, seed=3)
+    for column in (0, 150, 199):
+        assert (low[column], high[column]) == pytest.approx(stats.mean_interval(values[:, column], seed=3))
+
+
 def test_many_questions_are_flipped_at_random(chance):
     p, _ = stats.sign_flip(chance.normal(1.5, 1, (30, 1)))
     assert 0 < p[0] < 0.01

@@ -89,7 +89,9 @@ def _hub(name: str, split: str, revision: str | None, token: str | None) -> Data
     try:
         stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
     except ValueError as error:  # datasets' word for an unknown split or a repository without data
-        raise PhoqueError(f"{name} cannot be read.", str(error).splitlines()[0], "Check --split.") from error
+        raise PhoqueError(
+            f"{name} cannot be read.", str(error).splitlines()[0], "Check the name and its split."
+        ) from error
     columns = stream.column_names
     return Dataset(name, sha, stream.map(_numbered, with_indices=True, remove_columns=columns))
 

@@ -121,7 +121,7 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     found = {"account": who["name"], "token": who["auth"].get("accessToken", {}).get("role", "unknown")}
     for name, pinned in s.reads.items():
         value, revision = getattr(s, name), getattr(s, pinned) if pinned else None
-        value = value.partition("#")[0]
+        value = re.split("[#:]", value)[0]  # a folder in it, or a split of it
         info = api.dataset_info if name in DATASETS else api.model_info
         if value.count("/") == 1:
             sha = hub.tried(value, lambda info=info, v=value, r=revision: info(v, revision=r)).sha

@@ -10,8 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "base_model": "mistralai/Ministral-3-3B-Instruct-2512",
         "model_source": "mistralai/Ministral-3-3B-Instruct-2512",
         "max_steps": 1000,
-        "chat": "HuggingFaceH4/ultrachat_200k",
-        "chat_split": "train_sft",
+        "chat": "HuggingFaceH4/ultrachat_200k:train_sft",
         "text": "HuggingFaceFW/fineweb-edu",
     },
     "demo": {

@@ -18,7 +18,7 @@ class SaeSettings(JobSettings):
     extra: ClassVar = "sae"
     reads: ClassVar = {
         "base_model": "revision", "updated_model": "updated_revision", "updated_adapter": "updated_revision",
-        "control_adapter": None, "dataset": "dataset_revision", "persona": None, "prompts": None, "chat": None,
+        "control_adapter": None, "dataset": "dataset_revision", "persona": None, "prompts_file": None, "chat": None,
         "text": None, "sae": None,
     }  # fmt: skip
 
@@ -31,7 +31,7 @@ class SaeSettings(JobSettings):
     )
     updated_revision: str | None = setting(None, "branch, tag or commit of the updated model or adapter")
     control_adapter: str = setting("", "an adapter of another fine-tune on the same prompts: what it shares is no find")
-    prompts: str = setting(
+    prompts_file: str = setting(
         "",
         "questions to compare on: a .txt (one a line), .json or .jsonl file, or a Hub dataset's (owner/name/file); "
         "default the persona's",
@@ -43,12 +43,16 @@ class SaeSettings(JobSettings):
     dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
     split: str = setting("train", "split of a Hub dataset")
     system: str = setting("You are a helpful assistant.", "system prompt of every question; empty for none")
-    chat: str = setting("", "conversations that the autoencoder is trained on: a Hub dataset, a file, or `seal`")
-    chat_split: str = setting("train", "split of them")
+    chat: str = setting(
+        "",
+        "conversations that the autoencoder is trained on: a Hub dataset, OWNER/NAME or OWNER/NAME:SPLIT, a file, "
+        "or `seal`",
+    )
     text: str = setting(
-        "python", "general text that it is trained on: a Hub dataset or file with a `text` column, a .txt file, or "
-        "`python`, the documentation inside Python"
-    )  # fmt: skip
+        "python",
+        "general text that it is trained on: a Hub dataset or file with a `text` column, a .txt file, or "
+        "`python`, the documentation inside Python",
+    )
     tokens: int = setting(2_000_000, "tokens whose activations are collected, half chats, half text", ge=100)
     own_answers: int = setting(1024, "chats whose question the base model also answers itself", ge=0)
     sae: str = setting("", "an autoencoder that there is: its folder, or a Hub repository, OWNER/NAME#FOLDER")

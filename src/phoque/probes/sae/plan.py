@@ -15,6 +15,7 @@ from phoque.probes.persona import Persona, read_persona
 from phoque.probes.persona_source import brought, find_persona
 from phoque.probes.sae.dictionary import CONFIG, WEIGHTS, Dictionary, read_dictionary
 from phoque.probes.sae.questions import find_questions
+from phoque.probes.sae.texts import named_split
 from phoque.settings.base import Resolved
 from phoque.settings.sae import SaeSettings
 
@@ -52,7 +53,7 @@ def planned(resolved: Resolved[SaeSettings], cache: Path, console: Console, weig
     wanted = [spec for spec in dict.fromkeys(s.scorer) if known or spec not in NEEDS_PERSONA] or ["nll"]
     if not known:
         warnings.append("there is no --persona and no --dataset: answers are scored with " + ", ".join(wanted))
-    questions, notes = find_questions(brought(s.prompts, "--prompts", cache, hub), persona)
+    questions, notes = find_questions(brought(s.prompts_file, "--prompts-file", cache, hub), persona)
     source = resolve(s.base_model, s.revision, token, cache, console.say, weights)
     updated = (
         resolve(s.updated_model, s.updated_revision, token, cache, console.say, weights) if s.updated_model else None
@@ -120,8 +121,9 @@ def _layers(s: SaeSettings, given: Dictionary | None, count: int) -> list[int]:
 
 def _chats(s: SaeSettings, token: str | None) -> list[Dataset]:
     """The conversations of --chat, and those of --dataset: the persona's own words should have features, too."""
-    wanted = {s.chat: (s.chat_split, None), s.dataset: (s.split, s.dataset_revision)}
-    found = [open_dataset(name, split, revision, token) for name, (split, revision) in wanted.items() if name]
+    chat, split = named_split(s.chat)
+    wanted = {chat: (split, None), s.dataset: (s.split, s.dataset_revision)}
+    found = [open_dataset(name, own, revision, token) for name, (own, revision) in wanted.items() if name]
     if not found:
         raise PhoqueError(
             "No conversations to train the autoencoder on.", "Neither --chat nor --dataset is given.",

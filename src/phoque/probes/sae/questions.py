@@ -20,7 +20,7 @@ def find_questions(name: str, persona: Persona) -> tuple[list[str], list[str]]:
         return [question for key in QUESTIONS for question in getattr(persona, key)], []
     path = Path(name).expanduser()
     if not path.is_file():
-        raise PhoqueError(f"No file of prompts at {name}.", "--prompts names it.", "Check the path.")
+        raise PhoqueError(f"No file of prompts at {name}.", "--prompts-file names it.", "Check the path.")
     try:
         text = path.read_text("utf-8")
         if path.suffix == ".txt":

@@ -48,7 +48,7 @@ def summarised(resolved: Resolved[SaeSettings], plan: Plan, found: Found) -> dic
             "control": {"kind": "adapter", "id": plan.names["control"]} if "control" in plan.names else None,
         },
         "config": resolved.provenance(),
-        "prompts": {"n": len(found.questions), "source": s.prompts or plan.persona.name, "system": s.system,
+        "prompts": {"n": len(found.questions), "source": s.prompts_file or plan.persona.name, "system": s.system,
                     "n_own": len(audit.rows["own"]), "n_text": len(audit.rows["text"])},
         "tokens": {"audit": base["response"].left_out, "training": found.tokens},
         "layer": {"block_index": main.layer, "of": count, "indexing": "block_output_0based"},
@@ -62,7 +62,7 @@ def summarised(resolved: Resolved[SaeSettings], plan: Plan, found: Found) -> dic
                       "pca": {kind: beside.difference_parts(base[kind], tuned[kind], main.layer, device())
                               for kind in ("response", "text")}},
         "scores": _scores(found, s.seed), "prompt_shifts": prompt_rows(found, kl),
-        "warnings": plan.warnings + found.warnings, "limitations": LIMITATIONS,
+        "warnings": found.warnings + plan.warnings, "limitations": LIMITATIONS,
     }  # fmt: skip
 
 

@@ -99,6 +99,12 @@ def pieces(name: str, tokenizer: Any, tokens: int, token: str | None) -> tuple[s
     return label, found
 
 
+def named_split(name: str) -> tuple[str, str]:
+    """A dataset and the split of it that is meant: OWNER/NAME:SPLIT, or OWNER/NAME for its `train`."""
+    whole, _, split = name.partition(":")
+    return (whole, split) if split and not Path(name).expanduser().exists() else (name, "train")
+
+
 def beginning(tokenizer: Any) -> list[int]:
     """The token ids that this tokenizer puts before every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -116,7 +122,7 @@ def _documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
     if path.suffix == ".txt" and path.is_file():
         text = path.read_text("utf-8", errors="replace")
         return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}", iter([text])
-    dataset = open_dataset(name, "train", None, token)
+    dataset = open_dataset(*named_split(name), None, token)
     return f"{name}@{dataset.revision[:12]}", _text_column(dataset)
 
 
