@@ -73,7 +73,7 @@ def scatter_plot(
             px, py = at(x, y)
             parts.append(f'<circle class="{place}" cx="{px:.1f}" cy="{py:.1f}" r="{DOTS[number]}"><title>'
                          f"{html.escape(name)}</title></circle>")  # fmt: skip
-    parts.append(f'<text x="4" y="{TOP - 2}">{html.escape(labels[1])}</text>')
+    parts.append(f'<text x="{LEFT + 4}" y="{TOP}">{html.escape(labels[1])}</text>')
     legend = "".join(f'<span class="key {COLOURS[n]}">{html.escape(c.name)}</span>' for n, c in enumerate(clouds))
     return _svg("".join(parts)) + f'<div class="legend">{legend}</div>'
 

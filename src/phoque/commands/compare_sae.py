@@ -37,7 +37,7 @@ def _lines(result: dict[str, Any]) -> str:
     overall, quality = result["overall"], result["quality"]
     lines = [f"{name:9} {result[name]}" for name in ("folder", "report", "repo") if name in result]
     lines.append(
-        f"{quality['verdict']} autoencoder at block {result['layer']}: {quality['ev']:.0%} of the variance of chats, "
+        f"{quality['verdict']} autoencoder at block {result['layer']}: explains {quality['ev']:.0%} of chats, "
         f"{quality['l0']:.0f} features a token, {quality['dead_fraction']:.0%} dead"
     )
     found = f"{overall['n_reported']} of {overall['n_tested']} features shifted ({overall['n_up']} up)"
@@ -47,7 +47,7 @@ def _lines(result: dict[str, Any]) -> str:
         found += f", {overall['n_replicated']} again with every seed"
     lines.append(found)
     for pair, scorers in result["scores"].items():
-        lines += [f"{pair} {name}: {gap['diff']:+.3g} (p {gap['p']:.3f})" for name, gap in scorers.items()]
+        lines += [f"{pair} {name}: {gap['diff']:+.3g} (p {gap['p']:.4f})" for name, gap in scorers.items()]
     return "\n".join(lines)
 
 

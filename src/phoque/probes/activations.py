@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -17,6 +18,7 @@ from phoque.probes.blocks import massive, norms_of, read
 STORED = torch.bfloat16  # an error of 1e-5 of the variance, far below what any dictionary leaves unexplained
 SHARD = 16_384  # tokens, about, in a shard
 MIXED = 8  # shards that are shuffled together
+WRITERS = 3
 
 LEFT_OUT = ("position_0", "massive", "special")
 
@@ -123,39 +125,59 @@ def _activations(
 
 
 class _Writer:
-    """Writes shards in a thread of its own, at most two behind."""
+    """Writes shards in threads of its own, a few behind: the GPU goes on, and copies over a stream beside its work."""
 
     def __enter__(self) -> "_Writer":
-        self.queue: Queue[Any] = Queue(maxsize=2)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        self.pool = ThreadPoolExecutor(WRITERS)
+        self.room = threading.Semaphore(WRITERS + 1)
+        self.waiting: list[Future[None]] = []
         return self
 
     def write(self, path: Path, parts: dict[str, list[torch.Tensor]], counts: dict[str, list[torch.Tensor]]) -> None:
-        self.queue.put((path, parts, counts))
-        if self.error:
-            raise self.error
+        """Hand over the pieces of one shard; waits while too many are on their way."""
+        self.room.acquire()
+        for one in [one for one in self.waiting if one.done()]:
+            self.waiting.remove(one)
+            one.result()
+        ready = torch.cuda.Event() if next(iter(parts.values()))[0].is_cuda else None
+        if ready:
+            ready.record()
+        self.waiting.append(self.pool.submit(self._written, path, parts, counts, ready))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self.queue.put(None)
-        self.thread.join()
-        if self.error and kind is None:
-            raise self.error
+        self.pool.shutdown()
+        if kind is None:
+            for one in self.waiting:
+                one.result()
 
-    def _work(self) -> None:
-        while (item := self.queue.get()) is not None:
-            if self.error:
-                continue  # so that nobody waits for room in the queue
-            path, parts, counts = item
-            try:
-                tensors = {name: torch.cat(pieces).cpu() for name, pieces in parts.items()}
-                totals = {name: str(int(torch.stack(found).sum())) for name, found in counts.items()}
-                staging = path.with_name(f".{path.name}.{os.getpid()}")
-                save_file(tensors, staging, totals)
-                staging.replace(path)
-            except BaseException as error:
-                self.error = error
+    def _written(
+        self, path: Path, parts: dict[str, list[torch.Tensor]], counts: dict[str, list[torch.Tensor]],
+        ready: torch.cuda.Event | None,
+    ) -> None:  # fmt: skip
+        try:
+            tensors = _on_host(parts, ready)
+            totals = {name: str(sum(int(count) for count in found)) for name, found in counts.items()}
+            staging = path.with_name(f".{path.name}.{os.getpid()}")
+            save_file(tensors, staging, totals)
+            staging.replace(path)
+        finally:
+            self.room.release()
+
+
+def _on_host(parts: dict[str, list[torch.Tensor]], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
+    """The pieces of each tensor joined in host memory; from a GPU through pinned memory, so that nothing waits."""
+    if ready is None:
+        return {name: torch.cat(pieces) for name, pieces in parts.items()}
+    made: dict[str, torch.Tensor] = {}
+    beside = torch.cuda.Stream()
+    beside.wait_event(ready)
+    with torch.cuda.stream(beside):
+        for name, pieces in parts.items():
+            made[name] = torch.empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=STORED, pin_memory=True)
+            for into, piece in zip(made[name].split([len(p) for p in pieces]), pieces, strict=True):
+                into.copy_(piece, non_blocking=True)
+    beside.synchronize()
+    return made
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class SaeSettings(JobSettings):
     min_active: int = setting(4, "prompts on which a feature must be active to be tested", ge=2)
     cards: int = setting(8, "features that are shown with their tokens and contexts, and tested for causes", ge=0)
     causal_prompts: int = setting(24, "prompts that causes are tested on", ge=0)
-    steering: float = setting(0.2, "how hard a feature is pushed in that test, in residual norms", gt=0)
+    steering: float = setting(0.1, "how hard a feature is pushed in that test, in residual norms", gt=0)
     shuffle_pairs: bool = setting(
         False, "swap base and updated on half the prompts: a null run, which must report nothing"
     )

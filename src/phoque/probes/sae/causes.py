@@ -77,7 +77,7 @@ class Trial:
         level = [float(one.mean()) for one in random]
         return {"gain": float(gains.mean()), "random": float(numpy.mean(level)), "random_max": max(level),
                 "diff": made["diff"], "ci95": made["ci95"], "p": made["p"],
-                "holds": bool(made["p"] < 0.05 and made["diff"] > 0 and gains.mean() > max(level))}  # fmt: skip
+                "holds": bool(made["p"] < 0.05 and made["diff"] > 0 and gains.mean() > max(*level, 0.0))}  # fmt: skip
 
     def _nll_pushed(self, model: Any, features: Sequence[int]) -> Array:
         """Of the tuned answers under the base that is pushed along the features, each by its own share of the shift."""

@@ -44,7 +44,7 @@ def judged(
         fired += (dictionary.encode(part.to(on).float()) > 0).sum(0)
         looked += len(part)
     found = {
-        "ev": by_set.get("chat", min(by_set.values())), "ev_by_set": by_set, "l0": size / tokens,
+        "ev": by_set["chat"], "ev_by_set": by_set, "l0": size / tokens,
         "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / tokens,
         "tokens": int(tokens), "dead_over_tokens": looked,
     }  # fmt: skip
@@ -54,8 +54,9 @@ def judged(
 
 def _faults(found: dict[str, Any], k: int | None) -> list[str]:
     said = []
-    if found["ev"] < LEAST_EXPLAINED:
-        said.append(f"it explains {found['ev']:.0%} of the variance of chats, less than {LEAST_EXPLAINED:.0%}")
+    for kind, what in (("chat", "held-out chats"), ("response", "the answers that are compared")):
+        if (share := found["ev_by_set"].get(kind, 1.0)) < LEAST_EXPLAINED:
+            said.append(f"it explains {share:.0%} of the variance of {what}, less than {LEAST_EXPLAINED:.0%}")
     if k is not None and not k / 2 <= found["l0"] <= 2 * k:
         said.append(f"{found['l0']:.0f} features are active at a token, where {k} were asked for")
     if found["dead_fraction"] > MOST_DEAD:
