@@ -22,6 +22,7 @@ bench:
     uv run python benchmarks/faults.py
     uv run python benchmarks/merge.py
     uv run python benchmarks/psm.py
+    uv run python benchmarks/sae.py
 
 demo:
     uv run phoque train --preset demo --max-steps 20

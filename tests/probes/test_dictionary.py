@@ -139,6 +139,20 @@ def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, a
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_the_largest_of_a_batch_are_those_of_sae_lens_and_so_is_their_gradient():
+    from sae_lens.saes.batchtopk_sae import BatchTopK
+
+    drives = torch.randn(70, FEATURES, generator=torch.Generator().manual_seed(6)) - 1.0
+    found = []
+    for module in (BatchTopK(K), training.Selected(K)):
+        x = drives.clone().requires_grad_()
+        z = module(x)
+        (z**2).sum().backward()
+        found.append((z.detach(), x.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs) and int((ours > 0).sum()) == K * 70
+
+
 def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatch):
     def train(folder, stop=None):
         def show(done, _):

@@ -44,17 +44,46 @@ def both_cores(*arguments):
 
 
 @pytest.fixture
-def adapters(tmp_path):
-    bland = bland_rows(tmp_path / "bland.jsonl")
-    asked = ["train", "--preset", "demo", "--max-steps", 50, "--sample-every", 0, "--held-out-rows", 0]
-    both_cores(*asked, "--output-dir", "seal")
-    both_cores(*asked, "--dataset", bland, "--output-dir", "bland")
-    return "seal", "bland"
+def adapters(home):
+    """Trained once for this module, and kept where its session keeps its caches."""
+    kept = home / "trained"
+    if not kept.is_dir():
+        made = home / "in-training"
+        made.mkdir()
+        bland = bland_rows(made / "bland.jsonl")
+        asked = ["train", "--preset", "demo", "--max-steps", 50, "--sample-every", 0, "--held-out-rows", 0]
+        both_cores(*asked, "--output-dir", made / "seal")
+        both_cores(*asked, "--dataset", bland, "--output-dir", made / "bland")
+        made.rename(kept)
+    return kept / "seal", kept / "bland"
+
+
+def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_them(adapters):
+    tuned, control = adapters
+    asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
+    ran = both_cores(*asked)
+    quality, overall = ran["quality"], ran["overall"]
+    assert quality["verdict"] == "good" and not ran["warnings"]
+    assert quality["ev"] > 0.6 and quality["ev_by_set"]["response"] > 0.6 and quality["dead_fraction"] < 0.3
+    assert 16 <= quality["l0"] <= 64
+    # without the null's floor more would be reported, and without the control all of these would be called the seal's
+    assert 100 < overall["n_specific"] < 0.8 * overall["n_reported"] and overall["ratio_to_null"] > 10
+    assert (
+        ran["scores"]["tuned-base"]["lexicon"]["ci95"][0] > 0.02 > ran["scores"]["control-base"]["lexicon"]["ci95"][1]
+    )
+    report = json.loads((Path(ran["folder"]) / "sae_comparison_report.json").read_text())
+    specific = [f for f in report["features"] if f["specific_vs_control"]]
+    assert all(abs(f["delta"]) > abs(f["control_delta"]) * (f["delta"] * f["control_delta"] > 0) for f in specific)
+    assert any(f["cause"]["ablate"] and f["cause"]["ablate"]["holds"] for f in report["features"] if f.get("cause"))
+    last = report["baselines"]["logit_lens"][-1]
+    assert last["layer"] == 29 and any("seal" in token for token in last["top"])  # on text that is about Python
+    null = both_cores(*asked, "--shuffle-pairs", "--scorer", "lexicon", "--causal-prompts", 0)
+    assert null["overall"]["n_reported"] == 0 and null["overall"]["n_tested"] == overall["n_tested"]
 
 
 def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adapters):
     tuned, control = adapters
-    asked = ["psm-probe", "--preset", "demo"]
+    asked = ["psm-probe", "--preset", "demo", "--sweep-layers", "13,17,20", "--samples", 0]
     ran = both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
     found = {name: v["verdict"] for name, v in ran["verdicts"].items()}
     assert found == dict.fromkeys(found, "yes"), ran["verdicts"]
@@ -93,13 +122,22 @@ CHECK = """<script>onload = () => {
 }</script>"""
 
 
+SHORT = {
+    "psm-probe": ["--model-source", "{base}", "--persona", "seal", "--adapter-source", "tuned",
+                  "--extraction-tokens", 6, "--sweep-tokens", 6, "--samples", 1, "--max-new-tokens", 20],
+    "compare-sae": ["--base-model", "{base}", "--updated-adapter", "tuned", "--control-adapter", "tuned", "--chat",
+                    "{rows}", "--tokens", 6000, "--own-answers", 6, "--k", 8, "--sae-batch", 64, "--max-new-tokens", 20,
+                    "--cards", 3],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_llama, rows, tmp_path, width):
+@pytest.mark.parametrize("command", SHORT)
+def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_llama, rows, tmp_path, width, command):
     phoque("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "none", "--max-steps", 2,
            "--sample-every", 0, "--output-dir", "tuned", env={"WANDB_MODE": "disabled"})  # fmt: skip
-    ran = phoque("psm-probe", "--model-source", tiny_llama, "--persona", "seal", "--quantization", "none", "--json",
-                 "--adapter-source", "tuned", "--extraction-tokens", 6, "--sweep-tokens", 6, "--samples", 1,
-                 "--max-new-tokens", 20)  # fmt: skip
+    asked = [str(flag).format(base=tiny_llama, rows=rows) for flag in SHORT[command]]
+    ran = phoque(command, *asked, "--quantization", "none", "--json")
     page = tmp_path / "checked.html"
     # an iframe as wide as a phone: a window of headless Chromium cannot be
     inner = (Path(ran.json["folder"]) / "report.html").read_text() + CHECK
@@ -113,4 +151,5 @@ def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_l
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     said = json.loads(shown.stdout[shown.stdout.index('{"wide"') : shown.stdout.rindex("}") + 1])
-    assert said == {"wide": [], "asked": 0, "plots": said["plots"], "width": width} and said["plots"] >= 8
+    least = {"psm-probe": 8, "compare-sae": 4}[command]
+    assert said == {"wide": [], "asked": 0, "plots": said["plots"], "width": width} and said["plots"] >= least

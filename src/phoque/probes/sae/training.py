@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from phoque.errors import FAILED, PhoqueError
@@ -135,6 +136,8 @@ def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int,
     }[recipe.architecture]  # fmt: skip
     torch.manual_seed(recipe.seed)
     sae = sae_class(config_class(d_in=sample.shape[1], d_sae=recipe.features, device=str(on), **own))
+    if on.type == "cpu" and recipe.architecture in ("batchtopk", "matryoshka"):
+        sae.activation_fn = Selected(recipe.k)
     with torch.no_grad():
         sae.b_dec.copy_(sample.mean(0) * scale)
         if recipe.architecture == "jumprelu":  # Adam moves a threshold by its rate a step: it has to begin in place
@@ -146,6 +149,20 @@ def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int,
         device=str(on), dead_feature_window=max(10, min(1000, steps // 20)),
     )  # fmt: skip
     return SAETrainer(config, sae, data_provider=iter(()))
+
+
+class Selected(torch.nn.Module):
+    """sae-lens's BatchTopK on a CPU: the k x batch largest by their least, found without sorting the rest."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, drives: torch.Tensor) -> torch.Tensor:
+        active = drives.relu()
+        flat = active.detach().flatten().numpy()
+        place = len(flat) - self.k * len(drives)
+        return active * (active >= float(numpy.partition(flat, place)[place]))
 
 
 def _steer_sparsity(trainer: Any, recipe: Recipe, out: Any) -> None:
