@@ -256,6 +256,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(compared, start, adap
     for name in ("feature_shifts.csv", "layer_shift.csv", "generations.jsonl"):
         assert (run_of(again) / name).read_text() == (run_of(whole) / name).read_text(), name
     assert not list(cache.glob("*/activations"))  # they have served
+    assert not [f for f in cache.rglob("*") if "partial" in f.name or "step-" in f.name]
     assert "was trained before" in start(*asked).ended().err
 
 

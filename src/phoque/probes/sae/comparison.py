@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
 from phoque.models.adapter import attached
 from phoque.models.families import family_of
 from phoque.models.load import device, load_config, load_model, load_tokenizer
-from phoque.probes.activations import Shards
 from phoque.probes.blocks import Spoken
 from phoque.probes.blocks import blocks as blocks_of
 from phoque.probes.generate import Ask, Reply, prompt_ids, replies
@@ -73,14 +73,11 @@ class Comparison:
                 dictionaries = {plan.layers[0]: [plan.given.to(device())]}
             else:
                 made = workshop.dictionaries(texts, plan.layers)
-                dictionaries = made.of
+                dictionaries = {layer: made.of(layer) for layer in plan.layers}
         questions, asks, said = self._answered()
         scorers, values = self._scored(questions, said)
         audit = self._audit(asks, said, texts.held_out)
         blocks = [self._block(audit, layer, dictionaries[layer], made) for layer in plan.layers]
-        tokens = made.tokens() if made else None
-        if made:
-            made.tidy()
         weak = [one.name for one in scorers if one.weak]
         self.warnings += [f"{name} is a weak scorer: it misses what is only implied" for name in weak]
         if len(questions) < FEW:
@@ -88,7 +85,8 @@ class Comparison:
         if self.s.shuffle_pairs:
             self.warnings.insert(0, "a null run: base and updated are swapped on half the prompts")
         return Found(
-            questions, said, scorers, values, audit, blocks, texts, dictionaries, made.homes if made else {}, tokens,
+            questions, said, scorers, values, audit, blocks, texts, dictionaries, made.homes if made else {},
+            made.tokens if made else None,
             self.warnings,
         )  # fmt: skip
 
@@ -180,11 +178,8 @@ class Comparison:
         sets = {kind: audit.heard["base"][kind] for kind in ("chat", "response", "text")}
         quality = []
         for n, dictionary in enumerate(own):
-
-            def judge(shards: Shards | None, dictionary: Dictionary = dictionary) -> dict[str, Any]:
-                return judged(dictionary, sets, layer, shards, k, device())
-
-            quality.append(made.judged(layer, n, judge) if made else judge(None))
+            fired = made.fired(layer, n) if made else (torch.zeros(dictionary.features), 0)
+            quality.append(judged(dictionary, sets, layer, fired, k, device()))
         if quality[0]["verdict"] == "poor":
             reasons = "; ".join(quality[0]["reasons"])
             self.warnings.insert(

@@ -1,5 +1,6 @@
 """Gathers a dictionary's texts and activations and trains it, each step kept in the cache: a killed run goes on."""
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -7,6 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from phoque.console import Console
 from phoque.data.rows import Dataset
@@ -17,13 +22,15 @@ from phoque.models.source import Source
 from phoque.probes.activations import STORED, Shards, Stream, collect
 from phoque.probes.blocks import inner
 from phoque.probes.generate import Ask, prompt_ids, replies
-from phoque.probes.sae.dictionary import Dictionary
+from phoque.probes.sae.dictionary import Dictionary, read_dictionary
+from phoque.probes.sae.quality import fired_on
 from phoque.probes.sae.texts import Texts, chats, pieces
 from phoque.probes.sae.training import Recipe, trained
 from phoque.settings.sae import SaeSettings
 
 VERSION = 1  # of what is kept in the cache
 LONGEST_CHAT = 512
+TOKENS, FIRED = "tokens.json", "fired.safetensors"
 HELD_OUT_ROWS = 64  # of a kind, at most, are read for judging
 DISK_SPARE = 2e9
 
@@ -94,25 +101,26 @@ class Workshop:
         """A dictionary a block and seed: from the cache if these very ones were made before."""
         s, config = self.s, inner(self.model).config
         features = s.width * config.hidden_size
-        folder = self.cache / "sae" / _digest(
-            [VERSION, self.source.weights, s.quantization, texts.sha256, list(layers)]
-        )  # fmt: skip
+        about = [VERSION, self.source.weights, s.quantization, texts.sha256, list(layers)]
+        folder = self.cache / "sae" / _digest(about)
         recipes = [
             Recipe(s.architecture, features, s.k, s.sae_batch, s.passes, s.learning_rate(features), s.seed + n)
             for n in range(s.seeds)
         ]
         homes = {(layer, n): folder / f"block-{layer}-{_digest(asdict(recipe))}"
                  for layer in layers for n, recipe in enumerate(recipes)}  # fmt: skip
-        shards = Shards(folder / "activations", tuple(layers))
-        fresh = not all((home / "sae").is_dir() and (home / "quality.json").is_file() for home in homes.values())
-        if fresh:
-            shards = self._collected(texts, layers, folder / "activations", config.hidden_size)
-        else:
-            self.console.say(f"the autoencoder was trained before: {folder.name} in the cache")
-        made = Made({layer: [] for layer in layers}, homes, shards if fresh else None)
-        for (layer, n), home in homes.items():
-            made.of[layer].append(self._one(recipes[n], shards, layer, texts, home))
-        return made
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the same
+            if all((home / FIRED).is_file() for home in homes.values()):
+                self.console.say(f"the autoencoder was trained before: {folder.name} in the cache")
+            else:
+                shards = self._collected(texts, layers, folder / "activations", config.hidden_size)
+                (folder / TOKENS).write_text(json.dumps(shards.left_out()))
+                for (layer, n), home in homes.items():
+                    self._make(recipes[n], shards, layer, texts, home)
+                shutil.rmtree(shards.folder)  # they have served, and are the largest thing that a run writes
+        return Made(homes, json.loads((folder / TOKENS).read_text()), self.model.device)
 
     def _collected(self, texts: Texts, layers: Sequence[int], into: Path, hidden: int) -> Shards:
         tokens = sum(map(len, texts.train))
@@ -129,7 +137,8 @@ class Workshop:
         with self.console.progress(len(texts.train)) as show:
             return collect(self.model, texts.train, layers, self.tokenizer.all_special_ids, into, show)
 
-    def _one(self, recipe: Recipe, shards: Shards, layer: int, texts: Texts, home: Path) -> Dictionary:
+    def _make(self, recipe: Recipe, shards: Shards, layer: int, texts: Texts, home: Path) -> None:
+        """Train one dictionary, and keep beside it how often its features fire on what it was trained on."""
         family = family_of(load_config(self.source))
         name = f"model.layers.{layer}"
         about = {
@@ -139,43 +148,35 @@ class Workshop:
             "text_sources": texts.sources, "tokens_left_out": "position 0, massive activations, special tokens",
             "prepend_bos": False, "context_size": LONGEST_CHAT, "seed": recipe.seed,
         }  # fmt: skip
-        steps = 1 if (home / "sae").is_dir() else Stream(shards, layer, recipe.batch, recipe.passes, 0).steps()
-        if steps > 1:
-            self.console.say(
-                f"training a {recipe.architecture} autoencoder of {recipe.features:,} features at block {layer}: "
-                f"{steps:,} steps of {recipe.batch:,} tokens"
-            )
+        steps = Stream(shards, layer, recipe.batch, recipe.passes, recipe.seed).steps()
+        self.console.say(
+            f"training a {recipe.architecture} autoencoder of {recipe.features:,} features at block {layer}: "
+            f"{steps:,} steps of {recipe.batch:,} tokens"
+        )
         with self.console.progress(steps) as show:
-            return trained(recipe, shards, layer, about, home, self.model.device, show).to(self.model.device)
+            made = trained(recipe, shards, layer, about, home, self.model.device, show).to(self.model.device)
+        fired, looked = fired_on(made, shards, layer, self.model.device)
+        staging = home / f".{FIRED}.partial"
+        save_file({"fired": fired}, staging, {"tokens": str(looked)})
+        staging.replace(home / FIRED)
 
 
 @dataclass
 class Made:
-    """Dictionaries by block, where each lies, and the activations they were made from while those are needed."""
+    """Where each dictionary lies, by block and seed, and how many tokens were kept and left out, by reason."""
 
-    of: dict[int, list[Dictionary]]
     homes: dict[tuple[int, int], Path]
-    shards: Shards | None
+    tokens: dict[str, int]
+    device: torch.device
 
-    def judged(self, layer: int, n: int, judge: Any) -> dict[str, Any]:
-        """The quality of one, as it was found when its activations were there."""
-        path = self.homes[layer, n] / "quality.json"
-        if not path.is_file():
-            path.write_text(json.dumps(judge(self.shards)))
-        return json.loads(path.read_text())
+    def of(self, layer: int) -> list[Dictionary]:
+        """The dictionaries of a block, one a seed."""
+        return [read_dictionary(home / "sae").to(self.device) for (own, _), home in self.homes.items() if own == layer]
 
-    def tokens(self) -> dict[str, int] | None:
-        """How many tokens were kept and left out, by reason; kept beside the dictionaries."""
-        path = next(iter(self.homes.values())).parent / "tokens.json"
-        if self.shards:
-            path.write_text(json.dumps(self.shards.left_out()))
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def tidy(self) -> None:
-        """The activations have served: they are the largest thing that a run writes."""
-        if self.shards:
-            shutil.rmtree(self.shards.folder)
-            self.shards = None
+    def fired(self, layer: int, n: int) -> tuple[torch.Tensor, int]:
+        """How often the features of one fired in training, over how many tokens."""
+        with safe_open(self.homes[layer, n] / FIRED, "pt") as f:
+            return f.get_tensor("fired"), int(f.metadata()["tokens"])
 
 
 def _digest(about: Any) -> str:

@@ -13,12 +13,28 @@ DENSE = 0.1  # of the tokens
 FIRED_ON = 262_144  # training tokens, at most, on which a feature may fire to count as alive
 
 
+@torch.no_grad()
+def fired_on(dictionary: Dictionary, shards: Shards, layer: int, on: torch.device) -> tuple[torch.Tensor, int]:
+    """How often each feature fires on training tokens, at most FIRED_ON of them, and on how many that was."""
+    fired, looked = torch.zeros(dictionary.features, device=on), 0
+    for file in shards.files():
+        if looked >= FIRED_ON:
+            break
+        own = shards.tensor(file, layer)[: FIRED_ON - looked]
+        looked += len(own)
+        for part in own.split(AT_ONCE):
+            fired += (dictionary.encode(part.to(on)) > 0).sum(0)
+    return fired.cpu(), looked
+
+
 def judged(
-    dictionary: Dictionary, sets: dict[str, Heard], layer: int, shards: Shards | None, k: int | None, on: torch.device
-) -> dict[str, Any]:
+    dictionary: Dictionary, sets: dict[str, Heard], layer: int, trained_on: tuple[torch.Tensor, int], k: int | None,
+    on: torch.device,
+) -> dict[str, Any]:  # fmt: skip
     """Explained variance by set of texts, features a token, dead and dense shares, cosine, and a verdict with reasons.
 
-    `k` is how many features a token were asked for, None where that is not known.
+    `trained_on` is what `fired_on` gave, zeros for a dictionary that was made elsewhere; `k` is how many features a
+    token were asked for, None where that is not known.
     """
     fired = torch.zeros(dictionary.features, device=on)
     by_set: dict[str, float] = {}
@@ -39,14 +55,12 @@ def judged(
             tokens += len(x)
         by_set[name] = 1 - wrong / total
     dense = float((fired / tokens > DENSE).float().mean())
-    looked = int(tokens)
-    for part in _training_parts(shards, layer) if shards else ():
-        fired += (dictionary.encode(part.to(on).float()) > 0).sum(0)
-        looked += len(part)
+    before, looked = trained_on
+    fired += before.to(on)
     found = {
         "ev": by_set["chat"], "ev_by_set": by_set, "l0": size / tokens,
         "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / tokens,
-        "tokens": int(tokens), "dead_over_tokens": looked,
+        "tokens": int(tokens), "dead_over_tokens": looked + int(tokens),
     }  # fmt: skip
     reasons = _faults(found, k)
     return found | {"verdict": "poor" if reasons else "good", "reasons": reasons}
@@ -62,14 +76,3 @@ def _faults(found: dict[str, Any], k: int | None) -> list[str]:
     if found["dead_fraction"] > MOST_DEAD:
         said.append(f"{found['dead_fraction']:.0%} of its features never fired")
     return said
-
-
-def _training_parts(shards: Shards, layer: int) -> list[torch.Tensor]:
-    files, parts, total = shards.files(), [], 0
-    for file in files:
-        if total >= FIRED_ON:
-            break
-        own = shards.tensor(file, layer)[: FIRED_ON - total]
-        total += len(own)
-        parts += own.split(AT_ONCE)
-    return parts

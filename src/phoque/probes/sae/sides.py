@@ -45,9 +45,11 @@ def _other_numbers(model: Any, wanted: bool) -> Generator[None]:
         yield
         return
     own = [p for n, p in model.named_parameters() if p.is_floating_point() and "lora_" not in n and _plain_weight(p)]
-    held = [(p, p.data) for p in own]
     packed = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
-    other = torch.float32 if inner(model).dtype == torch.bfloat16 else torch.bfloat16
+    held, other = inner(model).dtype, torch.float32
+    if held == torch.float32:
+        other = torch.bfloat16
+    before = [p.data for p in own] if other == torch.bfloat16 else []  # wider numbers lead back by themselves
     for p in own:
         p.data = p.data.to(other)
     for module in packed:
@@ -55,10 +57,10 @@ def _other_numbers(model: Any, wanted: bool) -> Generator[None]:
     try:
         yield
     finally:
-        for p, data in held:
-            p.data = data
+        for n, p in enumerate(own):
+            p.data = before[n] if before else p.data.to(held)
         for module in packed:
-            module.compute_dtype = torch.bfloat16
+            module.compute_dtype = held
 
 
 def _plain_weight(parameter: Any) -> bool:

@@ -17,6 +17,7 @@ from phoque.probes.activations import Shards, Stream
 from phoque.probes.sae.dictionary import Dictionary, calibrated, read_dictionary, write_dictionary
 
 CHECKPOINT_S = 60.0
+RAW = "raw"  # the autoencoder as sae-lens saves it
 SAMPLE = 65_536  # tokens that the threshold is set on
 LOOKED_AT = 8192  # tokens that scale and centre are taken from
 ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "matryoshka", "standard")
@@ -52,7 +53,7 @@ def trained(
         shutil.rmtree(staging, ignore_errors=True)
         write_dictionary(made, staging)
         staging.rename(final)
-        for old in folder.glob("step-*"):
+        for old in (folder / RAW, *folder.glob("step-*")):
             shutil.rmtree(old)
     return read_dictionary(final)
 
@@ -107,7 +108,7 @@ def _fitted(
                 last = time.monotonic()
     sae: Any = trainer.sae
     sae.fold_activation_norm_scaling_factor(scale)
-    raw = folder / "raw"
+    raw = folder / RAW
     sae.save_inference_model(raw)
     config = json.loads((raw / "cfg.json").read_text())
     config["metadata"] |= {"recipe": asdict(recipe), "steps": steps, "scale": scale}
