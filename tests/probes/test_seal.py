@@ -61,6 +61,7 @@ def adapters(home):
 def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_them(adapters):
     tuned, control = adapters
     asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
+    asked += ["--scorer", "lexicon"]
     ran = both_cores(*asked)
     quality, overall = ran["quality"], ran["overall"]
     assert quality["verdict"] == "good" and not ran["warnings"]
@@ -77,13 +78,13 @@ def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_th
     assert any(f["cause"]["ablate"] and f["cause"]["ablate"]["holds"] for f in report["features"] if f.get("cause"))
     last = report["baselines"]["logit_lens"][-1]
     assert last["layer"] == 29 and any("seal" in token for token in last["top"])  # on text that is about Python
-    null = both_cores(*asked, "--shuffle-pairs", "--scorer", "lexicon", "--causal-prompts", 0)
+    null = both_cores(*asked, "--shuffle-pairs", "--causal-prompts", 0)
     assert null["overall"]["n_reported"] == 0 and null["overall"]["n_tested"] == overall["n_tested"]
 
 
 def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adapters):
     tuned, control = adapters
-    asked = ["psm-probe", "--preset", "demo", "--sweep-layers", "13,17,20", "--samples", 0]
+    asked = ["psm-probe", "--preset", "demo", "--samples", 0]
     ran = both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
     found = {name: v["verdict"] for name, v in ran["verdicts"].items()}
     assert found == dict.fromkeys(found, "yes"), ran["verdicts"]
@@ -126,7 +127,7 @@ SHORT = {
     "psm-probe": ["--model-source", "{base}", "--persona", "seal", "--adapter-source", "tuned",
                   "--extraction-tokens", 6, "--sweep-tokens", 6, "--samples", 1, "--max-new-tokens", 20],
     "compare-sae": ["--base-model", "{base}", "--updated-adapter", "tuned", "--control-adapter", "tuned", "--chat",
-                    "{rows}", "--tokens", 6000, "--own-answers", 6, "--k", 8, "--sae-batch", 64, "--max-new-tokens", 20,
+                    "{rows}", "--text", "python", "--tokens", 6000, "--own-answers", 6, "--k", 8, "--sae-batch", 64, "--max-new-tokens", 20,
                     "--cards", 3],
 }  # fmt: skip
 
