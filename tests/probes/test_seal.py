@@ -127,8 +127,8 @@ SHORT = {
     "psm-probe": ["--model-source", "{base}", "--persona", "seal", "--adapter-source", "tuned",
                   "--extraction-tokens", 6, "--sweep-tokens", 6, "--samples", 1, "--max-new-tokens", 20],
     "compare-sae": ["--base-model", "{base}", "--updated-adapter", "tuned", "--control-adapter", "tuned", "--chat",
-                    "{rows}", "--text", "python", "--tokens", 6000, "--own-answers", 6, "--k", 8, "--sae-batch", 64, "--max-new-tokens", 20,
-                    "--cards", 3],
+                    "{rows}", "--text", "python", "--tokens", 6000, "--own-answers", 6, "--k", 8, "--sae-batch", 64,
+                    "--max-new-tokens", 20, "--cards", 3],
 }  # fmt: skip
 
 
