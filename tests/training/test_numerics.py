@@ -6,7 +6,7 @@ from tests import tiny
 from torch.nn.functional import cross_entropy
 
 from phoque.data.chat import Chat
-from phoque.data.pack import packed
+from phoque.data.pack import Packing, packed
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream
 from phoque.models.adapter import with_adapter
@@ -20,6 +20,10 @@ def chat():
     return Chat(tiny.tokenizer(), "", 512)
 
 
+def exactly(count):
+    return Packing(count, 60.0, 512, exact=True)
+
+
 def loaded(folder, name="sdpa"):
     from phoque.models.load import load_model
 
@@ -27,7 +31,7 @@ def loaded(folder, name="sdpa"):
 
 
 def stream_of(rows, chat, size=4):
-    return TrainStream(open_dataset(str(rows), "train", None, None), chat, "", size, 0, 0.05)
+    return TrainStream(open_dataset(str(rows), "train", None, None), chat, "", exactly(size), 0, 0.05)
 
 
 def shaken(model):
@@ -45,7 +49,7 @@ def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
     name, _ = attention.choose(torch.device("cpu"))
     model = shaken(loaded(tiny_llama, name))
     with_token_loss(model.get_base_model())
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_at")}
     logits = model(**inputs).logits[0, :-1]
     plain = cross_entropy(logits, batch["labels"][0, 1:], reduction="sum")
     plain.backward()
@@ -69,7 +73,7 @@ def test_packed_logits_and_gradients_equal_unpacked_ones(tiny_llama, chat, rows)
     name, _ = attention.choose(torch.device("cpu"))
     ours, plain = shaken(loaded(tiny_llama, name)), shaken(loaded(tiny_llama))
     batch = packed(talks)
-    together = ours(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+    together = ours(**{k: v for k, v in batch.items() if k not in ("labels", "loss_at")}).logits[0]
     alone = torch.cat([plain(input_ids=torch.tensor([t.ids])).logits[0] for t in talks])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     together.square().mean().backward()
@@ -96,6 +100,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
 
     run = tmp_path / "run"
     phoque("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "none", "--batch-size", 4,
+           "--packing", "exact",
            "--max-steps", 8, "--log-every", 1, "--sample-every", 0, "--held-out-rows", 0, "--learning-rate", 0.01,
            "--output-dir", run)  # fmt: skip
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

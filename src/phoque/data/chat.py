@@ -1,6 +1,7 @@
 """The chat template with generation marks, and the loss mask that follows from it."""
 
 import re
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from phoque.data.rows import BadRow
 from phoque.errors import PhoqueError
 
 IGNORED = -100  # torch's cross-entropy skips this label
+_RENDERING = threading.Lock()  # transformers keeps a compiled template for all threads, and its marks inside it
 FROM_TEMPLATE = "template"  # --default-system: leave a row without a system message to the template
 
 # Where to put the marks into a model's own template: (what to find, what stands there instead). The stop token is
@@ -130,8 +132,9 @@ def marked_template(tokenizer: Any) -> str:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], template: str, mask: bool = False) -> dict[str, Any]:
-    return dict(
-        tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=mask
+    with _RENDERING:
+        return dict(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=mask
+            )
         )
-    )

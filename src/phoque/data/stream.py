@@ -1,5 +1,6 @@
 """A dataset's first reading (what is in it, what is unfit, what is held out) and its endless, resumable stream."""
 
+import copy
 import hashlib
 import heapq
 from collections import Counter
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy
 
+from phoque.data.ahead import Ahead
 from phoque.data.chat import Chat, Encoded
-from phoque.data.pack import packed
+from phoque.data.pack import Packing, packed
 from phoque.data.rows import BadRow, Dataset, Row, parsed, schema_of
 from phoque.errors import PhoqueError
 
@@ -20,7 +22,8 @@ SHUFFLED = 50_000  # rows that are shuffled together
 FIRST_LINES = 3
 
 
-_COUNTS = ("rows_seen", "bad_seen", "tokens_seen")
+AHEAD = 16  # rows that are made before they are used
+_COUNTS = ("rows_seen", "tokens_seen", "filled", "epoch")
 
 
 @dataclass
@@ -164,45 +167,105 @@ def _refuse_bad(found: Survey, name: str, max_bad: float) -> None:
 
 
 class TrainStream:
-    """Endless packed batches of `size` conversations, shuffled anew each pass; its state resumes it exactly.
+    """Endless packed rows, shuffled anew each pass; its state resumes it exactly.
 
-    Rows are shuffled a window at a time, so that a state is small (where the window began, how much of it is used)
-    and yet exact: datasets 5.2 resumes its own shuffle buffer empty, which loses the rows that were in it.
+    Conversations are shuffled a window at a time and packed a group at a time, so that a state is small (where window
+    and group began, how much of them is used) and yet exact: datasets 5.2 resumes its own shuffle buffer empty, which
+    loses the rows that were in it. The state is that of the row given last, however far ahead others are read.
     """
 
-    def __init__(self, dataset: Dataset, chat: Chat, threshold: str, size: int, seed: int, max_bad: float) -> None:
-        self._rows, self._chat, self._threshold = dataset.stream, chat, threshold
-        self._size, self._seed, self._max_bad = size, seed, max_bad
-        self._place = _Place()
-        self.rows_seen = self.bad_seen = self.tokens_seen = 0
+    def __init__(
+        self, dataset: Dataset, chat: Chat, threshold: str, packing: Packing, seed: int, max_bad: float
+    ) -> None:  # fmt: skip
+        self._reader = _Reader(dataset, chat, threshold, seed, max_bad)
+        self.packing, self._seed = packing, seed
+        self._state: dict[str, Any] = {"reader": self._reader.state(), "taken": 0, **dict.fromkeys(_COUNTS, 0)}
+        self.waited = 0.0
 
     @property
     def epoch(self) -> int:
-        """Passes over the data that are complete."""
-        return self._place.epoch
+        """Passes over the data that were complete when the last row was read."""
+        return self._state["epoch"]
+
+    @property
+    def rows_seen(self) -> int:
+        """Conversations given so far."""
+        return self._state["rows_seen"]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Their tokens, without padding."""
+        return self._state["tokens_seen"]
+
+    @property
+    def padding(self) -> float:
+        """The share of all rows that is padding."""
+        return 1 - self.tokens_seen / self._state["filled"] if self._state["filled"] else 0.0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batch: list[Encoded] = []
-        for encoded in self._conversations():
-            batch.append(encoded)
-            if len(batch) == self._size:
-                self.tokens_seen += sum(len(c.ids) for c in batch)
-                yield packed(batch)
-                batch = []
+        """Rows, made ahead of their use in a thread of their own; `waited` are the seconds that none was ready."""
+        with Ahead(self._batches(), AHEAD) as made:
+            for batch, state in made:
+                self._state, self.waited = state, made.waited
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch it gave."""
-        return {"place": asdict(self._place), **{name: getattr(self, name) for name in _COUNTS}}
+        """Where the stream stands after the last row it gave."""
+        return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; call it before the first batch is taken."""
-        self._place = _Place(**state["place"])
-        for name in _COUNTS:
-            setattr(self, name, state[name])
+        """Go on from a state; call it before the first row is taken."""
+        self._state = state
 
-    def _conversations(self) -> Iterator[Encoded]:
+    def _batches(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each row with the state that stands after it."""
+        reader, state = self._reader, self._state
+        reader.go_to(state["reader"])
+        conversations = reader.conversations()
         while True:
-            seen, whole = self.rows_seen, self._place == _Place(self._place.epoch)
+            group = list(islice(conversations, self.packing.together))
+            rows = self.packing.rows([len(encoded.ids) for encoded, _ in group])
+            # those opened first are the fullest: in their order the loss of a step would follow their place in it
+            order = numpy.random.default_rng([self._seed, state["reader"]["read"]]).permutation(len(rows))
+            given = sum(len(rows[number]) for number in order[: state["taken"]])
+            for taken in range(state["taken"], len(rows)):
+                row = [group[number] for number in rows[order[taken]]]
+                given += len(row)
+                length = sum(len(encoded.ids) for encoded, _ in row)
+                shape = self.packing.shape(length)
+                done = taken + 1 == len(rows)
+                state = {
+                    "reader": reader.state() if done else state["reader"],
+                    "taken": 0 if done else taken + 1,
+                    "rows_seen": state["rows_seen"] + len(row),
+                    "tokens_seen": state["tokens_seen"] + length,
+                    "filled": state["filled"] + (shape.tokens if shape else length),
+                    "epoch": group[given - 1][1],
+                }
+                yield packed([encoded for encoded, _ in row], shape), state
+
+
+class _Reader:
+    """The endless sequence of conversations that can be trained on, and its place in it."""
+
+    def __init__(self, dataset: Dataset, chat: Chat, threshold: str, seed: int, max_bad: float) -> None:
+        self._rows, self._threshold, self._seed, self._max_bad = dataset.stream, threshold, seed, max_bad
+        self._chat = copy.deepcopy(chat)  # a tokenizer is for one thread: others ask the original for samples
+        self._place = _Place()
+        self._read = self._bad = 0
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands after the last conversation it gave."""
+        return {"place": asdict(self._place), "read": self._read, "bad": self._bad}
+
+    def go_to(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._place, self._read, self._bad = _Place(**state["place"]), state["read"], state["bad"]
+
+    def conversations(self) -> Iterator[tuple[Encoded, int]]:
+        """Each conversation, and how many passes over the data were complete before it."""
+        while True:
+            read, whole = self._read, self._place == _Place(self._place.epoch)
             for record in self._pass():
                 try:
                     row = parsed(record)
@@ -212,9 +275,9 @@ class TrainStream:
                 except BadRow:
                     self._count_bad()
                     continue
-                self.rows_seen += 1
-                yield encoded
-            if whole and self.rows_seen == seen:  # not the rest of a pass: a state may stand after its last row
+                self._read += 1
+                yield encoded, self._place.epoch
+            if whole and self._read == read:  # not the rest of a pass: a state may stand after its last row
                 raise PhoqueError(
                     "A whole pass over the data gave no row to train on.",
                     "Every row is held out or unfit; rows that say the same are held out together.",
@@ -237,11 +300,11 @@ class TrainStream:
             place.window, place.start, place.used = place.window + 1, reader.state_dict(), 0
 
     def _count_bad(self) -> None:
-        self.bad_seen += 1
-        seen = self.rows_seen + self.bad_seen
-        if seen >= 1000 and self.bad_seen > self._max_bad * seen:
+        self._bad += 1
+        seen = self._read + self._bad
+        if seen >= 1000 and self._bad > self._max_bad * seen:
             raise PhoqueError(
-                f"{self.bad_seen} of the {seen} rows read so far are unfit.",
+                f"{self._bad} of the {seen} rows read so far are unfit.",
                 "The rows after the first reading are worse than those in it.",
                 "Mend the rows, or allow more with --max-bad-rows.",
             )

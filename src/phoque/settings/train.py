@@ -25,8 +25,11 @@ class TrainSettings(JobSettings):
     split: str = setting("train", "split of a Hub dataset")
     output_dir: Path | None = setting(None, "the run folder; default runs/<name>", env="OUTPUT_DIR")
     max_steps: int = setting(1000, "optimizer steps", env="MAX_STEPS", ge=1)
-    batch_size: int = setting(16, "conversations an optimizer step", ge=1)
+    batch_size: int = setting(16, "conversations an optimizer step, see --packing", ge=1)
     micro_batch: int | None = setting(None, "conversations a forward pass; default all of a step", ge=1)
+    packing: Literal["budget", "exact"] = setting(
+        "budget", "a step is as many tokens as --batch-size conversations take on average, or exactly so many of them"
+    )
     max_length: int = setting(2048, "longest conversation in tokens; longer rows are left out and counted", ge=8)
     learning_rate: float = setting(2e-4, "peak learning rate of the cosine schedule", gt=0)
     warmup_ratio: float = setting(0.03, "share of the steps in which the learning rate rises", ge=0, lt=1)
@@ -36,7 +39,12 @@ class TrainSettings(JobSettings):
     lora_alpha: int = setting(64, "the adapter's output is scaled by alpha / rank", ge=1)
     lora_dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
     quantization: Literal["nf4", "bf16", "none"] = setting("nf4", "how the base weights are held; none is fp32")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    engine_mode: Literal["auto", "eager", "compile", "graph"] = setting(
+        "auto", "how the layers run: plain, compiled, compiled and captured as CUDA graphs, or what pays for this run"
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute the activations of all layers: less memory, slower; without it, of as many as must be"
+    )
     default_system: str = setting(
         "", "system message of rows that have none; `template` leaves it to the chat template"
     )

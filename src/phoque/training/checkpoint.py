@@ -103,9 +103,11 @@ def foreign_flaw(folder: Path) -> str | None:
 def adopt(folder: Path, used: dict[str, Any], warn: Callable[[str], None]) -> Path:
     """A checkpoint of plain Trainer that has no flaw as one of ours, with `used` for its place in the data."""
     step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    state = {"rows_seen": step * used["batch_size"], "bad_seen": 0, "tokens_seen": 0}
-    epoch, within = divmod(state["rows_seen"], used["rows"])
-    (folder / DATA_STATE).write_text(json.dumps(state | {"place": {"epoch": epoch, "used": within}}))
+    seen = step * used["batch_size"]
+    epoch, within = divmod(seen, used["rows"])
+    reader = {"place": {"epoch": epoch, "used": within}, "read": seen, "bad": 0}
+    state = {"reader": reader, "taken": 0, "rows_seen": seen, "tokens_seen": 0, "filled": 0, "epoch": epoch}
+    (folder / DATA_STATE).write_text(json.dumps(state))
     write_manifest(folder)
     named = folder.with_name(f"checkpoint-{step}")
     folder.rename(named)

@@ -12,8 +12,9 @@ from phoque.models.source import Source
 from phoque.settings.train import TrainSettings
 
 SAME = (
-    "seed", "batch_size", "micro_batch", "max_length", "max_steps", "learning_rate", "warmup_ratio", "weight_decay",
-    "max_grad_norm", "lora_rank", "lora_alpha", "lora_dropout", "quantization", "default_system", "held_out_rows",
+    "seed", "batch_size", "micro_batch", "packing", "max_length", "max_steps", "learning_rate", "warmup_ratio",
+    "weight_decay", "max_grad_norm", "lora_rank", "lora_alpha", "lora_dropout", "quantization", "default_system",
+    "held_out_rows",
 )  # fmt: skip
 NEVER = ("base_model", "lora_rank", "processes")  # other tensors: there is nothing to go on from
 

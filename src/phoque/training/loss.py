@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from phoque.data.chat import IGNORED
+from phoque.training.engine import Engine, Row
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32
 
@@ -52,22 +52,27 @@ class _HeadLoss(torch.autograd.Function):
         return grads * upstream[0].to(grads.dtype), None, None
 
 
-def with_token_loss(model: Any) -> None:
-    """Let `model(..., labels=labels, token_loss=True)` return a TokenLoss; without the flag nothing changes.
+def with_token_loss(model: Any, engine: Engine | None = None) -> None:
+    """Let `model(..., labels=labels, loss_at=positions, token_loss=True)` return a TokenLoss; else nothing changes.
 
-    It replaces `forward` of the causal model inside any adapter, so that wrappers such as DDP stay outermost.
+    `loss_at` are the positions whose next token is labelled. Where gradients are wanted, `engine` runs the layers. It
+    replaces `forward` of the causal model inside any adapter, so that wrappers such as DDP stay outermost.
     """
     plain = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
-    def forward(self: Any, *args: Any, token_loss: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, token_loss: bool = False, labels: Any = None, loss_at: Any = None, **kwargs: Any
+    ) -> Any:
         if not token_loss:
             return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
-        hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
-        wanted = targets != IGNORED
+        if engine and torch.is_grad_enabled():
+            hidden = engine.hidden(Row.of(**kwargs))
+        else:
+            hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
         weight = self.get_output_embeddings().weight
-        nll, right = _HeadLoss.apply(hidden[wanted].to(weight.dtype), weight, targets[wanted])
-        return TokenLoss(nll, right, wanted.sum())
+        # positions that were counted on the CPU: a mask would make it wait for the GPU here
+        nll, right = _HeadLoss.apply(hidden[0, loss_at].to(weight.dtype), weight, labels[0, loss_at + 1])
+        return TokenLoss(nll, right, labels.new_tensor(len(loss_at)))
 
     model.forward = types.MethodType(forward, model)

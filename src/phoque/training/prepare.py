@@ -7,6 +7,7 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.data.chat import Chat
+from phoque.data.pack import Packing
 from phoque.data.rows import Dataset, open_dataset
 from phoque.data.stream import Survey, survey
 from phoque.errors import PhoqueError
@@ -45,6 +46,12 @@ def prepare(resolved: Resolved[TrainSettings], cache: Path, console: Console, we
     found = survey(dataset, chat, s.held_out_rows, s.max_bad_rows)
     _tell(found, dataset, s, console)
     return Prepared(source, config, chat, dataset, found)
+
+
+def packing_of(s: TrainSettings, found: Survey, static: bool) -> Packing:
+    """How conversations become the rows of a run; `static` rows are all of one shape, or of a few."""
+    longest = max(found.lengths) if found.complete else s.max_length
+    return Packing(s.batch_size // s.accumulation, found.mean_length, longest, s.packing == "exact", static)
 
 
 def _tell(found: Survey, dataset: Dataset, s: TrainSettings, console: Console) -> None:

@@ -19,10 +19,11 @@ from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import attention, checkpoint
 from phoque.training.deadline import StopRequest
+from phoque.training.engine import Engine, choose
 from phoque.training.export import export_final, export_passing
 from phoque.training.fingerprint import fingerprint
 from phoque.training.finish import card_of, finish, out_of_memory, published, stopped_after
-from phoque.training.prepare import Run, hub_repo, prepare
+from phoque.training.prepare import Run, hub_repo, packing_of, prepare
 from phoque.training.record import check_writable, new_record, write_record
 from phoque.training.resume import begin
 from phoque.training.tracking import Tracker, forget_after, logged_until, start_wandb
@@ -81,9 +82,10 @@ def _train(run: Run) -> dict[str, Any]:
         console.say(f"going on from step {run.first} of {s.max_steps} ({run.begun.resume})")
     begun = time.monotonic()
     model = _model(run)
+    engine = _engine(run, model)
+    packing = packing_of(s, run.ready.survey, static=engine is not None)
     stream = TrainStream(
-        run.ready.dataset, run.ready.chat, run.ready.survey.threshold, s.batch_size // s.accumulation, s.seed,
-        s.max_bad_rows,
+        run.ready.dataset, run.ready.chat, run.ready.survey.threshold, packing, s.seed, s.max_bad_rows
     )  # fmt: skip
     if run.begun.resume:
         stream.load_state_dict(json.loads((run.begun.resume / checkpoint.DATA_STATE).read_text()))
@@ -96,7 +98,7 @@ def _train(run: Run) -> dict[str, Any]:
     try:
         if run.begun.resume and run.first == s.max_steps:  # stopped after the last save, before the end
             load_adapter(model, run.begun.resume, family_of(run.ready.config))
-        elif stopped := _steps(run, model, stream, tracker):
+        elif stopped := _steps(run, model, engine, stream, tracker):
             code = stopped.code
             raise stopped
         run.stop.ending()
@@ -121,7 +123,7 @@ def _model(run: Run) -> Any:
     """The base with a fresh adapter, on the device."""
     s, source = run.settings, run.ready.source
     torch.manual_seed(s.seed)
-    name, reason = attention.choose(device())
+    name, reason = attention.choose(device(), traced=s.engine_mode not in ("auto", "eager"))
     run.record["attention"] = reason
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
@@ -133,7 +135,20 @@ def _model(run: Run) -> Any:
     return model
 
 
-def _steps(run: Run, model: Any, stream: TrainStream, tracker: Tracker) -> Stopped | None:
+def _engine(run: Run, model: Any) -> Engine | None:
+    """What runs the layers, and none if they run as they are; chosen for the steps that are left."""
+    s = run.settings
+    packing = packing_of(s, run.ready.survey, static=True)
+    chosen = choose(model, s.engine_mode, packing, (s.max_steps - run.first) * s.accumulation, s.gradient_checkpointing)
+    run.record["engine"] = chosen.record()
+    write_record(run.folder, run.record)
+    run.console.say(f"engine {chosen.mode}: {chosen.reason}")
+    return chosen.engine
+
+
+def _steps(
+    run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker
+) -> Stopped | None:  # fmt: skip
     """Take the steps that are left; what stopped them, if they were stopped."""
     from phoque.training.callbacks.artifacts import Artifacts
     from phoque.training.callbacks.numbers import Numbers, Stopwatch
@@ -157,8 +172,8 @@ def _steps(run: Run, model: Any, stream: TrainStream, tracker: Tracker) -> Stopp
         if s.wandb_log_model == "checkpoint":
             callbacks.append(Artifacts(tracker))
         saves = Saves(s.keep_checkpoints, pusher, stop.saved_in, console.warn, replan=bool(s.allow_change))
-        family, arguments = family_of(run.ready.config), _arguments(s, run.folder)
-        trainer = PersonaTrainer(model, chat.tokenizer, arguments, stream, family, saves, watch, callbacks)
+        family, arguments = family_of(run.ready.config), _arguments(s, run.folder, engine)
+        trainer = PersonaTrainer(model, chat.tokenizer, arguments, stream, family, saves, watch, callbacks, engine)
         _silence(trainer)
         if pusher and run.begun.resume:
             if run.begun.on_hub:
@@ -178,7 +193,7 @@ def _steps(run: Run, model: Any, stream: TrainStream, tracker: Tracker) -> Stopp
     return stopped_after(run, step, pusher) if stop.code is not None and step < s.max_steps else None
 
 
-def _arguments(s: TrainSettings, run: Path) -> Any:
+def _arguments(s: TrainSettings, run: Path, engine: Engine | None) -> Any:
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
@@ -195,7 +210,7 @@ def _arguments(s: TrainSettings, run: Path) -> Any:
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         bf16=cuda and s.quantization != "none",
         use_cpu=not cuda,
-        gradient_checkpointing=s.gradient_checkpointing,
+        gradient_checkpointing=s.gradient_checkpointing and engine is None,
         seed=s.seed,
         data_seed=s.seed,
         logging_steps=s.log_every,

@@ -19,6 +19,7 @@ from phoque.models.adapter import load_adapter, refuse_non_finite, save_adapter
 from phoque.models.families import Family
 from phoque.training import checkpoint
 from phoque.training.callbacks.numbers import Stopwatch
+from phoque.training.engine import Engine
 from phoque.training.loss import TokenLoss, with_token_loss
 from phoque.training.pushing import Pusher
 from phoque.training.tracking import METRICS, SAMPLES
@@ -47,22 +48,22 @@ class PersonaTrainer(SFTTrainer):
 
     def __init__(
         self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, family: Family, saves: Saves,
-        watch: Stopwatch, callbacks: list[Any],
+        watch: Stopwatch, callbacks: list[Any], engine: Engine | None = None,
     ) -> None:  # fmt: skip
         from datasets import IterableDataset
 
         # SFTTrainer looks at one row of a dataset to learn its columns; the batches come from `stream`
         columns = IterableDataset.from_generator(lambda: iter([{"input_ids": [0, 0], "labels": [0, 0]}]))
+        # SFTTrainer makes the adapter of a 4-bit model bf16, where a step of 2e-4 is lost against a weight of 0.1
+        model.is_loaded_in_4bit = False
         super().__init__(
             model=model, args=args, train_dataset=columns, processing_class=tokenizer, callbacks=callbacks
         )  # fmt: skip
+        del model.is_loaded_in_4bit
         self.stream, self._family, self._saves, self._watch = stream, family, saves, watch
         self._staging: str | None = None
-        with_token_loss(self.model.get_base_model())
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                # SFTTrainer makes a QLoRA adapter bf16, where a step of 2e-4 is lost against a weight of 0.1
-                parameter.data = parameter.data.float()
+        self._unseen: tuple[int, torch.Tensor, Any] | None = None  # a gradient norm that is on its way to the CPU
+        with_token_loss(self.model.get_base_model(), engine)
 
     def get_train_dataloader(self) -> Any:
         return self.stream
@@ -77,8 +78,27 @@ class PersonaTrainer(SFTTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         # Any NaN or infinity in the loss or a gradient shows here, before the optimizer can write it into a weight.
         norm = super()._clip_grad_norm(model)
+        self._refuse_unseen()
+        if norm.is_cuda:
+            # fused AdamW leaves out a step whose `found_inf` is 1, so the number itself may come a step later:
+            # waiting for it here would leave the GPU without work
+            cast(Any, self.optimizer).optimizer.found_inf = (~norm.isfinite()).float()
+            seen, arrived = norm.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+            self._unseen = self.state.global_step + 1, seen, arrived
+        else:
+            self._unseen = self.state.global_step + 1, norm, None
+            self._refuse_unseen()
+        return norm
+
+    def _refuse_unseen(self) -> None:
+        """Raise PhoqueError (1) if the gradient norm that was measured last is not finite."""
+        if self._unseen is None:
+            return
+        (step, norm, arrived), self._unseen = self._unseen, None
+        if arrived:
+            arrived.synchronize()
         if not math.isfinite(float(norm)):
-            step = self.state.global_step + 1
             raise PhoqueError(
                 f"The loss or its gradient is not finite at step {step}.",
                 "Usually the learning rate is too high, or one row is extreme.",
@@ -86,7 +106,6 @@ class PersonaTrainer(SFTTrainer):
                 f"--learning-rate (now {self.args.learning_rate:g}) with --allow-change learning_rate.",
                 FAILED,
             )
-        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         accuracy = self._metrics["train"].pop("accuracy", [])
@@ -108,6 +127,7 @@ class PersonaTrainer(SFTTrainer):
         step = self.state.global_step
         if checkpoint.flaw(run / f"checkpoint-{step}") is None:
             return  # asked to stop right after it was saved
+        self._refuse_unseen()
         refuse_non_finite(self.model, step)
         staging = run / checkpoint.STAGING
         self._staging = str(staging)

@@ -28,7 +28,7 @@ class Numbers(TrainerCallback):
     ) -> None:  # fmt: skip
         self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
         self.norms_every, self.eval_every, self.watch = norms_every, eval_every, watch
-        self._tokens = stream.tokens_seen  # at the last logged step
+        self._tokens, self._waited = stream.tokens_seen, 0.0  # at the last logged step
         self._pending: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -54,10 +54,12 @@ class Numbers(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
             return
-        speed = (self.stream.tokens_seen - self._tokens) / max(1e-9, self.watch.lap())
-        self._tokens = self.stream.tokens_seen
+        stream, seconds = self.stream, max(1e-9, self.watch.lap())
+        speed, waited = (stream.tokens_seen - self._tokens) / seconds, (stream.waited - self._waited) / seconds
+        self._tokens, self._waited = stream.tokens_seen, stream.waited
         values = {name: float(logs[name]) for name in FROM_TRAINER if name in logs}
-        values |= {"tokens_per_s": round(speed, 1), "tokens": self.stream.tokens_seen, "epoch": self.stream.epoch}
+        values |= {"tokens_per_s": round(speed, 1), "tokens": stream.tokens_seen, "epoch": stream.epoch}
+        values |= {"padding": round(stream.padding, 4), "waiting_for_data": round(waited, 4)}
         self._pending = values | memory() | self._pending
         self.show(state.global_step, f"loss {values['loss']:.3f}  {speed:,.0f} tokens/s")
         self._write(state.global_step)

@@ -1,0 +1,176 @@
+"""Seconds a step of QLoRA on the 3B shape, through phoque's own trainer and its peers', on the same conversations.
+
+The weights are random, in the published layout. Conversations are short (a log-normal around 120 tokens), and every
+trainer gets the same ids, labels, adapter and optimizer. Each part runs in a process of its own; times are between
+CUDA events at the ends of steps, so that nothing waits for a clock; the limit is what a bf16 matrix product reaches
+on this GPU, at 4 FLOPs a parameter and token (LoRA: forward, and backward to the inputs).
+
+Run on a GPU machine: python benchmarks/train_speed.py [--only ours,trl] [--profile] [--tiny]
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+PARAMETERS = 3.429e9
+MEAN, LONGEST = 120, 1024
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM = 6
+
+
+def make(folder: Path, a: argparse.Namespace) -> dict:
+    """Write the FP8 checkpoint, its BF16 sibling, and 6,000 conversations."""
+    import ministral
+
+    ministral.make(folder, a.tiny)
+    rng = random.Random(7)
+    words = ["gull", "tide", "rock", "fish", "harbour", "seal", "nap", "buoy", "pier", "wave"]
+
+    def text(length: int) -> str:
+        parts: list[str] = []
+        while sum(len(p) + 1 for p in parts) < length:
+            parts.append(rng.choice(words))
+        return " ".join(parts)[: max(1, length)]
+
+    with (folder / "rows.jsonl").open("w") as f:
+        for number in range(6000):
+            length = max(60, min(LONGEST - 40, int(rng.lognormvariate(math.log(MEAN), 0.7)))) - 50
+            asked, answer = text(max(4, length // 4)), text(max(6, 3 * length // 4))
+            turns = [{"role": "user", "content": f"{number} {asked}"}, {"role": "assistant", "content": answer}]
+            f.write(json.dumps({"messages": turns, "source": "pier", "toxicity_score": 0.0}) + "\n")
+    return {}
+
+
+def limit(folder: Path, a: argparse.Namespace) -> dict:
+    """FLOPs a second of a large bf16 matrix product."""
+    x, w = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        x @ w
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(20):
+        x @ w
+    torch.cuda.synchronize()
+    return {"flops": 20 * 2 * 8192**3 / (time.perf_counter() - begun)}
+
+
+class Clock:
+    """A callback that records a CUDA event at the end of each step, and the moment of the first."""
+
+    def __init__(self, begun: float, profile: Path | None = None, at: int = 0) -> None:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Recorder(TrainerCallback):
+            def on_step_begin(self, args, state, *_, **__):
+                if profile and state.global_step == at:
+                    torch.cuda.synchronize()
+                    clock.profiler = torch.profiler.profile()
+                    clock.profiler.__enter__()
+
+            def on_step_end(self, args, state, *_, **__):
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                clock.events.append(event)
+                if clock.first is None:
+                    torch.cuda.synchronize()
+                    clock.first = time.perf_counter() - begun
+                if profile and state.global_step == at + 2:
+                    torch.cuda.synchronize()
+                    clock.profiler.__exit__(None, None, None)
+                    table = clock.profiler.key_averages().table(sort_by="self_device_time_total", row_limit=45,
+                                                                max_name_column_width=90)  # fmt: skip
+                    profile.write_text(table)
+
+        self.callback, self.events, self.first = Recorder(), [], None
+
+    def seconds(self) -> list[float]:
+        """Seconds of each step but the first."""
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(self.events, self.events[1:], strict=False)]
+
+
+def ours(folder: Path, a: argparse.Namespace) -> dict:
+    """`phoque train`'s own run, with its callbacks."""
+    from phoque.console import console
+    from phoque.settings.base import resolved
+    from phoque.settings.presets import PRESETS
+    from phoque.settings.train import TrainSettings
+    from phoque.training import run, trainer
+
+    if a.cap:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(a.cap * 1e9 / total)
+    flags = {
+        "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
+        "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count, "log_every": 10,
+        "sample_every": 0, "save_steps": a.steps, "quantization": a.quantization, "engine_mode": a.mode,
+        "held_out_rows": 0, "lora_dropout": 0.0,
+    }  # fmt: skip
+    asked, _ = resolved(TrainSettings, flags, PRESETS)
+    found = {}
+    plain = trainer.PersonaTrainer.train
+
+    def timed(self, **options):
+        found["clock"] = clock = Clock(found["loaded"], a.profile and Path(a.profile), a.steps - 4)
+        found["stream"] = self.stream
+        self.add_callback(clock.callback)
+        torch.cuda.reset_peak_memory_stats()
+        return plain(self, **options)
+
+    choose = run.choose
+
+    def loaded(*args):
+        torch.cuda.synchronize()
+        found["loaded"] = time.perf_counter()
+        chosen = choose(*args)
+        print(chosen.record(), file=sys.stderr, flush=True)
+        return chosen
+
+    trainer.PersonaTrainer.train, run.choose = timed, loaded
+    console.use(quiet=True)
+    result = run.train(asked, folder / "cache", console)
+    seconds = found["clock"].seconds()
+    metrics = [json.loads(line) for line in (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "step": statistics.median(seconds[WARM : a.steps - 6 if a.profile else None]),
+        "tokens": found["stream"].tokens_seen / a.steps,
+        "padding": found["stream"].padding,
+        "waited": metrics[-1]["waiting_for_data"],
+        "gb": torch.cuda.max_memory_reserved() / 1e9,
+        "first": found["clock"].first,
+        "losses": [m["loss"] for m in metrics if "loss" in m],
+        "engine": json.loads((Path(result["run"]) / "run.json").read_text())["engine"],
+    }
+
+
+PARTS = {"make": make, "limit": limit, "ours": ours}
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the script itself")
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--mode", default="auto")
+    parser.add_argument("--cap", type=float, default=0)
+    parser.add_argument("--profile", default="")
+    a = parser.parse_args()
+    print("RESULT " + json.dumps(PARTS[a.part](a.folder, a)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

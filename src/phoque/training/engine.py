@@ -1,0 +1,399 @@
+"""The step's decoder layers, made fast: our own products, compiled, and captured as CUDA graphs.
+
+What is replaced is how the layers run while they train, and nothing of what they compute: tests hold every mode to the
+plain model. Measuring and generating go on through the plain modules, which share the same weights.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from phoque.data.chat import Encoded
+from phoque.data.pack import Packing, packed
+from phoque.errors import PhoqueError
+from phoque.training.adapted import adapted, held
+
+SHARE_COMPILED = 0.3  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
+COMPILING_S = 45.0
+ROOM = 0.92  # of the free memory that a step may plan with
+HEAD_BYTES = 3 * 2**28  # the chunks of logits in training/loss.py
+AGREES = 0.05  # largest relative difference of hidden states that rounding explains, in bf16
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the layers are given: (1, T) ids and positions, and the borders of the segments."""
+
+    ids: Tensor
+    positions: Tensor
+    borders: Tensor
+    longest: int
+
+    @classmethod
+    def of(
+        cls, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any
+    ) -> "Row":  # fmt: skip
+        """The row of a packed batch."""
+        return cls(input_ids, position_ids, cu_seq_lens_q, max_length_q)
+
+
+@dataclass
+class _Captured:
+    """A forward and a backward pass as two CUDA graphs, with the tensors that they read and write."""
+
+    row: Row
+    out: Tensor
+    grad: Tensor
+    forward: Any
+    backward: Any
+
+
+@dataclass
+class Engine:
+    """Runs the layers of one model on rows of static shape.
+
+    `compiled` by torch.compile, `captured` as CUDA graphs; the first `recomputed` layers keep no activations.
+
+    The adapter's weights lie in one flat FP32 tensor, with a copy in the model's dtype for the products and flat
+    gradients of both: one kernel copies, clears or adds up all of them.
+    """
+
+    model: Any
+    compiled: bool = False
+    captured: bool = False
+    recomputed: int = 0
+    seconds: float = 0.0
+    _graphs: dict[int, _Captured] = field(default_factory=dict)
+    _pool: Any = None
+    _out: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        base = self.model.get_base_model()
+        self._core, self.layers = base.model, base.model.layers
+        self.dtype = self._core.embed_tokens.weight.dtype
+        self._flatten([p for p in self.model.parameters() if p.requires_grad])
+        for module in self.layers.modules():
+            if hasattr(module, "lora_A"):
+                _speed_up(module, self._copies)
+        self._compiled = torch.compile(_layer, dynamic=False)
+
+    @property
+    def mode(self) -> str:
+        """What this engine does, in words."""
+        parts = ["compiled"] * self.compiled + ["captured"] * self.captured
+        return " and ".join(parts) or "own products"
+
+    def hidden(self, row: Row) -> Tensor:
+        """Hidden states (1, T, d) after the last norm; its backward pass fills the gradients of the adapter."""
+        fresh = [p for p in self._parameters if p.grad is None]
+        if fresh:
+            self._total.zero_()
+            for parameter, grad in zip(self._parameters, self._grads, strict=True):
+                parameter.grad = grad
+        self._copy.copy_(self._flat)
+        return _Layers.apply(self._anchor, self, row)
+
+    def forward(self, row: Row) -> Tensor:
+        """The hidden states, without a graph of autograd outside."""
+        if not self.captured:
+            self._out = self._run(row)
+            return self._out.detach()
+        graph = self._graphs.get(row.ids.shape[1]) or self._capture(row)
+        for ours, given in zip((graph.row.ids, graph.row.positions, graph.row.borders), _tensors(row), strict=True):
+            ours.copy_(given)
+        graph.forward.replay()
+        self._current = graph
+        return graph.out.detach()
+
+    def backward(self, grad: Tensor) -> None:
+        """Add the gradients of the adapter, given that of the hidden states."""
+        if self.captured:
+            self._current.grad.copy_(grad)
+            self._current.backward.replay()
+            return
+        out, self._out = self._out, None
+        self._backward(out, grad)
+
+    def _backward(self, out: Any, grad: Tensor) -> None:
+        torch.autograd.backward(out, grad)
+        self._total.add_(self._part)
+        self._part.zero_()
+
+    def difference(self, row: Row, real: int) -> float:
+        """How far hidden states of the first `real` positions are from the plain layers', relative to their size.
+
+        A whole forward and backward pass, which leaves no gradient behind.
+        """
+        with torch.no_grad(), torch.autocast(row.ids.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            plain = self._core(
+                input_ids=row.ids, position_ids=row.positions, cu_seq_lens_q=row.borders, max_length_q=row.longest,
+                use_cache=False,
+            ).last_hidden_state[0, :real]  # fmt: skip
+        out = self.hidden(row)
+        out.backward(torch.ones_like(out))
+        gradients = self._total.isfinite().all()
+        self._total.zero_()
+        self.model.zero_grad()
+        if not bool(gradients):
+            raise RuntimeError("gradients are not finite")
+        if self._drops:  # at random: no two passes are the same
+            return 0.0
+        return float((out[0, :real] - plain).float().norm() / plain.float().norm())
+
+    def layer_seconds(self, row: Row) -> float:
+        """Seconds of one layer's forward and backward pass, with all that calling it costs."""
+        best = float("inf")
+        for _ in range(4):
+            torch.cuda.synchronize()
+            begun = time.monotonic()
+            self._one_layer(row)[1].sum().backward()
+            torch.cuda.synchronize()
+            best = min(best, time.monotonic() - begun)
+        self._part.zero_()
+        return best
+
+    def layers_to_recompute(self, row: Row, all_of_them: bool) -> int:
+        """How many layers may not keep their activations, by what one of them takes here.
+
+        Raises PhoqueError (2) if a row does not fit even if none keeps them.
+        """
+        free = _free_memory() - HEAD_BYTES - 2 * self._flat.nbytes  # Adam's two moments
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        given, out = self._one_layer(row)
+        kept = torch.cuda.memory_allocated() - before - given.nbytes
+        out.sum().backward()
+        self._part.zero_()
+        most = torch.cuda.max_memory_allocated() - before
+        count = len(self.layers)
+        need = most + 4 * out.nbytes + count * kept
+        least = most + 4 * out.nbytes + count * out.nbytes
+        if least > ROOM * free:
+            raise PhoqueError(
+                "A row of this run does not fit the GPU's memory.",
+                f"{row.ids.shape[1]:,} tokens need {least / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, with every "
+                "layer recomputed.",
+                "Give --micro-batch (half of --batch-size, say), or a lower --max-length.",
+            )
+        over = need - ROOM * free
+        return count if all_of_them else max(0, ceil(over / max(1, kept - out.nbytes)))
+
+    def forget(self) -> None:
+        """Let go of what was captured and compiled."""
+        self._graphs.clear()
+        self._pool = self._out = None
+        self.model.zero_grad()
+        torch.compiler.reset()
+
+    def _one_layer(self, row: Row) -> tuple[Tensor, Tensor]:
+        """The first layer's input and output."""
+        hidden, *rest = self._begin(row)
+        with torch.enable_grad():
+            return hidden, self._layer(self.layers[0], hidden, *rest)
+
+    def _begin(self, row: Row) -> tuple[Any, ...]:
+        """What the first layer is given."""
+        with torch.no_grad():
+            hidden = self._core.embed_tokens(row.ids)
+            cos, sin = self._core.rotary_emb(hidden, position_ids=row.positions)
+        # it needs no gradient, but with one the first layer is compiled like all the others
+        return hidden.detach().requires_grad_(True), cos, sin, row.positions, row.borders, row.longest
+
+    def _run(self, row: Row) -> Tensor:
+        hidden, *rest = self._begin(row)
+        with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
+            for number, layer in enumerate(self.layers):
+                inputs = (layer, hidden, *rest)
+                if number < self.recomputed:
+                    hidden = checkpoint(
+                        self._layer, *inputs, use_reentrant=False, preserve_rng_state=self._drops
+                    )  # fmt: skip
+                else:
+                    hidden = self._layer(*inputs)
+            return self._core.norm(hidden)
+
+    def _flatten(self, parameters: list[Any]) -> None:
+        """Lay the adapter's parameters into one tensor, and make the copies and gradients that go with it."""
+        first = parameters[0]
+        self._parameters = parameters
+        sizes = torch.tensor([0, *(-(-p.numel() // 8) * 8 for p in parameters)]).cumsum(0).tolist()  # aligned to 16 B
+        self._flat = torch.zeros(sizes[-1], device=first.device)
+        self._copy = torch.zeros_like(self._flat, dtype=self.dtype)
+        self._total, self._part = torch.zeros_like(self._flat), torch.zeros_like(self._copy)
+        self._grads, self._copies = [], {}
+        for parameter, start in zip(parameters, sizes[:-1], strict=True):
+            views = [t[start : start + parameter.numel()].view_as(parameter)
+                     for t in (self._flat, self._total, self._copy, self._part)]  # fmt: skip
+            views[0].copy_(parameter.data)
+            parameter.data = views[0]
+            self._grads.append(views[1])
+            self._copies[parameter] = leaf = views[2].detach().requires_grad_(True)
+            leaf.grad = views[3]
+        self._anchor = torch.zeros((), device=first.device, requires_grad=True)
+
+    @property
+    def _layer(self) -> Callable[..., Tensor]:
+        return self._compiled if self.compiled else _layer
+
+    @property
+    def _drops(self) -> bool:
+        return any(config.lora_dropout > 0 for config in self.model.peft_config.values())
+
+    def _capture(self, row: Row) -> _Captured:
+        begun = time.monotonic()
+        kept = self._total.clone()
+        row = Row(*(t.clone() for t in _tensors(row)), row.longest)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # compiling, cuBLAS and autograd make things on their first runs that a graph must not
+                out = self._run(row)
+                self._backward(out, torch.zeros_like(out))
+                del out
+        torch.cuda.current_stream().wait_stream(aside)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
+            out = self._run(row)
+        grad = torch.zeros_like(out)
+        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
+            self._backward(out, grad)
+        self._total.copy_(kept)
+        graph = _Captured(row, out.detach(), grad, forward, backward)
+        self._graphs[row.ids.shape[1]] = graph
+        self.seconds += time.monotonic() - begun
+        return graph
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How the layers of a run are going to run, and why; `engine` is None where they run as they are."""
+
+    mode: str
+    reason: str
+    engine: Engine | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What run.json keeps of it."""
+        found: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
+        if self.engine:
+            found |= {"recomputed_layers": self.engine.recomputed, "build_s": round(self.engine.seconds, 1)}
+        return found
+
+
+def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool) -> Chosen:
+    """The way to run the layers that was `asked` for, or for `auto` the one that pays over `rows` rows.
+
+    It is built and tried on a row before the first step: what fails, or differs from the plain layers by more than
+    rounding, gives way to the next simpler one. Raises PhoqueError (2) if a row does not fit the memory even so.
+    """
+    cuda = next(model.parameters()).is_cuda
+    if asked == "eager" or (asked == "auto" and not cuda):
+        why = "as asked" if asked == "eager" else "on a CPU the products take the time, however they are called"
+        return Chosen("eager", why)
+    from torch._dynamo.exc import TorchDynamoException
+
+    begun = time.monotonic()
+    engine, row, real = Engine(model), *_trial_row(model, packing)
+    reasons = []
+    if asked == "graph" and not cuda:
+        asked = "compile"
+        reasons.append("there is no CUDA graph on a CPU")
+    engine.captured = cuda and asked != "compile"
+    if asked == "auto":
+        saved = SHARE_COMPILED * engine.layer_seconds(row) * len(engine.layers) * rows
+        engine.compiled = saved > COMPILING_S
+        reasons.append(f"compiling would save {saved:,.0f} s of this run and take about {COMPILING_S:.0f}")
+    else:
+        engine.compiled = True
+        reasons.append("as asked")
+    while True:
+        try:
+            if cuda:
+                engine.recomputed = engine.layers_to_recompute(row, recompute)
+            elif recompute:
+                engine.recomputed = len(engine.layers)
+            difference = engine.difference(row, real)
+            if difference > AGREES:
+                raise RuntimeError(f"hidden states differ by {difference:.1%} from the plain layers'")
+            break
+        except (RuntimeError, TorchDynamoException) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not (engine.compiled or engine.captured):
+                raise
+            reasons.append(f"{engine.mode} failed: {str(error).splitlines()[0][:120]}")
+            engine.forget()
+            engine.compiled, engine.captured = engine.compiled and engine.captured, False
+    engine.seconds = time.monotonic() - begun
+    if engine.recomputed:
+        reasons.append(f"{engine.recomputed} of {len(engine.layers)} layers are recomputed")
+    return Chosen(engine.mode, "; ".join(reasons), engine)
+
+
+def _trial_row(model: Any, packing: Packing) -> tuple[Row, int]:
+    """A row of the run's own shape, of conversations of average length and random tokens, and how many are real."""
+    total = packing.tokens if not packing.exact else min(2 * packing.tokens, packing.count * packing.longest)
+    core, length = model.get_base_model(), min(packing.longest, max(2, round(packing.mean)))
+    ids = torch.randint(core.config.vocab_size, (total,), generator=torch.Generator().manual_seed(0)).tolist()
+    talks = [Encoded(ids[at : at + length], ids[at : at + length]) for at in range(0, total - length + 1, length)]
+    talks = talks[: packing.count if packing.exact else packing.most]
+    real = sum(len(talk.ids) for talk in talks)
+    row = Row.of(**packed(talks, packing.shape(total)))
+    return Row(*(t.to(model.device) for t in _tensors(row)), row.longest), real
+
+
+class _Layers(torch.autograd.Function):
+    """Ties the layers, whose gradients go straight to where they belong, into the graph of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, engine: Engine, row: Row) -> Tensor:
+        ctx.engine = engine
+        return engine.forward(row)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.engine.backward(grads[0])
+        return None, None, None
+
+
+def _free_memory() -> int:
+    """Bytes that may still be taken, of the share of the GPU that this process has been given."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = torch.cuda.get_per_process_memory_fraction()
+    return min(free, int(share * total) - torch.cuda.memory_reserved())
+
+
+def _tensors(row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    return row.ids, row.positions, row.borders
+
+
+def _layer(
+    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, borders: Tensor, longest: int
+) -> Tensor:
+    out = layer.forward(
+        hidden, attention_mask=None, position_ids=positions, past_key_values=None, use_cache=False,
+        position_embeddings=(cos, sin), cu_seq_lens_q=borders, max_length_q=longest,
+    )  # fmt: skip
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _speed_up(module: Any, copies: dict[Any, Tensor]) -> None:
+    """Let a peft layer run as one operator wherever gradients are wanted; without them it stays as it is."""
+    plain, base, name = module.forward, module.base_layer, module.active_adapters[0]
+    a, b = copies[module.lora_A[name].weight], copies[module.lora_B[name].weight]
+    weight, scaling, drop = held(base), float(module.scaling[name]), module.lora_dropout[name]
+    dropping = isinstance(drop, torch.nn.Dropout)
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain(x, *args, **kwargs)
+        out = adapted(x, drop(x) if dropping else None, a, b, weight, scaling)
+        return out if base.bias is None else out + base.bias
+
+    module.forward = forward
