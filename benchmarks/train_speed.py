@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 PARAMETERS = 3.429e9
-MEAN, LONGEST = 120, 1024
+MEAN, LONGEST = 111, 1024
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WARM = 6
 

@@ -365,7 +365,8 @@ def _free_memory() -> int:
     """Bytes that may still be taken, of the share of the GPU that this process has been given."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    share = torch.cuda.get_per_process_memory_fraction()
+    known = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    share = known() if known else 1.0
     return min(free, int(share * total) - torch.cuda.memory_reserved())
 
 
