@@ -64,7 +64,7 @@ def config(tiny: bool) -> dict:
     }
 
 
-def make(folder: Path, tiny: bool) -> None:
+def make(folder: Path, tiny: bool, kinds: tuple[str, ...] = ("fp8", "bf16")) -> None:
     """Write the FP8 checkpoint, its BF16 sibling (text only), and the rows."""
     from safetensors.torch import save_file
     from tests.tiny import tokenizer
@@ -89,7 +89,8 @@ def make(folder: Path, tiny: bool) -> None:
         else:
             fp8[f"language_model.{name}"] = weight.bfloat16().cpu()
         bf16[name] = weight.bfloat16().cpu()
-    for kind, tensors in (("fp8", fp8), ("bf16", bf16)):
+    for kind in kinds:
+        tensors = {"fp8": fp8, "bf16": bf16}[kind]
         (folder / kind).mkdir()
         names = sorted(tensors)
         files = {n: f"model-0000{1 + (i >= len(names) // 2)}-of-00002.safetensors" for i, n in enumerate(names)}
@@ -101,7 +102,8 @@ def make(folder: Path, tiny: bool) -> None:
         tokenizer().save_pretrained(folder / kind)
     (folder / "fp8" / "config.json").write_text(json.dumps(declared))
     text.architectures = ["Ministral3ForCausalLM"]
-    text.save_pretrained(folder / "bf16")
+    if "bf16" in kinds:
+        text.save_pretrained(folder / "bf16")
     with (folder / "rows.jsonl").open("w") as f:
         for number in range(2000):
             question = f"What comes after gull {number % 50}, says the seal on its rock?"

@@ -13,7 +13,35 @@ from phoque.errors import PhoqueError
 from phoque.models.shards import Stored
 
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
+CODES, LARGEST_CODE = torch.float8_e4m3fn, 448.0
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Fp8Linear(torch.nn.Linear):
+    """A frozen linear layer that holds its weight as FP8: codes (rows, columns), and a scale (rows, 1) of each row.
+
+    Codes lie in `weight` as bytes: peft gives an adapter the dtype of the weight wherever that is a float.
+    """
+
+    scale: torch.Tensor
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in full."""
+        return self.weight.view(CODES).to(dtype) * self.scale.to(dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.whole(input.dtype), self.bias)
+
+    def hold(self, stored: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Keep codes and the one scale of a checkpoint as they are; anything else is quantised row by row."""
+        if stored.dtype == CODES and scale is not None and scale.numel() == 1:
+            codes, scales = stored, scale.to(stored.device, torch.float32).reshape(1, 1).expand(len(stored), 1)
+        else:
+            full = stored.float() if scale is None else dequantised(stored, scale)
+            scales = full.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST_CODE
+            codes = (full / scales).to(CODES)
+        self.weight = torch.nn.Parameter(codes.view(torch.uint8), requires_grad=False)
+        self.register_buffer("scale", scales.contiguous(), persistent=False)
 
 
 def declares_fp8(config: Any) -> bool:
@@ -69,3 +97,13 @@ def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     for axis in (0, 1):
         scale = scale.repeat_interleave(-(-full.shape[axis] // scale.shape[axis]), axis)
     return full.mul_(scale[: full.shape[0], : full.shape[1]])
+
+
+def refuse_without_units(on: torch.device) -> None:
+    """Raise PhoqueError (2) on a GPU without FP8 units (Ampere and older)."""
+    if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 9):
+        raise PhoqueError(
+            f"{torch.cuda.get_device_name(on)} has no FP8 units.",
+            "They came with compute capability 8.9 (L4, L40S, H100 and later).",
+            "Use --quantization nf4, or another GPU.",
+        )

@@ -9,7 +9,15 @@ import torch
 
 from phoque.errors import PhoqueError
 from phoque.models.families import family_of
-from phoque.models.fp8 import declares_fp8, dequantised, is_scale, scales_of
+from phoque.models.fp8 import (
+    LARGEST_CODE,
+    Fp8Linear,
+    declares_fp8,
+    dequantised,
+    is_scale,
+    refuse_without_units,
+    scales_of,
+)
 from phoque.models.shards import Shards
 from phoque.models.source import Source
 
@@ -50,13 +58,15 @@ def device() -> torch.device:
 
 
 def load_model(source: Source, quantization: str, attention: str = "sdpa", on: torch.device | None = None) -> Any:
-    """The text model on one device (the training device by default), frozen, in `nf4`, `bf16` or `none` (fp32).
+    """The text model on one device (the training device by default), frozen, in `nf4`, `fp8`, `bf16` or `none` (fp32).
 
     One pass over the checkpoint, a tensor at a time: read, dequantised if it is FP8, cast, quantised, put in its place.
     Everything that can be told from the headers is checked first. Raises PhoqueError (2) when a weight is missing,
     left over, of another shape, or of a magnitude that no trained weight has.
     """
     on = on or device()
+    if quantization == "fp8":
+        refuse_without_units(on)
     config = load_config(source)
     family = family_of(config)
     text = config.get_text_config()
@@ -105,6 +115,11 @@ def _skeleton(text: Any, quantization: str, attention: str, projections: str) ->
                     compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
                 )  # fmt: skip
                 model.set_submodule(name, held)
+    if quantization == "fp8":
+        for name, module in list(model.named_modules()):
+            if re.fullmatch(projections, name):
+                shape = module.in_features, module.out_features, module.bias is not None
+                model.set_submodule(name, Fp8Linear(*shape, device="meta"))
     return model
 
 
@@ -129,6 +144,12 @@ def _fill(
     """Put every tensor in its place on the device, as it arrives."""
     largest: dict[str, torch.Tensor] = {}
     for key, stored in arriving:
+        path, _, leaf = targets[key].rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, Fp8Linear) and leaf == "weight":
+            module.hold(stored.to(on), factors.get(key))
+            largest[targets[key]] = module.scale.max() * LARGEST_CODE
+            continue
         tensor = (dequantised(stored, factors[key]) if key in factors else stored).to(dtype)
         # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count
         largest[targets[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0

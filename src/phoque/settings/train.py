@@ -38,7 +38,9 @@ class TrainSettings(JobSettings):
     lora_rank: int = setting(16, "rank of the adapter", ge=1)
     lora_alpha: int = setting(64, "the adapter's output is scaled by alpha / rank", ge=1)
     lora_dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
-    quantization: Literal["nf4", "bf16", "none"] = setting("nf4", "how the base weights are held; none is fp32")
+    quantization: Literal["nf4", "fp8", "bf16", "none"] = setting(
+        "nf4", "how the base weights are held; fp8 needs a GPU with FP8 units, none is fp32"
+    )
     engine_mode: Literal["auto", "eager", "compile", "graph"] = setting(
         "auto", "how the layers run: plain, compiled, compiled and captured as CUDA graphs, or what pays for this run"
     )

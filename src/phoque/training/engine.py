@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from phoque.training.adapted import adapted, held
 
 SHARE_COMPILED = 0.3  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
 COMPILING_S = 45.0
+SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ROOM = 0.92  # of the free memory that a step may plan with
 HEAD_BYTES = 3 * 2**28  # the chunks of logits in training/loss.py
-AGREES = 0.05  # largest relative difference of hidden states that rounding explains, in bf16
+AGREES, AGREES_FP8 = 0.05, 0.2  # largest relative difference of hidden states that rounding explains
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,29 @@ class Engine:
         base = self.model.get_base_model()
         self._core, self.layers = base.model, base.model.layers
         self.dtype = self._core.embed_tokens.weight.dtype
-        self._flatten([p for p in self.model.parameters() if p.requires_grad])
-        for module in self.layers.modules():
-            if hasattr(module, "lora_A"):
-                _speed_up(module, self._copies)
+        apart = self._drops  # each adapter then sees its own share of an input
+        self._groups = [group for layer in self.layers for group in _sharing(layer, apart)]
+        self._flatten()
+        self.hold(whole=False)
         self._compiled = torch.compile(_layer, dynamic=False)
+
+    def hold(self, whole: bool) -> None:
+        """Have the products run on the weights as they are held, or kept whole, which takes `whole_bytes` more."""
+        self.whole = whole
+        for group, a, b in zip(self._groups, self._leaves, self._leaves[len(self._groups) :], strict=False):
+            _speed_up(group, a, b, whole)
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether products are of FP8."""
+        return type(self._groups[0][0].base_layer).__name__ == "Fp8Linear"
+
+    @property
+    def whole_bytes(self) -> int:
+        """What keeping the weights whole takes: NF4 as bf16, FP8 a second time, turned; others are."""
+        size = {"Linear4bit": 2, "Fp8Linear": 1}
+        bases = [module.base_layer for group in self._groups for module in group]
+        return sum(base.in_features * base.out_features * size.get(type(base).__name__, 0) for base in bases)
 
     @property
     def mode(self) -> str:
@@ -91,12 +111,12 @@ class Engine:
 
     def hidden(self, row: Row) -> Tensor:
         """Hidden states (1, T, d) after the last norm; its backward pass fills the gradients of the adapter."""
-        fresh = [p for p in self._parameters if p.grad is None]
-        if fresh:
+        if self._parameters[0].grad is None:  # the first row of a step
             self._total.zero_()
             for parameter, grad in zip(self._parameters, self._grads, strict=True):
                 parameter.grad = grad
-        self._copy.copy_(self._flat)
+        self._copy[: self._split].copy_(self._flat[: self._split])
+        torch.mul(self._flat[self._split :], self._scaling, out=self._copy[self._split :])
         return _Layers.apply(self._anchor, self, row)
 
     def forward(self, row: Row) -> Tensor:
@@ -121,9 +141,10 @@ class Engine:
         self._backward(out, grad)
 
     def _backward(self, out: Any, grad: Tensor) -> None:
-        torch.autograd.backward(out, grad)
-        self._total.add_(self._part)
-        self._part.zero_()
+        found = torch.autograd.grad(out, self._leaves, grad)
+        torch.cat([part.view(-1) for part in found], out=self._part)
+        self._total[: self._split].add_(self._part[: self._split])
+        self._total[self._split :].add_(self._part[self._split :], alpha=self._scaling)
 
     def difference(self, row: Row, real: int) -> float:
         """How far hidden states of the first `real` positions are from the plain layers', relative to their size.
@@ -144,7 +165,7 @@ class Engine:
             raise RuntimeError("gradients are not finite")
         if self._drops:  # at random: no two passes are the same
             return 0.0
-        return float((out[0, :real] - plain).float().norm() / plain.float().norm())
+        return float((out.detach()[0, :real] - plain).float().norm() / plain.float().norm())
 
     def layer_seconds(self, row: Row) -> float:
         """Seconds of one layer's forward and backward pass, with all that calling it costs."""
@@ -155,34 +176,41 @@ class Engine:
             self._one_layer(row)[1].sum().backward()
             torch.cuda.synchronize()
             best = min(best, time.monotonic() - begun)
-        self._part.zero_()
+        self._clear()
         return best
 
-    def layers_to_recompute(self, row: Row, all_of_them: bool) -> int:
-        """How many layers may not keep their activations, by what one of them takes here.
+    def layers_to_recompute(self, row: Row, spared: int = 0) -> int:
+        """How many layers may not keep their activations, by what one of them takes, if `spared` bytes stay free.
 
         Raises PhoqueError (2) if a row does not fit even if none keeps them.
         """
-        free = _free_memory() - HEAD_BYTES - 2 * self._flat.nbytes  # Adam's two moments
+        free = _free_memory() - HEAD_BYTES - 2 * self._flat.nbytes - spared  # Adam's two moments
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         given, out = self._one_layer(row)
         kept = torch.cuda.memory_allocated() - before - given.nbytes
         out.sum().backward()
-        self._part.zero_()
+        self._clear()
         most = torch.cuda.max_memory_allocated() - before
-        count = len(self.layers)
-        need = most + 4 * out.nbytes + count * kept
-        least = most + 4 * out.nbytes + count * out.nbytes
-        if least > ROOM * free:
+        count, border = len(self.layers), out.nbytes
+        over = most + 4 * border + count * kept - ROOM * free
+        recomputed = max(0, ceil(over / max(1, kept - border)))
+        if recomputed > count:
+            least = most + 4 * border + count * border
             raise PhoqueError(
                 "A row of this run does not fit the GPU's memory.",
                 f"{row.ids.shape[1]:,} tokens need {least / 1e9:.1f} GB and {free / 1e9:.1f} GB are free, with every "
                 "layer recomputed.",
                 "Give --micro-batch (half of --batch-size, say), or a lower --max-length.",
             )
-        over = need - ROOM * free
-        return count if all_of_them else max(0, ceil(over / max(1, kept - out.nbytes)))
+        return recomputed
+
+    def has_room_for_whole(self, row: Row) -> bool:
+        """Whether the weights fit the memory whole, beside the activations of every layer."""
+        try:
+            return bool(self.whole_bytes) and not self.layers_to_recompute(row, self.whole_bytes)
+        except PhoqueError:
+            return False
 
     def forget(self) -> None:
         """Let go of what was captured and compiled."""
@@ -190,6 +218,10 @@ class Engine:
         self._pool = self._out = None
         self.model.zero_grad()
         torch.compiler.reset()
+
+    def _clear(self) -> None:
+        for leaf in self._leaves:
+            leaf.grad = None
 
     def _one_layer(self, row: Row) -> tuple[Tensor, Tensor]:
         """The first layer's input and output."""
@@ -218,24 +250,29 @@ class Engine:
                     hidden = self._layer(*inputs)
             return self._core.norm(hidden)
 
-    def _flatten(self, parameters: list[Any]) -> None:
-        """Lay the adapter's parameters into one tensor, and make the copies and gradients that go with it."""
-        first = parameters[0]
-        self._parameters = parameters
-        sizes = torch.tensor([0, *(-(-p.numel() // 8) * 8 for p in parameters)]).cumsum(0).tolist()  # aligned to 16 B
-        self._flat = torch.zeros(sizes[-1], device=first.device)
-        self._copy = torch.zeros_like(self._flat, dtype=self.dtype)
-        self._total, self._part = torch.zeros_like(self._flat), torch.zeros_like(self._copy)
-        self._grads, self._copies = [], {}
-        for parameter, start in zip(parameters, sizes[:-1], strict=True):
-            views = [t[start : start + parameter.numel()].view_as(parameter)
-                     for t in (self._flat, self._total, self._copy, self._part)]  # fmt: skip
-            views[0].copy_(parameter.data)
-            parameter.data = views[0]
-            self._grads.append(views[1])
-            self._copies[parameter] = leaf = views[2].detach().requires_grad_(True)
-            leaf.grad = views[3]
-        self._anchor = torch.zeros((), device=first.device, requires_grad=True)
+    def _flatten(self) -> None:
+        """Lay the adapter's parameters into one tensor, all A before all B, and make what goes with it."""
+        sides = [[[getattr(module, side)[module.active_adapters[0]].weight for module in group]
+                  for group in self._groups] for side in ("lora_A", "lora_B")]  # fmt: skip
+        first = self._groups[0][0]
+        self._scaling = float(first.scaling[first.active_adapters[0]])
+        self._parameters = [p for side in sides for group in side for p in group]
+        sizes = [p.numel() for p in self._parameters]
+        self._split = sum(p.numel() for group in sides[0] for p in group)
+        self._flat = torch.cat([p.data.float().reshape(-1) for p in self._parameters])
+        self._total = torch.zeros_like(self._flat)
+        self._copy, self._part = (torch.zeros_like(self._flat, dtype=self.dtype) for _ in range(2))
+        flats, totals = self._flat.split(sizes), self._total.split(sizes)
+        self._grads = [total.view_as(p) for total, p in zip(totals, self._parameters, strict=True)]
+        for parameter, flat in zip(self._parameters, flats, strict=True):
+            parameter.data = flat.view_as(parameter)
+        groups = [group for side in sides for group in side]
+        copies = self._copy.split([sum(p.numel() for p in group) for group in groups])
+        self._leaves = [
+            copy.view(-1, group[0].shape[1]).detach().requires_grad_(True)
+            for copy, group in zip(copies, groups, strict=True)
+        ]
+        self._anchor = torch.zeros((), device=self._flat.device, requires_grad=True)
 
     @property
     def _layer(self) -> Callable[..., Tensor]:
@@ -306,6 +343,9 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
         asked = "compile"
         reasons.append("there is no CUDA graph on a CPU")
     engine.captured = cuda and asked != "compile"
+    if cuda and not recompute and engine.has_room_for_whole(row):
+        engine.hold(whole=True)
+        reasons.append("there is room to keep the weights whole")
     if asked == "auto":
         saved = SHARE_COMPILED * engine.layer_seconds(row) * len(engine.layers) * rows
         engine.compiled = saved > COMPILING_S
@@ -315,12 +355,11 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
         reasons.append("as asked")
     while True:
         try:
-            if cuda:
-                engine.recomputed = engine.layers_to_recompute(row, recompute)
-            elif recompute:
+            engine.recomputed = engine.layers_to_recompute(row) if cuda else 0
+            if recompute:
                 engine.recomputed = len(engine.layers)
             difference = engine.difference(row, real)
-            if difference > AGREES:
+            if difference > (AGREES_FP8 if engine.in_fp8 else AGREES):
                 raise RuntimeError(f"hidden states differ by {difference:.1%} from the plain layers'")
             break
         except (RuntimeError, TorchDynamoException) as error:
@@ -384,17 +423,27 @@ def _layer(
     return out[0] if isinstance(out, tuple) else out
 
 
-def _speed_up(module: Any, copies: dict[Any, Tensor]) -> None:
-    """Let a peft layer run as one operator wherever gradients are wanted; without them it stays as it is."""
-    plain, base, name = module.forward, module.base_layer, module.active_adapters[0]
-    a, b = copies[module.lora_A[name].weight], copies[module.lora_B[name].weight]
-    weight, scaling, drop = held(base), float(module.scaling[name]), module.lora_dropout[name]
+def _sharing(layer: Any, apart: bool) -> list[list[Any]]:
+    """The adapted projections of a decoder layer, those together that share an input, in the order of their calls."""
+    found = {name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
+    groups = [[found[name] for name in names] for names in SHARING]
+    return [[module] for group in groups for module in group] if apart else groups
+
+
+def _speed_up(group: list[Any], a: Tensor, b: Tensor, whole: bool) -> None:
+    """Let peft layers that share an input run as one operator wherever gradients are wanted; else they stay as is."""
+    weight = held([module.base_layer for module in group], whole)
+    drop = group[0].lora_dropout[group[0].active_adapters[0]]
     dropping = isinstance(drop, torch.nn.Dropout)
+    made: list[Tensor] = []  # by the call of the first, for the others
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
-            return plain(x, *args, **kwargs)
-        out = adapted(x, drop(x) if dropping else None, a, b, weight, scaling)
-        return out if base.bias is None else out + base.bias
+            return type(self).forward(self, x, *args, **kwargs)
+        if self is group[0]:
+            made.extend(adapted(x, drop(x) if dropping else None, a, b, weight))
+        out = made.pop(0)
+        return out if self.base_layer.bias is None else out + self.base_layer.bias
 
-    module.forward = forward
+    for module in group:
+        module.forward = MethodType(forward, module)

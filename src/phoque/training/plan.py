@@ -15,7 +15,7 @@ from phoque.training.checkpoint import in_order
 from phoque.training.prepare import Prepared, hub_repo, prepare
 
 GB = 1e9
-BYTES = {"nf4": 0.516, "bf16": 2.0, "none": 4.0}  # a weight of a projection; nf4 with double quantisation
+BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "none": 4.0}  # a weight of a projection; nf4 with double quantisation
 
 
 def plan(resolved: Resolved[TrainSettings], cache: Path, console: Console) -> dict[str, Any]:
