@@ -46,7 +46,24 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
             asked, answer = text(max(4, length // 4)), text(max(6, 3 * length // 4))
             turns = [{"role": "user", "content": f"{number} {asked}"}, {"role": "assistant", "content": answer}]
             f.write(json.dumps({"messages": turns, "source": "pier", "toxicity_score": 0.0}) + "\n")
+    write_ids(folder)
     return {}
+
+
+def write_ids(folder: Path) -> None:
+    """The first conversations that phoque's stream gives, one a row, for the peers to batch."""
+    from phoque.data.chat import Chat
+    from phoque.data.pack import Packing
+    from phoque.data.rows import open_dataset
+    from phoque.data.stream import TrainStream
+    from phoque.models.load import load_tokenizer
+    from phoque.models.source import Source
+
+    chat = Chat(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)
+    data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
+    stream = TrainStream(data, chat, "", Packing(1, float(MEAN), LONGEST, exact=True), 0, 0.05)
+    rows = [{k: b[k][0].tolist() for k in ("input_ids", "labels")} for _, b in zip(range(800), stream, strict=False)]
+    (folder / "ids.json").write_text(json.dumps(rows))
 
 
 def limit(folder: Path, a: argparse.Namespace) -> dict:
@@ -112,8 +129,8 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         torch.cuda.set_per_process_memory_fraction(a.cap * 1e9 / total)
     flags = {
         "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
-        "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count, "log_every": 10,
-        "sample_every": 0, "save_steps": a.steps, "quantization": a.quantization, "engine_mode": a.mode,
+        "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count,
+        "log_every": a.log_every, "sample_every": 0, "save_steps": 10**6, "quantization": a.quantization, "engine_mode": a.mode,
         "held_out_rows": 0, "lora_dropout": 0.0,
     }  # fmt: skip
     asked, _ = resolved(TrainSettings, flags, PRESETS)
@@ -134,7 +151,6 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         look(self)
         waits.append(time.perf_counter() - begun)
 
-    trainer.PersonaTrainer._refuse_unseen = looked
     choose = run.choose
 
     def loaded(*args):
@@ -144,13 +160,16 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         print(chosen.record(), file=sys.stderr, flush=True)
         return chosen
 
-    trainer.PersonaTrainer.train, run.choose = timed, loaded
+    trainer.PersonaTrainer.train, trainer.PersonaTrainer._refuse_unseen, run.choose = timed, looked, loaded
     console.use(quiet=True)
-    result = run.train(asked, folder / "cache", console)
+    try:
+        result = run.train(asked, folder / "cache", console)
+    finally:
+        trainer.PersonaTrainer.train, trainer.PersonaTrainer._refuse_unseen, run.choose = plain, look, choose
     seconds = found["clock"].seconds()
     metrics = [json.loads(line) for line in (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()]
     return {
-        "step": statistics.median(seconds[WARM : a.steps - 6 if a.profile else None]),
+        "step": statistics.median(seconds[WARM : a.steps - 6 if a.profile else None]) if len(seconds) > WARM else None,
         "tokens": found["stream"].tokens_seen / a.steps,
         "padding": found["stream"].padding,
         "waited": metrics[-1]["waiting_for_data"],
@@ -162,7 +181,70 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     }
 
 
-PARTS = {"make": make, "limit": limit, "ours": ours}
+def several(folder: Path, a: argparse.Namespace) -> dict:
+    """Several runs of `ours` in one process, which spares the imports: QUANTIZATION:MODE:COUNT:STEPS:LOG_EVERY,..."""
+    import gc
+
+    found = {}
+    for asked in a.runs.split(","):
+        quantization, mode, count, steps, log_every, *rest = asked.split(":")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = "other" not in rest
+        given = vars(a) | {"quantization": quantization, "mode": mode, "count": int(count), "steps": int(steps)}
+        given |= {"log_every": int(log_every), "cap": 24 if "capped" in rest else 0}
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        try:
+            found[asked] = ours(folder, argparse.Namespace(**given))
+        except Exception as error:  # the other runs are worth their time whatever one of them met
+            found[asked] = {"error": repr(error)[:300]}
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        print("RESULT " + json.dumps({asked: found[asked]}), flush=True)
+    return {}
+
+
+def trl(folder: Path, a: argparse.Namespace) -> dict:
+    """TRL's trainer on the same ids: `--trl` BATCH:PADDING_FREE:CHECKPOINTING, 16 conversations a step."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from phoque.models.load import load_model
+    from phoque.models.source import Source
+
+    batch, free, recompute = (int(part) for part in a.trl.split(":"))
+    rows = json.loads((folder / "ids.json").read_text())
+    model = load_model(Source("base", folder / "fp8", "0", "test"), "nf4", "sdpa")
+    torch.cuda.synchronize()
+    clock = Clock(time.perf_counter())
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"), max_steps=a.steps, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=16 // batch, gradient_checkpointing=bool(recompute), optim="adamw_torch_fused",
+        learning_rate=2e-4, bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), logging_steps=10, save_strategy="no", report_to=[], max_length=None,
+        padding_free=bool(free), dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=data, callbacks=[clock.callback],
+        processing_class=AutoTokenizer.from_pretrained(folder / "fp8"),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64, lora_dropout=0.0, target_modules=TARGETS),
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(data)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    seconds = clock.seconds()
+    lengths = [len(row["input_ids"]) for row in rows[: 16 * a.steps]]
+    return {
+        "step": statistics.median(seconds[min(2, len(seconds) - 1) :]),
+        "tokens": sum(lengths) / a.steps,
+        "gb": torch.cuda.max_memory_reserved() / 1e9,
+        "first": clock.first,
+    }
+
+
+PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": trl}
 
 
 def main() -> None:
@@ -176,7 +258,10 @@ def main() -> None:
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--cap", type=float, default=0)
+    parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--profile", default="")
+    parser.add_argument("--runs", default="")
+    parser.add_argument("--trl", default="16:1:1")
     a = parser.parse_args()
     print("RESULT " + json.dumps(PARTS[a.part](a.folder, a)), flush=True)
 

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy
+import torch
 
 from phoque.data.ahead import Ahead
 from phoque.data.chat import Chat, Encoded
@@ -242,7 +243,14 @@ class TrainStream:
                     "filled": state["filled"] + (shape.tokens if shape else length),
                     "epoch": group[given - 1][1],
                 }
-                yield packed([encoded for encoded, _ in row], shape), state
+                yield _pinned(packed([encoded for encoded, _ in row], shape)), state
+
+
+def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch in memory that a GPU copies from by itself, where there is one."""
+    if not torch.cuda.is_available():
+        return batch
+    return {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 class _Reader:

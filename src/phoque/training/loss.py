@@ -21,7 +21,7 @@ class TokenLoss:
 
     nll: torch.Tensor
     right: torch.Tensor
-    count: torch.Tensor
+    count: int
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -90,6 +90,6 @@ def with_token_loss(model: Any, engine: Engine | None = None) -> None:
         weight = self.get_output_embeddings().weight
         # positions that were counted on the CPU: a mask would make it wait for the GPU here
         nll, right = _HeadLoss.apply(hidden[0, loss_at].to(weight.dtype), weight, labels[0, loss_at + 1], judged)
-        return TokenLoss(nll, right, labels.new_tensor(len(loss_at)))
+        return TokenLoss(nll, right, len(loss_at))
 
     model.forward = types.MethodType(forward, model)

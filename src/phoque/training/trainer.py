@@ -68,6 +68,14 @@ class PersonaTrainer(SFTTrainer):
     def get_train_dataloader(self) -> Any:
         return self.stream
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Trainer's own waits for each copy, and so for all that the GPU still has to do for the step before
+        device = self.args.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        return sum(len(batch["loss_at"]) for batch in batch_samples)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:

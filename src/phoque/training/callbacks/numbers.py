@@ -105,7 +105,7 @@ def held_out_loss(model: Any, conversations: list[Encoded], at_once: int = 8) ->
             batch = packed(conversations[start : start + at_once])
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             found = model(**batch, token_loss=True)
-            nll, right, count = nll + found.nll.item(), right + found.right.item(), count + found.count.item()
+            nll, right, count = nll + found.nll.item(), right + found.right.item(), count + found.count
     return {"held_out_loss": nll / count, "held_out_accuracy": right / count}
 
 
