@@ -139,6 +139,7 @@ class Phoque(Bench):
     def start(self, *more: Any, prelude: str = "", repo: str = REPO, **env: str) -> Started:
         argv = [
             "train", "--base-model", BASE, "--dataset", self.rows, "--quantization", "none", "--batch-size", 4,
+            "--packing", "exact",
             "--log-every", 1, "--sample-every", 0, "--learning-rate", 0.01, "--lora-dropout", 0.1, "--max-steps", STEPS,
             "--max-bad-rows", 0.2, "--save-steps", SAVE, "--hub-model-id", repo, "--hub-patience", 30,
             "--output-dir", "run",

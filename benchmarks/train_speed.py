@@ -130,8 +130,8 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     flags = {
         "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
         "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count,
-        "log_every": a.log_every, "sample_every": 0, "save_steps": 10**6, "quantization": a.quantization, "engine_mode": a.mode,
-        "held_out_rows": 0, "lora_dropout": 0.0,
+        "log_every": a.log_every, "sample_every": 0, "save_steps": 10**6, "quantization": a.quantization,
+        "engine_mode": a.mode, "held_out_rows": 0, "lora_dropout": 0.0,
     }  # fmt: skip
     asked, _ = resolved(TrainSettings, flags, PRESETS)
     found = {}
@@ -218,11 +218,12 @@ def trl(folder: Path, a: argparse.Namespace) -> dict:
     model = load_model(Source("base", folder / "fp8", "0", "test"), "nf4", "sdpa")
     torch.cuda.synchronize()
     clock = Clock(time.perf_counter())
+    cuda = torch.cuda.is_available()
     arguments = SFTConfig(
         output_dir=str(folder / "trl"), max_steps=a.steps, per_device_train_batch_size=batch,
         gradient_accumulation_steps=16 // batch, gradient_checkpointing=bool(recompute), optim="adamw_torch_fused",
-        learning_rate=2e-4, bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), logging_steps=10, save_strategy="no", report_to=[], max_length=None,
-        padding_free=bool(free), dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+        learning_rate=2e-4, bf16=cuda, use_cpu=not cuda, logging_steps=10, save_strategy="no", report_to=[],
+        max_length=None, padding_free=bool(free), dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
     data = Dataset.from_list(rows)

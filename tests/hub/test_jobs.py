@@ -94,7 +94,7 @@ def test_a_job_that_fails_for_good_is_not_submitted_again(cluster, phoque):
     error = phoque(*ASKED, *ON, "--dataset", "harbour/no-such", "--attempts", 3, env=SECRETS, expect=2).error
     assert not cluster.jobs.jobs and "No such repository" in error[0]  # found out before anything is rented
     ran = phoque(*ASKED, *ON, "--split", "night", "--attempts", 3, env=SECRETS, expect=2)
-    assert len(cluster.jobs.jobs) == 1 and "--split" in ran.err and "exit code: 2" in ran.error[1]
+    assert len(cluster.jobs.jobs) == 1 and "Bad split: night" in ran.err and "exit code: 2" in ran.error[1]
 
 
 def test_ctrl_c_leaves_the_job_running(cluster, zygote):

@@ -1,0 +1,226 @@
+"""The layers made fast compute what the plain ones do: hidden states, gradients, whole runs."""
+
+import json
+
+import pytest
+import torch
+from tests import tiny
+from tests.conftest import row, write_rows
+
+from phoque.data.chat import Encoded
+from phoque.data.pack import Packing, packed
+from phoque.errors import PhoqueError
+from phoque.models.adapter import load_adapter, save_adapter, with_adapter
+from phoque.models.families import family_of
+from phoque.models.fp8 import Fp8Linear, refuse_without_units
+from phoque.models.load import load_model
+from phoque.models.source import Source
+from phoque.training import attention
+from phoque.training.adapted import adapted, held
+from phoque.training.engine import Engine, Row, choose
+
+LENGTHS = (17, 40, 23, 9, 31)
+PACKING = Packing(5, 24.0, 40, static=True)
+
+
+@pytest.fixture(scope="module")
+def mistral3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral3")
+    tiny.fp8_mistral3(folder)
+    return folder
+
+
+def family(folder, name):
+    """A tiny model of another architecture, saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **tiny.SIZES))
+    for parameter in model.parameters():  # biases are zero at first, where a mistake with them would not show
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapted_model(folder, quantization="none", traced=True, dropout=0.0):
+    name, _ = attention.choose(torch.device("cpu"), traced)
+    torch.manual_seed(3)
+    model = with_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.train()
+
+
+def talks():
+    drawn = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 250, (n,), generator=drawn).tolist() for n in LENGTHS]
+    return [Encoded(one, one) for one in ids]
+
+
+def static_row():
+    return Row.of(**packed(talks(), PACKING.shape(sum(LENGTHS))))
+
+
+def weights_of(hidden):
+    return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7)).to(hidden.dtype)
+
+
+def plain(folder, quantization="none", dtype=None):
+    """Hidden states and gradients of the plain layers on unpadded rows; `dtype` computes in another precision."""
+    model = adapted_model(folder, quantization, traced=False)
+    if dtype:
+        model = model.to(dtype)
+    batch = packed(talks())
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
+    with torch.autocast("cpu", torch.bfloat16, quantization != "none" and dtype is None):  # as the trainer does
+        hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
+    (hidden * weights_of(hidden)).sum().backward()
+    return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def fast(engine):
+    engine.model.zero_grad()
+    hidden = engine.hidden(static_row())[:, : sum(LENGTHS)]
+    (hidden * weights_of(hidden)).sum().backward()
+    return hidden.detach(), {n: p.grad.clone() for n, p in engine.model.named_parameters() if p.grad is not None}
+
+
+def far(found, wanted):
+    """The largest relative distance of hidden states and of any gradient."""
+    hidden = (found[0].float() - wanted[0].float()).norm() / wanted[0].float().norm()
+    assert found[1].keys() == wanted[1].keys()
+    return max(float(hidden), *(float((found[1][n] - g).norm() / g.norm()) for n, g in wanted[1].items()))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "ministral3"])
+def test_own_products_give_the_plain_hidden_states_and_gradients(name, tmp_path):
+    folder = family(tmp_path / name, name)
+    assert far(fast(Engine(adapted_model(folder))), plain(folder)) < 1e-5
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "bf16", "fp8"])
+def test_quantised_products_are_as_near_to_fp32_as_the_plain_ones(mistral3, quantization, whole):
+    engine = Engine(adapted_model(mistral3, quantization))
+    engine.hold(whole)
+    exact = plain(mistral3, quantization, torch.float32)
+    ours, theirs = far(fast(engine), exact), far(plain(mistral3, quantization), exact)
+    # FP8 products round what goes in as well, where the plain ones only read the weights in full
+    assert ours < (0.4 if quantization == "fp8" else 1.6 * theirs), (ours, theirs)
+
+
+def test_fp8_products_are_off_by_what_three_bits_of_mantissa_explain():
+    torch.manual_seed(0)
+    linears = []
+    for rows in (48, 16):
+        linear = Fp8Linear(64, rows, bias=False)
+        linear.hold(torch.randn(rows, 64) * torch.rand(rows, 1), None)
+        linears.append(linear)
+    a, b = torch.zeros(8, 64), torch.zeros(64, 4)
+    x, slope = torch.randn(30, 64), torch.randn(30, 64)
+    exact = torch.cat([linear.whole(torch.float32) for linear in linears])
+    for whole in (False, True):
+        given = x.clone().requires_grad_(True)
+        out = torch.cat(adapted(given, None, a, b.clone().requires_grad_(True), held(linears, whole)), -1)
+        (out * slope).sum().backward()
+        wanted = x @ exact.T, slope @ exact
+        for found, right in zip((out.detach(), given.grad), wanted, strict=True):
+            assert (found - right).norm() / right.norm() < 0.04
+
+
+def test_only_gpus_with_fp8_units_are_asked_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda on: "NVIDIA A10G")
+    with pytest.raises(PhoqueError, match="A10G has no FP8 units"):
+        refuse_without_units(torch.device("cuda"))
+    refuse_without_units(torch.device("cpu"))
+
+
+def test_fp8_holds_the_checkpoint_as_it_was_published(mistral3):
+    from safetensors import safe_open
+
+    model = load_model(Source("tiny", mistral3, "0", "test"), "fp8")
+    stored = {}
+    for file in mistral3.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            stored |= {key: opened.get_tensor(key) for key in opened.keys() if ".layers.0." in key}  # noqa: SIM118
+    name = next(key for key in stored if key.endswith("layers.0.mlp.up_proj.weight") and "vision" not in key)
+    module = model.model.layers[0].mlp.up_proj
+    assert torch.equal(module.weight, stored[name].view(torch.uint8))
+    assert (module.scale == stored[name + "_scale_inv"].float()).all()
+
+
+def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
+    engine = Engine(adapted_model(mistral3, "none"))
+    _, once = fast(engine)
+    hidden = engine.hidden(static_row())[:, : sum(LENGTHS)]
+    (hidden * weights_of(hidden)).sum().backward()
+    twice = {n: p.grad for n, p in engine.model.named_parameters() if p.grad is not None}
+    for name, grad in once.items():
+        torch.testing.assert_close(twice[name], 2 * grad, rtol=1e-5, atol=1e-6)
+    _, again = fast(engine)
+    assert all(torch.equal(again[name], grad) for name, grad in once.items())
+
+
+def test_recomputed_layers_change_nothing(mistral3):
+    engine = Engine(adapted_model(mistral3, "none"))
+    found = fast(engine)
+    engine.recomputed = len(engine.layers)
+    assert far(fast(engine), found) < 1e-6
+
+
+def test_an_optimizer_and_a_checkpoint_still_reach_the_weights(mistral3, tmp_path):
+    model = adapted_model(mistral3, "none")
+    engine, kind = Engine(model), family_of(model.config)
+    save_adapter(model, tmp_path / "before", kind)
+    before, _ = fast(engine)
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01).step()
+    after, _ = fast(engine)
+    assert (after - before).abs().max() > 0.01
+    load_adapter(model, tmp_path / "before", kind)
+    assert torch.equal(fast(engine)[0], before)
+
+
+def test_dropout_is_drawn_anew_and_leaves_the_frozen_products_alone(mistral3):
+    engine = Engine(adapted_model(mistral3, "none", dropout=0.5))
+    first, second = fast(engine)[0], fast(engine)[0]
+    assert not torch.equal(first, second)
+    engine.model.eval()
+    assert far(fast(engine), plain(mistral3)) < 1e-5
+
+
+def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
+    from phoque.training import engine as module
+
+    real = module.adapted
+    monkeypatch.setattr(module, "adapted", lambda x, *rest: tuple(1.5 * part for part in real(x, *rest)))
+    with pytest.raises(RuntimeError, match=r"hidden states differ by \d"):
+        choose(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
+def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_path, quantization):
+    rows = write_rows(tmp_path / "rows.jsonl", [row(n) for n in range(80)])
+    found = {}
+    for mode in ("eager", "compile"):
+        run = tmp_path / mode
+        phoque("train", "--base-model", mistral3, "--dataset", rows, "--quantization", quantization, "--batch-size", 4,
+               "--max-steps", 6, "--log-every", 1, "--sample-every", 0, "--learning-rate", 0.002, "--engine-mode", mode,
+               "--output-dir", run, env={"WANDB_MODE": "disabled"})  # fmt: skip
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found[mode] = [(m["loss"], m["tokens"]) for m in metrics if "loss" in m]
+        record = json.loads((run / "run.json").read_text())
+        assert record["engine"]["mode"] == {"eager": "eager", "compile": "compiled"}[mode]
+    losses, compiled = ([loss for loss, _ in found[mode]] for mode in ("eager", "compile"))
+    assert compiled == pytest.approx(losses, abs=1e-4 if quantization == "none" else 0.02)
+    assert [t for _, t in found["eager"]] == [t for _, t in found["compile"]] and losses[-1] < losses[0]
+
+
+def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
+    chosen = choose(adapted_model(mistral3, "none"), "graph", PACKING, 10, True)
+    assert chosen.mode == "compiled" and "no CUDA graph on a CPU" in chosen.reason
+    assert chosen.record()["recomputed_layers"] == len(chosen.engine.layers)
+    assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
