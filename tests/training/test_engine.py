@@ -1,9 +1,11 @@
 """The layers made fast compute what the plain ones do: hidden states, gradients, whole runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests import tiny
 from tests.conftest import row, write_rows
 
@@ -58,6 +60,10 @@ def talks():
     drawn = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 250, (n,), generator=drawn).tolist() for n in LENGTHS]
     return [Encoded(one, one) for one in ids]
+
+
+def answer(number, text):
+    return row(messages=[{"role": "user", "content": f"Gull {number}?"}, {"role": "assistant", "content": text}])
 
 
 def static_row():
@@ -224,3 +230,25 @@ def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
     assert chosen.mode == "compiled" and "no CUDA graph on a CPU" in chosen.reason
     assert chosen.record()["recomputed_layers"] == len(chosen.engine.layers)
     assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
+
+
+def test_exact_steps_compile_once_for_every_length_and_a_stopped_run_goes_on_as_it_was(phoque, mistral3, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [answer(n, "gull " * (1 + n * 7 % 60)) for n in range(80)])
+    asked = ["train", "--base-model", mistral3, "--dataset", rows, "--quantization", "none", "--batch-size", 8,
+             "--packing", "exact", "--log-every", 1, "--sample-every", 0, "--save-steps", 3, "--learning-rate", 0.002,
+             "--engine-mode", "compile", "--max-steps", 6]  # fmt: skip
+    env = {"WANDB_MODE": "disabled", "TORCH_LOGS": "recompiles"}
+    whole = phoque(*asked, "--output-dir", tmp_path / "whole", env=env)
+    assert whole.err.count("Recompiling function _layer") <= 1, whole.err
+    losses = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert len({m["tokens"] for m in losses if "tokens" in m}) > 4
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("checkpoint-6", "adapter"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    record = json.loads((tmp_path / "cut" / "run.json").read_text())
+    del record["result"]
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(record))
+    resumed = phoque(*asked, "--output-dir", tmp_path / "cut", env=env)
+    assert "going on from step 3" in resumed.err
+    first, second = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -20,8 +20,8 @@ from phoque.data.pack import Packing, packed
 from phoque.errors import PhoqueError
 from phoque.training.adapted import adapted, held
 
-SHARE_COMPILED = 0.3  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
-COMPILING_S = 45.0
+SHARE_COMPILED = 0.2  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
+COMPILING_S = 20.0
 SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ROOM = 0.92  # of the free memory that a step may plan with
 HEAD_BYTES = 3 * 2**28  # the chunks of logits in training/loss.py
@@ -60,7 +60,8 @@ class _Captured:
 class Engine:
     """Runs the layers of one model on rows of static shape.
 
-    `compiled` by torch.compile, `captured` as CUDA graphs; the first `recomputed` layers keep no activations.
+    `compiled` by torch.compile, for any length at once if there are `several`; `captured` as CUDA graphs, one for each
+    length; the first `recomputed` layers keep no activations.
 
     The adapter's weights lie in one flat FP32 tensor, with a copy in the model's dtype for the products and flat
     gradients of both: one kernel copies, clears or adds up all of them.
@@ -69,6 +70,7 @@ class Engine:
     model: Any
     compiled: bool = False
     captured: bool = False
+    several: bool = False
     recomputed: int = 0
     seconds: float = 0.0
     _graphs: dict[int, _Captured] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Engine:
         self._groups = [group for layer in self.layers for group in _sharing(layer, apart)]
         self._flatten()
         self.hold(whole=False)
-        self._compiled = torch.compile(_layer, dynamic=False)
+        self._compiled = torch.compile(_layer, dynamic=self.several)
 
     def hold(self, whole: bool) -> None:
         """Have the products run on the weights as they are held, or kept whole, which takes `whole_bytes` more."""
@@ -337,7 +339,7 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
     from torch._dynamo.exc import TorchDynamoException
 
     begun = time.monotonic()
-    engine, row, real = Engine(model), *_trial_row(model, packing)
+    engine, row, real = Engine(model, several=packing.exact), *_trial_row(model, packing)
     reasons = []
     if asked == "graph" and not cuda:
         asked = "compile"

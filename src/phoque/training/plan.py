@@ -12,7 +12,7 @@ from phoque.data.rows import Row
 from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoint import in_order
-from phoque.training.prepare import Prepared, hub_repo, prepare
+from phoque.training.prepare import Prepared, hub_repo, packing_of, prepare
 
 GB = 1e9
 BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "none": 4.0}  # a weight of a projection; nf4 with double quantisation
@@ -50,7 +50,8 @@ def parameter_counts(config: Any, rank: int) -> dict[str, int]:
 def memory_estimate(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> dict[str, float]:
     """GB of weights, adapter with its Adam states, and activations of one forward pass; an estimate, and says so."""
     config = ready.config.get_text_config()
-    tokens = s.batch_size / s.accumulation * ready.survey.mean_length
+    rows = packing_of(s, ready.survey, static=False)
+    tokens = rows.count * rows.mean if rows.exact else rows.tokens
     width = BYTES["none" if s.quantization == "none" else "bf16"]
     projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
     # What a decoder layer keeps for its backward pass, in units of hidden and intermediate activations: the inputs of
@@ -104,6 +105,13 @@ def _hub_facts(resolved: Resolved[TrainSettings], console: Console) -> dict[str,
     return {"Hub repository": f"{repo.name} is {'private' if repo.private() else 'PUBLIC'} and holds {found}"}
 
 
+def _packed(s: TrainSettings, ready: Prepared) -> str:
+    if s.packing == "exact":
+        return "exactly so many rows, however long"
+    rows = packing_of(s, ready.survey, static=True)
+    return f"packed best-fit into {s.accumulation} x {rows.tokens:,} tokens"
+
+
 def _facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[str, str]:
     memory = memory_estimate(ready, s, counts)
     return {
@@ -112,6 +120,6 @@ def _facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[st
         "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f} (an estimate)",
         "data": f"{ready.survey.good} rows of {ready.survey.mean_length:.0f} tokens; a step is "
-        f"{s.batch_size} rows, about {s.batch_size * ready.survey.mean_length:,.0f} tokens",
+        f"{s.batch_size} rows, about {s.batch_size * ready.survey.mean_length:,.0f} tokens ({_packed(s, ready)})",
         "run folder": str(s.folder),
     }

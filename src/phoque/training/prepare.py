@@ -63,6 +63,13 @@ def _tell(found: Survey, dataset: Dataset, s: TrainSettings, console: Console) -
         f"  {d['tokens']['mean']:.0f} tokens a row, {found.trained / sum(found.lengths):.0%} of them trained on; "
         f"{s.max_steps} steps of {s.batch_size} rows are {passes:.1f} passes"
     )
+    if s.packing == "budget":
+        rows = packing_of(s, found, static=True)
+        parts = f"{s.accumulation} rows" if s.accumulation > 1 else "a row"
+        console.say(
+            f"  a step is {parts} of {rows.tokens:,} tokens, which {rows.tokens / rows.mean:.1f} conversations take on "
+            "average"
+        )
     shortest, _, median, _, _, longest = d["tokens"]["quantiles"]
     console.say(f"  rows of {shortest} to {longest} tokens, half of them under {median}{_scores(found.scores)}")
     for mapped in set(found.schemas) - {"messages"}:

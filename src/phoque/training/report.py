@@ -81,11 +81,16 @@ def _data(data: dict[str, Any]) -> str:
     return f'<h2>Data</h2><p>{html.escape(text)}</p><div class="grid2">{plots}<div>{mix}</div></div>{left_out}'
 
 
+def _layers(record: dict[str, Any]) -> str:
+    engine = record.get("engine")
+    return f"{engine['mode']} ({engine['reason']})" if engine else ""
+
+
 def _settings(record: dict[str, Any]) -> str:
     rows = [(name, row["value"], row["source"], row["meaning"]) for name, row in record["settings"].items()]
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     return (
         f"<h2>Settings</h2>{table(('name', 'value', 'from', 'meaning'), rows)}"
         f'<p class="dim">phoque {record["phoque"]}; {html.escape(versions)}; attention: '
-        f"{html.escape(record.get('attention', ''))}</p>"
+        f"{html.escape(record.get('attention', ''))}; layers: {html.escape(_layers(record))}</p>"
     )

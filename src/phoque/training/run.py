@@ -84,6 +84,8 @@ def _train(run: Run) -> dict[str, Any]:
     model = _model(run)
     engine = _engine(run, model)
     packing = packing_of(s, run.ready.survey, static=engine is not None)
+    run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
+    write_record(run.folder, run.record)
     stream = TrainStream(
         run.ready.dataset, run.ready.chat, run.ready.survey.threshold, packing, s.seed, s.max_bad_rows
     )  # fmt: skip
