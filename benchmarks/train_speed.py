@@ -5,15 +5,21 @@ trainer gets the same ids, labels, adapter and optimizer. Each part runs in a pr
 CUDA events at the ends of steps, so that nothing waits for a clock; the limit is what a bf16 matrix product reaches
 on this GPU, at 4 FLOPs a parameter and token (LoRA: forward, and backward to the inputs).
 
-Run on a GPU machine: python benchmarks/train_speed.py [--only ours,trl] [--profile] [--tiny]
+The losses of 32 steps are compared as well: plain layers twice, the second time with another setting of the matrix
+products' reductions, which is the noise that kernels make; then ours. A plot of them is written to train_speed.html.
+
+Run on a GPU machine: python benchmarks/train_speed.py [--results FILE]
 """
 
 import argparse
 import json
 import math
+import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -246,10 +252,90 @@ def trl(folder: Path, a: argparse.Namespace) -> dict:
 
 
 PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": trl}
+SPEED = {
+    "nf4:graph:16:40:10": "phoque, NF4",
+    "fp8:graph:16:40:10": "phoque, FP8",
+    "nf4:auto:16:20:10:capped": "phoque, NF4, 20 steps on a card capped at 24 GB",
+    "nf4:graph:62:16:10": "phoque, NF4",
+    "fp8:graph:62:16:10": "phoque, FP8",
+    "nf4:graph:124:10:10": "phoque, NF4",
+}
+LEARNING = {
+    "nf4:eager:16:32:1": "plain layers",
+    "nf4:eager:16:32:1:other": "plain layers, other kernels",
+    "nf4:graph:16:32:1": "phoque, NF4",
+    "bf16:eager:16:32:1": "plain layers, BF16",
+    "fp8:graph:16:32:1": "phoque, FP8",
+}
+PEERS = {
+    "16:1:1": "TRL, padding-free, checkpointing",
+    "16:0:1": "TRL, padded, checkpointing",
+    "1:0:1": "the spec's recipe: TRL, 1 x 16, checkpointing",
+}
+
+
+def measured(folder: Path) -> dict[str, dict]:
+    """Every part in a process of its own; what each run of it found, under its name."""
+    calls = [
+        ["make"], ["limit"], ["several", "--runs", ",".join(SPEED)], ["several", "--runs", ",".join(LEARNING)],
+        *(["trl", "--trl", peer, "--steps", "3" if peer.startswith("1:") else "8"] for peer in PEERS),
+    ]  # fmt: skip
+    found: dict[str, dict] = {}
+    for part, *more in calls:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *more]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if done.returncode:
+            print(f"{part} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+        for line in lines:
+            found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl") else line
+    return found
+
+
+def show(found: dict[str, dict]) -> None:
+    """Print the tables of the README, and draw the losses."""
+    from phoque.plots import Series, figure, line_plot, page
+
+    most = found["limit"]["flops"]
+    print(f"{torch.cuda.get_device_name(0) if torch.cuda.is_available() else ''}, {most / 1e12:.0f} TFLOP/s in bf16\n")
+    print("| | tokens a step | seconds | tokens/s | of the limit | memory, GB | first step after, s |")
+    print("|---|---|---|---|---|---|---|")
+    plain = {"nf4:eager:16:32:1": "plain layers, packed, NF4"}
+    for name, label in (PEERS | plain | SPEED).items():
+        if row := found.get(name):
+            speed = row["tokens"] / row["step"]
+            print(
+                f"| {label} | {row['tokens']:,.0f} | {row['step']:.3f} | {speed:,.0f} | "
+                f"{4 * PARAMETERS * speed / most:.0%} | {row['gb']:.1f} | {row['first']:.1f} |"
+            )
+    curves = {label: found[name]["losses"] for name, label in LEARNING.items()}
+
+    def apart(one: str, other: str) -> float:
+        squares = [(x - y) ** 2 for x, y in zip(curves[one], curves[other], strict=True)]
+        return (sum(squares) / len(squares)) ** 0.5
+
+    print("\n| losses of 32 steps | root mean square difference | mean of the last 8 |\n|---|---|---|")
+    for one, other in (
+        ("plain layers, other kernels", "plain layers"), ("phoque, NF4", "plain layers"),
+        ("phoque, NF4", "plain layers, other kernels"), ("phoque, FP8", "plain layers, BF16"),
+        ("plain layers, BF16", "plain layers"),
+    ):  # fmt: skip
+        ends = [f"{statistics.mean(curves[name][-8:]):.4f}" for name in (one, other)]
+        print(f"| {one} beside {other} | {apart(one, other):.4f} | {', '.join(ends)} |")
+    series = [Series(label, [*enumerate(losses, 1)]) for label, losses in curves.items()]
+    against = {"plain layers, other kernels": "plain layers", "phoque, NF4": "plain layers"}
+    less = [
+        Series(one, [*enumerate([x - y for x, y in zip(curves[one], curves[other], strict=True)], 1)])
+        for one, other in against.items()
+    ]
+    shown = figure("loss a trained token", line_plot(series, "step"))
+    shown += figure("difference to the loss of plain layers in NF4", line_plot(less, "step"))
+    Path(__file__).with_suffix(".html").write_text(page("phoque: the same losses, sooner", shown), encoding="utf-8")
 
 
 def main() -> None:
-    """Run one part."""
+    """Run every part and print the tables that the README shows, or one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script itself")
     parser.add_argument("--part", choices=PARTS)
@@ -263,8 +349,19 @@ def main() -> None:
     parser.add_argument("--profile", default="")
     parser.add_argument("--runs", default="")
     parser.add_argument("--trl", default="16:1:1")
+    parser.add_argument("--results", type=Path, help="where the numbers are kept; shown again if they are there")
     a = parser.parse_args()
-    print("RESULT " + json.dumps(PARTS[a.part](a.folder, a)), flush=True)
+    if a.part:
+        print("RESULT " + json.dumps(PARTS[a.part](a.folder, a)), flush=True)
+        return
+    if a.results and a.results.is_file():
+        show(json.loads(a.results.read_text()))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        found = measured(Path(name))
+    if a.results:
+        a.results.write_text(json.dumps(found, indent=1))
+    show(found)
 
 
 if __name__ == "__main__":
