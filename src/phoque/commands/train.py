@@ -42,7 +42,8 @@ def _result(result: dict[str, Any]) -> str:
         f"adapter  {result['adapter']}",
         f"report   {result['report']}",
         *(f"{name:8} {result[key]}" for name, key in KEPT.items() if key in result),
-        f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens",
+        f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens "
+        f"({result.get('padding', 0):.1%} padding)",
     ]
     if losses:
         fallen = 1 - losses["after"] / losses["before"]

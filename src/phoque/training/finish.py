@@ -39,6 +39,7 @@ def finish(run: Run, model: Any, stream: TrainStream, seconds: float) -> dict[st
         "loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
         "held_out_loss": held_out_of(metrics),
         "tokens": stream.tokens_seen,
+        "padding": round(stream.padding, 4),
         "seconds": round(seconds, 1),
         "samples": [row for row in read_lines(folder / SAMPLES) if row["step"] == step],
     }
