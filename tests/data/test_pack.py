@@ -104,6 +104,30 @@ def test_packed_rows_resume_exactly_also_inside_a_group(talks, chat, stop):
     assert (resumed.tokens_seen, resumed.rows_seen, resumed.epoch) == (whole.tokens_seen, whole.rows_seen, whole.epoch)
 
 
+def test_rows_packed_in_another_way_begin_their_group_anew_and_lose_nothing(talks, chat):
+    cut = stream_of(talks, chat, Packing(4, 60.0, 512))
+    taken(cut, 5)
+    state = json.loads(json.dumps(cut.state_dict()))
+    for other in (Packing(4, 60.0, 512, exact=True), Packing(2, 60.0, 512), Packing(2, 60.0, 600)):
+        again = stream_of(talks, chat, other)
+        moved = other.grouping != Packing(4, 60.0, 512).grouping
+        assert again.load_state_dict(state) == moved
+        rows = taken(again, 8)  # would never come if the rows taken of the old group were skipped in the new one
+        assert len(rows) == 8 and again.rows_seen > state["rows_seen"]
+    assert not stream_of(talks, chat, Packing(4, 60.0, 512)).load_state_dict(state)
+
+
+def test_a_state_from_before_there_were_budgets_goes_on(talks, chat):
+    exact = Packing(4, 60.0, 512, exact=True)
+    whole = stream_of(talks, chat, exact)
+    batches = [b["input_ids"].tolist() for b in taken(whole, 6)]
+    old = {"place": {"epoch": 0, "window": 0, "start": None, "used": 8}, "rows_seen": 8, "bad_seen": 0,
+           "tokens_seen": 500}  # fmt: skip
+    resumed = stream_of(talks, chat, exact)
+    resumed.load_state_dict(old)
+    assert [b["input_ids"].tolist() for b in taken(resumed, 4)] == batches[2:] and resumed.rows_seen == 24
+
+
 def test_exact_rows_have_so_many_conversations_in_few_shapes(talks, chat):
     packing = Packing(4, 60.0, 512, exact=True, static=True)
     batches = taken(stream_of(talks, chat, packing), 60)

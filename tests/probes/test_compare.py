@@ -155,7 +155,11 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(com
     assert shifted["sae"]["source"] == str(run / "sae" / "block-1") and not (run_of(again) / "sae").exists()
     # of the same change nothing may be found where base and updated are swapped on half the prompts
     null = compared("--updated-model", planted, "--sae", run / "sae" / "block-1", "--shuffle-pairs")
-    assert report_of(null)["overall"]["n_reported"] == 0
+    overall = report_of(null)["overall"]
+    assert overall["n_reported"] == 0
+    # for the right reason: what equal weights show is as small as ever, and it is chance that finds nothing
+    assert overall["null_floor"] == shifted["overall"]["null_floor"]
+    assert overall["n_significant"] < 0.05 * overall["n_tested"] < 0.5 * shifted["overall"]["n_significant"]
     assert "a null run" in null.err and "a null run" in (run_of(null) / "report.html").read_text()
 
 

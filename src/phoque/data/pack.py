@@ -48,6 +48,11 @@ class Packing:
         return _rounded(wanted, TILE if wanted >= 8 * TILE else 16)
 
     @property
+    def grouping(self) -> list[int]:
+        """What decides which conversations share a row."""
+        return [self.count, 0, 0] if self.exact else [self.together, self.tokens, self.most]
+
+    @property
     def most(self) -> int:
         """Conversations that a row of the budget holds at most."""
         return ceil(SPREAD * self.tokens / self.mean) + 1

@@ -180,7 +180,8 @@ class TrainStream:
     ) -> None:  # fmt: skip
         self._reader = _Reader(dataset, chat, threshold, seed, max_bad)
         self.packing, self._seed = packing, seed
-        self._state: dict[str, Any] = {"reader": self._reader.state(), "taken": 0, **dict.fromkeys(_COUNTS, 0)}
+        start = {"reader": self._reader.state(), "taken": 0, "grouping": packing.grouping}
+        self._state: dict[str, Any] = start | dict.fromkeys(_COUNTS, 0)
         self.waited = 0.0
 
     @property
@@ -214,9 +215,19 @@ class TrainStream:
         """Where the stream stands after the last row it gave."""
         return self._state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; call it before the first row is taken."""
-        self._state = state
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Go on from a state; call it before the first row is taken.
+
+        Whether conversations come again: where rows are packed in another way now, the group under way begins anew.
+        """
+        if "reader" not in state:  # written before rows were packed to a budget
+            reader = {"place": state["place"], "read": state["rows_seen"], "bad": state["bad_seen"]}
+            counts = {"rows_seen": state["rows_seen"], "tokens_seen": state["tokens_seen"]}
+            state = {"reader": reader, "taken": 0, "filled": state["tokens_seen"], "epoch": state["place"]["epoch"]}
+            state |= counts
+        again = bool(state["taken"]) and state["grouping"] != self.packing.grouping
+        self._state = state | {"grouping": self.packing.grouping} | ({"taken": 0} if again else {})
+        return again
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Each row with the state that stands after it."""
@@ -238,6 +249,7 @@ class TrainStream:
                 state = {
                     "reader": reader.state() if done else state["reader"],
                     "taken": 0 if done else taken + 1,
+                    "grouping": self.packing.grouping,
                     "rows_seen": state["rows_seen"] + len(row),
                     "tokens_seen": state["tokens_seen"] + length,
                     "filled": state["filled"] + (shape.tokens if shape else length),

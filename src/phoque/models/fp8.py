@@ -29,6 +29,11 @@ class Fp8Linear(torch.nn.Linear):
         """The weight in full."""
         return self.weight.view(CODES).to(dtype) * self.scale.to(dtype)
 
+    def largest(self) -> torch.Tensor:
+        """A bound of the weight's magnitudes; NaN if a code is no number."""
+        bound = self.scale.max() * LARGEST_CODE
+        return torch.where((self.weight & 0x7F == 0x7F).any(), bound * float("nan"), bound)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(input, self.whole(input.dtype), self.bias)
 

@@ -10,7 +10,6 @@ import torch
 from phoque.errors import PhoqueError
 from phoque.models.families import family_of
 from phoque.models.fp8 import (
-    LARGEST_CODE,
     Fp8Linear,
     declares_fp8,
     dequantised,
@@ -148,7 +147,7 @@ def _fill(
         module = model.get_submodule(path)
         if isinstance(module, Fp8Linear) and leaf == "weight":
             module.hold(stored.to(on), factors.get(key))
-            largest[targets[key]] = module.scale.max() * LARGEST_CODE
+            largest[targets[key]] = module.largest()
             continue
         tensor = (dequantised(stored, factors[key]) if key in factors else stored).to(dtype)
         # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count

@@ -16,6 +16,7 @@ SAME = (
     "weight_decay", "max_grad_norm", "lora_rank", "lora_alpha", "lora_dropout", "quantization", "default_system",
     "held_out_rows",
 )  # fmt: skip
+BEFORE = {"packing": "exact"}  # what runs did that were begun before there was a choice
 NEVER = ("base_model", "lora_rank", "processes")  # other tensors: there is nothing to go on from
 
 
@@ -44,6 +45,7 @@ def refuse_other_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str
                 "A run cannot go on with another." if name in NEVER else "No part of a run has that name.",
                 f"Did you mean {near[0]}?" if near and name not in NEVER else f"Parts: {', '.join(sorted(new))}.",
             )
+    old = BEFORE | old
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
         raise PhoqueError(

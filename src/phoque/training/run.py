@@ -90,7 +90,9 @@ def _train(run: Run) -> dict[str, Any]:
         run.ready.dataset, run.ready.chat, run.ready.survey.threshold, packing, s.seed, s.max_bad_rows
     )  # fmt: skip
     if run.begun.resume:
-        stream.load_state_dict(json.loads((run.begun.resume / checkpoint.DATA_STATE).read_text()))
+        state = json.loads((run.begun.resume / checkpoint.DATA_STATE).read_text())
+        if stream.load_state_dict(state):
+            console.warn("rows are packed in another way now: some of the conversations seen last come once more")
     resumes = "never" if run.begun.anew else "allow"
     wandb_run = start_wandb(
         s, run.resolved.secrets, run.folder, run.record, run.begun.run_id, resumes, console.say, console.warn

@@ -105,10 +105,11 @@ class Comparison:
         s, plan = self.s, self.plan
         asks = [Ask(prompt_ids(self.tokenizer, question, s.system)) for question in plan.questions]
         said: dict[str, list[Reply]] = {}
+        watched = list(lexicon_tokens(self.tokenizer, plan.persona.lexicon)) if plan.persona else []
         for side in ("base", "tuned", *(["control"] if "control" in plan.adapters else [])):
             self.console.say(f"{NAMES[side]}: {len(asks)} answers of at most {s.max_new_tokens} tokens")
             with self.sides.on(side) as model, self.console.progress(len(asks)) as show:
-                said[side] = replies(model, asks, s.max_new_tokens, 1.0, 1.0, show=show)
+                said[side] = replies(model, asks, s.max_new_tokens, 1.0, 1.0, watched, show=show)
         kept = [n for n, reply in enumerate(said["base"]) if reply.ids]
         if len(kept) < s.min_active:
             raise PhoqueError(

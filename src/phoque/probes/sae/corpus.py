@@ -82,12 +82,12 @@ class Workshop:
         """Each question with the base's greedy answer; kept in the cache, because they take the longest."""
         if not questions:
             return []
-        about = [VERSION, self.source.weights, self.s.quantization, self.s.system, self.s.max_new_tokens, questions]
+        asks = [Ask(prompt_ids(self.tokenizer, question, self.s.system)) for question in questions]
+        about = [VERSION, self.source.weights, self.s.quantization, self.s.max_new_tokens, [a.prompt for a in asks]]
         path = self.cache / "sae" / f"answers-{_digest(about)}.json"
         if path.is_file():
             return json.loads(path.read_text())
         self.console.say(f"the base model answers {len(questions)} questions of {name}")
-        asks = [Ask(prompt_ids(self.tokenizer, question, self.s.system)) for question in questions]
         with self.console.progress(len(asks)) as show:
             made = replies(self.model, asks, self.s.max_new_tokens, 1.0, 1.0, show=show)
         found = [ask.prompt + reply.ids for ask, reply in zip(asks, made, strict=True)]

@@ -49,7 +49,7 @@ def measured(
 ) -> Block:  # fmt: skip
     """Compare both models at one block through its dictionaries, the first of which is reported."""
     found = [_through(audit, d, layer, s, on) for d in dictionaries]
-    own, sides = found[0]
+    own, sides, equal = found[0]
     order = own.order()
     say(f"block {layer}: {len(order)} of {int(own.tested.sum())} features shifted; looking at them")
     betas = latent_scaling(dictionaries[0], *(audit.heard[side]["response"] for side in ("base", "tuned")), layer,
@@ -62,7 +62,7 @@ def measured(
     with audit.sides.on("base") as model:
         about = cards(dictionaries[0], shown, _passages(audit), layer, model, audit.tokenizer, on)
     causes = _causes(audit, dictionaries[0], own, layer, shown, s)
-    replicated = _replicated(dictionaries, [one for one, _ in found], order, on)
+    replicated = _replicated(dictionaries, [one for one, *_ in found], order, on)
     table = _table(own, betas, sides, replicated)
     features = [_feature(table, f) for f in order]
     by_cause = {row["feature_id"]: row for row in causes["features"]}
@@ -70,11 +70,11 @@ def measured(
         if row["feature_id"] in shown:
             row |= about[shown.index(row["feature_id"])] | {"cause": by_cause.get(row["feature_id"])}
     features.sort(key=lambda row: shown.index(row["feature_id"]) if row["feature_id"] in shown else len(shown))
-    gaps, null = _prompt_shifts(sides)
+    gaps, null = _prompt_shifts(sides, equal)
     block = Block(layer, {}, table, gaps, null)
     block.summary = {
         "overall": _overall(own, sides, replicated),
-        "nulls": [_null(name, own, sides) for name in NULLS],
+        "nulls": [_null(name, own, gap) for name, gap in equal.items()],
         "quality": quality, "causes": causes, "features": features,
     }  # fmt: skip
     return block
@@ -82,17 +82,20 @@ def measured(
 
 def _through(
     audit: Audit, dictionary: Dictionary, layer: int, s: SaeSettings, on: torch.device
-) -> tuple[Shifts, dict[str, dict[str, Coded]]]:
-    """The shifts on the base's answers, and every side of every set through one dictionary."""
+) -> tuple[Shifts, dict[str, dict[str, Coded]], dict[str, Array]]:
+    """The shifts on the base's answers, every side of every set through one dictionary, and what equal weights show.
+
+    That is (prompts, features) a null: how far the base in other numbers is from the base, whatever is swapped.
+    """
     sides = {side: {kind: coded(dictionary, held, layer, on) for kind, held in sets.items()}
              for side, sets in audit.heard.items()}  # fmt: skip
     one, other = sides["base"]["response"], sides["tuned"]["response"]
+    equal = {name: sides[name]["response"].mean - one.mean for name in NULLS}
     if s.shuffle_pairs:
         one, other = swapped(one, other, s.seed)
         sides["base"]["response"], sides["tuned"]["response"] = one, other
     control = sides["control"]["response"] if "control" in sides else None
-    nulls = [sides[name]["response"] for name in NULLS]
-    return shifts(one, other, nulls, control, s.min_active, s.seed), sides
+    return shifts(one, other, [*equal.values()], control, s.min_active, s.seed), sides, equal
 
 
 def _passages(audit: Audit) -> list[Passage]:
@@ -166,15 +169,14 @@ def _overall(own: Shifts, sides: dict[str, dict[str, Coded]], replicated: Array 
     return found
 
 
-def _null(name: str, own: Shifts, sides: dict[str, dict[str, Coded]]) -> dict[str, Any]:
-    gaps = numpy.abs(numpy.nanmean(sides[name]["response"].mean - sides["base"]["response"].mean, axis=0))[own.tested]
+def _null(name: str, own: Shifts, gap: Array) -> dict[str, Any]:
+    gaps = numpy.abs(numpy.nanmean(gap, axis=0))[own.tested]
     gaps = gaps if len(gaps) else numpy.zeros(1)
     return {"name": name, "mean_abs": float(gaps.mean()), "max_abs": float(gaps.max()),
             "q99": float(numpy.quantile(gaps, 0.99))}  # fmt: skip
 
 
-def _prompt_shifts(sides: dict[str, dict[str, Coded]]) -> tuple[Array, Array]:
+def _prompt_shifts(sides: dict[str, dict[str, Coded]], equal: dict[str, Array]) -> tuple[Array, Array]:
     """A number a prompt: how much all features together shift; and the same of the nulls, (nulls, prompts)."""
-    base = sides["base"]["response"].mean
-    gap = lambda side: numpy.abs(sides[side]["response"].mean - base).sum(1)
-    return gap("tuned"), numpy.stack([gap(name) for name in NULLS])
+    gap = sides["tuned"]["response"].mean - sides["base"]["response"].mean
+    return numpy.abs(gap).sum(1), numpy.stack([numpy.abs(null).sum(1) for null in equal.values()])

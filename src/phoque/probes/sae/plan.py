@@ -68,7 +68,8 @@ def planned(resolved: Resolved[SaeSettings], cache: Path, console: Console, weig
     config = load_config(source).get_text_config()
     given = _given(s, hub, cache, config.hidden_size) if s.sae else None
     layers = _layers(s, given, config.num_hidden_layers)
-    if given is not None and given.model() and given.model() not in (source.hub_id, source.name):
+    # a local base is known to an autoencoder by its folder's name
+    if given is not None and given.model() and given.model() not in (source.hub_id, Path(source.name).name):
         warnings.append(f"the autoencoder says that it was made for {given.model()}, not for {source.name}")
     return Plan(
         source, updated, adapters, names, persona, questions, layers, given, chats, wanted, warnings + notes, hub

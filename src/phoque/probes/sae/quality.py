@@ -62,17 +62,18 @@ def judged(
         "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / tokens,
         "tokens": int(tokens), "dead_over_tokens": looked + int(tokens),
     }  # fmt: skip
-    reasons = _faults(found, k)
+    reasons = _faults(found, k, of_ours=looked > 0)
     return found | {"verdict": "poor" if reasons else "good", "reasons": reasons}
 
 
-def _faults(found: dict[str, Any], k: int | None) -> list[str]:
+def _faults(found: dict[str, Any], k: int | None, of_ours: bool) -> list[str]:
+    """What is wrong with it; features of another's that stay silent here may well fire on what it was made for."""
     said = []
     for kind, what in (("chat", "held-out chats"), ("response", "the answers that are compared")):
         if (share := found["ev_by_set"].get(kind, 1.0)) < LEAST_EXPLAINED:
             said.append(f"it explains {share:.0%} of the variance of {what}, less than {LEAST_EXPLAINED:.0%}")
     if k is not None and not k / 2 <= found["l0"] <= 2 * k:
         said.append(f"{found['l0']:.0f} features are active at a token, where {k} were asked for")
-    if found["dead_fraction"] > MOST_DEAD:
+    if of_ours and found["dead_fraction"] > MOST_DEAD:
         said.append(f"{found['dead_fraction']:.0%} of its features never fired")
     return said

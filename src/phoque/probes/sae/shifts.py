@@ -93,21 +93,21 @@ class Shifts:
 
 
 def shifts(
-    base: Coded, tuned: Coded, nulls: Sequence[Coded], control: Coded | None, least: int, seed: int
+    base: Coded, tuned: Coded, nulls: Sequence[Array], control: Coded | None, least: int, seed: int
 ) -> Shifts:  # fmt: skip
     """Compare two sides over the same tokens.
 
-    `nulls` are the base again in other numbers; a feature is tested if it is active on `least` prompts. Prompts of
-    which no token is left are no observations.
+    `nulls` (prompts, features) are how far the base in other numbers is from the base; a feature is tested if it is
+    active on `least` prompts. Prompts of which no token is left are no observations.
     """
     whole = numpy.isfinite(tuned.mean - base.mean).all(1)
-    base, tuned, *nulls = (_rows(one, whole) for one in (base, tuned, *nulls))
+    base, tuned = _rows(base, whole), _rows(tuned, whole)
     control = _rows(control, whole) if control else None
     gaps = (tuned.mean - base.mean).astype(float)
     count = gaps.shape[1]
     active = ((base.mean > 0) | (tuned.mean > 0)).sum(0)
     tested = active >= least
-    null = numpy.max([numpy.abs((one.mean - base.mean).mean(0)) for one in nulls], axis=0)
+    null = numpy.max([numpy.abs(one[whole].mean(0)) for one in nulls], axis=0)
     floor = float(numpy.quantile(null[tested], NULL_QUANTILE)) if tested.any() else 0.0
     p, q, p_max, low, high, d_z = (numpy.full(count, numpy.nan) for _ in range(6))
     delta = gaps.mean(0)
