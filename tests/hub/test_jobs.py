@@ -80,7 +80,7 @@ def test_a_dry_run_shows_the_job_and_only_reads(cluster, phoque):
 def test_a_job_that_times_out_is_submitted_again_until_it_is_done(cluster, phoque, tmp_path, tiny_llama, rows):
     phoque("train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, "--max-steps", 200, "--save-steps", 20,
            "--output-dir", tmp_path / "whole")  # fmt: skip
-    ran = phoque(*ASKED, *ON, "--max-steps", 200, "--save-steps", 20, "--timeout", "5s", "--attempts", 20, "--json",
+    ran = phoque(*ASKED, *ON, "--max-steps", 200, "--save-steps", 20, "--timeout", "5s", "--attempts", 60, "--json",
                  env=SECRETS)  # fmt: skip
     assert ran.json["attempts"] > 1 and "submitting it again" in ran.err and "to the deadline" in ran.err
     codes = [job["codes"][-1] for job in cluster.jobs.jobs.values()]
