@@ -461,6 +461,7 @@ def _speed_up(group: list[Any], a: Tensor, b: Tensor, whole: bool) -> None:
         if not torch.is_grad_enabled():
             return type(self).forward(self, x, *args, **kwargs)
         if self is group[0]:
+            made.clear()  # a pass that was broken off may have left some
             made.extend(adapted(x, drop(x) if dropping else None, a, b, weight))
         out = made.pop(0)
         return out if self.base_layer.bias is None else out + self.base_layer.bias
