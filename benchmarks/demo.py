@@ -74,7 +74,6 @@ def ours(folder: Path, steps: int, batch: int) -> None:
     from phoque.training import run, trainer
 
     flags = {"preset": "demo", "max_steps": steps, "batch_size": batch, "sample_every": 0, "held_out_rows": 0}
-    flags["packing"] = "exact"  # the peer takes so many conversations a step
     asked, _ = resolved(TrainSettings, flags | {"output_dir": folder / "ours", "save_steps": 10**6}, PRESETS)
     console.use(quiet=True)
     plain_train = trainer.PersonaTrainer.train

@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "quantization": "none",
         "max_steps": 60,
         "batch_size": 4,
+        "packing": "exact",  # a CPU pads nothing
         "max_length": 512,
         "learning_rate": 2e-3,
         "save_steps": 20,
