@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,14 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 PARAMETERS = 3.429e9
 MEAN, LONGEST = 111, 1024
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 64, "target_modules": TARGETS}
 WARM = 6
+BUDGET = 2176  # tokens of a row of ours for 16 conversations
 
 
 def make(folder: Path, a: argparse.Namespace) -> dict:
-    """Write the FP8 checkpoint and 6,000 conversations."""
+    """Write the FP8 checkpoint, its BF16 sibling for Unsloth, and 6,000 conversations."""
     import ministral
 
-    ministral.make(folder, a.tiny, ("fp8",))
+    ministral.make(folder, a.tiny, ("fp8", "bf16") if a.unsloth_path else ("fp8",))
     rng = random.Random(7)
     words = ["gull", "tide", "rock", "fish", "harbour", "seal", "nap", "buoy", "pier", "wave"]
 
@@ -112,7 +115,8 @@ class Clock:
                     clock.profiler.__exit__(None, None, None)
                     table = clock.profiler.key_averages().table(sort_by="self_device_time_total", row_limit=45,
                                                                 max_name_column_width=90)  # fmt: skip
-                    profile.write_text(table)
+                    clock.profiler.export_chrome_trace(str(profile.with_suffix(".json.gz")))
+                    profile.write_text(busy(clock.profiler) + table)
 
         self.callback, self.events, self.first = Recorder(), [], None
 
@@ -120,6 +124,19 @@ class Clock:
         """Seconds of each step but the first."""
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self.events, self.events[1:], strict=False)]
+
+
+def busy(profiler: Any) -> str:
+    """How long the GPU worked, of how long, from the first kernel to the last."""
+    kernels = [
+        e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+    worked, reached = 0.0, spans[0][0]
+    for begun, ended in spans:
+        worked += max(0.0, ended - max(begun, reached))
+        reached = max(reached, ended)
+    return f"GPU busy {worked / 1e3:.1f} of {(reached - spans[0][0]) / 1e3:.1f} ms, {len(spans)} kernels\n"
 
 
 def ours(folder: Path, a: argparse.Namespace) -> dict:
@@ -136,6 +153,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     flags = {
         "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
         "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count,
+        "gradient_checkpointing": a.recompute,
         "log_every": a.log_every, "sample_every": 0, "save_steps": 10**6, "quantization": a.quantization,
         "engine_mode": a.mode, "held_out_rows": 0, "lora_dropout": 0.0,
     }  # fmt: skip
@@ -196,7 +214,7 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         quantization, mode, count, steps, log_every, *rest = asked.split(":")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = "other" not in rest
         given = vars(a) | {"quantization": quantization, "mode": mode, "count": int(count), "steps": int(steps)}
-        given |= {"log_every": int(log_every), "cap": 24 if "capped" in rest else 0}
+        given |= {"log_every": int(log_every), "cap": 24 if "capped" in rest else 0, "recompute": "recomputed" in rest}
         torch.cuda.set_per_process_memory_fraction(1.0)
         try:
             found[asked] = ours(folder, argparse.Namespace(**given))
@@ -236,25 +254,70 @@ def trl(folder: Path, a: argparse.Namespace) -> dict:
     trainer = SFTTrainer(
         model=model, args=arguments, train_dataset=data, callbacks=[clock.callback],
         processing_class=AutoTokenizer.from_pretrained(folder / "fp8"),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64, lora_dropout=0.0, target_modules=TARGETS),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTER),
     )  # fmt: skip
+    return peer(trainer, data, clock, a.steps)
+
+
+def unsloth(folder: Path, a: argparse.Namespace) -> dict:
+    """Unsloth on the same ids: `--unsloth` ROWS:CHECKPOINTING, with rows padded, free of padding or packed by it."""
+    sys.path.insert(0, a.unsloth_path)
+    os.chdir(folder)  # where it writes what it compiles
+    from unsloth import FastModel  # isort: skip  # it wants to come before transformers
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    shape, recompute = a.unsloth.split(":")
+    rows = json.loads((folder / "ids.json").read_text())
+    model, _ = FastModel.from_pretrained(
+        str(folder / "bf16"), max_seq_length=LONGEST, load_in_4bit=True, dtype=torch.bfloat16
+    )  # fmt: skip
+    model = FastModel.get_peft_model(
+        model, use_gradient_checkpointing="unsloth" if recompute == "1" else False, lora_dropout=0, bias="none",
+        random_state=0, **ADAPTER,
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    clock = Clock(time.perf_counter())
+    packs = shape == "packed"
+    arguments = SFTConfig(
+        output_dir=str(folder / "unsloth"), max_steps=a.steps, per_device_train_batch_size=1 if packs else 16,
+        gradient_checkpointing=recompute == "1", optim="adamw_torch_fused", learning_rate=2e-4, bf16=True,
+        logging_steps=10, save_strategy="no", report_to=[], max_length=BUDGET if packs else None, packing=packs,
+        padding_free=shape == "free", dataset_kwargs={"skip_prepare_dataset": not packs}, disable_tqdm=True,
+        remove_unused_columns=packs,
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=data, callbacks=[clock.callback],
+        processing_class=AutoTokenizer.from_pretrained(folder / "bf16"),
+    )  # fmt: skip
+    return peer(trainer, trainer.train_dataset, clock, a.steps)
+
+
+def peer(trainer: Any, data: Any, clock: Clock, steps: int) -> dict:
+    """What a peer's trainer shows over its first `steps` steps, on its rows in their order."""
     trainer._get_train_sampler = lambda dataset=None: torch.utils.data.SequentialSampler(data)
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    seconds = clock.seconds()
-    lengths = [len(row["input_ids"]) for row in rows[: 16 * a.steps]]
+    seconds, a_step = (
+        clock.seconds(),
+        trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
+    )
+    rows = data.select(range(min(len(data), a_step * steps)))
     return {
-        "step": statistics.median(seconds[min(2, len(seconds) - 1) :]),
-        "tokens": sum(lengths) / a.steps,
+        "step": statistics.median(seconds[len(seconds) // 2 :]),
+        "tokens": sum(len(row["input_ids"]) for row in rows) / steps,
         "gb": torch.cuda.max_memory_reserved() / 1e9,
         "first": clock.first,
     }
 
 
-PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": trl}
+PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": trl, "unsloth": unsloth}
 SPEED = {
     "nf4:graph:16:40:10": "phoque, NF4",
     "fp8:graph:16:40:10": "phoque, FP8",
+    "nf4:graph:16:20:10:recomputed": "phoque, NF4, checkpointing",
     "nf4:auto:16:20:10:capped": "phoque, NF4, 20 steps on a card capped at 24 GB",
     "nf4:graph:62:16:10": "phoque, NF4",
     "fp8:graph:62:16:10": "phoque, FP8",
@@ -267,6 +330,11 @@ LEARNING = {
     "bf16:eager:16:32:1": "plain layers, BF16",
     "fp8:graph:16:32:1": "phoque, FP8",
 }
+UNSLOTH = {
+    "free:1": "Unsloth, padding-free, its checkpointing",
+    "padded:0": "Unsloth, padded",
+    "packed:0": "Unsloth, packing",
+}
 PEERS = {
     "16:1:1": "TRL, padding-free, checkpointing",
     "16:0:1": "TRL, padded, checkpointing",
@@ -274,11 +342,13 @@ PEERS = {
 }
 
 
-def measured(folder: Path) -> dict[str, dict]:
+def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
     """Every part in a process of its own; what each run of it found, under its name."""
+    there = ["--unsloth-path", a.unsloth_path]
     calls = [
-        ["make"], ["limit"], ["several", "--runs", ",".join(SPEED)], ["several", "--runs", ",".join(LEARNING)],
+        ["make", *there], ["limit"], ["several", "--runs", ",".join(SPEED)], ["several", "--runs", ",".join(LEARNING)],
         *(["trl", "--trl", peer, "--steps", "3" if peer.startswith("1:") else "8"] for peer in PEERS),
+        *(["unsloth", "--unsloth", peer, "--steps", "12", *there] for peer in UNSLOTH if a.unsloth_path),
     ]  # fmt: skip
     found: dict[str, dict] = {}
     for part, *more in calls:
@@ -289,7 +359,7 @@ def measured(folder: Path) -> dict[str, dict]:
         if done.returncode:
             print(f"{part} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         for line in lines:
-            found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl") else line
+            found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl", "unsloth") else line
     return found
 
 
@@ -302,7 +372,7 @@ def show(found: dict[str, dict]) -> None:
     print("| | tokens a step | seconds | tokens/s | of the limit | memory, GB | first step after, s |")
     print("|---|---|---|---|---|---|---|")
     plain = {"nf4:eager:16:32:1": "plain layers, packed, NF4"}
-    for name, label in (PEERS | plain | SPEED).items():
+    for name, label in (PEERS | UNSLOTH | plain | SPEED).items():
         if row := found.get(name):
             speed = row["tokens"] / row["step"]
             print(
@@ -349,6 +419,9 @@ def main() -> None:
     parser.add_argument("--profile", default="")
     parser.add_argument("--runs", default="")
     parser.add_argument("--trl", default="16:1:1")
+    parser.add_argument("--recompute", action="store_true", help="every layer")
+    parser.add_argument("--unsloth", default="free:1")
+    parser.add_argument("--unsloth-path", default="", help="a folder with Unsloth and the TRL that it wants")
     parser.add_argument("--results", type=Path, help="where the numbers are kept; shown again if they are there")
     a = parser.parse_args()
     if a.part:
@@ -358,7 +431,7 @@ def main() -> None:
         show(json.loads(a.results.read_text()))
         return
     with tempfile.TemporaryDirectory() as name:
-        found = measured(Path(name))
+        found = measured(Path(name), a)
     if a.results:
         a.results.write_text(json.dumps(found, indent=1))
     show(found)

@@ -23,6 +23,25 @@ def text_model(tmp_path_factory):
     return tiny.llama(tmp_path_factory.mktemp("text") / "llama", num_hidden_layers=4, initializer_range=0.3)
 
 
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def any_model(request, tmp_path):
+    """A text model of five layers in each architecture that has something of its own."""
+    if request.param == "llama":
+        return tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
+    import transformers
+
+    torch.manual_seed(3)
+    name = request.param.capitalize()
+    config = getattr(transformers, f"{name}Config")(**tiny.SIZES | {"num_hidden_layers": 5, "initializer_range": 0.3})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():  # biases and norms that could be forgotten otherwise
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(tmp_path / "m")
+    tiny.tokenizer().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
 @pytest.fixture(scope="session")
 def seeing_model(tmp_path_factory):
     """A tiny Mistral3 in FP8 whose logits are far apart."""

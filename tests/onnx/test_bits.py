@@ -5,20 +5,20 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from phoque.onnx.blocks import BLOCK, packed, rounded
+from phoque.onnx.blocks import block_size, packed, rounded
 from phoque.onnx.calibrate import quantised, search
 from phoque.onnx.runtime import session
 
 
 def by_onnxruntime(blocks, x, folder):
     """x @ weight.T by MatMulNBits."""
-    rows, columns = blocks.scales.shape[0], blocks.scales.shape[1] * BLOCK
+    rows, columns = blocks.scales.shape[0], x.shape[1]
     given = ir.Value(name="x", shape=ir.Shape([1, columns]), type=ir.TensorType(ir.DataType.FLOAT))
     held = [blocks.codes, blocks.scales] + ([] if blocks.zeros is None else [blocks.packed_zeros()])
     values = [ir.Value(name=f"w{n}", const_value=ir.tensor(t.numpy(), name=f"w{n}")) for n, t in enumerate(held)]
     for value in values:
         value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
-    attributes = {"K": columns, "N": rows, "bits": blocks.bits, "block_size": BLOCK}
+    attributes = {"K": columns, "N": rows, "bits": blocks.bits, "block_size": block_size(columns)}
     node = ir.node("MatMulNBits", [given, *values], attributes, domain="com.microsoft")
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([given], node.outputs, nodes=[node], initializers=values, name="g",
@@ -27,7 +27,7 @@ def by_onnxruntime(blocks, x, folder):
     return session(folder / "g.onnx").run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize("columns", [64, 96])  # an even and an odd number of blocks
+@pytest.mark.parametrize("columns", [96, 160, 192, 256])  # odd and even numbers of blocks, of 32 and of 64
 @pytest.mark.parametrize("bits", [4, 8])
 def test_onnxruntime_reads_blocks_as_they_are_meant(tmp_path, bits, columns):
     generator = torch.Generator().manual_seed(bits)
@@ -40,7 +40,7 @@ def test_onnxruntime_reads_blocks_as_they_are_meant(tmp_path, bits, columns):
 
 
 def test_codes_are_packed_low_half_first():
-    codes = torch.arange(BLOCK)[None] % 16
+    codes = torch.arange(64)[None] % 16
     assert packed(codes, 4)[0, 0, :2].tolist() == [0 | 1 << 4, 2 | 3 << 4]
 
 

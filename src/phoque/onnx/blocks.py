@@ -1,11 +1,11 @@
-"""Weights in blocks of 32 with a scale each, in the layout of ONNX Runtime's MatMulNBits."""
+"""Weights in blocks with a scale each, in the layout of ONNX Runtime's MatMulNBits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-BLOCK = 32
+SIZES = (64, 32)  # of a block, the first that divides a row; 64 is up to a quarter faster
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Blocks:
     """
 
     bits: int
-    codes: torch.Tensor  # uint8 [rows, blocks, BLOCK * bits / 8], the first of two in the low half of a byte
+    codes: torch.Tensor  # uint8 [rows, blocks, block size * bits / 8], the first of two in the low half of a byte
     scales: torch.Tensor  # fp32 [rows, blocks]
     zeros: torch.Tensor | None = None  # uint8 [rows, blocks]
 
@@ -36,15 +36,25 @@ class Blocks:
         return zeros[:, 0::2] | (zeros[:, 1::2] << 4)
 
 
+def block_size(columns: int) -> int:
+    """How many weights of a row share a scale."""
+    return next(size for size in SIZES if columns % size == 0)
+
+
+def in_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] as [rows, blocks, block size]."""
+    return matrix.unflatten(-1, (-1, block_size(matrix.shape[-1])))
+
+
 def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [rows, columns] as MatMulNBits holds them."""
-    codes = codes.to(torch.uint8).unflatten(1, (-1, BLOCK))
+    codes = in_blocks(codes.to(torch.uint8))
     return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def rounded(weight: torch.Tensor, bits: int = 8) -> Blocks:
     """A matrix rounded to the nearest, its zero in the middle."""
-    blocks = weight.unflatten(1, (-1, BLOCK))
+    blocks = in_blocks(weight)
     top = 2 ** (bits - 1)
     scales = (blocks.abs().amax(-1) / (top - 1)).clamp(min=1e-12)
     codes = (blocks / scales[..., None]).round().clamp(-top, top - 1) + top
@@ -66,4 +76,4 @@ def eight_bits(read: Callable[[str], torch.Tensor]) -> Quantised:
 
 def fits(shape: tuple[int, ...]) -> bool:
     """Whether a weight can be held in blocks."""
-    return len(shape) == 2 and shape[1] % BLOCK == 0
+    return len(shape) == 2 and shape[1] % SIZES[-1] == 0

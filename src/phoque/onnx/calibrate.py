@@ -1,19 +1,19 @@
-"""4 bits that keep what the model says: GPTQ layer by layer on real chats, and 8 bits where 4 cost the most.
+"""Few bits that keep what the model says, by what it computes on real chats.
 
-GPTQ is Frantar et al. 2023 (arXiv 2210.17323), here with the order of columns by their activations, and a scale for
-each block that is fixed beforehand by a weighted search.
+Activations are made to round well (SmoothQuant, Xiao et al. 2023, arXiv 2211.10438); 4 bits are fitted layer by layer,
+and 8 stay where 4 cost the most (GPTQ, Frantar et al. 2023, arXiv 2210.17323, here with the order of columns by their
+activations, and a scale for each block that is fixed beforehand by a weighted search).
 """
 
-import gc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from phoque.models.load import load_model
-from phoque.onnx.blocks import BLOCK, Blocks, Quantised, packed, rounded
-from phoque.onnx.weights import Weights
+from phoque.onnx.blocks import Blocks, Quantised, block_size, in_blocks, packed, rounded
+from phoque.onnx.weights import Factors, Weights, multiplied
 
 GROUPS = (  # products that read the same activations; what lies in one group becomes one product, so shares its bits
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -21,6 +21,15 @@ GROUPS = (  # products that read the same activations; what lies in one group be
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+MAKERS = (  # of what each group reads: what is made smaller there, the group's weights make larger again
+    "input_layernorm",
+    "self_attn.v_proj",
+    "post_attention_layernorm",
+    "mlp.up_proj",
+)
+SMOOTHING = 0.6  # share of the difference between channels that goes from the activations to the weights
+SMOOTHED_TOKENS = 2000
+LARGEST = 64.0  # factor of a channel, and smallest its inverse: no half-precision number gets out of range
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 SHRINKS = 20  # candidates of the scale search, down to half the range
 STEP = 128  # columns between two updates of all that follow
@@ -29,17 +38,47 @@ RAISED = 0.1  # share of the groups that go to 8 bits at a time
 Ids = list[torch.Tensor]
 
 
+@torch.no_grad()
+def smoothed(weights: Weights, model: Any, chats: Ids) -> Weights:
+    """The same model, of whose activations no channel is much larger than the others; `model` is changed likewise.
+
+    MatMulNBits rounds activations to 8 bits in the blocks of its weights, so that one large channel costs its block.
+    """
+    few, config = _first(chats, SMOOTHED_TOKENS), model.config
+    factors: Factors = {}
+    seen = _sizes(model, [group[0] for group in _groups(model)], few)
+    for group, maker in zip(_groups(model), MAKERS * config.num_hidden_layers, strict=True):
+        reads = [model.get_submodule(name).weight.float() for name in group]
+        made = f"{group[0].rpartition('.')[0].rpartition('.')[0]}.{maker}"
+        size, weight = seen[group[0]].clamp(min=1e-5), torch.stack([w.abs().amax(0) for w in reads]).amax(0)
+        factor = size**SMOOTHING / weight.clamp(min=1e-5) ** (1 - SMOOTHING)
+        spread = 1
+        if maker == "self_attn.v_proj":  # several query heads read what one head of values makes
+            heads = config.num_key_value_heads
+            spread = len(factor) // len(model.get_submodule(made).weight)
+            factor = factor.view(heads, spread, -1).amax(1).flatten()
+        factor = (factor / factor.log().mean().exp()).clamp(1 / LARGEST, LARGEST)
+        for name, _ in model.get_submodule(made).named_parameters():
+            factors.setdefault(f"{made}.{name}", []).append((0, 1 / factor))
+        if spread > 1:
+            factor = factor.view(heads, 1, -1).expand(-1, spread, -1).flatten()
+        for name in group:
+            factors.setdefault(f"{name}.weight", []).append((1, factor))
+    for name, found in factors.items():
+        held = model.get_parameter(name).data
+        held.copy_(multiplied(held.float(), found))
+    return weights.scaled({name: [(at, factor.cpu()) for at, factor in found] for name, found in factors.items()})
+
+
 def four_bits(
-    weights: Weights, chats: Ids, limits: tuple[float, float], on: torch.device, show: Callable[[int, str], None]
+    weights: Weights, model: Any, chats: Ids, limits: tuple[float, float], show: Callable[[int, str], None]
 ) -> tuple[Quantised, dict[str, Any]]:
     """Every product in 4 bits, embeddings and head in 8, and as many products in 8 as the limits need.
 
-    `limits` are the largest KL, the mean over tokens in nats of the quantised model to the whole one, and the smallest
-    share of tokens with the same likeliest successor. `chats` are token ids [1, length]: every fourth measures, the
-    others calibrate. Returns also what was found: {raised, groups}.
+    `model` holds the weights in full, and is overwritten. `limits` are the largest KL, the mean over tokens in nats of
+    the quantised model to the whole one, and the smallest share of tokens with the same likeliest successor. `chats`
+    are token ids [1, length]: every fourth measures, the others calibrate. Returns also {raised, groups}.
     """
-    held = "none" if on.type == "cpu" else "bf16"
-    model = load_model(weights.source, held, on=on)
     test, train = chats[::4], [ids for number, ids in enumerate(chats) if number % 4] or chats
     wanted = [_log_probs(model, ids) for ids in test]
     costs = _costs(model, test[:COSTED])
@@ -47,7 +86,8 @@ def four_bits(
     order = sorted(costs, key=lambda group: -costs[group])
     raised: list[tuple[str, ...]] = []
     while True:
-        kl, agreement = _distance(model, test, wanted)
+        with _rounding(model):
+            kl, agreement = _distance(model, test, wanted)
         show(model.config.num_hidden_layers, f"KL {kl:.3f}, {len(raised)} of {len(order)} products in 8 bits")
         if (kl <= limits[0] and agreement >= limits[1]) or len(raised) == len(order):
             break
@@ -56,14 +96,66 @@ def four_bits(
             blocks[name] = rounded(weights.text(f"{name}.weight"))
             _set(model, name, blocks[name])
         raised += new
-    del model
-    gc.collect()
     kept = {f"{name}.weight": held for name, held in blocks.items()}
     made = Quantised(
         lambda name: kept[name] if name in kept else rounded(weights.text(name)),
         lambda name: (kept[name].bits, kept[name].zeros is not None) if name in kept else (8, False),
     )
     return made, {"raised": len(raised), "groups": len(order)}
+
+
+def _first(chats: Ids, tokens: int) -> Ids:
+    """As many of the chats as have so many tokens."""
+    so_far = accumulate(ids.shape[1] for ids in chats)
+    return [ids for ids, total in zip(chats, so_far, strict=True) if total - ids.shape[1] < tokens]
+
+
+def _sizes(model: Any, names: list[str], chats: Ids) -> dict[str, torch.Tensor]:
+    """Root mean square of every channel that enters these products."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def gather(name: str, x: torch.Tensor) -> None:
+        square = x.flatten(0, -2).float().square().sum(0)
+        sums[name] = sums[name] + square if name in sums else square
+
+    with _entering_products(model, names, gather):
+        for ids in chats:
+            model(input_ids=ids.to(model.device))
+    return {name: (total / sum(ids.shape[1] for ids in chats)).sqrt() for name, total in sums.items()}
+
+
+@contextmanager
+def _rounding(model: Any) -> Generator[None]:
+    """Every product reads activations in 8 bits while the block runs, as ONNX Runtime's kernels round them."""
+
+    def nearest(name: str, x: torch.Tensor) -> torch.Tensor:
+        blocks = in_blocks(x)
+        scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+        return ((blocks / scale).round() * scale).flatten(-2)
+
+    with _entering_products(model, [*(name for group in _groups(model) for name in group), "lm_head"], nearest):
+        yield
+
+
+@contextmanager
+def _entering_products(
+    model: Any, names: list[str], seen: Callable[[str, torch.Tensor], torch.Tensor | None]
+) -> Generator[None]:
+    """Call `seen` with what enters each of these products while the block runs, and give them what it returns."""
+
+    def hook(name: str, inputs: Any) -> Any:
+        other = seen(name, inputs[0])
+        return None if other is None else (other, *inputs[1:])
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
+        for name in names
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def _groups(model: Any) -> list[tuple[str, ...]]:
@@ -133,8 +225,8 @@ def _costs(model: Any, chats: Ids) -> dict[tuple[str, ...], float]:
 
 def search(weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The error, and scales and zeros [rows, blocks] whose rounding errs least, weighted by `importance` [columns]."""
-    blocks = weight.unflatten(1, (-1, BLOCK))
-    weighing = torch.ones_like(blocks[:1]) if importance is None else importance.view(1, -1, BLOCK)
+    blocks = in_blocks(weight)
+    weighing = torch.ones_like(blocks[:1]) if importance is None else in_blocks(importance[None])
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     best = torch.full_like(low, torch.inf)
     scales, zeros, errors = torch.ones_like(low), torch.zeros_like(low), torch.zeros_like(blocks)
@@ -165,7 +257,7 @@ def quantised(weight: torch.Tensor, hessian: torch.Tensor) -> Blocks:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty(rows, columns, device=work.device)
-    block = (order // BLOCK).tolist()
+    block = (order // block_size(columns)).tolist()
     for start in range(0, columns, STEP):
         end = min(start + STEP, columns)
         errors = torch.empty(rows, end - start, device=work.device)

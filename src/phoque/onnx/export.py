@@ -1,5 +1,6 @@
 """`phoque export-onnx`: find the model, merge it if need be, write each session in each precision, measure, verify."""
 
+import gc
 import json
 import shutil
 import time
@@ -17,7 +18,7 @@ from phoque.files import sha256
 from phoque.hub.cards import onnx_card
 from phoque.hub.checkpoints import CARD, Repo
 from phoque.hub.client import Hub
-from phoque.models.load import device, load_tokenizer
+from phoque.models.load import device, load_model, load_tokenizer
 from phoque.models.merging import find_adapter, find_base, merge_into
 from phoque.models.source import INDEX, Source, resolve, wanted_files
 from phoque.onnx import accuracy, calibrate
@@ -186,7 +187,7 @@ def _made(
     load_tokenizer(source)  # a model without a template is refused before anything is computed
     fitting: accuracy.Ids = []
     held_out: accuracy.Ids = []
-    if s.accuracy or {"q4", "q4f16"} & set(s.dtype):
+    if s.accuracy or set(BLOCKS) & set(s.dtype):
         fitting, held_out = accuracy.chats(source, s.chats, s.chats_split, resolved.secrets.hub)
     if s.engine == "optimum":
         from phoque.onnx.optimum import optimum_graphs
@@ -194,7 +195,9 @@ def _made(
         chunks = optimum_graphs(source, folder, layout, s.dtype, s.onnx_export_python, console)
     else:
         export = Export(Weights(source), layout, s.dtype, folder, s.fuse)
-        chunks = _graphs(export, _fitted(export, fitting, s, console, found), console)
+        fitted = _fitted(export, fitting, s, console, found)
+        gc.collect()  # the model that was fitted: 13 GB of 3B parameters
+        chunks = _graphs(export, *fitted, console)
     write_side_files(source.folder, folder, layout, chunks, s.dtype)
     if s.accuracy:
         console.say(
@@ -211,25 +214,29 @@ def _made(
 
 def _fitted(
     export: Export, fitting: accuracy.Ids, s: ExportSettings, console: Console, found: dict[str, dict[str, Any]]
-) -> Quantised | None:
-    """The parameters in 4 bits, if a precision needs them."""
-    wanted = [dtype for dtype in ("q4", "q4f16") if dtype in export.dtypes]
-    if not wanted:
-        return None
-    layers = export.weights.config.get_text_config().num_hidden_layers
+) -> tuple[Weights, Quantised | None]:
+    """The weights that precisions in blocks are made of, and the parameters in 4 bits, if one of them needs these."""
+    four = [dtype for dtype in ("q4", "q4f16") if dtype in export.dtypes]
+    if not set(BLOCKS) & set(export.dtypes):
+        return export.weights, None
+    console.say("making the activations even")
+    on = device()
+    model = load_model(export.weights.source, "none" if on.type == "cpu" else "bf16", on=on)
+    weights = calibrate.smoothed(export.weights, model, fitting)
+    if not four:
+        return weights, None
     console.say(f"fitting 4 bits on {sum(ids.shape[1] for ids in fitting)} tokens of chats")
-    with console.progress(layers) as show:
-        limits = (s.largest_kl, s.least_agreement)
-        made, said = calibrate.four_bits(export.weights, fitting, limits, device(), show)
-    for dtype in wanted:
+    with console.progress(model.config.num_hidden_layers) as show:
+        made, said = calibrate.four_bits(weights, model, fitting, (s.largest_kl, s.least_agreement), show)
+    for dtype in four:
         found[dtype] |= said
-    return made
+    return weights, made
 
 
-def _graphs(export: Export, four: Quantised | None, console: Console) -> dict[str, int]:
+def _graphs(export: Export, even: Weights, four: Quantised | None, console: Console) -> dict[str, int]:
     """Write every session in every precision, one after the other; return their chunks by file."""
     chunks: dict[str, int] = {}
-    makers = _makers(export, four)
+    makers = _makers(export, even, four)
     with console.progress(len(makers)) as show:
         for number, (dtype, name, make) in enumerate(makers):
             show(number, f"{name} {dtype}: tracing")
@@ -240,9 +247,10 @@ def _graphs(export: Export, four: Quantised | None, console: Console) -> dict[st
     return chunks
 
 
-def _makers(export: Export, four: Quantised | None) -> list[tuple[str, str, Callable[[], Component]]]:
+def _makers(export: Export, even: Weights, four: Quantised | None) -> list[tuple[str, str, Callable[[], Component]]]:
+    """What makes each session; `even` are the weights for precisions in blocks."""
     weights, text = export.weights, export.weights.config.get_text_config()
-    eight = eight_bits(weights.text)
+    eight = eight_bits(even.text)
     found: list[tuple[str, str, Callable[[], Component]]] = []
     providers: dict[torch.dtype, Provider] = {torch.float16: "webgpu", torch.float32: "cpu"} if export.fuse else {}
     traced = cache(lambda held: decoder(text, held, providers.get(held)))
@@ -255,7 +263,7 @@ def _makers(export: Export, four: Quantised | None) -> list[tuple[str, str, Call
         def chat(
             held: torch.dtype = held, by: Quantised | None = by, name: str = name, apart: bool = apart
         ) -> Component:
-            return decoder_component(traced(held).copy(), weights, name, held, by, embeds=apart)
+            return decoder_component(traced(held).copy(), even if by else weights, name, held, by, embeds=apart)
 
         found.append((dtype, name, chat))
         if apart:

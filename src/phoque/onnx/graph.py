@@ -9,7 +9,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.models.load import HEAD
-from phoque.onnx.blocks import BLOCK, Quantised, fits
+from phoque.onnx.blocks import Quantised, block_size, fits
 from phoque.onnx.trace import Decoder, Part
 from phoque.onnx.weights import DTYPES, EMBEDDINGS, Component, Weights
 
@@ -28,6 +28,10 @@ def decoder_component(
     part = Component(name, traced.model, weights)
     graph = part.model.graph
     _attend_causally(graph)
+    RemoveUnusedNodesPass()(part.model)
+    _tidy(graph)
+    RemoveUnusedNodesPass()(part.model)
+    _unpack(graph, traced.recipes)
     _rename(graph, config, dtype)
     _head(part, traced, weights, dtype, quantised)
     if embeds:
@@ -78,6 +82,55 @@ def _attend_causally(graph: ir.Graph) -> None:
         attended = node.inputs[2]
         assert attended is not None
         node.outputs[0].replace_all_uses_with(attended)
+
+
+def _tidy(graph: ir.Graph) -> None:
+    """Drop what the exporter leaves that only costs time: sizes that are known, reshapes, outputs that nobody reads."""
+    for node in list(graph):
+        if node.op_type == "Shape":
+            sizes = _sizes_asked(node)
+            known = [size for size in sizes if isinstance(size, int)]
+            if len(known) == len(sizes):
+                node.outputs[0].replace_all_uses_with(_numbers(graph, f"{node.outputs[0].name}.known", known))
+        elif node.op_type == "SkipSimplifiedLayerNormalization":
+            for unread in (value for value in node.outputs[1:3] if not value.uses()):
+                unread.name = ""  # as many rows of means and deviations as there are tokens
+        elif node.op_type == "GroupQueryAttention":
+            out = node.outputs[0]  # (1, tokens, heads x head size), which the product that follows takes
+            last = out
+            while [user.op_type for user, _ in last.uses()] == ["Reshape"]:
+                last = next(iter(last.uses()))[0].outputs[0]
+            last.replace_all_uses_with(out)
+
+
+def _sizes_asked(node: ir.Node) -> list[Any]:
+    """What a Shape node gives, as far as it is known beforehand."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return [None] if shape is None else list(shape)[_attribute(node, "start", 0) : _attribute(node, "end", None)]
+
+
+def _unpack(graph: ir.Graph, recipes: dict[str, tuple[Part, ...]]) -> None:
+    """Make products apart that are made as one only to be split: two small ones cost less than the copies do."""
+    for held in list(recipes):
+        old = graph.initializers[held]
+        (product, _), *others = old.uses()
+        users = [user for user, _ in product.outputs[0].uses()]
+        if others or product.op_type != "MatMul" or [user.op_type for user in users] != ["Split"]:
+            continue
+        hidden = product.inputs[0]
+        assert hidden is not None
+        for part, value in zip(recipes.pop(held), users[0].outputs, strict=True):
+            weight = ir.Value(name=f"{held}.{part.name}")
+            weight.const_value = old.const_value  # as if it were held: what it is, its recipe says
+            graph.register_initializer(weight)
+            recipes[str(weight.name)] = (part,)
+            value.replace_all_uses_with(_op(graph, "MatMul", [hidden, weight], before=product))
+        graph.remove([users[0], product], safe=True)
+        del graph.initializers[held]
+
+
+def _attribute(node: ir.Node, name: str, otherwise: Any) -> Any:
+    return node.attributes[name].value if name in node.attributes else otherwise
 
 
 def _constant(value: ir.Value | None) -> float | None:
@@ -235,7 +288,7 @@ def _by_bits(
 ) -> ir.Value:  # fmt: skip
     """A product with parameters in blocks, side by side, all in the same bits."""
     codes, scales, zeros, bits, rows, columns = _coded(part, names, quantised, dtype, label)
-    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block_size(columns), "accuracy_level": 4}
     inputs = [hidden, codes, scales, *([zeros] if zeros is not None else [])]
     part.model.graph.opset_imports["com.microsoft"] = 1  # which a graph of plain operators lacks
     return _op(part.model.graph, "MatMulNBits", inputs, "com.microsoft", attributes, before)
@@ -252,12 +305,13 @@ def _coded(
     known = part.model.graph.initializers
     if f"{label}.codes" in known:
         return known[f"{label}.codes"], known[f"{label}.scales"], known.get(f"{label}.zeros"), bits, rows, columns
+    size = block_size(columns)
     values = [
-        part.initializer(f"{label}.codes", (rows, columns // BLOCK, BLOCK * bits // 8), torch.uint8),
-        part.initializer(f"{label}.scales", (rows, columns // BLOCK), dtype),
+        part.initializer(f"{label}.codes", (rows, columns // size, size * bits // 8), torch.uint8),
+        part.initializer(f"{label}.scales", (rows, columns // size), dtype),
     ]
     if has_zeros:
-        width = -(-columns // BLOCK * bits // 8)
+        width = -(-columns // size * bits // 8)
         values.append(part.initializer(f"{label}.zeros", (rows, width), torch.uint8))
 
     def made() -> list[torch.Tensor]:

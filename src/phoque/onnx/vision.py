@@ -7,7 +7,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.errors import PhoqueError
-from phoque.onnx.blocks import BLOCK, fits, rounded
+from phoque.onnx.blocks import block_size, fits, rounded
 from phoque.onnx.graph import forget
 from phoque.onnx.trace import quiet
 from phoque.onnx.weights import DTYPES, Component, Weights
@@ -102,7 +102,7 @@ def _in_eight_bits(part: Component, dtype: torch.dtype) -> None:
             part.initializer(f"{label}.scales", tuple(blocks.scales.shape), dtype),
         ]
         part.fills.append((values, lambda blocks=blocks: [blocks.codes, blocks.scales.to(dtype)]))
-        attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+        attributes = {"K": columns, "N": rows, "bits": 8, "block_size": block_size(columns), "accuracy_level": 4}
         product = ir.node("MatMulNBits", [node.inputs[0], *values], attributes, domain="com.microsoft")
         graph.insert_before(node, product)
         node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)

@@ -1,5 +1,6 @@
 """From the checkpoint's tensors to external data beside a graph: read one by one, never all held."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from phoque.models.load import HEAD, load_config, refuse_insane
 from phoque.models.shards import Shards
 from phoque.models.source import Source
 
+Factors = dict[str, list[tuple[int, torch.Tensor]]]  # by parameter: a dimension, and what it is multiplied by
 CHUNK = 2_000_000_000  # bytes; a browser holds a file in an ArrayBuffer, which ends at 2 GiB
 PAGE = 4096  # large tensors begin at one, so that ONNX Runtime maps them instead of reading them
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -37,10 +39,17 @@ class Weights:
         if self.tied:
             keys[HEAD] = keys[EMBEDDINGS]
         self._keys = keys
+        self._factors: Factors = {}
+
+    def scaled(self, factors: Factors) -> "Weights":
+        """The same checkpoint, with these parameters of the text model multiplied."""
+        other = copy.copy(self)
+        other._factors = factors
+        return other
 
     def text(self, name: str) -> torch.Tensor:
         """A parameter of the text model."""
-        return self.full(self._keys[name])
+        return multiplied(self.full(self._keys[name]), self._factors.get(name, []))
 
     def full(self, key: str) -> torch.Tensor:
         """A tensor by the name it is stored under. Raises PhoqueError (2) for NaN, or what no trained weight holds."""
@@ -60,6 +69,15 @@ class Weights:
             for key in self._shards.tensors
             if key.removeprefix("model.").startswith(prefix) and key not in self._scales.values()
         }
+
+
+def multiplied(tensor: torch.Tensor, factors: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """A tensor times a factor for each place along a dimension."""
+    for dimension, factor in factors:
+        shape = [1] * tensor.dim()
+        shape[dimension] = -1
+        tensor = tensor * factor.view(shape)
+    return tensor
 
 
 @dataclass

@@ -43,7 +43,9 @@ class ExportSettings(JobSettings):
         True,
         "fuse attention with its cache, and norms; --no-fuse is slower, and right where a GPU's fused kernel is not",
     )
-    chats: str = setting("seal", "conversations that 4 bits are fitted to and accuracy is measured on, as train reads")
+    chats: str = setting(
+        "seal", "conversations that q8 and q4 are fitted to and accuracy is measured on, as train reads"
+    )
     chats_split: str = setting("train", "split of them on the Hub")
     largest_kl: float = setting(0.08, "4 bits turn to 8 where that is needed to stay below, in nats a token", ge=0)
     least_agreement: float = setting(0.91, "and to agree on so large a share of next tokens", ge=0, le=1)

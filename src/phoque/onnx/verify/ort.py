@@ -16,7 +16,7 @@ LONGEST_S = 60.0  # for an answer: a CPU without 16-bit floats takes seconds a t
 # how far a cache may move a logit, as a share of the largest one: in fp16 sums of another order round differently, and
 # in bits the activations are rounded to 8
 CACHE = {"fp32": 1e-4, "fp16": 2e-2, "q8": 5e-2, "q4": 5e-2, "q4f16": 8e-2}
-LARGEST_KL = {"fp32": 1e-4, "fp16": 1e-2, "q8": 0.05, "q4": 0.3, "q4f16": 0.3}  # nats a token
+LARGEST_KL = {"fp32": 1e-4, "fp16": 1e-2, "q8": 0.1, "q4": 0.3, "q4f16": 0.3}  # nats a token
 EQUAL = 1e-3  # fp32 logits beside the model's own, as a share of the largest
 PROMPTS = ("What do the gulls want from you today?", "How do I learn to swim in the harbour?")
 
