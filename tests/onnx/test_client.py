@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from phoque.onnx.verify.client import chromium, copied, installed, modules
+from phoque.onnx.verify.client import _asked, chromium, copied, installed, modules
+from phoque.onnx.verify.verdict import Fails
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -18,6 +19,19 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def cache(home):
     return home / "cache" / "phoque"
+
+
+def test_a_page_without_a_precision_takes_int8_on_wasm(phoque, text_model, chats, cache, tmp_path):
+    asked = ["export-onnx", "--merged-dir", text_model, "--chats", chats, "--dtype", "q8", "--dtype", "int8"]
+    phoque(*asked, "--output-dir", "x")
+    checks = phoque("verify-onnx", "--local-dir", "x", "--install", "--level", "browser", "--json").json["checks"]
+    (found,) = [check for check in checks if check["level"] == "browser" and check["asks"].startswith("int8: a page")]
+    assert found["result"] == "PASS"
+    for file in (tmp_path / "x" / "onnx").glob("model_quantized*"):
+        file.unlink()
+    assert _asked("browser.mjs", tmp_path / "x", "text", None, "wasm", cache)["said"]
+    with pytest.raises(Fails, match="model_quantized"):
+        _asked("node.mjs", tmp_path / "x", "text", None, "cpu", cache)
 
 
 @pytest.mark.parametrize("kind", ["text_export", "seeing_export"])

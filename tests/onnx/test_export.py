@@ -8,6 +8,8 @@ import sys
 import time
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from tests import tiny
@@ -36,6 +38,24 @@ def test_each_precision_says_what_the_model_says(text_export, text_model):
     wanted = logits(text_model, ids)
     found, _ = Chatting(folder, "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_int8_is_eight_bits_to_fetch_and_whole_in_memory(phoque, text_model, chats, tmp_path):
+    asked = ["export-onnx", "--merged-dir", text_model, "--chats", chats, "--output-dir", "x", "--json"]
+    found = phoque(*asked, "--dtype", "fp32", "--dtype", "int8").json["dtypes"]
+    assert found["int8"]["bytes"] < 0.6 * found["fp32"]["bytes"] and found["int8"]["kl"] < 0.05
+    settings = json.loads((tmp_path / "x" / "config.json").read_text())["transformers.js_config"]
+    assert settings["dtype"] == settings["device_config"]["wasm"]["dtype"] == "int8"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(tmp_path / "x" / "onnx" / "model_int8.onnx", options)
+    loaded = onnx.load(tmp_path / "loaded.onnx").graph
+    codes = [one.name for one in loaded.initializer if one.data_type == onnx.TensorProto.UINT8]
+    assert codes == ["model.embed_tokens.weight.codes"]  # of which a token's row is read
+    assert not any(node.op_type == "MatMulNBits" for node in loaded.node)
+    (tmp_path / "x" / "onnx" / "model_int8.onnx").rename(tmp_path / "x" / "onnx" / "elsewhere.onnx")
+    ran = phoque("verify-onnx", "--local-dir", "x", "--level", "files", expect=1)
+    assert "asks for onnx/model_int8.onnx" in ran.out
 
 
 def test_the_folder_is_what_transformersjs_reads(text_export, seeing_export):

@@ -63,10 +63,14 @@ def rounded(weight: torch.Tensor, bits: int = 8) -> Blocks:
 
 @dataclass(frozen=True)
 class Quantised:
-    """Parameters in blocks, by name: `make` gives one, `layout` says before that how many bits, and if it has zeros."""
+    """Parameters in blocks, by name: `make` gives one, `layout` says before that how many bits, and if it has zeros.
+
+    `whole` ones are made whole when a runtime loads the graph, and multiplied in fp32.
+    """
 
     make: Callable[[str], Blocks]
     layout: Callable[[str], tuple[int, bool]]
+    whole: bool = False
 
 
 def eight_bits(read: Callable[[str], torch.Tensor]) -> Quantised:

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from phoque.settings.presets import PRESETS
 
 RECORD = "export.json"
 HALF = ("fp16", "q4f16")  # computed in 16 bits, and fused for WebGPU
-BLOCKS = ("q8", "q4", "q4f16")
+WASM_BYTES = 3.5e9
+BLOCKS = ("q8", "q4", "q4f16", "int8")
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,11 @@ def _made(
         chunks = optimum_graphs(source, folder, layout, s.dtype, s.onnx_export_python, console)
     else:
         export = Export(Weights(source), layout, s.dtype, folder, s.fuse)
+        if "int8" in s.dtype and export.weights.whole_bytes > WASM_BYTES:
+            console.warn(
+                f"int8 becomes {export.weights.whole_bytes / 1e9:.1f} GB in memory, of which a page on wasm has 4: "
+                "it will not load there"
+            )
         fitted = _fitted(export, fitting, s, console, found)
         gc.collect()  # the model that was fitted: 13 GB of 3B parameters
         chunks = _graphs(export, *fitted, console)
@@ -256,7 +262,7 @@ def _makers(export: Export, even: Weights, four: Quantised | None) -> list[tuple
     traced = cache(lambda held: decoder(text, held, providers.get(held)))
     for dtype in export.dtypes:
         held = torch.float16 if dtype in HALF else torch.float32
-        by = {"q8": eight, "q4": four, "q4f16": four}.get(dtype)
+        by = {"q8": eight, "q4": four, "q4f16": four, "int8": replace(eight, whole=True)}.get(dtype)
         apart = export.layout == "multimodal"
         name = "decoder_model_merged" if apart else "model"
 

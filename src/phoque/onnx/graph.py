@@ -223,17 +223,23 @@ def _gathered(
     shape = weights.shape(EMBEDDINGS)
     if quantised and fits(shape):
         codes, scales = _coded(part, [EMBEDDINGS], quantised, torch.float32, EMBEDDINGS)[:2]
-        steps = _op(graph, "Cast", [_op(graph, "Gather", [codes, ids])], attributes={"to": int(ir.DataType.FLOAT)})
-        middle = _floats(graph, "embed_zero", 128.0)
-        size = _op(graph, "Unsqueeze", [_op(graph, "Gather", [scales, ids]), _numbers(graph, "embed_axis", [-1])])
-        if scales.dtype != ir.DataType.FLOAT:
-            size = _op(graph, "Cast", [size], attributes={"to": int(ir.DataType.FLOAT)})
-        whole = _op(graph, "Mul", [_op(graph, "Sub", [steps, middle]), size])
+        whole = _dequantised(graph, _op(graph, "Gather", [codes, ids]), _op(graph, "Gather", [scales, ids]))
         made = _op(graph, "Reshape", [whole, _numbers(graph, "embed_shape", [1, -1, shape[1]])])
         held = torch.float32
     else:
         made, held = _op(graph, "Gather", [_table(part, weights, EMBEDDINGS, dtype), ids]), dtype
     return made if held == wanted else _op(graph, "Cast", [made], attributes={"to": int(DTYPES[wanted])})
+
+
+def _dequantised(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
+    """8 bits [..., blocks, block size] as fp32, by plain operators."""
+    to_float = {"to": int(ir.DataType.FLOAT)}
+    steps = _op(graph, "Cast", [codes], attributes=to_float, before=before)
+    steps = _op(graph, "Sub", [steps, _floats(graph, "middle_code", 128.0)], before=before)
+    size = _op(graph, "Unsqueeze", [scales, _numbers(graph, "last_axis", [-1])], before=before)
+    if scales.dtype == ir.DataType.FLOAT16:
+        size = _op(graph, "Cast", [size], attributes=to_float, before=before)
+    return _op(graph, "Mul", [steps, size], before=before)
 
 
 def _table(part: Component, weights: Weights, name: str, dtype: torch.dtype) -> ir.Value:
@@ -288,6 +294,12 @@ def _by_bits(
 ) -> ir.Value:  # fmt: skip
     """A product with parameters in blocks, side by side, all in the same bits."""
     codes, scales, zeros, bits, rows, columns = _coded(part, names, quantised, dtype, label)
+    if quantised.whole:  # of constants alone, so that runtimes compute it when they load the graph
+        graph = part.model.graph
+        blocks = _dequantised(graph, codes, scales, before)
+        matrix = _op(graph, "Reshape", [blocks, _numbers(graph, f"{label}.shape", [rows, columns])], before=before)
+        turned = _op(graph, "Transpose", [matrix], attributes={"perm": [1, 0]}, before=before)
+        return _op(graph, "MatMul", [hidden, turned], before=before)
     attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block_size(columns), "accuracy_level": 4}
     inputs = [hidden, codes, scales, *([zeros] if zeros is not None else [])]
     part.model.graph.opset_imports["com.microsoft"] = 1  # which a graph of plain operators lacks

@@ -8,7 +8,7 @@ from typing import Any
 from phoque.models.merge import TOKENIZER_FILES
 from phoque.onnx.runtime import SUFFIXES
 
-PREFERRED = ("q4", "q8", "fp32", "fp16", "q4f16")  # what a client takes that names no precision
+PREFERRED = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # what a client takes that names no precision
 IMAGE_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 SESSIONS = {"text": ("model",), "multimodal": ("embed_tokens", "decoder_model_merged", "vision_encoder")}
@@ -24,10 +24,11 @@ def write_side_files(source: Path, into: Path, layout: str, chunks: dict[str, in
     raw = json.loads((source / "config.json").read_text())
     config = _config(raw, layout)
     default = next(dtype for dtype in PREFERRED if dtype in dtypes)
-    config["transformers.js_config"] = {
-        "dtype": default if layout == "text" else dict.fromkeys(SESSIONS[layout], default),
-        "use_external_data_format": chunks,
-    }
+    each = lambda dtype: dtype if layout == "text" else dict.fromkeys(SESSIONS[layout], dtype)
+    settings: dict[str, Any] = {"dtype": each(default), "use_external_data_format": chunks}
+    if "int8" in dtypes:
+        settings["device_config"] = {"wasm": {"dtype": each("int8")}}
+    config["transformers.js_config"] = settings
     _write(into / "config.json", config)
     _write(into / "generation_config.json", _generation(source, config))
     _tokenizer(source, into, layout)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter of the text model, from its header."""
         return self._shards.tensors[self._keys[name]].shape
+
+    @property
+    def whole_bytes(self) -> int:
+        """What the text model takes in fp32."""
+        return 4 * sum(prod(self._shards.tensors[key].shape) for key in set(self._keys.values()))
 
     def named(self, prefix: str) -> dict[str, str]:
         """The stored names below a module, keyed by their names within it; the published prefix may lack `model.`."""

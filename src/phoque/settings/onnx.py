@@ -8,7 +8,7 @@ from pydantic import field_validator
 from phoque.settings.base import CommandSettings, setting
 from phoque.settings.job import REPO, JobSettings
 
-PRECISIONS = ("fp32", "fp16", "q8", "q4", "q4f16")
+PRECISIONS = ("fp32", "fp16", "q8", "q4", "q4f16", "int8")
 LEVELS = ("files", "graph", "ort", "node", "browser")
 
 

@@ -137,9 +137,9 @@ def copied(cache: Path) -> Path:
 
 
 def _asked(
-    script: str, folder: Path, layout: str, dtype: str, device: str, cache: Path, tokens: int = TOKENS
+    script: str, folder: Path, layout: str, dtype: str | None, device: str, cache: Path, tokens: int = TOKENS
 ) -> dict[str, Any]:
-    """What the client answers. Raises Fails with its own words if it cannot."""
+    """What the client answers; `dtype` None leaves the choice to the config. Raises Fails with its own words."""
     folder = folder.absolute()
     question = {
         "root": str(folder.parent), "name": folder.name, "layout": layout, "dtype": dtype, "device": device,

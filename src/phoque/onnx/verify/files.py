@@ -1,6 +1,6 @@
 """Level `files`: everything that Transformers.js looks for is there, agrees with itself, and no weight is amiss."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 from phoque.onnx.layout import SESSIONS
@@ -91,9 +91,11 @@ def _sessions(place: Place, config: dict[str, Any], layout: str, dtypes: list[st
         for name in SESSIONS[layout]:
             if f"onnx/{name}{SUFFIXES[dtype]}.onnx" not in place.sizes:
                 raise Fails(f"onnx/{name}{SUFFIXES[dtype]}.onnx is missing, which precision {dtype} needs")
-    chosen = config.get("transformers.js_config", {}).get("dtype", DEFAULT)
-    for name in SESSIONS[layout]:
-        dtype = chosen.get(name, DEFAULT) if isinstance(chosen, dict) else chosen
+    settings = config.get("transformers.js_config", {})
+    devices = [settings, *settings.get("device_config", {}).values()]
+    chosen = [device["dtype"] for device in devices if "dtype" in device] or [DEFAULT]
+    for name, choice in product(SESSIONS[layout], chosen):
+        dtype = choice.get(name, DEFAULT) if isinstance(choice, dict) else choice
         if dtype not in SUFFIXES:
             raise Fails(f"config.json names precision {dtype!r}, which Transformers.js does not know")
         if f"onnx/{name}{SUFFIXES[dtype]}.onnx" not in place.sizes:

@@ -15,8 +15,8 @@ NEW_TOKENS = 64
 LONGEST_S = 60.0  # for an answer: a CPU without 16-bit floats takes seconds a token of a 3B model in them
 # how far a cache may move a logit, as a share of the largest one: in fp16 sums of another order round differently, and
 # in bits the activations are rounded to 8
-CACHE = {"fp32": 1e-4, "fp16": 2e-2, "q8": 5e-2, "q4": 5e-2, "q4f16": 8e-2}
-LARGEST_KL = {"fp32": 1e-4, "fp16": 1e-2, "q8": 0.1, "q4": 0.3, "q4f16": 0.3}  # nats a token
+CACHE = {"fp32": 1e-4, "fp16": 2e-2, "q8": 5e-2, "q4": 5e-2, "q4f16": 8e-2, "int8": 1e-4}
+LARGEST_KL = {"fp32": 1e-4, "fp16": 1e-2, "q8": 0.1, "q4": 0.3, "q4f16": 0.3, "int8": 0.1}  # nats a token
 EQUAL = 1e-3  # fp32 logits beside the model's own, as a share of the largest
 PROMPTS = ("What do the gulls want from you today?", "How do I learn to swim in the harbour?")
 
