@@ -113,9 +113,12 @@ def _unpack(graph: ir.Graph, recipes: dict[str, tuple[Part, ...]]) -> None:
     """Make products apart that are made as one only to be split: two small ones cost less than the copies do."""
     for held in list(recipes):
         old = graph.initializers[held]
-        (product, _), *others = old.uses()
+        products = [user for user, _ in old.uses()]
+        if [product.op_type for product in products] != ["MatMul"]:
+            continue
+        product = products[0]
         users = [user for user, _ in product.outputs[0].uses()]
-        if others or product.op_type != "MatMul" or [user.op_type for user in users] != ["Split"]:
+        if [user.op_type for user in users] != ["Split"]:
             continue
         hidden = product.inputs[0]
         assert hidden is not None
@@ -223,7 +226,10 @@ def _gathered(
     shape = weights.shape(EMBEDDINGS)
     if quantised and fits(shape):
         codes, scales = _coded(part, [EMBEDDINGS], quantised, torch.float32, EMBEDDINGS)[:2]
-        whole = _dequantised(graph, _op(graph, "Gather", [codes, ids]), _op(graph, "Gather", [scales, ids]))
+        size = _op(graph, "Gather", [scales, ids])
+        if scales.dtype != ir.DataType.FLOAT:
+            size = _op(graph, "Cast", [size], attributes={"to": int(ir.DataType.FLOAT)})
+        whole = _dequantised(graph, _op(graph, "Gather", [codes, ids]), size)
         made = _op(graph, "Reshape", [whole, _numbers(graph, "embed_shape", [1, -1, shape[1]])])
         held = torch.float32
     else:
@@ -232,13 +238,10 @@ def _gathered(
 
 
 def _dequantised(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
-    """8 bits [..., blocks, block size] as fp32, by plain operators."""
-    to_float = {"to": int(ir.DataType.FLOAT)}
-    steps = _op(graph, "Cast", [codes], attributes=to_float, before=before)
+    """8 bits [..., blocks, block size] as fp32, by plain operators; `scales` [..., blocks] are fp32."""
+    steps = _op(graph, "Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)}, before=before)
     steps = _op(graph, "Sub", [steps, _floats(graph, "middle_code", 128.0)], before=before)
     size = _op(graph, "Unsqueeze", [scales, _numbers(graph, "last_axis", [-1])], before=before)
-    if scales.dtype == ir.DataType.FLOAT16:
-        size = _op(graph, "Cast", [size], attributes=to_float, before=before)
     return _op(graph, "Mul", [steps, size], before=before)
 
 
