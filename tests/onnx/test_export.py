@@ -54,8 +54,8 @@ def test_int8_is_eight_bits_to_fetch_and_whole_in_memory(phoque, text_model, cha
     assert codes == ["model.embed_tokens.weight.codes"]  # of which a token's row is read
     assert not any(node.op_type == "MatMulNBits" for node in loaded.node)
     (tmp_path / "x" / "onnx" / "model_int8.onnx").rename(tmp_path / "x" / "onnx" / "elsewhere.onnx")
-    ran = phoque("verify-onnx", "--local-dir", "x", "--level", "files", expect=1)
-    assert "asks for onnx/model_int8.onnx" in ran.out
+    ran = phoque("verify-onnx", "--local-dir", "x", "--level", "files", "--json", expect=1)
+    assert any("asks for onnx/model_int8.onnx, which is missing" in check["said"] for check in ran.json["checks"])
 
 
 def test_the_folder_is_what_transformersjs_reads(text_export, seeing_export):
