@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import site
 import statistics
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def limit(folder: Path, a: argparse.Namespace) -> dict:
     for _ in range(20):
         x @ w
     torch.cuda.synchronize()
-    return {"flops": 20 * 2 * 8192**3 / (time.perf_counter() - begun)}
+    seconds = time.perf_counter() - begun
+    return {"flops": 20 * 2 * 8192**3 / seconds, "gpu": torch.cuda.get_device_name(0)}
 
 
 class Clock:
@@ -147,6 +149,8 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
 
+    if a.flash:
+        site.addsitedir(a.flash)
     if a.cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(a.cap * 1e9 / total)
@@ -214,7 +218,9 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         quantization, mode, count, steps, log_every, *rest = asked.split(":")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = "other" not in rest
         given = vars(a) | {"quantization": quantization, "mode": mode, "count": int(count), "steps": int(steps)}
-        given |= {"log_every": int(log_every), "cap": 24 if "capped" in rest else 0, "recompute": "recomputed" in rest}
+        caps = [float(word.removeprefix("capped")) for word in rest if word.startswith("capped")]
+        given |= {"log_every": int(log_every), "cap": sum(caps), "recompute": "recomputed" in rest}
+        given["flash"] = a.flash if "flash4" in rest else ""
         torch.cuda.set_per_process_memory_fraction(1.0)
         try:
             found[asked] = ours(folder, argparse.Namespace(**given))
@@ -269,9 +275,10 @@ def unsloth(folder: Path, a: argparse.Namespace) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     shape, recompute = a.unsloth.split(":")
+    packs = shape == "packed"
     rows = json.loads((folder / "ids.json").read_text())
     model, _ = FastModel.from_pretrained(
-        str(folder / "bf16"), max_seq_length=LONGEST, load_in_4bit=True, dtype=torch.bfloat16
+        str(folder / "bf16"), max_seq_length=BUDGET if packs else LONGEST, load_in_4bit=True, dtype=torch.bfloat16
     )  # fmt: skip
     model = FastModel.get_peft_model(
         model, use_gradient_checkpointing="unsloth" if recompute == "1" else False, lora_dropout=0, bias="none",
@@ -279,11 +286,11 @@ def unsloth(folder: Path, a: argparse.Namespace) -> dict:
     )  # fmt: skip
     torch.cuda.synchronize()
     clock = Clock(time.perf_counter())
-    packs = shape == "packed"
     arguments = SFTConfig(
         output_dir=str(folder / "unsloth"), max_steps=a.steps, per_device_train_batch_size=1 if packs else 16,
-        gradient_checkpointing=recompute == "1", optim="adamw_torch_fused", learning_rate=2e-4, bf16=True,
-        logging_steps=10, save_strategy="no", report_to=[], max_length=BUDGET if packs else None, packing=packs,
+        gradient_accumulation_steps=1, gradient_checkpointing=recompute == "1", optim="adamw_torch_fused",
+        learning_rate=2e-4, bf16=True, logging_steps=10, save_strategy="no", report_to=[],
+        max_length=BUDGET if packs else None, packing=packs,
         padding_free=shape == "free", dataset_kwargs={"skip_prepare_dataset": not packs}, disable_tqdm=True,
         remove_unused_columns=packs,
     )  # fmt: skip
@@ -317,11 +324,16 @@ PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": 
 SPEED = {
     "nf4:graph:16:40:10": "phoque, NF4",
     "fp8:graph:16:40:10": "phoque, FP8",
+    "nf4:graph:16:20:10:capped12": "phoque, NF4, on a card capped at 12 GB",
     "nf4:graph:16:20:10:recomputed": "phoque, NF4, checkpointing",
-    "nf4:auto:16:20:10:capped": "phoque, NF4, 20 steps on a card capped at 24 GB",
+    "nf4:auto:16:20:10:capped24": "phoque, NF4, 20 steps on a card capped at 24 GB",
     "nf4:graph:62:16:10": "phoque, NF4",
     "fp8:graph:62:16:10": "phoque, FP8",
     "nf4:graph:124:10:10": "phoque, NF4",
+}
+FLASH = {
+    "nf4:graph:16:40:10:flash4": "phoque, NF4, flash-attn-4",
+    "nf4:graph:62:16:10:flash4": "phoque, NF4, flash-attn-4",
 }
 LEARNING = {
     "nf4:eager:16:32:1": "plain layers",
@@ -332,8 +344,7 @@ LEARNING = {
 }
 UNSLOTH = {
     "free:1": "Unsloth, padding-free, its checkpointing",
-    "padded:0": "Unsloth, padded",
-    "packed:0": "Unsloth, packing",
+    "packed:0": "Unsloth, packing, no checkpointing",
 }
 PEERS = {
     "16:1:1": "TRL, padding-free, checkpointing",
@@ -345,8 +356,9 @@ PEERS = {
 def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
     """Every part in a process of its own; what each run of it found, under its name."""
     there = ["--unsloth-path", a.unsloth_path]
+    runs = SPEED | LEARNING | (FLASH if a.flash else {})
     calls = [
-        ["make", *there], ["limit"], ["several", "--runs", ",".join(SPEED)], ["several", "--runs", ",".join(LEARNING)],
+        ["make", *there], ["limit"], ["several", "--runs", ",".join(runs), "--flash", a.flash],
         *(["trl", "--trl", peer, "--steps", "3" if peer.startswith("1:") else "8"] for peer in PEERS),
         *(["unsloth", "--unsloth", peer, "--steps", "12", *there] for peer in UNSLOTH if a.unsloth_path),
     ]  # fmt: skip
@@ -360,6 +372,8 @@ def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
             print(f"{part} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         for line in lines:
             found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl", "unsloth") else line
+        if a.results:
+            a.results.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -368,12 +382,13 @@ def show(found: dict[str, dict]) -> None:
     from phoque.plots import Series, figure, line_plot, page
 
     most = found["limit"]["flops"]
-    print(f"{torch.cuda.get_device_name(0) if torch.cuda.is_available() else ''}, {most / 1e12:.0f} TFLOP/s in bf16\n")
+    print(f"{found['limit']['gpu']}, {most / 1e12:.0f} TFLOP/s in bf16\n")
     print("| | tokens a step | seconds | tokens/s | of the limit | memory, GB | first step after, s |")
     print("|---|---|---|---|---|---|---|")
     plain = {"nf4:eager:16:32:1": "plain layers, packed, NF4"}
-    for name, label in (PEERS | UNSLOTH | plain | SPEED).items():
-        if row := found.get(name):
+    for name, label in (PEERS | UNSLOTH | plain | SPEED | FLASH).items():
+        row = found.get(name, {})
+        if "step" in row:
             speed = row["tokens"] / row["step"]
             print(
                 f"| {label} | {row['tokens']:,.0f} | {row['step']:.3f} | {speed:,.0f} | "
@@ -422,6 +437,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="every layer")
     parser.add_argument("--unsloth", default="free:1")
     parser.add_argument("--unsloth-path", default="", help="a folder with Unsloth and the TRL that it wants")
+    parser.add_argument("--flash", default="", help="a folder with flash-attn-4, to measure it as well")
     parser.add_argument("--results", type=Path, help="where the numbers are kept; shown again if they are there")
     a = parser.parse_args()
     if a.part:
@@ -432,8 +448,6 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         found = measured(Path(name), a)
-    if a.results:
-        a.results.write_text(json.dumps(found, indent=1))
     show(found)
 
 

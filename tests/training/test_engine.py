@@ -47,9 +47,9 @@ def family(folder, name):
     return folder
 
 
-def adapted_model(folder, quantization="none", traced=True, dropout=0.0):
-    name, _ = attention.choose(torch.device("cpu"), traced)
-    torch.manual_seed(3)
+def adapted_model(folder, quantization="none", traced=True, dropout=0.0, seed=3):
+    name, _ = attention.choose(torch.device("cpu"), None, 0, traced)
+    torch.manual_seed(seed)
     model = with_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -75,9 +75,9 @@ def weights_of(hidden):
     return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7)).to(hidden.dtype)
 
 
-def plain(folder, quantization="none", dtype=None):
+def plain(folder, quantization="none", dtype=None, seed=3):
     """Hidden states and gradients of the plain layers on unpadded rows; `dtype` computes in another precision."""
-    model = adapted_model(folder, quantization, traced=False)
+    model = adapted_model(folder, quantization, traced=False, seed=seed)
     if dtype:
         model = model.to(dtype)
     batch = packed(talks())
@@ -111,12 +111,15 @@ def test_own_products_give_the_plain_hidden_states_and_gradients(name, tmp_path)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("quantization", ["nf4", "bf16", "fp8"])
 def test_quantised_products_are_as_near_to_fp32_as_the_plain_ones(mistral3, quantization, whole):
-    engine = Engine(adapted_model(mistral3, quantization))
-    engine.hold(whole)
-    exact = plain(mistral3, quantization, torch.float32)
-    ours, theirs = far(fast(engine), exact), far(plain(mistral3, quantization), exact)
+    ours, theirs = [], []
+    for seed in range(3, 7):  # the largest of fourteen distances is a matter of luck in one adapter
+        engine = Engine(adapted_model(mistral3, quantization, seed=seed))
+        engine.hold(whole)
+        exact = plain(mistral3, quantization, torch.float32, seed)
+        ours.append(far(fast(engine), exact))
+        theirs.append(far(plain(mistral3, quantization, seed=seed), exact))
     # FP8 products round what goes in as well, where the plain ones only read the weights in full
-    assert ours < (0.4 if quantization == "fp8" else 1.6 * theirs), (ours, theirs)
+    assert sum(ours) < (4 * 0.4 if quantization == "fp8" else 1.3 * sum(theirs)), (ours, theirs)
 
 
 def test_fp8_products_are_off_by_what_three_bits_of_mantissa_explain():
@@ -177,6 +180,28 @@ def test_recomputed_layers_change_nothing(mistral3):
     found = fast(engine)
     engine.recomputed = len(engine.layers)
     assert far(fast(engine), found) < 1e-6
+
+
+def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
+    engine, kept = Engine(adapted_model(mistral3, "bf16"), compiled=True), []
+    known = {t.data_ptr() for t in [*engine.model.parameters(), *engine._leaves]}
+
+    def seen(tensor):
+        if tensor.data_ptr() not in known:
+            kept[-1][tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    found = []
+    for _ in range(2):
+        kept.append({})
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+            engine._one_layer(static_row())
+        found.append(fast(engine))
+        engine.save()
+    config, tokens = engine.model.config, static_row().ids.shape[1]
+    normed_and_gated = tokens * (2 * config.hidden_size + config.intermediate_size) * 2
+    assert sum(kept[0].values()) - sum(kept[1].values()) == normed_and_gated
+    assert far(*found) < 0.05  # what bf16 rounds away in other places
 
 
 def test_an_optimizer_and_a_checkpoint_still_reach_the_weights(mistral3, tmp_path):

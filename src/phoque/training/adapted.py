@@ -122,12 +122,16 @@ def _adapted(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The products with their adapters (T, rows), and x A^T (T, parts x rank)."""
     thin = (x if dropped is None else dropped) @ a.T
-    if codes is not None and factors is not None and scales is not None:
-        out = _scaled(codes, factors, values.T, scales.T, x.dtype)
-    else:
-        out = x @ _whole(values, scales, kind, sum(parts), x.shape[1], x.dtype).T
+    in_codes = codes is not None and factors is not None and scales is not None
+    # products of FP8 write their result; others add to what is there, which costs less than to add to theirs
+    out = _scaled(codes, factors, values.T, scales.T, x.dtype) if in_codes else x.new_empty(len(x), sum(parts))
     for share, seen, beside in zip(out.split(parts, 1), thin.split(b.shape[1], 1), b.split(parts), strict=True):
-        share.addmm_(seen, beside.T)
+        if in_codes:
+            share.addmm_(seen, beside.T)
+        else:
+            torch.mm(seen, beside.T, out=share)
+    if not in_codes:
+        out.addmm_(x, _whole(values, scales, kind, sum(parts), x.shape[1], x.dtype).T)
     return out, thin
 
 
@@ -150,16 +154,15 @@ def _adapted_backward(
         zip(grad.split(parts, 1), b.split(parts), to_b.split(parts), strict=True)
     ):
         at = slice(number * rank, (number + 1) * rank)
-        back[:, at] = part @ beside
+        torch.mm(part, beside, out=back[:, at])
         torch.mm(part.T, thin[:, at], out=into)
     if codes is not None and factors is not None and turned is not None:
         to_x = _scaled(codes, factors, turned, factors.new_ones(1, turned.shape[1]), grad.dtype)
+        to_seen = back @ a if apart else to_x.addmm_(back, a)
     else:
-        to_x = grad @ _whole(values, scales, kind, sum(parts), seen.shape[1], grad.dtype)
-    to_seen = back @ a if apart else grad.new_empty(0)
-    if not apart:
-        to_x.addmm_(back, a)
-    return to_x, to_seen, back.T @ seen, to_b
+        whole, to_seen = _whole(values, scales, kind, sum(parts), seen.shape[1], grad.dtype), back @ a
+        to_x = grad @ whole if apart else to_seen.addmm_(grad, whole)
+    return to_x, to_seen if apart else grad.new_empty(0), back.T @ seen, to_b
 
 
 @_adapted_backward.register_fake

@@ -3,25 +3,33 @@
 import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
+LENGTHS = (0, 70, 71, 200)  # borders of the row that kernels are compared on
+AGREES = 0.02  # largest relative difference of two kernels in bf16
+FLASH_4_TOKENS = 2**24  # of short conversations, on an H100: benchmarks/train_speed.py
 
 
-def choose(device: torch.device, traced: bool = False) -> tuple[str, str]:
-    """Register the packed attention for this device; return its name for transformers, and the reason.
+def choose(device: torch.device, config: Any, tokens: float, traced: bool = False) -> tuple[str, str]:
+    """Register the packed attention for this device and a model's config; return its name for transformers, and why.
 
-    `traced` asks for one that torch.compile can follow, which needs borders to stay where they are: on the device.
+    `tokens` are those that the run is going to read: kernels that take long to build must pay. `traced` asks for one
+    that torch.compile can follow, which needs borders to stay where they are: on the device.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     attend, reason = _by_conversation, "SDPA a conversation at a time: no mask is built, no padding attended"
     if device.type == "cuda":
-        attend, reason = _varlen(), "torch.nn.attention.varlen: one kernel over all conversations of a row"
+        attend, reason = _on_cuda(device, config, tokens)
     elif traced:
         attend, reason = _by_mask, "SDPA with a mask: no length is read while the layers run"
     AttentionInterface.register(NAME, attend)
@@ -41,9 +49,9 @@ def plain_attention(model: Any) -> Generator[None]:
 
 
 def _by_conversation(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
-    scaling: float, cu_seq_lens_q: torch.Tensor, dropout: float = 0.0, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None,
+    scaling: float, cu_seq_lens_q: Tensor, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """query, key, value: (1, heads, T, head size) -> (1, T, heads, head size)."""
     borders = cu_seq_lens_q.tolist()
     parts = [
@@ -56,9 +64,9 @@ def _by_conversation(
 
 
 def _by_mask(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
-    scaling: float, cu_seq_lens_q: torch.Tensor, dropout: float = 0.0, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None,
+    scaling: float, cu_seq_lens_q: Tensor, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """As `_by_conversation`, with the borders as a mask."""
     places = torch.arange(query.shape[2], device=query.device)
     segment = torch.searchsorted(cu_seq_lens_q, places.int(), right=True)
@@ -67,7 +75,40 @@ def _by_mask(
     return out.transpose(1, 2), None
 
 
-def _varlen() -> Callable[..., tuple[torch.Tensor, None]]:
+def _on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[Attention, str]:
+    """FlashAttention 4 where it is installed, right and worth its build, else torch's kernel: FlashAttention 2."""
+    own, reason = _varlen(), "torch.nn.attention.varlen: one kernel over all conversations of a row"
+    if not (find_spec("flash_attn") and find_spec("flash_attn.cute")):
+        return own, reason
+    if tokens < FLASH_4_TOKENS:
+        return own, f"{reason}; flash-attn-4 takes 15 s to build, which {tokens / 1e6:.1f} M tokens do not win back"
+    try:
+        far = _difference(_flash_4, own, device, config.get_text_config())
+    except Exception as error:  # kernels of another package can fail in many ways, none of which ends a run
+        return own, f"{reason}; flash-attn-4 is installed and fails: {' '.join(str(error).split())[:120]}"
+    if not far <= AGREES:
+        return own, f"{reason}; flash-attn-4 is installed and {far:.1%} off"
+    return _flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
+
+
+def _difference(one: Attention, other: Attention, device: torch.device, config: Any) -> float:
+    """The largest relative difference of what two attentions make of a short row, and of their gradients."""
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    shared, size = config.num_key_value_heads, getattr(config, "head_dim", None) or size
+    drawn = torch.Generator(device).manual_seed(0)
+    q, k, v, slope = (
+        torch.randn(1, n, LENGTHS[-1], size, generator=drawn, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for n in (heads, shared, shared, heads)
+    )
+    borders = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    found = []
+    for attend in (one, other):
+        out, _ = attend(None, q, k, v, None, scaling=size**-0.5, cu_seq_lens_q=borders, max_length_q=LENGTHS[-1])
+        found.append([out, *torch.autograd.grad(out, (q, k, v), slope.transpose(1, 2))])
+    return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*found, strict=True))
+
+
+def _varlen() -> Attention:
     """As `_by_conversation`, in one kernel; torch before 2.12 takes no groups, so heads are repeated there."""
     from torch.nn.attention import varlen
 
@@ -75,9 +116,9 @@ def _varlen() -> Callable[..., tuple[torch.Tensor, None]]:
     grouped = "enable_gqa" in inspect.signature(attend).parameters
 
     def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None,
-        scaling: float, cu_seq_lens_q: torch.Tensor, max_length_q: int, dropout: float = 0.0, **_: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None,
+        scaling: float, cu_seq_lens_q: Tensor, max_length_q: int, dropout: float = 0.0, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
         if grouped:
@@ -89,3 +130,63 @@ def _varlen() -> Callable[..., tuple[torch.Tensor, None]]:
         return out[None], None
 
     return attention
+
+
+def _flash_4(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None,
+    scaling: float, cu_seq_lens_q: Tensor, max_length_q: int, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """As `_by_conversation`, by the kernels of the package flash-attn-4."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling)[0][None], None
+
+
+def _flash_4_kernels() -> Any:
+    return import_module("flash_attn.cute.interface")
+
+
+# its own functions are not for torch.compile to look into, and its own autograd would be one more thing to compile
+@torch.library.custom_op("phoque::flash", mutates_args=())
+def _flash(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """q (T, heads, size), k and v (T, fewer heads, size) -> like q, and the logarithms of the sums (heads, T)."""
+    out, sums = _flash_4_kernels()._flash_attn_fwd(
+        q, k, v, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
+        softmax_scale=scaling, causal=True, return_lse=True,
+    )[:2]  # fmt: skip
+    return out, sums
+
+
+@_flash.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("phoque::flash_backward", mutates_args=())
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, out: Tensor, sums: Tensor,
+    longest: int, scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    to_q, to_k, to_v = _flash_4_kernels()._flash_attn_bwd(
+        q, k, v, out, grad, sums, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest,
+        max_seqlen_k=longest, softmax_scale=scaling, causal=True,
+    )[:3]  # fmt: skip
+    return to_q, to_k, to_v
+
+
+@_flash_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, out: Tensor, sums: Tensor,
+      longest: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, borders, ctx.longest, ctx.scaling = inputs
+    ctx.save_for_backward(q, k, v, borders, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _back(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
+    return *_flash_backward(grad.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scaling), None, None, None
+
+
+_flash.register_autograd(_back, setup_context=_keep)

@@ -62,7 +62,8 @@ class Engine:
     """Runs the layers of one model on rows of static shape.
 
     `compiled` by torch.compile, for any length at once if there are `several`; `captured` as CUDA graphs, one for each
-    length; the first `recomputed` layers keep no activations.
+    length; the first `recomputed` layers keep no activations. A `frugal` one, if it is compiled, keeps no normed and
+    gated activations: they are made again from others.
 
     The adapter's weights lie in one flat FP32 tensor, with a copy in the model's dtype for the products and flat
     gradients of both: one kernel copies, clears or adds up all of them.
@@ -73,6 +74,7 @@ class Engine:
     captured: bool = False
     several: bool = False
     recomputed: int = 0
+    frugal: bool = False
     seconds: float = 0.0
     _graphs: dict[int, _Captured] = field(default_factory=dict)
     _pool: Any = None
@@ -86,13 +88,19 @@ class Engine:
         self._groups = [group for layer in self.layers for group in _sharing(layer, apart)]
         self._flatten()
         self.hold(whole=False)
-        self._compiled = torch.compile(_layer, dynamic=self.several)
+        self._compile()
 
     def hold(self, whole: bool) -> None:
         """Have the products run on the weights as they are held, or kept whole, which takes `whole_bytes` more."""
         self.whole = whole
         for group, a, b in zip(self._groups, self._leaves, self._leaves[len(self._groups) :], strict=False):
             _speed_up(group, a, b, whole)
+
+    def save(self) -> None:
+        """Be frugal from here on."""
+        self.frugal = True
+        self.forget()
+        self._compile()
 
     @property
     def in_fp8(self) -> bool:
@@ -235,6 +243,13 @@ class Engine:
         for module in (module for group in self._groups for module in group):
             del module.forward
 
+    def _compile(self) -> None:
+        from torch._functorch import config
+
+        # what a product of ours reads counts as too dear to make again, unless this says that it may be
+        keeps = config.patch(ban_recompute_materialized_backward=not self.frugal)
+        self._compiled = keeps(torch.compile(_layer, dynamic=self.several))
+
     def _clear(self) -> None:
         for leaf in self._leaves:
             leaf.grad = None
@@ -375,6 +390,10 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
             engine.recomputed = engine.layers_to_recompute(row) if cuda else 0
             if recompute:
                 engine.recomputed = len(engine.layers)
+            elif engine.recomputed and engine.compiled and not engine.frugal:
+                engine.save()
+                engine.recomputed = engine.layers_to_recompute(row)
+                reasons.append("normed and gated activations are made again")
             difference = engine.difference(row, real)
             if not difference <= (AGREES_FP8 if engine.in_fp8 else AGREES):
                 raise RuntimeError(f"hidden states differ by {difference:.1%} from the plain layers'")
@@ -389,6 +408,8 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
                 return Chosen("eager", "; ".join(reasons))
             engine.compiled, engine.captured = engine.compiled and engine.captured, False
     engine.seconds = time.monotonic() - begun
+    if cuda:
+        torch.cuda.empty_cache()  # of what the trial alone took
     if engine.recomputed:
         reasons.append(f"{engine.recomputed} of {len(engine.layers)} layers are recomputed")
     return Chosen(engine.mode, "; ".join(reasons), engine)

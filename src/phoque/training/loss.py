@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
+from phoque.data.chat import IGNORED
+from phoque.data.pack import TILE
 from phoque.training.engine import Engine, Row
 
 Judge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -31,41 +33,52 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, judged: Judge) -> Any:
-        grads = torch.empty_like(hidden)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, labels: torch.Tensor, judged: Judge
+    ) -> Any:
+        grads = torch.zeros_like(hidden)
         nll = hidden.new_zeros((), dtype=torch.float32)
         right = hidden.new_zeros((), dtype=torch.long)
         size = max(16, LOGITS_AT_ONCE // weight.shape[0])
-        for start in range(0, len(labels), size):
-            logits = hidden[start : start + size] @ weight.T
-            lost, guessed, slopes = judged(logits, labels[start : start + size])
+        for at, wanted in zip(places.split(size), labels.split(size), strict=True):
+            lost, guessed, slopes = judged(hidden[at] @ weight.T, wanted)
             nll += lost
             right += guessed
-            torch.mm(slopes, weight, out=grads[start : start + size])
+            grads.index_copy_(0, at, slopes @ weight)
         ctx.save_for_backward(grads)
         ctx.mark_non_differentiable(right)
         return nll, right
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (grads,) = ctx.saved_tensors
-        return grads * upstream[0].to(grads.dtype), None, None, None
+        return grads * upstream[0].to(grads.dtype), None, None, None, None
 
 
 def _judged(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of logits (n, vocabulary): the summed loss, how many are right, and the loss's slope at each, in their dtype."""
     full = logits.float()
+    known = (labels != IGNORED)[:, None]
     right = (full.argmax(-1) == labels).sum()
     if torch.compiler.is_compiling():  # two passes over the logits; a write at an index would take one more
         total = full.logsumexp(-1, keepdim=True)
-        nll = (total - full.gather(-1, labels[:, None])).sum()
+        nll = torch.where(known, total - full.gather(-1, labels.clamp(min=0)[:, None]), 0).sum()
         slopes = (full - total).exp()
         at = torch.arange(full.shape[1], device=full.device) == labels[:, None]
-        return nll, right, torch.where(at, slopes - 1, slopes).to(logits.dtype)
-    nll = cross_entropy(full, labels, reduction="sum")
+        return nll, right, torch.where(known, torch.where(at, slopes - 1, slopes), 0).to(logits.dtype)
+    nll = cross_entropy(full, labels, reduction="sum", ignore_index=IGNORED)
     slopes = full.softmax(-1)
-    slopes[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return nll, right, slopes.to(logits.dtype)
+    slopes[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
+    return nll, right, slopes.masked_fill_(~known, 0).to(logits.dtype)
+
+
+def _filled_up(places: torch.Tensor, wanted: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and labels up to a multiple of TILE, with the last position, which has no next token to learn.
+
+    A GPU that meets a new shape waits while the kernels for it are loaded, and has nothing to do meanwhile.
+    """
+    more = (0, -len(places) % TILE)
+    return pad(places, more, value=last), pad(wanted, more, value=IGNORED)
 
 
 def with_token_loss(model: Any, engine: Engine | None = None) -> None:
@@ -89,7 +102,10 @@ def with_token_loss(model: Any, engine: Engine | None = None) -> None:
             hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
         weight = self.get_output_embeddings().weight
         # positions that were counted on the CPU: a mask would make it wait for the GPU here
-        nll, right = _HeadLoss.apply(hidden[0, loss_at].to(weight.dtype), weight, labels[0, loss_at + 1], judged)
+        places, wanted = loss_at, labels[0, loss_at + 1]
+        if engine:
+            places, wanted = _filled_up(places, wanted, hidden.shape[1] - 1)
+        nll, right = _HeadLoss.apply(hidden[0].to(weight.dtype), weight, places, wanted, judged)
         return TokenLoss(nll, right, len(loss_at))
 
     model.forward = types.MethodType(forward, model)

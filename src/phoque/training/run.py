@@ -1,6 +1,7 @@
 """One training run: begin (find, read, check, restore), take the steps that are left, finish."""
 
 import json
+import math
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -127,7 +128,9 @@ def _model(run: Run) -> Any:
     """The base with a fresh adapter, on the device."""
     s, source = run.settings, run.ready.source
     torch.manual_seed(s.seed)
-    name, reason = attention.choose(device(), traced=s.engine_mode not in ("auto", "eager"))
+    asked = s.engine_mode not in ("auto", "eager")
+    tokens = (s.max_steps - run.first) * s.batch_size * run.ready.survey.mean_length
+    name, reason = attention.choose(device(), run.ready.config, math.inf if asked else tokens, traced=asked)
     run.record["attention"] = reason
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
