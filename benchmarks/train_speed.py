@@ -229,8 +229,13 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         gc.collect()
         torch.compiler.reset()
         torch.cuda.empty_cache()
-        print("RESULT " + json.dumps({asked: found[asked]}), flush=True)
+        tell({asked: found[asked]})
     return {}
+
+
+def tell(found: dict) -> None:
+    """Hand what a part found to the process that asked for it; phoque's console keeps `sys.stdout` to itself."""
+    print("RESULT " + json.dumps(found), file=sys.__stdout__, flush=True)
 
 
 def trl(folder: Path, a: argparse.Namespace) -> dict:
@@ -368,7 +373,7 @@ def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
         command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *more]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode:
+        if done.returncode or not lines:
             print(f"{part} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
         for line in lines:
             found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl", "unsloth") else line
@@ -441,7 +446,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="where the numbers are kept; shown again if they are there")
     a = parser.parse_args()
     if a.part:
-        print("RESULT " + json.dumps(PARTS[a.part](a.folder, a)), flush=True)
+        tell(PARTS[a.part](a.folder, a))
         return
     if a.results and a.results.is_file():
         show(json.loads(a.results.read_text()))

@@ -166,10 +166,11 @@ def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, out: Tensor, sums: Tensor,
     longest: int, scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    to_q, to_k, to_v = _flash_4_kernels()._flash_attn_bwd(
+    found = _flash_4_kernels()._flash_attn_bwd(
         q, k, v, out, grad, sums, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest,
         max_seqlen_k=longest, softmax_scale=scaling, causal=True,
     )[:3]  # fmt: skip
+    to_q, to_k, to_v = (gradient.contiguous() for gradient in found)  # they may be laid out as q, k and v are
     return to_q, to_k, to_v
 
 

@@ -1,0 +1,59 @@
+"""flash-attn-4 as one operator, and when it is taken. Its kernels need a GPU: a stand-in has their names here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from transformers import AutoConfig
+
+from phoque.training import attention
+
+BORDERS = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
+
+
+@pytest.fixture
+def flash_4(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "flash_stand_in"))
+    monkeypatch.setattr(attention, "_varlen", lambda: attention._by_conversation)  # torch's own needs a GPU as well
+    yield AutoConfig.for_model("llama", **tiny.SIZES)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+def attended(attend, query, key, value):
+    out, _ = attend(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=BORDERS, max_length_q=16)
+    slope = torch.linspace(-1, 1, out.numel()).view_as(out)
+    return [out, *torch.autograd.grad(out, (query, key, value), slope)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_operator_hands_tensors_and_gradients_to_the_right_places(flash_4, compiled):
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
+    operator = torch.compile(attention._flash_4, fullgraph=True) if compiled else attention._flash_4
+    found, wanted = attended(operator, *given), attended(attention._by_conversation, *given)
+    for ours, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_it_is_taken_where_it_is_installed_right_and_pays(flash_4, monkeypatch):
+    cpu, long = torch.device("cpu"), float("inf")
+    assert attention._on_cuda(cpu, flash_4, long) == (
+        attention._flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
+    )  # fmt: skip
+    attend, reason = attention._on_cuda(cpu, flash_4, 2.1e6)
+    assert attend is attention._by_conversation and "takes 15 s to build, which 2.1 M tokens" in reason
+    monkeypatch.setenv("FLASH_STAND_IN", "wrong")
+    attend, reason = attention._on_cuda(cpu, flash_4, long)
+    assert attend is attention._by_conversation and reason.endswith("% off")
+    monkeypatch.setenv("FLASH_STAND_IN", "fails")
+    attend, reason = attention._on_cuda(cpu, flash_4, long)
+    assert attend is attention._by_conversation and reason.endswith("fails: no kernel image is available")
+
+
+def test_without_it_torch_s_kernel_is_taken(monkeypatch):
+    monkeypatch.setattr(attention, "_varlen", lambda: attention._by_conversation)
+    attend, reason = attention._on_cuda(torch.device("cpu"), None, float("inf"))
+    assert attend is attention._by_conversation and "flash" not in reason
