@@ -11,7 +11,7 @@ from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream
 from phoque.models.adapter import with_adapter
 from phoque.models.source import Source
-from phoque.training import attention
+from phoque.training import attention, loss
 from phoque.training.loss import with_token_loss
 
 
@@ -64,6 +64,28 @@ def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
     for n, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, wanted[n], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_that_fill_up_a_shape_count_for_nothing(compiled, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 50 * 40)  # several chunks
+    judged = torch.compile(loss._judged, dynamic=True) if compiled else loss._judged
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(90, 8, requires_grad=True), torch.randn(50, 8)
+    places, labels = torch.arange(3, 88), torch.randint(0, 50, (85,))
+    found = []
+    for at, wanted in ((places, labels), loss._filled_up(places, labels, 89)):
+        nll, right = loss._HeadLoss.apply(hidden, weight, at, wanted, judged)
+        found.append([nll, right, *torch.autograd.grad(nll, hidden)])
+    assert len(at) == 128
+    logits = hidden[places] @ weight.T
+    plain = cross_entropy(logits, labels, reduction="sum")
+    right = (logits.argmax(-1) == labels).sum()
+    for ours in found:
+        for one, other in zip(
+            ours, (plain, right, *torch.autograd.grad(plain, hidden, retain_graph=True)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
 
 
 def test_packed_logits_and_gradients_equal_unpacked_ones(tiny_llama, chat, rows):

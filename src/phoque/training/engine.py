@@ -96,8 +96,8 @@ class Engine:
         for group, a, b in zip(self._groups, self._leaves, self._leaves[len(self._groups) :], strict=False):
             _speed_up(group, a, b, whole)
 
-    def save(self) -> None:
-        """Be frugal from here on."""
+    def be_frugal(self) -> None:
+        """Keep less from here on; what was compiled goes."""
         self.frugal = True
         self.forget()
         self._compile()
@@ -391,7 +391,7 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
             if recompute:
                 engine.recomputed = len(engine.layers)
             elif engine.recomputed and engine.compiled and not engine.frugal:
-                engine.save()
+                engine.be_frugal()
                 engine.recomputed = engine.layers_to_recompute(row)
                 reasons.append("normed and gated activations are made again")
             difference = engine.difference(row, real)
