@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
 
 from phoque.training import attention
 
@@ -51,6 +51,17 @@ def test_it_is_taken_where_it_is_installed_right_and_pays(flash_4, monkeypatch):
     monkeypatch.setenv("FLASH_STAND_IN", "fails")
     attend, reason = attention._on_cuda(cpu, flash_4, long)
     assert attend is attention._by_conversation and reason.endswith("fails: no kernel image is available")
+
+
+@pytest.mark.parametrize("dtype, capability", [(torch.float32, (9, 0)), (torch.bfloat16, (7, 5))])
+def test_a_gpu_s_fp32_and_old_gpus_get_a_mask(monkeypatch, dtype, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: capability)
+    name, reason = attention.choose(torch.device("cuda"), None, dtype, float("inf"))
+    assert AttentionInterface()[name] is attention._by_mask and "Ampere" in reason
+    given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
+    found, wanted = attended(attention._by_mask, *given), attended(attention._by_conversation, *given)
+    for ours, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_without_it_torch_s_kernel_is_taken(monkeypatch):

@@ -48,7 +48,7 @@ def family(folder, name):
 
 
 def adapted_model(folder, quantization="none", traced=True, dropout=0.0, seed=3):
-    name, _ = attention.choose(torch.device("cpu"), None, 0, traced)
+    name, _ = attention.choose(torch.device("cpu"), None, torch.float32, 0, traced)
     torch.manual_seed(seed)
     model = with_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
     for name, parameter in model.named_parameters():

@@ -46,7 +46,7 @@ def shaken(model):
 
 def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
     batch = next(iter(stream_of(rows, chat)))
-    name, _ = attention.choose(torch.device("cpu"), None, 0)
+    name, _ = attention.choose(torch.device("cpu"), None, torch.float32, 0)
     model = shaken(loaded(tiny_llama, name))
     with_token_loss(model.get_base_model())
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_at")}
@@ -92,7 +92,7 @@ def test_packed_logits_and_gradients_equal_unpacked_ones(tiny_llama, chat, rows)
     stream = stream_of(rows, chat, 1)
     singles = [b for _, b in zip(range(5), stream, strict=False)]
     talks = [chat.encode(open_row["messages"]) for open_row in _rows(rows)[:5]]
-    name, _ = attention.choose(torch.device("cpu"), None, 0)
+    name, _ = attention.choose(torch.device("cpu"), None, torch.float32, 0)
     ours, plain = shaken(loaded(tiny_llama, name)), shaken(loaded(tiny_llama))
     batch = packed(talks)
     together = ours(**{k: v for k, v in batch.items() if k not in ("labels", "loss_at")}).logits[0]

@@ -16,24 +16,31 @@ Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
 LENGTHS = (0, 70, 71, 200)  # borders of the row that kernels are compared on
 AGREES = 0.02  # largest relative difference of two kernels in bf16
+AMPERE = (8, 0)  # the least compute capability of FlashAttention
 FLASH_4_TOKENS = 2**24  # of short conversations, on an H100: benchmarks/train_speed.py
 
 
-def choose(device: torch.device, config: Any, tokens: float, traced: bool = False) -> tuple[str, str]:
+def choose(
+    device: torch.device, config: Any, dtype: torch.dtype, tokens: float, traced: bool = False
+) -> tuple[str, str]:
     """Register the packed attention for this device and a model's config; return its name for transformers, and why.
 
-    `tokens` are those that the run is going to read: kernels that take long to build must pay. `traced` asks for one
-    that torch.compile can follow, which needs borders to stay where they are: on the device.
+    `dtype` is that of queries, keys and values. `tokens` are those that the run is going to read: kernels that take
+    long to build must pay. `traced` asks for one that torch.compile can follow, which needs borders to stay where they
+    are: on the device.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    cuda = device.type == "cuda"
     attend, reason = _by_conversation, "SDPA a conversation at a time: no mask is built, no padding attended"
-    if device.type == "cuda":
+    if cuda and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= AMPERE:
         attend, reason = _on_cuda(device, config, tokens)
+    elif cuda:
+        attend, reason = _by_mask, "SDPA with a mask: kernels without one want 16 bits and an Ampere GPU or later"
     elif traced:
         attend, reason = _by_mask, "SDPA with a mask: no length is read while the layers run"
     AttentionInterface.register(NAME, attend)
-    # the borders arrive as cu_seq_lens_q, so there is no mask to build
+    # the borders arrive as cu_seq_lens_q, so transformers has no mask to build
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     return NAME, reason
 
@@ -71,7 +78,9 @@ def _by_mask(
     places = torch.arange(query.shape[2], device=query.device)
     segment = torch.searchsorted(cu_seq_lens_q, places.int(), right=True)
     seen = (segment[:, None] == segment) & (places[:, None] >= places)
-    out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]  # CUDA's kernels that take a mask take no groups
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
     return out.transpose(1, 2), None
 
 

@@ -130,7 +130,8 @@ def _model(run: Run) -> Any:
     torch.manual_seed(s.seed)
     asked = s.engine_mode not in ("auto", "eager")
     tokens = (s.max_steps - run.first) * s.batch_size * run.ready.survey.mean_length
-    name, reason = attention.choose(device(), run.ready.config, math.inf if asked else tokens, traced=asked)
+    dtype = torch.float32 if s.quantization == "none" else torch.bfloat16
+    name, reason = attention.choose(device(), run.ready.config, dtype, math.inf if asked else tokens, traced=asked)
     run.record["attention"] = reason
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
