@@ -349,6 +349,7 @@ LEARNING = {
 }
 UNSLOTH = {
     "free:1": "Unsloth, padding-free, its checkpointing",
+    "padded:0": "Unsloth, padded, no checkpointing",
     "packed:0": "Unsloth, packing, no checkpointing",
 }
 PEERS = {

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from itertools import pairwise
 from typing import Any
 
@@ -87,7 +87,7 @@ def _by_mask(
 def _on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[Attention, str]:
     """FlashAttention 4 where it is installed, right and worth its build, else torch's kernel: FlashAttention 2."""
     own, reason = _varlen(), "torch.nn.attention.varlen: one kernel over all conversations of a row"
-    if not (find_spec("flash_attn") and find_spec("flash_attn.cute")):
+    if not [*distributions(name="flash-attn-4")]:  # FlashAttention 2 has modules of the same name
         return own, reason
     if tokens < FLASH_4_TOKENS:
         return own, f"{reason}; flash-attn-4 takes 15 s to build, which {tokens / 1e6:.1f} M tokens do not win back"
