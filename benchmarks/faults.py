@@ -38,21 +38,24 @@ SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY}
 COMMIT, LFS = "POST .*/commit/", "(PUT|POST) /lfs/"
 EVERYTHING = 10**9
 
-# executed in the process of the command before it begins: a gradient that is not finite, an allocation that fails
-HURT_STEP = """
-import torch
+# executed in the process of the command before it begins: what happens ahead of each step
+AHEAD = """
+import time, torch
 from transformers import Trainer
 whole = Trainer.training_step
-def hurt(self, *a, **k):
-    if self.state.global_step == {step}:
-        {what}
+def step(self, *a, **k):
+    {what}
     return whole(self, *a, **k)
-Trainer.training_step = hurt
+Trainer.training_step = step
 """
-NAN = HURT_STEP.format(
-    step=7, what="next(p for p in self.model.parameters() if p.requires_grad).data[0, 0] = float('nan')"
+NAN = AHEAD.format(
+    what="if self.state.global_step == 7:"
+    " next(p for p in self.model.parameters() if p.requires_grad).data[0, 0] = float('nan')"
 )
-OOM = HURT_STEP.format(step=7, what="raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')")
+OOM = AHEAD.format(
+    what="if self.state.global_step == 7: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB')"
+)
+SLOWLY = AHEAD.format(what="time.sleep(0.25)")  # on the fastest machine there is time to kill it
 
 
 class Ended:
@@ -146,9 +149,6 @@ class Phoque(Bench):
         ]  # fmt: skip
         return Started(self, [str(a) for a in (*argv, *more)], {"WANDB_MODE": "disabled"} | env, prelude)
 
-    def slow(self) -> list[Any]:
-        return ["--sample-every", 1, "--sample-tokens", 24]  # takes time and changes nothing
-
     def steps(self) -> list[tuple[int, float]]:
         path = self.place / "run" / "metrics.jsonl"
         rows = [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
@@ -179,9 +179,6 @@ class Plain(Bench):
             prelude + f"\nimport runpy\nrunpy.run_path({str(ROOT / 'benchmarks/plain_trainer.py')!r})\nraise SystemExit"
         )
         return Started(self, [str(a) for a in argv], {"WANDB_MODE": "disabled"} | env, script)
-
-    def slow(self) -> list[Any]:
-        return ["--pace", 0.15]
 
     def steps(self) -> list[tuple[int, float]]:
         path = self.place / "log.txt"
@@ -228,7 +225,7 @@ def in_push(match: str, kind: Any, **options: Any) -> Callable[[Bench], None]:
 
 def half_done(b: Bench) -> None:
     """A run that was stopped after some checkpoints, and a new machine."""
-    process = b.start(*b.slow())
+    process = b.start(prelude=SLOWLY)
     process.until(lambda: len(b.steps()) >= 7 and b.commits() > 2)
     process.kill(signal.SIGKILL)
     process.ended()
@@ -257,7 +254,7 @@ def signalled(number: int, where: str) -> Callable[[Bench], None]:
     def fault(b: Bench) -> None:
         if where == "upload":
             b.hub.faults.add(COMMIT, "slow", times=3, seconds=1.0)
-        process = b.start(*b.slow())
+        process = b.start(prelude=SLOWLY)
         process.until({"step": lambda: len(b.steps()) >= 5, "save": b.in_save, "upload": b.pushing}[where])
         process.kill(number)
         ended = process.ended()
@@ -280,7 +277,7 @@ def job_timeouts(b: Bench) -> None:
         class Container:
             def __init__(self, argv: list[str], env: dict[str, str], cwd: Path, out: Path) -> None:
                 b.new_machine()
-                self.process = b.start(*b.slow())
+                self.process = b.start(prelude=SLOWLY)
                 self.pid = self.process.pid
 
             def poll(self) -> int | None:
@@ -292,7 +289,8 @@ def job_timeouts(b: Bench) -> None:
         stages: list[str] = []
         while "COMPLETED" not in stages:
             need(len(stages) < 12, f"it was never done: {stages[-1:]}, {b.outputs[-1:]}")
-            spec["timeoutSeconds"] = 2 + len(stages)  # a second more each time, for a machine that is busy
+            # the first is shorter than 12 steps are; a second more each time, for a machine that is busy
+            spec["timeoutSeconds"] = 2 + len(stages)
             job = b.hub.jobs.jobs[b.hub.jobs.submit("harbour", spec)["id"]]
             while job["stage"] in ("SCHEDULING", "RUNNING"):
                 time.sleep(0.02)
@@ -379,7 +377,7 @@ def resumed_with(*change: Any) -> Callable[[Bench], None]:
 
 
 def wandb_down(b: Bench) -> None:
-    process = b.start(*b.slow(), WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
+    process = b.start(prelude=SLOWLY, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
     process.until(lambda: len(b.steps()) >= 5, 90)
     process.kill(signal.SIGKILL)
     process.ended()
@@ -398,7 +396,7 @@ def bad_rows(kind: str, bad: list[str]) -> Callable[[Bench], None]:
         b.run("--dataset", rows)
         same(b, kind, [loss for _, loss in b.steps()] if b.stopped else None)
         b.begin()
-        process = b.start("--dataset", rows, *b.slow())
+        process = b.start("--dataset", rows, prelude=SLOWLY)
         process.until(lambda: len(b.steps()) >= 7 and b.commits() > 2)
         process.kill(signal.SIGKILL)
         process.ended()
@@ -429,7 +427,7 @@ def fresh_start_twice(b: Bench) -> None:
     b.new_machine()
     env = {"FORCE_FRESH_START": "1"}
     before = b.commits()
-    process = b.start(*b.slow(), **env)
+    process = b.start(prelude=SLOWLY, **env)
     process.until(lambda: len(b.steps()) >= 7 and b.commits() > before + 2)
     process.kill(signal.SIGKILL)
     process.ended()

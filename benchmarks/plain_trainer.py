@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import time
 from pathlib import Path
 
 from datasets import load_dataset
@@ -15,16 +14,15 @@ PROJECTIONS = r".*layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
 
 
 class Log(TrainerCallback):
-    """One line a step, and a pause, so that a kill can be timed."""
+    """One line a step."""
 
-    def __init__(self, path: str, pace: float) -> None:
-        self.path, self.pace = Path(path), pace
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" in (logs or {}):
             with self.path.open("a") as f:
                 f.write(f"{state.global_step} {logs['loss']}\n")
-            time.sleep(self.pace)
 
 
 def last_checkpoint(repo: str, into: str) -> str | None:
@@ -51,7 +49,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save", type=int, default=3)
-    parser.add_argument("--pace", type=float, default=0.0)
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(asked.base)
 
@@ -71,9 +68,7 @@ def main() -> None:
         save_total_limit=2, report_to=["wandb"] if os.environ.get("WANDB_BASE_URL") else [], seed=0,
     )  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(asked.base), lora)
-    trainer = Trainer(
-        model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Log(asked.log, asked.pace)]
-    )
+    trainer = Trainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Log(asked.log)])
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.push_to_hub()
