@@ -20,7 +20,8 @@ from phoque.models.load import load_model
 from phoque.models.source import Source
 from phoque.training import attention
 from phoque.training.adapted import adapted, held
-from phoque.training.engine import Engine, Row, choose
+from phoque.training.choosing import choose
+from phoque.training.engine import Engine, Row
 
 LENGTHS = (17, 40, 23, 9, 31)
 PACKING = Packing(5, 24.0, 40, static=True)

@@ -113,7 +113,7 @@ def _difference(one: Attention, other: Attention, device: torch.device, config: 
     found = []
     for attend in (one, other):
         out, _ = attend(None, q, k, v, None, scaling=size**-0.5, cu_seq_lens_q=borders, max_length_q=LENGTHS[-1])
-        found.append([out, *torch.autograd.grad(out, (q, k, v), slope.transpose(1, 2))])
+        found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), slope.transpose(1, 2))])
     return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*found, strict=True))
 
 

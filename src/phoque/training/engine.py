@@ -15,18 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phoque.data.chat import Encoded
-from phoque.data.pack import Packing, packed
 from phoque.errors import PhoqueError
 from phoque.training.adapted import adapted, held
 
-SHARE_COMPILED = 0.2  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
-COMPILING_S = 20.0
 SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ROOM = 0.92  # of the free memory that a step may plan with
 HEAD_BYTES = 3 * 2**28  # the chunks of logits in training/loss.py
 NOISE = 0.05  # of B while the layers are tried, which makes an adapter's share as large as a trained one's and larger
-AGREES, AGREES_FP8 = 0.15, 0.5  # largest relative difference of hidden states that rounding explains (FP8: 0.3 seen)
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,11 @@ class Row:
     ) -> "Row":  # fmt: skip
         """The row of a packed batch."""
         return cls(input_ids, position_ids, cu_seq_lens_q, max_length_q)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, positions and borders."""
+        return self.ids, self.positions, self.borders
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Engine:
             self._out = self._run(row)
             return self._out.detach()
         graph = self._graphs.get(row.ids.shape[1]) or self._capture(row)
-        for ours, given in zip((graph.row.ids, graph.row.positions, graph.row.borders), _tensors(row), strict=True):
+        for ours, given in zip(graph.row.tensors, row.tensors, strict=True):
             ours.copy_(given)
         graph.forward.replay()
         self._current = graph
@@ -316,7 +316,7 @@ class Engine:
     def _capture(self, row: Row) -> _Captured:
         begun = time.monotonic()
         kept = self._total.clone()
-        row = Row(*(t.clone() for t in _tensors(row)), row.longest)
+        row = Row(*(t.clone() for t in row.tensors), row.longest)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -337,94 +337,6 @@ class Engine:
         self._graphs[row.ids.shape[1]] = graph
         self.seconds += time.monotonic() - begun
         return graph
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """How the layers of a run are going to run, and why; `engine` is None where they run as they are."""
-
-    mode: str
-    reason: str
-    engine: Engine | None = None
-
-    def record(self) -> dict[str, Any]:
-        """What run.json keeps of it."""
-        found: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
-        if self.engine:
-            found |= {"recomputed_layers": self.engine.recomputed, "build_s": round(self.engine.seconds, 1)}
-        return found
-
-
-def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool) -> Chosen:
-    """The way to run the layers that was `asked` for, or for `auto` the one that pays over `rows` rows.
-
-    It is built and tried on a row before the first step: what fails, or differs from the plain layers by more than
-    rounding, gives way to the next simpler one. Raises PhoqueError (2) if a row does not fit the memory even so.
-    """
-    cuda = next(model.parameters()).is_cuda
-    if asked == "eager" or (asked == "auto" and not cuda):
-        why = "as asked" if asked == "eager" else "on a CPU the products take the time, however they are called"
-        return Chosen("eager", why)
-    from torch._dynamo.exc import TorchDynamoException
-
-    begun = time.monotonic()
-    engine, row, real = Engine(model, several=packing.exact), *_trial_row(model, packing)
-    reasons = []
-    if asked == "graph" and not cuda:
-        asked = "compile"
-        reasons.append("there is no CUDA graph on a CPU")
-    # a graph for each length would hold the activations of each
-    engine.captured = cuda and asked != "compile" and not (packing.exact and asked == "auto")
-    if cuda and not recompute and engine.has_room_for_whole(row):
-        engine.hold(whole=True)
-        reasons.append("there is room to keep the weights whole")
-    if asked == "auto":
-        saved = SHARE_COMPILED * engine.layer_seconds(row) * len(engine.layers) * rows
-        engine.compiled = saved > COMPILING_S
-        reasons.append(f"compiling would save {saved:,.0f} s of this run and take about {COMPILING_S:.0f}")
-    else:
-        engine.compiled = True
-        reasons.append("as asked")
-    while True:
-        try:
-            engine.recomputed = engine.layers_to_recompute(row) if cuda else 0
-            if recompute:
-                engine.recomputed = len(engine.layers)
-            elif engine.recomputed and engine.compiled and not engine.frugal:
-                engine.be_frugal()
-                engine.recomputed = engine.layers_to_recompute(row)
-                reasons.append("normed and gated activations are made again")
-            difference = engine.difference(row, real)
-            if not difference <= (AGREES_FP8 if engine.in_fp8 else AGREES):
-                raise RuntimeError(f"hidden states differ by {difference:.1%} from the plain layers'")
-            break
-        except (RuntimeError, TorchDynamoException) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reasons.append(f"{engine.mode} failed: {str(error).splitlines()[0][:120]}")
-            engine.forget()
-            if not (engine.compiled or engine.captured):
-                engine.undo()
-                return Chosen("eager", "; ".join(reasons))
-            engine.compiled, engine.captured = engine.compiled and engine.captured, False
-    engine.seconds = time.monotonic() - begun
-    if cuda:
-        torch.cuda.empty_cache()  # of what the trial alone took
-    if engine.recomputed:
-        reasons.append(f"{engine.recomputed} of {len(engine.layers)} layers are recomputed")
-    return Chosen(engine.mode, "; ".join(reasons), engine)
-
-
-def _trial_row(model: Any, packing: Packing) -> tuple[Row, int]:
-    """A row of the run's own shape, of conversations of average length and random tokens, and how many are real."""
-    total = packing.tokens if not packing.exact else min(2 * packing.tokens, packing.count * packing.longest)
-    core, length = model.get_base_model(), min(packing.longest, max(2, round(packing.mean)))
-    ids = torch.randint(core.config.vocab_size, (total,), generator=torch.Generator().manual_seed(0)).tolist()
-    talks = [Encoded(ids[at : at + length], ids[at : at + length]) for at in range(0, total - length + 1, length)]
-    talks = talks[: packing.count if packing.exact else packing.most]
-    real = sum(len(talk.ids) for talk in talks)
-    row = Row.of(**packed(talks, packing.shape(total)))
-    return Row(*(t.to(model.device) for t in _tensors(row)), row.longest), real
 
 
 class _Layers(torch.autograd.Function):
@@ -448,10 +360,6 @@ def _free_memory() -> int:
     known = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     share = known() if known else 1.0
     return min(free, int(share * total) - torch.cuda.memory_reserved())
-
-
-def _tensors(row: Row) -> tuple[Tensor, Tensor, Tensor]:
-    return row.ids, row.positions, row.borders
 
 
 def _layer(

@@ -19,8 +19,9 @@ from phoque.models.load import device, load_model
 from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import attention, checkpoint
+from phoque.training.choosing import choose
 from phoque.training.deadline import StopRequest
-from phoque.training.engine import Engine, choose
+from phoque.training.engine import Engine
 from phoque.training.export import export_final, export_passing
 from phoque.training.fingerprint import fingerprint
 from phoque.training.finish import card_of, finish, out_of_memory, published, stopped_after
