@@ -9,12 +9,13 @@ from tests import tiny
 from transformers import AttentionInterface, AutoConfig
 
 from phoque.training import attention
+from phoque.training.flash import flash_4
 
 BORDERS = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
 
 
 @pytest.fixture
-def flash_4(monkeypatch):
+def stand_in(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "flash_stand_in"))
     monkeypatch.setattr(attention, "_varlen", lambda: attention._by_conversation)  # torch's own needs a GPU as well
     yield AutoConfig.for_model("llama", **tiny.SIZES)
@@ -29,27 +30,27 @@ def attended(attend, query, key, value):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_operator_hands_tensors_and_gradients_to_the_right_places(flash_4, compiled):
+def test_the_operator_hands_tensors_and_gradients_to_the_right_places(stand_in, compiled):
     torch.manual_seed(0)
     given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
-    operator = torch.compile(attention._flash_4, fullgraph=True) if compiled else attention._flash_4
+    operator = torch.compile(flash_4, fullgraph=True) if compiled else flash_4
     found, wanted = attended(operator, *given), attended(attention._by_conversation, *given)
     for ours, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, plain)
 
 
-def test_it_is_taken_where_it_is_installed_right_and_pays(flash_4, monkeypatch):
+def test_it_is_taken_where_it_is_installed_right_and_pays(stand_in, monkeypatch):
     cpu, long = torch.device("cpu"), float("inf")
-    assert attention._on_cuda(cpu, flash_4, long) == (
-        attention._flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
+    assert attention._on_cuda(cpu, stand_in, long) == (
+        flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
     )  # fmt: skip
-    attend, reason = attention._on_cuda(cpu, flash_4, 2.1e6)
+    attend, reason = attention._on_cuda(cpu, stand_in, 2.1e6)
     assert attend is attention._by_conversation and "takes 15 s to build, which 2.1 M tokens" in reason
     monkeypatch.setenv("FLASH_STAND_IN", "wrong")
-    attend, reason = attention._on_cuda(cpu, flash_4, long)
+    attend, reason = attention._on_cuda(cpu, stand_in, long)
     assert attend is attention._by_conversation and reason.endswith("% off")
     monkeypatch.setenv("FLASH_STAND_IN", "fails")
-    attend, reason = attention._on_cuda(cpu, flash_4, long)
+    attend, reason = attention._on_cuda(cpu, stand_in, long)
     assert attend is attention._by_conversation and reason.endswith("fails: no kernel image is available")
 
 

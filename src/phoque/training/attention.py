@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import distributions
 from itertools import pairwise
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from phoque.training.flash import flash_4
 
 Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
@@ -92,12 +93,12 @@ def _on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[Attentio
     if tokens < FLASH_4_TOKENS:
         return own, f"{reason}; flash-attn-4 takes 15 s to build, which {tokens / 1e6:.1f} M tokens do not win back"
     try:
-        far = _difference(_flash_4, own, device, config.get_text_config())
+        far = _difference(flash_4, own, device, config.get_text_config())
     except Exception as error:  # kernels of another package can fail in many ways, none of which ends a run
         return own, f"{reason}; flash-attn-4 is installed and fails: {' '.join(str(error).split())[:120]}"
     if not far <= AGREES:
         return own, f"{reason}; flash-attn-4 is installed and {far:.1%} off"
-    return _flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
+    return flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
 
 
 def _difference(one: Attention, other: Attention, device: torch.device, config: Any) -> float:
@@ -139,64 +140,3 @@ def _varlen() -> Attention:
         return out[None], None
 
     return attention
-
-
-def _flash_4(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None,
-    scaling: float, cu_seq_lens_q: Tensor, max_length_q: int, dropout: float = 0.0, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """As `_by_conversation`, by the kernels of the package flash-attn-4."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling)[0][None], None
-
-
-def _flash_4_kernels() -> Any:
-    return import_module("flash_attn.cute.interface")
-
-
-# its own functions are not for torch.compile to look into, and its own autograd would be one more thing to compile
-@torch.library.custom_op("phoque::flash", mutates_args=())
-def _flash(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """q (T, heads, size), k and v (T, fewer heads, size) -> like q, and the logarithms of the sums (heads, T)."""
-    out, sums = _flash_4_kernels()._flash_attn_fwd(
-        q, k, v, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
-        softmax_scale=scaling, causal=True, return_lse=True,
-    )[:2]  # fmt: skip
-    return out, sums
-
-
-@_flash.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("phoque::flash_backward", mutates_args=())
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, out: Tensor, sums: Tensor,
-    longest: int, scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    found = _flash_4_kernels()._flash_attn_bwd(
-        q, k, v, out, grad, sums, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest,
-        max_seqlen_k=longest, softmax_scale=scaling, causal=True,
-    )[:3]  # fmt: skip
-    to_q, to_k, to_v = (gradient.contiguous() for gradient in found)  # they may be laid out as q, k and v are
-    return to_q, to_k, to_v
-
-
-@_flash_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, borders: Tensor, out: Tensor, sums: Tensor,
-      longest: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, borders, ctx.longest, ctx.scaling = inputs
-    ctx.save_for_backward(q, k, v, borders, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _back(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
-    return *_flash_backward(grad.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scaling), None, None, None
-
-
-_flash.register_autograd(_back, setup_context=_keep)
