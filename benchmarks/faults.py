@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.fakehub import TOKEN, FakeHub  # noqa: E402
 from tests.fakehub.jobs import Jobs  # noqa: E402
-from tests.zygote import Zygote  # noqa: E402
+from tests.zygote import AHEAD, Zygote, slowly  # noqa: E402
 
 REPO, BASE, STEPS, SAVE = "harbour/seal", "harbour/tiny", 12, 3
 KEY = "g" * 40
@@ -38,16 +38,6 @@ SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY}
 COMMIT, LFS = "POST .*/commit/", "(PUT|POST) /lfs/"
 EVERYTHING = 10**9
 
-# executed in the process of the command before it begins: what happens ahead of each step
-AHEAD = """
-import time, torch
-from transformers import Trainer
-whole = Trainer.training_step
-def step(self, *a, **k):
-    {what}
-    return whole(self, *a, **k)
-Trainer.training_step = step
-"""
 NAN = AHEAD.format(
     what="if self.state.global_step == 7:"
     " next(p for p in self.model.parameters() if p.requires_grad).data[0, 0] = float('nan')"
@@ -55,7 +45,6 @@ NAN = AHEAD.format(
 OOM = AHEAD.format(
     what="if self.state.global_step == 7: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB')"
 )
-SLOWLY = AHEAD.format(what="time.sleep(0.25)")  # on the fastest machine there is time to kill it
 
 
 class Ended:
@@ -225,7 +214,7 @@ def in_push(match: str, kind: Any, **options: Any) -> Callable[[Bench], None]:
 
 def half_done(b: Bench) -> None:
     """A run that was stopped after some checkpoints, and a new machine."""
-    process = b.start(prelude=SLOWLY)
+    process = b.start(prelude=slowly())
     process.until(lambda: len(b.steps()) >= 7 and b.commits() > 2)
     process.kill(signal.SIGKILL)
     process.ended()
@@ -254,7 +243,7 @@ def signalled(number: int, where: str) -> Callable[[Bench], None]:
     def fault(b: Bench) -> None:
         if where == "upload":
             b.hub.faults.add(COMMIT, "slow", times=3, seconds=1.0)
-        process = b.start(prelude=SLOWLY)
+        process = b.start(prelude=slowly())
         process.until({"step": lambda: len(b.steps()) >= 5, "save": b.in_save, "upload": b.pushing}[where])
         process.kill(number)
         ended = process.ended()
@@ -277,7 +266,7 @@ def job_timeouts(b: Bench) -> None:
         class Container:
             def __init__(self, argv: list[str], env: dict[str, str], cwd: Path, out: Path) -> None:
                 b.new_machine()
-                self.process = b.start(prelude=SLOWLY)
+                self.process = b.start(prelude=slowly())
                 self.pid = self.process.pid
 
             def poll(self) -> int | None:
@@ -377,7 +366,7 @@ def resumed_with(*change: Any) -> Callable[[Bench], None]:
 
 
 def wandb_down(b: Bench) -> None:
-    process = b.start(prelude=SLOWLY, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
+    process = b.start(prelude=slowly(), WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
     process.until(lambda: len(b.steps()) >= 5, 90)
     process.kill(signal.SIGKILL)
     process.ended()
@@ -396,7 +385,7 @@ def bad_rows(kind: str, bad: list[str]) -> Callable[[Bench], None]:
         b.run("--dataset", rows)
         same(b, kind, [loss for _, loss in b.steps()] if b.stopped else None)
         b.begin()
-        process = b.start("--dataset", rows, prelude=SLOWLY)
+        process = b.start("--dataset", rows, prelude=slowly())
         process.until(lambda: len(b.steps()) >= 7 and b.commits() > 2)
         process.kill(signal.SIGKILL)
         process.ended()
@@ -427,7 +416,7 @@ def fresh_start_twice(b: Bench) -> None:
     b.new_machine()
     env = {"FORCE_FRESH_START": "1"}
     before = b.commits()
-    process = b.start(prelude=SLOWLY, **env)
+    process = b.start(prelude=slowly(), **env)
     process.until(lambda: len(b.steps()) >= 7 and b.commits() > before + 2)
     process.kill(signal.SIGKILL)
     process.ended()

@@ -89,10 +89,11 @@ class Ran:
 class Running:
     """A command under way."""
 
-    def __init__(self, zygote, arguments, env) -> None:
+    def __init__(self, zygote, arguments, env, prelude="") -> None:
         self._files = [Path(tempfile.mkstemp(prefix="phoque-test-")[1]) for _ in range(2)]
         self._zygote, self._code = zygote, None
-        self.pid = zygote.start([str(a) for a in arguments], os.environ | (env or {}), Path.cwd(), *self._files)
+        env = os.environ | (env or {})
+        self.pid = zygote.start([str(a) for a in arguments], env, Path.cwd(), *self._files, prelude)
 
     def poll(self, wait: bool = False) -> int | None:
         if self._code is None:
@@ -127,15 +128,15 @@ def zygote(home, served):
 @pytest.fixture
 def start(zygote):
     """Start phoque in a process of its own: `start("train", ...)` returns a Running."""
-    return lambda *arguments, env=None: Running(zygote, arguments, env)
+    return lambda *arguments, env=None, prelude="": Running(zygote, arguments, env, prelude)
 
 
 @pytest.fixture
 def phoque(start):
     """Run phoque to its end, in a process of its own, and check its exit code."""
 
-    def run(*arguments, expect: int = 0, env: dict | None = None) -> Ran:
-        ran = start(*arguments, env=env).ended()
+    def run(*arguments, expect: int = 0, env: dict | None = None, prelude: str = "") -> Ran:
+        ran = start(*arguments, env=env, prelude=prelude).ended()
         assert ran.code == expect, f"exit {ran.code}\n{ran.out}\n{ran.err}"
         return ran
 

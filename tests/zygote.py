@@ -22,6 +22,22 @@ LEANED_ON = ("phoque.training.run", "phoque.training.trainer", "trl.chat_templat
              "transformers.exporters.exporter_onnx", "onnxscript.function_libs.torch_lib.ops.core", "onnxruntime",
              "torch.onnx._internal.exporter._core")  # fmt: skip
 
+# preludes: what happens in the process of a command ahead of each training step
+AHEAD = """
+import time, torch
+from transformers import Trainer
+whole = Trainer.training_step
+def step(self, *a, **k):
+    {what}
+    return whole(self, *a, **k)
+Trainer.training_step = step
+"""
+
+
+def slowly(seconds: float = 0.25) -> str:
+    """A wait, which changes nothing: on the fastest machine there is time to stop the run."""
+    return AHEAD.format(what=f"time.sleep({seconds})")
+
 
 class Zygote:
     """Starts commands; one at a time or several side by side."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.conftest import Running
 from tests.fakehub import TOKEN
 from tests.fakehub.jobs import Jobs
 from tests.training.test_hub import COMMON, on_hub, same, steps, titles
+from tests.zygote import slowly
 
 BASE, DATA, REPO = "harbour/tiny", "harbour/gulls", "harbour/seal"
 KEY = "g" * 40
@@ -20,12 +22,12 @@ KEY = "g" * 40
 class Container:
     """A job's command, forked from the zygote: the `uv run ... phoque` in front of it has nothing to install here."""
 
-    zygote = None
+    zygote, prelude = None, ""
 
     def __init__(self, argv, env, cwd, out):
         assert argv[:4] == ["uv", "run", "--no-project", "--with"]
         arguments = argv[argv.index("phoque") + 1 :]
-        self.pid = self.zygote.start(arguments, env, cwd, Path(os.devnull), out)
+        self.pid = self.zygote.start(arguments, env, cwd, Path(os.devnull), out, self.prelude)
         self._code = None
 
     def poll(self):
@@ -38,7 +40,7 @@ class Container:
 def cluster(hub, zygote, tiny_llama, rows, tmp_path):
     hub.add("models", BASE, {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
     hub.add("datasets", DATA, {"train.jsonl": rows.read_bytes()})
-    Container.zygote = zygote
+    Container.zygote, Container.prelude = zygote, ""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_TOKEN", "WANDB"))} | {"WANDB_MODE": "disabled"}
     hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container)
     hub.jobs.root.mkdir()
@@ -78,10 +80,10 @@ def test_a_dry_run_shows_the_job_and_only_reads(cluster, phoque):
 
 
 def test_a_job_that_times_out_is_submitted_again_until_it_is_done(cluster, phoque, tmp_path, tiny_llama, rows):
-    phoque("train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, "--max-steps", 200, "--save-steps", 20,
-           "--output-dir", tmp_path / "whole")  # fmt: skip
-    ran = phoque(*ASKED, *ON, "--max-steps", 200, "--save-steps", 20, "--timeout", "5s", "--attempts", 60, "--json",
-                 env=SECRETS)  # fmt: skip
+    more = ["--max-steps", 48, "--save-steps", 6]
+    phoque("train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, *more, "--output-dir", tmp_path / "whole")
+    Container.prelude = slowly()  # 12 s of steps, in jobs of 8
+    ran = phoque(*ASKED, *ON, *more, "--timeout", "8s", "--attempts", 30, "--json", env=SECRETS)
     assert ran.json["attempts"] > 1 and "submitting it again" in ran.err and "to the deadline" in ran.err
     codes = [job["codes"][-1] for job in cluster.jobs.jobs.values()]
     assert codes[-1] == 0 and set(codes[:-1]) == {75}  # in time: no job was killed
@@ -98,6 +100,7 @@ def test_a_job_that_fails_for_good_is_not_submitted_again(cluster, phoque):
 
 
 def test_ctrl_c_leaves_the_job_running(cluster, zygote):
+    Container.prelude = slowly()
     process = Running(zygote, [*ASKED, *ON, "--max-steps", "300"], SECRETS)
     process.until(lambda: cluster.jobs.jobs and next(iter(cluster.jobs.jobs.values()))["log"].read_text().count("loss"))
     os.kill(process.pid, signal.SIGINT)
@@ -106,6 +109,8 @@ def test_ctrl_c_leaves_the_job_running(cluster, zygote):
     assert ran.code == 130 and f"hf jobs logs --follow {number}" in ran.error[1] and "hf jobs cancel" in ran.error[2]
     assert cluster.jobs.jobs[number]["stage"] == "RUNNING"
     cluster.jobs.cancel(number)
+    while not cluster.jobs.jobs[number]["codes"]:  # it saves and pushes first, and not into the next test's Hub
+        time.sleep(0.02)
 
 
 def test_a_merge_runs_as_a_job_too(cluster, phoque):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load
 from tests.conftest import row, write_rows
 from tests.fakehub import READ_ONLY, TOKEN
+from tests.zygote import slowly
 
 REPO = "harbour/seal"
 COMMON = [
@@ -27,9 +28,9 @@ def asked(tiny_llama, rows):
 
 @pytest.fixture
 def train(phoque, asked):
-    def run(*more, expect=0, repo=REPO, env=None):
+    def run(*more, expect=0, repo=REPO, env=None, prelude=""):
         where = ["--hub-model-id", repo] if repo else []
-        return phoque(*asked, *where, *more, expect=expect, env={"HF_TOKEN": TOKEN} | (env or {}))
+        return phoque(*asked, *where, *more, expect=expect, env={"HF_TOKEN": TOKEN} | (env or {}), prelude=prelude)
 
     return run
 
@@ -41,8 +42,7 @@ def whole(train, tmp_path):
     return load((tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes())
 
 
-# a sample after each step: it changes nothing, and leaves time to kill the process
-SLOWLY = ["--save-steps", 2, "--sample-every", 1, "--sample-tokens", 30]
+IN_TWOS = ["--save-steps", 2]
 
 
 def on_hub(hub) -> dict[str, torch.Tensor]:
@@ -87,7 +87,8 @@ def test_everything_is_on_the_hub_in_one_commit_a_checkpoint(train, hub, whole, 
 
 
 def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, whole, tmp_path):
-    process = start(*asked, *SLOWLY, "--hub-model-id", REPO, "--output-dir", tmp_path / "one", env={"HF_TOKEN": TOKEN})
+    process = start(*asked, *IN_TWOS, "--hub-model-id", REPO, "--output-dir", tmp_path / "one",
+                    env={"HF_TOKEN": TOKEN}, prelude=slowly())  # fmt: skip
     process.until(lambda: "Step 6" in titles(hub))
     os.kill(process.pid, signal.SIGKILL)
     process.ended()
@@ -258,7 +259,8 @@ def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked
     train("--output-dir", tmp_path / "old", "--max-steps", 6)
     old = json.loads((tmp_path / "old" / "run.json").read_text())["run_id"]
     env = {"HF_TOKEN": TOKEN, "FORCE_FRESH_START": "1"}
-    process = start(*asked, *SLOWLY, "--hub-model-id", REPO, "--output-dir", tmp_path / "one", env=env)
+    process = start(*asked, *IN_TWOS, "--hub-model-id", REPO, "--output-dir", tmp_path / "one", env=env,
+                    prelude=slowly())  # fmt: skip
     process.until(lambda: "Step 4" in titles(hub)[titles(hub).index("Adapter") :])
     os.kill(process.pid, signal.SIGKILL)
     ran = process.ended()
@@ -328,15 +330,15 @@ def plain_trainer(tmp_path, base):
 def test_sigterm_while_it_pushes_saves_pushes_and_exits_75(start, train, asked, hub, whole, tmp_path):
     hub.faults.add("POST .*/commit/", "slow", times=100, seconds=0.6)
     process = start(*asked, "--hub-model-id", REPO, "--output-dir", tmp_path / "one", "--save-steps", 1,
-                    env={"HF_TOKEN": TOKEN})  # fmt: skip
+                    env={"HF_TOKEN": TOKEN}, prelude=slowly())  # fmt: skip
     process.until(lambda: ("POST", "api/models/harbour/seal/commit/main") in hub.log)
     os.kill(process.pid, signal.SIGTERM)
     ran = process.ended()
-    if ran.code == 75:  # else it was quick enough to be done
-        step = int(re.search(r"Stopped after step (\d+) of 12", ran.error[0])[1])
-        assert f"{REPO} has checkpoint-{step}." in ran.error[1] and f"checkpoint-{step}" in checkpoints(hub)
-        hub.faults.clear()
-        train("--output-dir", tmp_path / "two", "--save-steps", 1)
+    step = int(re.search(r"Stopped after step (\d+) of 12", ran.error[0])[1])
+    assert ran.code == 75 and f"{REPO} has checkpoint-{step}." in ran.error[1]
+    assert f"checkpoint-{step}" in checkpoints(hub)
+    hub.faults.clear()
+    train("--output-dir", tmp_path / "two", "--save-steps", 1)
     assert same(on_hub(hub), whole)
 
 
@@ -372,7 +374,7 @@ def test_the_run_that_is_begun_elsewhere_is_shown_in_a_dry_run_that_only_reads(t
 def test_a_deadline_is_kept(train, hub, whole, tmp_path, asked):
     write_rows(tmp_path / "many.jsonl", [row(n) for n in range(400)])
     more = ["--dataset", tmp_path / "many.jsonl", "--max-steps", 5000, "--save-steps", 50, "--timeout", "8s"]
-    ran = train("--output-dir", tmp_path / "run", *more, expect=75)
+    ran = train("--output-dir", tmp_path / "run", *more, expect=75, prelude=slowly(0.01))
     step = int(re.search(r"after step (\d+) of 5000", ran.error[0])[1])
     assert "to the deadline" in ran.err and f"{REPO} has checkpoint-{step}." in ran.error[1] and step > 0
 
@@ -440,7 +442,8 @@ def test_data_that_changed_under_a_fresh_start_is_refused_and_wipes_nothing(trai
 
 
 def test_an_older_job_may_not_push_into_a_fresh_start(train, start, asked, hub, tmp_path):
-    process = start(*asked, *SLOWLY, "--hub-model-id", REPO, "--output-dir", tmp_path / "old", env={"HF_TOKEN": TOKEN})
+    process = start(*asked, *IN_TWOS, "--hub-model-id", REPO, "--output-dir", tmp_path / "old",
+                    env={"HF_TOKEN": TOKEN}, prelude=slowly())  # fmt: skip
     process.until(lambda: "Step 2" in titles(hub))
     gone = {p: None for p in hub.files(REPO) if p.startswith("checkpoint-")}
     marker = {"id": "new", "at": "now", "asked": {}, "submission": ""}

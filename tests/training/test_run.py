@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import row, write_rows
 from tests.wandb_file import history, records
+from tests.zygote import slowly
 
 SMALL = [
     "--quantization",
@@ -107,7 +108,8 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
     common = ["--max-steps", 60, "--save-steps", 7, "--lora-dropout", 0.1, "--sample-every", 0, "--learning-rate", 0.01]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(*common, "--output-dir", whole)
-    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, "--output-dir", cut)
+    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, "--output-dir", cut,
+                    prelude=slowly(0.05))  # fmt: skip
     process.until(lambda: logged(cut) > 16)
     os.kill(process.pid, number)
     ended = process.ended()
@@ -368,7 +370,8 @@ def test_wandb_offline_has_the_same_numbers(train, tmp_path):
 def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_path, tiny_llama, rows, number):
     run, env = tmp_path / "run", {"WANDB_MODE": "offline"}
     common = ["--max-steps", 30, "--save-steps", 7, "--sample-every", 5, "--output-dir", run]
-    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, env=env)
+    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, env=env,
+                    prelude=slowly(0.1))  # fmt: skip
     process.until(lambda: logged(run) > 16)
     os.kill(process.pid, number)
     process.ended()
