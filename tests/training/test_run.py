@@ -51,6 +51,9 @@ def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
     run = tmp_path / "run"
     ran = train("--max-steps", 6, "--save-steps", 2, "--sample-every", 3, "--output-dir", run, "--json",
                 "--learning-rate", 0.001)  # fmt: skip
+    shares = ran.json["seconds_of"]
+    assert set(shares) == {"loading", "steps", "samples", "measuring", "saving"}
+    assert sum(shares.values()) == pytest.approx(ran.json["seconds"], abs=0.4)
     assert ran.json["steps"] == 6 and ran.json["held_out_loss"]["after"] < ran.json["held_out_loss"]["before"]
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4, 5, 6]

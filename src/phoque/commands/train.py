@@ -45,6 +45,8 @@ def _result(result: dict[str, Any]) -> str:
         f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens "
         f"({result.get('padding', 0):.1%} padding)",
     ]
+    if shares := result.get("seconds_of"):
+        lines.append("time     " + ", ".join(f"{seconds:.0f} s {name}" for name, seconds in shares.items()))
     if losses:
         fallen = 1 - losses["after"] / losses["before"]
         lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({fallen:.0%} lower)")

@@ -19,13 +19,14 @@ from phoque.settings.train import TrainSettings
 from phoque.training import checkpoint, report
 from phoque.training.prepare import Run
 from phoque.training.record import write_record
+from phoque.training.stopwatch import Stopwatch
 from phoque.training.tracking import METRICS, SAMPLES, read_lines
 
 if TYPE_CHECKING:
     from phoque.training.pushing import Pusher
 
 
-def finish(run: Run, model: Any, stream: TrainStream, seconds: float) -> dict[str, Any]:
+def finish(run: Run, model: Any, stream: TrainStream, watch: Stopwatch) -> dict[str, Any]:
     """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
     folder, record = run.folder, run.record
     step = record["fingerprint"]["max_steps"]
@@ -40,7 +41,8 @@ def finish(run: Run, model: Any, stream: TrainStream, seconds: float) -> dict[st
         "held_out_loss": held_out_of(metrics),
         "tokens": stream.tokens_seen,
         "padding": round(stream.padding, 4),
-        "seconds": round(seconds, 1),
+        "seconds": round(watch.seconds, 1),
+        "seconds_of": watch.shares(),
         "samples": [row for row in read_lines(folder / SAMPLES) if row["step"] == step],
     }
     staging = folder / ".adapter"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from phoque.training.finish import card_of, finish, out_of_memory, published, st
 from phoque.training.prepare import Run, hub_repo, packing_of, prepare
 from phoque.training.record import check_writable, new_record, write_record
 from phoque.training.resume import begin
+from phoque.training.stopwatch import Stopwatch
 from phoque.training.tracking import Tracker, forget_after, logged_until, start_wandb
 
 
@@ -82,7 +82,7 @@ def _train(run: Run) -> dict[str, Any]:
     forget_after(run.folder, run.first)
     if run.begun.resume:
         console.say(f"going on from step {run.first} of {s.max_steps} ({run.begun.resume})")
-    begun = time.monotonic()
+    watch = Stopwatch()
     model = _model(run)
     engine = _engine(run, model)
     packing = packing_of(s, run.ready.survey, static=engine is not None)
@@ -104,11 +104,12 @@ def _train(run: Run) -> dict[str, Any]:
     try:
         if run.begun.resume and run.first == s.max_steps:  # stopped after the last save, before the end
             load_adapter(model, run.begun.resume, family_of(run.ready.config))
-        elif stopped := _steps(run, model, engine, stream, tracker):
+            watch.loaded()
+        elif stopped := _steps(run, model, engine, stream, tracker, watch):
             code = stopped.code
             raise stopped
         run.stop.ending()
-        result = finish(run, model, stream, time.monotonic() - begun)
+        result = finish(run, model, stream, watch)
         if s.wandb_log_model != "false":
             tracker.artifact(run.folder / "adapter", s.max_steps)
         del model
@@ -156,17 +157,17 @@ def _engine(run: Run, model: Any) -> Engine | None:
 
 
 def _steps(
-    run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker
+    run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker, watch: Stopwatch
 ) -> Stopped | None:  # fmt: skip
     """Take the steps that are left; what stopped them, if they were stopped."""
     from phoque.training.callbacks.artifacts import Artifacts
-    from phoque.training.callbacks.numbers import Numbers, Stopwatch
+    from phoque.training.callbacks.numbers import Numbers
     from phoque.training.callbacks.samples import Samples
     from phoque.training.pushing import Pusher
     from phoque.training.trainer import PersonaTrainer, Saves
 
     s, chat, found, console, stop = run.settings, run.ready.chat, run.ready.survey, run.console, run.stop
-    watch, pusher = Stopwatch(), None
+    pusher = None
     if run.repo:
         export = partial(export_passing, run) if s.export_on_save else lambda saved: None
         pusher = Pusher(run.repo, s.keep_checkpoints, partial(card_of, run), console, s.save_steps, export)

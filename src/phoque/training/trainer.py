@@ -18,10 +18,10 @@ from phoque.errors import FAILED, PhoqueError, disk_full
 from phoque.models.adapter import load_adapter, refuse_non_finite, save_adapter
 from phoque.models.families import Family
 from phoque.training import checkpoint
-from phoque.training.callbacks.numbers import Stopwatch
 from phoque.training.engine import Engine
 from phoque.training.loss import TokenLoss, with_token_loss
 from phoque.training.pushing import Pusher
+from phoque.training.stopwatch import Stopwatch
 from phoque.training.tracking import METRICS, SAMPLES
 
 
@@ -126,7 +126,7 @@ class PersonaTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         begun = time.monotonic()
-        with self._watch.paused():
+        with self._watch.paused("saving"):
             self._save_whole(model, trial)
         self._saves.took(time.monotonic() - begun)
 

@@ -1,8 +1,6 @@
 """Every logged step as one line: loss, learning rate, gradient norm, adapter norms, speed, memory, held-out loss."""
 
-import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -10,10 +8,11 @@ import torch
 from transformers import TrainerCallback
 
 from phoque.data.chat import Encoded
-from phoque.data.pack import packed
+from phoque.data.pack import best_fit, packed
 from phoque.data.stream import TrainStream
 from phoque.models.adapter import lora_norms
 from phoque.models.load import measuring
+from phoque.training.stopwatch import Stopwatch
 from phoque.training.tracking import Tracker
 
 FROM_TRAINER = ("loss", "grad_norm", "learning_rate", "accuracy")
@@ -24,7 +23,7 @@ class Numbers(TrainerCallback):
 
     def __init__(
         self, tracker: Tracker, stream: TrainStream, held_out: list[Encoded], norms_every: int, eval_every: int,
-        show: Callable[[int, str], None], watch: "Stopwatch",
+        show: Callable[[int, str], None], watch: Stopwatch,
     ) -> None:  # fmt: skip
         self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
         self.norms_every, self.eval_every, self.watch = norms_every, eval_every, watch
@@ -32,6 +31,7 @@ class Numbers(TrainerCallback):
         self._pending: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.watch.loaded()
         if state.global_step == 0:
             self._measure(model)
             self._write(0)
@@ -71,42 +71,27 @@ class Numbers(TrainerCallback):
 
     def _measure(self, model: Any) -> None:
         if self.held_out:
-            with self.watch.paused():
-                self._pending |= held_out_loss(model, self.held_out)
-
-
-class Stopwatch:
-    """Seconds of training alone: what is paused, such as a sample or a measurement, does not count."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.monotonic()
-        self._since, since = now, self._since
-        return now - since
-
-    @contextmanager
-    def paused(self) -> Generator[None]:
-        """Leave out what happens in the block."""
-        begun = time.monotonic()
-        yield
-        self._since += time.monotonic() - begun
+            with self.watch.paused("measuring"):
+                self._pending |= held_out_loss(model, self.held_out, self.stream.packing.tokens)
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, conversations: list[Encoded], at_once: int = 8) -> dict[str, float]:
-    """Mean loss a trained token on rows that training never sees, and the share of them guessed right."""
+def held_out_loss(model: Any, conversations: list[Encoded], tokens: int) -> dict[str, float]:
+    """Mean loss a trained token on conversations that training never sees, and the share of them guessed right.
+
+    They are packed into rows of `tokens`, those of a training step: what fits then fits now.
+    """
     device = next(model.parameters()).device
-    nll = right = count = 0.0
+    rows = best_fit([len(encoded.ids) for encoded in conversations], tokens, len(conversations))
+    found = []
     with measuring(model):
-        for start in range(0, len(conversations), at_once):
-            batch = packed(conversations[start : start + at_once])
+        for row in rows:
+            batch = packed([conversations[number] for number in row])
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            found = model(**batch, token_loss=True)
-            nll, right, count = nll + found.nll.item(), right + found.right.item(), count + found.count
-    return {"held_out_loss": nll / count, "held_out_accuracy": right / count}
+            found.append(model(**batch, token_loss=True))
+    count = sum(part.count for part in found)
+    nll, right = torch.stack([part.nll for part in found]).double().sum(), torch.stack([part.right for part in found])
+    return {"held_out_loss": nll.item() / count, "held_out_accuracy": right.sum().item() / count}
 
 
 def memory() -> dict[str, float]:

@@ -1,16 +1,20 @@
-"""What the model says, every so many steps: the same prompts each time, greedily, so that answers compare."""
+"""What the model says, every so many steps: the same prompts each time, greedily, so that answers compare.
+
+They are answered together, which takes as long as the longest answer: one after the other they took longer than the
+steps between them.
+"""
 
 import time
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from phoque.console import Console
 from phoque.data.chat import Chat
 from phoque.models.load import measuring
+from phoque.probes.generate import Ask, replies
 from phoque.training.attention import plain_attention
-from phoque.training.callbacks.numbers import Stopwatch
+from phoque.training.stopwatch import Stopwatch
 from phoque.training.tracking import Tracker
 
 
@@ -35,29 +39,27 @@ class Samples(TrainerCallback):
             self._sample(model, state.global_step)
 
     def _sample(self, model: Any, step: int) -> None:
-        with self.watch.paused():
-            rows: list[dict[str, Any]] = [
-                {"step": step, **answer(model, self.chat, p, self.system, self.tokens)} for p in self.prompts
-            ]
+        with self.watch.paused("samples"):
+            said = answers(model, self.chat, self.prompts, self.system, self.tokens)
+        rows: list[dict[str, Any]] = [{"step": step, **row} for row in said]
         self.tracker.samples(step, rows)
         for row in rows:
             self.console.say(f"  step {step}  {row['prompt']}\n    -> {' '.join(row['response'].split())}")
 
 
-@torch.no_grad()
-def answer(model: Any, chat: Chat, prompt: str, system: str | None, tokens: int) -> dict[str, Any]:
-    """The greedy answer to one prompt: {prompt, response, n_tokens, latency_s}."""
-    ids = torch.tensor([chat.prompt_ids(prompt, system)], device=model.device)
+def answers(model: Any, chat: Chat, prompts: list[str], system: str | None, tokens: int) -> list[dict[str, Any]]:
+    """The greedy answer to each prompt: {prompt, response, n_tokens, latency_s}, the latency being that of them all."""
     begun = time.monotonic()
+    asks = [Ask(chat.prompt_ids(prompt, system)) for prompt in prompts]
     with measuring(model), plain_attention(model.get_base_model()):
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
-            temperature=None, top_p=None, top_k=None, pad_token_id=chat.tokenizer.eos_token_id,
-        )  # fmt: skip
-    new = out[0, ids.shape[1] :]
-    return {
-        "prompt": prompt,
-        "response": chat.tokenizer.decode(new, skip_special_tokens=True),
-        "n_tokens": len(new),
-        "latency_s": round(time.monotonic() - begun, 2),
-    }
+        found = replies(model, asks, tokens, temperature=0.0, top_p=1.0)
+    seconds = round(time.monotonic() - begun, 2)
+    return [
+        {
+            "prompt": prompt,
+            "response": chat.tokenizer.decode(reply.ids, skip_special_tokens=True),
+            "n_tokens": len(reply.ids) + (reply.finish_reason == "stop"),
+            "latency_s": seconds,
+        }
+        for prompt, reply in zip(prompts, found, strict=True)
+    ]
