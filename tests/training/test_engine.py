@@ -250,6 +250,41 @@ def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, 
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
+def short_of_memory(monkeypatch, times):
+    """A pass of the layers finds no memory so many times."""
+    run, left = Engine._run, [times]
+
+    def running(self, row):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, row)
+
+    monkeypatch.setattr(Engine, "_run", running)
+
+
+def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, monkeypatch):
+    short_of_memory(monkeypatch, 2)
+    chosen = choose(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+    assert chosen.mode == "compiled" and chosen.engine.recomputed == 2
+    assert chosen.reason.count("memory ran out in a trial: more layers") == 2
+    assert chosen.reason.endswith("2 of 3 layers are recomputed")
+    assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
+
+
+def test_memory_that_runs_out_whatever_is_spared_is_said(mistral3, monkeypatch):
+    short_of_memory(monkeypatch, 9)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+
+
+def test_whole_weights_go_before_layers_are_recomputed(mistral3):
+    engine = Engine(adapted_model(mistral3, "nf4"))
+    engine.hold(whole=True)
+    assert engine.spare() == "the weights are not kept whole" and not engine.whole and not engine.recomputed
+    assert [engine.spare() for _ in range(4)][-2:] == ["more layers are recomputed", ""]
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
 def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_path, quantization):
     rows = write_rows(tmp_path / "rows.jsonl", [row(n) for n in range(80)])

@@ -92,14 +92,28 @@ def _fitted(engine: Engine, row: Row, real: int, recompute: bool, reasons: list[
             engine.be_frugal()
             engine.recomputed = engine.layers_to_recompute(row)
             reasons.append("normed and gated activations are made again")
-        difference = engine.difference(row, real)
+        difference = _difference(engine, row, real, reasons)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TorchDynamoException) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         return " ".join(str(error).split())[:120] or type(error).__name__
     if difference <= (AGREES_FP8 if engine.in_fp8 else AGREES):
         return None
     return f"hidden states differ by {difference:.1%} from the plain layers'"
+
+
+def _difference(engine: Engine, row: Row, real: int, reasons: list[str]) -> float:
+    """How far the engine is from the plain layers, with less kept each time that memory runs out all the same.
+
+    Raises torch.OutOfMemoryError once there is nothing left to spare.
+    """
+    while True:
+        try:
+            return engine.difference(row, real)
+        except torch.OutOfMemoryError:
+            if not (spared := engine.spare()):
+                raise
+            reasons.append(f"memory ran out in a trial: {spared}")
 
 
 def _trial_row(model: Any, packing: Packing) -> tuple[Row, int]:

@@ -231,11 +231,20 @@ class Engine:
         except PhoqueError:
             return False
 
+    def spare(self) -> str:
+        """Take less memory from here on, after it ran out; what is done for it, or nothing if that is all there is."""
+        self._release()
+        if self.whole:
+            self.hold(whole=False)
+            return "the weights are not kept whole"
+        if self.recomputed < len(self.layers):
+            self.recomputed = min(len(self.layers), self.recomputed + ceil(len(self.layers) / 4))
+            return "more layers are recomputed"
+        return ""
+
     def forget(self) -> None:
         """Let go of what was captured and compiled."""
-        self._graphs.clear()
-        self._pool = self._out = None
-        self.model.zero_grad()
+        self._release()
         torch.compiler.reset()
 
     def undo(self) -> None:
@@ -249,6 +258,12 @@ class Engine:
         # what a product of ours reads counts as too dear to make again, unless this says that it may be
         keeps = config.patch(ban_recompute_materialized_backward=not self.frugal)
         self._compiled = keeps(torch.compile(_layer, dynamic=self.several))
+
+    def _release(self) -> None:
+        """Let go of what was captured, and of what a pass that was broken off left behind."""
+        self._graphs.clear()
+        self._pool = self._out = None
+        self.model.zero_grad()
 
     def _clear(self) -> None:
         for leaf in self._leaves:
