@@ -8,7 +8,8 @@ on this GPU, at 4 FLOPs a parameter and token (LoRA: forward, and backward to th
 The losses of 32 steps are compared as well: plain layers twice, the second time with another setting of the matrix
 products' reductions, which is the noise that kernels make; then ours. A plot of them is written to train_speed.html.
 
-Run on a GPU machine: python benchmarks/train_speed.py [--results FILE]
+Run on a GPU machine: python benchmarks/train_speed.py [--results FILE --folder FOLDER]. What FILE has already is not
+measured again, so a run that was cut off goes on.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -158,9 +160,10 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
         "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count,
         "gradient_checkpointing": a.recompute,
-        "log_every": a.log_every, "sample_every": 0, "save_steps": 10**6, "quantization": a.quantization,
-        "engine_mode": a.mode, "held_out_rows": 0, "lora_dropout": 0.0,
+        "log_every": a.log_every, "quantization": a.quantization, "engine_mode": a.mode, "lora_dropout": 0.0,
     }  # fmt: skip
+    if not a.whole:
+        flags |= {"sample_every": 0, "save_steps": 10**6, "held_out_rows": 0}
     asked, _ = resolved(TrainSettings, flags, PRESETS)
     found = {}
     plain = trainer.PersonaTrainer.train
@@ -206,6 +209,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         "first": found["clock"].first,
         "losses": [m["loss"] for m in metrics if "loss" in m],
         "engine": json.loads((Path(result["run"]) / "run.json").read_text())["engine"],
+        "seconds_of": result["seconds_of"],
     }
 
 
@@ -220,7 +224,7 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         given = vars(a) | {"quantization": quantization, "mode": mode, "count": int(count), "steps": int(steps)}
         caps = [float(word.removeprefix("capped")) for word in rest if word.startswith("capped")]
         given |= {"log_every": int(log_every), "cap": sum(caps), "recompute": "recomputed" in rest}
-        given["flash"] = a.flash if "flash4" in rest else ""
+        given |= {"flash": a.flash if "flash4" in rest else "", "whole": "whole" in rest}
         torch.cuda.set_per_process_memory_fraction(1.0)
         try:
             found[asked] = ours(folder, argparse.Namespace(**given))
@@ -326,6 +330,7 @@ def peer(trainer: Any, data: Any, clock: Clock, steps: int) -> dict:
 
 
 PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": trl, "unsloth": unsloth}
+WHOLE = "nf4:auto:16:200:10:whole"
 SPEED = {
     "nf4:graph:16:40:10": "phoque, NF4",
     "fp8:graph:16:40:10": "phoque, FP8",
@@ -335,6 +340,7 @@ SPEED = {
     "nf4:graph:62:16:10": "phoque, NF4",
     "fp8:graph:62:16:10": "phoque, FP8",
     "nf4:graph:124:10:10": "phoque, NF4",
+    WHOLE: "phoque, NF4, with its samples, held-out loss and checkpoints",
 }
 FLASH = {
     "nf4:graph:16:40:10:flash4": "phoque, NF4, flash-attn-4",
@@ -361,26 +367,36 @@ PEERS = {
 
 def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
     """Every part in a process of its own; what each run of it found, under its name."""
+    found: dict[str, dict] = json.loads(a.results.read_text()) if a.results and a.results.is_file() else {}
+    done = {name for name, row in found.items() if "error" not in row}
+    runs = [name for name in SPEED | LEARNING | (FLASH if a.flash else {}) if name not in done]
     there = ["--unsloth-path", a.unsloth_path]
-    runs = SPEED | LEARNING | (FLASH if a.flash else {})
     calls = [
-        ["make", *there], ["limit"], ["several", "--runs", ",".join(runs), "--flash", a.flash],
-        *(["trl", "--trl", peer, "--steps", "3" if peer.startswith("1:") else "8"] for peer in PEERS),
-        *(["unsloth", "--unsloth", peer, "--steps", "12", *there] for peer in UNSLOTH if a.unsloth_path),
+        *([["make", *there]] if not (folder / "ids.json").is_file() else []),
+        *([["limit"]] if "limit" not in done else []),
+        *([["several", "--runs", ",".join(runs), "--flash", a.flash]] if runs else []),
+        *(["trl", "--trl", n, "--steps", "3" if n.startswith("1:") else "8"] for n in PEERS if n not in done),
+        *(["unsloth", "--unsloth", n, "--steps", "12", *there] for n in UNSLOTH if a.unsloth_path and n not in done),
     ]  # fmt: skip
-    found: dict[str, dict] = {}
     for part, *more in calls:
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-        command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *more]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode or not lines:
-            print(f"{part} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
-        for line in lines:
+        for line in results_of(part, more, folder, a.tiny):
             found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl", "unsloth") else line
-        if a.results:
-            a.results.write_text(json.dumps(found, indent=1))
+            if a.results:
+                a.results.write_text(json.dumps(found, indent=1))
     return found
+
+
+def results_of(part: str, more: list[str], folder: Path, tiny: bool) -> Iterator[dict]:
+    """What a part tells, as it tells it."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, __file__, "--part", part, "--folder", str(folder), *more, *["--tiny"] * tiny]
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env) as process:
+            lines = (line[7:] for line in cast(IO[str], process.stdout) if line.startswith("RESULT "))
+            yield from map(json.loads, lines)
+        if process.returncode:
+            log.seek(0)
+            print(f"{part} failed:\n{log.read()[-3000:]}", file=sys.stderr, flush=True)
 
 
 def show(found: dict[str, dict]) -> None:
@@ -400,6 +416,11 @@ def show(found: dict[str, dict]) -> None:
                 f"| {label} | {row['tokens']:,.0f} | {row['step']:.3f} | {speed:,.0f} | "
                 f"{4 * PARAMETERS * speed / most:.0%} | {row['gb']:.1f} | {row['first']:.1f} |"
             )
+    waited = [row["waited"] for row in found.values() if row.get("waited") is not None]
+    print(f"\nwaiting for data: at most {max(waited):.2%} of the time")
+    if shares := found.get(WHOLE, {}).get("seconds_of"):
+        parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in shares.items())
+        print(f"200 steps as they come: {parts}")
     curves = {label: found[name]["losses"] for name, label in LEARNING.items()}
 
     def apart(one: str, other: str) -> float:
@@ -440,21 +461,18 @@ def main() -> None:
     parser.add_argument("--profile", default="")
     parser.add_argument("--runs", default="")
     parser.add_argument("--trl", default="16:1:1")
+    parser.add_argument("--whole", action="store_true", help="with samples, held-out loss and checkpoints")
     parser.add_argument("--recompute", action="store_true", help="every layer")
     parser.add_argument("--unsloth", default="free:1")
     parser.add_argument("--unsloth-path", default="", help="a folder with Unsloth and the TRL that it wants")
     parser.add_argument("--flash", default="", help="a folder with flash-attn-4, to measure it as well")
-    parser.add_argument("--results", type=Path, help="where the numbers are kept; shown again if they are there")
+    parser.add_argument("--results", type=Path, help="where the numbers are kept; what is there is not measured again")
     a = parser.parse_args()
     if a.part:
         tell(PARTS[a.part](a.folder, a))
         return
-    if a.results and a.results.is_file():
-        show(json.loads(a.results.read_text()))
-        return
     with tempfile.TemporaryDirectory() as name:
-        found = measured(Path(name), a)
-    show(found)
+        show(measured(a.folder or Path(name), a))
 
 
 if __name__ == "__main__":

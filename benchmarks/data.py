@@ -1,0 +1,142 @@
+"""Conversations into packed rows: phoque's stream beside what TRL does before its first step, with the same template.
+
+The rows are the seal's, made different, with the tokenizer of Ministral that mistral-common carries. phoque reads the
+first 50,000 rows once (what is unfit, what is held out, how long they are), and makes the others while training goes
+on; TRL tokenises, packs and writes all of them first. Each side runs in a process of its own, and memory is its peak
+beyond what the imports take.
+
+Run: uv run python benchmarks/data.py [--rows 200000]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "benchmarks")]
+from merge import forget_peak, peak  # noqa: E402
+
+TOKENS = 2944  # of a row: what sixteen of these conversations take
+LONGEST = 1024
+
+
+def write_rows(path: Path, count: int) -> None:
+    """The seal's conversations over and over, no two alike."""
+    from phoque.data.rows import BUNDLED
+
+    seal = [json.loads(line)["messages"] for line in BUNDLED["seal"].read_text().splitlines()]
+    with path.open("w") as f:
+        for number in range(count):
+            *turns, last = seal[number % len(seal)]
+            turns = [*turns, last | {"content": f"{last['content']} That was tide {number}."}]
+            f.write(json.dumps({"messages": turns}) + "\n")
+
+
+def ministral_chat() -> Any:
+    """The tokenizer of Ministral, with the template that mistral-common writes for it and our generation marks."""
+    import mistral_common
+    from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
+    from mistral_common.tokens.tokenizers.base import TokenizerVersion
+    from tests import tiny
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+    from phoque.data.chat import Chat
+
+    file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    tokenizer = convert_tekken_tokenizer(str(file), chat_template="")
+    tokenizer.chat_template = tiny.mistral_template(generate_chat_template, TokenizerVersion.v13)
+    return Chat(tokenizer, "", LONGEST)
+
+
+def ours(folder: Path, count: int) -> dict[str, float]:
+    """One pass of the stream that a run trains on, as fast as it comes."""
+    from phoque.data.pack import Packing
+    from phoque.data.rows import open_dataset
+    from phoque.data.stream import TrainStream, survey
+
+    chat = ministral_chat()
+    before, begun = forget_peak(), time.perf_counter()
+    data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
+    found = survey(data, chat, 64, 0.05)
+    packing = Packing(16, TOKENS / 16, max(found.lengths), static=True)
+    stream = TrainStream(data, chat, found.threshold, packing, 0, 0.05)
+    rows = iter(stream)
+    next(rows)
+    first = time.perf_counter() - begun
+    for _ in takewhile(lambda row: stream.epoch == 0, rows):
+        pass
+    seconds = time.perf_counter() - begun - first
+    return {
+        "first": first, "rows": stream.rows_seen / seconds, "tokens": stream.tokens_seen / seconds,
+        "padding": stream.padding, "memory": peak() - before,
+    }  # fmt: skip
+
+
+def trl(folder: Path, count: int) -> dict[str, float]:
+    """What SFTTrainer makes of the same rows before it could take a step."""
+    from datasets import load_dataset
+    from tests import tiny
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    chat = ministral_chat()
+    chat.tokenizer.chat_template = chat.template
+    model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES | {"vocab_size": len(chat.tokenizer)}))
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"), packing=True, max_length=TOKENS, assistant_only_loss=True, report_to=[],
+        use_cpu=True, bf16=False, disable_tqdm=True, eos_token=chat.tokenizer.eos_token,
+    )  # fmt: skip
+    before, begun = forget_peak(), time.perf_counter()
+    data = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=chat.tokenizer)
+    seconds = time.perf_counter() - begun
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    return {
+        "first": seconds, "rows": count / seconds, "tokens": sum(lengths) / seconds,
+        "padding": 1 - sum(lengths) / (TOKENS * len(lengths)), "memory": peak() - before,
+    }  # fmt: skip
+
+
+def written(folder: Path) -> float:
+    """GB of files in a folder."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9
+
+
+SIDES = {"phoque": ours, "TRL, packing": trl}
+
+
+def main() -> None:
+    """Run both sides and print the table of the README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--side", choices=SIDES)
+    parser.add_argument("--folder", type=Path)
+    a = parser.parse_args()
+    if a.side:
+        print(json.dumps(SIDES[a.side](a.folder, a.rows)))
+        return
+    print(f"{a.rows:,} rows\n")
+    print("| | first row after, s | rows/s | tokens/s | padding | memory, GB | written, GB |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "rows.jsonl", a.rows)
+        for side in SIDES:
+            home = folder / "home"
+            command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--rows", str(a.rows)]
+            env = os.environ | {"HF_HOME": str(home)}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(f"| {side} | {row['first']:.0f} | {row['rows']:,.0f} | {row['tokens']:,.0f} | {row['padding']:.1%} | "
+                  f"{row['memory'] / 1e9:.2f} | {written(home):.2f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
