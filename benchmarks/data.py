@@ -129,7 +129,7 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", a.rows)
         for side in SIDES:
-            home = folder / "home"
+            home = folder / f"home-{side[:3]}"
             command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--rows", str(a.rows)]
             env = os.environ | {"HF_HOME": str(home)}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import site
 import statistics
 import subprocess
@@ -42,6 +43,8 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
     """Write the FP8 checkpoint, its BF16 sibling for Unsloth, and 6,000 conversations."""
     import ministral
 
+    for kind in ("fp8", "bf16"):
+        shutil.rmtree(folder / kind, ignore_errors=True)
     ministral.make(folder, a.tiny, ("fp8", "bf16") if a.unsloth_path else ("fp8",))
     rng = random.Random(7)
     words = ["gull", "tide", "rock", "fish", "harbour", "seal", "nap", "buoy", "pier", "wave"]
@@ -89,7 +92,12 @@ def limit(folder: Path, a: argparse.Namespace) -> dict:
         x @ w
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
-    return {"flops": 20 * 2 * 8192**3 / seconds, "gpu": torch.cuda.get_device_name(0)}
+    return {"flops": 20 * 2 * 8192**3 / seconds, "gpu": gpu()}
+
+
+def gpu() -> str:
+    """The name of this GPU."""
+    return torch.cuda.get_device_name(0)
 
 
 class Clock:
@@ -342,9 +350,11 @@ SPEED = {
     "nf4:graph:124:10:10": "phoque, NF4",
     WHOLE: "phoque, NF4, with its samples, held-out loss and checkpoints",
 }
+FLASH_LEARNING = "nf4:graph:16:32:1:flash4"
 FLASH = {
     "nf4:graph:16:40:10:flash4": "phoque, NF4, flash-attn-4",
     "nf4:graph:62:16:10:flash4": "phoque, NF4, flash-attn-4",
+    FLASH_LEARNING: "phoque, NF4, flash-attn-4, 32 steps",
 }
 LEARNING = {
     "nf4:eager:16:32:1": "plain layers",
@@ -371,13 +381,16 @@ def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
     done = {name for name, row in found.items() if "error" not in row}
     runs = [name for name in SPEED | LEARNING | (FLASH if a.flash else {}) if name not in done]
     there = ["--unsloth-path", a.unsloth_path]
+    made = (folder / "ids.json").is_file() and (not a.unsloth_path or (folder / "bf16").is_dir())
     calls = [
-        *([["make", *there]] if not (folder / "ids.json").is_file() else []),
+        *([["make", *there]] if not made else []),
         *([["limit"]] if "limit" not in done else []),
         *([["several", "--runs", ",".join(runs), "--flash", a.flash]] if runs else []),
         *(["trl", "--trl", n, "--steps", "3" if n.startswith("1:") else "8"] for n in PEERS if n not in done),
         *(["unsloth", "--unsloth", n, "--steps", "12", *there] for n in UNSLOTH if a.unsloth_path and n not in done),
     ]  # fmt: skip
+    if calls and found.get("limit", {}).get("gpu", gpu()) != gpu():
+        sys.exit(f"{a.results} holds numbers of {found['limit']['gpu']}; this is {gpu()}")
     for part, *more in calls:
         for line in results_of(part, more, folder, a.tiny):
             found |= {part if part == "limit" else more[1]: line} if part in ("limit", "trl", "unsloth") else line
@@ -421,7 +434,8 @@ def show(found: dict[str, dict]) -> None:
     if shares := found.get(WHOLE, {}).get("seconds_of"):
         parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in shares.items())
         print(f"200 steps as they come: {parts}")
-    curves = {label: found[name]["losses"] for name, label in LEARNING.items()}
+    learnt = LEARNING | {FLASH_LEARNING: "phoque, NF4, flash-attn-4"}
+    curves = {label: found[name]["losses"] for name, label in learnt.items() if "losses" in found.get(name, {})}
 
     def apart(one: str, other: str) -> float:
         squares = [(x - y) ** 2 for x, y in zip(curves[one], curves[other], strict=True)]
@@ -432,7 +446,10 @@ def show(found: dict[str, dict]) -> None:
         ("plain layers, other kernels", "plain layers"), ("phoque, NF4", "plain layers"),
         ("phoque, NF4", "plain layers, other kernels"), ("phoque, FP8", "plain layers, BF16"),
         ("plain layers, BF16", "plain layers"),
+        ("phoque, NF4, flash-attn-4", "plain layers"),
     ):  # fmt: skip
+        if not {one, other} <= curves.keys():
+            continue
         ends = [f"{statistics.mean(curves[name][-8:]):.4f}" for name in (one, other)]
         print(f"| {one} beside {other} | {apart(one, other):.4f} | {', '.join(ends)} |")
     series = [Series(label, [*enumerate(losses, 1)]) for label, losses in curves.items()]
@@ -440,6 +457,7 @@ def show(found: dict[str, dict]) -> None:
     less = [
         Series(one, [*enumerate([x - y for x, y in zip(curves[one], curves[other], strict=True)], 1)])
         for one, other in against.items()
+        if {one, other} <= curves.keys()
     ]
     shown = figure("loss a trained token", line_plot(series, "step"))
     shown += figure("difference to the loss of plain layers in NF4", line_plot(less, "step"))

@@ -66,6 +66,7 @@ def test_a_gpu_s_fp32_and_old_gpus_get_a_mask(monkeypatch, dtype, capability):
 
 
 def test_without_it_torch_s_kernel_is_taken(monkeypatch):
+    monkeypatch.setattr(attention, "distributions", lambda name: [])
     monkeypatch.setattr(attention, "_varlen", lambda: attention._by_conversation)
     attend, reason = attention._on_cuda(torch.device("cpu"), None, float("inf"))
     assert attend is attention._by_conversation and "flash" not in reason

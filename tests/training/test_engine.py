@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from phoque.models.source import Source
 from phoque.training import attention
 from phoque.training.adapted import adapted, held
 from phoque.training.choosing import choose
-from phoque.training.engine import Engine, Row
+from phoque.training.engine import FRUGAL, Engine, Row, _Captured
 
 LENGTHS = (17, 40, 23, 9, 31)
 PACKING = Packing(5, 24.0, 40, static=True)
@@ -225,6 +226,23 @@ def test_dropout_is_drawn_anew_and_leaves_the_frozen_products_alone(mistral3):
     assert far(fast(engine), plain(mistral3)) < 1e-5
 
 
+def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
+    from phoque.training import engine as module
+
+    found = {}
+    for sign in (1, -1):
+
+        def signed(x, dropped, a, b, weight, real=module.adapted, sign=sign):
+            return real(x, dropped, a, sign * b, weight)
+
+        monkeypatch.setattr(module, "adapted", signed)
+        model = adapted_model(mistral3, "none", traced=False, dropout=0.3)
+        found[sign] = choose(model, "compile", PACKING, 10, False).mode
+        assert all(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout))
+        monkeypatch.undo()
+    assert found == {1: "compiled", -1: "eager"}
+
+
 def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
     from phoque.training import engine as module
 
@@ -251,23 +269,33 @@ def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, 
 
 
 def short_of_memory(monkeypatch, times):
-    """A pass of the layers finds no memory so many times."""
-    run, left = Engine._run, [times]
+    """A pass of the layers finds no memory so many times; whether what it had made was gone before it was spared."""
+    run, spare, left, made, freed = Engine._run, Engine.spare, [times], [], []
 
     def running(self, row):
+        out = run(self, row)
         left[0] -= 1
         if left[0] >= 0:
+            made.append(weakref.ref(out))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(self, row)
+        return out
+
+    def spared(self):
+        self._current = _Captured(static_row(), torch.zeros(1), torch.zeros(1), None, None)
+        found = spare(self)
+        freed.append(made[-1]() is None and self._current is None)
+        return found
 
     monkeypatch.setattr(Engine, "_run", running)
+    monkeypatch.setattr(Engine, "spare", spared)
+    return freed
 
 
 def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, monkeypatch):
-    short_of_memory(monkeypatch, 2)
+    freed = short_of_memory(monkeypatch, 3)
     chosen = choose(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
-    assert chosen.mode == "compiled" and chosen.engine.recomputed == 2
-    assert chosen.reason.count("memory ran out in a trial: more layers") == 2
+    assert chosen.mode == "compiled" and chosen.engine.recomputed == 2 and freed == [True] * 3
+    assert f"ran out in a trial: {FRUGAL}; memory ran out in a trial: more layers" in chosen.reason
     assert chosen.reason.endswith("2 of 3 layers are recomputed")
     assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
 
@@ -279,10 +307,10 @@ def test_memory_that_runs_out_whatever_is_spared_is_said(mistral3, monkeypatch):
 
 
 def test_whole_weights_go_before_layers_are_recomputed(mistral3):
-    engine = Engine(adapted_model(mistral3, "nf4"))
+    engine = Engine(adapted_model(mistral3, "nf4"), compiled=True)
     engine.hold(whole=True)
     assert engine.spare() == "the weights are not kept whole" and not engine.whole and not engine.recomputed
-    assert [engine.spare() for _ in range(4)][-2:] == ["more layers are recomputed", ""]
+    assert [engine.spare() for _ in range(5)] == [FRUGAL, *["more layers are recomputed"] * 3, ""]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])

@@ -49,12 +49,12 @@ def test_each_answer_is_the_one_to_its_prompt_alone(speaker, monkeypatch):
                                    do_sample=False, pad_token_id=0)[0, ids.shape[1] :]  # fmt: skip
         assert alone.tolist() == row["response"] and len(alone) == row["n_tokens"]
         begun.append(int(alone[0]))
-    before, config.eos_token_id = config.eos_token_id, begun[:1]  # the first answer ends where it begins
-    try:
-        short = answers(model, chat, PROMPTS, "You are a seal.", 24)
-    finally:
-        config.eos_token_id = before
+    monkeypatch.setattr(config, "eos_token_id", begun[:1])  # the first answer ends where it begins
+    short = answers(model, chat, PROMPTS, "You are a seal.", 24)
     assert (short[0]["response"], short[0]["n_tokens"]) == ([], 1)
+    monkeypatch.setattr(config, "eos_token_id", None)
+    monkeypatch.setattr(model.get_base_model().config, "eos_token_id", None)
+    assert answers(model, chat, PROMPTS, "You are a seal.", 5)[0]["n_tokens"] == 5
 
 
 def test_the_held_out_loss_is_that_of_each_conversation_alone(speaker):

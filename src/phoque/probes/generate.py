@@ -66,7 +66,7 @@ def replies(
 class _Batch:
     def __init__(self, model: Any, asks: Sequence[Ask], tokens: int, response_only: bool) -> None:
         self.model, self.asks, self.tokens = model, asks, tokens
-        self.ends = torch.tensor(sorted(end_tokens(model)), device=model.device)
+        self.ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long, device=model.device)
         draws = [torch.zeros(tokens) if a.key is None else _draws(a.key, tokens) for a in asks]
         self.draws = torch.stack(draws).to(model.device)
         self.greedy = torch.tensor([a.key is None for a in asks], device=model.device)
@@ -177,10 +177,10 @@ def reserved_layer(room: int) -> Any:
 
 
 def end_tokens(model: Any) -> set[int]:
-    """The token ids that end an answer."""
+    """The token ids that end an answer; none if the model names none."""
     ends = inner(model).generation_config.eos_token_id
     ends = inner(model).config.eos_token_id if ends is None else ends
-    return set(ends) if isinstance(ends, list) else {int(ends)}
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
 
 
 def _draws(key: str, count: int) -> torch.Tensor:

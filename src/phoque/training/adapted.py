@@ -2,7 +2,8 @@
 
 Products that share their input (queries, keys and values; gate and up) are one product. Their weight stays as it is
 held (NF4, FP8 or plain), and is made whole for each product; the input and the thin product with A are all that is
-kept for the backward pass. The adapters' shares are added in place. To torch.compile it is opaque.
+kept for the backward pass. A product is added to the adapters' share in place (in FP8 the share to the product). To
+torch.compile it is opaque.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ import torch
 
 from phoque.data.chat import Encoded
 from phoque.data.pack import Packing, packed
-from phoque.training.engine import Engine, Row
+from phoque.training.engine import FRUGAL, Engine, Row
 
 SHARE_COMPILED = 0.2  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
 COMPILING_S = 20.0
@@ -91,7 +91,7 @@ def _fitted(engine: Engine, row: Row, real: int, recompute: bool, reasons: list[
         elif engine.recomputed and engine.compiled and not engine.frugal:
             engine.be_frugal()
             engine.recomputed = engine.layers_to_recompute(row)
-            reasons.append("normed and gated activations are made again")
+            reasons.append(FRUGAL)
         difference = _difference(engine, row, real, reasons)
     except torch.OutOfMemoryError:
         raise
@@ -110,10 +110,11 @@ def _difference(engine: Engine, row: Row, real: int, reasons: list[str]) -> floa
     while True:
         try:
             return engine.difference(row, real)
-        except torch.OutOfMemoryError:
-            if not (spared := engine.spare()):
-                raise
-            reasons.append(f"memory ran out in a trial: {spared}")
+        except torch.OutOfMemoryError as error:
+            ran_out = error.with_traceback(None)  # which would hold on to all that the pass had made so far
+        if not (spared := engine.spare()):
+            raise ran_out
+        reasons.append(f"memory ran out in a trial: {spared}")
 
 
 def _trial_row(model: Any, packing: Packing) -> tuple[Row, int]:

@@ -5,7 +5,8 @@ plain model. Measuring and generating go on through the plain modules, which sha
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from types import MethodType
@@ -21,6 +22,7 @@ from phoque.training.adapted import adapted, held
 SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ROOM = 0.92  # of the free memory that a step may plan with
 HEAD_BYTES = 3 * 2**28  # the chunks of logits in training/loss.py
+FRUGAL = "normed and gated activations are made again"
 NOISE = 0.05  # of B while the layers are tried, which makes an adapter's share as large as a trained one's and larger
 
 
@@ -77,6 +79,7 @@ class Engine:
     frugal: bool = False
     seconds: float = 0.0
     _graphs: dict[int, _Captured] = field(default_factory=dict)
+    _current: _Captured | None = None
     _pool: Any = None
     _out: Tensor | None = None
 
@@ -144,7 +147,7 @@ class Engine:
 
     def backward(self, grad: Tensor) -> None:
         """Add the gradients of the adapter, given that of the hidden states."""
-        if self.captured:
+        if self.captured and self._current:
             self._current.grad.copy_(grad)
             self._current.backward.replay()
             return
@@ -160,14 +163,34 @@ class Engine:
     def difference(self, row: Row, real: int) -> float:
         """How far hidden states of the first `real` positions are from the plain layers', relative to their size.
 
-        A whole forward and backward pass with adapters that do something, which leaves nothing behind.
+        A whole forward and backward pass with adapters that do something, which leaves nothing behind. With dropout no
+        two passes are the same: then they are run, and own products are compared without it.
         """
         kept, drawn = self._flat.clone(), torch.Generator(self._flat.device).manual_seed(0)
         self._flat[self._split :].normal_(0, NOISE, generator=drawn)
         try:
-            return self._difference(row, real)
+            found = self._difference(row, real)
+            if self._drops:
+                with self._undropped():
+                    found = self._difference(row, real)
+            return found
         finally:
             self._flat.copy_(kept)
+
+    @contextmanager
+    def _undropped(self) -> Generator[None]:
+        """Own products as they are, without dropout: what is compiled or captured has it built in."""
+        drops = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
+        asked = self.compiled, self.captured, self.recomputed
+        self.compiled, self.captured, self.recomputed = False, False, len(self.layers)
+        for drop in drops:
+            drop.eval()
+        try:
+            yield
+        finally:
+            self.compiled, self.captured, self.recomputed = asked
+            for drop in drops:
+                drop.train()
 
     def _difference(self, row: Row, real: int) -> float:
         with torch.no_grad(), torch.autocast(row.ids.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
@@ -182,8 +205,6 @@ class Engine:
         self.model.zero_grad()
         if not bool(gradients):
             raise RuntimeError("gradients are not finite")
-        if self._drops:  # at random: no two passes are the same
-            return 0.0
         return float((out.detach()[0, :real] - plain).float().norm() / plain.float().norm())
 
     def layer_seconds(self, row: Row) -> float:
@@ -237,6 +258,9 @@ class Engine:
         if self.whole:
             self.hold(whole=False)
             return "the weights are not kept whole"
+        if self.compiled and not self.frugal:
+            self.be_frugal()
+            return FRUGAL
         if self.recomputed < len(self.layers):
             self.recomputed = min(len(self.layers), self.recomputed + ceil(len(self.layers) / 4))
             return "more layers are recomputed"
@@ -262,7 +286,7 @@ class Engine:
     def _release(self) -> None:
         """Let go of what was captured, and of what a pass that was broken off left behind."""
         self._graphs.clear()
-        self._pool = self._out = None
+        self._pool = self._out = self._current = None
         self.model.zero_grad()
 
     def _clear(self) -> None:

@@ -61,7 +61,7 @@ def _curves(metrics: list[dict[str, Any]]) -> str:
 def _samples(samples: list[dict[str, Any]]) -> str:
     if not samples:
         return ""
-    head = ("step", "prompt", "response", "tokens", "seconds")
+    head = ("step", "prompt", "response", "tokens", "seconds, all together")
     rows = [(r["step"], r["prompt"], r["response"], r["n_tokens"], r["latency_s"]) for r in samples]
     return f'<h2>Samples</h2><p class="warning">{WARNING}</p>{table(head, rows)}'
 

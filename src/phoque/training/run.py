@@ -198,8 +198,9 @@ def _steps(
                 pusher.drain(min(s.hub_patience, stop.left or s.hub_patience))
             raise
     step = trainer.state.global_step
-    if pusher and not pusher.drain(stop.left):
-        pusher.failure = "the deadline came first"
+    with watch.paused("pushing"):
+        if pusher and not pusher.drain(stop.left):
+            pusher.failure = "the deadline came first"
     return stopped_after(run, step, pusher) if stop.code is not None and step < s.max_steps else None
 
 

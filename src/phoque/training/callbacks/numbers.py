@@ -72,17 +72,18 @@ class Numbers(TrainerCallback):
     def _measure(self, model: Any) -> None:
         if self.held_out:
             with self.watch.paused("measuring"):
-                self._pending |= held_out_loss(model, self.held_out, self.stream.packing.tokens)
+                self._pending |= held_out_loss(model, self.held_out)
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, conversations: list[Encoded], tokens: int) -> dict[str, float]:
+def held_out_loss(model: Any, conversations: list[Encoded], tokens: int = 4096) -> dict[str, float]:
     """Mean loss a trained token on conversations that training never sees, and the share of them guessed right.
 
-    They are packed into rows of `tokens`, those of a training step: what fits then fits now.
+    They go through in rows of `tokens`, or as many as the longest has.
     """
     device = next(model.parameters()).device
-    rows = best_fit([len(encoded.ids) for encoded in conversations], tokens, len(conversations))
+    lengths = [len(encoded.ids) for encoded in conversations]
+    rows = best_fit(lengths, max(tokens, *lengths), len(lengths))
     found = []
     with measuring(model):
         for row in rows:

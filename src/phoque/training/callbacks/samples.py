@@ -1,5 +1,7 @@
 """What the model says, every so many steps: the same prompts each time, greedily, so that answers compare.
 
+The likeliest token each time, whatever the checkpoint's own generation settings (a repetition penalty, say) are.
+
 They are answered together, which takes as long as the longest answer: one after the other they took longer than the
 steps between them.
 """
