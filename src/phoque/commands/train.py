@@ -46,7 +46,8 @@ def _result(result: dict[str, Any]) -> str:
         f"({result.get('padding', 0):.1%} padding)",
     ]
     if shares := result.get("seconds_of"):
-        lines.append("time     " + ", ".join(f"{seconds:.0f} s {name}" for name, seconds in shares.items()))
+        told = [f"{seconds:.0f} s {name}" for name, seconds in shares.items() if seconds >= 0.5]
+        lines.append(f"time     {', '.join(told)}")
     if losses:
         fallen = 1 - losses["after"] / losses["before"]
         lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({fallen:.0%} lower)")

@@ -10,7 +10,9 @@ import torch
 
 from phoque.data.chat import IGNORED, Encoded
 
-TOGETHER = 32  # rows that are packed at once: the last of them is what stays half empty
+TOGETHER = 32  # rows that are packed at once
+FILLED = 0.98  # of them, by what is read for them: with more, some groups would need one row more
+SLACK = 0.005, 0.01, 0.02, 0.03  # what a row may hold above the average of its group, the first that will do
 TILE = 128  # tokens that a matrix product takes at once on a GPU
 SPREAD = 1.5  # a row holds so many times the average number of conversations at most
 
@@ -50,7 +52,7 @@ class Packing:
     @property
     def grouping(self) -> list[int]:
         """What decides which conversations share a row."""
-        return [self.count, 0, 0] if self.exact else [self.together, self.tokens, self.most]
+        return [self.count, 0, 0] if self.exact else [self.at_once, self.tokens, self.most]
 
     @property
     def most(self) -> int:
@@ -58,13 +60,17 @@ class Packing:
         return ceil(SPREAD * self.tokens / self.mean) + 1
 
     @property
-    def together(self) -> int:
-        """Conversations that are read and packed together."""
-        return self.count if self.exact else max(1, round(TOGETHER * self.tokens / self.mean))
+    def at_once(self) -> int:
+        """Tokens that are read and then packed together."""
+        return round(FILLED * TOGETHER * self.tokens)
+
+    def enough(self, conversations: int, tokens: int) -> bool:
+        """Whether so many conversations of so many tokens are to be packed together now."""
+        return conversations == self.count if self.exact else tokens >= self.at_once
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
         """The conversations of each row, by number, for those that are packed together."""
-        return [[*range(len(lengths))]] if self.exact else best_fit(lengths, self.tokens, self.most)
+        return [[*range(len(lengths))]] if self.exact else evenly(lengths, self.tokens, self.most)
 
     def shape(self, total: int) -> Shape | None:
         """What a row of `total` tokens is filled up to; None leaves it as it is."""
@@ -97,6 +103,20 @@ def best_fit(lengths: Sequence[int], tokens: int, most: int) -> list[list[int]]:
         rows[row].append(number)
         if len(rows[row]) < most:
             insort(rooms, (room - length, row))
+    return rows
+
+
+def evenly(lengths: Sequence[int], tokens: int, most: int) -> list[list[int]]:
+    """As few rows as `best_fit` needs, about as full as each other.
+
+    What is left for its last row may be a single conversation, and a step on that alone would count as much as others.
+    """
+    rows = best_fit(lengths, tokens, most)
+    average = sum(lengths) / len(rows)
+    for slack in SLACK:
+        budget = max(ceil((1 + slack) * average), *lengths)
+        if budget < tokens and len(tried := best_fit(lengths, budget, most)) == len(rows):
+            return tried
     return rows
 
 

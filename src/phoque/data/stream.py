@@ -235,9 +235,9 @@ class TrainStream:
         reader.go_to(state["reader"])
         conversations = reader.conversations()
         while True:
-            group = list(islice(conversations, self.packing.together))
+            group = self._group(conversations)
             rows = self.packing.rows([len(encoded.ids) for encoded, _ in group])
-            # those opened first are the fullest: in their order the loss of a step would follow their place in it
+            # those opened first hold what came first: in their order the loss of a step would follow their place in it
             order = numpy.random.default_rng([self._seed, state["reader"]["read"]]).permutation(len(rows))
             given = sum(len(rows[number]) for number in order[: state["taken"]])
             for taken in range(state["taken"], len(rows)):
@@ -256,6 +256,14 @@ class TrainStream:
                     "epoch": group[given - 1][1],
                 }
                 yield _pinned(packed([encoded for encoded, _ in row], shape)), state
+
+    def _group(self, conversations: Iterator[tuple[Encoded, int]]) -> list[tuple[Encoded, int]]:
+        """The next conversations that are packed together."""
+        group, tokens = [], 0
+        while not self.packing.enough(len(group), tokens):
+            group.append(next(conversations))
+            tokens += len(group[-1][0].ids)
+        return group
 
 
 def _pinned(batch: dict[str, Any]) -> dict[str, Any]:

@@ -198,9 +198,10 @@ def _steps(
                 pusher.drain(min(s.hub_patience, stop.left or s.hub_patience))
             raise
     step = trainer.state.global_step
-    with watch.paused("pushing"):
-        if pusher and not pusher.drain(stop.left):
-            pusher.failure = "the deadline came first"
+    if pusher:
+        with watch.paused("pushing"):
+            if not pusher.drain(stop.left):
+                pusher.failure = "the deadline came first"
     return stopped_after(run, step, pusher) if stop.code is not None and step < s.max_steps else None
 
 
