@@ -19,6 +19,7 @@ types:
 bench:
     uv run python benchmarks/startup.py
     uv run python benchmarks/demo.py
+    uv run python benchmarks/data.py
     uv run python benchmarks/faults.py
     uv run python benchmarks/merge.py
     uv run python benchmarks/psm.py
