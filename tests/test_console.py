@@ -2,7 +2,7 @@
 
 import sys
 
-from phoque.console import Console, clock, printable
+from phoque.console import Console, clock, in_parts, printable
 from phoque.plots import Series, bar_plot, line_plot, ticks
 
 
@@ -12,6 +12,7 @@ def test_control_characters_from_a_model_cannot_reach_the_terminal():
 
 def test_clock():
     assert (clock(65), clock(7805)) == ("1:05", "2:10:05")
+    assert in_parts({"steps": 59.6, "samples": 6.0, "saving": 0.2}) == "60 s steps, 6 s samples"
 
 
 def test_a_log_gets_the_last_line_of_progress(capsys):

@@ -129,6 +129,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def in_parts(seconds: dict[str, float]) -> str:
+    """Seconds by what they went to, without what took none: `60 s steps, 6 s samples`."""
+    return ", ".join(f"{spent:.0f} s {name}" for name, spent in seconds.items() if spent >= 0.5)
+
+
 def hush_libraries() -> None:
     """Keep the libraries' own bars, banners and notes off the terminal; call it before they are imported."""
     os.environ.update(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from phoque.commands import flags, jobs
-from phoque.console import console
+from phoque.console import console, in_parts
 from phoque.settings.base import Resolved, cache_folder, deadline, submission
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
@@ -46,8 +46,7 @@ def _result(result: dict[str, Any]) -> str:
         f"({result.get('padding', 0):.1%} padding)",
     ]
     if shares := result.get("seconds_of"):
-        told = [f"{seconds:.0f} s {name}" for name, seconds in shares.items() if seconds >= 0.5]
-        lines.append(f"time     {', '.join(told)}")
+        lines.append(f"time     {in_parts(shares)}")
     if losses:
         fallen = 1 - losses["after"] / losses["before"]
         lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({fallen:.0%} lower)")

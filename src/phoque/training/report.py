@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phoque.console import clock
+from phoque.console import clock, in_parts
 from phoque.plots import Series, bar_plot, figure, line_plot, page, table
 from phoque.training.tracking import METRICS, SAMPLES, read_lines
 
@@ -36,7 +36,8 @@ def _head(record: dict[str, Any]) -> str:
     shown = "".join(f'<div class="tile"><span class="dim">{k}</span><b>{v}</b></div>' for k, v in tiles.items() if v)
     base = html.escape(f"{record['base']['name']} ({record['base']['origin']})")
     data = html.escape(record["data"]["name"])
-    return f'<h1>phoque train</h1><div class="dim">{base}, tuned on {data}</div><div class="tiles">{shown}</div>'
+    spent = f'<div class="dim">{in_parts(result["seconds_of"])}</div>' if "seconds_of" in result else ""
+    return f'<h1>phoque train</h1><div class="dim">{base}, tuned on {data}</div><div class="tiles">{shown}</div>{spent}'
 
 
 def _curves(metrics: list[dict[str, Any]]) -> str:
