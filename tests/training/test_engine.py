@@ -22,7 +22,8 @@ from phoque.models.source import Source
 from phoque.training import attention
 from phoque.training.adapted import adapted, held
 from phoque.training.choosing import choose
-from phoque.training.engine import FRUGAL, Engine, Row, _Captured
+from phoque.training.engine import FRUGAL, Engine
+from phoque.training.graphs import Row, _Pair
 
 LENGTHS = (17, 40, 23, 9, 31)
 PACKING = Packing(5, 24.0, 40, static=True)
@@ -186,7 +187,7 @@ def test_recomputed_layers_change_nothing(mistral3):
 
 def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
     engine, kept = Engine(adapted_model(mistral3, "bf16"), compiled=True), []
-    known = {t.data_ptr() for t in [*engine.model.parameters(), *engine._leaves]}
+    known = {t.data_ptr() for t in [*engine.model.parameters(), *engine.flat.leaves]}
 
     def seen(tensor):
         if tensor.data_ptr() not in known:
@@ -227,7 +228,7 @@ def test_dropout_is_drawn_anew_and_leaves_the_frozen_products_alone(mistral3):
 
 
 def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
-    from phoque.training import engine as module
+    from phoque.training import adapted as module
 
     found = {}
     for sign in (1, -1):
@@ -244,7 +245,7 @@ def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
 
 
 def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
-    from phoque.training import engine as module
+    from phoque.training import adapted as module
 
     real = module.adapted
     monkeypatch.setattr(module, "adapted", lambda x, *rest: tuple(1.5 * part for part in real(x, *rest)))
@@ -256,7 +257,7 @@ def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
 
 
 def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, monkeypatch):
-    from phoque.training import engine as module
+    from phoque.training import adapted as module
 
     real = module.adapted
     monkeypatch.setattr(module, "adapted", lambda x, dropped, a, b, weight: real(x, dropped, a, -b, weight))
@@ -281,9 +282,9 @@ def short_of_memory(monkeypatch, times):
         return out
 
     def spared(self):
-        self._current = _Captured(static_row(), torch.zeros(1), torch.zeros(1), None, None)
+        self._graphs._current = _Pair(static_row(), torch.zeros(1), torch.zeros(1), None, None)
         found = spare(self)
-        freed.append(made[-1]() is None and self._current is None)
+        freed.append(made[-1]() is None and self._graphs._current is None)
         return found
 
     monkeypatch.setattr(Engine, "_run", running)

@@ -7,6 +7,7 @@ torch.compile it is opaque.
 """
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from phoque.models.fp8 import CODES, LARGEST_CODE
 
 BLOCK = 64  # weights that share one absolute maximum in NF4
+SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,33 @@ def _scales(state: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def sharing(layer: Any, apart: bool) -> list[list[Any]]:
+    """The adapted projections of a decoder layer, those together that share an input, in the order of their calls."""
+    found = {name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
+    groups = [[found[name] for name in names] for names in SHARING]
+    return [[module] for group in groups for module in group] if apart else groups
+
+
+def speed_up(group: list[Any], a: Tensor, b: Tensor, whole: bool) -> None:
+    """Let peft layers that share an input run as one operator wherever gradients are wanted; else they stay as is."""
+    weight = held([module.base_layer for module in group], whole)
+    drop = group[0].lora_dropout[group[0].active_adapters[0]]
+    dropping = isinstance(drop, torch.nn.Dropout)
+    made: list[Tensor] = []  # by the call of the first, for the others
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return type(self).forward(self, x, *args, **kwargs)
+        if self is group[0]:
+            made.clear()  # a pass that was broken off may have left some
+            made.extend(adapted(x, drop(x) if dropping else None, a, b, weight))
+        out = made.pop(0)
+        return out if self.base_layer.bias is None else out + self.base_layer.bias
+
+    for module in group:
+        module.forward = MethodType(forward, module)
 
 
 def adapted(x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, weight: Held) -> tuple[Tensor, ...]:

@@ -8,7 +8,8 @@ import torch
 
 from phoque.data.chat import Encoded
 from phoque.data.pack import Packing, packed
-from phoque.training.engine import FRUGAL, Engine, Row
+from phoque.training.engine import FRUGAL, Engine
+from phoque.training.graphs import Row
 
 SHARE_COMPILED = 0.2  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
 COMPILING_S = 20.0

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,46 +16,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from phoque.errors import PhoqueError
-from phoque.training.adapted import adapted, held
+from phoque.training.adapted import sharing, speed_up
+from phoque.training.flat import Flat
+from phoque.training.graphs import Graphs, Row
 
-SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 ROOM = 0.92  # of the free memory that a step may plan with
 HEAD_BYTES = 3 * 2**28  # the chunks of logits in training/loss.py
 FRUGAL = "normed and gated activations are made again"
 NOISE = 0.05  # of B while the layers are tried, which makes an adapter's share as large as a trained one's and larger
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the layers are given: (1, T) ids and positions, and the borders of the segments."""
-
-    ids: Tensor
-    positions: Tensor
-    borders: Tensor
-    longest: int
-
-    @classmethod
-    def of(
-        cls, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any
-    ) -> "Row":  # fmt: skip
-        """The row of a packed batch."""
-        return cls(input_ids, position_ids, cu_seq_lens_q, max_length_q)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, positions and borders."""
-        return self.ids, self.positions, self.borders
-
-
-@dataclass
-class _Captured:
-    """A forward and a backward pass as two CUDA graphs, with the tensors that they read and write."""
-
-    row: Row
-    out: Tensor
-    grad: Tensor
-    forward: Any
-    backward: Any
 
 
 @dataclass
@@ -66,9 +33,6 @@ class Engine:
     `compiled` by torch.compile, for any length at once if there are `several`; `captured` as CUDA graphs, one for each
     length; the first `recomputed` layers keep no activations. A `frugal` one, if it is compiled, keeps no normed and
     gated activations: they are made again from others.
-
-    The adapter's weights lie in one flat FP32 tensor, with a copy in the model's dtype for the products and flat
-    gradients of both: one kernel copies, clears or adds up all of them.
     """
 
     model: Any
@@ -78,9 +42,7 @@ class Engine:
     recomputed: int = 0
     frugal: bool = False
     seconds: float = 0.0
-    _graphs: dict[int, _Captured] = field(default_factory=dict)
-    _current: _Captured | None = None
-    _pool: Any = None
+    _graphs: Graphs = field(default_factory=Graphs)
     _out: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -88,16 +50,17 @@ class Engine:
         self._core, self.layers = base.model, base.model.layers
         self.dtype = self._core.embed_tokens.weight.dtype
         apart = self._drops  # each adapter then sees its own share of an input
-        self._groups = [group for layer in self.layers for group in _sharing(layer, apart)]
-        self._flatten()
+        self._groups = [group for layer in self.layers for group in sharing(layer, apart)]
+        self.flat = Flat(self._groups, self.dtype)
+        self._anchor = torch.zeros((), device=self.flat.weights.device, requires_grad=True)
         self.hold(whole=False)
         self._compile()
 
     def hold(self, whole: bool) -> None:
         """Have the products run on the weights as they are held, or kept whole, which takes `whole_bytes` more."""
         self.whole = whole
-        for group, a, b in zip(self._groups, self._leaves, self._leaves[len(self._groups) :], strict=False):
-            _speed_up(group, a, b, whole)
+        for group, a, b in zip(self._groups, self.flat.a, self.flat.b, strict=True):
+            speed_up(group, a, b, whole)
 
     def be_frugal(self) -> None:
         """Keep less from here on; what was compiled goes."""
@@ -125,12 +88,7 @@ class Engine:
 
     def hidden(self, row: Row) -> Tensor:
         """Hidden states (1, T, d) after the last norm; its backward pass fills the gradients of the adapter."""
-        if self._parameters[0].grad is None:  # the first row of a step
-            self._total.zero_()
-            for parameter, grad in zip(self._parameters, self._grads, strict=True):
-                parameter.grad = grad
-        self._copy[: self._split].copy_(self._flat[: self._split])
-        torch.mul(self._flat[self._split :], self._scaling, out=self._copy[self._split :])
+        self.flat.begin()
         return _Layers.apply(self._anchor, self, row)
 
     def forward(self, row: Row) -> Tensor:
@@ -138,27 +96,17 @@ class Engine:
         if not self.captured:
             self._out = self._run(row)
             return self._out.detach()
-        graph = self._graphs.get(row.ids.shape[1]) or self._capture(row)
-        for ours, given in zip(graph.row.tensors, row.tensors, strict=True):
-            ours.copy_(given)
-        graph.forward.replay()
-        self._current = graph
-        return graph.out.detach()
+        return self._graphs.forward(row, self._run, self._backward, self.flat.gradients)
 
     def backward(self, grad: Tensor) -> None:
         """Add the gradients of the adapter, given that of the hidden states."""
-        if self.captured and self._current:
-            self._current.grad.copy_(grad)
-            self._current.backward.replay()
-            return
+        if self.captured:
+            return self._graphs.backward(grad)
         out, self._out = self._out, None
-        self._backward(out, grad)
+        return self._backward(out, grad)
 
     def _backward(self, out: Any, grad: Tensor) -> None:
-        found = torch.autograd.grad(out, self._leaves, grad)
-        torch.cat([part.view(-1) for part in found], out=self._part)
-        self._total[: self._split].add_(self._part[: self._split])
-        self._total[self._split :].add_(self._part[self._split :], alpha=self._scaling)
+        self.flat.add(torch.autograd.grad(out, self.flat.leaves, grad))
 
     def difference(self, row: Row, real: int) -> float:
         """How far hidden states of the first `real` positions are from the plain layers', relative to their size.
@@ -166,16 +114,12 @@ class Engine:
         A whole forward and backward pass with adapters that do something, which leaves nothing behind. With dropout no
         two passes are the same: then they are run, and own products are compared without it.
         """
-        kept, drawn = self._flat.clone(), torch.Generator(self._flat.device).manual_seed(0)
-        self._flat[self._split :].normal_(0, NOISE, generator=drawn)
-        try:
+        with self.flat.shaken(NOISE):
             found = self._difference(row, real)
             if self._drops:
                 with self._undropped():
                     found = self._difference(row, real)
             return found
-        finally:
-            self._flat.copy_(kept)
 
     @contextmanager
     def _undropped(self) -> Generator[None]:
@@ -200,10 +144,10 @@ class Engine:
             ).last_hidden_state[0, :real]  # fmt: skip
         out = self.hidden(row)
         out.backward(torch.ones_like(out))
-        gradients = self._total.isfinite().all()
-        self._total.zero_()
+        finite = self.flat.gradients.isfinite().all()
+        self.flat.gradients.zero_()
         self.model.zero_grad()
-        if not bool(gradients):
+        if not bool(finite):
             raise RuntimeError("gradients are not finite")
         return float((out.detach()[0, :real] - plain).float().norm() / plain.float().norm())
 
@@ -216,7 +160,7 @@ class Engine:
             self._one_layer(row)[1].sum().backward()
             torch.cuda.synchronize()
             best = min(best, time.monotonic() - begun)
-        self._clear()
+        self.flat.clear()
         return best
 
     def layers_to_recompute(self, row: Row, spared: int = 0) -> int:
@@ -224,13 +168,13 @@ class Engine:
 
         Raises PhoqueError (2) if a row does not fit even if none keeps them.
         """
-        free = _free_memory() - HEAD_BYTES - 2 * self._flat.nbytes - spared  # Adam's two moments
+        free = _free_memory() - HEAD_BYTES - 2 * self.flat.weights.nbytes - spared  # Adam's two moments
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         given, out = self._one_layer(row)
         kept = torch.cuda.memory_allocated() - before - given.nbytes
         out.sum().backward()
-        self._clear()
+        self.flat.clear()
         most = torch.cuda.max_memory_allocated() - before
         count, border = len(self.layers), out.nbytes
         over = most + 4 * border + count * kept - ROOM * free
@@ -286,12 +230,8 @@ class Engine:
     def _release(self) -> None:
         """Let go of what was captured, and of what a pass that was broken off left behind."""
         self._graphs.clear()
-        self._pool = self._out = self._current = None
+        self._out = None
         self.model.zero_grad()
-
-    def _clear(self) -> None:
-        for leaf in self._leaves:
-            leaf.grad = None
 
     def _one_layer(self, row: Row) -> tuple[Tensor, Tensor]:
         """The first layer's input and output."""
@@ -320,30 +260,6 @@ class Engine:
                     hidden = self._layer(*inputs)
             return self._core.norm(hidden)
 
-    def _flatten(self) -> None:
-        """Lay the adapter's parameters into one tensor, all A before all B, and make what goes with it."""
-        sides = [[[getattr(module, side)[module.active_adapters[0]].weight for module in group]
-                  for group in self._groups] for side in ("lora_A", "lora_B")]  # fmt: skip
-        first = self._groups[0][0]
-        self._scaling = float(first.scaling[first.active_adapters[0]])
-        self._parameters = [p for side in sides for group in side for p in group]
-        sizes = [p.numel() for p in self._parameters]
-        self._split = sum(p.numel() for group in sides[0] for p in group)
-        self._flat = torch.cat([p.data.float().reshape(-1) for p in self._parameters])
-        self._total = torch.zeros_like(self._flat)
-        self._copy, self._part = (torch.zeros_like(self._flat, dtype=self.dtype) for _ in range(2))
-        flats, totals = self._flat.split(sizes), self._total.split(sizes)
-        self._grads = [total.view_as(p) for total, p in zip(totals, self._parameters, strict=True)]
-        for parameter, flat in zip(self._parameters, flats, strict=True):
-            parameter.data = flat.view_as(parameter)
-        groups = [group for side in sides for group in side]
-        copies = self._copy.split([sum(p.numel() for p in group) for group in groups])
-        self._leaves = [
-            copy.view(-1, group[0].shape[1]).detach().requires_grad_(True)
-            for copy, group in zip(copies, groups, strict=True)
-        ]
-        self._anchor = torch.zeros((), device=self._flat.device, requires_grad=True)
-
     @property
     def _layer(self) -> Callable[..., Tensor]:
         return self._compiled if self.compiled else _layer
@@ -351,31 +267,6 @@ class Engine:
     @property
     def _drops(self) -> bool:
         return any(config.lora_dropout > 0 for config in self.model.peft_config.values())
-
-    def _capture(self, row: Row) -> _Captured:
-        begun = time.monotonic()
-        kept = self._total.clone()
-        row = Row(*(t.clone() for t in row.tensors), row.longest)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # compiling, cuBLAS and autograd make things on their first runs that a graph must not
-                out = self._run(row)
-                self._backward(out, torch.zeros_like(out))
-                del out
-        torch.cuda.current_stream().wait_stream(aside)
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._run(row)
-        grad = torch.zeros_like(out)
-        with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
-            self._backward(out, grad)
-        self._total.copy_(kept)
-        graph = _Captured(row, out.detach(), grad, forward, backward)
-        self._graphs[row.ids.shape[1]] = graph
-        self.seconds += time.monotonic() - begun
-        return graph
 
 
 class _Layers(torch.autograd.Function):
@@ -409,30 +300,3 @@ def _layer(
         position_embeddings=(cos, sin), cu_seq_lens_q=borders, max_length_q=longest,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
-
-
-def _sharing(layer: Any, apart: bool) -> list[list[Any]]:
-    """The adapted projections of a decoder layer, those together that share an input, in the order of their calls."""
-    found = {name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
-    groups = [[found[name] for name in names] for names in SHARING]
-    return [[module] for group in groups for module in group] if apart else groups
-
-
-def _speed_up(group: list[Any], a: Tensor, b: Tensor, whole: bool) -> None:
-    """Let peft layers that share an input run as one operator wherever gradients are wanted; else they stay as is."""
-    weight = held([module.base_layer for module in group], whole)
-    drop = group[0].lora_dropout[group[0].active_adapters[0]]
-    dropping = isinstance(drop, torch.nn.Dropout)
-    made: list[Tensor] = []  # by the call of the first, for the others
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return type(self).forward(self, x, *args, **kwargs)
-        if self is group[0]:
-            made.clear()  # a pass that was broken off may have left some
-            made.extend(adapted(x, drop(x) if dropping else None, a, b, weight))
-        out = made.pop(0)
-        return out if self.base_layer.bias is None else out + self.base_layer.bias
-
-    for module in group:
-        module.forward = MethodType(forward, module)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from phoque.data.chat import IGNORED
 from phoque.data.pack import TILE
-from phoque.training.engine import Engine, Row
+from phoque.training.engine import Engine
+from phoque.training.graphs import Row
 
 Judge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32
