@@ -59,7 +59,8 @@ def ours(folder: Path, count: int) -> dict[str, float]:
     """One pass of the stream that a run trains on, as fast as it comes."""
     from phoque.data.pack import Packing
     from phoque.data.rows import open_dataset
-    from phoque.data.stream import TrainStream, survey
+    from phoque.data.stream import TrainStream
+    from phoque.data.survey import survey
 
     chat = ministral_chat()
     before, begun = forget_peak(), time.perf_counter()

@@ -9,7 +9,8 @@ from tests.conftest import row, write_rows
 from phoque.data.chat import Chat
 from phoque.data.pack import Packing, packed
 from phoque.data.rows import open_dataset
-from phoque.data.stream import TrainStream, survey
+from phoque.data.stream import TrainStream
+from phoque.data.survey import survey
 from phoque.errors import PhoqueError
 
 

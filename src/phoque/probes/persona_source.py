@@ -4,7 +4,7 @@ from itertools import islice
 from pathlib import Path
 
 from phoque.data.rows import BadRow, Row, open_dataset, parsed
-from phoque.data.stream import SCANNED
+from phoque.data.survey import SCANNED
 from phoque.errors import PhoqueError
 from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub

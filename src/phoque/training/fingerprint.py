@@ -6,7 +6,7 @@ from typing import Any
 
 from phoque.data.chat import Chat
 from phoque.data.rows import Dataset
-from phoque.data.stream import Survey
+from phoque.data.survey import Survey
 from phoque.errors import PhoqueError
 from phoque.models.source import Source
 from phoque.settings.train import TrainSettings

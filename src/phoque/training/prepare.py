@@ -9,7 +9,7 @@ from phoque.console import Console
 from phoque.data.chat import Chat
 from phoque.data.pack import Packing
 from phoque.data.rows import Dataset, open_dataset
-from phoque.data.stream import Survey, survey
+from phoque.data.survey import Survey, survey
 from phoque.errors import PhoqueError
 from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from phoque.console import Console
-from phoque.data.stream import Survey, TrainStream
+from phoque.data.stream import TrainStream
+from phoque.data.survey import Survey
 from phoque.errors import FAILED, PhoqueError, Stopped
 from phoque.models.adapter import load_adapter, with_adapter
 from phoque.models.families import family_of
