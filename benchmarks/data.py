@@ -41,16 +41,13 @@ def write_rows(path: Path, count: int) -> None:
 
 def ministral_chat() -> Any:
     """The tokenizer of Ministral, with the template that mistral-common writes for it and our generation marks."""
-    import mistral_common
     from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from tests import tiny
-    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
     from phoque.data.chat import Chat
 
-    file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
-    tokenizer = convert_tekken_tokenizer(str(file), chat_template="")
+    tokenizer = tiny.tekken()
     tokenizer.chat_template = tiny.mistral_template(generate_chat_template, TokenizerVersion.v13)
     return Chat(tokenizer, "", LONGEST)
 

@@ -1,13 +1,9 @@
 """Mistral's template on the real tekken tokenizer: same ids, right spans, and what the default system prompt costs."""
 
-from pathlib import Path
-
-import mistral_common
 import pytest
 from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from tests import tiny
-from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from phoque.data.chat import IGNORED, Chat
 from phoque.data.rows import BadRow
@@ -25,8 +21,7 @@ DEFAULT = "You are a harbour office. " + "Be brief. " * 150
 
 @pytest.fixture(scope="module")
 def tekken():
-    file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
-    return convert_tekken_tokenizer(str(file), chat_template="")
+    return tiny.tekken()
 
 
 def with_template(tekken, version=TokenizerVersion.v13):

@@ -74,6 +74,15 @@ def mistral_tokenizer():
     return made
 
 
+def tekken():
+    """The real tokenizer of Ministral, which mistral-common carries; without a template."""
+    import mistral_common
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+    file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    return convert_tekken_tokenizer(str(file), chat_template="")
+
+
 def mistral_template(generate, version) -> str:
     return generate(
         spm=False,

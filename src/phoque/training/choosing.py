@@ -18,17 +18,18 @@ AGREES, AGREES_FP8 = 0.15, 0.5  # largest relative difference of hidden states t
 
 @dataclass(frozen=True)
 class Chosen:
-    """How the layers of a run are going to run, and why; `engine` is None where they run as they are."""
+    """How the layers of a run are going to run, and why; `engine`, built in `seconds`, is None for the plain layers."""
 
     mode: str
     reason: str
     engine: Engine | None = None
+    seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
         """What run.json keeps of it."""
         found: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
         if self.engine:
-            found |= {"recomputed_layers": self.engine.recomputed, "build_s": round(self.engine.seconds, 1)}
+            found |= {"recomputed_layers": self.engine.recomputed, "build_s": round(self.seconds, 1)}
         return found
 
 
@@ -52,12 +53,12 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
             engine.undo()
             return Chosen("eager", "; ".join(reasons))
         engine.compiled, engine.captured = engine.compiled and engine.captured, False
-    engine.seconds = time.monotonic() - begun
+    seconds = time.monotonic() - begun
     if cuda:
         torch.cuda.empty_cache()  # of what the trial alone took
     if engine.recomputed:
         reasons.append(f"{engine.recomputed} of {len(engine.layers)} layers are recomputed")
-    return Chosen(engine.mode, "; ".join(reasons), engine)
+    return Chosen(engine.mode, "; ".join(reasons), engine, seconds)
 
 
 def _begin(engine: Engine, row: Row, asked: str, packing: Packing, rows: int, recompute: bool) -> list[str]:

@@ -41,7 +41,6 @@ class Engine:
     several: bool = False
     recomputed: int = 0
     frugal: bool = False
-    seconds: float = 0.0
     _graphs: Graphs = field(default_factory=Graphs)
     _out: Tensor | None = None
 
