@@ -341,9 +341,9 @@ PARTS = {"make": make, "limit": limit, "ours": ours, "several": several, "trl": 
 WHOLE = "nf4:auto:16:200:10:whole"
 SPEED = {
     "nf4:graph:16:40:10": "phoque, NF4",
+    "nf4:graph:16:20:10:recomputed": "phoque, NF4, checkpointing",
     "fp8:graph:16:40:10": "phoque, FP8",
     "nf4:graph:16:20:10:capped12": "phoque, NF4, on a card capped at 12 GB",
-    "nf4:graph:16:20:10:recomputed": "phoque, NF4, checkpointing",
     "nf4:auto:16:20:10:capped24": "phoque, NF4, 20 steps on a card capped at 24 GB",
     "nf4:graph:62:16:10": "phoque, NF4",
     "fp8:graph:62:16:10": "phoque, FP8",
@@ -353,7 +353,9 @@ SPEED = {
 FLASH_LEARNING = "nf4:graph:16:32:1:flash4"
 FLASH = {
     "nf4:graph:16:40:10:flash4": "phoque, NF4, flash-attn-4",
+    "fp8:graph:16:40:10:flash4": "phoque, FP8, flash-attn-4",
     "nf4:graph:62:16:10:flash4": "phoque, NF4, flash-attn-4",
+    "fp8:graph:62:16:10:flash4": "phoque, FP8, flash-attn-4",
     FLASH_LEARNING: "phoque, NF4, flash-attn-4, 32 steps",
 }
 LEARNING = {

@@ -1,5 +1,6 @@
 """Loading: every weight accounted for and sane, or an error before any time is spent."""
 
+import os
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from phoque.errors import PhoqueError
 from phoque.models.adapter import lora_norms, refuse_non_finite, with_adapter
 from phoque.models.families import family_of
-from phoque.models.load import load_config, load_model
+from phoque.models.load import device, load_config, load_model
 from phoque.models.source import Source
 
 
@@ -111,3 +112,14 @@ def test_nf4_holds_the_projections_in_four_bits(tiny_llama):
     model = load_model(source(tiny_llama), "nf4")
     kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")}
     assert kinds == {"Linear4bit"} and model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("own", ["", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_memory_of_a_gpu_may_grow_where_it_lies_unless_the_user_decides(monkeypatch, own):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "backend:native")  # also so that what `device` sets is undone
+        if name != own:
+            monkeypatch.delenv(name)
+    device()
+    wanted = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native"}
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == wanted.get(own)

@@ -1,5 +1,6 @@
 """Text-only loading of a base model in nf4, bf16 or fp32, checked tensor by tensor."""
 
+import os
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,13 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """The GPU if there is one, else the CPU.
+
+    torch is told that memory may grow where it lies, unless the user has told it anything: pieces of fixed size leave
+    more of it taken and unused. That must come before the first of it is taken.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phoque.errors import PhoqueError
-from phoque.probes.blocks import Steering, blocks, inner, padded
+from phoque.probes.blocks import Steering, inner, padded
+from phoque.probes.decoding import Decoding
 
 ROWS_AT_ONCE = {"cuda": 256, "cpu": 64}
 NUCLEUS = 4096  # the likeliest tokens among which top-p chooses; sorting all of a vocabulary costs more than a step
@@ -73,23 +74,14 @@ class _Batch:
         self.steering = Steering(_added(asks, model.device), response_only)
 
     def answered(self, temperature: float, top_p: float, watched: list[int]) -> list[Reply]:
-        from transformers.cache_utils import Cache
-
         ids, mask = padded([a.prompt for a in self.asks], self.model.device, left=True)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        room = ids.shape[1] + self.tokens
-        cache = Cache(layers=[reserved_layer(room) for _ in blocks(self.model)])
         made = [Reply() for _ in self.asks]
         speaking = list(range(len(self.asks)))
-        with self.steering.on(self.model), sdpa_kernel(KERNELS):
+        decoding = Decoding(self.model, ids, mask, self.tokens)
+        with self.steering.on(self.model), sdpa_kernel(KERNELS), decoding:
+            logits = decoding.begin()
             for step in range(self.tokens):
-                # one new token sees all that is no padding: given so, no mask is built
-                seen = mask if step == 0 else mask[:, None, None].bool()
-                out = inner(self.model)(
-                    input_ids=ids, attention_mask=seen, position_ids=places, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1,
-                )  # fmt: skip
-                logits = out.logits[:, -1].float()
+                logits = logits.float()
                 masses = logits.softmax(-1)[:, watched].sum(-1).tolist() if watched else []
                 chosen = self._chosen(logits, step, temperature, top_p)
                 over = torch.isin(chosen, self.ends)
@@ -106,15 +98,13 @@ class _Batch:
                 still = [row for row, n in enumerate(speaking) if made[n].finish_reason != "stop"]
                 if not still or step == self.tokens - 1:
                     break
-                ids, places = chosen[:, None], places[:, -1:] + 1
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 if len(still) <= SHRINK_AT * len(speaking):
                     kept = torch.tensor(still, device=ids.device)
-                    ids, places, mask = ids[kept], places[kept], mask[kept]
-                    self.draws, self.greedy = self.draws[kept], self.greedy[kept]
-                    cache.batch_select_indices(kept)
+                    chosen, self.draws, self.greedy = chosen[kept], self.draws[kept], self.greedy[kept]
+                    decoding.keep(kept)
                     self.steering.keep(kept)
                     speaking = [speaking[row] for row in still]
+                logits = decoding.next(chosen)
         return made
 
     def _chosen(self, logits: torch.Tensor, step: int, temperature: float, top_p: float) -> torch.Tensor:
@@ -147,33 +137,6 @@ def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
             "This model's chat template takes no system prompt.", str(error), "Probe a model whose template does."
         ) from error
     return list(made["input_ids"])
-
-
-def reserved_layer(room: int) -> Any:
-    """A layer of a key-value cache with room for all tokens: transformers' own copies itself at every step."""
-    from transformers.cache_utils import DynamicLayer
-
-    class Reserved(DynamicLayer):
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                rows, heads, size = key_states.shape[0], key_states.shape[1], key_states.shape[3]
-                self.rooms = [key_states.new_empty(rows, heads, room, size) for held in ("keys", "values")]
-            begin = self.get_seq_length()
-            end = begin + key_states.shape[-2]
-            for held, new in zip(self.rooms, (key_states, value_states), strict=True):
-                held[:, :, begin:end] = new
-            self.keys, self.values = (held[:, :, :end] for held in self.rooms)
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            end = self.get_seq_length()
-            self.rooms = [held[indices] for held in self.rooms]
-            self.keys, self.values = (held[:, :, :end] for held in self.rooms)
-
-    return Reserved()
 
 
 def end_tokens(model: Any) -> set[int]:

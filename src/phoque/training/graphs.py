@@ -52,6 +52,7 @@ class Graphs:
         self._pairs: dict[int, _Pair] = {}
         self._current: _Pair | None = None
         self._pool: Any = None
+        self._aside: Any = None  # one stream for all: cuBLAS keeps a workspace for each that it has seen
 
     def forward(self, row: Row, run: Run, back: Back, gradients: Tensor) -> Tensor:
         """What `run` makes of the row; `back`, given that and its gradient, adds to `gradients`.
@@ -81,7 +82,7 @@ class Graphs:
         kept = gradients.clone()
         row = Row(*(t.clone() for t in row.tensors), row.longest)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        aside = torch.cuda.Stream()
+        aside = self._aside = self._aside or torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):  # compiling, cuBLAS and autograd make things on their first runs that a graph must not
