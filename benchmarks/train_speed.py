@@ -225,6 +225,9 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
     """Several runs of `ours` in one process, which spares the imports: QUANTIZATION:MODE:COUNT:STEPS:LOG_EVERY,..."""
     import gc
 
+    from phoque.models.load import device
+
+    device()  # what it tells torch about memory must come before the first of it is taken, as it does in the command
     found = {}
     for asked in a.runs.split(","):
         quantization, mode, count, steps, log_every, *rest = asked.split(":")
@@ -414,6 +417,12 @@ def results_of(part: str, more: list[str], folder: Path, tiny: bool) -> Iterator
             print(f"{part} failed:\n{log.read()[-3000:]}", file=sys.stderr, flush=True)
 
 
+def several_lines(name: str) -> bool:
+    """Whether a run takes more steps than there are between two lines of its log."""
+    _, _, _, steps, log_every, *_ = name.split(":")
+    return int(steps) > int(log_every)
+
+
 def show(found: dict[str, dict]) -> None:
     """Print the tables of the README, and draw the losses."""
     from phoque.plots import Series, figure, line_plot, page
@@ -425,13 +434,15 @@ def show(found: dict[str, dict]) -> None:
     plain = {"nf4:eager:16:32:1": "plain layers, packed, NF4"}
     for name, label in (PEERS | UNSLOTH | plain | SPEED | FLASH).items():
         row = found.get(name, {})
-        if "step" in row:
+        if "step" in row and name != FLASH_LEARNING:
             speed = row["tokens"] / row["step"]
+            share = 4 * PARAMETERS * speed / most
             print(
                 f"| {label} | {row['tokens']:,.0f} | {row['step']:.3f} | {speed:,.0f} | "
-                f"{4 * PARAMETERS * speed / most:.0%} | {row['gb']:.1f} | {row['first']:.1f} |"
+                f"{share:{'.0%' if share > 0.01 else '.1%'}} | {row['gb']:.1f} | {row['first']:.1f} |"
             )
-    waited = [row["waited"] for row in found.values() if row.get("waited") is not None]
+    # of the steps between the last two lines of the log; where there is one, the first rows were waited for
+    waited = [found[name]["waited"] for name in (*SPEED, *FLASH) if name in found and several_lines(name)]
     print(f"\nwaiting for data: at most {max(waited):.2%} of the time")
     if shares := found.get(WHOLE, {}).get("seconds_of"):
         parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in shares.items())
