@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phoque.onnx.blocks import block_size, packed, rounded
-from phoque.onnx.calibrate import quantised, search
+from phoque.onnx.gptq import quantised, search
 from phoque.onnx.runtime import session
 
 

@@ -6,7 +6,9 @@ import torch
 from phoque.models.load import load_model
 from phoque.models.source import Source
 from phoque.onnx.blocks import rounded
-from phoque.onnx.calibrate import _distance, _groups, _log_probs, _rounding, _set, _sizes, smoothed
+from phoque.onnx.calibrate import _distance, _log_probs, _rounding
+from phoque.onnx.products import groups_of, hold
+from phoque.onnx.smooth import _sizes, smoothed
 from phoque.onnx.weights import Weights
 
 
@@ -34,7 +36,7 @@ def test_an_even_model_says_the_same_and_rounds_better(loud):
 
     model, whole = opened(), Weights(loud)
     before = [_log_probs(model, ids) for ids in chats()]
-    names = [group[0] for group in _groups(model)]
+    names = [group[0] for group in groups_of(model)]
     uneven = _sizes(model, names, chats())
     even = smoothed(whole, model, chats(6))
     kl, agreement = _distance(model, chats(), before)
@@ -47,8 +49,8 @@ def test_an_even_model_says_the_same_and_rounds_better(loud):
     assert spread(_sizes(model, names, chats())) < 0.3 * spread(uneven)
 
     def cost(weights, model):
-        for name in (name for group in _groups(model) for name in group):
-            _set(model, name, rounded(weights.text(f"{name}.weight")))
+        for name in (name for group in groups_of(model) for name in group):
+            hold(model, name, rounded(weights.text(f"{name}.weight")))
         with _rounding(model):
             return _distance(model, chats(), before)[0]
 

@@ -26,6 +26,7 @@ from phoque.onnx.blocks import Quantised, eight_bits
 from phoque.onnx.graph import decoder_component, embeddings_component
 from phoque.onnx.layout import SESSIONS, layout_of, write_side_files
 from phoque.onnx.runtime import SUFFIXES
+from phoque.onnx.smooth import smoothed
 from phoque.onnx.trace import Provider, decoder
 from phoque.onnx.vision import vision_component
 from phoque.onnx.weights import Component, Weights
@@ -228,7 +229,7 @@ def _fitted(
     console.say("making the activations even")
     on = device()
     model = load_model(export.weights.source, "none" if on.type == "cpu" else "bf16", on=on)
-    weights = calibrate.smoothed(export.weights, model, fitting)
+    weights = smoothed(export.weights, model, fitting)
     if not four:
         return weights, None
     console.say(f"fitting 4 bits on {sum(ids.shape[1] for ids in fitting)} tokens of chats")
