@@ -93,6 +93,12 @@ def test_a_batch_that_shrinks_is_captured_again_into_the_same_memory(model, gpu,
     assert [r.ids for r in replies(model, asked(24), 16, 1.0, 1.0)] == [r.ids for r in found]
 
 
+def test_few_steps_are_not_worth_a_capture(model, gpu):
+    model.generation_config.eos_token_id = []
+    replies(model, asked(3), 1 + decoding.WORTH, 1.0, 1.0)
+    assert not StandIn.made and len(gpu) == decoding.WORTH
+
+
 @pytest.mark.parametrize(("fault", "why"), [("off", "5.0% off"), ("broken", "not permitted")])
 def test_a_graph_that_fails_or_differs_is_not_used_and_says_so(model, gpu, monkeypatch, fault, why):
     model.generation_config.eos_token_id = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from phoque.probes.blocks import blocks, inner
 
 ALIGNED = 8  # places of a mask that attention's kernels read at once
+WORTH = 4  # steps that must be left for a capture, which takes as long as two or three
 AGREES = 0.02  # largest relative difference of a replayed step's logits from those of the plain one
 
 
@@ -33,7 +34,7 @@ class Decoding:
         self._seen[:, 0, 0, :begun] = mask.bool()
         self._at = torch.tensor([begun - 1], device=ids.device)
         self._cache = _reserved(len(blocks(model)), room, self._at)
-        self._captures, self._steps = ids.is_cuda, 0
+        self._captures, self._steps, self._left = ids.is_cuda, 0, tokens
         self._graph: Any = None
         self._last: Any = None  # a graph of more rows: the next is captured into its memory
         self._out = self._seen.new_empty(0)
@@ -58,11 +59,13 @@ class Decoding:
         self._places.add_(1)
         self._at.add_(1)
         self._seen.index_fill_(3, self._at, True)
+        self._left -= 1
         if self._graph:
             self._graph.replay()
             return self._out
         logits = self._step()
-        if self._captures and self._steps == 1:  # the first has loaded what kernels of this shape need
+        # the first has loaded what kernels of this shape need
+        if self._captures and self._steps == 1 and self._left >= WORTH:
             self._captures = self._captured(logits)
         self._steps += 1
         return logits
