@@ -67,6 +67,11 @@ def test_a_foreign_error_becomes_three_lines():
     assert error.why == "first line" and "PHOQUE_DEBUG" in error.fix
 
 
+def test_without_a_command_it_shows_its_help(phoque):
+    assert phoque().out == phoque("--help").out
+
+
 def test_debug_shows_the_traceback(phoque):
+    assert "Traceback" not in phoque("train", "--dataset", "nowhere.jsonl", expect=2, env={"PHOQUE_DEBUG": "0"}).err
     ran = phoque("train", "--dataset", "nowhere.jsonl", expect=1, env={"PHOQUE_DEBUG": "1"})
     assert "Traceback" in ran.err

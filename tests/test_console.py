@@ -10,6 +10,14 @@ def test_control_characters_from_a_model_cannot_reach_the_terminal():
     assert printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\x202e"
 
 
+def test_a_result_is_text_that_no_markup_changes_and_no_width_breaks(capsys):
+    console = Console()
+    console._out = sys.stdout
+    text = "--with phoque[sae]==0.1.0 [/x] " + "gull " * 60 + "end"
+    console.result({}, lambda: text, "")
+    assert capsys.readouterr().out == text + "\n"
+
+
 def test_clock():
     assert (clock(65), clock(7805)) == ("1:05", "2:10:05")
     assert in_parts({"steps": 59.6, "samples": 6.0, "saving": 0.2}) == "60 s steps, 6 s samples"

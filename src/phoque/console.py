@@ -48,10 +48,12 @@ class Console:
             print(json.dumps(data, ensure_ascii=False, default=str), file=self._out)
         elif self.quiet:
             print(quiet, file=self._out)
+        elif isinstance(shown := human(), str):  # not rich's to wrap, nor to read for its markup
+            print(printable(shown), file=self._out)
         else:
             from rich.console import Console as Rich
 
-            Rich(file=self._out, highlight=False).print(human())
+            Rich(file=self._out, highlight=False).print(shown)
         self._out.flush()
 
     def can_ask(self) -> bool:

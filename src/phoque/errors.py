@@ -77,7 +77,7 @@ _OS_ERRORS = {
 }
 
 _FOREIGN = {
-    "Abort": ("Interrupted.", "Run the same command to go on.", INTERRUPTED),
+    "KeyboardInterrupt": ("Interrupted.", "Run the same command again.", INTERRUPTED),
     "GatedRepoError": (
         "The repository is gated and this token has no access.",
         "Accept its terms on its Hub page, then run the same command.",

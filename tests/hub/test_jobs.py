@@ -99,6 +99,35 @@ def test_a_job_that_fails_for_good_is_not_submitted_again(cluster, phoque):
     assert len(cluster.jobs.jobs) == 1 and "Bad split: night" in ran.err and "exit code: 2" in ran.error[1]
 
 
+def test_a_job_that_cannot_go_on_is_not_submitted_again(cluster, phoque):
+    Container.prelude = "import time; time.sleep(60)"
+    asked = ["export-onnx", "--merged-dir", BASE, "--push-repo-id", "harbour/onnx", *ON]
+    ran = phoque(*asked, "--timeout", "2s", "--attempts", 3, env=SECRETS, expect=1)
+    assert len(cluster.jobs.jobs) == 1 and "longer --timeout" in ran.error[2]
+
+
+def test_what_only_this_machine_has_does_not_go_into_a_job(cluster, phoque, tmp_path):
+    asked = ["export-onnx", "--merged-dir", BASE, "--push-repo-id", "harbour/onnx", *ON, "--dry-run"]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("{}")
+    assert "--chats" in phoque(*asked, "--chats", chats, env=SECRETS, expect=2).error[0]
+    assert "--merged-out-dir" in phoque(*asked, "--merged-out-dir", tmp_path, env=SECRETS, expect=2).error[0]
+
+
+def test_a_merged_model_in_a_dataset_repository_is_found(cluster, phoque):
+    cluster.add("datasets", "harbour/merged", {"config.json": b"{}"})
+    asked = ["export-onnx", "--merged-dir", "harbour/merged", "--push-repo-id", "harbour/onnx", *ON, "--dry-run"]
+    assert phoque(*asked, "--json", env=SECRETS).json["checked"]["merged_dir"].startswith("harbour/merged@")
+    assert "largest_kl = 0.08  (default)" in phoque(*asked, env=SECRETS).out
+
+
+def test_a_public_repository_is_refused_before_a_job_is_rented(cluster, phoque):
+    cluster.add("models", REPO, {"README.md": b"gulls"})
+    cluster.repos["models", REPO].private = False
+    assert "is public" in phoque(*ASKED, *ON, "--dry-run", env=SECRETS, expect=2).error[0]
+    assert "PUBLIC" in phoque(*ASKED, *ON, "--dry-run", "--public", env=SECRETS).out
+
+
 def test_ctrl_c_leaves_the_job_running(cluster, zygote):
     Container.prelude = slowly()
     process = Running(zygote, [*ASKED, *ON, "--max-steps", "300"], SECRETS)

@@ -232,6 +232,20 @@ def test_what_did_not_run_is_never_called_good(phoque, text_export):
     assert "PASS     node" not in ran.out
 
 
+def test_a_level_that_was_asked_for_and_did_not_run_is_no_pass(phoque, text_export):
+    asked = ["verify-onnx", "--local-dir", text_export[0]]
+    ran = phoque(*asked, "--level", "node", "--json", env={"PATH": "/nowhere"}, expect=1)
+    assert ran.json["verdict"] == ran.json["levels"]["node"] == "NOT RUN"
+    error = phoque(*asked, "--level", "graph", "--dtype", "q4f16", expect=2).error
+    assert "has no q4f16" in error[0] and "fp32" in error[1]
+
+
+def test_a_dry_run_finds_the_export_and_says_where_settings_come_from(phoque, text_export):
+    out = phoque("verify-onnx", "--local-dir", text_export[0], "--dry-run").out
+    assert f"name: {text_export[0].name}" in out and "port = 8017  (default)" in out
+    phoque("verify-onnx", "--local-dir", "nowhere", "--dry-run", expect=2)
+
+
 def test_on_the_hub_no_weight_is_fetched_for_the_first_levels(phoque, hub, text_export, monkeypatch):
     monkeypatch.setattr("tests.fakehub.store.LFS", (".onnx_data", ".onnx"))  # as the Hub keeps what has 10 MB or more
     folder = text_export[0]

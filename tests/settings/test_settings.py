@@ -57,6 +57,20 @@ def test_settings_are_frozen():
         settle()[0].settings.max_steps = 5
 
 
+def test_a_list_that_is_not_json_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setenv("PHOQUE_PROMPTS", "hello")
+    with pytest.raises(PhoqueError, match="PHOQUE_PROMPTS cannot be read") as refused:
+        settle()
+    assert refused.value.code == 2 and '["one", "two"]' in refused.value.fix
+
+
+def test_a_name_that_is_nearly_a_settings_is_asked_about(monkeypatch):
+    monkeypatch.setenv("HUB_MODEL_IDD", "a/b")
+    monkeypatch.setenv("GULLS", "many")
+    _, warnings = settle()
+    assert warnings == ["HUB_MODEL_IDD is set, which is no setting of phoque's; did you mean HUB_MODEL_ID?"]
+
+
 @pytest.mark.parametrize("where", ["environment", "file"])
 def test_a_misspelt_name_is_an_error_with_a_suggestion(monkeypatch, tmp_path, where):
     if where == "environment":

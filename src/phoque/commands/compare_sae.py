@@ -30,7 +30,7 @@ def run(asked: Resolved[SaeSettings], dry_run: bool) -> None:
     from phoque.probes.sae.run import compare
 
     result = compare(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: _plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
+    console.result(result, lambda: flags.plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
 
 
 def _lines(result: dict[str, Any]) -> str:
@@ -49,9 +49,3 @@ def _lines(result: dict[str, Any]) -> str:
     for pair, scorers in result["scores"].items():
         lines += [f"{pair} {name}: {gap['diff']:+.3g} (p {gap['p']:.4f})" for name, gap in scorers.items()]
     return "\n".join(lines)
-
-
-def _plan(shown: dict[str, Any]) -> str:
-    rows = [f"{name}: {value}" for name, value in shown.items() if name not in ("settings", "warnings")]
-    rows += [f"{name} = {row['value']}  ({row['source']})" for name, row in shown["settings"].items()]
-    return "\n".join([*rows, *(f"note: {text}" for text in shown["warnings"])])

@@ -29,7 +29,7 @@ def run(asked: Resolved[ExportSettings], dry_run: bool) -> None:
     from phoque.onnx.export import exported
 
     result = exported(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: _lines(result), str(result["output_dir"]))
+    console.result(result, lambda: flags.plan(result) if dry_run else _lines(result), str(result["output_dir"]))
 
 
 def _lines(result: dict[str, Any]) -> str:

@@ -51,6 +51,19 @@ def needs(extra: str, *packages: str) -> None:
         )
 
 
+def plan(shown: dict[str, Any]) -> str:
+    """A dry run as lines: what was found, every setting with where it came from, and notes."""
+    lines = [f"{name}: {_in_words(value)}" for name, value in shown.items() if name not in ("settings", "warnings")]
+    lines += [f"{name} = {row['value']}  ({row['source']})" for name, row in shown["settings"].items()]
+    return "\n".join([*lines, *(f"note: {text}" for text in shown.get("warnings", ()))])
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(name if held is None else f"{name} {held}" for name, held in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _option(model: type[CommandSettings], name: str) -> inspect.Parameter:
     field = model.model_fields[name]
     names = flag_names(model, name)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from phoque.commands.flags import plan
 from phoque.console import console
 from phoque.settings.base import Resolved
 
@@ -18,12 +19,12 @@ def run(command: str, asked: Resolved[Any], dry_run: bool) -> None:
     found = checked(hub, asked)
     if dry_run:
         shown = {"job": job.shown(), "checked": found, "settings": asked.provenance()}
-        console.result(shown, lambda: _lines(shown["job"] | found), " ".join(job.command))
+        told = shown["job"] | {"command": " ".join(job.command)} | found | {"settings": shown["settings"]}
+        console.result(shown, lambda: plan(told), " ".join(job.command))
     else:
-        result = run_on(hub, job, asked.settings.attempts, console)
+        result = run_on(hub, job, asked.settings.attempts, asked.settings.resumable, console)
         console.result(result, lambda: _lines(result), result["url"])
 
 
 def _lines(values: dict[str, Any]) -> str:
-    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
-    return "\n".join(f"{name:10} {value}" for name, value in shown.items())
+    return "\n".join(f"{name:10} {value}" for name, value in values.items())

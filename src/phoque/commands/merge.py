@@ -26,7 +26,7 @@ def run(asked: Resolved[MergeSettings], dry_run: bool) -> None:
     from phoque.models.merging import merged
 
     result = merged(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: _lines(result), str(result["output_dir"]))
+    console.result(result, lambda: flags.plan(result) if dry_run else _lines(result), str(result["output_dir"]))
 
 
 def _lines(result: dict[str, Any]) -> str:

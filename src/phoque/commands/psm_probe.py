@@ -28,7 +28,7 @@ def run(asked: Resolved[PsmSettings], dry_run: bool) -> None:
     from phoque.probes.psm.run import probe
 
     result = probe(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: _plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
+    console.result(result, lambda: flags.plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
 
 
 def _lines(result: dict[str, Any]) -> str:
@@ -39,9 +39,3 @@ def _lines(result: dict[str, Any]) -> str:
         number = "" if verdict["number"] is None else f"{verdict['number']:.3g}"
         lines.append(f"{name:25} {verdict['verdict']:16} {number:>7}  {verdict['rule']}")
     return "\n".join(lines)
-
-
-def _plan(shown: dict[str, Any]) -> str:
-    rows = [f"{name}: {value}" for name, value in shown.items() if name not in ("settings", "warnings")]
-    rows += [f"{name} = {row['value']}  ({row['source']})" for name, row in shown["settings"].items()]
-    return "\n".join([*rows, *(f"note: {text}" for text in shown["warnings"])])

@@ -33,10 +33,10 @@ def run(asked: Resolved[VerifySettings], dry_run: bool) -> None:
 
     result = verified(asked, cache_folder(), console, dry_run)
     if dry_run:
-        console.result(result, lambda: result["name"], result["name"])
+        console.result(result, lambda: flags.plan(result), result["name"])
         return
     console.result(result, lambda: _lines(result), result["verdict"])
-    if result["verdict"] == "FAIL":
+    if result["verdict"] != "PASS":
         sys.exit(FAILED)
 
 

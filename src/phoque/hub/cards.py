@@ -157,7 +157,10 @@ UNDER_WAY = """
 
 
 # secrets, and places: what is theirs to know is in the table
-UNSAID = ("hf_token", "wandb_api_key", "output_dir", "dataset", "base_model", "hub_model_id", "yes", "package", "on")
+UNSAID = (
+    "hf_token", "wandb_api_key", "openai_api_key", "output_dir", "dataset", "base_model", "hub_model_id", "yes",
+    "package", "on",
+)  # fmt: skip
 
 
 def adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | None = None) -> str:

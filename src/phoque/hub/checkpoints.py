@@ -35,6 +35,15 @@ class Snapshot:
         return found
 
 
+def is_public(name: str) -> PhoqueError:
+    """What to say of a repository that anybody can read, if that was not asked for."""
+    return PhoqueError(
+        f"{name} is public.",
+        "Anybody could load what this run makes.",
+        "Make it private in its settings on the Hub, or pass --public if that is meant.",
+    )
+
+
 class Repo:
     """The repository that a run is kept in; `kind` is model or dataset."""
 
@@ -67,11 +76,7 @@ class Repo:
         if not private and public:
             warn(f"{self.name} is public: anyone can see what this run makes and load it")
         if not private and not public:
-            raise PhoqueError(
-                f"{self.name} is public.",
-                "Anybody could load what this run makes.",
-                "Make it private in its settings on the Hub, or pass --public if that is meant.",
-            )
+            raise is_public(self.name)
 
     def private(self) -> bool:
         """Whether only its owners can read the repository. Raises the Hub's error if there is none."""

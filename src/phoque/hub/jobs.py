@@ -11,11 +11,13 @@ from typing import Any
 from phoque import __version__
 from phoque.console import Console
 from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError
+from phoque.hub.checkpoints import is_public
 from phoque.hub.client import Hub, passing, reason
 from phoque.settings.base import PREFIX, Resolved, Secrets, env_name, flag_names
 
 HERE = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that do not go into the Job's arguments
-DATASETS = ("dataset", "chat", "text")  # settings that name one
+WRITTEN = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # places on the machine that runs it
+DATASETS = ("dataset", "chat", "chats", "text")  # settings that name one
 DEFAULT_TIMEOUT = "30m"  # what Jobs give one that names none
 OVER = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 
@@ -51,6 +53,13 @@ def job_for(command: str, resolved: Resolved[Any]) -> Job:
                 f"{flag_names(type(s), name)[0]} {value} is on this machine.",
                 "A Job sees nothing of it.",
                 "Upload it to a private repository on the Hub and name that.",
+            )
+    for name in WRITTEN:
+        if getattr(s, name, None):
+            raise PhoqueError(
+                f"{flag_names(type(s), name)[0]} names a place on this machine.",
+                "A Job's disk is gone when it ends.",
+                f"Leave it out: what a Job makes is kept with {flag_names(type(s), s.keeps)[0]}.",
             )
     if resolved.secrets.hf_token is None:
         raise PhoqueError("There is no Hub token.", "Jobs need one.", "Set HF_TOKEN, or run `hf auth login`.")
@@ -122,21 +131,34 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     for name, pinned in s.reads.items():
         value, revision = getattr(s, name), getattr(s, pinned) if pinned else None
         value = re.split("[#:]", value)[0]  # a folder in it, or a split of it
-        info = api.dataset_info if name in DATASETS else api.model_info
         if value.count("/") == 1:
-            sha = hub.tried(value, lambda info=info, v=value, r=revision: info(v, revision=r)).sha
-            found[name] = f"{value}@{sha[:8]}"
+            found[name] = f"{value}@{_commit(hub, name, value, revision)[:8]}"
     kept, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")
     try:
         private = hub.tried(kept, lambda: api.repo_info(kept, repo_type=kind)).private
+        if not private and not s.public:
+            raise is_public(kept)
         found["repository"] = f"{kept}, {'private' if private else 'PUBLIC'}"
     except RepositoryNotFoundError:
         found["repository"] = f"{kept}, will be made, {'PUBLIC' if s.public else 'private'}"
     return found
 
 
-def run_on(hub: Hub, job: Job, attempts: int, console: Console) -> dict[str, Any]:
-    """Submit the job and follow it; again, up to `attempts` times, while it stops before its end and can go on.
+def _commit(hub: Hub, setting: str, name: str, revision: str | None) -> str:
+    """The commit of what a setting names; a merged model may be kept in a dataset repository."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    info = hub.api.dataset_info if setting in DATASETS else hub.api.model_info
+    try:
+        return str(hub.tried(name, lambda: info(name, revision=revision)).sha)
+    except RepositoryNotFoundError:
+        if setting != "merged_dir":
+            raise
+        return str(hub.tried(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
+
+
+def run_on(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console) -> dict[str, Any]:
+    """Submit the job and follow it; again, up to `attempts` times, while it stops before its end and is `resumable`.
 
     Returns {job, url, stage, attempts}. Raises PhoqueError with 75 if it can still go on, 1 or 2 if it failed for good,
     and 130 at Ctrl-C, which leaves the job running.
@@ -153,17 +175,17 @@ def run_on(hub: Hub, job: Job, attempts: int, console: Console) -> dict[str, Any
         if stage == "COMPLETED":
             return {"job": made.id, "url": made.url, "stage": stage, "attempts": attempt}
         code = exit_code(message)
-        if stage != "ERROR" or code in (FAILED, USAGE):
+        if stage != "ERROR" or code in (FAILED, USAGE) or not resumable:
             break
         if attempt < attempts:
             console.say(f"attempt {attempt} of {attempts} stopped before its end ({message}); submitting it again")
-    final = code if code in (FAILED, USAGE) else FAILED if stage != "ERROR" else RESUMABLE
+    final = code if code in (FAILED, USAGE) else RESUMABLE if stage == "ERROR" and resumable else FAILED
     raise PhoqueError(
         f"Job {made.id} ended as {stage}.",
         f"{message or 'It says no more'}; its log is at {made.url}.",
         "Run the same command: it goes on from the newest checkpoint on the Hub."
         if final == RESUMABLE
-        else "See the last lines of its log.",
+        else "See the last lines of its log; if it ran out of time, give it a longer --timeout.",
         final,
     )
 

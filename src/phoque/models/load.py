@@ -33,7 +33,7 @@ def load_config(source: Source) -> Any:
         config = AutoConfig.from_pretrained(source.folder)
     except (ValueError, OSError) as error:
         raise PhoqueError(
-            f"The config of {source.name} cannot be read.", str(error).splitlines()[0], "Check --base-model."
+            f"The config of {source.name} cannot be read.", str(error).splitlines()[0], "Check which model was named."
         ) from error
     family_of(config)
     return config

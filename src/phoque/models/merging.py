@@ -28,7 +28,7 @@ def merged(resolved: Resolved[MergeSettings], cache: Path, console: Console, dry
     into = s.output_dir or Path(f"{s.adapter_source.rstrip('/').split('/')[-1]}-merged")
     result: dict[str, Any] = {"output_dir": str(into), "base": base.name, "adapter": s.adapter_source + commit}
     if dry_run:
-        return result | {"settings": resolved.provenance(), "bytes": 0, "shards": 0, "changed": 0, "tensors": 0}
+        return result | {"settings": resolved.provenance()}
     repo = Repo(hub, s.push_repo_id) if s.push_repo_id else None
     if repo:
         repo.open(s.public, console.warn)
@@ -74,7 +74,7 @@ def find_adapter(name: str, revision: str | None, hub: Hub, cache: Path) -> tupl
     Raises PhoqueError (2) if there is none of that name.
     """
     if not name:
-        raise PhoqueError("No adapter.", "--adapter-source is empty.", "Name a folder or a Hub repository.")
+        raise PhoqueError("No adapter.", "None is named.", "Name a folder or a Hub repository (--adapter-source).")
     for folder in (Path(name).expanduser(), Path(name).expanduser() / "adapter"):
         if (folder / WEIGHTS).is_file():
             return folder, ""
@@ -82,13 +82,13 @@ def find_adapter(name: str, revision: str | None, hub: Hub, cache: Path) -> tupl
         raise PhoqueError(
             f"No adapter at {name}.",
             f"There is no {WEIGHTS} in it, and it is no Hub id (owner/name).",
-            "Check --adapter-source.",
+            "Check its name.",
         )
     repo = Repo(hub, name)
     there = repo.snapshot(revision)
     wanted = [path for path in there.files if "/" not in path and path.startswith(ADAPTER)]
     if WEIGHTS not in wanted:
-        raise PhoqueError(f"{name} holds no adapter.", f"There is no {WEIGHTS} at its root.", "Check --adapter-source.")
+        raise PhoqueError(f"{name} holds no adapter.", f"There is no {WEIGHTS} at its root.", "Check its name.")
     folder = cache / "adapters" / f"{name.replace('/', '--')}-{there.sha[:12]}"
     for path in wanted:
         repo.fetch(there, path, folder)

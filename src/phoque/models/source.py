@@ -62,7 +62,7 @@ def resolve(
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise PhoqueError(f"No such GGUF file: {path}", "--base-model names it.", "Check the path.")
+            raise PhoqueError(f"No such GGUF file: {path}", "It was named as a model.", "Check the path.")
         return _converted(path, str(path), cache, say)
     if path.is_dir():
         return _folder(path, weights)
@@ -70,7 +70,7 @@ def resolve(
         raise PhoqueError(
             f"No model at {name!r}.",
             "It is neither a folder, nor a .gguf file, nor a Hub id (owner/name).",
-            "Check --base-model.",
+            "Check its name.",
         )
     return _hub(name, revision, token, say, weights)
 

@@ -21,7 +21,7 @@ def find_persona(s: PsmSettings | SaeSettings, token: str | None, cache: Path, h
         raise PhoqueError(
             "No persona to look for.",
             "Neither --persona nor --dataset is given, so no prompt would ask for it.",
-            "Write a persona file (see the README), or name the data that the adapter was trained on with --dataset.",
+            "Write a persona file (see the README), or name the data of the adapter with --dataset (DATASET_REPO).",
         )
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, token)
     rows: list[Row] = []

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from phoque.errors import PhoqueError
 
@@ -116,12 +122,12 @@ def resolved(
         raise PhoqueError(f"No such secrets file: {file}", "--secrets-file names it.", "Check the path.")
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
-    _refuse_unknown_names(model, file)
+    warnings += _unknown_names(model, file)
 
     layers = [
         ("flag", {name: value for name, value in flags.items() if value is not None}),
-        ("environment", _by_field(model, EnvSettingsSource(model)())),
-        (str(file), _by_field(model, DotEnvSettingsSource(model, env_file=file, env_file_encoding="utf-8")())),
+        ("environment", _read(model, EnvSettingsSource(model))),
+        (str(file), _read(model, DotEnvSettingsSource(model, env_file=file, env_file_encoding="utf-8"))),
     ]
     if presets:
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), next(iter(presets)))
@@ -151,6 +157,19 @@ def _name_in(model: type[BaseSettings], source: str, name: str) -> str:
     return name if source.startswith("preset") else env_name(model, name)
 
 
+def _read(model: type[BaseSettings], source: EnvSettingsSource) -> dict[str, Any]:
+    """What a source holds, keyed by field name. Raises PhoqueError (2) for a list that is not one."""
+    try:
+        return _by_field(model, source())
+    except SettingsError as error:
+        name = next((name for name in model.model_fields if f'"{name}"' in str(error)), "")
+        raise PhoqueError(
+            f"{env_name(model, name) if name else 'A setting'} cannot be read.",
+            "It takes several values, and those are read as JSON.",
+            'Write them as ["one", "two"].',
+        ) from None
+
+
 def _by_field(model: type[BaseSettings], found: dict[str, Any]) -> dict[str, Any]:
     """Values keyed by field name; pydantic-settings keys them by alias where there is one."""
     by_alias = {env_name(model, name): name for name in model.model_fields}
@@ -177,7 +196,11 @@ def _secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
     return Secrets(**found), origins
 
 
-def _refuse_unknown_names(model: type[CommandSettings], file: Path) -> None:
+def _unknown_names(model: type[CommandSettings], file: Path) -> list[str]:
+    """Warnings about names in the environment that are nearly a setting's, but for those that can only be meant as one.
+
+    Raises PhoqueError (2) for these: with the prefix, or in the secrets file and nearly a setting's.
+    """
     from dotenv import dotenv_values
 
     from phoque.settings.merge import MergeSettings
@@ -190,12 +213,14 @@ def _refuse_unknown_names(model: type[CommandSettings], file: Path) -> None:
     models = {model, TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings, Secrets}
     known = {env_name(m, name) for m in models for name in m.model_fields} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
-    for name in [*os.environ, *in_file]:
-        if name in known or (not name.upper().startswith(PREFIX) and name not in in_file):
-            continue
+    warnings = []
+    for name in {**os.environ, **in_file}.keys() - known:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
-        if name.upper().startswith(PREFIX) or near:
+        if name.upper().startswith(PREFIX) or (near and name in in_file):
             raise PhoqueError(f"Unknown setting {name}.", "No setting has that name.", _nearest(name.upper(), known))
+        if near:
+            warnings.append(f"{name} is set, which is no setting of phoque's; did you mean {near[0]}?")
+    return sorted(warnings)
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -205,14 +230,15 @@ def _nearest(name: str, known: Any) -> str:
 
 def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
     problem = error.errors(include_input=False, include_url=False)[0]
+    said = problem["msg"].removeprefix("Value error, ")
     key = str(problem["loc"][0]) if problem["loc"] else ""
     name = next(iter(_by_field(model, {key: None})), None)
     if name is None:
-        return PhoqueError("These settings do not go together.", problem["msg"], "See `phoque COMMAND --help`.")
+        return PhoqueError("These settings do not go together.", said, "See `phoque COMMAND --help`.")
     origin = origins[name]
     return PhoqueError(
         f"{origin.name} has a value that cannot be used (from: {origin.source}).",
-        problem["msg"],
+        said,
         f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}.",
     )
 

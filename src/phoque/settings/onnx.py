@@ -1,9 +1,9 @@
 """The settings of `phoque export-onnx` and `phoque verify-onnx`, under the names of the spec."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from phoque.settings.base import CommandSettings, setting
 from phoque.settings.job import REPO, JobSettings
@@ -17,7 +17,9 @@ class ExportSettings(JobSettings):
 
     keeps: ClassVar = "push_repo_id"
     extra: ClassVar = "onnx"
-    reads: ClassVar = {"adapter_source": "adapter_revision", "merged_dir": "merged_revision", "base": "revision"}
+    reads: ClassVar = {
+        "adapter_source": "adapter_revision", "merged_dir": "merged_revision", "base": "revision", "chats": None,
+    }  # fmt: skip
 
     preset: str = setting("ministral-3b", "base model and data that go together: ministral-3b, demo")
     adapter_source: str = setting(
@@ -59,6 +61,12 @@ class ExportSettings(JobSettings):
         if unknown := [name for name in value if name not in PRECISIONS]:
             raise ValueError(f"there is no precision {unknown[0]!r}: choose from {', '.join(PRECISIONS)}")
         return [name for name in PRECISIONS if name in value]
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.onnx_export_python and self.engine != "optimum":
+            raise ValueError("--onnx-export-python is the interpreter of --engine optimum, which was not chosen")
+        return self
 
 
 class VerifySettings(CommandSettings):

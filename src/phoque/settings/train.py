@@ -13,6 +13,7 @@ class TrainSettings(JobSettings):
     """What one training run is asked to do."""
 
     keeps: ClassVar = "hub_model_id"
+    resumable: ClassVar = True
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
 
     preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")

@@ -9,6 +9,7 @@ import torch
 from phoque.console import Console
 from phoque.data.chat import IGNORED, Chat, Encoded
 from phoque.data.rows import Row
+from phoque.hub.checkpoints import is_public
 from phoque.settings.base import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoint import in_order
@@ -101,8 +102,10 @@ def _hub_facts(resolved: Resolved[TrainSettings], console: Console) -> dict[str,
         there = repo.snapshot()
     except RepositoryNotFoundError:
         return {"Hub repository": f"{repo.name} will be made, {'PUBLIC' if resolved.settings.public else 'private'}"}
+    if not (private := repo.private()) and not resolved.settings.public:
+        raise is_public(repo.name)
     found = ", ".join(in_order(there.folders())) or "no checkpoint"
-    return {"Hub repository": f"{repo.name} is {'private' if repo.private() else 'PUBLIC'} and holds {found}"}
+    return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'} and holds {found}"}
 
 
 def _packed(s: TrainSettings, ready: Prepared) -> str:

@@ -130,6 +130,8 @@ def _delivered(run: Run, result: dict[str, Any]) -> dict[str, Any]:
 def _model(run: Run) -> Any:
     """The base with a fresh adapter, on the device."""
     s, source = run.settings, run.ready.source
+    if (cards := torch.cuda.device_count()) > 1:
+        run.console.warn(f"there are {cards} GPUs here, and phoque trains on one of them")
     torch.manual_seed(s.seed)
     asked = s.engine_mode not in ("auto", "eager")
     tokens = (s.max_steps - run.first) * s.batch_size * run.ready.survey.mean_length
@@ -210,7 +212,7 @@ def _arguments(s: TrainSettings, run: Path, engine: Engine | None) -> Any:
     from trl import SFTConfig
 
     cuda = torch.cuda.is_available()
-    return SFTConfig(
+    made = SFTConfig(
         output_dir=str(run),
         max_steps=s.max_steps,
         per_device_train_batch_size=s.batch_size // s.accumulation,
@@ -238,6 +240,9 @@ def _arguments(s: TrainSettings, run: Path, engine: Engine | None) -> Any:
         ignore_data_skip=True,  # the stream's own state says where to go on
         push_to_hub=False,
     )
+    if made.n_gpu > 1:  # Trainer would wrap the model for all of them
+        made._n_gpu = 1
+    return made
 
 
 def _silence(trainer: Any) -> None:

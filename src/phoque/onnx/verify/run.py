@@ -22,9 +22,9 @@ from phoque.settings.onnx import VerifySettings
 def verified(resolved: Resolved[VerifySettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
     """Do what the settings ask for; return the verdict as a dictionary, with `name`, and `folder` if it is all here."""
     s = resolved.settings
-    if dry_run:
-        return {"name": s.repo_id or str(s.local_dir), "settings": resolved.provenance()}
     place = place_of(resolved, cache, console)
+    if dry_run:
+        return {"name": place.name, "files": len(place.sizes), "settings": resolved.provenance()}
     reference = None
     if s.reference:
         reference = resolve(s.reference, None, resolved.secrets.hub, cache, console.say)
@@ -54,12 +54,18 @@ def place_of(resolved: Resolved[VerifySettings], cache: Path, console: Console) 
 
 
 def _levels(place: Place, s: VerifySettings, reference: Source | None, cache: Path, console: Console) -> Verdict:
-    verdict = Verdict()
+    verdict = Verdict(s.level)
     last = LEVELS.index(s.level or LEVELS[-1])
     layout, there = check_files(place, verdict)
     if unknown := [dtype for dtype in s.dtype if dtype not in SUFFIXES]:
         raise PhoqueError(
             f"There is no precision {unknown[0]!r}.", f"phoque knows {', '.join(SUFFIXES)}.", "See --dtype."
+        )
+    if (absent := [dtype for dtype in s.dtype if dtype not in there]) and not verdict.failed():
+        raise PhoqueError(
+            f"{place.name} has no {absent[0]}.",
+            f"There is {', '.join(there)}.",
+            "Name one of them, or leave --dtype out.",
         )
     dtypes = [dtype for dtype in there if not s.dtype or dtype in s.dtype]
     if last >= 1 and "config.json" in place.sizes and not _broken(verdict):

@@ -25,8 +25,9 @@ class Check:
 
 @dataclass
 class Verdict:
-    """All checks in the order they ran, and numbers worth keeping."""
+    """All checks in the order they ran, and numbers worth keeping; `asked` is a level that was asked for by name."""
 
+    asked: str | None = None
     checks: list[Check] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
@@ -54,11 +55,15 @@ class Verdict:
         results = {check.result for check in self.checks if check.level == name}
         return FAIL if FAIL in results else PASS if PASS in results else NOT_RUN
 
+    def whole(self) -> str:
+        """FAIL if anything failed, else what came of the level that was asked for, else PASS."""
+        return FAIL if self.failed() else self.level(self.asked) if self.asked else PASS
+
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
             "schema_version": 1,
-            "verdict": FAIL if self.failed() else PASS,
+            "verdict": self.whole(),
             "levels": {name: self.level(name) for name in LEVELS},
             "checks": [vars(check) for check in self.checks],
             "numbers": self.numbers,
