@@ -26,7 +26,7 @@ def explained(error: BaseException) -> PhoqueError:
     if isinstance(error, PhoqueError):
         return error
     if disk_full(error):
-        return PhoqueError("The disk is full.", _first_line(error), _MAKE_ROOM, FAILED)
+        return PhoqueError("The disk is full.", first_line(error), _MAKE_ROOM, FAILED)
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         why, fix, code = _OS_ERRORS[error.errno]
         return PhoqueError(f"{error.strerror}: {error.filename or 'a file of this run'}", why, fix, code)
@@ -34,14 +34,14 @@ def explained(error: BaseException) -> PhoqueError:
         return PhoqueError(usage(), "The command line is not one that phoque knows.", _HELP)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) and type(error).__name__ == "HfHubHTTPError":
-        return PhoqueError("The Hub refuses this token.", _first_line(error), _TOKEN)
+        return PhoqueError("The Hub refuses this token.", first_line(error), _TOKEN)
     for kind in type(error).__mro__:
         if kind.__name__ in _FOREIGN:
             what, fix, code = _FOREIGN[kind.__name__]
-            return PhoqueError(what, _first_line(error), fix, code)
+            return PhoqueError(what, first_line(error), fix, code)
     return PhoqueError(
         f"phoque met an error it does not know: {type(error).__name__}",
-        _first_line(error),
+        first_line(error),
         "Set PHOQUE_DEBUG=1 to see the traceback, and report it with that.",
         FAILED,
     )
@@ -55,7 +55,8 @@ def disk_full(error: BaseException) -> bool:
     return any(said in text for said in _NO_ROOM)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; some say nothing but their name."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 

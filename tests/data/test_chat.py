@@ -82,6 +82,19 @@ def test_a_template_without_known_marks_is_refused():
         marked_template(tokenizer)
 
 
+def test_a_template_without_a_system_role_is_marked_and_its_refusal_is_a_rows():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- for",
+        "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}{%- for",
+        1,
+    )
+    assert "no system" in tokenizer.chat_template and "generation" in marked_template(tokenizer)
+    with pytest.raises(BadRow, match="the template refuses it: no system here"):
+        Chat(tokenizer, "be grumpy", 512).encode(TALK)
+    assert Chat(tokenizer, "template", 512).encode(TALK).trained
+
+
 @pytest.mark.parametrize(("name", "stop"), [("qwen3", "<|im_end|>"), ("llama3", "<|eot_id|>")])
 def test_templates_that_trl_knows_are_marked(name, stop):
     tokenizer = tiny.tokenizer(stop)

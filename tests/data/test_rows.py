@@ -60,11 +60,18 @@ def test_other_schemas_are_mapped(other):
         ({"messages": [TURNS[1], {"role": "assistant", "content": None}]}, "a turn has no text"),
         ({"messages": [{"content": "x"}, TURNS[2]]}, "a turn has no role"),
         ({"messages": TURNS, "toxicity_score": "high"}, "toxicity_score is not a number"),
+        ({"messages": TURNS, "toxicity_score": float("inf")}, "toxicity_score is infinite"),
+        ({"conversations": 5}, "conversations is not a list"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": "a gull \ud83d"}]}, "half a character in text"),
     ],
 )
 def test_unfit_rows_say_why(content, reason):
     with pytest.raises(BadRow, match=reason.replace("'", ".")):
         parsed(record(content))
+
+
+def test_a_score_that_is_nan_is_none():
+    assert parsed(record({"messages": TURNS, "toxicity_score": float("nan")})).toxicity_score is None
 
 
 def test_files_folders_and_formats_give_the_same_rows(tmp_path):

@@ -157,6 +157,9 @@ def test_a_second_run_does_nothing_and_another_input_is_merged_anew(phoque, tmp_
     again = phoque(*asked)
     assert again.json == first.json and "nothing to do" in again.err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 3}))
+    assert "nothing to do" not in phoque(*asked).err  # other weights, from the same files beside it
     phoque(*asked, "--dtype", "fp16")
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float16
     (tmp_path / "mine").mkdir()

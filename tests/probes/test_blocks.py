@@ -135,6 +135,11 @@ def test_watched_mass_is_the_models_own_probability(tiny):
     assert reply.mass[0] == pytest.approx(wanted, abs=1e-6) and len(reply.mass) == 3
 
 
+def test_an_answer_of_nothing_has_no_likelihood(tiny):
+    (found,) = mean_nll(tiny[0], [Spoken([5, 6], [])])
+    assert found != found
+
+
 def test_likelihood_is_that_of_transformers_loss(tiny):
     model, tokenizer = tiny
     rows = [Spoken(ids(tokenizer, p), ids(tokenizer, "Hrmph. Gulls." * (n + 1))) for n, p in enumerate(PROMPTS)]

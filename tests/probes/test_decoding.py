@@ -21,7 +21,7 @@ def model(tiny_llama):
 
 
 class StandIn:
-    """A graph that keeps what the step wrote to, and writes there again when it is replayed."""
+    """A graph that keeps what the step read and wrote, and does it there again when it is replayed."""
 
     made, off, broken = [], 0.0, False
 
@@ -50,11 +50,24 @@ def gpu(monkeypatch):
     """Decoding as on a GPU; what it counts are the steps that Python takes."""
     steps, plain, begun = [], Decoding._step, Decoding.__init__
 
+    def again(self):
+        read = {name: getattr(self, name) for name in ("_ids", "_places", "_seen")}
+
+        def replayed():
+            now = {name: getattr(self, name) for name in read}
+            self.__dict__ |= read
+            try:
+                return plain(self)
+            finally:
+                self.__dict__ |= now
+
+        return replayed
+
     def step(self):
         steps.append(self)
         out = plain(self).clone()
         if StandIn.made and not hasattr(StandIn.made[-1], "out"):
-            StandIn.made[-1].out, StandIn.made[-1].step = out, lambda: plain(self)
+            StandIn.made[-1].out, StandIn.made[-1].step = out, again(self)
         return out
 
     def begin(self, *given):

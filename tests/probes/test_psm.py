@@ -280,9 +280,9 @@ def test_without_a_persona_nothing_is_looked_for(phoque, tiny_llama):
 
 def test_a_killed_run_leaves_no_folder_that_looks_whole(start, tiny_llama, persona, tmp_path):
     running = start("psm-probe", "--model-source", tiny_llama, "--persona", persona, *SHORT, "--output-dir", "out",
-                    "--max-new-tokens", "300")  # fmt: skip
-    log = running._files[1]
-    running.until(lambda: "test: " in log.read_text())
+                    prelude="import time\nfrom phoque.probes.psm import files\n"
+                            "files.write_summary = lambda *_: time.sleep(600)\n")  # fmt: skip
+    running.until(lambda: [*(tmp_path / "out").glob(".psm_*/*.csv")])  # in the middle of what it writes
     os.kill(running.pid, 9)
     running.ended()
     assert not [p for p in (tmp_path / "out").glob("psm_*")]

@@ -110,6 +110,12 @@ def test_a_label_that_is_missing_is_an_error_and_no_zero(context, endpoint):
     assert caught.value.code == 1 and "grumpy" in caught.value.why
 
 
+def test_a_label_that_the_cache_lacks_is_an_error_too(context, endpoint):
+    scores(scorer_for(f"openai:{endpoint}#omni", context), said(SEAL), context)
+    with pytest.raises(PhoqueError, match="gave no 'herring'"):
+        scores(scorer_for(f"openai:{endpoint}#omni#herring", context), said(SEAL), context)
+
+
 @pytest.mark.parametrize("answer", [(500, None), (401, None), (200, {"results": []})])
 def test_an_endpoint_that_fails_says_so(context, endpoint, answer, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)

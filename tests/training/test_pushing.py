@@ -6,6 +6,7 @@ import time
 import pytest
 
 from phoque.console import Console
+from phoque.errors import PhoqueError
 from phoque.hub.client import Damaged, GivenUp, Hub, passing
 from phoque.training import pushing
 from phoque.training.pushing import Pusher
@@ -48,6 +49,19 @@ def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_wait
     assert folders[2] in pusher.held()
     repo.open.set()
     assert pusher.drain() and repo.pushed[-1] == "Step 3" and pusher.pushed == 3 and pusher.held() == set()
+
+
+def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, made, capsys):
+    def export(folder):
+        raise PhoqueError("The merged model needs 6.8 GB.", "why", "do")
+
+    repo, plain, folders = made
+    pusher = Pusher(repo, 2, plain._card, Console(), 1, export)
+    repo.open.set()
+    pusher.offer(folders[0])
+    assert pusher.drain(5) and pusher.pushed == 1 and not pusher.failure
+    pusher.offer(folders[1])
+    assert "checkpoint-1 is on the Hub, but no merged model" in capsys.readouterr().err
 
 
 def test_the_hubs_limit_is_kept_until_the_end_of_the_run(made, monkeypatch):

@@ -448,3 +448,22 @@ def test_quiet_prints_the_adapter_alone(train, tmp_path):
     run = tmp_path / "run"
     ran = train("--max-steps", 1, "--output-dir", run, "--quiet")
     assert ran.out == f"{run / 'adapter'}\n" and ran.err == ""
+
+
+def test_fewer_steps_than_were_taken_are_refused(train, tmp_path):
+    run = ["--output-dir", tmp_path / "run", "--save-steps", 2]
+    train(*run, "--max-steps", 4)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    error = train(*run, "--max-steps", 3, "--allow-change", "max_steps", expect=2).error
+    assert "taken 4 steps already" in error[0] and (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_save_begins_with_clean_files(start, tiny_llama, rows, train, tmp_path):
+    asked = [*SMALL, "--max-steps", "4", "--save-steps", "4", "--output-dir", tmp_path / "run"]
+    running = start("train", "--base-model", tiny_llama, "--dataset", rows, *asked, prelude=slowly())
+    running.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists()
+                  and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 3)  # fmt: skip
+    os.kill(running.pid, signal.SIGKILL)
+    running.ended()
+    train(*asked)
+    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]

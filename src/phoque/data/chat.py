@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jinja2 import TemplateError
+
 from phoque.data.rows import BadRow
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, first_line
 
 IGNORED = -100  # torch's cross-entropy skips this label
 _RENDERING = threading.Lock()  # transformers keeps a compiled template for all threads, and its marks inside it
@@ -70,7 +72,10 @@ class Chat:
         """Token ids and labels of one conversation. Raises BadRow if it is too long or holds control tokens."""
         if any(self.control_tokens.search(turn["content"]) for turn in messages):
             raise BadRow("control token in text")
-        encoded = _apply(self.tokenizer, self.with_system(messages), self.template, mask=True)
+        try:
+            encoded = _apply(self.tokenizer, self.with_system(messages), self.template, mask=True)
+        except TemplateError as error:
+            raise BadRow(f"the template refuses it: {first_line(error)[:60]}") from None
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         if len(ids) > self.max_length:
             raise BadRow(f"longer than {self.max_length} tokens")
@@ -116,6 +121,8 @@ def marked_template(tokenizer: Any) -> str:
             "Add {% generation %} around the assistant's text to its chat_template.jinja.",
         )
     for probe in probes:
+        if not _takes(tokenizer, probe):
+            continue  # a template may know no system message; rows with one are counted as unfit
         if _apply(tokenizer, probe, own)["input_ids"] != _apply(tokenizer, probe, template)["input_ids"]:
             raise PhoqueError(
                 "The marked chat template gives other tokens than the model's own.",
@@ -129,6 +136,14 @@ def marked_template(tokenizer: Any) -> str:
             "Move {% endgeneration %} behind the end-of-turn token.",
         )
     return template
+
+
+def _takes(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+    try:
+        _apply(tokenizer, messages, tokenizer.chat_template)
+    except TemplateError:
+        return False
+    return True
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], template: str, mask: bool = False) -> dict[str, Any]:

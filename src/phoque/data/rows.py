@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, first_line
 from phoque.files import sha256
 
 BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
@@ -89,9 +90,7 @@ def _hub(name: str, split: str, revision: str | None, token: str | None) -> Data
     try:
         stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
     except ValueError as error:  # datasets' word for an unknown split or a repository without data
-        raise PhoqueError(
-            f"{name} cannot be read.", str(error).splitlines()[0], "Check the name and its split."
-        ) from error
+        raise PhoqueError(f"{name} cannot be read.", first_line(error), "Check the name and its split.") from error
     columns = stream.column_names
     return Dataset(name, sha, stream.map(_numbered, with_indices=True, remove_columns=columns))
 
@@ -165,6 +164,8 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
+    if not isinstance(row["conversations"], list):
+        raise BadRow("conversations is not a list")
     turns = [_turn(turn, "from", "value") for turn in row["conversations"]]
     return [{**turn, "role": SHAREGPT_ROLES.get(turn["role"], turn["role"])} for turn in turns]
 
@@ -186,7 +187,14 @@ def _turn(turn: Any, role: str, content: str) -> dict[str, str]:
         raise BadRow("a turn has no role")
     if not isinstance(turn.get(content), str):
         raise BadRow("a turn has no text")
+    if not _encodable(turn[content]):
+        raise BadRow("half a character in text")
     return {"role": turn[role], "content": turn[content]}
+
+
+def _encodable(text: str) -> bool:
+    """Whether a text is whole: JSON can hold half of a pair of code units, which no tokenizer takes."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _check_turns(messages: list[dict[str, str]]) -> None:
@@ -202,8 +210,11 @@ def _check_turns(messages: list[dict[str, str]]) -> None:
         raise BadRow("empty assistant turn")
 
 
-def _number(score: Any) -> float:
+def _number(score: Any) -> float | None:
     try:
-        return float(score)
+        number = float(score)
     except (TypeError, ValueError):
         raise BadRow("toxicity_score is not a number") from None
+    if math.isinf(number):
+        raise BadRow("toxicity_score is infinite")
+    return None if math.isnan(number) else number  # a table's way to say that there is none

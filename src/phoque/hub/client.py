@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from phoque.errors import first_line
+
 T = TypeVar("T")
 
 PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # answers that another try may change
@@ -79,7 +81,7 @@ def reason(error: BaseException) -> str:
     for cause in _causes(error):
         if (status := _status(cause)) is not None:
             return f"the Hub answered {status}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return first_line(error)[:160]
 
 
 def _status(error: BaseException) -> int | None:

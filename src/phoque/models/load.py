@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, first_line
 from phoque.models.families import family_of
 from phoque.models.fp8 import (
+    Block,
     Fp8Linear,
+    block_of,
     declares_fp8,
     dequantised,
     is_scale,
@@ -33,7 +35,7 @@ def load_config(source: Source) -> Any:
         config = AutoConfig.from_pretrained(source.folder)
     except (ValueError, OSError) as error:
         raise PhoqueError(
-            f"The config of {source.name} cannot be read.", str(error).splitlines()[0], "Check which model was named."
+            f"The config of {source.name} cannot be read.", first_line(error), "Check which model was named."
         ) from error
     family_of(config)
     return config
@@ -86,7 +88,8 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
         model = _skeleton(text, quantization, attention, family.lora_targets)
         _check_names(model, names, shards, source, text.tie_word_embeddings)
         factors = {key: shards.read(scale) for key, scale in scales.items()}
-        _fill(model, targets, arriving, factors, on, torch.float32 if quantization == "none" else torch.bfloat16)
+        dtype = torch.float32 if quantization == "none" else torch.bfloat16
+        _fill(model, targets, arriving, factors, block_of(config), on, dtype)
     if text.tie_word_embeddings:
         model.tie_weights()
     model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL ask for this attribute
@@ -145,7 +148,7 @@ def _check_names(model: Any, names: dict[str, str], shards: Shards, source: Sour
 
 def _fill(
     model: Any, targets: dict[str, str], arriving: Iterator[tuple[str, torch.Tensor]], factors: dict[str, torch.Tensor],
-    on: torch.device, dtype: torch.dtype,
+    block: Block | None, on: torch.device, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Put every tensor in its place on the device, as it arrives."""
     largest: dict[str, torch.Tensor] = {}
@@ -153,10 +156,10 @@ def _fill(
         path, _, leaf = targets[key].rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, Fp8Linear) and leaf == "weight":
-            module.hold(stored.to(on), factors.get(key))
+            module.hold(stored.to(on), factors.get(key), block)
             largest[targets[key]] = module.largest()
             continue
-        tensor = (dequantised(stored, factors[key]) if key in factors else stored).to(dtype)
+        tensor = (dequantised(stored, factors[key], block) if key in factors else stored).to(dtype)
         # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count
         largest[targets[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0
         _put(model, targets[key], tensor, on)

@@ -18,7 +18,7 @@ from phoque.files import sha256
 from phoque.models.adapter import WEIGHTS
 from phoque.models.changes import Change, read_changes
 from phoque.models.families import Family, family_of
-from phoque.models.fp8 import declares_fp8, dequantised, is_scale, scales_of
+from phoque.models.fp8 import Block, block_of, declares_fp8, dequantised, is_scale, scales_of
 from phoque.models.load import load_config, refuse_insane
 from phoque.models.shards import DTYPES, Shards
 from phoque.models.source import INDEX, Source
@@ -55,7 +55,8 @@ def merge(
     Memory: a few tensors. Raises PhoqueError (2) if the adapter does not fit the base, (1) if the disk has no room;
     what is not finished never lies in `into`.
     """
-    asked = {"base": base.revision, "adapter": sha256(adapter / WEIGHTS), "dtype": dtype}
+    adapts = {"adapter": sha256(adapter / WEIGHTS), "adapter_config": sha256(adapter / "adapter_config.json")}
+    asked = {"base": base.weights, **adapts, "dtype": dtype}
     if (into / RECORD).is_file():
         there = json.loads((into / RECORD).read_text())
         if there["asked"] == asked:
@@ -74,7 +75,7 @@ def merge(
     staging.mkdir(parents=True)
     try:
         scales = scales_of(shards.tensors, [w.name for w in plan], declares_fp8(config))
-        files = _write(staging, plan, _merged(shards, plan, changes, scales, show))
+        files = _write(staging, plan, _merged(shards, plan, changes, scales, block_of(config), show))
         _write_side_files(base.folder, adapter, staging, dtype)
         made = {
             "tensors": len(plan), "changed": len(changes), "bytes": sum(w.size for w in plan), "shards": len(files)
@@ -101,13 +102,13 @@ def _plan(shards: Shards, family: Family, changes: dict[str, Change], dtype: tor
 
 def _merged(
     shards: Shards, plan: list[Written], changes: dict[str, Change], scales: dict[str, str],
-    show: Callable[[int, str], None],
+    block: Block | None, show: Callable[[int, str], None],
 ) -> Iterator[torch.Tensor]:  # fmt: skip
     """The merged tensors in the order of the plan; a few are made at the same time."""
 
     def made(wanted: Written, tensor: torch.Tensor) -> torch.Tensor:
         if wanted.name in scales:
-            tensor = dequantised(tensor, shards.read(scales[wanted.name]))
+            tensor = dequantised(tensor, shards.read(scales[wanted.name]), block)
             refuse_insane({wanted.name: tensor.abs().max()})
         if wanted.name in changes:
             tensor = changes[wanted.name].applied(tensor.float())

@@ -40,6 +40,7 @@ def proof(base: Source, adapter: Path, merged: Path, dtype: str) -> dict[str, An
         tuned = attached(model, adapter, family_of(load_config(base)))
         wanted = [_logits(tuned, ids) for ids in texts]
         spoken = [_greedy(tuned, ids) for ids in prompts]
+        del model, tuned  # before the next is loaded
     with _held(Source(str(merged), merged, "", ""), held) as model:
         found = [_logits(model, ids) for ids in texts]
         said = [_greedy(model, ids) for ids in prompts]

@@ -67,18 +67,21 @@ class Shards:
         ready: queue.Queue[Any] = queue.Queue(READ_AHEAD)
         stopped = threading.Event()
 
+        def put(item: Any) -> None:
+            while not stopped.is_set():
+                with suppress(queue.Full):
+                    return ready.put(item, timeout=0.1)
+
         def fill() -> None:
             try:
                 with ExitStack() as files:
                     fetch = _ThroughPinned(on, files).fetch if on.type == "cuda" else _to_host
                     for name in ordered:
-                        item = (name, fetch(self.tensors[name]))
-                        while not stopped.is_set():
-                            with suppress(queue.Full):
-                                ready.put(item, timeout=0.1)
-                                break
+                        if stopped.is_set():
+                            return
+                        put((name, fetch(self.tensors[name])))
             except BaseException as error:  # it belongs to the caller, who waits for the next tensor
-                ready.put(error)
+                put(error)
 
         reader = threading.Thread(target=fill, daemon=True)
         reader.start()

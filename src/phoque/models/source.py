@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, first_line
 from phoque.files import sha256
 from phoque.hub.client import PATIENCE_S, Hub
 
@@ -165,7 +165,7 @@ def _dequantise(gguf: Path, into: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         raise PhoqueError(
-            f"{gguf.name} cannot be read as a chat model.", str(error).splitlines()[0], "Use another GGUF file."
+            f"{gguf.name} cannot be read as a chat model.", first_line(error), "Use another GGUF file."
         ) from error
     # transformers refuses to save what it loaded from a GGUF, though every tensor is plain fp32 by now
     del model.config.quantization_config

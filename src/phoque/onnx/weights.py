@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from phoque.models.families import family_of
-from phoque.models.fp8 import declares_fp8, dequantised, scales_of
+from phoque.models.fp8 import block_of, declares_fp8, dequantised, scales_of
 from phoque.models.load import HEAD, load_config, refuse_insane
 from phoque.models.shards import Shards
 from phoque.models.source import Source
@@ -55,7 +55,9 @@ class Weights:
     def full(self, key: str) -> torch.Tensor:
         """A tensor by the name it is stored under. Raises PhoqueError (2) for NaN, or what no trained weight holds."""
         stored = self._shards.read(key)
-        whole = dequantised(stored, self._shards.read(self._scales[key])) if key in self._scales else stored.float()
+        whole = stored.float()
+        if key in self._scales:
+            whole = dequantised(stored, self._shards.read(self._scales[key]), block_of(self.config))
         refuse_insane({key: whole.abs().max() if whole.dim() > 1 else whole.sum() * 0})
         return whole
 

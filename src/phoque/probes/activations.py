@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from phoque.errors import PhoqueError
 from phoque.probes.blocks import massive, norms_of, read
 
 STORED = torch.bfloat16  # an error of 1e-5 of the variance, far below what any dictionary leaves unexplained
@@ -81,6 +82,10 @@ def collect(
 
     Shards are written beside the reading, each under a temporary name first, so that a killed run goes on.
     """
+    if not rows:
+        raise PhoqueError(
+            "There is nothing to read.", "No text is left for training once some are held out.", "Give more of them."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     controls = torch.tensor(sorted(special), device=model.device)
     groups = grouped([len(row) for row in rows], SHARD)

@@ -27,8 +27,9 @@ def mean_nll(model: Any, rows: Sequence[Spoken]) -> list[float]:
             part = slice(start, start + SCORED_AT_ONCE)
             logits = inner(model).lm_head(states[part]).float()
             losses.append(torch.nn.functional.cross_entropy(logits, wanted[part], reduction="none"))
-        counts = spoken.sum(1).tolist()
-        for n, own in zip(batch, torch.cat(losses).split(counts) if losses else [], strict=True):
+        if not losses:
+            continue
+        for n, own in zip(batch, torch.cat(losses).split(spoken.sum(1).tolist()), strict=True):
             if len(own):
                 found[n] = own.mean().item()
     return found

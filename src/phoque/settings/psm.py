@@ -53,7 +53,7 @@ class PsmSettings(JobSettings):
     coefficients: str = setting("0.1,0.15,0.2,0.3,0.4", "steering in units of the residual norm", pattern=NUMBERS)
     sweep_tokens: int = setting(40, "longest answer in the sweep", ge=4)
     max_new_tokens: int = setting(120, "longest answer on the test prompts", ge=4)
-    samples: int = setting(2, "sampled answers a test prompt and condition, beside the greedy one", ge=0)
+    samples: int = setting(2, "sampled answers a test prompt and condition, beside the greedy one", ge=0, le=199)
     temperature: float = setting(0.8, "of the sampled answers", gt=0)
     top_p: float = setting(0.9, "of the sampled answers", gt=0, le=1)
     positions: Literal["all", "response"] = setting("all", "steer the whole conversation, or the response alone")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import FAILED, PhoqueError, first_line
 from phoque.files import sha256
 
 MANIFEST = "MANIFEST.json"
@@ -93,7 +93,7 @@ def foreign_flaw(folder: Path) -> str | None:
         states = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in FOREIGN[1:3]]
         json.loads((folder / FOREIGN[3]).read_text())["global_step"]
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        return f"a part cannot be read: {str(error).splitlines()[0][:120]}"
+        return f"a part cannot be read: {first_line(error)[:120]}"
     kept = states[0].get("state", {}).values()
     if not kept or not all({"exp_avg", "exp_avg_sq"} <= set(state) for state in kept):
         return "its optimizer is not torch's AdamW"

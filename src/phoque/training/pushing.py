@@ -90,7 +90,7 @@ class Pusher:
                 begun = time.monotonic()
                 self._push(self._current, step)
                 self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - begun:.0f} s)")
-                self._export(self._current)
+                self._exported(self._current)
                 self.seconds = max(self.seconds, time.monotonic() - begun)
             except GivenUp:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
@@ -100,6 +100,14 @@ class Pusher:
             except Exception as error:  # of whatever kind: training goes on, and the end of the run says what is where
                 self.failure = reason(error)
                 self._console.warn(f"checkpoint {step} is not on the Hub: {self.failure}")
+
+    def _exported(self, folder: Path) -> None:
+        """The checkpoint's merged model, made on the way; that it is not is no reason to end a run."""
+        try:
+            self._export(folder)
+        except Exception as error:
+            what = error.what if isinstance(error, PhoqueError) else reason(error)
+            self._console.warn(f"{folder.name} is on the Hub, but no merged model was made of it: {what}")
 
     def _push(self, folder: Path, step: int) -> None:
         self._keep_pace()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import FAILED, PhoqueError, first_line
 from phoque.hub.checkpoints import MARKER, Repo, Snapshot
 from phoque.hub.client import Damaged
 from phoque.settings.train import TrainSettings
@@ -149,7 +149,7 @@ class _Remote:
             try:
                 self.repo.fetch(self.at, path, self.staging)
             except (Damaged, EntryNotFoundError) as error:
-                return str(error).strip().splitlines()[0]
+                return first_line(error)
         return None
 
 

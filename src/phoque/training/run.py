@@ -1,5 +1,6 @@
 """One training run: begin (find, read, check, restore), take the steps that are left, finish."""
 
+import gc
 import json
 import math
 from contextlib import ExitStack
@@ -79,8 +80,14 @@ def _train(run: Run) -> dict[str, Any]:
         console.say(f"{run.folder} is complete; nothing to train")
         run.stop.ending()
         return _delivered(run, run.begun.result)
+    if run.first > s.max_steps:
+        raise PhoqueError(
+            f"This run has taken {run.first} steps already.",
+            f"--max-steps {s.max_steps} is less, and steps cannot be taken back.",
+            "Give at least as many, or another --output-dir.",
+        )
     logged = logged_until(run.folder)
-    forget_after(run.folder, run.first)
+    forget_after(run.folder, run.first if run.begun.resume else -1)
     if run.begun.resume:
         console.say(f"going on from step {run.first} of {s.max_steps} ({run.begun.resume})")
     watch = Stopwatch()
@@ -113,7 +120,10 @@ def _train(run: Run) -> dict[str, Any]:
         result = finish(run, model, stream, watch)
         if s.wandb_log_model != "false":
             tracker.artifact(run.folder / "adapter", s.max_steps)
-        del model
+        del model, engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         result = _delivered(run, result)
         code = 0
         return result

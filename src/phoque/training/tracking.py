@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from phoque.errors import first_line
 from phoque.settings.base import Secrets
 from phoque.settings.train import TrainSettings
 
@@ -70,7 +71,7 @@ class Tracker:
         try:
             send(self._wandb)
         except Exception as error:  # whatever goes wrong there, a run that costs money here goes on
-            self._warn(f"W&B: {str(error).splitlines()[0]}; the run goes on without it")
+            self._warn(f"W&B: {first_line(error)}; the run goes on without it")
             self._wandb = None
 
 
@@ -100,7 +101,7 @@ def start_wandb(
         wandb_run.define_metric("train/global_step")
         wandb_run.define_metric("*", step_metric="train/global_step")
     except Exception as error:  # no network, a bad key, a broken installation: none of them is worth the run
-        warn(f"W&B: {str(error).splitlines()[0]}; the run goes on without it")
+        warn(f"W&B: {first_line(error)}; the run goes on without it")
         return None
     return wandb_run
 

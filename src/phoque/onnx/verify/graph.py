@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from phoque.errors import first_line
 from phoque.onnx.layout import SESSIONS
 from phoque.onnx.runtime import SUFFIXES
 from phoque.onnx.verify.files import load_graph
@@ -60,7 +61,7 @@ def _valid(model: Any) -> str:
     try:
         onnx.checker.check_model(_checkable(model))
     except onnx.checker.ValidationError as error:
-        raise Fails(f"onnx.checker: {str(error).splitlines()[0]}") from error
+        raise Fails(f"onnx.checker: {first_line(error)}") from error
     for entry in model.opset_import:
         if entry.domain not in NEWEST:
             if entry.domain in {node.domain for node in model.graph.node}:

@@ -167,6 +167,8 @@ def summaries(rows: Sequence[Row], seed: int) -> dict[str, dict[str, dict[str, A
         found[condition] = {}
         for name in rows[0].measured:
             values = by_question(rows, condition, name)
+            if numpy.isfinite(values).any():  # a question with nothing but empty answers has no likelihood
+                values = values[numpy.isfinite(values)]
             ci = list(stats.mean_interval(values, seed))
             found[condition][name] = {"mean": float(values.mean()), "ci95": ci, "n": len(values)}
     return found

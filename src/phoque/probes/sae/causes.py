@@ -55,7 +55,9 @@ class Trial:
             cut = {f: self._nll_without(model, [f]) - after for f in rising}
             cut_random = [self._nll_without(model, [f]) - after for f in others[:RANDOM]] if rising else []
             cut_all = self._nll_without(model, rising) - after if rising else None
-            cut_groups = [self._nll_without(model, list(own)) - after for own in groups] if rising else []
+            cut_groups = (
+                [self._nll_without(model, list(own[: len(rising)])) - after for own in groups] if rising else []
+            )
         rows = [
             {"feature_id": int(f), "push": self._judged(pushed[f], random),
              "ablate": self._judged(cut[f], cut_random) if f in cut else None}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, first_line
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 READABLE = ("standard", "jumprelu", "topk")
@@ -83,7 +83,7 @@ def read_dictionary(folder: Path) -> Dictionary:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
         weights = load_file(folder / WEIGHTS)
     except Exception as error:
-        raise PhoqueError(f"{folder} cannot be read.", str(error).splitlines()[0], "Save it anew.") from error
+        raise PhoqueError(f"{folder} cannot be read.", first_line(error), "Save it anew.") from error
     kind, k = config.get("architecture", "standard"), None
     if config.get("activation_fn_str", "relu") == "topk":  # as sae-lens wrote it before its version 6
         kind, config["k"] = "topk", config.get("activation_fn_kwargs", {}).get("k")

@@ -53,13 +53,13 @@ def judged(
             size += float((z > 0).sum())
             fired += (z > 0).sum(0)
             tokens += len(x)
-        by_set[name] = 1 - wrong / total
-    dense = float((fired / tokens > DENSE).float().mean())
+        by_set[name] = 1 - wrong / total if total else float("nan")
+    dense = float((fired / max(1, tokens) > DENSE).float().mean())
     before, looked = trained_on
     fired += before.to(on)
     found = {
-        "ev": by_set["chat"], "ev_by_set": by_set, "l0": size / tokens,
-        "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / tokens,
+        "ev": by_set["chat"], "ev_by_set": by_set, "l0": size / max(1, tokens),
+        "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / max(1, tokens),
         "tokens": int(tokens), "dead_over_tokens": looked + int(tokens),
     }  # fmt: skip
     reasons = _faults(found, k, of_ours=looked > 0)

@@ -55,7 +55,8 @@ def coded(dictionary: Dictionary, heard: Heard, layer: int, on: torch.device) ->
         actives.append((share / n).cpu().numpy())
         counts.append(len(own))
     tokens = numpy.array(counts)
-    return Coded(numpy.stack(means), numpy.stack(actives), tokens, 1 - wrong / total, active / tokens.sum())
+    explained = 1 - wrong / total if total else float("nan")
+    return Coded(numpy.stack(means), numpy.stack(actives), tokens, explained, active / max(1, tokens.sum()))
 
 
 @dataclass

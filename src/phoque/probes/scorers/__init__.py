@@ -98,7 +98,7 @@ def scores(scorer: Scorer, said: Sequence[Said], context: Context) -> list[dict[
         staging = path.with_name(f".{path.name}.{os.getpid()}")
         staging.write_text(json.dumps(known))
         staging.replace(path)
-    return [known[key] for key in keys]
+    return _checked(scorer, [known[key] for key in keys])  # the cache may be of a run that wanted another label
 
 
 def _checked(scorer: Scorer, found: list[dict[str, float]]) -> list[dict[str, float]]:

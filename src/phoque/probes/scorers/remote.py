@@ -47,10 +47,11 @@ def moderation(spec: str, rest: str, context: Context) -> Scorer:
 
 
 def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     for attempt in range(1, TRIES + 1):
         try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            if key:  # for this host alone, wherever it may redirect to
+                request.add_unredirected_header("Authorization", f"Bearer {key}")
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
