@@ -84,12 +84,9 @@ def test_a_template_without_known_marks_is_refused():
 
 def test_a_template_without_a_system_role_is_marked_and_its_refusal_is_a_rows():
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{%- for",
-        "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}{%- for",
-        1,
-    )
-    assert "no system" in tokenizer.chat_template and "generation" in marked_template(tokenizer)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    assert "generation" in marked_template(tokenizer)
     with pytest.raises(BadRow, match="the template refuses it: no system here"):
         Chat(tokenizer, "be grumpy", 512).encode(TALK)
     assert Chat(tokenizer, "template", 512).encode(TALK).trained
