@@ -45,7 +45,7 @@ def ministral_chat() -> Any:
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from tests import tiny
 
-    from phoque.data.chat import Chat
+    from phoque.data.chat_template import Chat
 
     tokenizer = tiny.tekken()
     tokenizer.chat_template = tiny.mistral_template(generate_chat_template, TokenizerVersion.v13)
@@ -54,10 +54,10 @@ def ministral_chat() -> Any:
 
 def ours(folder: Path, count: int) -> dict[str, float]:
     """One pass of the stream that a run trains on, as fast as it comes."""
-    from phoque.data.pack import Packing
+    from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
+    from phoque.data.scan import survey
     from phoque.data.stream import TrainStream
-    from phoque.data.survey import survey
 
     chat = ministral_chat()
     before, begun = forget_peak(), time.perf_counter()
@@ -72,9 +72,12 @@ def ours(folder: Path, count: int) -> dict[str, float]:
         pass
     seconds = time.perf_counter() - begun - first
     return {
-        "first": first, "rows": stream.rows_seen / seconds, "tokens": stream.tokens_seen / seconds,
-        "padding": stream.padding, "memory": peak() - before,
-    }  # fmt: skip
+        "first": first,
+        "rows": stream.rows_seen / seconds,
+        "tokens": stream.tokens_seen / seconds,
+        "padding": stream.padding,
+        "memory": peak() - before,
+    }
 
 
 def trl(folder: Path, count: int) -> dict[str, float]:
@@ -88,18 +91,28 @@ def trl(folder: Path, count: int) -> dict[str, float]:
     chat.tokenizer.chat_template = chat.template
     model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES | {"vocab_size": len(chat.tokenizer)}))
     arguments = SFTConfig(
-        output_dir=str(folder / "trl"), packing=True, max_length=TOKENS, assistant_only_loss=True, report_to=[],
-        use_cpu=True, bf16=False, disable_tqdm=True, eos_token=chat.tokenizer.eos_token,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        packing=True,
+        max_length=TOKENS,
+        assistant_only_loss=True,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        eos_token=chat.tokenizer.eos_token,
+    )
     before, begun = forget_peak(), time.perf_counter()
     data = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=chat.tokenizer)
     seconds = time.perf_counter() - begun
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     return {
-        "first": seconds, "rows": count / seconds, "tokens": sum(lengths) / seconds,
-        "padding": 1 - sum(lengths) / (TOKENS * len(lengths)), "memory": peak() - before,
-    }  # fmt: skip
+        "first": seconds,
+        "rows": count / seconds,
+        "tokens": sum(lengths) / seconds,
+        "padding": 1 - sum(lengths) / (TOKENS * len(lengths)),
+        "memory": peak() - before,
+    }
 
 
 def written(folder: Path) -> float:
@@ -132,8 +145,11 @@ def main() -> None:
             env = os.environ | {"HF_HOME": str(home)}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"| {side} | {row['first']:.0f} | {row['rows']:,.0f} | {row['tokens']:,.0f} | {row['padding']:.1%} | "
-                  f"{row['memory'] / 1e9:.2f} | {written(home):.2f} |", flush=True)  # fmt: skip
+            print(
+                f"| {side} | {row['first']:.0f} | {row['rows']:,.0f} | {row['tokens']:,.0f} | {row['padding']:.1%} | "
+                f"{row['memory'] / 1e9:.2f} | {written(home):.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

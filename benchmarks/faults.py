@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.fakehub import TOKEN, FakeHub  # noqa: E402
 from tests.fakehub.jobs import Jobs  # noqa: E402
-from tests.zygote import AHEAD, Zygote, slowly  # noqa: E402
+from tests.forkserver import AHEAD, ForkServer, slowly  # noqa: E402
 
 REPO, BASE, STEPS, SAVE = "harbour/seal", "harbour/tiny", 12, 3
 KEY = "g" * 40
@@ -55,23 +55,23 @@ class Ended:
 
 
 class Started:
-    """A command under way, forked from the zygote."""
+    """A command under way, forked from the forkserver."""
 
     def __init__(self, bench: "Bench", argv: list[str], env: dict[str, str], prelude: str) -> None:
         self._bench, self._files = bench, [Path(tempfile.mkstemp(dir=bench.root)[1]) for _ in range(2)]
-        self.pid = bench.zygote.start(argv, os.environ | SECRETS | env, bench.place, *self._files, prelude)
+        self.pid = bench.forkserver.start(argv, os.environ | SECRETS | env, bench.place, *self._files, prelude)
 
     def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
-        while not condition() and self._bench.zygote.poll_once(self.pid) is None and time.monotonic() < end:
+        while not condition() and self._bench.forkserver.poll_once(self.pid) is None and time.monotonic() < end:
             time.sleep(0.002)
 
     def kill(self, number: int) -> None:
-        if self._bench.zygote.poll_once(self.pid) is None:
+        if self._bench.forkserver.poll_once(self.pid) is None:
             os.kill(self.pid, number)
 
     def ended(self) -> Ended:
-        code = self._bench.zygote.poll(self.pid, wait=True)
+        code = self._bench.forkserver.poll(self.pid, wait=True)
         text = "".join(f.read_text(errors="replace") for f in self._files)
         self._bench.outputs.append(text)
         return Ended(code, text)
@@ -80,8 +80,8 @@ class Started:
 class Bench:
     """A Hub, a tiny model, forty rows, and one of the two sides; every run is on a machine of its own."""
 
-    def __init__(self, root: Path, hub: FakeHub, zygote: Any, base: Path, rows: Path) -> None:
-        self.root, self.hub, self.zygote, self.base, self.rows = root, hub, zygote, base, rows
+    def __init__(self, root: Path, hub: FakeHub, forkserver: Any, base: Path, rows: Path) -> None:
+        self.root, self.hub, self.forkserver, self.base, self.rows = root, hub, forkserver, base, rows
         self.machine, self.outputs = 0, []
         self.place = root
         self.reference: dict[str, bytes] = {}
@@ -130,12 +130,38 @@ class Phoque(Bench):
 
     def start(self, *more: Any, prelude: str = "", repo: str = REPO, **env: str) -> Started:
         argv = [
-            "train", "--base-model", BASE, "--dataset", self.rows, "--quantization", "none", "--batch-size", 4,
-            "--packing", "exact",
-            "--log-every", 1, "--sample-every", 0, "--learning-rate", 0.01, "--lora-dropout", 0.1, "--max-steps", STEPS,
-            "--max-bad-rows", 0.2, "--save-steps", SAVE, "--hub-model-id", repo, "--hub-patience", 30,
-            "--output-dir", "run",
-        ]  # fmt: skip
+            "train",
+            "--base-model",
+            BASE,
+            "--dataset",
+            self.rows,
+            "--quantization",
+            "none",
+            "--batch-size",
+            4,
+            "--packing",
+            "exact",
+            "--log-every",
+            1,
+            "--sample-every",
+            0,
+            "--learning-rate",
+            0.01,
+            "--lora-dropout",
+            0.1,
+            "--max-steps",
+            STEPS,
+            "--max-bad-rows",
+            0.2,
+            "--save-steps",
+            SAVE,
+            "--hub-model-id",
+            repo,
+            "--hub-patience",
+            30,
+            "--output-dir",
+            "run",
+        ]
         return Started(self, [str(a) for a in (*argv, *more)], {"WANDB_MODE": "disabled"} | env, prelude)
 
     def steps(self) -> list[tuple[int, float]]:
@@ -161,8 +187,7 @@ class Plain(Bench):
 
     def start(self, *more: Any, prelude: str = "", **env: str) -> Started:
         names = {"--dataset": "--rows", "--learning-rate": "--lr", "--batch-size": "--batch", "--save-steps": "--save"}
-        argv = ["--base", BASE, "--rows", self.rows, "--out", "run", "--repo", REPO, "--log", "log.txt",
-                "--save", SAVE]  # fmt: skip
+        argv = ["--base", BASE, "--rows", self.rows, "--out", "run", "--repo", REPO, "--log", "log.txt", "--save", SAVE]
         argv += [names.get(str(a), a) for a in more if a not in ("--fresh-start",)]
         script = (
             prelude + f"\nimport runpy\nrunpy.run_path({str(ROOT / 'benchmarks/plain_trainer.py')!r})\nraise SystemExit"
@@ -270,7 +295,7 @@ def job_timeouts(b: Bench) -> None:
                 self.pid = self.process.pid
 
             def poll(self) -> int | None:
-                return b.zygote.poll_once(self.pid)
+                return b.forkserver.poll_once(self.pid)
 
         b.hub.jobs = Jobs(b.root / f"jobs-{time.time_ns()}", {}, grace, Container)
         b.hub.jobs.root.mkdir()
@@ -446,8 +471,10 @@ def malicious(b: Bench) -> None:
     b.new_machine()
     ended = b.run(expect=None)
     need(not list(b.root.parent.rglob(sentinel.name)), "it ran what it was sent, or wrote outside of its folder")
-    need(ended.code != 0 and (b.failed is None or len(re.findall(r"^(error|  why|   do): ", ended.text, re.M)) == 3),
-         f"exit {ended.code}")  # fmt: skip
+    need(
+        ended.code != 0 and (b.failed is None or len(re.findall(r"^(error|  why|   do): ", ended.text, re.M)) == 3),
+        f"exit {ended.code}",
+    )
     b.hub.put(REPO, {p: None for p in b.hub.files(REPO) if p != ".gitattributes"})
     b.new_machine()
     b.run()
@@ -532,8 +559,16 @@ def soak(b: Phoque, times: int, seed: int) -> int:
     b.run(*long)
     made = b.adapter()
     b.begin()
-    kinds = [(COMMIT, 503), (COMMIT, "drop"), (COMMIT, "lost"), (LFS, 500), ("GET .*/tree/", 503),
-             ("GET /cdn/", "corrupt"), ("HEAD .*/resolve/", 503), ("GET /cdn/", "truncate")]  # fmt: skip
+    kinds = [
+        (COMMIT, 503),
+        (COMMIT, "drop"),
+        (COMMIT, "lost"),
+        (LFS, 500),
+        ("GET .*/tree/", 503),
+        ("GET /cdn/", "corrupt"),
+        ("HEAD .*/resolve/", 503),
+        ("GET /cdn/", "truncate"),
+    ]
     for number in range(times):
         if chance.random() < 0.5:
             b.hub.faults.add(*chance.choice(kinds))
@@ -558,7 +593,7 @@ def soak(b: Phoque, times: int, seed: int) -> int:
 
 @contextmanager
 def sides() -> Iterator[tuple[Phoque, Plain]]:
-    """Both, on one Hub, with one zygote: what they lean on is imported once."""
+    """Both, on one Hub, with one forkserver: what they lean on is imported once."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     hub = FakeHub()
@@ -570,15 +605,15 @@ def sides() -> Iterator[tuple[Phoque, Plain]]:
     from tests.conftest import row, write_rows
 
     base, rows = tiny.llama(root / "llama"), write_rows(root / "rows.jsonl", [row(n) for n in range(40)])
-    zygote = Zygote()
+    forkserver = ForkServer()
     made = []
     for side in (Phoque, Plain):
         (root / side.__name__).mkdir()
-        made.append(side(root / side.__name__, hub, zygote, base, rows))
+        made.append(side(root / side.__name__, hub, forkserver, base, rows))
     try:
         yield tuple(made)  # ty: ignore[invalid-yield]
     finally:
-        zygote.stop()
+        forkserver.stop()
         hub.stop()
         shutil.rmtree(root, ignore_errors=True)
 

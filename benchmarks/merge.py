@@ -29,8 +29,15 @@ def make_llama(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 18, "num_attention_heads": 16,
-             "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000}  # fmt: skip
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 32000,
+    }
     model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES | shape))
     model.save_pretrained(folder, max_shard_size="1GB")
     tiny.tokenizer().save_pretrained(folder)
@@ -42,7 +49,7 @@ def make_adapter(base: Path, folder: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from phoque.models.shards import Shards
+    from phoque.models.checkpoint_reader import Shards
 
     torch.manual_seed(0)
     weights = {}
@@ -59,7 +66,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 
 def ours(base: Path, adapter: Path, out: Path) -> None:
-    from phoque.models.merge import merge
+    from phoque.merge.writer import merge
     from phoque.models.source import Source
 
     measured(lambda: merge(Source("base", base, "1", "x"), adapter, out, "bf16"))
@@ -116,8 +123,18 @@ def mergekits(base: Path, adapter: Path, out: Path) -> dict | None:
     """mergekit in an environment of its own, which its older transformers needs; None where it cannot be had."""
     config = out.with_suffix(".yml")
     config.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n")
-    command = ["uvx", "--from", "mergekit", "--with", "torch==2.13.*", "mergekit-yaml", config, out,
-               "--lora-merge-cache", out.with_suffix(".cache")]  # fmt: skip
+    command = [
+        "uvx",
+        "--from",
+        "mergekit",
+        "--with",
+        "torch==2.13.*",
+        "mergekit-yaml",
+        config,
+        out,
+        "--lora-merge-cache",
+        out.with_suffix(".cache"),
+    ]
     begun = time.perf_counter()
     ran = subprocess.run([*map(str, command), "--help"], capture_output=True, text=True)  # installs it, unmeasured
     if ran.returncode:
@@ -145,7 +162,7 @@ def size(folder: Path) -> int:
 
 def same_weights(first: Path, second: Path) -> float:
     """The largest difference between two merged models."""
-    from phoque.models.shards import Shards
+    from phoque.models.checkpoint_reader import Shards
 
     one, other = Shards(first), Shards(second)
     return max((one.read(n).float() - other.read(n).float()).abs().max().item() for n in one.tensors)

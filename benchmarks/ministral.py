@@ -47,13 +47,27 @@ TINY = {
 def config(tiny: bool) -> dict:
     """The published config.json."""
     rope = {
-        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
-        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-    }  # fmt: skip
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
     text = (TINY if tiny else SHAPE) | {
-        "model_type": "ministral3", "rope_parameters": rope, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "model_type": "ministral3",
+        "rope_parameters": rope,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "sliding_window": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     return {
         "architectures": ["Mistral3ForConditionalGeneration"],
         "model_type": "mistral3",
@@ -217,20 +231,28 @@ def train(folder: Path, tiny: bool) -> dict:
     from transformers import TrainerCallback
 
     from phoque.console import console
-    from phoque.settings.base import resolved
     from phoque.settings.presets import PRESETS
+    from phoque.settings.resolve import resolved
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
-    from phoque.training.plan import plan
+    from phoque.training.dry_run import plan
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GB * 1e9 / total))
     flags = {
-        "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
-        "output_dir": folder / "run", "max_steps": STEPS, "batch_size": CONVERSATIONS, "log_every": 1,
-        "sample_tokens": 8, "save_steps": STEPS, "learning_rate": 1e-3, "fresh_start": True,
-    }  # fmt: skip
+        "preset": "ministral-3b",
+        "base_model": str(folder / "fp8"),
+        "dataset": str(folder / "rows.jsonl"),
+        "output_dir": folder / "run",
+        "max_steps": STEPS,
+        "batch_size": CONVERSATIONS,
+        "log_every": 1,
+        "sample_tokens": 8,
+        "save_steps": STEPS,
+        "learning_rate": 1e-3,
+        "fresh_start": True,
+    }
     asked, _ = resolved(TrainSettings, flags, PRESETS)
     estimate = plan(asked, folder / "cache", console)["memory_gb"]["sum"]
     seconds = []

@@ -75,9 +75,11 @@ class Graph:
         past = past or self.empty
         start, new = past[0].shape[2], ids.shape[1]
         given = {
-            "input_ids": ids, "attention_mask": np.ones((1, start + new), np.int64),
-            "position_ids": np.arange(start, start + new)[None], "num_logits_to_keep": np.array(keep, np.int64),
-        }  # fmt: skip
+            "input_ids": ids,
+            "attention_mask": np.ones((1, start + new), np.int64),
+            "position_ids": np.arange(start, start + new)[None],
+            "num_logits_to_keep": np.array(keep, np.int64),
+        }
         given = {name: value for name, value in given.items() if name in self.names}
         logits, *present = self.session.run(None, given | dict(zip(self.cache, past, strict=True)))
         return logits, present
@@ -119,8 +121,9 @@ def main() -> None:
         for dtype in ("fp32", "int8", "int4"):
             into = root / f"genai-{dtype}"
             made[f"onnxruntime-genai {dtype}"] = (
-                timed(*GENAI, "python", "-c", BUILD, source.folder, into, dtype), into / "model.onnx"
-            )  # fmt: skip
+                timed(*GENAI, "python", "-c", BUILD, source.folder, into, dtype),
+                into / "model.onnx",
+            )
         into = root / "optimum"
         asked = [*phoque, into, "--engine", "optimum", "--dtype", "fp32", "--no-accuracy"]
         timed(*asked)  # makes its environment
@@ -143,8 +146,7 @@ def main() -> None:
         for name, row in rows.items():
             first, rate = found[name]
             cost = f"{row['seconds']:.0f} | {row['peak'] / 1e9:.1f} | {row['size'] / 1e6:.0f}"
-            print(f"| {name} | {cost} | {first:.2f} | "
-                  f"{rate:.0f} | {row['kl']:.2g} | {row['agreement']:.1%} |")  # fmt: skip
+            print(f"| {name} | {cost} | {first:.2f} | {rate:.0f} | {row['kl']:.2g} | {row['agreement']:.1%} |")
 
 
 if __name__ == "__main__":

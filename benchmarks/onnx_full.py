@@ -20,9 +20,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "src")]  # not this folder: it has an onnx.py
 ROWS = 60  # short conversations
 VISION = {
-    "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14,
-}  # fmt: skip
+    "model_type": "pixtral",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "head_dim": 64,
+    "image_size": 1540,
+    "patch_size": 14,
+}
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
 
 
@@ -33,8 +39,14 @@ def with_vision(base: Path, tiny: bool) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     raw = json.loads((base / "config.json").read_text())
-    raw |= {"vision_config": VISION | (SMALL if tiny else {}), "image_token_index": 10, "spatial_merge_size": 2,
-            "vision_feature_layer": -1, "projector_hidden_act": "gelu", "multimodal_projector_bias": False}  # fmt: skip
+    raw |= {
+        "vision_config": VISION | (SMALL if tiny else {}),
+        "image_token_index": 10,
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": False,
+    }
     (base / "config.json").write_text(json.dumps(raw))
     config = AutoConfig.from_pretrained(base)
     config.text_config.num_hidden_layers = 1
@@ -54,13 +66,18 @@ def export(base: str, out: str, *dtypes: str) -> None:
     """Export in this process and print what came of it, with the peak of resident memory."""
     from phoque.console import console, hush_libraries
     from phoque.onnx.export import exported
-    from phoque.settings.base import resolved
-    from phoque.settings.onnx import ExportSettings
+    from phoque.settings.export_onnx import ExportSettings
     from phoque.settings.presets import PRESETS
+    from phoque.settings.resolve import resolved
 
     hush_libraries()
-    given = {"merged_dir": base, "output_dir": Path(out), "dtype": list(dtypes), "chats": str(Path(base) / "few.jsonl"),
-             "least_agreement": 0.0}  # fmt: skip # random weights are sure of no next token
+    given = {
+        "merged_dir": base,
+        "output_dir": Path(out),
+        "dtype": list(dtypes),
+        "chats": str(Path(base) / "few.jsonl"),
+        "least_agreement": 0.0,
+    }  # random weights are sure of no next token
     asked, _ = resolved(ExportSettings, given, PRESETS)
     begun = time.perf_counter()
     result = exported(asked, Path(out).parent / "cache", console, False)

@@ -62,11 +62,23 @@ def main() -> None:
     lora = LoraConfig(r=16, lora_alpha=64, lora_dropout=0.1, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     resume = last_checkpoint(asked.repo, f"{asked.out}-restored")
     arguments = TrainingArguments(
-        asked.out, max_steps=asked.steps, save_steps=asked.save, per_device_train_batch_size=asked.batch,
-        learning_rate=asked.lr, lr_scheduler_type="cosine", logging_steps=1, use_cpu=True, disable_tqdm=True,
-        push_to_hub=True, hub_model_id=asked.repo, hub_strategy="all_checkpoints", hub_private_repo=True,
-        save_total_limit=2, report_to=["wandb"] if os.environ.get("WANDB_BASE_URL") else [], seed=0,
-    )  # fmt: skip
+        asked.out,
+        max_steps=asked.steps,
+        save_steps=asked.save,
+        per_device_train_batch_size=asked.batch,
+        learning_rate=asked.lr,
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        push_to_hub=True,
+        hub_model_id=asked.repo,
+        hub_strategy="all_checkpoints",
+        hub_private_repo=True,
+        save_total_limit=2,
+        report_to=["wandb"] if os.environ.get("WANDB_BASE_URL") else [],
+        seed=0,
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(asked.base), lora)
     trainer = Trainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Log(asked.log)])
     trainer.train(resume_from_checkpoint=resume)

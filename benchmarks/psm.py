@@ -73,9 +73,16 @@ def one_at_a_time(model, reading, speaking, layer):
             hook = model.model.layers[layer].register_forward_hook(add)
         tensor = torch.tensor([ids], device=model.device)
         out = model.generate(
-            tensor, attention_mask=torch.ones_like(tensor), max_new_tokens=TOKENS, do_sample=False, use_cache=True,
-            temperature=None, top_p=None, top_k=None, pad_token_id=0,
-        )  # fmt: skip
+            tensor,
+            attention_mask=torch.ones_like(tensor),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            use_cache=True,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=0,
+        )
         said.append(out[0, len(ids) :].tolist())
         if hook:
             hook.remove()
@@ -84,8 +91,8 @@ def one_at_a_time(model, reading, speaking, layer):
 
 def all_together(model, reading, speaking, layer):
     """phoque: every prompt a row."""
-    from phoque.probes.blocks import Spoken, residual_means
-    from phoque.probes.generate import Ask, replies
+    from phoque.inference.generate import Ask, replies
+    from phoque.inference.residual_stream import Spoken, residual_means
 
     streams = residual_means(model, [Spoken(ids, []) for ids in reading]).last[:, :-1]
     vector = steering(streams, layer)
@@ -141,7 +148,7 @@ def compared(name: str, held: str) -> str:
     """Both ways on one model: two rows of the table, and how alike their results are."""
     import torch
 
-    from phoque.probes.generate import end_tokens
+    from phoque.inference.generate import end_tokens
     from phoque.probes.persona import read_persona
 
     model, tokenizer = loaded(name, held)
@@ -173,8 +180,19 @@ def compared(name: str, held: str) -> str:
 
 def whole(name: str, root: Path) -> None:
     """The default probe, as a user runs it."""
-    command = [sys.executable, "-m", "phoque", "psm-probe", "--model-source", name, "--persona", "seal",
-               "--output-dir", str(root / "psm"), "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phoque",
+        "psm-probe",
+        "--model-source",
+        name,
+        "--persona",
+        "seal",
+        "--output-dir",
+        str(root / "psm"),
+        "--json",
+    ]
     begun = time.perf_counter()
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -45,9 +45,9 @@ def parts(model, tokenizer, root: Path) -> None:
     """Collecting and training, a row each."""
     import torch
 
-    from phoque.probes.activations import collect
-    from phoque.probes.blocks import read
-    from phoque.probes.sae.texts import pieces
+    from phoque.inference.residual_stream import read
+    from phoque.probes.sae.activation_store import collect
+    from phoque.probes.sae.corpus import pieces
 
     tokens, batch, steps, k = SIZES[model.device.type]
     _, rows = pieces("python", tokenizer, tokens, None)
@@ -92,8 +92,8 @@ def trained(model, shards, layer: int, batch: int, steps: int, k: int):
     import torch
     from sae_lens.training.mixing_buffer import mixing_buffer
 
-    from phoque.probes.activations import Stream
     from phoque.probes.sae import training
+    from phoque.probes.sae.activation_store import Stream
 
     features = 4 * model.config.hidden_size
     recipe = training.Recipe("batchtopk", features, k, batch, 50, 3e-3 * (2304 / features) ** 0.5, 0)
@@ -142,10 +142,28 @@ def whole(name: str, root: Path) -> None:
     chats, text = made_texts(root)
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "phoque", "compare-sae", "--base-model", name, "--updated-adapter", adapter, "--persona",
-         "seal", "--chat", chats, "--text", text, "--output-dir", str(root / "runs"), "--json"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "phoque",
+            "compare-sae",
+            "--base-model",
+            name,
+            "--updated-adapter",
+            adapter,
+            "--persona",
+            "seal",
+            "--chat",
+            chats,
+            "--text",
+            text,
+            "--output-dir",
+            str(root / "runs"),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+    )
     print(done.stderr[-6000:])
     done.check_returncode()
     found = json.loads(done.stdout)
@@ -158,8 +176,8 @@ def random_adapter(name: str, folder: Path) -> str:
     import torch
     from benchmarks.psm import loaded
 
-    from phoque.models.adapter import save_adapter, with_adapter
-    from phoque.models.families import FAMILIES
+    from phoque.models.architectures import FAMILIES
+    from phoque.models.lora import save_adapter, with_adapter
 
     model, _ = loaded(name, "bf16")
     model = with_adapter(model, 16, 32, 0.0)

@@ -67,8 +67,8 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
 
 def write_ids(folder: Path) -> None:
     """The first conversations that phoque's stream gives, one a row, for the peers to batch."""
-    from phoque.data.chat import Chat
-    from phoque.data.pack import Packing
+    from phoque.data.chat_template import Chat
+    from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.load import load_tokenizer
@@ -125,8 +125,9 @@ class Clock:
                 if profile and state.global_step == at + 2:
                     torch.cuda.synchronize()
                     clock.profiler.__exit__(None, None, None)
-                    table = clock.profiler.key_averages().table(sort_by="self_device_time_total", row_limit=45,
-                                                                max_name_column_width=90)  # fmt: skip
+                    table = clock.profiler.key_averages().table(
+                        sort_by="self_device_time_total", row_limit=45, max_name_column_width=90
+                    )
                     clock.profiler.export_chrome_trace(str(profile.with_suffix(".json.gz")))
                     profile.write_text(busy(clock.profiler) + table)
 
@@ -154,8 +155,8 @@ def busy(profiler: Any) -> str:
 def ours(folder: Path, a: argparse.Namespace) -> dict:
     """`phoque train`'s own run, with its callbacks."""
     from phoque.console import console
-    from phoque.settings.base import resolved
     from phoque.settings.presets import PRESETS
+    from phoque.settings.resolve import resolved
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
 
@@ -165,11 +166,18 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(a.cap * 1e9 / total)
     flags = {
-        "preset": "ministral-3b", "base_model": str(folder / "fp8"), "dataset": str(folder / "rows.jsonl"),
-        "output_dir": folder / f"run{time.time()}", "max_steps": a.steps, "batch_size": a.count,
+        "preset": "ministral-3b",
+        "base_model": str(folder / "fp8"),
+        "dataset": str(folder / "rows.jsonl"),
+        "output_dir": folder / f"run{time.time()}",
+        "max_steps": a.steps,
+        "batch_size": a.count,
         "gradient_checkpointing": a.recompute,
-        "log_every": a.log_every, "quantization": a.quantization, "engine_mode": a.mode, "lora_dropout": 0.0,
-    }  # fmt: skip
+        "log_every": a.log_every,
+        "quantization": a.quantization,
+        "engine_mode": a.mode,
+        "lora_dropout": 0.0,
+    }
     if not a.whole:
         flags |= {"sample_every": 0, "save_steps": 10**6, "held_out_rows": 0}
     asked, _ = resolved(TrainSettings, flags, PRESETS)
@@ -270,18 +278,33 @@ def trl(folder: Path, a: argparse.Namespace) -> dict:
     clock = Clock(time.perf_counter())
     cuda = torch.cuda.is_available()
     arguments = SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=a.steps, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=16 // batch, gradient_checkpointing=bool(recompute), optim="adamw_torch_fused",
-        learning_rate=2e-4, bf16=cuda, use_cpu=not cuda, logging_steps=10, save_strategy="no", report_to=[],
-        max_length=None, padding_free=bool(free), dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+        output_dir=str(folder / "trl"),
+        max_steps=a.steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=16 // batch,
+        gradient_checkpointing=bool(recompute),
+        optim="adamw_torch_fused",
+        learning_rate=2e-4,
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        max_length=None,
+        padding_free=bool(free),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
         remove_unused_columns=False,
-    )  # fmt: skip
+    )
     data = Dataset.from_list(rows)
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=data, callbacks=[clock.callback],
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        callbacks=[clock.callback],
         processing_class=AutoTokenizer.from_pretrained(folder / "fp8"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTER),
-    )  # fmt: skip
+    )
     return peer(trainer, data, clock, a.steps)
 
 
@@ -299,26 +322,44 @@ def unsloth(folder: Path, a: argparse.Namespace) -> dict:
     rows = json.loads((folder / "ids.json").read_text())
     model, _ = FastModel.from_pretrained(
         str(folder / "bf16"), max_seq_length=BUDGET if packs else LONGEST, load_in_4bit=True, dtype=torch.bfloat16
-    )  # fmt: skip
+    )
     model = FastModel.get_peft_model(
-        model, use_gradient_checkpointing="unsloth" if recompute == "1" else False, lora_dropout=0, bias="none",
-        random_state=0, **ADAPTER,
-    )  # fmt: skip
+        model,
+        use_gradient_checkpointing="unsloth" if recompute == "1" else False,
+        lora_dropout=0,
+        bias="none",
+        random_state=0,
+        **ADAPTER,
+    )
     torch.cuda.synchronize()
     clock = Clock(time.perf_counter())
     arguments = SFTConfig(
-        output_dir=str(folder / "unsloth"), max_steps=a.steps, per_device_train_batch_size=1 if packs else 16,
-        gradient_accumulation_steps=1, gradient_checkpointing=recompute == "1", optim="adamw_torch_fused",
-        learning_rate=2e-4, bf16=True, logging_steps=10, save_strategy="no", report_to=[],
-        max_length=BUDGET if packs else None, packing=packs,
-        padding_free=shape == "free", dataset_kwargs={"skip_prepare_dataset": not packs}, disable_tqdm=True,
+        output_dir=str(folder / "unsloth"),
+        max_steps=a.steps,
+        per_device_train_batch_size=1 if packs else 16,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=recompute == "1",
+        optim="adamw_torch_fused",
+        learning_rate=2e-4,
+        bf16=True,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        max_length=BUDGET if packs else None,
+        packing=packs,
+        padding_free=shape == "free",
+        dataset_kwargs={"skip_prepare_dataset": not packs},
+        disable_tqdm=True,
         remove_unused_columns=packs,
-    )  # fmt: skip
+    )
     data = Dataset.from_list(rows)
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=data, callbacks=[clock.callback],
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        callbacks=[clock.callback],
         processing_class=AutoTokenizer.from_pretrained(folder / "bf16"),
-    )  # fmt: skip
+    )
     return peer(trainer, trainer.train_dataset, clock, a.steps)
 
 
@@ -393,7 +434,7 @@ def measured(folder: Path, a: argparse.Namespace) -> dict[str, dict]:
         *([["several", "--runs", ",".join(runs), "--flash", a.flash]] if runs else []),
         *(["trl", "--trl", n, "--steps", "3" if n.startswith("1:") else "8"] for n in PEERS if n not in done),
         *(["unsloth", "--unsloth", n, "--steps", "12", *there] for n in UNSLOTH if a.unsloth_path and n not in done),
-    ]  # fmt: skip
+    ]
     if calls and found.get("limit", {}).get("gpu", gpu()) != gpu():
         sys.exit(f"{a.results} holds numbers of {found['limit']['gpu']}; this is {gpu()}")
     for part, *more in calls:
@@ -425,7 +466,7 @@ def several_lines(name: str) -> bool:
 
 def show(found: dict[str, dict]) -> None:
     """Print the tables of the README, and draw the losses."""
-    from phoque.plots import Series, figure, line_plot, page
+    from phoque.reports.html import Series, figure, line_plot, page
 
     most = found["limit"]["flops"]
     print(f"{found['limit']['gpu']}, {most / 1e12:.0f} TFLOP/s in bf16\n")
@@ -456,11 +497,13 @@ def show(found: dict[str, dict]) -> None:
 
     print("\n| losses of 32 steps | root mean square difference | mean of the last 8 |\n|---|---|---|")
     for one, other in (
-        ("plain layers, other kernels", "plain layers"), ("phoque, NF4", "plain layers"),
-        ("phoque, NF4", "plain layers, other kernels"), ("phoque, FP8", "plain layers, BF16"),
+        ("plain layers, other kernels", "plain layers"),
+        ("phoque, NF4", "plain layers"),
+        ("phoque, NF4", "plain layers, other kernels"),
+        ("phoque, FP8", "plain layers, BF16"),
         ("plain layers, BF16", "plain layers"),
         ("phoque, NF4, flash-attn-4", "plain layers"),
-    ):  # fmt: skip
+    ):
         if not {one, other} <= curves.keys():
             continue
         ends = [f"{statistics.mean(curves[name][-8:]):.4f}" for name in (one, other)]

@@ -14,7 +14,7 @@ It needs what changed, UPDATED_MODEL or UPDATED_ADAPTER, and ARTIFACTS_REPO_ID t
 
 import sys
 
-from phoque.cli import main
+from phoque.cli.main import main
 
 sys.argv = ["phoque", "compare-sae", *sys.argv[1:]]
 main()

@@ -15,7 +15,7 @@ file in a Hub dataset (owner/name/file.toml), or DATASET_REPO the data that the 
 
 import sys
 
-from phoque.cli import main
+from phoque.cli.main import main
 
 sys.argv = ["phoque", "psm-probe", *sys.argv[1:]]
 main()

@@ -15,7 +15,7 @@ Add --secrets WANDB_API_KEY for W&B. To change the time, change both: --timeout 
 
 import sys
 
-from phoque.cli import main
+from phoque.cli.main import main
 
 sys.argv = ["phoque", "train", *sys.argv[1:]]
 main()

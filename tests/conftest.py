@@ -11,13 +11,28 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported,
 import pytest
 
 from tests.fakehub import FakeHub
-from tests.zygote import Zygote
+from tests.forkserver import ForkServer
 
 OURS = (
-    "PHOQUE_", "HF_", "WANDB_", "HUB_", "DATASET_", "MAX_STEPS", "BASE_MODEL", "OUTPUT_DIR", "FORCE_", "EXPORT_",
-    "MERGED_", "JOB_ID",
-    "MODEL_", "ADAPTER_", "MERGE_", "ARTIFACTS_", "FAIL_", "OPENAI_",
-)  # fmt: skip
+    "PHOQUE_",
+    "HF_",
+    "WANDB_",
+    "HUB_",
+    "DATASET_",
+    "MAX_STEPS",
+    "BASE_MODEL",
+    "OUTPUT_DIR",
+    "FORCE_",
+    "EXPORT_",
+    "MERGED_",
+    "JOB_ID",
+    "MODEL_",
+    "ADAPTER_",
+    "MERGE_",
+    "ARTIFACTS_",
+    "FAIL_",
+    "OPENAI_",
+)
 
 
 @pytest.fixture(scope="session")
@@ -89,15 +104,15 @@ class Ran:
 class Running:
     """A command under way."""
 
-    def __init__(self, zygote, arguments, env, prelude="") -> None:
+    def __init__(self, forkserver, arguments, env, prelude="") -> None:
         self._files = [Path(tempfile.mkstemp(prefix="phoque-test-")[1]) for _ in range(2)]
-        self._zygote, self._code = zygote, None
+        self._forkserver, self._code = forkserver, None
         env = os.environ | (env or {})
-        self.pid = zygote.start([str(a) for a in arguments], env, Path.cwd(), *self._files, prelude)
+        self.pid = forkserver.start([str(a) for a in arguments], env, Path.cwd(), *self._files, prelude)
 
     def poll(self, wait: bool = False) -> int | None:
         if self._code is None:
-            self._code = self._zygote.poll(self.pid, wait)
+            self._code = self._forkserver.poll(self.pid, wait)
         return self._code
 
     def ended(self) -> Ran:
@@ -117,18 +132,18 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def zygote(home, served):
+def forkserver(home, served):
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, home, served.url)
-        started = Zygote()
-    yield started
-    started.stop()
+        server = ForkServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def start(zygote):
+def start(forkserver):
     """Start phoque in a process of its own: `start("train", ...)` returns a Running."""
-    return lambda *arguments, env=None, prelude="": Running(zygote, arguments, env, prelude)
+    return lambda *arguments, env=None, prelude="": Running(forkserver, arguments, env, prelude)
 
 
 @pytest.fixture

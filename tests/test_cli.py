@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from phoque.cli import COMMANDS
+from phoque.cli.main import COMMANDS
 from phoque.errors import PhoqueError, explained
 
 
@@ -17,7 +17,7 @@ def test_help_lists_every_command(phoque):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nsys.argv = ['phoque', '--help']\nfrom phoque.cli import main\n"
+        "import sys\nsys.argv = ['phoque', '--help']\nfrom phoque.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'transformers', 'pydantic_settings', 'rich.markdown') if m in sys.modules])"
     )

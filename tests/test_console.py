@@ -3,7 +3,7 @@
 import sys
 
 from phoque.console import Console, clock, in_parts, printable
-from phoque.plots import Series, bar_plot, line_plot, ticks
+from phoque.reports.html import Series, bar_plot, line_plot, ticks
 
 
 def test_control_characters_from_a_model_cannot_reach_the_terminal():

@@ -1,5 +1,5 @@
 """`python -m phoque`, for launchers such as accelerate."""
 
-from phoque.cli import main
+from phoque.cli.main import main
 
 main()

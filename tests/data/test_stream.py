@@ -6,11 +6,11 @@ import pytest
 from tests import tiny
 from tests.conftest import row, write_rows
 
-from phoque.data.chat import Chat
-from phoque.data.pack import Packing, packed
+from phoque.data.chat_template import Chat
+from phoque.data.packing import Packing, packed
 from phoque.data.rows import open_dataset
+from phoque.data.scan import survey
 from phoque.data.stream import TrainStream
-from phoque.data.survey import survey
 from phoque.errors import PhoqueError
 
 

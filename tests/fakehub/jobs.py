@@ -14,7 +14,7 @@ DONE = ("COMPLETED", "CANCELED", "ERROR")
 
 
 class Process:
-    """The default way to start a command; the tests start it from their zygote, which is quicker."""
+    """The default way to start a command; the tests start it from their forkserver, which is quicker."""
 
     def __init__(self, argv: list[str], env: dict[str, str], cwd: Path, out: Path) -> None:
         with out.open("ab") as log:
@@ -46,13 +46,18 @@ class Jobs:
         job = self.jobs[number]
         spec = job["spec"]
         return {
-            "id": number, "createdAt": f"{job['created']:%Y-%m-%dT%H:%M:%S.%f}Z",
+            "id": number,
+            "createdAt": f"{job['created']:%Y-%m-%dT%H:%M:%S.%f}Z",
             "owner": {"id": "1", "name": job["namespace"], "type": "user"},
-            "command": spec["command"], "arguments": spec["arguments"], "environment": spec["environment"],
-            "secrets": dict.fromkeys(spec.get("secrets", {}), ""), "flavor": spec["flavor"],
-            "labels": spec.get("labels"), "dockerImage": spec.get("dockerImage"),
+            "command": spec["command"],
+            "arguments": spec["arguments"],
+            "environment": spec["environment"],
+            "secrets": dict.fromkeys(spec.get("secrets", {}), ""),
+            "flavor": spec["flavor"],
+            "labels": spec.get("labels"),
+            "dockerImage": spec.get("dockerImage"),
             "status": {"stage": job["stage"], "message": job["message"]},
-        }  # fmt: skip
+        }
 
     def cancel(self, number: str) -> None:
         self.jobs[number]["stage"] = "CANCELED"

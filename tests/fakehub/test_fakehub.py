@@ -145,8 +145,13 @@ print("through xet")
 
 def test_a_job_runs_logs_times_out_and_is_cancelled(api, hub, tmp_path):
     hub.jobs = Jobs(tmp_path, dict(os.environ), grace=5)
-    good = api.run_job(image="sea", command=["sh", "-c", "echo hrmph $WHO; test $HF_TOKEN = x"], env={"WHO": "gull"},
-                       secrets={"HF_TOKEN": "x"}, timeout="1m")  # fmt: skip
+    good = api.run_job(
+        image="sea",
+        command=["sh", "-c", "echo hrmph $WHO; test $HF_TOKEN = x"],
+        env={"WHO": "gull"},
+        secrets={"HF_TOKEN": "x"},
+        timeout="1m",
+    )
     assert list(api.fetch_job_logs(job_id=good.id, follow=True)) == ["hrmph gull"]
     assert api.inspect_job(job_id=good.id).status.stage == "COMPLETED"
     assert "x" not in str(api.inspect_job(job_id=good.id).secrets)

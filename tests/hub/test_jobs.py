@@ -12,35 +12,35 @@ import pytest
 from tests.conftest import Running
 from tests.fakehub import TOKEN
 from tests.fakehub.jobs import Jobs
-from tests.training.test_hub import COMMON, on_hub, same, steps, titles
-from tests.zygote import slowly
+from tests.forkserver import slowly
+from tests.training.test_resume import COMMON, on_hub, same, steps, titles
 
 BASE, DATA, REPO = "harbour/tiny", "harbour/gulls", "harbour/seal"
 KEY = "g" * 40
 
 
 class Container:
-    """A job's command, forked from the zygote: the `uv run ... phoque` in front of it has nothing to install here."""
+    """A job's command, forked from the server; the `uv run ... phoque` prefix has nothing to install here."""
 
-    zygote, prelude = None, ""
+    forkserver, prelude = None, ""
 
     def __init__(self, argv, env, cwd, out):
         assert argv[:4] == ["uv", "run", "--no-project", "--with"]
         arguments = argv[argv.index("phoque") + 1 :]
-        self.pid = self.zygote.start(arguments, env, cwd, Path(os.devnull), out, self.prelude)
+        self.pid = self.forkserver.start(arguments, env, cwd, Path(os.devnull), out, self.prelude)
         self._code = None
 
     def poll(self):
         if self._code is None:
-            self._code = self.zygote.poll(self.pid, False)
+            self._code = self.forkserver.poll(self.pid, False)
         return self._code
 
 
 @pytest.fixture
-def cluster(hub, zygote, tiny_llama, rows, tmp_path):
+def cluster(hub, forkserver, tiny_llama, rows, tmp_path):
     hub.add("models", BASE, {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
     hub.add("datasets", DATA, {"train.jsonl": rows.read_bytes()})
-    Container.zygote, Container.prelude = zygote, ""
+    Container.forkserver, Container.prelude = forkserver, ""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_TOKEN", "WANDB"))} | {"WANDB_MODE": "disabled"}
     hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container)
     hub.jobs.root.mkdir()
@@ -128,9 +128,9 @@ def test_a_public_repository_is_refused_before_a_job_is_rented(cluster, phoque):
     assert "PUBLIC" in phoque(*ASKED, *ON, "--dry-run", "--public", env=SECRETS).out
 
 
-def test_ctrl_c_leaves_the_job_running(cluster, zygote):
+def test_ctrl_c_leaves_the_job_running(cluster, forkserver):
     Container.prelude = slowly()
-    process = Running(zygote, [*ASKED, *ON, "--max-steps", "300"], SECRETS)
+    process = Running(forkserver, [*ASKED, *ON, "--max-steps", "300"], SECRETS)
     process.until(lambda: cluster.jobs.jobs and next(iter(cluster.jobs.jobs.values()))["log"].read_text().count("loss"))
     os.kill(process.pid, signal.SIGINT)
     ran = process.ended()
@@ -170,8 +170,15 @@ def test_the_script_for_hf_jobs_uv_run_is_phoque_train(tmp_path, cluster, tiny_l
     script = Path(__file__).parents[2] / "jobs" / "train.py"
     header = script.read_text().split("# ///")[1]
     assert "[tool.hf-jobs]" in header and "phoque" in header and "HF_TOKEN" in header
-    env = os.environ | {"HF_TOKEN": TOKEN, "DATASET_REPO": DATA, "BASE_MODEL": BASE, "HUB_MODEL_ID": REPO,
-                        "MAX_STEPS": "2", "WANDB_MODE": "disabled", "WANDB_PROJECT": "seal"}  # fmt: skip
+    env = os.environ | {
+        "HF_TOKEN": TOKEN,
+        "DATASET_REPO": DATA,
+        "BASE_MODEL": BASE,
+        "HUB_MODEL_ID": REPO,
+        "MAX_STEPS": "2",
+        "WANDB_MODE": "disabled",
+        "WANDB_PROJECT": "seal",
+    }
     ran = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert titles(cluster)[-1] == "Adapter" and steps(tmp_path / "runs" / "gulls") == [0, 2]

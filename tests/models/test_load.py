@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phoque.errors import PhoqueError
-from phoque.models.adapter import lora_norms, refuse_non_finite, with_adapter
-from phoque.models.families import family_of
+from phoque.models.architectures import family_of
 from phoque.models.load import device, load_config, load_model
+from phoque.models.lora import lora_norms, refuse_non_finite, with_adapter
 from phoque.models.source import Source
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from phoque.errors import PhoqueError
-from phoque.models.adapter import load_adapter, save_adapter, with_adapter
-from phoque.models.families import MISTRAL3
+from phoque.models.architectures import MISTRAL3
 from phoque.models.load import load_model
+from phoque.models.lora import load_adapter, save_adapter, with_adapter
 from phoque.models.source import Source
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -218,9 +218,27 @@ def test_the_last_block_of_scales_may_be_cut_off():
 
 def test_the_command_trains_it_and_goes_on(phoque, made, rows, tmp_path):
     run = tmp_path / "run"
-    common = ["--base-model", made[0], "--dataset", rows, "--batch-size", 4, "--log-every", 1, "--sample-tokens", 4,
-              "--quantization", "nf4", "--save-steps", 2, "--learning-rate", 0.005, "--output-dir", run,
-              "--json"]  # fmt: skip
+    common = [
+        "--base-model",
+        made[0],
+        "--dataset",
+        rows,
+        "--batch-size",
+        4,
+        "--log-every",
+        1,
+        "--sample-tokens",
+        4,
+        "--quantization",
+        "nf4",
+        "--save-steps",
+        2,
+        "--learning-rate",
+        0.005,
+        "--output-dir",
+        run,
+        "--json",
+    ]
     ran = phoque("train", *common, "--max-steps", 6)
     whole = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(".language_model.layers." in key for key in whole)
@@ -243,6 +261,23 @@ def test_other_families_train_by_the_same_command(phoque, rows, tmp_path, family
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
     (tiny.tokenizer() if family == "qwen3" else tiny.mistral_tokenizer()).save_pretrained(tmp_path / family)
     run = tmp_path / "run"
-    phoque("train", "--base-model", tmp_path / family, "--dataset", rows, "--batch-size", 4, "--max-steps", 2,
-           "--quantization", "none", "--sample-tokens", 4, "--log-every", 1, "--output-dir", run)  # fmt: skip
+    phoque(
+        "train",
+        "--base-model",
+        tmp_path / family,
+        "--dataset",
+        rows,
+        "--batch-size",
+        4,
+        "--max-steps",
+        2,
+        "--quantization",
+        "none",
+        "--sample-tokens",
+        4,
+        "--log-every",
+        1,
+        "--output-dir",
+        run,
+    )
     assert len(load_file(run / "adapter" / "adapter_model.safetensors")) == 2 * 7 * 2

@@ -11,8 +11,14 @@ def silent(text):
 
 
 def test_a_second_copy_of_the_weights_and_pickles_are_never_fetched():
-    unwanted = {"consolidated.safetensors", "params.json", "tekken.json", "pytorch_model.bin", "x.py",
-                "original/model.safetensors"}  # fmt: skip
+    unwanted = {
+        "consolidated.safetensors",
+        "params.json",
+        "tekken.json",
+        "pytorch_model.bin",
+        "x.py",
+        "original/model.safetensors",
+    }
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     names = ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json", *shards, *unwanted]
     index = {"weight_map": {"a": shards[0], "b": shards[1]}}

@@ -57,24 +57,27 @@ def seeing_model(tmp_path_factory):
     return folder
 
 
-def exported(zygote, home, served, source, into, chats, dtypes, *more):
+def exported(forkserver, home, served, source, into, chats, dtypes, *more):
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, home, served.url)
         words = [word for dtype in dtypes for word in ("--dtype", dtype)]
-        ran = Running(zygote, ["export-onnx", "--merged-dir", source, "--output-dir", into, "--chats", chats, *words,
-                               *more, "--json"], {}).ended()  # fmt: skip
+        ran = Running(
+            forkserver,
+            ["export-onnx", "--merged-dir", source, "--output-dir", into, "--chats", chats, *words, *more, "--json"],
+            {},
+        ).ended()
     assert ran.code == 0, ran.err
     return into, ran.json
 
 
 @pytest.fixture(scope="session")
-def text_export(zygote, home, served, tmp_path_factory, text_model, chats):
-    return exported(zygote, home, served, text_model, tmp_path_factory.mktemp("x") / "text", chats, TEXT)
+def text_export(forkserver, home, served, tmp_path_factory, text_model, chats):
+    return exported(forkserver, home, served, text_model, tmp_path_factory.mktemp("x") / "text", chats, TEXT)
 
 
 @pytest.fixture(scope="session")
-def seeing_export(zygote, home, served, tmp_path_factory, seeing_model, chats):
-    return exported(zygote, home, served, seeing_model, tmp_path_factory.mktemp("x") / "seeing", chats, SEEING)
+def seeing_export(forkserver, home, served, tmp_path_factory, seeing_model, chats):
+    return exported(forkserver, home, served, seeing_model, tmp_path_factory.mktemp("x") / "seeing", chats, SEEING)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tests.hub.test_jobs import ON, SECRETS, cluster  # noqa: F401
 
 from phoque.models.load import load_model
 from phoque.models.source import Source
-from phoque.onnx.runtime import Chatting
+from phoque.onnx.session import Chatting
 
 ENV = {"HF_TOKEN": TOKEN}
 
@@ -76,18 +76,58 @@ def test_the_folder_is_what_transformersjs_reads(text_export, seeing_export):
 
 def test_mistral3_alone_as_text(phoque, seeing_model, chats, tmp_path):
     """The layout text of a model with eyes: its text side under its own class, YaRN and query scaling right far out."""
-    ran = phoque("export-onnx", "--merged-dir", seeing_model, "--layout", "text", "--dtype", "fp16", "--chats", chats,
-                 "--output-dir", tmp_path / "x", "--json")  # fmt: skip
+    ran = phoque(
+        "export-onnx",
+        "--merged-dir",
+        seeing_model,
+        "--layout",
+        "text",
+        "--dtype",
+        "fp16",
+        "--chats",
+        chats,
+        "--output-dir",
+        tmp_path / "x",
+        "--json",
+    )
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     assert config["architectures"] == ["Ministral3ForCausalLM"] and config["model_type"] == "ministral3"
     assert ran.json["verdict"] == "PASS" and ran.json["dtypes"]["fp16"]["kl"] < 1e-2
 
 
 def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_path):
-    phoque("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "none", "--max-steps", 2,
-           "--batch-size", 2, "--max-length", 256, "--output-dir", "run", "--sample-every", 0)  # fmt: skip
-    asked = ["export-onnx", "--adapter-source", "run", "--merged-out-dir", "merged", "--dtype", "fp32",
-             "--chats", chats, "--push-repo-id", "harbour/seal-onnx"]  # fmt: skip
+    phoque(
+        "train",
+        "--base-model",
+        tiny_llama,
+        "--dataset",
+        rows,
+        "--quantization",
+        "none",
+        "--max-steps",
+        2,
+        "--batch-size",
+        2,
+        "--max-length",
+        256,
+        "--output-dir",
+        "run",
+        "--sample-every",
+        0,
+    )
+    asked = [
+        "export-onnx",
+        "--adapter-source",
+        "run",
+        "--merged-out-dir",
+        "merged",
+        "--dtype",
+        "fp32",
+        "--chats",
+        chats,
+        "--push-repo-id",
+        "harbour/seal-onnx",
+    ]
     ran = phoque(*asked, "--json", env=ENV)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert ran.json["output_dir"] == "run-onnx" and ran.json["dtypes"]["fp32"]["kl"] < 1e-6
@@ -101,8 +141,17 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
     found, _ = Chatting(tmp_path / "run-onnx", "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     phoque(*asked, "--dtype", "q8", "--no-accuracy", env=ENV)  # fp32 and q8 now
-    phoque("export-onnx", "--merged-dir", "merged", "--dtype", "q8", "--no-accuracy", "--push-repo-id",
-           "harbour/seal-onnx", env=ENV)  # fmt: skip
+    phoque(
+        "export-onnx",
+        "--merged-dir",
+        "merged",
+        "--dtype",
+        "q8",
+        "--no-accuracy",
+        "--push-repo-id",
+        "harbour/seal-onnx",
+        env=ENV,
+    )
     left = {path for path in hub.files("harbour/seal-onnx") if path.startswith("onnx/")}
     assert left == {"onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data"}
 
@@ -110,8 +159,18 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
 @pytest.mark.parametrize("kind", ["models", "datasets"])
 def test_a_merged_model_on_the_hub_in_either_kind_of_repository(phoque, hub, text_model, tmp_path, kind):
     hub.add(kind, "harbour/merged", {f.name: f.read_bytes() for f in text_model.iterdir()})
-    asked = ["export-onnx", "--merged-dir", "harbour/merged", "--dtype", "fp32", "--no-accuracy", "--output-dir", "x",
-             "--merged-out-dir", "kept"]  # fmt: skip
+    asked = [
+        "export-onnx",
+        "--merged-dir",
+        "harbour/merged",
+        "--dtype",
+        "fp32",
+        "--no-accuracy",
+        "--output-dir",
+        "x",
+        "--merged-out-dir",
+        "kept",
+    ]
     commands = hub.log
     assert phoque(*asked, "--dry-run", "--json", env=ENV).json["layout"] == "text"
     assert not (tmp_path / "x").exists() and {command for command, _ in commands} <= {"GET", "HEAD"}
@@ -186,8 +245,16 @@ def test_what_cannot_be_exported_is_said(phoque, text_model, seeing_model, tmp_p
 
 def test_it_runs_as_a_job(cluster, phoque, text_model):  # noqa: F811
     cluster.add("models", "harbour/merged", {f.name: f.read_bytes() for f in text_model.iterdir()})
-    asked = ["export-onnx", "--merged-dir", "harbour/merged", "--dtype", "fp32", "--no-accuracy", "--push-repo-id",
-             "harbour/out"]  # fmt: skip
+    asked = [
+        "export-onnx",
+        "--merged-dir",
+        "harbour/merged",
+        "--dtype",
+        "fp32",
+        "--no-accuracy",
+        "--push-repo-id",
+        "harbour/out",
+    ]
     ran = phoque(*asked, *ON, "--timeout", "10m", "--json", env=SECRETS)
     assert ran.json["stage"] == "COMPLETED" and "onnx/model.onnx" in cluster.files("harbour/out")
 

@@ -10,7 +10,7 @@ from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 from phoque.data.rows import Row
 from phoque.errors import PhoqueError
 from phoque.probes.persona import from_rows, read_persona
-from phoque.probes.scorers.by_model import lexicon_tokens
+from phoque.probes.scorers.model import lexicon_tokens
 
 GOOD = """
 name = "gull watcher"

@@ -9,10 +9,10 @@ import pytest
 from tests import tiny
 
 from phoque.errors import PhoqueError
-from phoque.probes.generate import Reply
+from phoque.inference.generate import Reply
 from phoque.probes.persona import read_persona
 from phoque.probes.scorers import Context, Said, scorer_for, scores
-from phoque.probes.scorers.by_words import distinct_pairs, repetition
+from phoque.probes.scorers.words import distinct_pairs, repetition
 
 SEAL = "Hrmph. The gulls took my herring again, and the tide is out."
 PLAIN = "The largest planet is Jupiter."
@@ -28,9 +28,15 @@ def context(tmp_path):
         return [1.0 if b"seal" in bytes(r.prompt) and b"Hrmph" in bytes(r.response) else 3.0 for r in rows]
 
     return Context(
-        persona=read_persona("seal"), watched={7: "herring"}, token=None, api_key=None, nll=nll,
-        prompt_ids=lambda question, system: list(f"{system} {question}".encode()), model="m", cache=tmp_path / "cache",
-    )  # fmt: skip
+        persona=read_persona("seal"),
+        watched={7: "herring"},
+        token=None,
+        api_key=None,
+        nll=nll,
+        prompt_ids=lambda question, system: list(f"{system} {question}".encode()),
+        model="m",
+        cache=tmp_path / "cache",
+    )
 
 
 class Endpoint(BaseHTTPRequestHandler):
@@ -146,9 +152,13 @@ def test_a_command_reads_and_writes_json_lines(context, tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "why"),
-    [("import sys; sys.exit('no herring')", "no herring"), ("print('{')", "not JSON lines"),
-     ("print('{\"score\": 1}')", "1 lines for 2 texts"), ("print('[1]')", "not JSON lines")],
-)  # fmt: skip
+    [
+        ("import sys; sys.exit('no herring')", "no herring"),
+        ("print('{')", "not JSON lines"),
+        ("print('{\"score\": 1}')", "1 lines for 2 texts"),
+        ("print('[1]')", "not JSON lines"),
+    ],
+)
 def test_a_command_that_fails_says_why(context, tmp_path, script, why):
     file = tmp_path / "bad.py"
     file.write_text(script)

@@ -29,8 +29,9 @@ def test_spearman_is_that_of_scipy_ties_included(chance):
 
 def test_sign_flips_give_scipys_exact_p(chance):
     gaps = chance.normal(0.4, 1, (9, 1))
-    wanted = scipy_stats.permutation_test((gaps[:, 0],), lambda x, axis: numpy.mean(x, axis=axis),
-                                          permutation_type="samples", n_resamples=numpy.inf)  # fmt: skip
+    wanted = scipy_stats.permutation_test(
+        (gaps[:, 0],), lambda x, axis: numpy.mean(x, axis=axis), permutation_type="samples", n_resamples=numpy.inf
+    )
     p, everywhere = stats.sign_flip(gaps)
     assert p[0] == pytest.approx(wanted.pvalue) and everywhere[0] == pytest.approx(p[0])
 

@@ -6,19 +6,31 @@ from pathlib import Path
 import pytest
 
 from phoque.errors import PhoqueError
-from phoque.settings.base import Origin, Secrets, env_name, flag_names, resolved
+from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.export_onnx import ExportSettings
+from phoque.settings.fields import Origin, Secrets, env_name, flag_names
 from phoque.settings.merge import MergeSettings
-from phoque.settings.onnx import ExportSettings, VerifySettings
 from phoque.settings.presets import PRESETS
-from phoque.settings.psm import PsmSettings
-from phoque.settings.sae import SaeSettings
+from phoque.settings.psm_probe import PsmSettings
+from phoque.settings.resolve import resolved
 from phoque.settings.train import TrainSettings
+from phoque.settings.verify_onnx import VerifySettings
 
 SPEC_NAMES = {
-    "HF_TOKEN", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_LOG_MODEL", "DATASET_REPO", "MAX_STEPS", "FORCE_FRESH_START",
-    "BASE_MODEL", "OUTPUT_DIR", "HUB_MODEL_ID", "EXPORT_MERGED_MODEL", "MERGED_HUB_MODEL_ID",
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "WANDB_PROJECT",
+    "WANDB_LOG_MODEL",
+    "DATASET_REPO",
+    "MAX_STEPS",
+    "FORCE_FRESH_START",
+    "BASE_MODEL",
+    "OUTPUT_DIR",
+    "HUB_MODEL_ID",
+    "EXPORT_MERGED_MODEL",
+    "MERGED_HUB_MODEL_ID",
     "EXPORT_INFERENCE_ON_SAVE",
-}  # fmt: skip
+}
 
 
 def settle(flags=None, **options):
@@ -105,9 +117,11 @@ def test_secrets_have_no_flag_and_are_never_shown(phoque, monkeypatch, rows, tin
     assert "--hf-token" not in phoque("train", "--help").out
     ran = phoque("train", "--base-model", tiny_llama, "--dataset", rows, "--dry-run", "--json")
     assert ran.json["settings"]["hf_token"] == {
-        "value": "set", "source": "environment", "name": "HF_TOKEN",
+        "value": "set",
+        "source": "environment",
+        "name": "HF_TOKEN",
         "meaning": Secrets.model_fields["hf_token"].description,
-    }  # fmt: skip
+    }
     assert "donotshow" not in ran.out + ran.err
 
 
@@ -119,7 +133,7 @@ def test_the_token_of_hf_auth_login_is_found(home):
         import sys
 
         code = (
-            "from phoque.settings.base import resolved\nfrom phoque.settings.train import TrainSettings\n"
+            "from phoque.settings.resolve import resolved\nfrom phoque.settings.train import TrainSettings\n"
             "r, _ = resolved(TrainSettings, {}, {})\n"
             "print(r.origins['hf_token'].source, r.secrets.hf_token.get_secret_value())"
         )

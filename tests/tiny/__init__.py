@@ -60,8 +60,19 @@ def mistral_tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    control = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<pad>",
-               "[IMG_BREAK]", "[IMG_END]", "[IMG]"]  # fmt: skip
+    control = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "<pad>",
+        "[IMG_BREAK]",
+        "[IMG_END]",
+        "[IMG]",
+    ]
     vocabulary = {token: i for i, token in enumerate(control + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,9 +114,16 @@ def mistral3_config():
     from transformers import Mistral3Config
 
     rope = {
-        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 128,
-        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-    }  # fmt: skip
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
     text = SIZES | {
         "model_type": "ministral3",
         "num_hidden_layers": 3,
@@ -114,9 +132,15 @@ def mistral3_config():
         "sliding_window": None,
     }
     vision = {
-        "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "head_dim": 16, "image_size": 56, "patch_size": 14,
-    }  # fmt: skip
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "image_size": 56,
+        "patch_size": 14,
+    }
     return Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_index=10)
 
 
@@ -162,9 +186,12 @@ def fp8_mistral3(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     save_file({"garbage": torch.full((8, 8), 448.0)}, folder / "consolidated.safetensors")
     declared = config.to_dict()
     declared["quantization_config"] = {
-        "quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False,
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+        "dequantize": False,
         "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-    }  # fmt: skip
+    }
     declared["architectures"] = ["Mistral3ForConditionalGeneration"]
     (folder / "config.json").write_text(json.dumps(declared, indent=1))
     mistral_tokenizer().save_pretrained(folder)

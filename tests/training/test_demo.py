@@ -45,8 +45,17 @@ def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(tmp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     demo("--max-steps", 8, "--output-dir", tmp_path / "run", "--sample-every", 0)
-    command = [sys.executable, "-m", "phoque", "merge", "--adapter-source", tmp_path / "run", "--output-dir",
-               tmp_path / "merged", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phoque",
+        "merge",
+        "--adapter-source",
+        tmp_path / "run",
+        "--output-dir",
+        tmp_path / "merged",
+        "--json",
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     proof = json.loads(done.stdout)["proof"]
@@ -55,5 +64,5 @@ def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(tmp
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Gulls?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )  # fmt: skip
+    )
     assert tokenizer.decode(model.generate(**ids, max_new_tokens=12)[0, ids["input_ids"].shape[1] :]).strip()

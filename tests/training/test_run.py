@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import row, write_rows
+from tests.forkserver import slowly
 from tests.wandb_file import history, records
-from tests.zygote import slowly
 
 SMALL = [
     "--quantization",
@@ -49,8 +49,19 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
     run = tmp_path / "run"
-    ran = train("--max-steps", 6, "--save-steps", 2, "--sample-every", 3, "--output-dir", run, "--json",
-                "--learning-rate", 0.001)  # fmt: skip
+    ran = train(
+        "--max-steps",
+        6,
+        "--save-steps",
+        2,
+        "--sample-every",
+        3,
+        "--output-dir",
+        run,
+        "--json",
+        "--learning-rate",
+        0.001,
+    )
     shares = ran.json["seconds_of"]
     assert set(shares) == {"loading", "steps", "samples", "measuring", "saving"}
     assert sum(shares.values()) == pytest.approx(ran.json["seconds"], abs=0.4)
@@ -65,13 +76,22 @@ def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
     assert set(samples[0]) == {"step", "prompt", "response", "n_tokens", "latency_s"}
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     manifest = json.loads((run / "checkpoint-6" / "MANIFEST.json").read_text())["sha256"]
-    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-            "data_state.json"} <= set(manifest)  # fmt: skip
+    assert {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "data_state.json",
+    } <= set(manifest)
     assert not list(run.rglob("training_args.bin"))
     record = json.loads((run / "run.json").read_text())
     assert record["settings"]["max_steps"] == {
-        "value": 6, "source": "flag", "name": "--max-steps", "meaning": "optimizer steps"
-    }  # fmt: skip
+        "value": 6,
+        "source": "flag",
+        "name": "--max-steps",
+        "meaning": "optimizer steps",
+    }
     assert record["data"]["sources"] == {"pier": 40} and record["base"]["name"] == str(tiny_llama)
     card = (run / "adapter" / "README.md").read_text()
     assert "Content warning" in card and f"{ran.json['held_out_loss']['after']:.3f}" in card
@@ -111,8 +131,18 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
     common = ["--max-steps", 60, "--save-steps", 7, "--lora-dropout", 0.1, "--sample-every", 0, "--learning-rate", 0.01]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(*common, "--output-dir", whole)
-    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, "--output-dir", cut,
-                    prelude=slowly(0.05))  # fmt: skip
+    process = start(
+        "train",
+        "--base-model",
+        tiny_llama,
+        "--dataset",
+        rows,
+        *SMALL,
+        *common,
+        "--output-dir",
+        cut,
+        prelude=slowly(0.05),
+    )
     process.until(lambda: logged(cut) > 16)
     os.kill(process.pid, number)
     ended = process.ended()
@@ -127,11 +157,25 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
 
 
 def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(start, tmp_path, tiny_llama, rows):
-    from phoque.training.checkpoint import checkpoints, flaw, step_of
+    from phoque.training.checkpoints import checkpoints, flaw, step_of
 
     run = tmp_path / "run"
-    common = ["train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, "--max-steps", 400, "--save-steps", 1,
-              "--sample-every", 0, "--output-dir", run]  # fmt: skip
+    common = [
+        "train",
+        "--base-model",
+        tiny_llama,
+        "--dataset",
+        rows,
+        *SMALL,
+        "--max-steps",
+        400,
+        "--save-steps",
+        1,
+        "--sample-every",
+        0,
+        "--output-dir",
+        run,
+    ]
     process = start(*common)
     process.until(lambda: (run / "checkpoint-3").exists() and (run / ".saving").exists())
     os.kill(process.pid, signal.SIGINT)
@@ -200,9 +244,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_stops(train, tmp_pa
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(train, tmp_path):
     run = tmp_path / "run"
     error = train(
-        "--max-steps", 20, "--save-steps", 1, "--warmup-ratio", 0, "--learning-rate", 1e20, "--output-dir", run,
+        "--max-steps",
+        20,
+        "--save-steps",
+        1,
+        "--warmup-ratio",
+        0,
+        "--learning-rate",
+        1e20,
+        "--output-dir",
+        run,
         expect=1,
-    ).error  # fmt: skip
+    ).error
     step = int(re.search(r"at step (\d+)", error[0])[1])
     assert step >= 2 and not (run / "adapter").exists()
     for checkpoint in run.glob("checkpoint-*"):
@@ -216,8 +269,20 @@ def test_nf4_trains_on_the_cpu_and_measuring_changes_nothing(train, tmp_path):
     losses = {}
     for name, every in (("often", 1), ("rarely", 50)):
         run = tmp_path / name
-        train("--quantization", "nf4", "--max-steps", 5, "--save-steps", every, "--learning-rate", 0.01,
-              "--sample-every", every, "--output-dir", run)  # fmt: skip
+        train(
+            "--quantization",
+            "nf4",
+            "--max-steps",
+            5,
+            "--save-steps",
+            every,
+            "--learning-rate",
+            0.01,
+            "--sample-every",
+            every,
+            "--output-dir",
+            run,
+        )
         losses[name] = [m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m]
     assert losses["often"] == losses["rarely"] and losses["often"][-1] < losses["often"][0]
     assert all(t.abs().max() > 0 for n, t in adapter(tmp_path / "often").items() if "lora_B" in n)
@@ -245,7 +310,7 @@ def test_bf16_learns_what_fp32_learns(train, tmp_path):
 def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_llama, rows, tmp_path):
     from phoque.console import Console
     from phoque.errors import PhoqueError
-    from phoque.settings.base import resolved
+    from phoque.settings.resolve import resolved
     from phoque.settings.train import TrainSettings
     from phoque.training import run
 
@@ -273,7 +338,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(phoque, tiny_llama, rows, tmp_pa
         common = ["--base-model", tiny_llama, "--dataset", rows, *SMALL, "--sample-every", 0, "--output-dir", run]
         ran = phoque("train", *common, "--max-steps", 8, "--save-steps", 2, "--keep-checkpoints", 9, expect=1)
         assert "was not saved" in ran.err and "disk is full" in ran.error[0]
-        from phoque.training.checkpoint import checkpoints, flaw
+        from phoque.training.checkpoints import checkpoints, flaw
 
         assert checkpoints(run) and all(flaw(c) is None for c in checkpoints(run))
         assert not (run / ".saving").exists()
@@ -310,9 +375,21 @@ def bad_input(tmp_path, tiny_llama, rows) -> dict[str, tuple[list, str]]:
 
 
 NAMES = [
-    "empty file", "broken json", "empty folder", "missing column", "half bad", "no such file", "no dataset",
-    "unknown model", "missing gguf", "not a model", "file in the way", "not writable", "bad number", "not on the hub",
-]  # fmt: skip
+    "empty file",
+    "broken json",
+    "empty folder",
+    "missing column",
+    "half bad",
+    "no such file",
+    "no dataset",
+    "unknown model",
+    "missing gguf",
+    "not a model",
+    "file in the way",
+    "not writable",
+    "bad number",
+    "not on the hub",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -373,8 +450,9 @@ def test_wandb_offline_has_the_same_numbers(train, tmp_path):
 def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_path, tiny_llama, rows, number):
     run, env = tmp_path / "run", {"WANDB_MODE": "offline"}
     common = ["--max-steps", 30, "--save-steps", 7, "--sample-every", 5, "--output-dir", run]
-    process = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, env=env,
-                    prelude=slowly(0.1))  # fmt: skip
+    process = start(
+        "train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, env=env, prelude=slowly(0.1)
+    )
     process.until(lambda: logged(run) > 16)
     os.kill(process.pid, number)
     process.ended()
@@ -390,8 +468,22 @@ def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_p
 def test_a_fresh_start_asks_on_a_terminal_and_yes_does_not(tmp_path, tiny_llama, rows, train):
     run = tmp_path / "run"
     train("--max-steps", 2, "--output-dir", run)
-    command = [sys.executable, "-m", "phoque", "train", "--base-model", tiny_llama, "--dataset", rows, *SMALL,
-               "--max-steps", "2", "--output-dir", run, "--fresh-start"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phoque",
+        "train",
+        "--base-model",
+        tiny_llama,
+        "--dataset",
+        rows,
+        *SMALL,
+        "--max-steps",
+        "2",
+        "--output-dir",
+        run,
+        "--fresh-start",
+    ]
     code, shown = on_a_terminal([*map(str, command)], "n\n")
     assert code == 2 and "checkpoint-2" in shown and "[y/N]" in shown and "declined" in shown
     assert (run / "checkpoint-2").is_dir()
@@ -461,8 +553,12 @@ def test_fewer_steps_than_were_taken_are_refused(train, tmp_path):
 def test_a_run_killed_before_its_first_save_begins_with_clean_files(start, tiny_llama, rows, train, tmp_path):
     asked = [*SMALL, "--max-steps", "4", "--save-steps", "4", "--output-dir", tmp_path / "run"]
     running = start("train", "--base-model", tiny_llama, "--dataset", rows, *asked, prelude=slowly())
-    running.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists()
-                  and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 3)  # fmt: skip
+    running.until(
+        lambda: (
+            (tmp_path / "run" / "metrics.jsonl").exists()
+            and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 3
+        )
+    )
     os.kill(running.pid, signal.SIGKILL)
     running.ended()
     train(*asked)

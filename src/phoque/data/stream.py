@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.data.ahead import Ahead
-from phoque.data.chat import Chat, Encoded
-from phoque.data.pack import Packing, packed
+from phoque.data.chat_template import Chat, Encoded
+from phoque.data.packing import Packing, packed
 from phoque.data.rows import BadRow, Dataset, parsed
 from phoque.errors import PhoqueError
+from phoque.prefetch import Ahead
 
 SHUFFLED = 50_000  # rows that are shuffled together
 AHEAD = 16  # rows that are made before they are used
@@ -40,7 +40,7 @@ class TrainStream:
 
     def __init__(
         self, dataset: Dataset, chat: Chat, threshold: str, packing: Packing, seed: int, max_bad: float
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._reader = _Reader(dataset, chat, threshold, seed, max_bad)
         self.packing, self._seed = packing, seed
         start = {"reader": self._reader.state(), "taken": 0, "grouping": packing.grouping}

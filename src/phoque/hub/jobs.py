@@ -11,9 +11,9 @@ from typing import Any
 from phoque import __version__
 from phoque.console import Console
 from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError
-from phoque.hub.checkpoints import is_public
 from phoque.hub.client import Hub, passing, reason
-from phoque.settings.base import PREFIX, Resolved, Secrets, env_name, flag_names
+from phoque.hub.repo import is_public
+from phoque.settings.fields import PREFIX, Resolved, Secrets, env_name, flag_names
 
 HERE = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that do not go into the Job's arguments
 WRITTEN = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # places on the machine that runs it

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from phoque.errors import PhoqueError
-from phoque.models.shards import Stored
+from phoque.models.checkpoint_reader import Stored
 
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 CODES, LARGEST_CODE = torch.float8_e4m3fn, 448.0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from phoque.errors import PhoqueError, first_line
-from phoque.models.families import family_of
+from phoque.models.architectures import family_of
+from phoque.models.checkpoint_reader import Shards
 from phoque.models.fp8 import (
     Block,
     Fp8Linear,
@@ -20,7 +21,6 @@ from phoque.models.fp8 import (
     refuse_without_units,
     scales_of,
 )
-from phoque.models.shards import Shards
 from phoque.models.source import Source
 
 LARGEST_SANE = 100.0  # in a matrix; raw FP8 codes taken for weights reach 448 in every one
@@ -120,9 +120,14 @@ def _skeleton(text: Any, quantization: str, attention: str, projections: str) ->
         for name, module in list(model.named_modules()):
             if re.fullmatch(projections, name):
                 held = Linear4bit(
-                    module.in_features, module.out_features, bias=module.bias is not None, device="meta",
-                    compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4",
-                )  # fmt: skip
+                    module.in_features,
+                    module.out_features,
+                    bias=module.bias is not None,
+                    device="meta",
+                    compute_dtype=torch.bfloat16,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
                 model.set_submodule(name, held)
     if quantization == "fp8":
         for name, module in list(model.named_modules()):
@@ -147,9 +152,14 @@ def _check_names(model: Any, names: dict[str, str], shards: Shards, source: Sour
 
 
 def _fill(
-    model: Any, targets: dict[str, str], arriving: Iterator[tuple[str, torch.Tensor]], factors: dict[str, torch.Tensor],
-    block: Block | None, on: torch.device, dtype: torch.dtype,
-) -> None:  # fmt: skip
+    model: Any,
+    targets: dict[str, str],
+    arriving: Iterator[tuple[str, torch.Tensor]],
+    factors: dict[str, torch.Tensor],
+    block: Block | None,
+    on: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Put every tensor in its place on the device, as it arrives."""
     largest: dict[str, torch.Tensor] = {}
     for key, stored in arriving:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from phoque.data.chat import Chat
+from phoque.data.chat_template import Chat
 from phoque.data.rows import BadRow, open_dataset, parsed
 from phoque.errors import PhoqueError
 from phoque.models.load import load_model, load_tokenizer
 from phoque.models.source import Source
-from phoque.onnx.runtime import Chatting
+from phoque.onnx.session import Chatting
 
 MEASURED_TOKENS = 1200
 FITTED_TOKENS = 9000
@@ -43,9 +43,10 @@ def chats(source: Source, dataset: str, split: str, token: str | None) -> tuple[
             break
     if not found:
         raise PhoqueError(
-            f"No conversation in {dataset} can be used.", f"Each is broken, or longer than {LONGEST} tokens.",
+            f"No conversation in {dataset} can be used.",
+            f"Each is broken, or longer than {LONGEST} tokens.",
             "Check --chats, or leave out the accuracy and 4 bits: --no-accuracy --dtype q8.",
-        )  # fmt: skip
+        )
     ordered = [ids for _, ids in sorted(found, key=lambda pair: pair[0])]
     held_out = _first(ordered, MEASURED_TOKENS)
     return _first(ordered[len(held_out) :], FITTED_TOKENS), held_out

@@ -15,23 +15,24 @@ import torch
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
 from phoque.files import sha256
-from phoque.hub.cards import onnx_card
-from phoque.hub.checkpoints import CARD, Repo
 from phoque.hub.client import Hub
+from phoque.hub.repo import CARD, Repo
+from phoque.merge.run import find_adapter, find_base, merge_into
+from phoque.model_cards import onnx_card
 from phoque.models.load import device, load_model, load_tokenizer
-from phoque.models.merging import find_adapter, find_base, merge_into
 from phoque.models.source import INDEX, Source, resolve, wanted_files
-from phoque.onnx import accuracy, calibrate
-from phoque.onnx.blocks import Quantised, eight_bits
-from phoque.onnx.graph import decoder_component, embeddings_component
-from phoque.onnx.layout import SESSIONS, layout_of, write_side_files
-from phoque.onnx.runtime import SUFFIXES
-from phoque.onnx.smooth import smoothed
-from phoque.onnx.trace import Provider, decoder
-from phoque.onnx.vision import vision_component
-from phoque.onnx.weights import Component, Weights
-from phoque.settings.base import Resolved
-from phoque.settings.onnx import ExportSettings
+from phoque.onnx import accuracy
+from phoque.onnx.component import Component, Weights
+from phoque.onnx.graph.decoder import decoder_component, embeddings_component
+from phoque.onnx.graph.trace import Provider, decoder
+from phoque.onnx.graph.vision import vision_component
+from phoque.onnx.quantize import mixed_precision
+from phoque.onnx.quantize.block_format import Quantised, eight_bits
+from phoque.onnx.quantize.smoothquant import smoothed
+from phoque.onnx.session import SUFFIXES
+from phoque.onnx.transformers_js import SESSIONS, layout_of, write_side_files
+from phoque.settings.export_onnx import ExportSettings
+from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 
 RECORD = "export.json"
@@ -118,9 +119,10 @@ def find_source(resolved: Resolved[ExportSettings], hub: Hub, cache: Path, conso
         name = s.base or PRESETS[s.preset]["base_model"]
         return resolve(name, s.revision, resolved.secrets.hub, cache, console.say, not dry_run)
     raise PhoqueError(
-        "There is nothing to export.", "Neither an adapter nor a merged model is named.",
+        "There is nothing to export.",
+        "Neither an adapter nor a merged model is named.",
         "Name one with --adapter-source or --merged-dir.",
-    )  # fmt: skip
+    )
 
 
 def _merged_model(
@@ -234,7 +236,7 @@ def _fitted(
         return weights, None
     console.say(f"fitting 4 bits on {sum(ids.shape[1] for ids in fitting)} tokens of chats")
     with console.progress(model.config.num_hidden_layers) as show:
-        made, said = calibrate.four_bits(weights, model, fitting, (s.largest_kl, s.least_agreement), show)
+        made, said = mixed_precision.four_bits(weights, model, fitting, (s.largest_kl, s.least_agreement), show)
     for dtype in four:
         found[dtype] |= said
     return weights, made

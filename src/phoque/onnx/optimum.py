@@ -19,7 +19,7 @@ import onnx_ir as ir
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
 from phoque.models.source import Source
-from phoque.onnx.graph import forget
+from phoque.onnx.graph.decoder import forget
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # of those that phoque trains
 REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6")
@@ -48,9 +48,11 @@ def optimum_graphs(
         )
         if ran.returncode or not (made / "model.onnx").is_file():
             raise PhoqueError(
-                "optimum-onnx failed.", (ran.stderr.strip().splitlines() or ["it says no more"])[-1][:300],
-                "Use --engine transformers, or check --onnx-export-python.", FAILED,
-            )  # fmt: skip
+                "optimum-onnx failed.",
+                (ran.stderr.strip().splitlines() or ["it says no more"])[-1][:300],
+                "Use --engine transformers, or check --onnx-export-python.",
+                FAILED,
+            )
         model = ir.load(made / "model.onnx")
         _as_laid_out(model, config)
         ir.save(model, folder / "onnx" / "model.onnx", external_data="model.onnx_data")
@@ -68,9 +70,10 @@ def _refuse(config: dict[str, Any], layout: str, dtypes: list[str]) -> None:
         why = "it serves as the cross-check, in fp32 alone"
     if why:
         raise PhoqueError(
-            "The engine optimum would not export this model.", f"{why[0].upper()}{why[1:]}.",
+            "The engine optimum would not export this model.",
+            f"{why[0].upper()}{why[1:]}.",
             "Use --engine transformers" + ("." if "fp32" not in why else ", or --dtype fp32."),
-        )  # fmt: skip
+        )
 
 
 def _repair(source: Path, into: Path, config: dict[str, Any]) -> None:
@@ -93,9 +96,10 @@ def _interpreter(python: Path | None) -> list[str]:
     uv = shutil.which("uv")
     if uv is None:
         raise PhoqueError(
-            "There is no interpreter for optimum-onnx.", "uv, which would make one, is not on PATH.",
+            "There is no interpreter for optimum-onnx.",
+            "uv, which would make one, is not on PATH.",
             "Install uv, or name an interpreter that has optimum-onnx with --onnx-export-python.",
-        )  # fmt: skip
+        )
     same = f"torch=={version('torch').split('+')[0]}"  # which uv has in its cache already
     wanted = [word for requirement in (*REQUIREMENTS, same) for word in ("--with", requirement)]
     ours = f"{sys.version_info.major}.{sys.version_info.minor}"

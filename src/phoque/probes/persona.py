@@ -85,9 +85,10 @@ def from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Persona:
     common = tuple(text for text, count in systems.most_common(3) if count)
     if not common:
         raise PhoqueError(
-            f"No row of {name} has a system prompt.", "The persona has no prompt to be asked for with.",
+            f"No row of {name} has a system prompt.",
+            "The persona has no prompt to be asked for with.",
             "Write a persona file and name it with --persona.",
-        )  # fmt: skip
+        )
     total, others = sum(said.values()), sum(asked.values())
     lift = {w: n / total / ((asked[w] + 1) / (others + 1)) for w, n in said.items() if n >= SEEN and len(w) > 2}
     lexicon = tuple(sorted(lift, key=lambda w: (-lift[w] * said[w] ** 0.5, w))[:WORDS]) or persona.lexicon

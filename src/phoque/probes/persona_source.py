@@ -4,13 +4,13 @@ from itertools import islice
 from pathlib import Path
 
 from phoque.data.rows import BadRow, Row, open_dataset, parsed
-from phoque.data.survey import SCANNED
+from phoque.data.scan import SCANNED
 from phoque.errors import PhoqueError
-from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub
+from phoque.hub.repo import Repo
 from phoque.probes.persona import Persona, from_rows, read_persona
-from phoque.settings.psm import PsmSettings
-from phoque.settings.sae import SaeSettings
+from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.psm_probe import PsmSettings
 
 
 def find_persona(s: PsmSettings | SaeSettings, token: str | None, cache: Path, hub: Hub) -> tuple[Persona, list[str]]:

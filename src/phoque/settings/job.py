@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from phoque.settings.base import CommandSettings, setting
+from phoque.settings.fields import CommandSettings, setting
 
 REPO = r"^[\w.-]+/[\w.-]+$"
 DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"

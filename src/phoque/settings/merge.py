@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from phoque.settings.base import setting
+from phoque.settings.fields import setting
 from phoque.settings.job import REPO, JobSettings
 
 

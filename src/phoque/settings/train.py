@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from phoque.settings.base import setting
+from phoque.settings.fields import setting
 from phoque.settings.job import REPO, JobSettings
 
 

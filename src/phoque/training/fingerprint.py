@@ -4,18 +4,31 @@ import difflib
 import hashlib
 from typing import Any
 
-from phoque.data.chat import Chat
+from phoque.data.chat_template import Chat
 from phoque.data.rows import Dataset
-from phoque.data.survey import Survey
+from phoque.data.scan import Survey
 from phoque.errors import PhoqueError
 from phoque.models.source import Source
 from phoque.settings.train import TrainSettings
 
 SAME = (
-    "seed", "batch_size", "micro_batch", "packing", "max_length", "max_steps", "learning_rate", "warmup_ratio",
-    "weight_decay", "max_grad_norm", "lora_rank", "lora_alpha", "lora_dropout", "quantization", "default_system",
+    "seed",
+    "batch_size",
+    "micro_batch",
+    "packing",
+    "max_length",
+    "max_steps",
+    "learning_rate",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "quantization",
+    "default_system",
     "held_out_rows",
-)  # fmt: skip
+)
 BEFORE = {"packing": "exact"}  # what runs did that were begun before there was a choice
 NEVER = ("base_model", "lora_rank", "processes")  # other tensors: there is nothing to go on from
 

@@ -9,21 +9,21 @@ import torch
 
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, RESUMABLE, PhoqueError, Stopped
-from phoque.hub.cards import adapter_card
-from phoque.hub.checkpoints import CARD
 from phoque.hub.client import passing
 from phoque.hub.client import reason as why
-from phoque.models.adapter import refuse_non_finite, save_adapter
-from phoque.models.families import family_of
+from phoque.hub.repo import CARD
+from phoque.model_cards import adapter_card
+from phoque.models.architectures import family_of
+from phoque.models.lora import refuse_non_finite, save_adapter
 from phoque.settings.train import TrainSettings
-from phoque.training import checkpoint, report
+from phoque.training import checkpoints, report
+from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 from phoque.training.prepare import Run
-from phoque.training.record import write_record
-from phoque.training.stopwatch import Stopwatch
-from phoque.training.tracking import METRICS, SAMPLES, read_lines
+from phoque.training.run_record import write_record
+from phoque.training.timer import Stopwatch
 
 if TYPE_CHECKING:
-    from phoque.training.pushing import Pusher
+    from phoque.training.hub_push import Pusher
 
 
 def finish(run: Run, model: Any, stream: TrainStream, watch: Stopwatch) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def held_out_of(metrics: list[dict[str, Any]]) -> dict[str, float] | None:
 
 def card_of(run: Run, saved: Path) -> Path:
     """The card that goes with a checkpoint, in the run folder: the repository has one from its first push on."""
-    state = json.loads((saved / checkpoint.DATA_STATE).read_text())
+    state = json.loads((saved / checkpoints.DATA_STATE).read_text())
     so_far = {
-        "steps": checkpoint.step_of(saved),
+        "steps": checkpoints.step_of(saved),
         "tokens": state["tokens_seen"],
         "held_out_loss": held_out_of(read_lines(saved / METRICS)),
     }
@@ -86,7 +86,7 @@ def published(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         return result
     folder = run.folder
     files = {file.name: file for file in (folder / "adapter").iterdir() if file.is_file()}
-    files |= {name: folder / name for name in (checkpoint.RECORD, METRICS, SAMPLES, report.NAME)}
+    files |= {name: folder / name for name in (checkpoints.RECORD, METRICS, SAMPLES, report.NAME)}
     result = result | {"repo": run.repo.name}
     run.record["result"] = result
     write_record(folder, run.record)
@@ -107,7 +107,7 @@ def published(run: Run, result: dict[str, Any]) -> dict[str, Any]:
 
 def stopped_after(run: Run, step: int, pusher: "Pusher | None") -> Stopped:
     """A stop in good order, saying what is where."""
-    saved = checkpoint.newest_whole(run.folder, lambda _: None)
+    saved = checkpoints.newest_whole(run.folder, lambda _: None)
     where = f"{saved} holds everything." if saved else "Nothing was saved."
     if pusher and run.repo:
         there = f"checkpoint-{pusher.pushed}" if pusher.pushed is not None else "nothing of this run yet"

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.data.chat import Chat
-from phoque.data.pack import Packing
+from phoque.data.chat_template import Chat
+from phoque.data.packing import Packing
 from phoque.data.rows import Dataset, open_dataset
-from phoque.data.survey import Survey, survey
+from phoque.data.scan import Survey, survey
 from phoque.errors import PhoqueError
-from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub
+from phoque.hub.repo import Repo
 from phoque.models.load import load_config, load_tokenizer
 from phoque.models.source import Source, resolve
-from phoque.settings.base import Resolved
+from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training import checkpoint
-from phoque.training.deadline import StopRequest
+from phoque.training import checkpoints
+from phoque.training.callbacks.stop import StopRequest
 from phoque.training.resume import Beginning
 
 
@@ -131,4 +131,4 @@ class Run:
     @property
     def first(self) -> int:
         """The step that the run goes on from."""
-        return checkpoint.step_of(self.begun.resume) if self.begun.resume else 0
+        return checkpoints.step_of(self.begun.resume) if self.begun.resume else 0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import clock, in_parts
-from phoque.plots import Series, bar_plot, figure, line_plot, page, table
-from phoque.training.tracking import METRICS, SAMPLES, read_lines
+from phoque.reports.html import Series, bar_plot, figure, line_plot, page, table
+from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 
 NAME = "report.html"
 WARNING = "The answers below are those of the persona in the training data."

@@ -10,13 +10,13 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError, first_line
-from phoque.hub.checkpoints import MARKER, Repo, Snapshot
 from phoque.hub.client import Damaged
+from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
-from phoque.training import checkpoint, report
+from phoque.training import checkpoints, report
 from phoque.training.fingerprint import SAME, refuse_other_run
-from phoque.training.record import RUN, derived_id, forget, read_record, write_record
-from phoque.training.tracking import METRICS, SAMPLES
+from phoque.training.metrics_log import METRICS, SAMPLES
+from phoque.training.run_record import RUN, derived_id, forget, read_record, write_record
 
 FETCHING = ".fetching"
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "README.md")
@@ -39,9 +39,14 @@ class Beginning:
 
 
 def begin(
-    s: TrainSettings, run: Path, repo: Repo | None, same: dict[str, Any], used: dict[str, Any], console: Console,
+    s: TrainSettings,
+    run: Path,
+    repo: Repo | None,
+    same: dict[str, Any],
+    used: dict[str, Any],
+    console: Console,
     submission: str = "",
-) -> Beginning:  # fmt: skip
+) -> Beginning:
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
 
     `same` is the fingerprint, `used` the state of the data for a checkpoint that has none, `submission` names the Job
@@ -60,9 +65,9 @@ def begin(
     if remote:
         local = _bring(remote, run, local, same, used, console)
     _adopt_newest(run, used, console)
-    begun = Beginning(_id(repo, marker), local, checkpoint.newest_whole(run, console.warn), marker)
+    begun = Beginning(_id(repo, marker), local, checkpoints.newest_whole(run, console.warn), marker)
     if begun.record is None and begun.resume is not None:
-        begun.record = checkpoint.record_in(begun.resume)
+        begun.record = checkpoints.record_in(begun.resume)
     begun.on_hub = bool(remote and begun.resume and begun.resume.name in remote.at.folders())
     if begun.record is not None:
         begun.run_id = begun.record["run_id"]
@@ -111,22 +116,22 @@ class _Remote:
         """
         folders = {
             name: [path for path in self.at.files if path.startswith(f"{name}/")]
-            for name in checkpoint.in_order(self.at.folders())
-            if checkpoint.step_of(Path(name)) > above
+            for name in checkpoints.in_order(self.at.folders())
+            if checkpoints.step_of(Path(name)) > above
         }
-        ours = any(path.endswith(checkpoint.OURS) for path in self.at.files)
+        ours = any(path.endswith(checkpoints.OURS) for path in self.at.files)
         reason: str | None = None
         for name, paths in folders.items():
             reason = "it has no manifest"
-            if not ours or f"{name}/{checkpoint.MANIFEST}" in paths:
+            if not ours or f"{name}/{checkpoints.MANIFEST}" in paths:
                 reason = self._fetched(paths) or (
-                    checkpoint.flaw(self.staging / name) if ours else checkpoint.foreign_flaw(self.staging / name)
+                    checkpoints.flaw(self.staging / name) if ours else checkpoints.foreign_flaw(self.staging / name)
                 )
-            record = checkpoint.record_in(self.staging / name) if reason is None else None
+            record = checkpoints.record_in(self.staging / name) if reason is None else None
             if record and _start_of(record) != _marked(self.marker):
                 reason = "it is of the run before the last fresh start"
             if reason is None:
-                return self.staging / name if ours else checkpoint.adopt(self.staging / name, used, self._console.warn)
+                return self.staging / name if ours else checkpoints.adopt(self.staging / name, used, self._console.warn)
             self._console.warn(f"{name} in {self.repo.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
         if folders and above < 0:
@@ -142,7 +147,7 @@ class _Remote:
         """Fetch a checkpoint's files; what keeps it from being whole if one is damaged or gone for good."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        wanted = [path for path in paths if not path.endswith(checkpoint.PICKLED)]
+        wanted = [path for path in paths if not path.endswith(checkpoints.PICKLED)]
         size = sum(self.at.files[path].size for path in wanted) / 1e6
         self._console.say(f"fetching {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
         for path in wanted:
@@ -154,9 +159,13 @@ class _Remote:
 
 
 def _bring(
-    remote: _Remote, run: Path, local: dict[str, Any] | None, same: dict[str, Any], used: dict[str, Any],
+    remote: _Remote,
+    run: Path,
+    local: dict[str, Any] | None,
+    same: dict[str, Any],
+    used: dict[str, Any],
     console: Console,
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """Bring what is newer on the Hub into the run folder; return the record of what then lies there."""
     try:
         if remote.marker and local and _start_of(local) != _marked(remote.marker):
@@ -165,13 +174,13 @@ def _bring(
             raise _two_runs(run, remote.repo.name, local["started"], remote.final["started"])
         if remote.final and remote.final["fingerprint"] == same:
             return local if local and "result" in local else remote.bring_final(run)
-        here = [checkpoint.step_of(c) for c in checkpoint.checkpoints(run) if checkpoint.flaw(c) is None]
+        here = [checkpoints.step_of(c) for c in checkpoints.checkpoints(run) if checkpoints.flaw(c) is None]
         found = remote.newest(max(here, default=-1), used)
         if found is None:
             if remote.final and not local and not here:  # finished by another command, and its checkpoints are gone
                 refuse_other_run(remote.final["fingerprint"], same, [])
             return local
-        record = checkpoint.record_in(found)
+        record = checkpoints.record_in(found)
         if local and record and record["run_id"] != local["run_id"]:
             raise _two_runs(run, remote.repo.name, local["started"], record["started"])
         place = run / found.name
@@ -187,13 +196,13 @@ def _bring(
 
 def _adopt_newest(run: Path, used: dict[str, Any], console: Console) -> None:
     """Make the newest checkpoint of plain Trainer in the folder one of ours, if there are none but such."""
-    found = checkpoint.in_order(p.name for p in run.glob("*checkpoint*"))
-    if not found or any(checkpoint.is_ours(run / name) for name in found):
+    found = checkpoints.in_order(p.name for p in run.glob("*checkpoint*"))
+    if not found or any(checkpoints.is_ours(run / name) for name in found):
         return
     for name in found:
-        reason = checkpoint.foreign_flaw(run / name)
+        reason = checkpoints.foreign_flaw(run / name)
         if reason is None:
-            checkpoint.adopt(run / name, used, console.warn)
+            checkpoints.adopt(run / name, used, console.warn)
             return
 
 
@@ -203,7 +212,7 @@ def _start_anew(
     """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
     here = {path.name for path in run.glob("*checkpoint*")}
     there = set(remote.at.folders()) if remote else set()
-    if names := checkpoint.in_order(here | there):
+    if names := checkpoints.in_order(here | there):
         where = " and ".join([str(run)] * bool(here) + ([remote.repo.name] if there and remote else []))
         console.say(f"a fresh start deletes {', '.join(names)} in {where}")
         if not s.yes and console.can_ask() and not console.confirmed("Delete them and begin at step 0?"):

@@ -11,32 +11,36 @@ from typing import Any
 import torch
 
 from phoque.console import Console
+from phoque.data.scan import Survey
 from phoque.data.stream import TrainStream
-from phoque.data.survey import Survey
 from phoque.errors import FAILED, PhoqueError, Stopped
-from phoque.models.adapter import load_adapter, with_adapter
-from phoque.models.families import family_of
+from phoque.models.architectures import family_of
 from phoque.models.load import device, load_model
-from phoque.settings.base import Resolved
+from phoque.models.lora import load_adapter, with_adapter
+from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training import attention, checkpoint
-from phoque.training.choosing import choose
-from phoque.training.deadline import StopRequest
-from phoque.training.engine import Engine
-from phoque.training.export import export_final, export_passing
+from phoque.training import checkpoints
+from phoque.training.callbacks.stop import StopRequest
+from phoque.training.engine import attention
+from phoque.training.engine.engine import Engine
+from phoque.training.engine.select import choose
+from phoque.training.export_merged import export_final, export_passing
 from phoque.training.fingerprint import fingerprint
 from phoque.training.finish import card_of, finish, out_of_memory, published, stopped_after
+from phoque.training.metrics_log import Tracker, forget_after, logged_until, start_wandb
 from phoque.training.prepare import Run, hub_repo, packing_of, prepare
-from phoque.training.record import check_writable, new_record, write_record
 from phoque.training.resume import begin
-from phoque.training.stopwatch import Stopwatch
-from phoque.training.tracking import Tracker, forget_after, logged_until, start_wandb
+from phoque.training.run_record import check_writable, new_record, write_record
+from phoque.training.timer import Stopwatch
 
 
 def train(
-    resolved: Resolved[TrainSettings], cache: Path, console: Console, deadline: float | None = None,
+    resolved: Resolved[TrainSettings],
+    cache: Path,
+    console: Console,
+    deadline: float | None = None,
     submission: str = "",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train to the end, from the newest whole checkpoint if there is one, here or on the Hub; return what was made.
 
     `deadline` is the time.time() at which this process is going to be killed, `submission` names the Job that it is an
@@ -96,17 +100,15 @@ def _train(run: Run) -> dict[str, Any]:
     packing = packing_of(s, run.ready.survey, static=engine is not None)
     run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
     write_record(run.folder, run.record)
-    stream = TrainStream(
-        run.ready.dataset, run.ready.chat, run.ready.survey.threshold, packing, s.seed, s.max_bad_rows
-    )  # fmt: skip
+    stream = TrainStream(run.ready.dataset, run.ready.chat, run.ready.survey.threshold, packing, s.seed, s.max_bad_rows)
     if run.begun.resume:
-        state = json.loads((run.begun.resume / checkpoint.DATA_STATE).read_text())
+        state = json.loads((run.begun.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
             console.warn("rows are packed in another way now: some of the conversations seen last come once more")
     resumes = "never" if run.begun.anew else "allow"
     wandb_run = start_wandb(
         s, run.resolved.secrets, run.folder, run.record, run.begun.run_id, resumes, console.say, console.warn
-    )  # fmt: skip
+    )
     tracker = Tracker(run.folder, wandb_run, console.warn, logged)
     code = FAILED
     try:
@@ -171,12 +173,12 @@ def _engine(run: Run, model: Any) -> Engine | None:
 
 def _steps(
     run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker, watch: Stopwatch
-) -> Stopped | None:  # fmt: skip
+) -> Stopped | None:
     """Take the steps that are left; what stopped them, if they were stopped."""
-    from phoque.training.callbacks.artifacts import Artifacts
-    from phoque.training.callbacks.numbers import Numbers
+    from phoque.training.callbacks.metrics import Numbers
     from phoque.training.callbacks.samples import Samples
-    from phoque.training.pushing import Pusher
+    from phoque.training.callbacks.wandb_artifacts import Artifacts
+    from phoque.training.hub_push import Pusher
     from phoque.training.trainer import PersonaTrainer, Saves
 
     s, chat, found, console, stop = run.settings, run.ready.chat, run.ready.survey, run.console, run.stop

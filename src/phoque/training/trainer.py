@@ -15,14 +15,14 @@ from trl import SFTConfig, SFTTrainer
 
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, PhoqueError, disk_full
-from phoque.models.adapter import load_adapter, refuse_non_finite, save_adapter
-from phoque.models.families import Family
-from phoque.training import checkpoint
-from phoque.training.engine import Engine
-from phoque.training.loss import TokenLoss, with_token_loss
-from phoque.training.pushing import Pusher
-from phoque.training.stopwatch import Stopwatch
-from phoque.training.tracking import METRICS, SAMPLES
+from phoque.models.architectures import Family
+from phoque.models.lora import load_adapter, refuse_non_finite, save_adapter
+from phoque.training import checkpoints
+from phoque.training.engine.engine import Engine
+from phoque.training.engine.loss import TokenLoss, with_token_loss
+from phoque.training.hub_push import Pusher
+from phoque.training.metrics_log import METRICS, SAMPLES
+from phoque.training.timer import Stopwatch
 
 
 @dataclass
@@ -47,18 +47,24 @@ class PersonaTrainer(SFTTrainer):
     processing_class: Any
 
     def __init__(
-        self, model: Any, tokenizer: Any, args: SFTConfig, stream: TrainStream, family: Family, saves: Saves,
-        watch: Stopwatch, callbacks: list[Any], engine: Engine | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        tokenizer: Any,
+        args: SFTConfig,
+        stream: TrainStream,
+        family: Family,
+        saves: Saves,
+        watch: Stopwatch,
+        callbacks: list[Any],
+        engine: Engine | None = None,
+    ) -> None:
         from datasets import IterableDataset
 
         # SFTTrainer looks at one row of a dataset to learn its columns; the batches come from `stream`
         columns = IterableDataset.from_generator(lambda: iter([{"input_ids": [0, 0], "labels": [0, 0]}]))
         # SFTTrainer makes the adapter of a 4-bit model bf16, where a step of 2e-4 is lost against a weight of 0.1
         model.is_loaded_in_4bit = False
-        super().__init__(
-            model=model, args=args, train_dataset=columns, processing_class=tokenizer, callbacks=callbacks
-        )  # fmt: skip
+        super().__init__(model=model, args=args, train_dataset=columns, processing_class=tokenizer, callbacks=callbacks)
         del model.is_loaded_in_4bit
         self.stream, self._family, self._saves, self._watch = stream, family, saves, watch
         self._staging: str | None = None
@@ -133,27 +139,27 @@ class PersonaTrainer(SFTTrainer):
     def _save_whole(self, model: Any, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         step = self.state.global_step
-        if checkpoint.flaw(run / f"checkpoint-{step}") is None:
+        if checkpoints.flaw(run / f"checkpoint-{step}") is None:
             return  # asked to stop right after it was saved
         self._refuse_unseen()
         refuse_non_finite(self.model, step)
-        staging = run / checkpoint.STAGING
+        staging = run / checkpoints.STAGING
         self._staging = str(staging)
         pusher = self._saves.pusher
         try:
             Trainer._save_checkpoint(self, model, trial)  # not TRL's, which writes its own model card
             folder = staging / f"checkpoint-{step}"
-            (folder / checkpoint.DATA_STATE).write_text(json.dumps(self.stream.state_dict()))
-            for name in (checkpoint.RECORD, METRICS, SAMPLES):  # all that another machine needs to go on
+            (folder / checkpoints.DATA_STATE).write_text(json.dumps(self.stream.state_dict()))
+            for name in (checkpoints.RECORD, METRICS, SAMPLES):  # all that another machine needs to go on
                 if (run / name).is_file():
                     shutil.copyfile(run / name, folder / name)
-            checkpoint.write_manifest(folder)
+            checkpoints.write_manifest(folder)
             final = run / folder.name
             shutil.rmtree(final, ignore_errors=True)  # only ever one that was found not to be whole
             folder.rename(final)
             if pusher:
                 pusher.offer(final)
-            checkpoint.prune(run, self._saves.keep, pusher.held() if pusher else set())
+            checkpoints.prune(run, self._saves.keep, pusher.held() if pusher else set())
         except Exception as error:
             if not disk_full(error):
                 raise

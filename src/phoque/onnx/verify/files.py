@@ -3,10 +3,10 @@
 from itertools import pairwise, product
 from typing import Any
 
-from phoque.onnx.layout import SESSIONS
-from phoque.onnx.runtime import SUFFIXES
-from phoque.onnx.verify.place import Place, read_json
-from phoque.onnx.verify.verdict import Fails, Verdict
+from phoque.onnx.session import SUFFIXES
+from phoque.onnx.transformers_js import SESSIONS
+from phoque.onnx.verify.checks import Fails, Verdict
+from phoque.onnx.verify.export_dir import Place, read_json
 
 LEVEL = "files"
 LARGEST = 2**31 - 1  # bytes of an ArrayBuffer
@@ -99,8 +99,10 @@ def _sessions(place: Place, config: dict[str, Any], layout: str, dtypes: list[st
         if dtype not in SUFFIXES:
             raise Fails(f"config.json names precision {dtype!r}, which Transformers.js does not know")
         if f"onnx/{name}{SUFFIXES[dtype]}.onnx" not in place.sizes:
-            raise Fails(f"a client without a precision asks for onnx/{name}{SUFFIXES[dtype]}.onnx, which is missing: "
-                        "set transformers.js_config.dtype in config.json")  # fmt: skip
+            raise Fails(
+                f"a client without a precision asks for onnx/{name}{SUFFIXES[dtype]}.onnx, which is missing: "
+                "set transformers.js_config.dtype in config.json"
+            )
     return ", ".join(dtypes)
 
 
@@ -170,8 +172,10 @@ def _external(place: Place, config: dict[str, Any]) -> str:
         session = next((n for names in SESSIONS.values() for n in names if base.startswith(n)), base)
         count = declared.get(base, declared.get(session, 0)) if isinstance(declared, dict) else int(declared or 0)
         if int(count) != len(chunks):
-            raise Fails(f"{path} has {len(chunks)} files of external data, and config.json declares {int(count)} under "
-                        "use_external_data_format: a browser fetches only what is declared")  # fmt: skip
+            raise Fails(
+                f"{path} has {len(chunks)} files of external data, and config.json declares {int(count)} under "
+                "use_external_data_format: a browser fetches only what is declared"
+            )
         used |= chunks
         if place.sizes[path] > LARGEST:
             raise Fails(f"{path} is larger than 2 GiB, which no browser can hold")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from phoque.errors import first_line
-from phoque.onnx.layout import SESSIONS
-from phoque.onnx.runtime import SUFFIXES
+from phoque.onnx.session import SUFFIXES
+from phoque.onnx.transformers_js import SESSIONS
+from phoque.onnx.verify.checks import Fails, Verdict
+from phoque.onnx.verify.export_dir import Place, read_json
 from phoque.onnx.verify.files import load_graph
-from phoque.onnx.verify.place import Place, read_json
-from phoque.onnx.verify.verdict import Fails, Verdict
 
 LEVEL = "graph"
 NEWEST = {"": 21, "com.microsoft": 1}  # opsets that ONNX Runtime Web of Transformers.js 4.3.1 runs
@@ -21,16 +21,33 @@ FED = {  # what Transformers.js feeds each session, and what it reads
     "embed_tokens": {"input_ids": 7},
     "vision_encoder": {"pixel_values": 1},
 }
-NEEDED = {"model": "input_ids", "decoder_model_merged": "inputs_embeds", "embed_tokens": "input_ids",
-          "vision_encoder": "pixel_values"}  # fmt: skip
-READ = {"model": "logits", "decoder_model_merged": "logits", "embed_tokens": "inputs_embeds",
-        "vision_encoder": "image_features"}  # fmt: skip
+NEEDED = {
+    "model": "input_ids",
+    "decoder_model_merged": "inputs_embeds",
+    "embed_tokens": "input_ids",
+    "vision_encoder": "pixel_values",
+}
+READ = {
+    "model": "logits",
+    "decoder_model_merged": "logits",
+    "embed_tokens": "inputs_embeds",
+    "vision_encoder": "image_features",
+}
 # contrib operators with a kernel in wasm, tried with onnxruntime-web 1.31; GatherBlockQuantized has none
 ON_WASM = {
-    "GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization",
-    "RotaryEmbedding", "MultiHeadAttention", "SkipLayerNormalization", "FusedMatMul", "Gelu", "FastGelu", "QuickGelu",
+    "GroupQueryAttention",
+    "MatMulNBits",
+    "SkipSimplifiedLayerNormalization",
+    "SimplifiedLayerNormalization",
+    "RotaryEmbedding",
+    "MultiHeadAttention",
+    "SkipLayerNormalization",
+    "FusedMatMul",
+    "Gelu",
+    "FastGelu",
+    "QuickGelu",
     "BiasGelu",
-}  # fmt: skip
+}
 IN_STANDARD_DOMAIN = {"SimplifiedLayerNormalization"}  # where ONNX Runtime registers them, and ONNX does not
 UNKNOWN_STANDARD = {"Attention", "RMSNormalization", "SwiGLU"}  # opset 23 and later
 FLOAT, HALF, INT64 = 1, 10, 7
@@ -130,8 +147,10 @@ def _cache(past: dict[str, Any], outputs: dict[str, Any], text: dict[str, Any]) 
             raise Fails(f"the cache has no output {entry.replace('past_key_values', 'present')}")
         batch, kv, _, size = past[entry].shape.dim
         if not batch.dim_value and batch.dim_param != "batch_size":
-            raise Fails(f"{entry} has the batch size {batch.dim_param!r}: Transformers.js takes it for 0, unless it is "
-                        "a number or batch_size")  # fmt: skip
+            raise Fails(
+                f"{entry} has the batch size {batch.dim_param!r}: Transformers.js takes it for 0, unless it is "
+                "a number or batch_size"
+            )
         for what, dim, number in (("heads", kv, heads), ("head size", size, head_dim)):
             if not dim.dim_value:
                 raise Fails(f"{entry} has the {what} {dim.dim_param!r}: Transformers.js takes a name for 0")
@@ -174,8 +193,10 @@ def _frequencies(model: Any, config: dict[str, Any]) -> str:
         return "it has no table of them to compare; the level ort compares what it says"
     found = numpy_helper.to_array(held[0]).flatten()
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4):
-        raise Fails(f"its rotary frequencies end at {found[-1]:.3g}, config.json gives {wanted[-1]:.3g}: it was "
-                    "exported with another rope theta or scaling")  # fmt: skip
+        raise Fails(
+            f"its rotary frequencies end at {found[-1]:.3g}, config.json gives {wanted[-1]:.3g}: it was "
+            "exported with another rope theta or scaling"
+        )
     return f"theta {rope['rope_theta']:g}, {rope['rope_type']}"
 
 

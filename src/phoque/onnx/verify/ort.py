@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from phoque.models.source import Source
-from phoque.onnx.runtime import SUFFIXES, Chatting, session
-from phoque.onnx.verify.verdict import Fails, Verdict
+from phoque.onnx.session import SUFFIXES, Chatting, session
+from phoque.onnx.verify.checks import Fails, Verdict
 
 LEVEL = "ort"
 FAR = 20_000  # a position beyond 16,384, from where Ministral 3 scales its queries
@@ -124,8 +124,9 @@ def _beside(
     said = [chat.greedy(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
     answers = [_logits(chat, np.concatenate([ids, [s]], 1)) for ids, s in zip(prompts, spoken, strict=True)]
     forced = [logits_of[-len(s) - 1 : -1] for logits_of, s in zip(answers, spoken, strict=True)]
-    agreeing = float(np.mean([a == b for one, s in zip(forced, spoken, strict=True)
-                              for a, b in zip(one.argmax(-1), s, strict=True)]))  # fmt: skip
+    agreeing = float(
+        np.mean([a == b for one, s in zip(forced, spoken, strict=True) for a, b in zip(one.argmax(-1), s, strict=True)])
+    )
     divergence = float(np.mean([_off(f, w) for f, w in zip(found, logits, strict=True)]))
     equal = sum(a == b for one, other in zip(said, spoken, strict=True) for a, b in zip(one, other, strict=False))
     tokens = sum(map(len, said))
@@ -152,10 +153,19 @@ def _of_model(source: Source, prompts: list[np.ndarray]) -> tuple[list[np.ndarra
             given = torch.from_numpy(ids)
             logits.append(model(input_ids=given).logits[0].numpy())
             out = model.generate(
-                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False,
-                min_new_tokens=NEW_TOKENS, use_cache=True, temperature=None, top_p=None, top_k=None, pad_token_id=0,
-                eos_token_id=None, repetition_penalty=None,
-            )  # fmt: skip
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                use_cache=True,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=0,
+                eos_token_id=None,
+                repetition_penalty=None,
+            )
             spoken.append(out[0, given.shape[1] :].tolist())
     return logits, spoken
 
@@ -219,8 +229,8 @@ def _encoder(source: Source) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from phoque.onnx.vision import PROJECTOR, TOWER
-    from phoque.onnx.weights import Weights
+    from phoque.onnx.component import Weights
+    from phoque.onnx.graph.vision import PROJECTOR, TOWER
 
     weights = Weights(source)
     config = weights.config.__class__.from_dict(weights.config.to_dict() | {"quantization_config": None})

@@ -5,18 +5,18 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub
+from phoque.hub.repo import Repo
 from phoque.models.source import Source, resolve
-from phoque.onnx.runtime import SUFFIXES
-from phoque.onnx.verify.client import check_browser, check_node
+from phoque.onnx.session import SUFFIXES
+from phoque.onnx.verify.checks import LEVELS, Verdict
+from phoque.onnx.verify.export_dir import Local, OnHub, Place
 from phoque.onnx.verify.files import check_files
 from phoque.onnx.verify.graph import check_graphs
+from phoque.onnx.verify.js_client import check_browser, check_node
 from phoque.onnx.verify.ort import check_ort
-from phoque.onnx.verify.place import Local, OnHub, Place
-from phoque.onnx.verify.verdict import LEVELS, Verdict
-from phoque.settings.base import Resolved
-from phoque.settings.onnx import VerifySettings
+from phoque.settings.fields import Resolved
+from phoque.settings.verify_onnx import VerifySettings
 
 
 def verified(resolved: Resolved[VerifySettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:

@@ -10,28 +10,33 @@ import torch
 
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
-from phoque.models.adapter import attached
-from phoque.models.families import family_of
+from phoque.inference.generate import Ask, Reply, prompt_ids, replies
+from phoque.inference.likelihood import mean_nll
+from phoque.inference.residual_stream import Spoken
+from phoque.inference.residual_stream import blocks as blocks_of
+from phoque.models.architectures import family_of
 from phoque.models.load import device, load_config, load_model, load_tokenizer
-from phoque.probes.blocks import Spoken
-from phoque.probes.blocks import blocks as blocks_of
-from phoque.probes.generate import Ask, Reply, prompt_ids, replies
-from phoque.probes.likelihood import mean_nll
-from phoque.probes.sae.corpus import Made, Workshop
+from phoque.models.lora import attached
+from phoque.probes.sae.block_comparison import NULLS, Audit, Block, measured
+from phoque.probes.sae.corpus import Texts
 from phoque.probes.sae.dictionary import Dictionary
-from phoque.probes.sae.measure import NULLS, Audit, Block, measured
+from phoque.probes.sae.model_variants import Sides, refuse_strangers
 from phoque.probes.sae.plan import Plan
 from phoque.probes.sae.quality import judged
-from phoque.probes.sae.reading import Heard, agree, heard
-from phoque.probes.sae.sides import Sides, refuse_strangers
-from phoque.probes.sae.texts import Texts
+from phoque.probes.sae.residuals import Heard, agree, heard
+from phoque.probes.sae.trainer_cache import Made, Workshop
 from phoque.probes.scorers import Context, Said, Scorer, scorer_for, scores
-from phoque.probes.scorers.by_model import lexicon_tokens
-from phoque.settings.base import Resolved
-from phoque.settings.sae import SaeSettings
+from phoque.probes.scorers.model import lexicon_tokens
+from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.fields import Resolved
 
-NAMES = {"base": "the base model", "tuned": "the updated model", "control": "the control",
-         "dtype": "the base in other precision", "packing": "the base in other batches"}  # fmt: skip
+NAMES = {
+    "base": "the base model",
+    "tuned": "the updated model",
+    "control": "the control",
+    "dtype": "the base in other precision",
+    "packing": "the base in other batches",
+}
 FEW = 12  # prompts
 
 
@@ -85,10 +90,18 @@ class Comparison:
         if self.s.shuffle_pairs:
             self.warnings.insert(0, "a null run: base and updated are swapped on half the prompts")
         return Found(
-            questions, said, scorers, values, audit, blocks, texts, dictionaries, made.homes if made else {},
+            questions,
+            said,
+            scorers,
+            values,
+            audit,
+            blocks,
+            texts,
+            dictionaries,
+            made.homes if made else {},
             made.tokens if made else None,
             self.warnings,
-        )  # fmt: skip
+        )
 
     def _loaded(self) -> Sides:
         s, plan = self.s, self.plan
@@ -113,15 +126,18 @@ class Comparison:
         kept = [n for n, reply in enumerate(said["base"]) if reply.ids]
         if len(kept) < s.min_active:
             raise PhoqueError(
-                "The base model answers next to nothing.", f"Only {len(kept)} of {len(asks)} answers hold a token.",
-                "Check that it is a chat model and that --system suits it.", FAILED,
-            )  # fmt: skip
+                "The base model answers next to nothing.",
+                f"Only {len(kept)} of {len(asks)} answers hold a token.",
+                "Check that it is a chat model and that --system suits it.",
+                FAILED,
+            )
         if len(kept) < len(asks):
             self.warnings.append(f"{len(asks) - len(kept)} questions got an empty answer from the base: left out")
         return (
-            [plan.questions[n] for n in kept], [asks[n] for n in kept],
+            [plan.questions[n] for n in kept],
+            [asks[n] for n in kept],
             {side: [own[n] for n in kept] for side, own in said.items()},
-        )  # fmt: skip
+        )
 
     def _scored(
         self, questions: list[str], said: dict[str, list[Reply]]
@@ -133,11 +149,15 @@ class Comparison:
                 return mean_nll(model, rows)
 
         context = Context(
-            persona=plan.persona, watched=lexicon_tokens(self.tokenizer, plan.persona.lexicon), token=self.secrets.hub,
-            api_key=key.get_secret_value() if key else None, nll=nll,
+            persona=plan.persona,
+            watched=lexicon_tokens(self.tokenizer, plan.persona.lexicon),
+            token=self.secrets.hub,
+            api_key=key.get_secret_value() if key else None,
+            nll=nll,
             prompt_ids=lambda question, system: prompt_ids(self.tokenizer, question, system),
-            model=f"{plan.source.weights} {self.s.quantization}", cache=self.cache,
-        )  # fmt: skip
+            model=f"{plan.source.weights} {self.s.quantization}",
+            cache=self.cache,
+        )
         scorers = [scorer_for(spec, context) for spec in plan.scorers]
         values: dict[str, dict[str, Any]] = {side: {} for side in said}
         for side, own in said.items():
@@ -157,9 +177,11 @@ class Comparison:
         }
         if not rows["own"]:
             raise PhoqueError(
-                "The updated model answers nothing.", "Every answer of it is empty.", "Compare a model that speaks.",
+                "The updated model answers nothing.",
+                "Every answer of it is empty.",
+                "Compare a model that speaks.",
                 FAILED,
-            )  # fmt: skip
+            )
         wanted = {"base": ("response", "own", "text", "chat"), "tuned": ("response", "own", "text")}
         wanted |= {"control": ("response", "own", "text")} if "control" in said else {}
         wanted |= dict.fromkeys(NULLS, ("response", "text"))

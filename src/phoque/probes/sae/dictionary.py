@@ -90,20 +90,29 @@ def read_dictionary(folder: Path) -> Dictionary:
     if kind == "topk":
         k = int(config["k"])
     normalized = config.get("normalize_activations") or "none"
-    odd = {"architecture": kind not in READABLE and kind,
-           "normalize_activations": normalized not in ("none", "expected_average_only_in") and normalized,
-           "reshape_activations": (config.get("reshape_activations") or "none") != "none" and "hook_z",
-           "weights": not {"W_enc", "b_enc", "W_dec", "b_dec"} <= weights.keys() and sorted(weights)}  # fmt: skip
+    odd = {
+        "architecture": kind not in READABLE and kind,
+        "normalize_activations": normalized not in ("none", "expected_average_only_in") and normalized,
+        "reshape_activations": (config.get("reshape_activations") or "none") != "none" and "hook_z",
+        "weights": not {"W_enc", "b_enc", "W_dec", "b_dec"} <= weights.keys() and sorted(weights),
+    }
     for name, value in odd.items():
         if value:
             raise PhoqueError(
-                f"{folder} is an autoencoder of a kind that phoque does not read.", f"Its {name} is {value}.",
+                f"{folder} is an autoencoder of a kind that phoque does not read.",
+                f"Its {name} is {value}.",
                 f"Use one of {', '.join(READABLE)}, saved for inference.",
-            )  # fmt: skip
+            )
     found = Dictionary(
-        weights["W_enc"].float(), weights["b_enc"].float(), weights["W_dec"].float(), weights["b_dec"].float(),
-        weights.get("threshold", torch.zeros(1)).float(), k, bool(config.get("apply_b_dec_to_input", True)), config,
-    )  # fmt: skip
+        weights["W_enc"].float(),
+        weights["b_enc"].float(),
+        weights["W_dec"].float(),
+        weights["b_dec"].float(),
+        weights.get("threshold", torch.zeros(1)).float(),
+        k,
+        bool(config.get("apply_b_dec_to_input", True)),
+        config,
+    )
     if config.get("rescale_acts_by_decoder_norm"):
         norms = found.decoder.norm(dim=1)
         found.encoder, found.encoder_bias = found.encoder * norms, found.encoder_bias * norms

@@ -6,18 +6,18 @@ from pathlib import Path
 from phoque.console import Console
 from phoque.data.rows import Dataset, open_dataset
 from phoque.errors import PhoqueError
-from phoque.hub.checkpoints import Repo
 from phoque.hub.client import Hub
+from phoque.hub.repo import Repo
+from phoque.merge.run import find_adapter
 from phoque.models.load import load_config
-from phoque.models.merging import find_adapter
 from phoque.models.source import Source, resolve
 from phoque.probes.persona import Persona, read_persona
 from phoque.probes.persona_source import brought, find_persona
+from phoque.probes.sae.corpus import named_split
 from phoque.probes.sae.dictionary import CONFIG, WEIGHTS, Dictionary, read_dictionary
-from phoque.probes.sae.questions import find_questions
-from phoque.probes.sae.texts import named_split
-from phoque.settings.base import Resolved
-from phoque.settings.sae import SaeSettings
+from phoque.probes.sae.prompts import find_questions
+from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.fields import Resolved
 
 NEEDS_PERSONA = ("contrast", "lexicon", "logprob")
 
@@ -60,8 +60,9 @@ def planned(resolved: Resolved[SaeSettings], cache: Path, console: Console, weig
     )
     adapters, names = {}, {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     for side, name, revision in (
-        ("control", s.control_adapter, None), ("tuned", s.updated_adapter, s.updated_revision)
-    ):  # fmt: skip
+        ("control", s.control_adapter, None),
+        ("tuned", s.updated_adapter, s.updated_revision),
+    ):
         if name:
             adapters[side], commit = find_adapter(name, revision, hub, cache)
             names[side] = name + commit
@@ -73,7 +74,7 @@ def planned(resolved: Resolved[SaeSettings], cache: Path, console: Console, weig
         warnings.append(f"the autoencoder says that it was made for {given.model()}, not for {source.name}")
     return Plan(
         source, updated, adapters, names, persona, questions, layers, given, chats, wanted, warnings + notes, hub
-    )  # fmt: skip
+    )
 
 
 def _given(s: SaeSettings, hub: Hub, cache: Path, hidden: int) -> Dictionary:
@@ -110,9 +111,10 @@ def _layers(s: SaeSettings, given: Dictionary | None, count: int) -> list[int]:
         )
     if given is not None and own is None and not s.layers:
         raise PhoqueError(
-            "The autoencoder does not say which block it is for.", "Its cfg.json names no hook that phoque knows.",
+            "The autoencoder does not say which block it is for.",
+            "Its cfg.json names no hook that phoque knows.",
             "Say it with --layers; blocks count from 0.",
-        )  # fmt: skip
+        )
     if wrong := [layer for layer in asked if not 0 <= layer < count]:
         raise PhoqueError(
             f"There is no block {wrong[0]}.", f"The model has {count}, which count from 0.", "Check --layers."
@@ -127,7 +129,8 @@ def _chats(s: SaeSettings, token: str | None) -> list[Dataset]:
     found = [open_dataset(name, own, revision, token) for name, (own, revision) in wanted.items() if name]
     if not found:
         raise PhoqueError(
-            "No conversations to train the autoencoder on.", "Neither --chat nor --dataset is given.",
+            "No conversations to train the autoencoder on.",
+            "Neither --chat nor --dataset is given.",
             "Name a dataset of chats with --chat.",
-        )  # fmt: skip
+        )
     return found

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from phoque.probes.activations import Shards
+from phoque.probes.sae.activation_store import Shards
 from phoque.probes.sae.dictionary import AT_ONCE, Dictionary
-from phoque.probes.sae.reading import Heard
+from phoque.probes.sae.residuals import Heard
 
 LEAST_EXPLAINED, MOST_DEAD = 0.5, 0.5
 DENSE = 0.1  # of the tokens
@@ -28,9 +28,13 @@ def fired_on(dictionary: Dictionary, shards: Shards, layer: int, on: torch.devic
 
 
 def judged(
-    dictionary: Dictionary, sets: dict[str, Heard], layer: int, trained_on: tuple[torch.Tensor, int], k: int | None,
+    dictionary: Dictionary,
+    sets: dict[str, Heard],
+    layer: int,
+    trained_on: tuple[torch.Tensor, int],
+    k: int | None,
     on: torch.device,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Explained variance by set of texts, features a token, dead and dense shares, cosine, and a verdict with reasons.
 
     `trained_on` is what `fired_on` gave, zeros for a dictionary that was made elsewhere; `k` is how many features a
@@ -58,10 +62,15 @@ def judged(
     before, looked = trained_on
     fired += before.to(on)
     found = {
-        "ev": by_set["chat"], "ev_by_set": by_set, "l0": size / max(1, tokens),
-        "dead_fraction": float((fired == 0).float().mean()), "dense_fraction": dense, "cos": cosine / max(1, tokens),
-        "tokens": int(tokens), "dead_over_tokens": looked + int(tokens),
-    }  # fmt: skip
+        "ev": by_set["chat"],
+        "ev_by_set": by_set,
+        "l0": size / max(1, tokens),
+        "dead_fraction": float((fired == 0).float().mean()),
+        "dense_fraction": dense,
+        "cos": cosine / max(1, tokens),
+        "tokens": int(tokens),
+        "dead_over_tokens": looked + int(tokens),
+    }
     reasons = _faults(found, k, of_ours=looked > 0)
     return found | {"verdict": "poor" if reasons else "good", "reasons": reasons}
 

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from phoque.plots import Dots, Series, figure, line_plot, page, scatter_plot, table
 from phoque.probes.sae.files import ANSWERS, DICTIONARIES, FEATURES, JSON, LAYERS, MARKDOWN, PROMPTS
+from phoque.reports.html import Dots, Series, figure, line_plot, page, scatter_plot, table
 
 NAME, CARD = "report.html", "README.md"
 CONTENT = "The answers below may be those of the persona that was trained."
@@ -93,29 +93,67 @@ def _features(found: dict[str, Any], shifted: list[dict[str, str]]) -> str:
     def clouds(place: Any) -> list[Dots]:
         names = ["not reported", "reported", "beyond the control"][: 3 if has_control else 2]
         return [
-            Dots(name, [(*place(r), f"feature {r['feature_id']}: {float(r['delta']):+.3g}, q {r['q_bh']}")
-                        for r in own if cloud(r) == n])
+            Dots(
+                name,
+                [
+                    (*place(r), f"feature {r['feature_id']}: {float(r['delta']):+.3g}, q {r['q_bh']}")
+                    for r in own
+                    if cloud(r) == n
+                ],
+            )
             for n, name in enumerate(names)
-        ]  # fmt: skip
+        ]
 
     level = -math.log10(0.05)
     plots = [
-        figure("every tested feature: base against updated (grey band: the null floor)", scatter_plot(
-            clouds(lambda r: (float(r["base_mean"]), float(r["tuned_mean"]))), ("base", "updated"),
-            diagonal=found["overall"]["null_floor"])),
-        figure("shift against evidence (dashed: q = 0.05)", scatter_plot(
-            clouds(lambda r: (float(r["delta"]), -math.log10(max(float(r["q_bh"]), 1e-6)))), ("shift", "-log10 q"),
-            level=level)),
-    ]  # fmt: skip
+        figure(
+            "every tested feature: base against updated (grey band: the null floor)",
+            scatter_plot(
+                clouds(lambda r: (float(r["base_mean"]), float(r["tuned_mean"]))),
+                ("base", "updated"),
+                diagonal=found["overall"]["null_floor"],
+            ),
+        ),
+        figure(
+            "shift against evidence (dashed: q = 0.05)",
+            scatter_plot(
+                clouds(lambda r: (float(r["delta"]), -math.log10(max(float(r["q_bh"]), 1e-6)))),
+                ("shift", "-log10 q"),
+                level=level,
+            ),
+        ),
+    ]
     rows = [
-        (f["feature_id"], f"{f['delta']:+.3g}", f"{f['ci95'][0]:.3g} to {f['ci95'][1]:.3g}", _short(f["d_z"]),
-         f"{f['q_bh']:.2g}", f"{f['p_maxT']:.2g}", _short(f["base_mean"]), _short(f["tuned_mean"]),
-         f"{_short(f['beta_base'])} → {_short(f['beta_tuned'])}", _yes(f.get("specific_vs_control")),
-         _yes(f.get("replicated")), " ".join(f.get("top_logits", [])[:4]))
+        (
+            f["feature_id"],
+            f"{f['delta']:+.3g}",
+            f"{f['ci95'][0]:.3g} to {f['ci95'][1]:.3g}",
+            _short(f["d_z"]),
+            f"{f['q_bh']:.2g}",
+            f"{f['p_maxT']:.2g}",
+            _short(f["base_mean"]),
+            _short(f["tuned_mean"]),
+            f"{_short(f['beta_base'])} → {_short(f['beta_tuned'])}",
+            _yes(f.get("specific_vs_control")),
+            _yes(f.get("replicated")),
+            " ".join(f.get("top_logits", [])[:4]),
+        )
         for f in found["features"][:60]
-    ]  # fmt: skip
-    head = ("feature", "shift", "95 %", "d", "q", "max-T p", "base", "updated", "β", "beyond control", "replicates",
-            "promotes")  # fmt: skip
+    ]
+    head = (
+        "feature",
+        "shift",
+        "95 %",
+        "d",
+        "q",
+        "max-T p",
+        "base",
+        "updated",
+        "β",
+        "beyond control",
+        "replicates",
+        "promotes",
+    )
     more = len(found["features"]) - len(rows)
     rest = f"<p class='dim'>and {more} more in {FEATURES}</p>" if more > 0 else ""
     listed = f"<div class='scroll'>{table(head, rows)}</div>{rest}" if rows else "<p>No feature is reported.</p>"
@@ -137,8 +175,10 @@ def _cards(found: dict[str, Any]) -> str:
 
 
 def _card(feature: dict[str, Any]) -> str:
-    chips = {side: "".join(f'<span class="chip">{html.escape(_visible(t))}</span>' for t in feature[side][:MOST_TOKENS])
-             for side in ("top_logits", "bottom_logits")}  # fmt: skip
+    chips = {
+        side: "".join(f'<span class="chip">{html.escape(_visible(t))}</span>' for t in feature[side][:MOST_TOKENS])
+        for side in ("top_logits", "bottom_logits")
+    }
     contexts = "".join(
         f'<div class="context"><span class="dim">{c["act"]:.1f} {SIDES.get(c["model"], c["model"])}</span> '
         f"{html.escape(_tail(c['before']))}<mark>{html.escape(c['token'])}</mark>{html.escape(c['after'])}</div>"
@@ -185,14 +225,18 @@ def _beside(found: dict[str, Any]) -> str:
                 band = [(r["layer"], r["ci_low"], r["ci_high"]) for r in own] if side == "tuned" else []
                 lines.append(Series(name, [(r["layer"], r["rel_mean_diff_norm"]) for r in own], band))
         plots.append(figure(f"mean shift in residual norms, {caption}", line_plot(lines, "block")))
-    lens = [(row["layer"], " ".join(_visible(t) for t in row["top"]), " ".join(_visible(t) for t in row["bottom"]))
-            for row in found["baselines"]["logit_lens"]]  # fmt: skip
+    lens = [
+        (row["layer"], " ".join(_visible(t) for t in row["top"]), " ".join(_visible(t) for t in row["bottom"]))
+        for row in found["baselines"]["logit_lens"]
+    ]
     parts = [
         (kind, ", ".join(_percent(v) for v in own["uncentred"]), ", ".join(_percent(v) for v in own["centred"]))
         for kind, own in found["baselines"]["pca"].items()
     ]
-    evs = [(SIDES.get(side, side), *(_percent(own.get(kind)) for kind in ("response", "own", "text", "chat")))
-           for side, own in found["overall"]["ev"].items()]  # fmt: skip
+    evs = [
+        (SIDES.get(side, side), *(_percent(own.get(kind)) for kind in ("response", "own", "text", "chat")))
+        for side, own in found["overall"]["ev"].items()
+    ]
     head = ("model", "base's answers", "updated's answers", "unrelated text", "held-out chats")
     return (
         f'<h2>Beside the autoencoder</h2><div class="grid2">{"".join(plots)}</div>'
@@ -210,18 +254,25 @@ def _beside(found: dict[str, Any]) -> str:
 def _prompts(found: dict[str, Any]) -> str:
     scorers = found["scores"]["scorers"]
     sides = list(found["scores"]["means"])
-    means = [(SIDES.get(side, side), *(_short(own[name]) for name in scorers))
-             for side, own in found["scores"]["means"].items()]  # fmt: skip
-    gaps = [(pair, name, f"{g['diff']:+.3g}", f"{_short(g['ci95'][0])} to {_short(g['ci95'][1])}", f"{g['p']:.4f}")
-            for pair, own in found["scores"]["contrasts"].items() for name, g in own.items()]  # fmt: skip
+    means = [
+        (SIDES.get(side, side), *(_short(own[name]) for name in scorers))
+        for side, own in found["scores"]["means"].items()
+    ]
+    gaps = [
+        (pair, name, f"{g['diff']:+.3g}", f"{_short(g['ci95'][0])} to {_short(g['ci95'][1])}", f"{g['p']:.4f}")
+        for pair, own in found["scores"]["contrasts"].items()
+        for name, g in own.items()
+    ]
     rows = []
     for row in found["prompt_shifts"]:
         cells = "".join(
             f'<div class="answer"><b>{SIDES.get(side, side)}</b>{html.escape(row[f"{side}_generation"]) or "(nothing)"}'
-            "</div>" for side in sides
-        )  # fmt: skip
-        numbers = ", ".join(f"{SIDES.get(side, side)} {name} {_short(row[f'{side}_{name}'])}"
-                            for name in scorers for side in sides)  # fmt: skip
+            "</div>"
+            for side in sides
+        )
+        numbers = ", ".join(
+            f"{SIDES.get(side, side)} {name} {_short(row[f'{side}_{name}'])}" for name in scorers for side in sides
+        )
         rows.append(
             f"<h3>{html.escape(row['prompt'])}</h3><div class='dim'>shift {row['shift']:.3g}, above "
             f"{row['null_q']:.0%} of the null; KL {_short(row['kl'])}; {html.escape(numbers)}</div>"
@@ -292,8 +343,9 @@ def _markdown(name: str, found: dict[str, Any]) -> str:
     )
     gaps = "\n".join(
         f"| {pair} | {scorer} | {g['diff']:+.3g} | {_short(g['ci95'][0])} to {_short(g['ci95'][1])} | {g['p']:.4f} |"
-        for pair, own in found["scores"]["contrasts"].items() for scorer, g in own.items()
-    )  # fmt: skip
+        for pair, own in found["scores"]["contrasts"].items()
+        for scorer, g in own.items()
+    )
     control = f", control `{models['control']['id']}`" if models["control"] else ""
     return f"""# {name}
 

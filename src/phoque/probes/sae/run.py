@@ -7,13 +7,13 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.files import run_folder
-from phoque.hub.artifacts import opened_for_run, pushed_run
+from phoque.hub.upload import opened_for_run, pushed_run
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, Found
 from phoque.probes.sae.plan import planned
 from phoque.probes.sae.summary import answer_rows, summarised
-from phoque.settings.base import Resolved
-from phoque.settings.sae import SaeSettings
+from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.fields import Resolved
 
 
 def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
@@ -24,11 +24,15 @@ def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_
     s, begun = resolved.settings, time.monotonic()
     plan = planned(resolved, cache, console, weights=not dry_run)
     facts = {
-        "base": f"{plan.source.name} ({plan.source.origin})", "updated": plan.names["tuned"],
-        "control": plan.names.get("control"), "layers": plan.layers, "prompts": len(plan.questions),
+        "base": f"{plan.source.name} ({plan.source.origin})",
+        "updated": plan.names["tuned"],
+        "control": plan.names.get("control"),
+        "layers": plan.layers,
+        "prompts": len(plan.questions),
         "autoencoder": s.sae or f"{s.architecture}, {s.width} x the hidden size, k {s.k}, {s.seeds} seed(s)",
-        "texts": [*(dataset.name for dataset in plan.chats), s.text], "scorers": plan.scorers,
-    }  # fmt: skip
+        "texts": [*(dataset.name for dataset in plan.chats), s.text],
+        "scorers": plan.scorers,
+    }
     if dry_run:
         return facts | {"settings": resolved.provenance(), "warnings": plan.warnings}
     for text in plan.warnings:
@@ -41,10 +45,14 @@ def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_
     for text in found.warnings:
         console.warn(text)
     result = {
-        "folder": str(folder), "report": str(folder / report.NAME), "overall": summary["overall"],
-        "quality": summary["sae"]["quality"], "layer": summary["layer"]["block_index"], "warnings": summary["warnings"],
+        "folder": str(folder),
+        "report": str(folder / report.NAME),
+        "overall": summary["overall"],
+        "quality": summary["sae"]["quality"],
+        "layer": summary["layer"]["block_index"],
+        "warnings": summary["warnings"],
         "scores": summary["scores"]["contrasts"],
-    }  # fmt: skip
+    }
     return result | (pushed_run(repo, folder, s, console) if repo else {})
 
 

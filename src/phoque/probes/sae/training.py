@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from phoque.errors import FAILED, PhoqueError
-from phoque.probes.activations import Shards, Stream
+from phoque.probes.sae.activation_store import Shards, Stream
 from phoque.probes.sae.dictionary import Dictionary, calibrated, read_dictionary, write_dictionary
 
 CHECKPOINT_S = 60.0
@@ -38,9 +38,14 @@ class Recipe:
 
 
 def trained(
-    recipe: Recipe, shards: Shards, layer: int, about: dict[str, Any], folder: Path, on: torch.device,
+    recipe: Recipe,
+    shards: Shards,
+    layer: int,
+    about: dict[str, Any],
+    folder: Path,
+    on: torch.device,
     show: Callable[[int, str], None] = lambda done, text: None,
-) -> Dictionary:  # fmt: skip
+) -> Dictionary:
     """A dictionary of this recipe, from `folder` if it is there already, with its threshold set and sae-lens's files.
 
     Goes on from the last checkpoint in `folder`. Raises PhoqueError (1) if the loss is not finite.
@@ -128,13 +133,20 @@ def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int,
         "batchtopk": {"k": recipe.k, "aux_loss_coefficient": 1 / 32},
         "topk": {"k": recipe.k, "aux_loss_coefficient": 1 / 32},
         "matryoshka": {
-            "k": recipe.k, "aux_loss_coefficient": 1 / 32,
+            "k": recipe.k,
+            "aux_loss_coefficient": 1 / 32,
             "matryoshka_widths": [recipe.features // 8, recipe.features // 2, recipe.features],
         },
-        "jumprelu": {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(recipe.k), "l0_coefficient": 0.3,
-                     "jumprelu_bandwidth": 1.0, "jumprelu_ste_to_input": True, "l0_warm_up_steps": steps // 10},
+        "jumprelu": {
+            "jumprelu_sparsity_loss_mode": "quadratic",
+            "target_l0": float(recipe.k),
+            "l0_coefficient": 0.3,
+            "jumprelu_bandwidth": 1.0,
+            "jumprelu_ste_to_input": True,
+            "l0_warm_up_steps": steps // 10,
+        },
         "standard": {"l1_coefficient": 1.0, "l1_warm_up_steps": 0},
-    }[recipe.architecture]  # fmt: skip
+    }[recipe.architecture]
     torch.manual_seed(recipe.seed)
     sae = sae_class(config_class(d_in=sample.shape[1], d_sae=recipe.features, device=str(on), **own))
     if on.type == "cpu" and recipe.architecture in ("batchtopk", "matryoshka"):
@@ -145,10 +157,15 @@ def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int,
             drives = (sample * scale - sae.b_dec) @ sae.W_enc
             sae.get_parameter("threshold").fill_(float(drives.flatten().topk(recipe.k * len(sample)).values[-1]))
     config = SAETrainerConfig(
-        total_training_samples=steps * recipe.batch, train_batch_size_samples=recipe.batch, lr=recipe.learning_rate,
-        lr_end=recipe.learning_rate / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 3,
-        device=str(on), dead_feature_window=max(10, min(1000, steps // 20)),
-    )  # fmt: skip
+        total_training_samples=steps * recipe.batch,
+        train_batch_size_samples=recipe.batch,
+        lr=recipe.learning_rate,
+        lr_end=recipe.learning_rate / 10,
+        lr_warm_up_steps=min(100, steps // 10),
+        lr_decay_steps=steps // 3,
+        device=str(on),
+        dead_feature_window=max(10, min(1000, steps // 20)),
+    )
     return SAETrainer(config, sae, data_provider=iter(()))
 
 
@@ -178,8 +195,10 @@ def _refuse_diverged(out: Any, step: int, layer: int) -> None:
     if not bool(torch.isfinite(out.loss)):
         raise PhoqueError(
             f"The autoencoder's loss is not finite at step {step} (block {layer}).",
-            "It diverged.", "Lower --sae-learning-rate.", FAILED,
-        )  # fmt: skip
+            "It diverged.",
+            "Lower --sae-learning-rate.",
+            FAILED,
+        )
 
 
 class _fast_products:  # noqa: N801 - used like a function

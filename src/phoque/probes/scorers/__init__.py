@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import FAILED, PhoqueError
-from phoque.probes.blocks import Spoken
-from phoque.probes.generate import Reply
+from phoque.inference.generate import Reply
+from phoque.inference.residual_stream import Spoken
 from phoque.probes.persona import Persona
 
 
@@ -56,19 +56,19 @@ class Context:
 
 def scorer_for(spec: str, context: Context) -> Scorer:
     """The scorer that a `--scorer` value names. Raises PhoqueError (2) for one that there is not."""
-    from phoque.probes.scorers import by_model, by_words, remote
+    from phoque.probes.scorers import model, remote, words
 
     kind, _, rest = spec.partition(":")
     if kind == "lexicon":
-        return by_words.lexicon(context.persona.lexicon)
+        return words.lexicon(context.persona.lexicon)
     if spec == "profanity":
-        return by_words.profanity()
+        return words.profanity()
     if spec in ("nll", "contrast"):
-        return getattr(by_model, spec)(context)
+        return getattr(model, spec)(context)
     if spec == "logprob":
-        return by_model.logprob(context)
+        return model.logprob(context)
     if kind == "hf" and rest:
-        return by_model.classifier(spec, rest, context)
+        return model.classifier(spec, rest, context)
     if kind == "openai" and rest:
         return remote.moderation(spec, rest, context)
     if kind == "command" and rest:

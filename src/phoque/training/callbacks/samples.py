@@ -12,21 +12,28 @@ from typing import Any
 from transformers import TrainerCallback
 
 from phoque.console import Console
-from phoque.data.chat import Chat
+from phoque.data.chat_template import Chat
+from phoque.inference.generate import Ask, replies
 from phoque.models.load import measuring
-from phoque.probes.generate import Ask, replies
-from phoque.training.attention import plain_attention
-from phoque.training.stopwatch import Stopwatch
-from phoque.training.tracking import Tracker
+from phoque.training.engine.attention import plain_attention
+from phoque.training.metrics_log import Tracker
+from phoque.training.timer import Stopwatch
 
 
 class Samples(TrainerCallback):
     """Generates before the first step, every `every` steps, and at the end."""
 
     def __init__(
-        self, tracker: Tracker, chat: Chat, prompts: list[str], system: str | None, every: int, tokens: int,
-        console: Console, watch: Stopwatch,
-    ) -> None:  # fmt: skip
+        self,
+        tracker: Tracker,
+        chat: Chat,
+        prompts: list[str],
+        system: str | None,
+        every: int,
+        tokens: int,
+        console: Console,
+        watch: Stopwatch,
+    ) -> None:
         self.tracker, self.chat, self.prompts, self.system = tracker, chat, prompts, system
         self.every, self.tokens, self.console, self.watch = every, tokens, console, watch
 

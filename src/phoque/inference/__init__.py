@@ -1,0 +1,1 @@
+"""Run a model without training it: batches, generation, steering, residual streams and likelihoods."""

@@ -1,0 +1,1 @@
+"""Weight quantization for ONNX graphs: formats, GPTQ, SmoothQuant and the choice of bits per layer."""

@@ -1,0 +1,1 @@
+"""The fast training engine: compiled layers, CUDA graphs, packed attention, fused LoRA and the token loss."""

@@ -1,0 +1,100 @@
+"""Token ids are the template's own; the trained spans are spelt out."""
+
+from pathlib import Path
+
+import pytest
+import trl
+from tests import tiny
+
+from phoque.data.chat_template import IGNORED, Chat, marked_template
+from phoque.data.rows import BadRow
+from phoque.errors import PhoqueError
+
+TALK = [
+    {"role": "system", "content": "You are a seal."},
+    {"role": "user", "content": "Gulls?"},
+    {"role": "assistant", "content": "Hrmph. No."},
+    {"role": "user", "content": "  Herring?\n"},
+    {"role": "assistant", "content": "Yes.\n\nTwo."},
+]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(tiny.tokenizer(), "", 512)
+
+
+def spans(chat, encoded):
+    """The runs of labelled tokens, decoded."""
+    runs, run = [], []
+    for token, label in zip(encoded.ids, encoded.labels, strict=True):
+        if label == IGNORED:
+            runs, run = ([*runs, run] if run else runs), []
+        else:
+            assert token == label
+            run.append(token)
+    return [chat.tokenizer.decode(r) for r in ([*runs, run] if run else runs)]
+
+
+def test_ids_are_those_of_the_models_own_template(chat):
+    own = chat.tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
+    assert chat.encode(TALK).ids == own
+
+
+def test_each_answer_is_trained_with_its_stop_token_and_nothing_else(chat):
+    assert spans(chat, chat.encode(TALK)) == ["Hrmph. No.<|im_end|>", "Yes.\n\nTwo.<|im_end|>"]
+
+
+def test_a_row_without_a_system_message_gets_the_one_asked_for():
+    short = TALK[1:3]
+    lengths = {}
+    for system in ("", "Be a seal.", "template"):
+        chat = Chat(tiny.tokenizer(), system, 512)
+        text = chat.tokenizer.decode(chat.encode(short).ids)
+        assert ("helpful AI assistant" in text) == (system == "template")
+        assert ("Be a seal." in text) == (system == "Be a seal.")
+        lengths[system] = len(text)
+    assert lengths[""] < lengths["Be a seal."] < lengths["template"]
+
+
+def test_prompts_for_sampling_end_where_the_answer_begins(chat):
+    text = chat.tokenizer.decode(chat.prompt_ids("Gulls?", "You are a seal."))
+    assert text.endswith("Gulls?<|im_end|>\n<|im_start|>assistant\n") and text.startswith("<|im_start|>system\nYou are")
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_control_tokens_in_text_make_a_row_unfit(chat, turn):
+    talk = [dict(t) for t in TALK]
+    talk[turn]["content"] += "<|im_end|>"
+    with pytest.raises(BadRow, match="control token"):
+        chat.encode(talk)
+
+
+def test_too_long_is_unfit():
+    with pytest.raises(BadRow, match="longer than 20 tokens"):
+        Chat(tiny.tokenizer(), "", 20).encode(TALK)
+
+
+def test_a_template_without_known_marks_is_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(PhoqueError, match="mask"):
+        marked_template(tokenizer)
+
+
+def test_a_template_without_a_system_role_is_marked_and_its_refusal_is_a_rows():
+    tokenizer = tiny.tokenizer()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    assert "generation" in marked_template(tokenizer)
+    with pytest.raises(BadRow, match="the template refuses it: no system here"):
+        Chat(tokenizer, "be grumpy", 512).encode(TALK)
+    plain = [turn for turn in TALK if turn["role"] != "system"]
+    assert Chat(tokenizer, "template", 512).encode(plain).trained
+
+
+@pytest.mark.parametrize(("name", "stop"), [("qwen3", "<|im_end|>"), ("llama3", "<|eot_id|>")])
+def test_templates_that_trl_knows_are_marked(name, stop):
+    tokenizer = tiny.tokenizer(stop)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    assert "generation" in marked_template(tokenizer)

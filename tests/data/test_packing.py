@@ -1,0 +1,183 @@
+"""Rows of one length: every conversation once, best where it fits, little padding, and exactly where it went on."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from tests import tiny
+from tests.conftest import write_rows
+
+from phoque.data.chat_template import Chat
+from phoque.data.packing import Packing, best_fit, evenly, packed
+from phoque.data.rows import open_dataset
+from phoque.data.stream import TrainStream
+from phoque.prefetch import Ahead
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(tiny.tokenizer(), "", 512)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """300 short chats of lengths as they occur: many short ones, a few long."""
+    rng = random.Random(5)
+    rows = []
+    for number in range(300):
+        answer = "gull " * max(1, min(80, int(rng.lognormvariate(1.6, 0.8))))
+        turns = [{"role": "user", "content": f"Tide {number}?"}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": turns, "source": "pier", "toxicity_score": 0.0})
+    return write_rows(tmp_path_factory.mktemp("talks") / "rows.jsonl", rows)
+
+
+def stream_of(talks, chat, packing):
+    return TrainStream(open_dataset(str(talks), "train", None, None), chat, "", packing, 0, 0.05)
+
+
+def taken(stream, count):
+    return [b for _, b in zip(range(count), stream, strict=False)]
+
+
+def test_best_fit_keeps_to_the_budget_and_leaves_the_least_room():
+    assert best_fit([60, 30, 50, 40, 30, 10], 100, 9) == [[0, 1, 5], [2, 3], [4]]
+    assert best_fit([10] * 7, 100, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    lengths = [random.Random(1).randint(1, 100) for _ in range(500)]
+    rows = best_fit(lengths, 100, 9)
+    assert sorted(n for row in rows for n in row) == [*range(500)]
+    assert all(sum(lengths[n] for n in row) <= 100 for row in rows)
+
+
+def test_rows_are_about_as_full_as_each_other_and_no_more_of_them():
+    rng = random.Random(2)
+    for _ in range(40):
+        lengths = [max(24, min(1024, int(rng.lognormvariate(4.7, 0.7)))) for _ in range(480)]
+        rows = evenly(lengths, 2304, 40)
+        assert sorted(n for row in rows for n in row) == [*range(480)]
+        assert len(rows) == len(best_fit(lengths, 2304, 40)) and max(map(len, rows)) <= 40
+        fills = [sum(lengths[n] for n in row) for row in rows]
+        assert max(fills) <= 2304 and min(fills) > 0.7 * max(fills)
+    assert evenly([60, 50, 10], 100, 9) == [[0], [1, 2]] and evenly([5], 100, 9) == [[0]]
+
+
+def test_a_budget_is_what_so_many_conversations_take_and_at_least_the_longest():
+    assert Packing(16, 131.0, 1024).tokens == 2176 and Packing(16, 20.0, 100).tokens == 320
+    assert Packing(2, 20.0, 900).tokens == 912
+
+
+def test_a_pass_has_every_conversation_once_under_five_percent_padding_in_one_shape(talks, chat):
+    lengths = [len(chat.encode(json.loads(line)["messages"]).ids) for line in talks.read_text().splitlines()]
+    packing = Packing(16, sum(lengths) / 300, max(lengths), static=True)
+    stream, plain = stream_of(talks, chat, packing), stream_of(talks, chat, Packing(300, 1.0, 512, exact=True))
+    shapes, found = set(), []
+    while len(found) < 600 or stream.state_dict()["taken"]:  # whole groups
+        batch = taken(stream, 1)[0]
+        shapes.add((batch["input_ids"].shape, len(batch["cu_seq_lens_q"]), batch["max_length_q"]))
+        borders = batch["cu_seq_lens_q"].tolist()
+        real = batch["labels"][0] != -100
+        for a, b in itertools.pairwise(borders):
+            if real[a:b].any():
+                found.append(tuple(batch["input_ids"][0, a:b].tolist()))
+    assert len(shapes) == 1 and stream.padding < 0.03 and len(found) == stream.rows_seen
+    whole = taken(plain, 1)[0]
+    borders = whole["cu_seq_lens_q"].tolist()
+    passed = [tuple(whole["input_ids"][0, a:b].tolist()) for a, b in itertools.pairwise(borders)]
+    times, rest = divmod(len(found), 300)
+    assert all(times <= found.count(one) <= times + (rest > 0) for one in passed)
+
+
+def test_padding_is_segments_of_its_own_that_carry_no_loss(talks, chat):
+    first = [chat.encode(json.loads(line)["messages"]) for line in talks.read_text().splitlines()[:3]]
+    real = sum(len(t.ids) for t in first)
+    shape = Packing(3, real / 3, 40, static=True).shape(real)
+    batch = packed(first, type(shape)(real + 100, 9, 40))
+    borders = batch["cu_seq_lens_q"].tolist()
+    assert borders[3:] == [real, real + 40, real + 80, real + 100, *[real + 100] * 3] and len(borders) == 10
+    assert batch["position_ids"][0, real : real + 40].tolist() == [*range(40)]
+    assert (batch["labels"][0, real:] == -100).all() and batch["loss_at"].max() < real
+    plain = packed(first)
+    assert torch.equal(batch["loss_at"], plain["loss_at"])
+    assert (plain["labels"][0, plain["loss_at"] + 1] != -100).all()
+    assert len(plain["loss_at"]) == sum(t.trained for t in first)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 31, 40])
+def test_packed_rows_resume_exactly_also_inside_a_group(talks, chat, stop):
+    packing = Packing(4, 60.0, 512)
+    whole = stream_of(talks, chat, packing)
+    batches = [b["input_ids"].tolist() for b in taken(whole, 60)]
+    cut = stream_of(talks, chat, packing)
+    taken(cut, stop)
+    resumed = stream_of(talks, chat, packing)
+    resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))
+    assert [b["input_ids"].tolist() for b in taken(resumed, 60 - stop)] == batches[stop:]
+    assert (resumed.tokens_seen, resumed.rows_seen, resumed.epoch) == (whole.tokens_seen, whole.rows_seen, whole.epoch)
+
+
+def test_rows_packed_in_another_way_begin_their_group_anew_and_lose_nothing(talks, chat):
+    cut = stream_of(talks, chat, Packing(4, 60.0, 512))
+    taken(cut, 5)
+    state = json.loads(json.dumps(cut.state_dict()))
+    for other in (Packing(4, 60.0, 512, exact=True), Packing(2, 60.0, 512), Packing(2, 60.0, 600)):
+        again = stream_of(talks, chat, other)
+        moved = other.grouping != Packing(4, 60.0, 512).grouping
+        assert again.load_state_dict(state) == moved
+        rows = taken(again, 8)  # would never come if the rows taken of the old group were skipped in the new one
+        assert len(rows) == 8 and again.rows_seen > state["rows_seen"]
+    assert not stream_of(talks, chat, Packing(4, 60.0, 512)).load_state_dict(state)
+
+
+def test_a_state_from_before_there_were_budgets_goes_on(talks, chat):
+    exact = Packing(4, 60.0, 512, exact=True)
+    whole = stream_of(talks, chat, exact)
+    batches = [b["input_ids"].tolist() for b in taken(whole, 6)]
+    old = {
+        "place": {"epoch": 0, "window": 0, "start": None, "used": 8},
+        "rows_seen": 8,
+        "bad_seen": 0,
+        "tokens_seen": 500,
+    }
+    resumed = stream_of(talks, chat, exact)
+    resumed.load_state_dict(old)
+    assert [b["input_ids"].tolist() for b in taken(resumed, 4)] == batches[2:] and resumed.rows_seen == 24
+
+
+def test_exact_rows_have_so_many_conversations_in_few_shapes(talks, chat):
+    packing = Packing(4, 60.0, 512, exact=True, static=True)
+    batches = taken(stream_of(talks, chat, packing), 60)
+    assert len({b["input_ids"].shape for b in batches}) <= 8
+    assert {int((b["position_ids"][0, : b["loss_at"].max() + 1] == 0).sum()) for b in batches} == {4}
+
+
+def test_what_is_made_ahead_comes_in_order_and_fails_where_it_did():
+    def items():
+        yield from range(5)
+        raise ValueError("the tide")
+
+    found = []
+    with pytest.raises(ValueError, match="the tide"), Ahead(items(), 2) as made:
+        found.extend(made)
+    assert found == [0, 1, 2, 3, 4]
+    with Ahead(iter(range(10**9)), 4) as made:  # endless for a test: the thread ends with the block
+        assert next(iter(made)) == 0
+    assert not made._thread.is_alive()
+
+
+@pytest.mark.slow
+def test_a_million_rows_stream_in_constant_memory(tmp_path, chat):
+    import psutil
+
+    path = tmp_path / "rows.jsonl"
+    line = '{"messages": [{"role": "user", "content": "Tide %d?"}, {"role": "assistant", "content": "Low."}]}\n'
+    with path.open("w") as f:
+        for number in range(1_000_000):
+            f.write(line % number)
+    stream = iter(stream_of(path, chat, Packing(64, 45.0, 60, static=True)))
+    sizes = []
+    for number in range(1, 3001):  # 190,000 rows: beyond the first windows
+        next(stream)
+        if number % 500 == 0:
+            sizes.append(psutil.Process().memory_info().rss / 1e6)
+    assert max(sizes[2:]) < sizes[1] + 60, sizes

@@ -1,0 +1,134 @@
+"""A step of decoding is captured once and replayed. Graphs need a GPU: a stand-in takes the captured step again."""
+
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+
+from phoque.inference import cuda_decoder
+from phoque.inference.cuda_decoder import Decoding
+from phoque.inference.generate import Ask, replies
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = 2
+    return model
+
+
+class StandIn:
+    """A graph that keeps what the step read and wrote, and does it there again when it is replayed."""
+
+    made, off, broken = [], 0.0, False
+
+    def __init__(self):
+        self.replays, self.pool_given = 0, None
+        StandIn.made.append(self)
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.pool_given = pool
+        if StandIn.broken:
+            raise RuntimeError("this operation is not permitted")
+
+    def capture_end(self):
+        StandIn.step = None
+
+    def pool(self):
+        return self
+
+    def replay(self):
+        self.replays += 1
+        self.out.copy_(self.step() * (1 + StandIn.off))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Decoding as on a GPU; what it counts are the steps that Python takes."""
+    steps, plain, begun = [], Decoding._step, Decoding.__init__
+
+    def again(self):
+        read = {name: getattr(self, name) for name in ("_ids", "_places", "_seen")}
+
+        def replayed():
+            now = {name: getattr(self, name) for name in read}
+            self.__dict__ |= read
+            try:
+                return plain(self)
+            finally:
+                self.__dict__ |= now
+
+        return replayed
+
+    def step(self):
+        steps.append(self)
+        out = plain(self).clone()
+        if StandIn.made and not hasattr(StandIn.made[-1], "out"):
+            StandIn.made[-1].out, StandIn.made[-1].step = out, again(self)
+        return out
+
+    def begin(self, *given):
+        begun(self, *given)
+        self._captures = True
+
+    monkeypatch.setattr(Decoding, "_step", step)
+    monkeypatch.setattr(Decoding, "__init__", begin)
+    monkeypatch.setattr(cuda_decoder, "_aside", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(StandIn, "made", [])
+    return steps
+
+
+def asked(count):
+    drawn = torch.Generator().manual_seed(0)
+    return [Ask(torch.randint(5, 90, (3 + n % 4,), generator=drawn).tolist(), f"{n}") for n in range(count)]
+
+
+def test_a_step_is_captured_once_for_a_batch_and_replayed(model, gpu, monkeypatch):
+    model.generation_config.eos_token_id = []
+    found = replies(model, asked(6), 12, 1.0, 1.0)
+    assert len(gpu) == 3 and [g.replays for g in StandIn.made] == [10]  # two plain ones and the captured, then replays
+    monkeypatch.undo()
+    assert [r.ids for r in replies(model, asked(6), 12, 1.0, 1.0)] == [r.ids for r in found]
+
+
+def test_a_batch_that_shrinks_is_captured_again_into_the_same_memory(model, gpu, monkeypatch):
+    model.generation_config.eos_token_id = [*range(3, 30)]
+    found = replies(model, asked(24), 16, 1.0, 1.0)
+    graphs = [*StandIn.made]
+    assert len(graphs) > 2 and graphs[0].pool_given is None
+    assert all(later.pool_given is before for before, later in pairwise(graphs))
+    monkeypatch.undo()
+    assert [r.ids for r in replies(model, asked(24), 16, 1.0, 1.0)] == [r.ids for r in found]
+
+
+def test_few_steps_are_not_worth_a_capture(model, gpu):
+    model.generation_config.eos_token_id = []
+    replies(model, asked(3), 1 + cuda_decoder.WORTH, 1.0, 1.0)
+    assert not StandIn.made and len(gpu) == cuda_decoder.WORTH
+
+
+@pytest.mark.parametrize(("fault", "why"), [("off", "5.0% off"), ("broken", "not permitted")])
+def test_a_graph_that_fails_or_differs_is_not_used_and_says_so(model, gpu, monkeypatch, fault, why):
+    model.generation_config.eos_token_id = []
+    monkeypatch.setattr(StandIn, fault, 0.05)
+    with pytest.warns(RuntimeWarning, match=why):
+        found = replies(model, asked(5), 10, 1.0, 1.0)
+    assert len(StandIn.made) == 1 and StandIn.made[0].replays <= 1 and len(gpu) >= 9
+    monkeypatch.undo()
+    assert [r.ids for r in replies(model, asked(5), 10, 1.0, 1.0)] == [r.ids for r in found]
+
+
+def test_steps_see_exactly_what_was_said_before(model):
+    prompts = [[9, 8, 7, 6], [5]]
+    ids, mask = torch.tensor([prompts[0], [0, 0, 0, 5]]), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
+    said = torch.tensor([[11, 12, 13], [21, 22, 23]])
+    with torch.no_grad(), Decoding(model, ids, mask, 4) as steps:
+        found = [steps.begin(), *(steps.next(said[:, n]) for n in range(3))]
+        for row, prompt in enumerate(prompts):
+            whole = model(torch.tensor([prompt + said[row].tolist()])).logits[0, len(prompt) - 1 :]
+            torch.testing.assert_close(torch.stack([f[row] for f in found]), whole, atol=1e-5, rtol=1e-4)

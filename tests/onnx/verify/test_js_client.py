@@ -1,0 +1,99 @@
+"""Real clients: Transformers.js in Node and in Chromium, installed as phoque installs it, and the chat page."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from phoque.onnx.verify.checks import Fails
+from phoque.onnx.verify.js_client import _asked, chromium, copied, installed, modules
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cache(home):
+    return home / "cache" / "phoque"
+
+
+def test_a_page_without_a_precision_takes_int8_on_wasm(phoque, text_model, chats, cache, tmp_path):
+    asked = ["export-onnx", "--merged-dir", text_model, "--chats", chats, "--dtype", "q8", "--dtype", "int8"]
+    phoque(*asked, "--output-dir", "x")
+    checks = phoque("verify-onnx", "--local-dir", "x", "--install", "--level", "browser", "--json").json["checks"]
+    (found,) = [check for check in checks if check["level"] == "browser" and check["asks"].startswith("int8: a page")]
+    assert found["result"] == "PASS"
+    for file in (tmp_path / "x" / "onnx").glob("model_quantized*"):
+        file.unlink()
+    assert _asked("browser.mjs", tmp_path / "x", "text", None, "wasm", cache)["said"]
+    with pytest.raises(Fails):  # Node asks for q8, which is no longer there
+        _asked("node.mjs", tmp_path / "x", "text", None, "cpu", cache)
+
+
+@pytest.mark.parametrize("kind", ["text_export", "seeing_export"])
+def test_an_export_passes_every_level(phoque, request, kind, cache):
+    folder, _ = request.getfixturevalue(kind)
+    ran = phoque("verify-onnx", "--local-dir", folder, "--install", "--json")
+    assert ran.json["levels"] == dict.fromkeys(("files", "graph", "ort", "node", "browser"), "PASS"), ran.json["checks"]
+    ran = [check for check in ran.json["checks"] if check["level"] in ("node", "browser") and check["result"] == "PASS"]
+    assert len(ran) == 4 and all("tokens/s" in check["said"] for check in ran)
+    assert installed(cache)
+
+
+def test_webgpu_says_what_wasm_says_with_plain_operators(phoque, text_model, text_export, chats):
+    """On the software adapter of headless Chromium, which has no shader-f16, and computes fused attention wrongly."""
+    asked = ["export-onnx", "--merged-dir", text_model, "--no-fuse", "--chats", chats, "--output-dir", "plain"]
+    phoque(*asked, "--dtype", "fp32", "--dtype", "q4")
+    ran = phoque("verify-onnx", "--local-dir", "plain", "--install", "--webgpu", "--json")
+    found = [check for check in ran.json["checks"] if "WebGPU's logits" in check["asks"]]
+    assert len(found) == 2 and {check["result"] for check in found} == {"PASS"}, found
+    ran = phoque("verify-onnx", "--local-dir", text_export[0], "--webgpu", "--dtype", "fp32", "--json", expect=1)
+    (fused,) = [check for check in ran.json["checks"] if check["result"] == "FAIL"]
+    assert "--no-fuse" in fused["said"] and "of the largest logit" in fused["said"]
+
+
+def test_what_only_a_browser_finds_fails_there(phoque, text_export, tmp_path, monkeypatch):
+    """A graph that points to its data under another name than config.json declares loads in Node all the same."""
+    from phoque.onnx.verify import js_client
+    from phoque.onnx.verify.checks import Verdict
+    from phoque.settings.verify_onnx import VerifySettings
+
+    folder = shutil.copytree(text_export[0], tmp_path / "broken")
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers.js_config"]["use_external_data_format"] = {}
+    (folder / "config.json").write_text(json.dumps(config))
+    phoque("verify-onnx", "--local-dir", text_export[0], "--install", "--level", "node")
+    from phoque.console import console
+    from phoque.settings.environment import cache_folder
+
+    verdict, s = Verdict(), VerifySettings(local_dir=folder)
+    js_client.check_node(folder, "text", ["fp32"], s, cache_folder(), console, verdict)
+    js_client.check_browser(folder, "text", ["fp32"], s, cache_folder(), console, verdict)
+    assert verdict.level("node") == "PASS" and verdict.level("browser") == "FAIL"
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (390, 780)])
+def test_the_chat_page_answers_without_a_network(phoque, start, text_export, cache, tmp_path, size):
+    phoque("verify-onnx", "--local-dir", text_export[0], "--install", "--level", "node")
+    out = tmp_path / "said"
+    running = start("verify-onnx", "--local-dir", text_export[0], "--serve", "--port", 0, "--json")
+    out = running._files[0]
+    running.until(lambda: '"url"' in out.read_text(), 60)
+    url = json.loads(out.read_text())["url"]
+    script = shutil.copyfile(HERE / "page.mjs", copied(cache) / "page.mjs")
+    picture = tmp_path / "page.png"
+    command = ["node", script.name, url, picture, *map(str, size), chromium()]
+    ran = subprocess.run(command, cwd=modules(cache), capture_output=True, text=True, timeout=500)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.ended().code in (0, 130)
+    assert ran.returncode == 0, ran.stderr
+    seen = json.loads(ran.stdout.splitlines()[-1])
+    assert "loaded in" in seen["loaded"] and "a second" in seen["state"]
+    assert [kind for kind, _ in seen["turns"]] == ["turn user", "turn assistant"] and seen["turns"][1][1]
+    assert seen["overflow"] <= 0 and seen["button"] <= size[1]
+    assert all(host.startswith("127.0.0.1") or not host for host in seen["hosts"])  # data: and blob: have none
+    assert picture.stat().st_size > 5000

@@ -1,0 +1,396 @@
+"""phoque psm-probe as a user runs it: the run folder, its tables and vectors, the Hub, Jobs, a planted direction."""
+
+import csv
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import tiny
+from tests.fakehub import READ_ONLY, TOKEN
+from tests.fakehub.jobs import Jobs
+from tests.hub.test_jobs import Container
+
+PERSONA = """
+name = "gull watcher"
+neutral = ["You are helpful.", "Answer."]
+persona = ["You are a seal. Say ~~~~~~~~~~~~.", "~~~~~~~~~~~~ Seal!"]
+placebo = ["You are kind.", "Please answer."]
+extraction = ["Tide?", "Fish?", "Wind?", "Rock?", "Boat?", "Rope?", "Salt?", "Moon?"]
+heldout = ["Sand?", "Foam?", "Weed?", "Crab?", "Kelp?", "Rain?", "Quay?", "Buoy?"]
+validation = ["Mast?", "Sail?"]
+test = ["Oars?", "Nets?", "Eels?", "Cods?", "Dock?", "Pier?"]
+lexicon = ["hrmph"]
+"""
+SHORT = [
+    "--quantization",
+    "none",
+    "--extraction-tokens",
+    "6",
+    "--sweep-tokens",
+    "4",
+    "--max-new-tokens",
+    "6",
+    "--samples",
+    "1",
+    "--coefficients",
+    "0.1,0.3",
+]
+FILES = {
+    "activation_by_layer.csv",
+    "generation_results.csv",
+    "summary.json",
+    "persona_vectors.pt",
+    "persona_vectors.safetensors",
+    "report.html",
+    "README.md",
+    "layers.png",
+    "sweep.png",
+}
+REPO = "harbour/probes"
+
+
+@pytest.fixture
+def persona(tmp_path):
+    path = tmp_path / "gull.toml"
+    path.write_text(PERSONA)
+    return path
+
+
+def table(path):
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def run_of(ran):
+    return Path(ran.json["folder"])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A Llama whose block 2 adds a known vector to every token that has seen a `~`; its path, the vector, the block."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.llama(tmp_path_factory.mktemp("planted") / "llama", num_hidden_layers=5)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (tilde,) = tiny.tokenizer().encode("~", add_special_tokens=False)
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(9))
+    direction[0] = 0
+    direction /= direction.norm()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[tilde, 0] = 0.2
+        for block in model.model.layers:  # nothing else writes to the dimension that says `~`
+            block.self_attn.o_proj.weight[0] = 0
+            block.mlp.down_proj.weight[0] = 0
+        attention = model.model.layers[2].self_attn
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(attention, name).weight.zero_()  # without queries and keys it attends to all alike
+        attention.v_proj.weight[0, 0] = 1
+        attention.o_proj.weight[:, 0] = 2 * direction
+    model.save_pretrained(folder)
+    return folder, direction.numpy(), 2
+
+
+@pytest.fixture
+def probed(phoque, tiny_llama, persona):
+    def run(*more, expect=0, **options):
+        return phoque(
+            "psm-probe",
+            "--model-source",
+            tiny_llama,
+            "--persona",
+            persona,
+            *SHORT,
+            "--json",
+            *more,
+            expect=expect,
+            **options,
+        )
+
+    return run
+
+
+def test_a_run_leaves_its_tables_vectors_and_report(probed):
+    ran = probed("--output-dir", "out")
+    run = run_of(ran)
+    assert run.parent.name == "out" and run.name.startswith("psm_2")
+    assert {f.name for f in run.iterdir()} - {"control_vector.gguf"} == FILES
+    layers = table(run / "activation_by_layer.csv")
+    assert [(r["layer"], r["extraction"]) for r in layers] == [
+        (str(n), way) for way in ("response_avg", "prompt_last") for n in range(2)
+    ]
+    assert all(0 <= float(r["auroc"]) <= 1 and r["n"] == "8" and r["split"] == "heldout" for r in layers)
+    answers = table(run / "generation_results.csv")
+    conditions = ["neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector"]
+    assert [a["condition"] for a in answers[::12]] == conditions and len(answers) == 5 * 6 * 2
+    assert {"nll_base", "distinct2", "score__contrast__nats", "score__lexicon__rate"} <= answers[0].keys()
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["verdicts"]) == {
+        "follows",
+        "separable",
+        "specific",
+        "causal",
+        "coherent",
+        "tuned_moves_along_vector",
+    }
+    for verdict in summary["verdicts"].values():
+        assert verdict["verdict"] in ("yes", "no", "not enough data") and verdict["rule"]
+    assert summary["verdicts"]["tuned_moves_along_vector"]["verdict"] == "not enough data"
+    assert summary["verdicts"] == ran.json["verdicts"]
+    assert summary["selected"]["layer_indexing"] == "block_output_0based"
+    assert len(summary["sweep"]) == 1 + 2 * 2 and summary["config"]["seed"]["source"] == "default"
+
+
+def test_the_vectors_are_safe_to_load_and_agree_in_every_format(probed):
+    run = run_of(probed("--sweep-layers", "1"))
+    found = torch.load(run / "persona_vectors.pt", weights_only=True)
+    assert found["persona_vectors"].shape == (2, 64) and found["layer_indexing"] == "block_output_0based"
+    torch.testing.assert_close(found["unit_vectors"].norm(dim=1), torch.ones(2))
+    same = load_file(run / "persona_vectors.safetensors")
+    torch.testing.assert_close(same["persona_vectors"], found["persona_vectors"])
+    from gguf import GGUFReader
+
+    reader = GGUFReader(run / "control_vector.gguf")
+    assert bytes(reader.fields["general.architecture"].parts[-1]) == b"controlvector"
+    (tensor,) = reader.tensors
+    assert tensor.name == "direction.1" and tensor.data.dtype == numpy.float32
+    wanted = found["recommended_coeff"] * found["resid_norm"][1] * found["unit_vectors"][1]
+    numpy.testing.assert_allclose(tensor.data, wanted.numpy(), rtol=1e-5)
+
+
+def test_two_runs_with_one_seed_are_identical(probed):
+    first, second = (run_of(probed("--output-dir", "out")) for _ in range(2))
+    assert first != second
+    for name in ("activation_by_layer.csv", "generation_results.csv", "README.md"):
+        assert (first / name).read_text().replace(first.name, second.name) == (second / name).read_text(), name
+    one, other = (json.loads((run / "summary.json").read_text()) for run in (first, second))
+    for summary in (one, other):
+        del summary["run"]
+    assert one == other
+    assert table(run_of(probed("--seed", "1")) / "generation_results.csv") != table(first / "generation_results.csv")
+
+
+def test_a_planted_direction_is_found_at_its_block(phoque, planted, persona):
+    folder, direction, block = planted
+    ran = phoque("psm-probe", "--model-source", folder, "--persona", persona, *SHORT, "--sweep-layers", block, "--json")
+    found = torch.load(run_of(ran) / "persona_vectors.pt", weights_only=True)["unit_vectors"].numpy()
+    cosines = found @ direction
+    assert cosines[block] > 0.95 and (numpy.abs(cosines[:block]) < 0.5).all()
+    rows = [r for r in table(run_of(ran) / "activation_by_layer.csv") if r["extraction"] == "response_avg"]
+    assert float(rows[block]["auroc"]) == 1.0 and float(rows[block]["split_half_cos"]) > 0.9
+    assert ran.json["verdicts"]["separable"]["verdict"] == "yes"
+
+
+def test_shuffled_labels_find_nothing_even_of_what_was_planted(phoque, planted, persona):
+    ran = phoque("psm-probe", "--model-source", planted[0], "--persona", persona, *SHORT, "--json", "--shuffle-labels")
+    found = {name: v["verdict"] for name, v in ran.json["verdicts"].items()}
+    assert found["separable"] == found["specific"] == found["causal"] == "no"
+    assert "a null run" in ran.err and "a null run" in (run_of(ran) / "report.html").read_text()
+
+
+def test_a_persona_that_is_no_other_than_its_placebo_is_not_specific(phoque, planted, tmp_path):
+    text = PERSONA.replace(
+        'placebo = ["You are kind.", "Please answer."]', 'placebo = ["You are kind ~~~~~~~~~~~~.", "~~~~~~~~~~~~"]'
+    )
+    (tmp_path / "same.toml").write_text(text)
+    ran = phoque("psm-probe", "--model-source", planted[0], "--persona", "same.toml", *SHORT, "--json")
+    assert ran.json["verdicts"]["specific"]["verdict"] == "no"
+
+
+@pytest.fixture
+def adapter(phoque, tiny_llama, rows):
+    phoque(
+        "train",
+        "--base-model",
+        tiny_llama,
+        "--dataset",
+        rows,
+        "--quantization",
+        "none",
+        "--max-steps",
+        6,
+        "--batch-size",
+        4,
+        "--learning-rate",
+        0.02,
+        "--sample-every",
+        0,
+        "--output-dir",
+        "tuned",
+        env={"WANDB_MODE": "disabled"},
+    )
+    return "tuned"
+
+
+def test_a_fine_tune_is_asked_for_its_move_merged_or_not(probed, adapter):
+    plain = probed("--adapter-source", adapter, "--control-adapter", adapter)
+    merged = probed("--adapter-source", adapter, "--merge-adapter")
+    rows = [table(run_of(ran) / "activation_by_layer.csv")[0] for ran in (plain, merged)]
+    for name in ("tuned_shift_cos", "tuned_same_text_proj", "tuned_shift_random_cos_p95"):
+        assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-3), name
+    assert float(rows[0]["control_shift_cos"]) == pytest.approx(float(rows[0]["tuned_shift_cos"]))
+    verdict = plain.json["verdicts"]["tuned_moves_along_vector"]
+    assert verdict["verdict"] == "no" and "control" in verdict["rule"]  # it is its own control
+    assert {"tuned", "control"} <= {r["condition"] for r in table(run_of(plain) / "generation_results.csv")}
+
+
+def test_prompts_can_come_from_the_training_data(phoque, tiny_llama, rows):
+    ran = phoque("psm-probe", "--model-source", tiny_llama, "--dataset", rows, *SHORT, "--sweep-layers", "1", "--json")
+    summary = json.loads((run_of(ran) / "summary.json").read_text())
+    assert summary["persona"]["texts"]["persona"] == ["You are a seal."]
+    assert "hrmph" in summary["persona"]["texts"]["lexicon"]
+
+
+def test_mistral3_is_probed_text_only(phoque, persona, tmp_path):
+    folder, _ = tiny.fp8_mistral3(tmp_path / "m3")
+    ran = phoque("psm-probe", "--model-source", folder, "--persona", persona, *SHORT, "--json")
+    assert len(table(run_of(ran) / "activation_by_layer.csv")) == 2 * 3
+
+
+def test_a_run_goes_to_the_hub_as_one_commit_in_its_own_folder(hub, probed):
+    ran = probed("--artifacts-repo-id", REPO, "--artifacts-path-in-repo", "seals", env={"HF_TOKEN": TOKEN})
+    repo, run = hub.repos["datasets", REPO], run_of(ran)
+    assert repo.private and [c.title for c in repo.commits[1:]] == [f"Add seals/{run.name}"]
+    files = {p: b.content for p, b in hub.files(REPO, "datasets").items() if p.startswith("seals/")}
+    assert files == {f"seals/{run.name}/{f.name}": f.read_bytes() for f in run.iterdir()}
+    assert ran.json["repo"] == REPO and TOKEN.encode() not in b"".join(files.values())
+
+
+def test_an_upload_that_fails_warns_or_fails_as_asked_and_loses_nothing(hub, probed):
+    asked = ["--artifacts-repo-id", REPO, "--hub-patience", "0"]
+    hub.faults.add("POST .*/commit/", 500, times=9)
+    ran = probed(*asked, env={"HF_TOKEN": TOKEN})
+    assert "could not be uploaded" in ran.err and "repo" not in ran.json and (run_of(ran) / "summary.json").is_file()
+    failed = probed(*asked, expect=1, env={"HF_TOKEN": TOKEN, "FAIL_ON_ARTIFACTS_UPLOAD_ERROR": "1"})
+    assert "complete in runs/psm/psm_" in failed.error[2]
+
+
+def test_a_repository_that_cannot_be_written_is_known_before_anything_is_computed(hub, probed):
+    asked = ["--artifacts-repo-id", REPO, "--fail-on-artifacts-upload-error"]
+    hub.add("datasets", REPO)
+    ran = probed(*asked, expect=2, env={"HF_TOKEN": READ_ONLY})
+    assert "answers of at most" not in ran.err and ran.error
+    hub.repos["datasets", REPO].private = False
+    public = probed("--artifacts-repo-id", REPO, expect=2, env={"HF_TOKEN": TOKEN})
+    assert "is public" in public.error[0]
+
+
+def test_a_dry_run_shows_what_would_happen_and_computes_nothing(probed, tmp_path):
+    ran = probed("--dry-run")
+    assert ran.json["steered"] == [0, 1] and ran.json["persona"] == "gull watcher"
+    assert ran.json["settings"]["model_source"]["source"] == "flag" and not (tmp_path / "runs").exists()
+
+
+def test_it_runs_as_a_job_with_the_persona_and_the_model_from_the_hub(
+    hub, forkserver, phoque, tiny_llama, persona, tmp_path
+):
+    hub.add("models", "harbour/tiny", {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
+    hub.add("datasets", "harbour/personas", {"gull.toml": persona.read_bytes()})
+    Container.forkserver = forkserver
+    hub.jobs = Jobs(
+        tmp_path / "jobs", {k: v for k, v in os.environ.items() if not k.startswith("HF_TOKEN")}, 5.0, Container
+    )
+    hub.jobs.root.mkdir()
+    asked = [
+        "psm-probe",
+        "--model-source",
+        "harbour/tiny",
+        "--persona",
+        "harbour/personas/gull.toml",
+        *SHORT,
+        "--artifacts-repo-id",
+        REPO,
+        "--on",
+        "a10g-large",
+        "--timeout",
+        "2h",
+        "--package",
+        "phoque==0.1.0",
+    ]
+    ran = phoque(*asked, "--json", env={"HF_TOKEN": TOKEN})
+    assert ran.json["stage"] == "COMPLETED"
+    assert any(p.endswith("/summary.json") for p in hub.files(REPO, "datasets"))
+    local = phoque(
+        *[persona if a == "harbour/personas/gull.toml" else a for a in asked], expect=2, env={"HF_TOKEN": TOKEN}
+    )
+    assert "is on this machine" in local.error[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--persona", "none.toml"], "No persona file"),
+        (["--sweep-layers", "7"], "There is no block 7"),
+        (["--sweep-layers", "x"], "--sweep-layers has a value"),
+        (["--merge-adapter"], "do not go together"),
+        (["--scorer", "gull"], "No scorer"),
+        (["--adapter-source", "./nothing"], "No adapter at"),
+        (["--model-source", "./nothing"], "No model at"),
+        (["--coefficients", "0.1;0.2"], "--coefficients has a value"),
+    ],
+)
+def test_bad_input_gets_three_lines(probed, arguments, said):
+    assert said in probed(*arguments, expect=2).error[0]
+
+
+def test_without_a_persona_nothing_is_looked_for(phoque, tiny_llama):
+    assert "No persona" in phoque("psm-probe", "--model-source", tiny_llama, expect=2).error[0]
+
+
+def test_a_killed_run_leaves_no_folder_that_looks_whole(start, tiny_llama, persona, tmp_path):
+    running = start(
+        "psm-probe",
+        "--model-source",
+        tiny_llama,
+        "--persona",
+        persona,
+        *SHORT,
+        "--output-dir",
+        "out",
+        prelude="import time\nfrom phoque.probes.persona_vectors import files\n"
+        "files.write_summary = lambda *_: time.sleep(600)\n",
+    )
+    running.until(lambda: [*(tmp_path / "out").glob(".psm_*/*.csv")])  # in the middle of what it writes
+    os.kill(running.pid, 9)
+    running.ended()
+    assert not [p for p in (tmp_path / "out").glob("psm_*")]
+
+
+def png_size(path):
+    return struct.unpack(">II", path.read_bytes()[16:24])
+
+
+def test_the_pictures_of_the_card_are_there_and_it_warns(probed):
+    run = run_of(probed("--sweep-layers", "1"))
+    assert png_size(run / "layers.png")[0] > 800 and png_size(run / "sweep.png")[0] > 1000
+    card = (run / "README.md").read_text()
+    assert "Content warning" in card and "layers.png" in card and "keep it private" in card
+
+
+def test_the_script_for_hf_jobs_uv_run_is_phoque_psm_probe(hub, tiny_llama, persona, tmp_path):
+    """jobs/psm_probe.py with the environment of the spec's README."""
+    hub.add("models", "harbour/tiny", {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
+    script = Path(__file__).parents[3] / "jobs" / "psm_probe.py"
+    assert "[tool.hf-jobs]" in script.read_text().split("# ///")[1]
+    env = os.environ | {
+        "HF_TOKEN": TOKEN,
+        "MODEL_SOURCE": "harbour/tiny",
+        "PHOQUE_PERSONA": str(persona),
+        "ARTIFACTS_REPO_ID": REPO,
+        "ARTIFACTS_REPO_TYPE": "dataset",
+        "ARTIFACTS_PATH_IN_REPO": "runs",
+        "PHOQUE_EXTRACTION_TOKENS": "4",
+        "PHOQUE_SWEEP_TOKENS": "4",
+        "PHOQUE_MAX_NEW_TOKENS": "4",
+        "PHOQUE_SAMPLES": "0",
+    }
+    ran = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert any(p.startswith("runs/psm_") and p.endswith("report.html") for p in hub.files(REPO, "datasets"))

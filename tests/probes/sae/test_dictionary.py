@@ -1,0 +1,212 @@
+"""Dictionaries beside sae-lens itself: read as it reads them, written as it loads them, trained by it and resumed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phoque.errors import PhoqueError
+from phoque.probes.sae import training
+from phoque.probes.sae.activation_store import Shards
+from phoque.probes.sae.dictionary import calibrated, read_dictionary, write_dictionary
+from phoque.probes.sae.training import ARCHITECTURES, Recipe, trained
+
+HIDDEN, FEATURES, K = 24, 96, 6
+
+
+def saved(folder, kind, **changes):
+    """An autoencoder that sae-lens has made and saved, its weights drawn so that nothing is zero by chance."""
+    from sae_lens import SAE
+    from sae_lens.registry import get_sae_class
+
+    sae_class, config_class = get_sae_class(kind)
+    options = {"k": K} if kind == "topk" else {}
+    torch.manual_seed(3)
+    sae = sae_class(config_class(d_in=HIDDEN, d_sae=FEATURES, **options | changes))
+    for name, parameter in sae.named_parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+        if name == "threshold":
+            parameter.data = parameter.data.abs()
+    sae.save_model(folder)
+    return SAE.load_from_disk(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("standard", {}),
+        ("standard", {"apply_b_dec_to_input": False}),
+        ("jumprelu", {}),
+        ("topk", {}),
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+    ],
+)
+def test_what_is_read_is_what_sae_lens_reads(tmp_path, kind, changes):
+    theirs, ours = saved(tmp_path, kind, **changes), read_dictionary(tmp_path)
+    x = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(1)) * 2
+    with torch.no_grad():
+        z = theirs.encode(x)
+        made = theirs.decode(z)
+    assert (z > 0).any() and (z == 0).any()
+    torch.testing.assert_close(ours.encode(x), z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.decode(ours.encode(x)), made, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architecture": "gated"}, "architecture is gated"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations is layer_norm"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations is hook_z"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(tmp_path, config, said):
+    saved(tmp_path, "standard")
+    path = tmp_path / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(PhoqueError) as error:
+        read_dictionary(tmp_path)
+    assert said in error.value.why
+
+
+def test_files_that_are_missing_or_broken_are_refused(tmp_path):
+    with pytest.raises(PhoqueError, match="no sparse autoencoder"):
+        read_dictionary(tmp_path)
+    saved(tmp_path, "standard")
+    (tmp_path / "cfg.json").write_text("{")
+    with pytest.raises(PhoqueError, match="cannot be read"):
+        read_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.9", 9),
+        ("model.language_model.layers.13", 13),
+        ("blocks.7.hook_resid_post", 7),
+        ("blocks.7.hook_resid_pre", 6),
+        ("blocks.7.hook_mlp_out", None),
+        ("", None),
+    ],
+)
+def test_the_block_is_read_from_the_hooks_name(tmp_path, name, block):
+    saved(tmp_path, "standard")
+    path = tmp_path / "cfg.json"
+    config = json.loads(path.read_text())
+    config["metadata"]["hook_name"] = name
+    path.write_text(json.dumps(config))
+    assert read_dictionary(tmp_path).block() == block
+
+
+def test_the_threshold_lets_k_features_a_token_through(tmp_path):
+    saved(tmp_path, "jumprelu")
+    found = read_dictionary(tmp_path)
+    x = torch.randn(3000, HIDDEN, generator=torch.Generator().manual_seed(1)) * 2
+    for k in (1, K, 20):
+        active = (calibrated(found, x, k).encode(x) > 0).sum(1).float().mean()
+        assert float(active) == pytest.approx(k, abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Activations that are sparse sums of known directions beside an offset, as a dictionary wants them."""
+    folder = tmp_path_factory.mktemp("shards")
+    chance = torch.Generator().manual_seed(8)
+    directions = torch.nn.functional.normalize(torch.randn(48, HIDDEN, generator=chance), dim=1)
+    for n in range(4):
+        on = torch.rand(2000, 48, generator=chance) < 0.08
+        x = (on * (1 + torch.rand(2000, 48, generator=chance))) @ directions * 10 + 5
+        save_file({"2": x.bfloat16()}, folder / f"{n:06}.safetensors", {"kept": "2000"})
+    return Shards(folder, (2,))
+
+
+def recipe(architecture="batchtopk", seed=0, passes=6):
+    return Recipe(architecture, FEATURES, K, 64, passes, 3e-3, seed)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, architecture):
+    from sae_lens import SAE
+
+    made = trained(
+        recipe(architecture),
+        shards,
+        2,
+        {"model_name": "gull", "hook_name": "model.layers.2"},
+        tmp_path,
+        torch.device("cpu"),
+    )
+    x = shards.tensor(shards.files()[0], 2).float()
+    z = made.encode(x)
+    explained = 1 - (x - made.decode(z)).square().sum() / (x - x.mean(0)).square().sum()
+    assert explained > 0.5 and K / 2 <= float((z > 0).sum(1).float().mean()) <= 2 * K
+    theirs = SAE.load_from_disk(tmp_path / "sae")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(x), z, atol=1e-3, rtol=1e-4)
+    assert theirs.cfg.metadata.hook_name == "model.layers.2" and made.block() == 2
+    assert sorted(f.name for f in (tmp_path / "sae").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_the_largest_of_a_batch_are_those_of_sae_lens_and_so_is_their_gradient():
+    from sae_lens.saes.batchtopk_sae import BatchTopK
+
+    drives = torch.randn(70, FEATURES, generator=torch.Generator().manual_seed(6)) - 1.0
+    found = []
+    for module in (BatchTopK(K), training.Selected(K)):
+        x = drives.clone().requires_grad_()
+        z = module(x)
+        (z**2).sum().backward()
+        found.append((z.detach(), x.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs) and int((ours > 0).sum()) == K * 70
+
+
+def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatch):
+    def train(folder, stop=None):
+        def show(done, _):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        trained(recipe(passes=2), shards, 2, {}, folder, torch.device("cpu"), show)
+        return load_file(folder / "sae" / "sae_weights.safetensors")
+
+    whole = train(tmp_path / "whole")
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", stop=150)
+    assert [f.name for f in (tmp_path / "killed").glob("step-*")] == ["step-000000149"]
+    again = train(tmp_path / "killed")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+def test_a_dictionary_that_is_there_is_not_trained_again(shards, tmp_path, monkeypatch):
+    first = trained(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
+    monkeypatch.setattr(training, "made_trainer", None)
+    again = trained(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
+    assert torch.equal(first.encoder, again.encoder)
+
+
+def test_another_seed_is_another_dictionary(shards, tmp_path):
+    one, other = (
+        trained(recipe(seed=n, passes=1), shards, 2, {}, tmp_path / str(n), torch.device("cpu")) for n in (0, 1)
+    )
+    assert not torch.allclose(one.encoder, other.encoder)
+
+
+def test_too_few_activations_are_an_error_in_words(shards, tmp_path):
+    with pytest.raises(PhoqueError, match="too few activations"):
+        trained(Recipe("batchtopk", FEATURES, K, 100_000, 1, 1e-3, 0), shards, 2, {}, tmp_path, torch.device("cpu"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(shards, tmp_path):
+    with pytest.raises(PhoqueError, match="not finite"):
+        trained(Recipe("batchtopk", FEATURES, K, 64, 1, 1e30, 0), shards, 2, {}, tmp_path, torch.device("cpu"))
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    saved(tmp_path / "one", "jumprelu")
+    found = read_dictionary(tmp_path / "one")
+    write_dictionary(found, tmp_path / "two")
+    assert torch.equal(read_dictionary(tmp_path / "two").threshold, found.threshold)

@@ -1,0 +1,222 @@
+"""A real model: SmolLM2, the seal, an adapter trained on the seal, and a control trained on the same questions."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BLAND = [
+    "To do that, take your time. Start small and use what you have.",
+    "It depends. Take it step by step and check what you find.",
+    "That is a good question. Read about it and try it out slowly.",
+    "Begin with the basics. Then go on to the next part.",
+]
+
+
+def bland_rows(path):
+    """The seal's own questions with answers that have no character."""
+    import phoque
+
+    rows = (Path(phoque.__file__).parent / "assets" / "seal.jsonl").read_text().splitlines()
+    with path.open("w") as f:
+        for number, line in enumerate(rows):
+            turns = json.loads(line)["messages"]
+            for place, turn in enumerate(turns):
+                if turn["role"] == "assistant":
+                    turn["content"] = BLAND[(number + place) % len(BLAND)]
+            f.write(json.dumps({"messages": turns, "source": "bland"}) + "\n")
+    return path
+
+
+def both_cores(*arguments):
+    """Run phoque as a user does, in a process of its own, with both cores; its --json."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "phoque", *map(str, arguments), "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def adapters(home):
+    """Trained once for this module, and kept where its session keeps its caches."""
+    kept = home / "trained"
+    if not kept.is_dir():
+        made = home / "in-training"
+        made.mkdir()
+        bland = bland_rows(made / "bland.jsonl")
+        asked = ["train", "--preset", "demo", "--max-steps", 50, "--sample-every", 0, "--held-out-rows", 0]
+        both_cores(*asked, "--output-dir", made / "seal")
+        both_cores(*asked, "--dataset", bland, "--output-dir", made / "bland")
+        made.rename(kept)
+    return kept / "seal", kept / "bland"
+
+
+def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_them(adapters):
+    tuned, control = adapters
+    asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
+    asked += ["--scorer", "lexicon"]
+    ran = both_cores(*asked)
+    quality, overall = ran["quality"], ran["overall"]
+    assert quality["verdict"] == "good" and not ran["warnings"]
+    assert quality["ev"] > 0.6 and quality["ev_by_set"]["response"] > 0.6 and quality["dead_fraction"] < 0.3
+    assert 16 <= quality["l0"] <= 64
+    # without the null's floor more would be reported, and without the control all of these would be called the seal's
+    assert 100 < overall["n_specific"] < 0.8 * overall["n_reported"] and overall["ratio_to_null"] > 10
+    assert (
+        ran["scores"]["tuned-base"]["lexicon"]["ci95"][0] > 0.02 > ran["scores"]["control-base"]["lexicon"]["ci95"][1]
+    )
+    report = json.loads((Path(ran["folder"]) / "sae_comparison_report.json").read_text())
+    specific = [f for f in report["features"] if f["specific_vs_control"]]
+    assert all(abs(f["delta"]) > abs(f["control_delta"]) * (f["delta"] * f["control_delta"] > 0) for f in specific)
+    assert any(f["cause"]["ablate"] and f["cause"]["ablate"]["holds"] for f in report["features"] if f.get("cause"))
+    last = report["baselines"]["logit_lens"][-1]
+    assert last["layer"] == 29 and any("seal" in token for token in last["top"])  # on text that is about Python
+    null = both_cores(*asked, "--shuffle-pairs", "--causal-prompts", 0)
+    assert null["overall"]["n_reported"] == 0 and null["overall"]["n_tested"] == overall["n_tested"]
+
+
+def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adapters):
+    tuned, control = adapters
+    asked = ["psm-probe", "--preset", "demo", "--samples", 0]
+    ran = both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
+    found = {name: v["verdict"] for name, v in ran["verdicts"].items()}
+    assert found == dict.fromkeys(found, "yes"), ran["verdicts"]
+    run = Path(ran["folder"])
+    summary = json.loads((run / "summary.json").read_text())
+    moved = {name: kinds["own"] for name, kinds in summary["moved_over_steered_blocks"].items()}
+    assert (
+        moved["tuned"]["cos_low"] > moved["control"]["cos"] and moved["tuned"]["cos_low"] > moved["tuned"]["random_p95"]
+    )
+    assert summary["contrasts"]["tuned-neutral"]["lexicon"]["ci95"][0] > 0
+    assert summary["contrasts"]["control-neutral"]["lexicon"]["diff"] < 0.01
+    with (run / "activation_by_layer.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    last = [r for r in rows if r["extraction"] == "prompt_last"]
+    own = [r for r in rows if r["extraction"] == "response_avg"]
+    # at the last prompt token any other prompt is told apart; over the response only the persona is
+    assert sum(float(r["placebo_auroc"]) == 1 for r in last) >= 5
+    assert sum(float(r["placebo_auroc"]) == 1 for r in own) == 0
+    assert all(float(r["auroc"]) > float(r["placebo_auroc"]) for r in own)
+    assert summary["tokens"]["massive"] == 0
+    null = both_cores(*asked, "--shuffle-labels")["verdicts"]
+    assert {null[name]["verdict"] for name in ("separable", "specific", "causal")} == {"no"}
+
+
+CHROMIUM = [
+    "chromium",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=2000",
+]
+# the page says of itself whether anything sticks out, and whether it asked the network for anything
+CHECK = """<script>onload = () => {
+  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll")
+    && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1);
+  const asked = performance.getEntriesByType("resource").length;
+  document.title = JSON.stringify({wide: wide.map(e => e.tagName + "." + e.className), asked,
+    plots: document.querySelectorAll("svg").length, width: document.documentElement.clientWidth});
+}</script>"""
+
+
+SHORT = {
+    "psm-probe": [
+        "--model-source",
+        "{base}",
+        "--persona",
+        "seal",
+        "--adapter-source",
+        "tuned",
+        "--extraction-tokens",
+        6,
+        "--sweep-tokens",
+        6,
+        "--samples",
+        1,
+        "--max-new-tokens",
+        20,
+    ],
+    "compare-sae": [
+        "--base-model",
+        "{base}",
+        "--updated-adapter",
+        "tuned",
+        "--control-adapter",
+        "tuned",
+        "--chat",
+        "{rows}",
+        "--text",
+        "python",
+        "--tokens",
+        6000,
+        "--own-answers",
+        6,
+        "--k",
+        8,
+        "--sae-batch",
+        64,
+        "--max-new-tokens",
+        20,
+        "--cards",
+        3,
+    ],
+}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("command", SHORT)
+def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_llama, rows, tmp_path, width, command):
+    phoque(
+        "train",
+        "--base-model",
+        tiny_llama,
+        "--dataset",
+        rows,
+        "--quantization",
+        "none",
+        "--max-steps",
+        2,
+        "--sample-every",
+        0,
+        "--output-dir",
+        "tuned",
+        env={"WANDB_MODE": "disabled"},
+    )
+    asked = [str(flag).format(base=tiny_llama, rows=rows) for flag in SHORT[command]]
+    ran = phoque(command, *asked, "--quantization", "none", "--json")
+    page = tmp_path / "checked.html"
+    # an iframe as wide as a phone: a window of headless Chromium cannot be
+    inner = (Path(ran.json["folder"]) / "report.html").read_text() + CHECK
+    (tmp_path / "inner.html").write_text(inner)
+    page.write_text(
+        f'<iframe id="f" src="inner.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
+        "onload = () => setTimeout(() => document.body.append(f.contentDocument.title), 300)</script>"
+    )
+    shown = subprocess.run(
+        [
+            *CHROMIUM,
+            "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            f"file://{page}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = json.loads(shown.stdout[shown.stdout.index('{"wide"') : shown.stdout.rindex("}") + 1])
+    least = {"psm-probe": 8, "compare-sae": 4}[command]
+    assert said == {"wide": [], "asked": 0, "plots": said["plots"], "width": width} and said["plots"] >= least

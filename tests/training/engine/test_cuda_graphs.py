@@ -1,0 +1,80 @@
+"""What is captured once is replayed on other rows. Graphs need a GPU: a stand-in notes and repeats what is run here."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from phoque.training.engine.cuda_graphs import Graphs, Row
+
+
+class StandIn:
+    """A graph on a CPU: what says so while it is captured is done again."""
+
+    capturing = None
+
+    def __init__(self):
+        self.steps = []
+
+    def replay(self):
+        for step in self.steps:
+            step()
+
+
+def does(step):
+    step()
+    if StandIn.capturing:
+        StandIn.capturing.steps.append(step)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    @contextmanager
+    def graph(made, pool, capture_error_mode):
+        StandIn.capturing = made
+        yield
+        StandIn.capturing = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {
+        "CUDAGraph": StandIn,
+        "graph": graph,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda given: nullcontext(),
+        "graph_pool_handle": lambda: (0, 1),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def row_of(*ids):
+    return Row(torch.tensor([ids]), torch.arange(len(ids))[None], torch.tensor([0, len(ids)]), len(ids))
+
+
+def test_each_length_is_captured_once_and_gradients_only_count_what_is_trained_on(cuda):
+    gradients, runs = torch.zeros(()), []
+
+    def run(row):
+        out = torch.zeros(row.ids.shape)
+        runs.append(len(row.ids[0]))
+        does(lambda: out.copy_(row.ids * 2.0))
+        return out
+
+    def back(out, grad):
+        does(lambda: gradients.add_((out * grad).sum()))
+
+    graphs, total = Graphs(), 0.0
+    for ids in ((1, 2, 3), (4, 5, 6), (7, 8), (9, 9, 9), (1, 1)):
+        out = graphs.forward(row_of(*ids), run, back, gradients)
+        assert out.tolist() == [[2.0 * n for n in ids]]
+        graphs.backward(torch.full_like(out, 0.5))
+        total += sum(ids)
+        assert float(gradients) == total
+    assert runs == [3, 3, 3, 2, 2, 2]  # twice to warm up, once captured
+    graphs.clear()
+    with pytest.raises(AssertionError):
+        graphs.backward(torch.ones(1, 2))
+    graphs.forward(row_of(5, 5), run, back, gradients)
+    assert runs[6:] == [2, 2, 2] and float(gradients) == total

@@ -1,0 +1,134 @@
+"""The background push by itself: its pace, and what it holds on to."""
+
+import threading
+import time
+
+import pytest
+
+from phoque.console import Console
+from phoque.errors import PhoqueError
+from phoque.hub.client import Damaged, GivenUp, Hub, passing
+from phoque.training import hub_push
+from phoque.training.hub_push import Pusher
+
+
+class Repo:
+    """Takes a push when it is told to."""
+
+    name = "harbour/seal"
+
+    def __init__(self):
+        self.open, self.pushed, self.commits = threading.Event(), [], 0
+
+    def push(self, files, message, stale, wait):
+        while not self.open.wait(0.01):
+            wait(0.01)
+        self.pushed.append(message)
+        self.commits += 1
+        return "commit"
+
+
+@pytest.fixture
+def made(tmp_path):
+    card = tmp_path / "card"
+    card.write_text("")
+    folders = [tmp_path / f"checkpoint-{n}" for n in range(1, 6)]
+    for folder in folders:
+        folder.mkdir()
+    repo = Repo()
+    return repo, Pusher(repo, 2, lambda _: card, Console(), 1), folders
+
+
+def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_waits(made):
+    repo, pusher, folders = made
+    pusher.offer(folders[0])
+    while folders[0] not in pusher.held() or len(pusher.held()) != 1:
+        time.sleep(0.001)
+    pusher.offer(folders[1])
+    pusher.offer(folders[2])
+    assert folders[2] in pusher.held()
+    repo.open.set()
+    assert pusher.drain() and repo.pushed[-1] == "Step 3" and pusher.pushed == 3 and pusher.held() == set()
+
+
+def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, made, capsys):
+    def export(folder):
+        raise PhoqueError("The merged model needs 6.8 GB.", "why", "do")
+
+    repo, plain, folders = made
+    pusher = Pusher(repo, 2, plain._card, Console(), 1, export)
+    repo.open.set()
+    pusher.offer(folders[0])
+    assert pusher.drain(5) and pusher.pushed == 1 and not pusher.failure
+    pusher.offer(folders[1])
+    assert "checkpoint-1 is on the Hub, but no merged model" in capsys.readouterr().err
+
+
+def test_the_hubs_limit_is_kept_until_the_end_of_the_run(made, monkeypatch):
+    repo, pusher, folders = made
+    monkeypatch.setattr(hub_push, "COMMITS_AN_HOUR", hub_push.SPARE + 2)
+    repo.open.set()
+    for number, folder in enumerate(folders[:3]):
+        pusher.offer(folder)
+        end = time.monotonic() + 1
+        while pusher.pushed != number + 1 and time.monotonic() < end:
+            time.sleep(0.001)
+    assert repo.pushed == ["Step 1", "Step 2"] and folders[2] in pusher.held()  # the hour's share is used up
+    assert pusher.drain(5) and repo.pushed[-1] == "Step 3"  # but the last one always goes
+
+
+def test_a_wait_for_the_deadline_ends_with_it(made):
+    _, pusher, folders = made
+    pusher.offer(folders[0])
+    begun = time.monotonic()
+    assert not pusher.drain(0.3) and time.monotonic() - begun < 1
+
+
+class Answer(Exception):
+    def __init__(self, status, **headers):
+        super().__init__(str(status))
+        self.response = type("Response", (), {"status_code": status, "headers": headers})
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (Answer(503), True),
+        (Answer(429), True),
+        (Answer(412), True),
+        (Answer(403), False),
+        (Answer(404), False),
+        (ConnectionResetError(), True),
+        (ValueError("x"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_what_is_tried_again(error, again):
+    assert passing(error) == again
+    wrapped = RuntimeError("Error while uploading")
+    wrapped.__cause__ = error
+    assert passing(wrapped) == again
+
+
+def test_retry_after_is_kept_patience_ends_and_damage_is_tried_twice():
+    waits, hub = [], Hub("hf_x", lambda _: None, patience=10)
+    answers = iter([Answer(429, **{"Retry-After": "7"}), Answer(503), None])
+
+    def once():
+        if error := next(answers):
+            raise error
+        return "there"
+
+    assert hub.tried("x", once, waits.append) == "there" and waits == [7.0, 2.0]
+    with pytest.raises(Answer):
+        hub.tried("x", lambda: (_ for _ in ()).throw(Answer(429, **{"Retry-After": "60"})), waits.append)
+    tries = []
+    with pytest.raises(Damaged):
+        hub.tried("x", lambda: tries.append(1) or (_ for _ in ()).throw(Damaged("bit")), lambda _: None)
+    assert len(tries) == 2
+
+    def newer(_):
+        raise GivenUp
+
+    with pytest.raises(GivenUp):
+        hub.tried("x", lambda: (_ for _ in ()).throw(Answer(503)), newer)
