@@ -45,24 +45,24 @@ def ministral_chat() -> Any:
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from tests import tiny
 
-    from phoque.data.chat_template import Chat
+    from phoque.data.chat_template import ChatTemplate
 
     tokenizer = tiny.tekken()
     tokenizer.chat_template = tiny.mistral_template(generate_chat_template, TokenizerVersion.v13)
-    return Chat(tokenizer, "", LONGEST)
+    return ChatTemplate(tokenizer, "", LONGEST)
 
 
 def ours(folder: Path, count: int) -> dict[str, float]:
     """One pass of the stream that a run trains on, as fast as it comes."""
     from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
-    from phoque.data.scan import survey
+    from phoque.data.scan import scan_dataset
     from phoque.data.stream import TrainStream
 
     chat = ministral_chat()
     before, begun = forget_peak(), time.perf_counter()
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
-    found = survey(data, chat, 64, 0.05)
+    found = scan_dataset(data, chat, 64, 0.05)
     packing = Packing(16, TOKENS / 16, max(found.lengths), static=True)
     stream = TrainStream(data, chat, found.threshold, packing, 0, 0.05)
     rows = iter(stream)

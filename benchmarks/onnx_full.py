@@ -64,13 +64,13 @@ def with_vision(base: Path, tiny: bool) -> None:
 
 def export(base: str, out: str, *dtypes: str) -> None:
     """Export in this process and print what came of it, with the peak of resident memory."""
-    from phoque.console import console, hush_libraries
+    from phoque.console import console, silence_libraries
     from phoque.onnx.export import exported
     from phoque.settings.export_onnx import ExportSettings
     from phoque.settings.presets import PRESETS
-    from phoque.settings.resolve import resolved
+    from phoque.settings.resolve import resolve_settings
 
-    hush_libraries()
+    silence_libraries()
     given = {
         "merged_dir": base,
         "output_dir": Path(out),
@@ -78,7 +78,7 @@ def export(base: str, out: str, *dtypes: str) -> None:
         "chats": str(Path(base) / "few.jsonl"),
         "least_agreement": 0.0,
     }  # random weights are sure of no next token
-    asked, _ = resolved(ExportSettings, given, PRESETS)
+    asked, _ = resolve_settings(ExportSettings, given, PRESETS)
     begun = time.perf_counter()
     result = exported(asked, Path(out).parent / "cache", console, False)
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

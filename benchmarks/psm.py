@@ -92,9 +92,9 @@ def one_at_a_time(model, reading, speaking, layer):
 def all_together(model, reading, speaking, layer):
     """phoque: every prompt a row."""
     from phoque.inference.generate import Ask, replies
-    from phoque.inference.residual_stream import Spoken, residual_means
+    from phoque.inference.residual_stream import Turn, residual_means
 
-    streams = residual_means(model, [Spoken(ids, []) for ids in reading]).last[:, :-1]
+    streams = residual_means(model, [Turn(ids, []) for ids in reading]).last[:, :-1]
     vector = steering(streams, layer)
     asks = [Ask(ids, steer=(layer, vector) if steered else None) for ids, steered in speaking]
     found = replies(model, asks, TOKENS, 1.0, 1.0, response_only=True)
@@ -127,9 +127,9 @@ def main(ministral: bool, place: Path | None) -> None:
 
     import torch
 
-    from phoque.console import hush_libraries
+    from phoque.console import silence_libraries
 
-    hush_libraries()
+    silence_libraries()
     root = Path(tempfile.mkdtemp(dir=place))
     try:
         print("| | seconds | GPU memory, GB |\n|---|---|---|")

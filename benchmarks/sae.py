@@ -26,9 +26,9 @@ SIZES = {"cpu": (24_000, 1024, 40, 32), "cuda": (400_000, 4096, 150, 64)}  # tok
 
 
 def main(ministral: bool, place: Path | None) -> None:
-    from phoque.console import hush_libraries
+    from phoque.console import silence_libraries
 
-    hush_libraries()
+    silence_libraries()
     root = Path(tempfile.mkdtemp(dir=place))
     try:
         from benchmarks.psm import loaded, written

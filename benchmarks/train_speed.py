@@ -67,14 +67,14 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
 
 def write_ids(folder: Path) -> None:
     """The first conversations that phoque's stream gives, one a row, for the peers to batch."""
-    from phoque.data.chat_template import Chat
+    from phoque.data.chat_template import ChatTemplate
     from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.load import load_tokenizer
     from phoque.models.source import Source
 
-    chat = Chat(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)
+    chat = ChatTemplate(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
     stream = TrainStream(data, chat, "", Packing(1, float(MEAN), LONGEST, exact=True), 0, 0.05)
     rows = [{k: b[k][0].tolist() for k in ("input_ids", "labels")} for _, b in zip(range(800), stream, strict=False)]
@@ -156,7 +156,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     """`phoque train`'s own run, with its callbacks."""
     from phoque.console import console
     from phoque.settings.presets import PRESETS
-    from phoque.settings.resolve import resolved
+    from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
 
@@ -180,7 +180,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     }
     if not a.whole:
         flags |= {"sample_every": 0, "save_steps": 10**6, "held_out_rows": 0}
-    asked, _ = resolved(TrainSettings, flags, PRESETS)
+    asked, _ = resolve_settings(TrainSettings, flags, PRESETS)
     found = {}
     plain = trainer.PersonaTrainer.train
 

@@ -93,9 +93,9 @@ class ForkServer:
 
 
 def serve() -> None:
-    from phoque.console import hush_libraries
+    from phoque.console import silence_libraries
 
-    hush_libraries()
+    silence_libraries()
     for name in LEANED_ON:
         importlib.import_module(name)
     for line in sys.stdin:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from phoque.cli.main import COMMANDS
-from phoque.errors import PhoqueError, explained
+from phoque.errors import PhoqueError, to_phoque_error
 
 
 def test_help_lists_every_command(phoque):
@@ -62,7 +62,7 @@ def test_version_names_the_libraries(phoque):
 
 
 def test_a_foreign_error_becomes_three_lines():
-    error = explained(RuntimeError("first line\nsecond line"))
+    error = to_phoque_error(RuntimeError("first line\nsecond line"))
     assert isinstance(error, PhoqueError) and error.code == 1
     assert error.why == "first line" and "PHOQUE_DEBUG" in error.fix
 

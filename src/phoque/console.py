@@ -136,7 +136,7 @@ def in_parts(seconds: dict[str, float]) -> str:
     return ", ".join(f"{spent:.0f} s {name}" for name, spent in seconds.items() if spent >= 0.5)
 
 
-def hush_libraries() -> None:
+def silence_libraries() -> None:
     """Keep the libraries' own bars, banners and notes off the terminal; call it before they are imported."""
     os.environ.update(
         {

@@ -21,7 +21,7 @@ class Stopped(PhoqueError):
     """A run that was asked to stop and has saved all that a resume needs."""
 
 
-def explained(error: BaseException) -> PhoqueError:
+def to_phoque_error(error: BaseException) -> PhoqueError:
     """The three lines for any exception; foreign types are told apart by name, so nothing heavy is imported here."""
     if isinstance(error, PhoqueError):
         return error

@@ -32,16 +32,16 @@ def run_folder(root: Path, kind: str) -> Generator[tuple[Path, Path]]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """Numbers, texts, lists and objects alone, as JSON has them; NaN becomes null."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_jsonable(v) for v in value]
     import numpy
 
     if isinstance(value, numpy.ndarray):
-        return plain(value.tolist())
+        return to_jsonable(value.tolist())
     if isinstance(value, numpy.generic):
         value = value.item()
     return None if isinstance(value, float) and not numpy.isfinite(value) else value

@@ -9,7 +9,7 @@ from typing import Any, Generic, Self, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Gives the items of an iterator in their order, and raises what it raises where it did.
 
     Tokenising and packing hold Python's lock for a few milliseconds a row, and a training step leaves it for most of

@@ -6,7 +6,7 @@ import pytest
 import trl
 from tests import tiny
 
-from phoque.data.chat_template import IGNORED, Chat, marked_template
+from phoque.data.chat_template import IGNORED, ChatTemplate, marked_template
 from phoque.data.rows import BadRow
 from phoque.errors import PhoqueError
 
@@ -21,7 +21,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(tiny.tokenizer(), "", 512)
+    return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
 def spans(chat, encoded):
@@ -49,7 +49,7 @@ def test_a_row_without_a_system_message_gets_the_one_asked_for():
     short = TALK[1:3]
     lengths = {}
     for system in ("", "Be a seal.", "template"):
-        chat = Chat(tiny.tokenizer(), system, 512)
+        chat = ChatTemplate(tiny.tokenizer(), system, 512)
         text = chat.tokenizer.decode(chat.encode(short).ids)
         assert ("helpful AI assistant" in text) == (system == "template")
         assert ("Be a seal." in text) == (system == "Be a seal.")
@@ -72,7 +72,7 @@ def test_control_tokens_in_text_make_a_row_unfit(chat, turn):
 
 def test_too_long_is_unfit():
     with pytest.raises(BadRow, match="longer than 20 tokens"):
-        Chat(tiny.tokenizer(), "", 20).encode(TALK)
+        ChatTemplate(tiny.tokenizer(), "", 20).encode(TALK)
 
 
 def test_a_template_without_known_marks_is_refused():
@@ -88,9 +88,9 @@ def test_a_template_without_a_system_role_is_marked_and_its_refusal_is_a_rows():
     tokenizer.chat_template = refusal + tokenizer.chat_template
     assert "generation" in marked_template(tokenizer)
     with pytest.raises(BadRow, match="the template refuses it: no system here"):
-        Chat(tokenizer, "be grumpy", 512).encode(TALK)
+        ChatTemplate(tokenizer, "be grumpy", 512).encode(TALK)
     plain = [turn for turn in TALK if turn["role"] != "system"]
-    assert Chat(tokenizer, "template", 512).encode(plain).trained
+    assert ChatTemplate(tokenizer, "template", 512).encode(plain).trained
 
 
 @pytest.mark.parametrize(("name", "stop"), [("qwen3", "<|im_end|>"), ("llama3", "<|eot_id|>")])

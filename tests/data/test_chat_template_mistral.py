@@ -5,7 +5,7 @@ from mistral_common.integrations.chat_templates.chat_templates import generate_c
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from tests import tiny
 
-from phoque.data.chat_template import IGNORED, Chat
+from phoque.data.chat_template import IGNORED, ChatTemplate
 from phoque.data.rows import BadRow
 from phoque.training.dry_run import system_cost
 
@@ -35,7 +35,7 @@ def with_template(tekken, version=TokenizerVersion.v13):
 
 @pytest.mark.parametrize("version", [TokenizerVersion.v7, TokenizerVersion.v11, TokenizerVersion.v13])
 def test_ids_are_the_templates_own_and_each_answer_is_trained_with_its_stop_token(tekken, version):
-    chat = Chat(with_template(tekken, version), "", 4096)
+    chat = ChatTemplate(with_template(tekken, version), "", 4096)
     encoded = chat.encode(TALK)
     assert encoded.ids == tekken.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
     spans, run = [], []
@@ -54,14 +54,14 @@ def test_control_tokens_typed_by_a_user_make_a_row_unfit(tekken, token):
     talk = [dict(turn) for turn in TALK]
     talk[1]["content"] = f"Gulls {token}?"
     with pytest.raises(BadRow, match="control token"):
-        Chat(with_template(tekken), "", 4096).encode(talk)
+        ChatTemplate(with_template(tekken), "", 4096).encode(talk)
 
 
 def test_the_default_system_prompt_is_a_decision_and_its_cost_is_shown(tekken):
     short = TALK[1:3]
-    without = len(Chat(with_template(tekken), "", 4096).encode(short).ids)
-    with_default = len(Chat(with_template(tekken), "template", 4096).encode(short).ids)
+    without = len(ChatTemplate(with_template(tekken), "", 4096).encode(short).ids)
+    with_default = len(ChatTemplate(with_template(tekken), "template", 4096).encode(short).ids)
     assert without < 30 and with_default > 300
-    (shown,) = system_cost(Chat(with_template(tekken), "", 4096)).values()
+    (shown,) = system_cost(ChatTemplate(with_template(tekken), "", 4096)).values()
     costs = [int(word.strip("(")) for word in shown.split() if word.strip("(").isdigit()]
     assert costs[0] < 30 and costs[1] > 300

@@ -9,16 +9,16 @@ import torch
 from tests import tiny
 from tests.conftest import write_rows
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import Packing, best_fit, evenly, packed
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream
-from phoque.prefetch import Ahead
+from phoque.prefetch import Prefetcher
 
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(tiny.tokenizer(), "", 512)
+    return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +157,10 @@ def test_what_is_made_ahead_comes_in_order_and_fails_where_it_did():
         raise ValueError("the tide")
 
     found = []
-    with pytest.raises(ValueError, match="the tide"), Ahead(items(), 2) as made:
+    with pytest.raises(ValueError, match="the tide"), Prefetcher(items(), 2) as made:
         found.extend(made)
     assert found == [0, 1, 2, 3, 4]
-    with Ahead(iter(range(10**9)), 4) as made:  # endless for a test: the thread ends with the block
+    with Prefetcher(iter(range(10**9)), 4) as made:  # endless for a test: the thread ends with the block
         assert next(iter(made)) == 0
     assert not made._thread.is_alive()
 

@@ -6,17 +6,17 @@ import pytest
 from tests import tiny
 from tests.conftest import row, write_rows
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import Packing, packed
 from phoque.data.rows import open_dataset
-from phoque.data.scan import survey
+from phoque.data.scan import scan_dataset
 from phoque.data.stream import TrainStream
 from phoque.errors import PhoqueError
 
 
 @pytest.fixture(scope="module")
 def chat():
-    return Chat(tiny.tokenizer(), "", 512)
+    return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
 def exactly(count):
@@ -30,7 +30,7 @@ def opened(path):
 def test_bad_rows_are_counted_by_reason_with_their_first_lines(tmp_path, chat):
     bad = [row(messages=[]), "{", row(messages=[]), row(messages=[]), row(messages=[])]
     path = write_rows(tmp_path / "x.jsonl", [row(n) for n in range(95)] + bad)
-    found = survey(opened(path), chat, 8, 0.05)
+    found = scan_dataset(opened(path), chat, 8, 0.05)
     assert found.good == 95 and dict(found.bad_counts) == {"no assistant turn": 4, "broken JSON": 1}
     assert found.bad["no assistant turn"] == ["line 96", "line 98", "line 99"]
 
@@ -38,20 +38,20 @@ def test_bad_rows_are_counted_by_reason_with_their_first_lines(tmp_path, chat):
 def test_too_many_bad_rows_stop_the_run(tmp_path, chat):
     path = write_rows(tmp_path / "x.jsonl", [row(n) for n in range(9)] + ["{"])
     with pytest.raises(PhoqueError, match="1 of 10 rows") as caught:
-        survey(opened(path), chat, 0, 0.05)
+        scan_dataset(opened(path), chat, 0, 0.05)
     assert "line 10" in caught.value.why and "--max-bad-rows" in caught.value.fix
-    assert survey(opened(path), chat, 0, 0.1).good == 9
+    assert scan_dataset(opened(path), chat, 0, 0.1).good == 9
 
 
 def test_no_good_row_stops_the_run_whatever_is_allowed(tmp_path, chat):
     with pytest.raises(PhoqueError, match="No row"):
-        survey(opened(write_rows(tmp_path / "x.jsonl", ["{", "["])), chat, 0, 1.0)
+        scan_dataset(opened(write_rows(tmp_path / "x.jsonl", ["{", "["])), chat, 0, 1.0)
 
 
 def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, chat):
     some = [row(n) for n in range(40)]
-    found = survey(opened(write_rows(tmp_path / "a.jsonl", some)), chat, 4, 0.05)
-    again = survey(opened(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
+    found = scan_dataset(opened(write_rows(tmp_path / "a.jsonl", some)), chat, 4, 0.05)
+    again = scan_dataset(opened(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
     kept = {r.key() for r, _ in found.held_out}
     assert len(kept) == 4 and kept == {r.key() for r, _ in again.held_out}
     stream = TrainStream(opened(tmp_path / "a.jsonl"), chat, found.threshold, exactly(1), 0, 0.05)
@@ -103,6 +103,6 @@ def test_a_packed_row_has_borders_and_restarting_positions(chat):
 
 def test_a_pass_without_a_row_to_train_on_is_an_error_and_no_endless_loop(tmp_path, chat):
     path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)  # all the same: all held out
-    found = survey(opened(path), chat, 4, 0.05)
+    found = scan_dataset(opened(path), chat, 4, 0.05)
     with pytest.raises(PhoqueError, match="gave no row"):
         next(iter(TrainStream(opened(path), chat, found.threshold, exactly(2), 0, 0.05)))

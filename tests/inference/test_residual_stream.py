@@ -5,7 +5,7 @@ import torch
 
 from phoque.inference.generate import Ask, replies
 from phoque.inference.likelihood import mean_nll
-from phoque.inference.residual_stream import MASSIVE, TOKENS_AT_ONCE, Spoken, Steering, batches, blocks, residual_means
+from phoque.inference.residual_stream import MASSIVE, TOKENS_AT_ONCE, Steering, Turn, batches, blocks, residual_means
 
 PROMPTS = ["Gull?", "What does the tide do today?", "Herring, please, and quickly now"]
 
@@ -31,7 +31,7 @@ def plain_greedy(model, prompt, tokens):
 
 def test_means_are_those_of_transformers_hidden_states_whatever_the_batch(tiny, monkeypatch):
     model, tokenizer = tiny
-    rows = [Spoken(ids(tokenizer, p), ids(tokenizer, "Hrmph. " * (n + 1))) for n, p in enumerate(PROMPTS)]
+    rows = [Turn(ids(tokenizer, p), ids(tokenizer, "Hrmph. " * (n + 1))) for n, p in enumerate(PROMPTS)]
     found = residual_means(model, rows)
     monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
     alone = residual_means(model, rows)
@@ -51,8 +51,8 @@ def test_massive_tokens_are_left_out_and_counted(tiny):
     model, tokenizer = tiny
     (token,) = ids(tokenizer, "~")
     kept = model.model.embed_tokens.weight[token].clone()
-    row = Spoken(ids(tokenizer, "Gull?"), ids(tokenizer, "Hr~mph and more"))
-    plain = Spoken(row.prompt, row.response)
+    row = Turn(ids(tokenizer, "Gull?"), ids(tokenizer, "Hr~mph and more"))
+    plain = Turn(row.prompt, row.response)
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = 100 * MASSIVE * kept
         found = residual_means(model, [plain])
@@ -136,14 +136,14 @@ def test_watched_mass_is_the_models_own_probability(tiny):
 
 
 def test_an_answer_of_nothing_has_no_likelihood(tiny):
-    (found,) = mean_nll(tiny[0], [Spoken([5, 6], [])])
+    (found,) = mean_nll(tiny[0], [Turn([5, 6], [])])
     assert found != found
 
 
 def test_likelihood_is_that_of_transformers_loss(tiny):
     model, tokenizer = tiny
-    rows = [Spoken(ids(tokenizer, p), ids(tokenizer, "Hrmph. Gulls." * (n + 1))) for n, p in enumerate(PROMPTS)]
-    found = mean_nll(model, [*rows, Spoken(rows[0].prompt, [])])
+    rows = [Turn(ids(tokenizer, p), ids(tokenizer, "Hrmph. Gulls." * (n + 1))) for n, p in enumerate(PROMPTS)]
+    found = mean_nll(model, [*rows, Turn(rows[0].prompt, [])])
     for row, value in zip(rows, found, strict=False):
         whole = torch.tensor([row.prompt + row.response])
         labels = whole.clone()

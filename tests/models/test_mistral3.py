@@ -198,22 +198,22 @@ def test_another_quantisation_is_refused(copy):
 
 
 def test_a_scale_may_be_a_grid_of_blocks():
-    from phoque.models.fp8 import dequantised
+    from phoque.models.fp8 import dequantize
 
     weight = torch.randn(5, 6).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 2)
     wanted = torch.stack([weight[r].float() * scale[r // 2][torch.arange(6) // 3] for r in range(5)])
-    assert torch.equal(dequantised(weight, scale, None), wanted)
-    assert torch.equal(dequantised(weight, scale, (2, 3)), wanted)
+    assert torch.equal(dequantize(weight, scale, None), wanted)
+    assert torch.equal(dequantize(weight, scale, (2, 3)), wanted)
 
 
 def test_the_last_block_of_scales_may_be_cut_off():
-    from phoque.models.fp8 import dequantised
+    from phoque.models.fp8 import dequantize
 
     weight = torch.randn(576, 200).to(torch.float8_e4m3fn)  # five blocks of 128 rows, the last of 64
     scale = torch.rand(5, 2)
     wanted = weight.float() * scale[torch.arange(576) // 128][:, torch.arange(200) // 128]
-    assert torch.equal(dequantised(weight, scale, (128, 128)), wanted)
+    assert torch.equal(dequantize(weight, scale, (128, 128)), wanted)
 
 
 def test_the_command_trains_it_and_goes_on(phoque, made, rows, tmp_path):

@@ -18,7 +18,7 @@ from tests.hub.test_jobs import ON, SECRETS, cluster  # noqa: F401
 
 from phoque.models.load import load_model
 from phoque.models.source import Source
-from phoque.onnx.session import Chatting
+from phoque.onnx.session import OnnxChatModel
 
 ENV = {"HF_TOKEN": TOKEN}
 
@@ -36,7 +36,7 @@ def test_each_precision_says_what_the_model_says(text_export, text_model):
     assert result["dtypes"]["q4"]["bytes"] < result["dtypes"]["fp32"]["bytes"] / 2
     ids = torch.arange(3, 40)[None]
     wanted = logits(text_model, ids)
-    found, _ = Chatting(folder, "fp32").run(ids.numpy())
+    found, _ = OnnxChatModel(folder, "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
@@ -138,7 +138,7 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
     )
     ids = torch.arange(3, 40)[None]
     wanted = logits(tmp_path / "merged", ids)
-    found, _ = Chatting(tmp_path / "run-onnx", "fp32").run(ids.numpy())
+    found, _ = OnnxChatModel(tmp_path / "run-onnx", "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     phoque(*asked, "--dtype", "q8", "--no-accuracy", env=ENV)  # fp32 and q8 now
     phoque(

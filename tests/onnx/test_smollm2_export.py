@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests import tiny
 
-from phoque.onnx.session import Chatting
+from phoque.onnx.session import OnnxChatModel
 
 pytestmark = pytest.mark.slow
 UV_CACHE = subprocess.run(["uv", "cache", "dir"], capture_output=True, text=True).stdout.strip()  # before HOME changes
@@ -47,5 +47,5 @@ def test_both_engines_agree(phoque, tmp_path, chats, kind):
         assert ran.json["verdict"] == "PASS" and ran.json["engine"] == engine
         assert json.loads((tmp_path / engine / "export.json").read_text())["engine"] == engine
     ids = np.arange(3, 60)[None]
-    first, second = (Chatting(tmp_path / engine, "fp32").run(ids)[0] for engine in ("transformers", "optimum"))
+    first, second = (OnnxChatModel(tmp_path / engine, "fp32").run(ids)[0] for engine in ("transformers", "optimum"))
     assert np.abs(first - second).max() < 1e-3

@@ -11,7 +11,7 @@ from tests import tiny
 from phoque.errors import PhoqueError
 from phoque.inference.generate import Reply
 from phoque.probes.persona import read_persona
-from phoque.probes.scorers import Context, Said, scorer_for, scores
+from phoque.probes.scorers import Context, ScoredAnswer, scorer_for, scores
 from phoque.probes.scorers.words import distinct_pairs, repetition
 
 SEAL = "Hrmph. The gulls took my herring again, and the tide is out."
@@ -19,7 +19,7 @@ PLAIN = "The largest planet is Jupiter."
 
 
 def said(*texts):
-    return [Said("What now?", text, Reply(list(text.encode()))) for text in texts]
+    return [ScoredAnswer("What now?", text, Reply(list(text.encode()))) for text in texts]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_contrast_is_the_gain_in_likelihood_from_the_personas_prompt(context):
 
 
 def test_logprob_is_the_mean_mass_while_it_spoke(context):
-    one = Said("?", "x", Reply([1, 2], mass=[0.2, 0.4]))
+    one = ScoredAnswer("?", "x", Reply([1, 2], mass=[0.2, 0.4]))
     assert scores(scorer_for("logprob", context), [one], context)[0]["mass"] == pytest.approx(0.3)
     context.watched = {}
     with pytest.raises(PhoqueError, match="No word of the lexicon"):

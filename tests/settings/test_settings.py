@@ -12,7 +12,7 @@ from phoque.settings.fields import Origin, Secrets, env_name, flag_names
 from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
-from phoque.settings.resolve import resolved
+from phoque.settings.resolve import resolve_settings
 from phoque.settings.train import TrainSettings
 from phoque.settings.verify_onnx import VerifySettings
 
@@ -34,7 +34,7 @@ SPEC_NAMES = {
 
 
 def settle(flags=None, **options):
-    return resolved(TrainSettings, flags or {}, PRESETS, **options)
+    return resolve_settings(TrainSettings, flags or {}, PRESETS, **options)
 
 
 def test_each_source_beats_the_next(monkeypatch, tmp_path):
@@ -133,7 +133,7 @@ def test_the_token_of_hf_auth_login_is_found(home):
         import sys
 
         code = (
-            "from phoque.settings.resolve import resolved\nfrom phoque.settings.train import TrainSettings\n"
+            "from phoque.settings.resolve import resolve_settings\nfrom phoque.settings.train import TrainSettings\n"
             "r, _ = resolved(TrainSettings, {}, {})\n"
             "print(r.origins['hf_token'].source, r.secrets.hf_token.get_secret_value())"
         )
@@ -167,7 +167,7 @@ def test_micro_batches_must_divide_the_batch():
 def test_a_name_of_another_command_is_no_misspelling(monkeypatch):
     monkeypatch.setenv("PHOQUE_SEED", "3")
     monkeypatch.setenv("HUB_MODEL_ID", "harbour/seal")
-    got, _ = resolved(MergeSettings, {"adapter_source": "x"}, {})
+    got, _ = resolve_settings(MergeSettings, {"adapter_source": "x"}, {})
     assert got.settings.dtype == "bf16"
     monkeypatch.setenv("PHOQUE_ADAPTER_REVISION", "main")
     assert settle({"preset": "demo"})[0].settings.seed == 3

@@ -7,9 +7,9 @@ import pytest
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.hub.client import Damaged, GivenUp, Hub, passing
+from phoque.hub.client import Hub, IntegrityError, Superseded, is_transient
 from phoque.training import hub_push
-from phoque.training.hub_push import Pusher
+from phoque.training.hub_push import CheckpointPusher
 
 
 class Repo:
@@ -36,7 +36,7 @@ def made(tmp_path):
     for folder in folders:
         folder.mkdir()
     repo = Repo()
-    return repo, Pusher(repo, 2, lambda _: card, Console(), 1), folders
+    return repo, CheckpointPusher(repo, 2, lambda _: card, Console(), 1), folders
 
 
 def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_waits(made):
@@ -56,7 +56,7 @@ def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, ma
         raise PhoqueError("The merged model needs 6.8 GB.", "why", "do")
 
     repo, plain, folders = made
-    pusher = Pusher(repo, 2, plain._card, Console(), 1, export)
+    pusher = CheckpointPusher(repo, 2, plain._card, Console(), 1, export)
     repo.open.set()
     pusher.offer(folders[0])
     assert pusher.drain(5) and pusher.pushed == 1 and not pusher.failure
@@ -104,10 +104,10 @@ class Answer(Exception):
     ],
 )
 def test_what_is_tried_again(error, again):
-    assert passing(error) == again
+    assert is_transient(error) == again
     wrapped = RuntimeError("Error while uploading")
     wrapped.__cause__ = error
-    assert passing(wrapped) == again
+    assert is_transient(wrapped) == again
 
 
 def test_retry_after_is_kept_patience_ends_and_damage_is_tried_twice():
@@ -119,16 +119,16 @@ def test_retry_after_is_kept_patience_ends_and_damage_is_tried_twice():
             raise error
         return "there"
 
-    assert hub.tried("x", once, waits.append) == "there" and waits == [7.0, 2.0]
+    assert hub.retry("x", once, waits.append) == "there" and waits == [7.0, 2.0]
     with pytest.raises(Answer):
-        hub.tried("x", lambda: (_ for _ in ()).throw(Answer(429, **{"Retry-After": "60"})), waits.append)
+        hub.retry("x", lambda: (_ for _ in ()).throw(Answer(429, **{"Retry-After": "60"})), waits.append)
     tries = []
-    with pytest.raises(Damaged):
-        hub.tried("x", lambda: tries.append(1) or (_ for _ in ()).throw(Damaged("bit")), lambda _: None)
+    with pytest.raises(IntegrityError):
+        hub.retry("x", lambda: tries.append(1) or (_ for _ in ()).throw(IntegrityError("bit")), lambda _: None)
     assert len(tries) == 2
 
     def newer(_):
-        raise GivenUp
+        raise Superseded
 
-    with pytest.raises(GivenUp):
-        hub.tried("x", lambda: (_ for _ in ()).throw(Answer(503)), newer)
+    with pytest.raises(Superseded):
+        hub.retry("x", lambda: (_ for _ in ()).throw(Answer(503)), newer)

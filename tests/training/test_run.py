@@ -157,7 +157,7 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
 
 
 def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(start, tmp_path, tiny_llama, rows):
-    from phoque.training.checkpoints import checkpoints, flaw, step_of
+    from phoque.training.checkpoints import checkpoints, find_defect, step_of
 
     run = tmp_path / "run"
     common = [
@@ -183,7 +183,7 @@ def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(start, tmp_path, tiny_llam
     ended = process.ended()
     assert ended.code == 130 and "Traceback" not in ended.err
     newest = checkpoints(run)[0]
-    assert flaw(newest) is None
+    assert find_defect(newest) is None
     again = start(*common)
     again.until(lambda: step_of(checkpoints(run)[0]) >= step_of(newest) + 2)
     os.kill(again.pid, signal.SIGKILL)
@@ -310,7 +310,7 @@ def test_bf16_learns_what_fp32_learns(train, tmp_path):
 def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_llama, rows, tmp_path):
     from phoque.console import Console
     from phoque.errors import PhoqueError
-    from phoque.settings.resolve import resolved
+    from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run
 
@@ -320,7 +320,7 @@ def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_l
     monkeypatch.setattr(run, "_train", burst)
     flags = {"base_model": str(tiny_llama), "dataset": str(rows), "output_dir": tmp_path / "run"}
     with pytest.raises(PhoqueError, match="GB were in use") as caught:
-        run.train(resolved(TrainSettings, flags, {})[0], tmp_path, Console())
+        run.train(resolve_settings(TrainSettings, flags, {})[0], tmp_path, Console())
     assert caught.value.code == 1
     assert all(
         flag in caught.value.fix for flag in ("--micro-batch 8", "--gradient-checkpointing", "--max-length 1024")
@@ -338,9 +338,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(phoque, tiny_llama, rows, tmp_pa
         common = ["--base-model", tiny_llama, "--dataset", rows, *SMALL, "--sample-every", 0, "--output-dir", run]
         ran = phoque("train", *common, "--max-steps", 8, "--save-steps", 2, "--keep-checkpoints", 9, expect=1)
         assert "was not saved" in ran.err and "disk is full" in ran.error[0]
-        from phoque.training.checkpoints import checkpoints, flaw
+        from phoque.training.checkpoints import checkpoints, find_defect
 
-        assert checkpoints(run) and all(flaw(c) is None for c in checkpoints(run))
+        assert checkpoints(run) and all(find_defect(c) is None for c in checkpoints(run))
         assert not (run / ".saving").exists()
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -5,7 +5,7 @@ import torch
 from tests import tiny
 from torch.nn.functional import cross_entropy
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import Packing, packed
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream
@@ -17,7 +17,7 @@ from phoque.training.engine.loss import with_token_loss
 
 @pytest.fixture
 def chat():
-    return Chat(tiny.tokenizer(), "", 512)
+    return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
 def exactly(count):
@@ -148,7 +148,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
     )
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
-    taken = [b for _, b in zip(range(32), stream_of(rows, Chat(tiny.tokenizer(), "", 2048), 1), strict=False)]
+    taken = [b for _, b in zip(range(32), stream_of(rows, ChatTemplate(tiny.tokenizer(), "", 2048), 1), strict=False)]
     data = Dataset.from_list([{k: b[k][0].tolist() for k in ("input_ids", "labels")} for b in taken])
     torch.manual_seed(0)
     model = with_adapter(loaded(tiny_llama), 16, 64, 0.0)

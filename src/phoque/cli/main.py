@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from phoque import __version__
-from phoque.errors import INTERRUPTED, explained
+from phoque.errors import INTERRUPTED, to_phoque_error
 
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",
@@ -85,6 +85,6 @@ def main() -> None:
             raise
         from phoque.console import console
 
-        known = explained(error)
+        known = to_phoque_error(error)
         console.error(known)
         sys.exit(known.code)

@@ -8,11 +8,11 @@ from typing import Any
 
 import typer
 
-from phoque.console import console, hush_libraries
+from phoque.console import console, silence_libraries
 from phoque.errors import PhoqueError
 from phoque.settings.fields import CommandSettings, env_name, flag_names
 from phoque.settings.job import JobSettings
-from phoque.settings.resolve import resolved
+from phoque.settings.resolve import resolve_settings
 
 
 def command(
@@ -28,10 +28,10 @@ def command(
         console.use(json, quiet)
         # None, and an empty list for a repeatable flag, is how Typer says that it was not given
         given = {key: value for key, value in flags.items() if value not in (None, [])}
-        asked, warnings = resolved(model, given, presets or {}, secrets_file)
+        asked, warnings = resolve_settings(model, given, presets or {}, secrets_file)
         for text in warnings:
             console.warn(text)
-        hush_libraries()
+        silence_libraries()
         run(asked, dry_run)
 
     # its own before those that it shares

@@ -49,7 +49,7 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels)
 
 
-class Chat:
+class ChatTemplate:
     """Encodes conversations for training, with the token ids that the model's own template gives."""
 
     def __init__(self, tokenizer: Any, default_system: str, max_length: int) -> None:

@@ -86,7 +86,7 @@ def _hub(name: str, split: str, revision: str | None, token: str | None) -> Data
     from phoque.hub.client import PATIENCE_S, Hub
 
     hub = Hub(token, lambda _: None, PATIENCE_S)
-    sha = str(hub.tried(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
+    sha = str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
     try:
         stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
     except ValueError as error:  # datasets' word for an unknown split or a repository without data

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from phoque.data.chat_template import Chat, Encoded
+from phoque.data.chat_template import ChatTemplate, Encoded
 from phoque.data.rows import BadRow, Dataset, Row, parsed, schema_of
 from phoque.errors import PhoqueError
 
@@ -15,7 +15,7 @@ FIRST_LINES = 3
 
 
 @dataclass
-class Survey:
+class DatasetScan:
     """What the first reading found. `held_out` rows are those with the smallest hashes, whatever their order."""
 
     rows: int = 0
@@ -77,9 +77,9 @@ def histogram(values: list[float], bins: int = 20) -> dict[str, list[float]]:
     return {"edges": [round(low + i * width, 4) for i in range(bins + 1)], "counts": counts}
 
 
-def survey(dataset: Dataset, chat: Chat, held_out_rows: int, max_bad: float) -> Survey:
+def scan_dataset(dataset: Dataset, chat: ChatTemplate, held_out_rows: int, max_bad: float) -> DatasetScan:
     """Read the rows once, in order. Raises PhoqueError (2) if more than `max_bad` of them are unfit, or all are."""
-    found = Survey()
+    found = DatasetScan()
     digest = hashlib.sha256()
     smallest: list[tuple[int, int, Row, Encoded]] = []  # a heap of the smallest hashes, largest first
     for record in dataset.stream:
@@ -108,14 +108,14 @@ def survey(dataset: Dataset, chat: Chat, held_out_rows: int, max_bad: float) -> 
     return found
 
 
-def _count_bad(found: Survey, reason: str, line: str) -> None:
+def _count_bad(found: DatasetScan, reason: str, line: str) -> None:
     found.bad_counts[reason] += 1
     lines = found.bad.setdefault(reason, [])
     if len(lines) < FIRST_LINES:
         lines.append(line)
 
 
-def _count_good(found: Survey, raw: dict[str, Any], row: Row, encoded: Encoded) -> None:
+def _count_good(found: DatasetScan, raw: dict[str, Any], row: Row, encoded: Encoded) -> None:
     found.schemas[schema_of(raw)] += 1
     found.sources[row.source] += 1
     system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else None
@@ -129,7 +129,7 @@ def _count_good(found: Survey, raw: dict[str, Any], row: Row, encoded: Encoded) 
         found.preview.append((row, encoded))
 
 
-def _refuse_bad(found: Survey, name: str, max_bad: float) -> None:
+def _refuse_bad(found: DatasetScan, name: str, max_bad: float) -> None:
     if not found.rows:
         raise PhoqueError(f"{name} is empty.", "There is no row in it.", "Check how it was written.")
     bad = found.rows - found.good

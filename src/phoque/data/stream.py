@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.data.chat_template import Chat, Encoded
+from phoque.data.chat_template import ChatTemplate, Encoded
 from phoque.data.packing import Packing, packed
 from phoque.data.rows import BadRow, Dataset, parsed
 from phoque.errors import PhoqueError
-from phoque.prefetch import Ahead
+from phoque.prefetch import Prefetcher
 
 SHUFFLED = 50_000  # rows that are shuffled together
 AHEAD = 16  # rows that are made before they are used
@@ -39,7 +39,7 @@ class TrainStream:
     """
 
     def __init__(
-        self, dataset: Dataset, chat: Chat, threshold: str, packing: Packing, seed: int, max_bad: float
+        self, dataset: Dataset, chat: ChatTemplate, threshold: str, packing: Packing, seed: int, max_bad: float
     ) -> None:
         self._reader = _Reader(dataset, chat, threshold, seed, max_bad)
         self.packing, self._seed = packing, seed
@@ -69,7 +69,7 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Rows, made ahead of their use in a thread of their own; `waited` are the seconds that none was ready."""
-        with Ahead(self._batches(), AHEAD) as made:
+        with Prefetcher(self._batches(), AHEAD) as made:
             for batch, state in made:
                 self._state, self.waited = state, made.waited
                 yield batch
@@ -139,7 +139,7 @@ def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
 class _Reader:
     """The endless sequence of conversations that can be trained on, and its place in it."""
 
-    def __init__(self, dataset: Dataset, chat: Chat, threshold: str, seed: int, max_bad: float) -> None:
+    def __init__(self, dataset: Dataset, chat: ChatTemplate, threshold: str, seed: int, max_bad: float) -> None:
         self._rows, self._threshold, self._seed, self._max_bad = dataset.stream, threshold, seed, max_bad
         self._chat = copy.deepcopy(chat)  # a tokenizer is for one thread: others ask the original for samples
         self._place = _Place()

@@ -14,11 +14,11 @@ LONGEST_WAIT_S = 60.0
 DAMAGED_TRIES = 2
 
 
-class Damaged(Exception):
+class IntegrityError(Exception):
     """What was read back is not what was sent."""
 
 
-class GivenUp(Exception):
+class Superseded(Exception):
     """Something newer is waiting: this is no longer worth trying."""
 
 
@@ -35,7 +35,7 @@ class Hub:
         self.api: Any = HfApi(token=token)
         self._say, self._patience = say, patience
 
-    def tried(self, what: str, action: Callable[[], T], wait: Callable[[float], None] = time.sleep) -> T:
+    def retry(self, what: str, action: Callable[[], T], wait: Callable[[float], None] = time.sleep) -> T:
         """What `action` returns; it is called again after passing failures, so it must make everything it sends anew.
 
         Raises the last error when patience is over or another try cannot help; `wait` may raise GivenUp.
@@ -45,22 +45,24 @@ class Hub:
             try:
                 return action()
             except Exception as error:
-                damaged += isinstance(error, Damaged)
+                damaged += isinstance(error, IntegrityError)
                 left = self._patience - (time.monotonic() - begun)
                 asked = retry_after(error)
-                if not passing(error) or damaged >= DAMAGED_TRIES or max(asked, pause) > left:
+                if not is_transient(error) or damaged >= DAMAGED_TRIES or max(asked, pause) > left:
                     raise
                 self._say(f"{what}: {reason(error)}; again in {max(asked, pause):.0f} s")
                 wait(max(asked, pause))
                 pause = min(2 * pause, LONGEST_WAIT_S)
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether another try may succeed; the first cause that says something decides."""
     for cause in _causes(error):
         if (status := _status(cause)) is not None:
             return status in PASSING
-        if isinstance(cause, (Damaged, ConnectionError, TimeoutError)) or "Consistency check failed" in str(cause):
+        if isinstance(cause, (IntegrityError, ConnectionError, TimeoutError)) or "Consistency check failed" in str(
+            cause
+        ):
             return True
         if any(kind.__module__.startswith("httpx2") for kind in type(cause).__mro__):
             return True

@@ -11,7 +11,7 @@ from typing import Any
 from phoque import __version__
 from phoque.console import Console
 from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError
-from phoque.hub.client import Hub, passing, reason
+from phoque.hub.client import Hub, is_transient, reason
 from phoque.hub.repo import is_public
 from phoque.settings.fields import PREFIX, Resolved, Secrets, env_name, flag_names
 
@@ -126,7 +126,7 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     s, api = resolved.settings, hub.api
-    who = hub.tried("asking who this is", api.whoami)
+    who = hub.retry("asking who this is", api.whoami)
     found = {"account": who["name"], "token": who["auth"].get("accessToken", {}).get("role", "unknown")}
     for name, pinned in s.reads.items():
         value, revision = getattr(s, name), getattr(s, pinned) if pinned else None
@@ -135,7 +135,7 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
             found[name] = f"{value}@{_commit(hub, name, value, revision)[:8]}"
     kept, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")
     try:
-        private = hub.tried(kept, lambda: api.repo_info(kept, repo_type=kind)).private
+        private = hub.retry(kept, lambda: api.repo_info(kept, repo_type=kind)).private
         if not private and not s.public:
             raise is_public(kept)
         found["repository"] = f"{kept}, {'private' if private else 'PUBLIC'}"
@@ -150,11 +150,11 @@ def _commit(hub: Hub, setting: str, name: str, revision: str | None) -> str:
 
     info = hub.api.dataset_info if setting in DATASETS else hub.api.model_info
     try:
-        return str(hub.tried(name, lambda: info(name, revision=revision)).sha)
+        return str(hub.retry(name, lambda: info(name, revision=revision)).sha)
     except RepositoryNotFoundError:
         if setting != "merged_dir":
             raise
-        return str(hub.tried(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
+        return str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
 
 
 def run_on(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console) -> dict[str, Any]:
@@ -209,10 +209,10 @@ def _followed(hub: Hub, number: str, console: Console) -> tuple[str, str]:
                     console.say(line)
                     seen += 1
         except Exception as error:
-            if not passing(error):
+            if not is_transient(error):
                 raise
             console.say(f"the log broke off: {reason(error)}")
-        status = hub.tried("asking for the job", lambda: hub.api.inspect_job(job_id=number)).status
+        status = hub.retry("asking for the job", lambda: hub.api.inspect_job(job_id=number)).status
         if str(getattr(status.stage, "value", status.stage)) in OVER:
             return status.message or "", str(getattr(status.stage, "value", status.stage))
         time.sleep(1.0)

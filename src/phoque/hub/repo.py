@@ -12,7 +12,7 @@ from typing import Any
 
 from phoque.errors import PhoqueError
 from phoque.files import sha256
-from phoque.hub.client import Damaged, Hub
+from phoque.hub.client import Hub, IntegrityError
 
 MARKER, CARD = "fresh_start.json", "README.md"
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
@@ -65,13 +65,13 @@ class Repo:
         def make() -> None:
             self.hub.api.create_repo(self.name, repo_type=self.kind, private=not public, exist_ok=True)
 
-        self.hub.tried(self.name, make)
+        self.hub.retry(self.name, make)
         from huggingface_hub import CommitOperationAdd
 
         def ask() -> None:  # it writes nothing, and is refused to a token that may not write
             self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")], repo_type=self.kind)
 
-        self.hub.tried(f"asking to write to {self.name}", ask)
+        self.hub.retry(f"asking to write to {self.name}", ask)
         private = self.private()
         if not private and public:
             warn(f"{self.name} is public: anyone can see what this run makes and load it")
@@ -80,7 +80,7 @@ class Repo:
 
     def private(self) -> bool:
         """Whether only its owners can read the repository. Raises the Hub's error if there is none."""
-        return bool(self.hub.tried(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind)).private)
+        return bool(self.hub.retry(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind)).private)
 
     def snapshot(self, revision: str | None = None) -> Snapshot:
         """The files at a commit, the newest by default."""
@@ -90,7 +90,7 @@ class Repo:
             entries = self.hub.api.list_repo_tree(self.name, recursive=True, revision=sha, repo_type=self.kind)
             return Snapshot(sha, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")})
 
-        return self.hub.tried(f"listing {self.name}", listed)
+        return self.hub.retry(f"listing {self.name}", listed)
 
     def push(
         self,
@@ -134,10 +134,10 @@ class Repo:
             after = self.snapshot(made.oid)
             for path, file in local.items():
                 if not file.same_as(after.files.get(path)):
-                    raise Damaged(f"{path} is not in {self.name} as it was sent")
+                    raise IntegrityError(f"{path} is not in {self.name} as it was sent")
             return str(made.oid)
 
-        return self.hub.tried(f"pushing to {self.name}", once, wait)
+        return self.hub.retry(f"pushing to {self.name}", once, wait)
 
     def fetch(self, snapshot: Snapshot, path: str, into: Path) -> Path:
         """One file at the snapshot's commit, its hash compared with the tree's. Raises Damaged, or the Hub's error."""
@@ -157,10 +157,10 @@ class Repo:
             )
             if not _Hashes(got).same_as(snapshot.files[path]):
                 got.unlink()
-                raise Damaged(f"{path} arrived damaged")
+                raise IntegrityError(f"{path} arrived damaged")
             return got
 
-        return self.hub.tried(f"fetching {path}", once)
+        return self.hub.retry(f"fetching {path}", once)
 
     def clear(self, marker: dict[str, Any], staging: Path) -> None:
         """Delete every checkpoint and write the fresh-start marker, in one commit."""

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from phoque.inference.residual_stream import TOKENS_AT_ONCE, Spoken, batches, inner, padded
+from phoque.inference.residual_stream import TOKENS_AT_ONCE, Turn, batches, inner, padded
 
 SCORED_AT_ONCE = 1024  # tokens whose logits over the whole vocabulary are held at a time
 
 
 @torch.no_grad()
-def mean_nll(model: Any, rows: Sequence[Spoken]) -> list[float]:
+def mean_nll(model: Any, rows: Sequence[Turn]) -> list[float]:
     """Nats a response token, each row after its own prompt, teacher-forced; NaN for an empty response."""
     found = [float("nan")] * len(rows)
     for batch in batches([len(r.prompt) + len(r.response) for r in rows], TOKENS_AT_ONCE[model.device.type]):

@@ -28,7 +28,7 @@ def blocks(model: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class Turn:
     """A prompt's token ids and those of the response to it."""
 
     prompt: list[int]
@@ -51,7 +51,7 @@ class Means:
 
 
 @torch.no_grad()
-def residual_means(model: Any, rows: Sequence[Spoken]) -> Means:
+def residual_means(model: Any, rows: Sequence[Turn]) -> Means:
     """Read every block's output for these rows, teacher-forced, in batches of about equal length.
 
     Response tokens whose norm is over MASSIVE times the median of their row are left out and counted; position 0, the

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from phoque.errors import PhoqueError
-from phoque.models.architectures import Family
+from phoque.models.architectures import Architecture
 from phoque.models.checkpoint_reader import Shards
 from phoque.models.fp8 import is_scale
 from phoque.models.lora import WEIGHTS
@@ -36,7 +36,7 @@ class Change:
         return weight
 
 
-def read_changes(adapter: Path, config: Any, family: Family, shards: Shards) -> dict[str, Change]:
+def read_changes(adapter: Path, config: Any, family: Architecture, shards: Shards) -> dict[str, Change]:
     """What an adapter changes, by the checkpoint's own tensor names; each of its tensors is used exactly once.
 
     It may have been trained on the full model, on the text model alone, or under Unsloth's names. Raises PhoqueError

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.rows import open_dataset, parsed
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.load import load_config, load_model, load_tokenizer, measuring
-from phoque.models.lora import attached
+from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
 
 ROWS = 3
@@ -30,14 +30,14 @@ def proof(base: Source, adapter: Path, merged: Path, dtype: str) -> dict[str, An
     `adapter_effect` is the mean difference between base and base + adapter; `holds` is the verdict.
     """
     held = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "none"
-    chat = Chat(load_tokenizer(base), "", 2048)
+    chat = ChatTemplate(load_tokenizer(base), "", 2048)
     stream = iter(open_dataset("seal", "train", None, None).stream)
     rows = [parsed(next(stream)) for _ in range(ROWS)]
     texts = [torch.tensor([chat.encode(row.messages).ids]) for row in rows]
     prompts = [torch.tensor([chat.prompt_ids(_question(row.messages), None)]) for row in rows]
     with _held(base, held) as model:
         plain = [_logits(model, ids) for ids in texts]
-        tuned = attached(model, adapter, family_of(load_config(base)))
+        tuned = attach_adapter(model, adapter, architecture_of(load_config(base)))
         wanted = [_logits(tuned, ids) for ids in texts]
         spoken = [_greedy(tuned, ids) for ids in prompts]
         del model, tuned  # before the next is loaded

@@ -16,10 +16,10 @@ import torch
 from phoque.errors import PhoqueError
 from phoque.files import sha256
 from phoque.merge.deltas import Change, read_changes
-from phoque.models.architectures import Family, family_of
+from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.checkpoint_reader import DTYPES, Shards
-from phoque.models.fp8 import Block, block_of, declares_fp8, dequantised, is_scale, scales_of
-from phoque.models.load import load_config, refuse_insane
+from phoque.models.fp8 import GroupSize, declares_fp8, dequantize, group_size_of, is_scale, scales_of
+from phoque.models.load import check_magnitudes, load_config
 from phoque.models.lora import WEIGHTS
 from phoque.models.source import INDEX, Source
 
@@ -66,7 +66,7 @@ def merge(
             f"{into} is not empty, and is no merged model.", "It would be replaced.", "Choose another --output-dir."
         )
     config, shards = load_config(base), Shards(base.folder)
-    family = family_of(config)
+    family = architecture_of(config)
     changes = read_changes(adapter, config, family, shards)
     plan = _plan(shards, family, changes, FLOATS[dtype])
     _check_room(into, sum(w.size for w in plan))
@@ -75,7 +75,7 @@ def merge(
     staging.mkdir(parents=True)
     try:
         scales = scales_of(shards.tensors, [w.name for w in plan], declares_fp8(config))
-        files = _write(staging, plan, _merged(shards, plan, changes, scales, block_of(config), show))
+        files = _write(staging, plan, _merged(shards, plan, changes, scales, group_size_of(config), show))
         _write_side_files(base.folder, adapter, staging, dtype)
         made = {"tensors": len(plan), "changed": len(changes), "bytes": sum(w.size for w in plan), "shards": len(files)}
         (staging / RECORD).write_text(json.dumps({"asked": asked, "made": made}, indent=1))
@@ -86,7 +86,7 @@ def merge(
     return made
 
 
-def _plan(shards: Shards, family: Family, changes: dict[str, Change], dtype: torch.dtype) -> list[Written]:
+def _plan(shards: Shards, family: Architecture, changes: dict[str, Change], dtype: torch.dtype) -> list[Written]:
     """Every tensor of the merged model, in the order of the base's files; beside the text model each keeps its type."""
     plan = []
     ordered = sorted(shards.tensors, key=lambda n: (shards.tensors[n].file, shards.tensors[n].start))
@@ -103,15 +103,15 @@ def _merged(
     plan: list[Written],
     changes: dict[str, Change],
     scales: dict[str, str],
-    block: Block | None,
+    block: GroupSize | None,
     show: Callable[[int, str], None],
 ) -> Iterator[torch.Tensor]:
     """The merged tensors in the order of the plan; a few are made at the same time."""
 
     def made(wanted: Written, tensor: torch.Tensor) -> torch.Tensor:
         if wanted.name in scales:
-            tensor = dequantised(tensor, shards.read(scales[wanted.name]), block)
-            refuse_insane({wanted.name: tensor.abs().max()})
+            tensor = dequantize(tensor, shards.read(scales[wanted.name]), block)
+            check_magnitudes({wanted.name: tensor.abs().max()})
         if wanted.name in changes:
             tensor = changes[wanted.name].applied(tensor.float())
         return tensor.to(wanted.dtype)

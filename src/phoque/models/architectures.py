@@ -11,7 +11,7 @@ LLAMA_PROJECTIONS = r"(?:.*\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|u
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """How one architecture is loaded for text, and where its adapter goes.
 
     `lora_targets` is a regex that is matched against whole module names: the seven projections of every layer.
@@ -33,8 +33,8 @@ class Family:
         return None
 
 
-LLAMA_LIKE = Family()
-MISTRAL3 = Family(
+LLAMA_LIKE = Architecture()
+MISTRAL3 = Architecture(
     text_keys=(
         (r"^language_model\.", ""),  # as published
         (r"^model\.language_model\.", "model."),  # as transformers 5 may save it
@@ -44,7 +44,7 @@ MISTRAL3 = Family(
     auto_class="AutoModelForImageTextToText",
 )
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Architecture] = {
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE,
     "ministral": LLAMA_LIKE,
@@ -55,7 +55,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Any) -> Family:
+def architecture_of(config: Any) -> Architecture:
     """The family of a model config. Raises PhoqueError (2) for an architecture that has no entry."""
     if config.model_type not in FAMILIES:
         raise PhoqueError(

@@ -14,7 +14,7 @@ from phoque.models.checkpoint_reader import Stored
 
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 CODES, LARGEST_CODE = torch.float8_e4m3fn, 448.0
-Block = tuple[int, int]
+GroupSize = tuple[int, int]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -38,12 +38,12 @@ class Fp8Linear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(input, self.whole(input.dtype), self.bias)
 
-    def hold(self, stored: torch.Tensor, scale: torch.Tensor | None, block: Block | None = None) -> None:
+    def hold(self, stored: torch.Tensor, scale: torch.Tensor | None, block: GroupSize | None = None) -> None:
         """Keep codes and the one scale of a checkpoint as they are; anything else is quantised row by row."""
         if stored.dtype == CODES and scale is not None and scale.numel() == 1:
             codes, scales = stored, scale.to(stored.device, torch.float32).reshape(1, 1).expand(len(stored), 1)
         else:
-            full = stored.float() if scale is None else dequantised(stored, scale, block)
+            full = stored.float() if scale is None else dequantize(stored, scale, block)
             scales = full.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST_CODE
             codes = (full / scales).to(CODES)
         self.weight = torch.nn.Parameter(codes.view(torch.uint8), requires_grad=False)
@@ -61,7 +61,7 @@ def declares_fp8(config: Any) -> bool:
     return method == "fp8"
 
 
-def block_of(config: Any) -> Block | None:
+def group_size_of(config: Any) -> GroupSize | None:
     """Rows and columns of a weight that share a scale, where an FP8 config names them; None is one for all."""
     declared = getattr(config, "quantization_config", None) or {}
     size = declared.get("weight_block_size") if isinstance(declared, dict) else declared.weight_block_size
@@ -102,7 +102,7 @@ def scales_of(tensors: dict[str, Stored], wanted: Iterable[str], declared: bool)
     return {name: name + SCALE for name in quantised}
 
 
-def dequantised(weight: torch.Tensor, scale: torch.Tensor, block: Block | None) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: GroupSize | None) -> torch.Tensor:
     """`weight` (rows, columns) times its scale, in FP32; `scale` is one number or a grid of blocks.
 
     The last of `block` rows or columns may be cut off; without `block` all are of one size.
@@ -116,7 +116,7 @@ def dequantised(weight: torch.Tensor, scale: torch.Tensor, block: Block | None) 
     return full.mul_(scale[: full.shape[0], : full.shape[1]])
 
 
-def refuse_without_units(on: torch.device) -> None:
+def check_fp8_support(on: torch.device) -> None:
     """Raise PhoqueError (2) on a GPU without FP8 units (Ampere and older)."""
     if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 9):
         raise PhoqueError(

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from phoque.errors import PhoqueError, first_line
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.checkpoint_reader import Shards
 from phoque.models.fp8 import (
-    Block,
     Fp8Linear,
-    block_of,
+    GroupSize,
+    check_fp8_support,
     declares_fp8,
-    dequantised,
+    dequantize,
+    group_size_of,
     is_scale,
-    refuse_without_units,
     scales_of,
 )
 from phoque.models.source import Source
@@ -37,7 +37,7 @@ def load_config(source: Source) -> Any:
         raise PhoqueError(
             f"The config of {source.name} cannot be read.", first_line(error), "Check which model was named."
         ) from error
-    family_of(config)
+    architecture_of(config)
     return config
 
 
@@ -74,9 +74,9 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
     """
     on = on or device()
     if quantization == "fp8":
-        refuse_without_units(on)
+        check_fp8_support(on)
     config = load_config(source)
-    family = family_of(config)
+    family = architecture_of(config)
     text = config.get_text_config()
     shards = Shards(source.folder)
     names = {text_name: key for key in shards.tensors if (text_name := family.text_key(key)) and not _derived(key)}
@@ -89,7 +89,7 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
         _check_names(model, names, shards, source, text.tie_word_embeddings)
         factors = {key: shards.read(scale) for key, scale in scales.items()}
         dtype = torch.float32 if quantization == "none" else torch.bfloat16
-        _fill(model, targets, arriving, factors, block_of(config), on, dtype)
+        _fill(model, targets, arriving, factors, group_size_of(config), on, dtype)
     if text.tie_word_embeddings:
         model.tie_weights()
     model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL ask for this attribute
@@ -156,7 +156,7 @@ def _fill(
     targets: dict[str, str],
     arriving: Iterator[tuple[str, torch.Tensor]],
     factors: dict[str, torch.Tensor],
-    block: Block | None,
+    block: GroupSize | None,
     on: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -169,14 +169,14 @@ def _fill(
             module.hold(stored.to(on), factors.get(key), block)
             largest[targets[key]] = module.largest()
             continue
-        tensor = (dequantised(stored, factors[key], block) if key in factors else stored).to(dtype)
+        tensor = (dequantize(stored, factors[key], block) if key in factors else stored).to(dtype)
         # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count
         largest[targets[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0
         _put(model, targets[key], tensor, on)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(on)
-    refuse_insane(largest)
+    check_magnitudes(largest)
 
 
 def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
@@ -192,7 +192,7 @@ def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def refuse_insane(largest: dict[str, torch.Tensor]) -> None:
+def check_magnitudes(largest: dict[str, torch.Tensor]) -> None:
     """Raise PhoqueError (2) for a weight whose largest magnitude no trained weight has."""
     for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
         if not value < LARGEST_SANE:

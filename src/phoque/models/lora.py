@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phoque.errors import FAILED, PhoqueError
-from phoque.models.architectures import Family, family_of
+from phoque.models.architectures import Architecture, architecture_of
 
 WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -24,13 +24,13 @@ def with_adapter(model: Any, rank: int, alpha: int, dropout: float, revision: st
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=family_of(model.config).lora_targets,
+        target_modules=architecture_of(model.config).lora_targets,
         revision=revision,
     )
     return get_peft_model(model, config)
 
 
-def save_adapter(model: Any, folder: Path, family: Family) -> None:
+def save_adapter(model: Any, folder: Path, family: Architecture) -> None:
     """Write the adapter under the full model's names, so that it loads on the model that was published."""
     from peft import get_peft_model_state_dict
 
@@ -44,7 +44,7 @@ def save_adapter(model: Any, folder: Path, family: Family) -> None:
     config.save_pretrained(folder)
 
 
-def load_adapter(model: Any, folder: Path, family: Family) -> None:
+def load_adapter(model: Any, folder: Path, family: Architecture) -> None:
     """Put saved weights into the adapter that `model` already has, under either model's names.
 
     Raises PhoqueError (2) naming the first tensor that is missing, left over or of another shape: peft itself only
@@ -66,7 +66,7 @@ def load_adapter(model: Any, folder: Path, family: Family) -> None:
     set_peft_model_state_dict(model, saved)
 
 
-def attached(model: Any, folder: Path, family: Family, name: str = "default") -> Any:
+def attach_adapter(model: Any, folder: Path, family: Architecture, name: str = "default") -> Any:
     """`model` with a saved adapter under `name`, applied by peft on its own modules and from its own file.
 
     `model` is the text model, or one that has adapters already. `family` is the full model's.
@@ -95,12 +95,12 @@ def attached(model: Any, folder: Path, family: Family, name: str = "default") ->
     return model.eval()
 
 
-def _full_name(key: str, family: Family) -> str:
+def _full_name(key: str, family: Architecture) -> str:
     text, full = family.full_names
     return key.replace(PEFT_PREFIX + text, PEFT_PREFIX + full, 1)
 
 
-def text_name(key: str, family: Family) -> str:
+def text_name(key: str, family: Architecture) -> str:
     """An adapter tensor's name on the text model, whichever model it was trained on (the full one, old or new)."""
     if not family.full_names[1]:
         return key
@@ -122,7 +122,7 @@ def lora_norms(model: Any) -> dict[str, float]:
     }
 
 
-def refuse_non_finite(model: Any, step: int) -> None:
+def check_finite(model: Any, step: int) -> None:
     """Raise PhoqueError (1) if any trained weight is NaN or infinite."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     flags = torch.stack([torch.isfinite(p.detach()).all() for _, p in trained])

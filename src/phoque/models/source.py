@@ -103,9 +103,9 @@ def _hub(name: str, revision: str | None, token: str | None, say: Callable[[str]
     hub = Hub(token, say, PATIENCE_S)
 
     def fetched(file: str) -> Path:
-        return Path(hub.tried(file, lambda: hf_hub_download(name, file, revision=sha, token=token)))
+        return Path(hub.retry(file, lambda: hf_hub_download(name, file, revision=sha, token=token)))
 
-    info = hub.tried(name, lambda: hub.api.model_info(name, revision=revision, files_metadata=True))
+    info = hub.retry(name, lambda: hub.api.model_info(name, revision=revision, files_metadata=True))
     sha = str(info.sha)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     index = None

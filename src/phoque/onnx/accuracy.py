@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.rows import BadRow, open_dataset, parsed
 from phoque.errors import PhoqueError
 from phoque.models.load import load_model, load_tokenizer
 from phoque.models.source import Source
-from phoque.onnx.session import Chatting
+from phoque.onnx.session import OnnxChatModel
 
 MEASURED_TOKENS = 1200
 FITTED_TOKENS = 9000
@@ -29,7 +29,7 @@ def chats(source: Source, dataset: str, split: str, token: str | None) -> tuple[
     Which is which is told by a hash of each row, whatever their order; from a long dataset the first rows are taken.
     Raises PhoqueError (2) if none of them can be used.
     """
-    chat = Chat(load_tokenizer(source), "", LONGEST)
+    chat = ChatTemplate(load_tokenizer(source), "", LONGEST)
     found: list[tuple[str, torch.Tensor]] = []
     for raw in open_dataset(dataset, split, None, token).stream:
         try:
@@ -75,7 +75,7 @@ def reference(source: Source, held_out: Ids) -> list[np.ndarray]:
 
 def distance(folder: Path, dtype: str, held_out: Ids, wanted: list[np.ndarray]) -> dict[str, float]:
     """Mean KL(checkpoint || export) over tokens in nats, and the share of tokens with the same likeliest successor."""
-    return measured(Chatting(folder, dtype).run, held_out, wanted)
+    return measured(OnnxChatModel(folder, dtype).run, held_out, wanted)
 
 
 def measured(run: Callable[[np.ndarray], Any], held_out: Ids, wanted: list[np.ndarray]) -> dict[str, float]:

@@ -10,10 +10,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.checkpoint_reader import Shards
-from phoque.models.fp8 import block_of, declares_fp8, dequantised, scales_of
-from phoque.models.load import HEAD, load_config, refuse_insane
+from phoque.models.fp8 import declares_fp8, dequantize, group_size_of, scales_of
+from phoque.models.load import HEAD, check_magnitudes, load_config
 from phoque.models.source import Source
 
 Factors = dict[str, list[tuple[int, torch.Tensor]]]  # by parameter: a dimension, and what it is multiplied by
@@ -33,7 +33,7 @@ class Weights:
     def __init__(self, source: Source) -> None:
         self.source, self.config = source, load_config(source)
         self._shards = Shards(source.folder)
-        family = family_of(self.config)
+        family = architecture_of(self.config)
         keys = {text: key for key in self._shards.tensors if (text := family.text_key(key))}
         self._scales = scales_of(self._shards.tensors, list(self._shards.tensors), declares_fp8(self.config))
         self.tied = self.config.get_text_config().tie_word_embeddings or HEAD not in keys
@@ -57,8 +57,8 @@ class Weights:
         stored = self._shards.read(key)
         whole = stored.float()
         if key in self._scales:
-            whole = dequantised(stored, self._shards.read(self._scales[key]), block_of(self.config))
-        refuse_insane({key: whole.abs().max() if whole.dim() > 1 else whole.sum() * 0})
+            whole = dequantize(stored, self._shards.read(self._scales[key]), group_size_of(self.config))
+        check_magnitudes({key: whole.abs().max() if whole.dim() > 1 else whole.sum() * 0})
         return whole
 
     def shape(self, name: str) -> tuple[int, ...]:

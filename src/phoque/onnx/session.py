@@ -29,7 +29,7 @@ def decoder_of(folder: Path, dtype: str) -> str:
     raise FileNotFoundError(f"no decoder in {dtype}")
 
 
-class Chatting:
+class OnnxChatModel:
     """The text side of an export in one precision: token ids in, logits out, with a cache."""
 
     def __init__(self, folder: Path, dtype: str, threads: int = 0) -> None:

@@ -24,7 +24,7 @@ OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # not settings of a command
 MODELS = (TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings)
 
 
-def resolved(
+def resolve_settings(
     model: type[S], flags: dict[str, Any], presets: dict[str, dict[str, Any]], env_file: Path | None = None
 ) -> tuple[Resolved[S], list[str]]:
     """The settings of one command, and warnings about the secrets file.

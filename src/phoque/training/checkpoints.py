@@ -37,7 +37,7 @@ def write_manifest(folder: Path) -> None:
         os.close(handle)
 
 
-def flaw(folder: Path) -> str | None:
+def find_defect(folder: Path) -> str | None:
     """What keeps a checkpoint from being resumed, or None if its manifest verifies."""
     try:
         sums = json.loads((folder / MANIFEST).read_text())["sha256"]
@@ -79,7 +79,7 @@ def is_ours(folder: Path) -> bool:
     return any((folder / name).is_file() for name in OURS)
 
 
-def foreign_flaw(folder: Path) -> str | None:
+def find_trainer_defect(folder: Path) -> str | None:
     """What keeps a checkpoint of plain Trainer, which has no manifest, from being resumed: each part is opened."""
     from safetensors import SafetensorError, safe_open
 
@@ -100,7 +100,7 @@ def foreign_flaw(folder: Path) -> str | None:
     return None
 
 
-def adopt(folder: Path, used: dict[str, Any], warn: Callable[[str], None]) -> Path:
+def import_trainer_checkpoint(folder: Path, used: dict[str, Any], warn: Callable[[str], None]) -> Path:
     """A checkpoint of plain Trainer that has no flaw as one of ours, with `used` for its place in the data."""
     step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
     seen = step * used["batch_size"]
@@ -122,14 +122,14 @@ def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
     """
     found = checkpoints(run)
     for checkpoint in found:
-        reason = flaw(checkpoint)
+        reason = find_defect(checkpoint)
         if reason is None:
             return checkpoint
         warn(f"{checkpoint} is left out: {reason}")
     if found:
         raise PhoqueError(
             f"None of the {len(found)} checkpoints in {run} is whole.",
-            f"The newest: {flaw(found[0])}.",
+            f"The newest: {find_defect(found[0])}.",
             "Restore one, or begin anew with --fresh-start.",
             FAILED,
         )

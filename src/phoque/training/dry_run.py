@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from phoque.console import Console
-from phoque.data.chat_template import IGNORED, Chat, Encoded
+from phoque.data.chat_template import IGNORED, ChatTemplate, Encoded
 from phoque.data.rows import Row
 from phoque.hub.repo import is_public
 from phoque.settings.fields import Resolved
@@ -29,8 +29,8 @@ def plan(resolved: Resolved[TrainSettings], cache: Path, console: Console) -> di
         "facts": _facts(s, ready, counts) | system_cost(ready.chat) | _hub_facts(resolved, console),
         "parameters": counts,
         "memory_gb": memory_estimate(ready, s, counts),
-        "data": ready.survey.summary(),
-        "preview": [preview(ready.chat, row, encoded) for row, encoded in ready.survey.preview],
+        "data": ready.scan.summary(),
+        "preview": [preview(ready.chat, row, encoded) for row, encoded in ready.scan.preview],
     }
 
 
@@ -51,7 +51,7 @@ def parameter_counts(config: Any, rank: int) -> dict[str, int]:
 def memory_estimate(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> dict[str, float]:
     """GB of weights, adapter with its Adam states, and activations of one forward pass; an estimate, and says so."""
     config = ready.config.get_text_config()
-    rows = packing_of(s, ready.survey, static=False)
+    rows = packing_of(s, ready.scan, static=False)
     tokens = rows.count * rows.mean if rows.exact else rows.tokens
     width = BYTES["none" if s.quantization == "none" else "bf16"]
     projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
@@ -68,7 +68,7 @@ def memory_estimate(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -
     return {name: round(value, 2) for name, value in parts.items()} | {"sum": round(sum(parts.values()), 2)}
 
 
-def system_cost(chat: Chat) -> dict[str, str]:
+def system_cost(chat: ChatTemplate) -> dict[str, str]:
     """Tokens that a row without a system message costs: with what phoque gives it, and with the template's default."""
     ask = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}]
 
@@ -81,7 +81,7 @@ def system_cost(chat: Chat) -> dict[str, str]:
     }
 
 
-def preview(chat: Chat, row: Row, encoded: Encoded) -> dict[str, Any]:
+def preview(chat: ChatTemplate, row: Row, encoded: Encoded) -> dict[str, Any]:
     """A row as runs of text that are trained on or not."""
     pairs = zip(encoded.ids, [label != IGNORED for label in encoded.labels], strict=True)
     parts = [
@@ -111,7 +111,7 @@ def _hub_facts(resolved: Resolved[TrainSettings], console: Console) -> dict[str,
 def _packed(s: TrainSettings, ready: Prepared) -> str:
     if s.packing == "exact":
         return "exactly so many rows, however long"
-    rows = packing_of(s, ready.survey, static=True)
+    rows = packing_of(s, ready.scan, static=True)
     return f"packed best-fit into {s.accumulation} x {rows.tokens:,} tokens"
 
 
@@ -122,7 +122,7 @@ def _facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[st
         "adapter": f"{counts['adapter'] / 1e6:,.1f} M parameters",
         "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f} (an estimate)",
-        "data": f"{ready.survey.good} rows of {ready.survey.mean_length:.0f} tokens; a step is "
-        f"{s.batch_size} rows, about {s.batch_size * ready.survey.mean_length:,.0f} tokens ({_packed(s, ready)})",
+        "data": f"{ready.scan.good} rows of {ready.scan.mean_length:.0f} tokens; a step is "
+        f"{s.batch_size} rows, about {s.batch_size * ready.scan.mean_length:,.0f} tokens ({_packed(s, ready)})",
         "run folder": str(s.folder),
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import FAILED, RESUMABLE, PhoqueError
-from phoque.hub.client import passing, reason
+from phoque.hub.client import is_transient, reason
 from phoque.hub.repo import Repo
 from phoque.merge.run import merge_into, push_merged
 from phoque.training import checkpoints
@@ -35,7 +35,7 @@ def export_final(run: Run) -> dict[str, Any]:
             f"The merged model is made, but it is not in {repo.name}.",
             f"{reason(error)}. It is in {into}.",
             "Run the same command again, without --fresh-start: it only pushes.",
-            RESUMABLE if passing(error) else FAILED,
+            RESUMABLE if is_transient(error) else FAILED,
         ) from error
     return {"merged": str(into), "proof": made["proof"], "merged_repo": repo.name}
 

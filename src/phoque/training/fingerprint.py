@@ -4,9 +4,9 @@ import difflib
 import hashlib
 from typing import Any
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.rows import Dataset
-from phoque.data.scan import Survey
+from phoque.data.scan import DatasetScan
 from phoque.errors import PhoqueError
 from phoque.models.source import Source
 from phoque.settings.train import TrainSettings
@@ -33,7 +33,9 @@ BEFORE = {"packing": "exact"}  # what runs did that were begun before there was 
 NEVER = ("base_model", "lora_rank", "processes")  # other tensors: there is nothing to go on from
 
 
-def fingerprint(s: TrainSettings, source: Source, dataset: Dataset, chat: Chat, found: Survey) -> dict[str, Any]:
+def fingerprint(
+    s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, found: DatasetScan
+) -> dict[str, Any]:
     """Everything that decides what is learnt: data, base, template, schedule, adapter."""
     from accelerate import PartialState
 

@@ -9,28 +9,28 @@ import torch
 
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, RESUMABLE, PhoqueError, Stopped
-from phoque.hub.client import passing
+from phoque.hub.client import is_transient
 from phoque.hub.client import reason as why
 from phoque.hub.repo import CARD
 from phoque.model_cards import adapter_card
-from phoque.models.architectures import family_of
-from phoque.models.lora import refuse_non_finite, save_adapter
+from phoque.models.architectures import architecture_of
+from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 from phoque.training.prepare import Run
 from phoque.training.run_record import write_record
-from phoque.training.timer import Stopwatch
+from phoque.training.timer import Timer
 
 if TYPE_CHECKING:
-    from phoque.training.hub_push import Pusher
+    pass
 
 
-def finish(run: Run, model: Any, stream: TrainStream, watch: Stopwatch) -> dict[str, Any]:
+def finish(run: Run, model: Any, stream: TrainStream, watch: Timer) -> dict[str, Any]:
     """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
     folder, record = run.folder, run.record
     step = record["fingerprint"]["max_steps"]
-    refuse_non_finite(model, step)
+    check_finite(model, step)
     metrics = read_lines(folder / METRICS)
     result = {
         "run": str(folder),
@@ -47,7 +47,7 @@ def finish(run: Run, model: Any, stream: TrainStream, watch: Stopwatch) -> dict[
     }
     staging = folder / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)
-    save_adapter(model, staging, family_of(run.ready.config))
+    save_adapter(model, staging, architecture_of(run.ready.config))
     run.ready.chat.tokenizer.save_pretrained(staging)
     (staging / CARD).write_text(adapter_card(record, result, run.settings.hub_model_id))
     shutil.rmtree(folder / "adapter", ignore_errors=True)
@@ -100,12 +100,12 @@ def published(run: Run, result: dict[str, Any]) -> dict[str, Any]:
             f"{why(error)}. It is in {folder / 'adapter'}.",
             "Run the same command again, without --fresh-start: it only pushes. On a Job, whose disk is gone by then, "
             "it goes on from the newest checkpoint on the Hub.",
-            RESUMABLE if passing(error) else FAILED,
+            RESUMABLE if is_transient(error) else FAILED,
         ) from error
     return result | {"commit": commit}
 
 
-def stopped_after(run: Run, step: int, pusher: "Pusher | None") -> Stopped:
+def stopped_after(run: Run, step: int, pusher: "CheckpointPusher | None") -> Stopped:
     """A stop in good order, saying what is where."""
     saved = checkpoints.newest_whole(run.folder, lambda _: None)
     where = f"{saved} holds everything." if saved else "Nothing was saved."

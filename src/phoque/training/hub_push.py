@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.hub.client import GivenUp, reason
+from phoque.hub.client import Superseded, reason
 from phoque.hub.repo import CARD, Repo, Snapshot
 from phoque.training import checkpoints
 
@@ -16,7 +16,7 @@ COMMITS_AN_HOUR = 128  # the Hub's limit for a repository
 SPARE = 8  # of them for the end of a run
 
 
-class Pusher:
+class CheckpointPusher:
     """One thread and room for one waiting checkpoint: if pushes are slower than saves, the newest wins.
 
     `pushed` is the newest step that is on the Hub and was read back, `seconds` how long the slowest push took,
@@ -97,7 +97,7 @@ class Pusher:
                 self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - begun:.0f} s)")
                 self._exported(self._current)
                 self.seconds = max(self.seconds, time.monotonic() - begun)
-            except GivenUp:
+            except Superseded:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
             except PhoqueError as error:
                 self._refused, self.failure = error, error.what
@@ -144,7 +144,7 @@ class Pusher:
         with self._changed:
             while (left := end - time.monotonic()) > 0:
                 if self._waiting is not None:
-                    raise GivenUp
+                    raise Superseded
                 if self._ending and not ending:
                     return
                 self._changed.wait(left)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import Packing
 from phoque.data.rows import Dataset, open_dataset
-from phoque.data.scan import Survey, survey
+from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import PhoqueError
 from phoque.hub.client import Hub
 from phoque.hub.repo import Repo
@@ -19,7 +19,7 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.callbacks.stop import StopRequest
-from phoque.training.resume import Beginning
+from phoque.training.resume import StartState
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Prepared:
 
     source: Source
     config: Any
-    chat: Chat
+    chat: ChatTemplate
     dataset: Dataset
-    survey: Survey
+    scan: DatasetScan
 
 
 def prepare(resolved: Resolved[TrainSettings], cache: Path, console: Console, weights: bool) -> Prepared:
@@ -42,19 +42,19 @@ def prepare(resolved: Resolved[TrainSettings], cache: Path, console: Console, we
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, token)
     source = resolve(s.base_model, s.revision, token, cache, console.say, weights)
     config = load_config(source)
-    chat = Chat(load_tokenizer(source), s.default_system, s.max_length)
-    found = survey(dataset, chat, s.held_out_rows, s.max_bad_rows)
+    chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length)
+    found = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows)
     _tell(found, dataset, s, console)
     return Prepared(source, config, chat, dataset, found)
 
 
-def packing_of(s: TrainSettings, found: Survey, static: bool) -> Packing:
+def packing_of(s: TrainSettings, found: DatasetScan, static: bool) -> Packing:
     """How conversations become the rows of a run; `static` rows are all of one shape, or of a few."""
     longest = max(found.lengths) if found.complete else s.max_length
     return Packing(s.batch_size // s.accumulation, found.mean_length, longest, s.packing == "exact", static)
 
 
-def _tell(found: Survey, dataset: Dataset, s: TrainSettings, console: Console) -> None:
+def _tell(found: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
     d = found.summary()
     sources = ", ".join(f"{name} {n}" for name, n in d["sources"].items())
     console.say(f"data {dataset.name}: {found.good} rows ({sources}), {len(found.held_out)} held out")
@@ -113,7 +113,7 @@ class Run:
     resolved: Resolved[TrainSettings]
     ready: Prepared
     folder: Path
-    begun: Beginning
+    begun: StartState
     record: dict[str, Any]
     repo: Repo | None
     stop: StopRequest

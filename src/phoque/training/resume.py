@@ -10,7 +10,7 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError, first_line
-from phoque.hub.client import Damaged
+from phoque.hub.client import IntegrityError
 from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
@@ -23,7 +23,7 @@ ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "RE
 
 
 @dataclass
-class Beginning:
+class StartState:
     """`record` is None for a run that has none yet; `result` is set for one that is complete."""
 
     run_id: str
@@ -46,7 +46,7 @@ def begin(
     used: dict[str, Any],
     console: Console,
     submission: str = "",
-) -> Beginning:
+) -> StartState:
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
 
     `same` is the fingerprint, `used` the state of the data for a checkpoint that has none, `submission` names the Job
@@ -61,11 +61,11 @@ def begin(
         complete = remote.final if remote else local
         if not _honoured(marker, complete, submission, s, console):
             marker = _start_anew(s, run, remote, submission, console)
-            return Beginning(_id(repo, marker), marker=marker, anew=True)
+            return StartState(_id(repo, marker), marker=marker, anew=True)
     if remote:
         local = _bring(remote, run, local, same, used, console)
     _adopt_newest(run, used, console)
-    begun = Beginning(_id(repo, marker), local, checkpoints.newest_whole(run, console.warn), marker)
+    begun = StartState(_id(repo, marker), local, checkpoints.newest_whole(run, console.warn), marker)
     if begun.record is None and begun.resume is not None:
         begun.record = checkpoints.record_in(begun.resume)
     begun.on_hub = bool(remote and begun.resume and begun.resume.name in remote.at.folders())
@@ -125,13 +125,19 @@ class _Remote:
             reason = "it has no manifest"
             if not ours or f"{name}/{checkpoints.MANIFEST}" in paths:
                 reason = self._fetched(paths) or (
-                    checkpoints.flaw(self.staging / name) if ours else checkpoints.foreign_flaw(self.staging / name)
+                    checkpoints.find_defect(self.staging / name)
+                    if ours
+                    else checkpoints.find_trainer_defect(self.staging / name)
                 )
             record = checkpoints.record_in(self.staging / name) if reason is None else None
             if record and _start_of(record) != _marked(self.marker):
                 reason = "it is of the run before the last fresh start"
             if reason is None:
-                return self.staging / name if ours else checkpoints.adopt(self.staging / name, used, self._console.warn)
+                return (
+                    self.staging / name
+                    if ours
+                    else checkpoints.import_trainer_checkpoint(self.staging / name, used, self._console.warn)
+                )
             self._console.warn(f"{name} in {self.repo.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
         if folders and above < 0:
@@ -153,7 +159,7 @@ class _Remote:
         for path in wanted:
             try:
                 self.repo.fetch(self.at, path, self.staging)
-            except (Damaged, EntryNotFoundError) as error:
+            except (IntegrityError, EntryNotFoundError) as error:
                 return first_line(error)
         return None
 
@@ -174,7 +180,7 @@ def _bring(
             raise _two_runs(run, remote.repo.name, local["started"], remote.final["started"])
         if remote.final and remote.final["fingerprint"] == same:
             return local if local and "result" in local else remote.bring_final(run)
-        here = [checkpoints.step_of(c) for c in checkpoints.checkpoints(run) if checkpoints.flaw(c) is None]
+        here = [checkpoints.step_of(c) for c in checkpoints.checkpoints(run) if checkpoints.find_defect(c) is None]
         found = remote.newest(max(here, default=-1), used)
         if found is None:
             if remote.final and not local and not here:  # finished by another command, and its checkpoints are gone
@@ -200,9 +206,9 @@ def _adopt_newest(run: Path, used: dict[str, Any], console: Console) -> None:
     if not found or any(checkpoints.is_ours(run / name) for name in found):
         return
     for name in found:
-        reason = checkpoints.foreign_flaw(run / name)
+        reason = checkpoints.find_trainer_defect(run / name)
         if reason is None:
-            checkpoints.adopt(run / name, used, console.warn)
+            checkpoints.import_trainer_checkpoint(run / name, used, console.warn)
             return
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from phoque.console import Console
-from phoque.data.scan import Survey
+from phoque.data.scan import DatasetScan
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, PhoqueError, Stopped
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.load import device, load_model
 from phoque.models.lora import load_adapter, with_adapter
 from phoque.settings.fields import Resolved
@@ -31,7 +31,7 @@ from phoque.training.metrics_log import Tracker, forget_after, logged_until, sta
 from phoque.training.prepare import Run, hub_repo, packing_of, prepare
 from phoque.training.resume import begin
 from phoque.training.run_record import check_writable, new_record, write_record
-from phoque.training.timer import Stopwatch
+from phoque.training.timer import Timer
 
 
 def train(
@@ -64,14 +64,14 @@ def _begun(resolved: Resolved[TrainSettings], cache: Path, stop: StopRequest, co
             s.public, console.warn
         )  # before anything is spent: without the right to write there nothing could be kept
     ready = prepare(resolved, cache, console, weights=True)
-    same = fingerprint(s, ready.source, ready.dataset, ready.chat, ready.survey)
+    same = fingerprint(s, ready.source, ready.dataset, ready.chat, ready.scan)
     if same["processes"] > 1:
         raise PhoqueError(
             f"{same['processes']} processes were launched.",
             "phoque trains in one: each of them would learn from the same rows.",
             "Run `phoque train` without accelerate launch.",
         )
-    rows = ready.survey.good - len(ready.survey.held_out)
+    rows = ready.scan.good - len(ready.scan.held_out)
     begun = begin(s, run, repo, same, {"rows": rows, "batch_size": s.batch_size}, console, submission)
     record = begun.record or new_record(resolved, ready, same, begun.run_id, begun.marker)
     write_record(run, record)
@@ -94,13 +94,13 @@ def _train(run: Run) -> dict[str, Any]:
     forget_after(run.folder, run.first if run.begun.resume else -1)
     if run.begun.resume:
         console.say(f"going on from step {run.first} of {s.max_steps} ({run.begun.resume})")
-    watch = Stopwatch()
+    watch = Timer()
     model = _model(run)
     engine = _engine(run, model)
-    packing = packing_of(s, run.ready.survey, static=engine is not None)
+    packing = packing_of(s, run.ready.scan, static=engine is not None)
     run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
     write_record(run.folder, run.record)
-    stream = TrainStream(run.ready.dataset, run.ready.chat, run.ready.survey.threshold, packing, s.seed, s.max_bad_rows)
+    stream = TrainStream(run.ready.dataset, run.ready.chat, run.ready.scan.threshold, packing, s.seed, s.max_bad_rows)
     if run.begun.resume:
         state = json.loads((run.begun.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
@@ -113,7 +113,7 @@ def _train(run: Run) -> dict[str, Any]:
     code = FAILED
     try:
         if run.begun.resume and run.first == s.max_steps:  # stopped after the last save, before the end
-            load_adapter(model, run.begun.resume, family_of(run.ready.config))
+            load_adapter(model, run.begun.resume, architecture_of(run.ready.config))
             watch.loaded()
         elif stopped := _steps(run, model, engine, stream, tracker, watch):
             code = stopped.code
@@ -146,7 +146,7 @@ def _model(run: Run) -> Any:
         run.console.warn(f"there are {cards} GPUs here, and phoque trains on one of them")
     torch.manual_seed(s.seed)
     asked = s.engine_mode not in ("auto", "eager")
-    tokens = (s.max_steps - run.first) * s.batch_size * run.ready.survey.mean_length
+    tokens = (s.max_steps - run.first) * s.batch_size * run.ready.scan.mean_length
     dtype = torch.float32 if s.quantization == "none" else torch.bfloat16
     name, reason = attention.choose(device(), run.ready.config, dtype, math.inf if asked else tokens, traced=asked)
     run.record["attention"] = reason
@@ -163,7 +163,7 @@ def _model(run: Run) -> Any:
 def _engine(run: Run, model: Any) -> Engine | None:
     """What runs the layers, and none if they run as they are; chosen for the steps that are left."""
     s = run.settings
-    packing = packing_of(s, run.ready.survey, static=True)
+    packing = packing_of(s, run.ready.scan, static=True)
     chosen = choose(model, s.engine_mode, packing, (s.max_steps - run.first) * s.accumulation, s.gradient_checkpointing)
     run.record["engine"] = chosen.record()
     write_record(run.folder, run.record)
@@ -172,32 +172,37 @@ def _engine(run: Run, model: Any) -> Engine | None:
 
 
 def _steps(
-    run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker, watch: Stopwatch
+    run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker, watch: Timer
 ) -> Stopped | None:
     """Take the steps that are left; what stopped them, if they were stopped."""
-    from phoque.training.callbacks.metrics import Numbers
-    from phoque.training.callbacks.samples import Samples
-    from phoque.training.callbacks.wandb_artifacts import Artifacts
-    from phoque.training.hub_push import Pusher
+    from phoque.training.callbacks.metrics import MetricsCallback
+    from phoque.training.callbacks.samples import SamplesCallback
+    from phoque.training.callbacks.wandb_artifacts import WandbArtifactsCallback
+    from phoque.training.hub_push import CheckpointPusher
     from phoque.training.trainer import PersonaTrainer, Saves
 
-    s, chat, found, console, stop = run.settings, run.ready.chat, run.ready.survey, run.console, run.stop
+    s, chat, found, console, stop = run.settings, run.ready.chat, run.ready.scan, run.console, run.stop
     pusher = None
     if run.repo:
         export = partial(export_passing, run) if s.export_on_save else lambda saved: None
-        pusher = Pusher(run.repo, s.keep_checkpoints, partial(card_of, run), console, s.save_steps, export)
+        pusher = CheckpointPusher(run.repo, s.keep_checkpoints, partial(card_of, run), console, s.save_steps, export)
         stop.push_s = lambda: pusher.seconds if pusher else 0.0
     held_out = [encoded for _, encoded in found.held_out]
     with ExitStack() as stack:
         show = stack.enter_context(console.progress(s.max_steps, run.first))
-        callbacks: list[Any] = [stop, Numbers(tracker, stream, held_out, s.norms_every, s.save_steps, show, watch)]
+        callbacks: list[Any] = [
+            stop,
+            MetricsCallback(tracker, stream, held_out, s.norms_every, s.save_steps, show, watch),
+        ]
         if s.sample_every and (prompts := s.prompts or _prompts(found)):
             system = found.systems.most_common(1)[0][0]
-            callbacks.append(Samples(tracker, chat, prompts, system, s.sample_every, s.sample_tokens, console, watch))
+            callbacks.append(
+                SamplesCallback(tracker, chat, prompts, system, s.sample_every, s.sample_tokens, console, watch)
+            )
         if s.wandb_log_model == "checkpoint":
-            callbacks.append(Artifacts(tracker))
+            callbacks.append(WandbArtifactsCallback(tracker))
         saves = Saves(s.keep_checkpoints, pusher, stop.saved_in, console.warn, replan=bool(s.allow_change))
-        family, arguments = family_of(run.ready.config), _arguments(s, run.folder, engine)
+        family, arguments = architecture_of(run.ready.config), _arguments(s, run.folder, engine)
         trainer = PersonaTrainer(model, chat.tokenizer, arguments, stream, family, saves, watch, callbacks, engine)
         _silence(trainer)
         if pusher and run.begun.resume:
@@ -264,6 +269,6 @@ def _silence(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _prompts(found: Survey) -> list[str]:
+def _prompts(found: DatasetScan) -> list[str]:
     """The first user messages of three held-out rows: what the data asks, never seen in training."""
     return [next(t["content"] for t in row.messages if t["role"] == "user") for row, _ in found.held_out[:3]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import __version__
 from phoque.errors import PhoqueError
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
@@ -83,11 +83,11 @@ def new_record(
         "base": {
             "name": ready.source.name,
             "hub_id": ready.source.hub_id,
-            "auto_class": family_of(ready.config).auto_class,
+            "auto_class": architecture_of(ready.config).auto_class,
             "revision": ready.source.revision,
             "origin": ready.source.origin,
         },
-        "data": {"name": ready.dataset.name, "revision": ready.dataset.revision, **ready.survey.summary()},
+        "data": {"name": ready.dataset.name, "revision": ready.dataset.revision, **ready.scan.summary()},
     }
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Stopwatch:
+class Timer:
     """Seconds of training alone; what is paused for, such as samples or a save, is counted by its name instead."""
 
     def __init__(self) -> None:

@@ -15,14 +15,14 @@ from trl import SFTConfig, SFTTrainer
 
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, PhoqueError, disk_full
-from phoque.models.architectures import Family
-from phoque.models.lora import load_adapter, refuse_non_finite, save_adapter
+from phoque.models.architectures import Architecture
+from phoque.models.lora import check_finite, load_adapter, save_adapter
 from phoque.training import checkpoints
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.loss import TokenLoss, with_token_loss
-from phoque.training.hub_push import Pusher
+from phoque.training.hub_push import CheckpointPusher
 from phoque.training.metrics_log import METRICS, SAMPLES
-from phoque.training.timer import Stopwatch
+from phoque.training.timer import Timer
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Saves:
     """
 
     keep: int
-    pusher: Pusher | None
+    pusher: CheckpointPusher | None
     took: Callable[[float], None]
     warn: Callable[[str], None]
     replan: bool
@@ -52,9 +52,9 @@ class PersonaTrainer(SFTTrainer):
         tokenizer: Any,
         args: SFTConfig,
         stream: TrainStream,
-        family: Family,
+        family: Architecture,
         saves: Saves,
-        watch: Stopwatch,
+        watch: Timer,
         callbacks: list[Any],
         engine: Engine | None = None,
     ) -> None:
@@ -139,10 +139,10 @@ class PersonaTrainer(SFTTrainer):
     def _save_whole(self, model: Any, trial: Any) -> None:
         run = Path(str(self.args.output_dir))
         step = self.state.global_step
-        if checkpoints.flaw(run / f"checkpoint-{step}") is None:
+        if checkpoints.find_defect(run / f"checkpoint-{step}") is None:
             return  # asked to stop right after it was saved
         self._refuse_unseen()
-        refuse_non_finite(self.model, step)
+        check_finite(self.model, step)
         staging = run / checkpoints.STAGING
         self._staging = str(staging)
         pusher = self._saves.pusher

@@ -13,7 +13,7 @@ from phoque.models.source import Source
 from phoque.onnx.component import Weights
 from phoque.onnx.graph import trace
 from phoque.onnx.graph.decoder import decoder_component
-from phoque.onnx.session import Chatting
+from phoque.onnx.session import OnnxChatModel
 
 
 def made(folder, out, dtype=torch.float32, suffix=""):
@@ -37,7 +37,7 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tm
         if node.op_type == "GroupQueryAttention":
             assert [user.op_type for user, _ in node.outputs[0].uses()] == ["MatMul"]
     model = load_model(source, "none", on=torch.device("cpu"))
-    chat = Chatting(tmp_path / "out", "fp32")
+    chat = OnnxChatModel(tmp_path / "out", "fp32")
     ids = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))
     for first in (0, 1000):
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_plain_operators_say_the_same(tmp_path):
     part.write(tmp_path / "plain" / "onnx", "", lambda _: None)
     made(folder, tmp_path / "fused")
     ids = np.arange(3, 40)[None]
-    first, second = (Chatting(tmp_path / name, "fp32").run(ids)[0] for name in ("plain", "fused"))
+    first, second = (OnnxChatModel(tmp_path / name, "fp32").run(ids)[0] for name in ("plain", "fused"))
     assert np.abs(first - second).max() < 1e-4 * np.abs(first).max()
 
 
@@ -76,7 +76,7 @@ def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
     ends = lambda part: [[v.name for v in values] for values in (part.model.graph.inputs, part.model.graph.outputs)]
     assert ends(repeated) == ends(whole)
     ids = np.arange(3, 40)[None]
-    first, second = (Chatting(tmp_path / name, "fp32").run(ids)[0] for name in ("repeated", "whole"))
+    first, second = (OnnxChatModel(tmp_path / name, "fp32").run(ids)[0] for name in ("repeated", "whole"))
     assert np.array_equal(first, second)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phoque.onnx.verify.checks import Fails
+from phoque.onnx.verify.checks import CheckFailed
 from phoque.onnx.verify.js_client import _asked, chromium, copied, installed, modules
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_a_page_without_a_precision_takes_int8_on_wasm(phoque, text_model, chats
     for file in (tmp_path / "x" / "onnx").glob("model_quantized*"):
         file.unlink()
     assert _asked("browser.mjs", tmp_path / "x", "text", None, "wasm", cache)["said"]
-    with pytest.raises(Fails):  # Node asks for q8, which is no longer there
+    with pytest.raises(CheckFailed):  # Node asks for q8, which is no longer there
         _asked("node.mjs", tmp_path / "x", "text", None, "cpu", cache)
 
 

@@ -235,11 +235,11 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     from tests.conftest import row
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from phoque.inference.residual_stream import Spoken
+    from phoque.inference.residual_stream import Turn
     from phoque.probes.sae.dictionary import Dictionary
     from phoque.probes.sae.feature_shifts import Shifts
     from phoque.probes.sae.interventions import Trial, ablated
-    from phoque.probes.sae.model_variants import Sides
+    from phoque.probes.sae.model_variants import ModelVariants
 
     chance = torch.Generator().manual_seed(1)
     decoder = torch.nn.functional.normalize(torch.randn(12, 64, generator=chance), dim=1)
@@ -255,7 +255,7 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     for n in range(8):
         ids = tokenizer.encode(row(n)["messages"][1]["content"])
         made = models[1].generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0].tolist()
-        rows.append(Spoken(ids, made[len(ids) :]))
+        rows.append(Turn(ids, made[len(ids) :]))
     dictionary = Dictionary(
         decoder.T.clone(), torch.zeros(12), decoder, torch.zeros(64), torch.zeros(1), None, False, {}
     )
@@ -282,7 +282,7 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
         None,
         None,
     )
-    found = Trial(Sides(*models), dictionary, 1, shifts, rows, norm=3.0, strength=1.0, seed=0).run([0])
+    found = Trial(ModelVariants(*models), dictionary, 1, shifts, rows, norm=3.0, strength=1.0, seed=0).run([0])
     push, cut = found["features"][0]["push"], found["features"][0]["ablate"]
     assert push["holds"] and push["gain"] > 0 and push["gain"] > push["random_max"]
     assert cut["holds"] and cut["gain"] > 0 and cut["gain"] > cut["random_max"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests import tiny
 
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import packed
 from phoque.models.load import load_model, load_tokenizer
 from phoque.models.lora import with_adapter
@@ -32,7 +32,7 @@ def speaker(request, tmp_path_factory):
         if "lora_B" in key:
             parameter.data.normal_(0, 2.0)
     with_token_loss(model.get_base_model())
-    return model, Chat(load_tokenizer(source), "", 512)
+    return model, ChatTemplate(load_tokenizer(source), "", 512)
 
 
 def test_each_answer_is_the_one_to_its_prompt_alone(speaker, monkeypatch):
@@ -76,7 +76,7 @@ def test_the_held_out_loss_is_that_of_each_conversation_alone(speaker):
 def test_time_is_counted_once_and_by_what_it_went_to(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(timer, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    watch = timer.Stopwatch()
+    watch = timer.Timer()
     now[0] += 20
     watch.loaded()
     watch.lap()

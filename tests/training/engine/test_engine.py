@@ -14,8 +14,8 @@ from tests.conftest import row, write_rows
 from phoque.data.chat_template import Encoded
 from phoque.data.packing import Packing, Shape, packed
 from phoque.errors import PhoqueError
-from phoque.models.architectures import family_of
-from phoque.models.fp8 import Fp8Linear, refuse_without_units
+from phoque.models.architectures import architecture_of
+from phoque.models.fp8 import Fp8Linear, check_fp8_support
 from phoque.models.load import load_model
 from phoque.models.lora import load_adapter, save_adapter, with_adapter
 from phoque.models.source import Source
@@ -148,8 +148,8 @@ def test_only_gpus_with_fp8_units_are_asked_for_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda on: "NVIDIA A10G")
     with pytest.raises(PhoqueError, match="A10G has no FP8 units"):
-        refuse_without_units(torch.device("cuda"))
-    refuse_without_units(torch.device("cpu"))
+        check_fp8_support(torch.device("cuda"))
+    check_fp8_support(torch.device("cpu"))
 
 
 def test_fp8_holds_the_checkpoint_as_it_was_published(mistral3):
@@ -209,7 +209,7 @@ def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
 
 def test_an_optimizer_and_a_checkpoint_still_reach_the_weights(mistral3, tmp_path):
     model = adapted_model(mistral3, "none")
-    engine, kind = Engine(model), family_of(model.config)
+    engine, kind = Engine(model), architecture_of(model.config)
     save_adapter(model, tmp_path / "before", kind)
     before, _ = fast(engine)
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01).step()

@@ -9,7 +9,7 @@ LEVELS = ("files", "graph", "ort", "node", "browser")
 PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT RUN"
 
 
-class Fails(Exception):
+class CheckFailed(Exception):
     """A check says no; the text says what is wrong, in words that a user can act on."""
 
 
@@ -37,7 +37,7 @@ class Verdict:
         said: list[str] = []
         try:
             yield said
-        except Fails as problem:
+        except CheckFailed as problem:
             self.checks.append(Check(level, asks, FAIL, str(problem)))
         else:
             self.checks.append(Check(level, asks, PASS, "; ".join(said)))

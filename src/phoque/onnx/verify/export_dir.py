@@ -8,7 +8,7 @@ from typing import Any
 from phoque.errors import PhoqueError
 from phoque.files import sha256
 from phoque.hub.repo import Repo
-from phoque.onnx.verify.checks import Fails
+from phoque.onnx.verify.checks import CheckFailed
 
 SMALL = 64 << 20  # bytes; a graph whose weights lie beside it is far smaller
 
@@ -47,7 +47,7 @@ class OnHub:
     def fetch(self, path: str) -> Path:
         """The file, fetched on first use; large ones are not fetched for a look. Raises Fails for those."""
         if self.sizes[path] > SMALL:
-            raise Fails(
+            raise CheckFailed(
                 f"{path} has {self.sizes[path] >> 20} MB: its weights are inside, so it cannot be looked at alone"
             )
         return self._fetched(path)
@@ -68,17 +68,17 @@ class OnHub:
         return self.folder
 
 
-Place = Local | OnHub
+ExportDir = Local | OnHub
 
 
-def read_json(place: Place, path: str) -> dict[str, Any]:
+def read_json(place: ExportDir, path: str) -> dict[str, Any]:
     """A JSON file of the export. Raises Fails if it is missing or broken."""
     if path not in place.sizes:
-        raise Fails(f"{path} is missing")
+        raise CheckFailed(f"{path} is missing")
     try:
         found = json.loads(place.fetch(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Fails(f"{path} is not JSON: {error}") from error
+        raise CheckFailed(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise Fails(f"{path} holds no JSON object")
+        raise CheckFailed(f"{path} holds no JSON object")
     return found

@@ -5,8 +5,8 @@ from typing import Any
 
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS
-from phoque.onnx.verify.checks import Fails, Verdict
-from phoque.onnx.verify.export_dir import Place, read_json
+from phoque.onnx.verify.checks import CheckFailed, Verdict
+from phoque.onnx.verify.export_dir import ExportDir, read_json
 
 LEVEL = "files"
 LARGEST = 2**31 - 1  # bytes of an ArrayBuffer
@@ -27,7 +27,7 @@ DEFAULT = "q8"  # what Transformers.js takes on wasm where nothing names a preci
 WIDTHS = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}  # bytes of ONNX's element types
 
 
-def check_files(place: Place, verdict: Verdict) -> tuple[str, list[str]]:
+def check_files(place: ExportDir, verdict: Verdict) -> tuple[str, list[str]]:
     """Add this level's checks; return the layout and the precisions that are there."""
     with verdict.check(LEVEL, "no file is a Git LFS pointer"):
         _no_pointers(place)
@@ -61,60 +61,64 @@ def check_files(place: Place, verdict: Verdict) -> tuple[str, list[str]]:
     return layout, dtypes
 
 
-def _no_pointers(place: Place) -> None:
+def _no_pointers(place: ExportDir) -> None:
     for path, size in place.sizes.items():
         if size < 1024 and place.fetch(path).read_bytes().startswith(POINTER):
-            raise Fails(f"{path} is a Git LFS pointer, not the file: fetch it with `git lfs pull` or from the Hub")
+            raise CheckFailed(
+                f"{path} is a Git LFS pointer, not the file: fetch it with `git lfs pull` or from the Hub"
+            )
         if size == 0:
-            raise Fails(f"{path} is empty")
+            raise CheckFailed(f"{path} is empty")
 
 
 def _layout(config: dict[str, Any]) -> str:
     kind = config.get("model_type")
     if kind not in CLASSES:
-        raise Fails(f"config.json has model_type {kind!r}, which no class of Transformers.js that phoque knows runs")
+        raise CheckFailed(
+            f"config.json has model_type {kind!r}, which no class of Transformers.js that phoque knows runs"
+        )
     name, layout = CLASSES[kind]
     if config.get("architectures") != [name]:
-        raise Fails(f"config.json has architectures {config.get('architectures')}; for {kind} it is [{name!r}]")
+        raise CheckFailed(f"config.json has architectures {config.get('architectures')}; for {kind} it is [{name!r}]")
     return layout
 
 
-def _present(place: Place, layout: str) -> list[str]:
+def _present(place: ExportDir, layout: str) -> list[str]:
     decoder = SESSIONS[layout][0 if layout == "text" else 1]
     return [dtype for dtype, suffix in SUFFIXES.items() if f"onnx/{decoder}{suffix}.onnx" in place.sizes]
 
 
-def _sessions(place: Place, config: dict[str, Any], layout: str, dtypes: list[str]) -> str:
+def _sessions(place: ExportDir, config: dict[str, Any], layout: str, dtypes: list[str]) -> str:
     if not dtypes:
-        raise Fails(f"there is no onnx/{SESSIONS[layout][-1]}*.onnx: nothing to run")
+        raise CheckFailed(f"there is no onnx/{SESSIONS[layout][-1]}*.onnx: nothing to run")
     for dtype in dtypes:
         for name in SESSIONS[layout]:
             if f"onnx/{name}{SUFFIXES[dtype]}.onnx" not in place.sizes:
-                raise Fails(f"onnx/{name}{SUFFIXES[dtype]}.onnx is missing, which precision {dtype} needs")
+                raise CheckFailed(f"onnx/{name}{SUFFIXES[dtype]}.onnx is missing, which precision {dtype} needs")
     settings = config.get("transformers.js_config", {})
     devices = [settings, *settings.get("device_config", {}).values()]
     chosen = [device["dtype"] for device in devices if "dtype" in device] or [DEFAULT]
     for name, choice in product(SESSIONS[layout], chosen):
         dtype = choice.get(name, DEFAULT) if isinstance(choice, dict) else choice
         if dtype not in SUFFIXES:
-            raise Fails(f"config.json names precision {dtype!r}, which Transformers.js does not know")
+            raise CheckFailed(f"config.json names precision {dtype!r}, which Transformers.js does not know")
         if f"onnx/{name}{SUFFIXES[dtype]}.onnx" not in place.sizes:
-            raise Fails(
+            raise CheckFailed(
                 f"a client without a precision asks for onnx/{name}{SUFFIXES[dtype]}.onnx, which is missing: "
                 "set transformers.js_config.dtype in config.json"
             )
     return ", ".join(dtypes)
 
 
-def _template(place: Place) -> None:
+def _template(place: ExportDir) -> None:
     settings = read_json(place, "tokenizer_config.json")
     inside = settings.get("chat_template")
     if not isinstance(inside, str):
-        raise Fails("tokenizer_config.json has no chat_template: Transformers.js reads it from there alone")
+        raise CheckFailed("tokenizer_config.json has no chat_template: Transformers.js reads it from there alone")
     if "chat_template.jinja" not in place.sizes:
-        raise Fails("chat_template.jinja is missing: transformers 5 reads the template from there")
+        raise CheckFailed("chat_template.jinja is missing: transformers 5 reads the template from there")
     if place.fetch("chat_template.jinja").read_text(encoding="utf-8") != inside:
-        raise Fails("chat_template.jinja and tokenizer_config.json hold different templates")
+        raise CheckFailed("chat_template.jinja and tokenizer_config.json hold different templates")
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
@@ -122,48 +126,48 @@ def _template(place: Place) -> None:
     try:
         (text, *_), _ = render_jinja_template([asked], chat_template=inside, add_generation_prompt=True, **tokens)
     except Exception as error:  # whatever the template raises is what a client would meet
-        raise Fails(f"the chat template does not render: {error}") from error
+        raise CheckFailed(f"the chat template does not render: {error}") from error
     if "What do the gulls want?" not in text:
-        raise Fails("the chat template leaves out what the user says")
+        raise CheckFailed("the chat template leaves out what the user says")
 
 
-def _tokens(place: Place) -> None:
+def _tokens(place: ExportDir) -> None:
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(place.fetch("tokenizer.json")))
     except Exception as error:  # tokenizers raises Exception itself
-        raise Fails(f"tokenizer.json does not load: {error}") from error
+        raise CheckFailed(f"tokenizer.json does not load: {error}") from error
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     config, generation = read_json(place, "config.json"), read_json(place, "generation_config.json")
     rows = config.get("text_config", config)["vocab_size"]
     if size > rows:
-        raise Fails(f"the tokenizer has {size} tokens, the model {rows}")
+        raise CheckFailed(f"the tokenizer has {size} tokens, the model {rows}")
     stops = generation.get("eos_token_id")
     for number in [stops] if isinstance(stops, int) else stops or [None]:
         if number is None or not 0 <= number < rows:
-            raise Fails(f"generation_config.json has eos_token_id {stops}: an answer would never end")
+            raise CheckFailed(f"generation_config.json has eos_token_id {stops}: an answer would never end")
 
 
-def _images(place: Place, config: dict[str, Any]) -> None:
+def _images(place: ExportDir, config: dict[str, Any]) -> None:
     images, processor = (read_json(place, name) for name in WITH_IMAGES)
     for name in ("image_processor_type", "processor_class"):
         if not isinstance(images.get(name), str):
-            raise Fails(f"preprocessor_config.json has no {name}: Transformers.js cannot tell the processor")
+            raise CheckFailed(f"preprocessor_config.json has no {name}: Transformers.js cannot tell the processor")
     for where, found in (("preprocessor_config.json", images), ("processor_config.json", processor)):
         for name in ("patch_size", "spatial_merge_size"):
             if not isinstance(found.get(name), int):
-                raise Fails(f"{where} has {name} {found.get(name)!r}; Transformers.js needs a number")
+                raise CheckFailed(f"{where} has {name} {found.get(name)!r}; Transformers.js needs a number")
     if images["patch_size"] != config["vision_config"]["patch_size"]:
-        raise Fails("preprocessor_config.json and config.json differ in patch_size")
+        raise CheckFailed("preprocessor_config.json and config.json differ in patch_size")
     if not isinstance(images.get("size", {}).get("longest_edge"), int):
-        raise Fails("preprocessor_config.json has no size.longest_edge")
+        raise CheckFailed("preprocessor_config.json has no size.longest_edge")
     for name in ("image_token", "image_break_token", "image_end_token"):
         if not isinstance(processor.get(name), str):
-            raise Fails(f"processor_config.json has no {name}")
+            raise CheckFailed(f"processor_config.json has no {name}")
 
 
-def _external(place: Place, config: dict[str, Any]) -> str:
+def _external(place: ExportDir, config: dict[str, Any]) -> str:
     declared = config.get("transformers.js_config", {}).get("use_external_data_format", {})
     used: set[str] = set()
     for path in sorted(p for p in place.sizes if p.startswith("onnx/") and p.endswith(".onnx")):
@@ -172,23 +176,23 @@ def _external(place: Place, config: dict[str, Any]) -> str:
         session = next((n for names in SESSIONS.values() for n in names if base.startswith(n)), base)
         count = declared.get(base, declared.get(session, 0)) if isinstance(declared, dict) else int(declared or 0)
         if int(count) != len(chunks):
-            raise Fails(
+            raise CheckFailed(
                 f"{path} has {len(chunks)} files of external data, and config.json declares {int(count)} under "
                 "use_external_data_format: a browser fetches only what is declared"
             )
         used |= chunks
         if place.sizes[path] > LARGEST:
-            raise Fails(f"{path} is larger than 2 GiB, which no browser can hold")
+            raise CheckFailed(f"{path} is larger than 2 GiB, which no browser can hold")
     for path, size in place.sizes.items():
         if path.startswith("onnx/") and ".onnx_data" in path:
             if size > LARGEST:
-                raise Fails(f"{path} is larger than 2 GiB, which no browser can hold")
+                raise CheckFailed(f"{path} is larger than 2 GiB, which no browser can hold")
             if path.removeprefix("onnx/") not in used:
-                raise Fails(f"{path} belongs to no graph")
+                raise CheckFailed(f"{path} belongs to no graph")
     return f"{len(used)} files of external data"
 
 
-def _chunks_of(place: Place, path: str) -> set[str]:
+def _chunks_of(place: ExportDir, path: str) -> set[str]:
     """The files of external data that a graph points into, each range checked."""
     base = path.removeprefix("onnx/")
     ranges: dict[str, list[tuple[int, int, str]]] = {}
@@ -198,35 +202,35 @@ def _chunks_of(place: Place, path: str) -> set[str]:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         where = entries.get("location", "")
         if "/" in where or "\\" in where or ".." in where or not where:
-            raise Fails(f"{path} keeps {tensor.name} in {where!r}, which is no plain file name")
+            raise CheckFailed(f"{path} keeps {tensor.name} in {where!r}, which is no plain file name")
         allowed = where == f"{base}_data" or (
             where.startswith(f"{base}_data_") and where.removeprefix(f"{base}_data_").isdigit()
         )
         if not allowed:
-            raise Fails(f"{path} keeps its weights in {where}; Transformers.js looks for {base}_data")
+            raise CheckFailed(f"{path} keeps its weights in {where}; Transformers.js looks for {base}_data")
         if f"onnx/{where}" not in place.sizes:
-            raise Fails(f"onnx/{where} is missing, which {path} needs")
+            raise CheckFailed(f"onnx/{where} is missing, which {path} needs")
         start, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
         expected = WIDTHS.get(tensor.data_type, 1)
         for size in tensor.dims:
             expected *= size
         if length != expected:
-            raise Fails(f"{path}: {tensor.name} has {length} bytes of external data, its shape needs {expected}")
+            raise CheckFailed(f"{path}: {tensor.name} has {length} bytes of external data, its shape needs {expected}")
         if start + length > place.sizes[f"onnx/{where}"]:
-            raise Fails(f"onnx/{where} ends before {tensor.name} does: the file is cut short")
+            raise CheckFailed(f"onnx/{where} ends before {tensor.name} does: the file is cut short")
         ranges.setdefault(where, []).append((start, start + length, tensor.name))
     for where, spans in ranges.items():
         ordered = sorted(spans)
         for (_, end, first), (start, _, second) in pairwise(ordered):
             if start < end:
-                raise Fails(f"onnx/{where}: {first} and {second} lie on the same bytes")
+                raise CheckFailed(f"onnx/{where}: {first} and {second} lie on the same bytes")
     wanted = {f"{base}_data{f'_{n}' if n else ''}" for n in range(len(ranges))}
     if set(ranges) != wanted:
-        raise Fails(f"{path} skips a number in its files of external data: {', '.join(sorted(ranges))}")
+        raise CheckFailed(f"{path} skips a number in its files of external data: {', '.join(sorted(ranges))}")
     return set(ranges)
 
 
-def load_graph(place: Place, path: str) -> Any:
+def load_graph(place: ExportDir, path: str) -> Any:
     """A graph without its external data. Raises Fails if it is no ONNX file."""
     import onnx
     from google.protobuf.message import DecodeError
@@ -234,12 +238,12 @@ def load_graph(place: Place, path: str) -> Any:
     try:
         return onnx.load(str(place.fetch(path)), load_external_data=False)
     except DecodeError as error:
-        raise Fails(f"{path} is no ONNX file, or is cut short") from error
+        raise CheckFailed(f"{path} is no ONNX file, or is cut short") from error
 
 
-def _digests(place: Place) -> None:
+def _digests(place: ExportDir) -> None:
     for path, digest in read_json(place, "export.json").get("sha256", {}).items():
         if path not in place.sizes:
-            raise Fails(f"{path} was exported and is missing")
+            raise CheckFailed(f"{path} was exported and is missing")
         if place.digest(path) != digest:
-            raise Fails(f"{path} is not the file that was exported: its SHA-256 differs")
+            raise CheckFailed(f"{path} is not the file that was exported: its SHA-256 differs")

@@ -8,8 +8,8 @@ import numpy as np
 from phoque.errors import first_line
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS
-from phoque.onnx.verify.checks import Fails, Verdict
-from phoque.onnx.verify.export_dir import Place, read_json
+from phoque.onnx.verify.checks import CheckFailed, Verdict
+from phoque.onnx.verify.export_dir import ExportDir, read_json
 from phoque.onnx.verify.files import load_graph
 
 LEVEL = "graph"
@@ -53,7 +53,7 @@ UNKNOWN_STANDARD = {"Attention", "RMSNormalization", "SwiGLU"}  # opset 23 and l
 FLOAT, HALF, INT64 = 1, 10, 7
 
 
-def check_graphs(place: Place, layout: str, dtypes: list[str], verdict: Verdict) -> None:
+def check_graphs(place: ExportDir, layout: str, dtypes: list[str], verdict: Verdict) -> None:
     """Add this level's checks for each session of each precision."""
     config = read_json(place, "config.json")
     for dtype in dtypes:
@@ -78,15 +78,15 @@ def _valid(model: Any) -> str:
     try:
         onnx.checker.check_model(_checkable(model))
     except onnx.checker.ValidationError as error:
-        raise Fails(f"onnx.checker: {first_line(error)}") from error
+        raise CheckFailed(f"onnx.checker: {first_line(error)}") from error
     for entry in model.opset_import:
         if entry.domain not in NEWEST:
             if entry.domain in {node.domain for node in model.graph.node}:
-                raise Fails(f"it has operators of {entry.domain!r}, which no runtime of Transformers.js has")
+                raise CheckFailed(f"it has operators of {entry.domain!r}, which no runtime of Transformers.js has")
         elif entry.version > NEWEST[entry.domain]:
-            raise Fails(f"it is of opset {entry.version}; ONNX Runtime Web goes to {NEWEST[entry.domain]}")
+            raise CheckFailed(f"it is of opset {entry.version}; ONNX Runtime Web goes to {NEWEST[entry.domain]}")
     if model.ir_version > NEWEST_IR:
-        raise Fails(f"it is of IR version {model.ir_version}; ONNX Runtime Web goes to {NEWEST_IR}")
+        raise CheckFailed(f"it is of IR version {model.ir_version}; ONNX Runtime Web goes to {NEWEST_IR}")
     return f"opset {model.opset_import[0].version}, IR {model.ir_version}"
 
 
@@ -118,18 +118,18 @@ def _ends(model: Any, name: str, config: dict[str, Any]) -> None:
     outputs = {v.name: v.type.tensor_type for v in model.graph.output}
     past = {n: v for n, v in inputs.items() if n.startswith("past_key_values.")}
     for entry in inputs.keys() - past.keys() - FED[name].keys():
-        raise Fails(f"it needs the input {entry}, which Transformers.js does not give it")
+        raise CheckFailed(f"it needs the input {entry}, which Transformers.js does not give it")
     if NEEDED[name] not in inputs:
-        raise Fails(f"it has no input {NEEDED[name]}")
+        raise CheckFailed(f"it has no input {NEEDED[name]}")
     for entry, kind in FED[name].items():
         if entry in inputs and inputs[entry].elem_type != kind:
-            raise Fails(f"its input {entry} is of type {inputs[entry].elem_type}, Transformers.js gives {kind}")
+            raise CheckFailed(f"its input {entry} is of type {inputs[entry].elem_type}, Transformers.js gives {kind}")
     if READ[name] not in outputs:
-        raise Fails(f"it has no output {READ[name]}")
+        raise CheckFailed(f"it has no output {READ[name]}")
     width = {"logits": text["vocab_size"]}.get(READ[name], text["hidden_size"])
     last = outputs[READ[name]].shape.dim[-1]
     if last.dim_value and last.dim_value != width:
-        raise Fails(f"{READ[name]} ends in {last.dim_value}, config.json says {width}")
+        raise CheckFailed(f"{READ[name]} ends in {last.dim_value}, config.json says {width}")
     if name in ("model", "decoder_model_merged"):
         _cache(past, outputs, text)
 
@@ -139,38 +139,42 @@ def _cache(past: dict[str, Any], outputs: dict[str, Any], text: dict[str, Any]) 
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     wanted = {f"past_key_values.{n}.{kind}" for n in range(layers) for kind in ("key", "value")}
     for entry in sorted(wanted - past.keys()):
-        raise Fails(f"the cache has no input {entry}: config.json says {layers} layers")
+        raise CheckFailed(f"the cache has no input {entry}: config.json says {layers} layers")
     for entry in sorted(past.keys() - wanted):
-        raise Fails(f"the cache has the input {entry}: config.json says {layers} layers")
+        raise CheckFailed(f"the cache has the input {entry}: config.json says {layers} layers")
     for entry in sorted(wanted):
         if entry.replace("past_key_values", "present") not in outputs:
-            raise Fails(f"the cache has no output {entry.replace('past_key_values', 'present')}")
+            raise CheckFailed(f"the cache has no output {entry.replace('past_key_values', 'present')}")
         batch, kv, _, size = past[entry].shape.dim
         if not batch.dim_value and batch.dim_param != "batch_size":
-            raise Fails(
+            raise CheckFailed(
                 f"{entry} has the batch size {batch.dim_param!r}: Transformers.js takes it for 0, unless it is "
                 "a number or batch_size"
             )
         for what, dim, number in (("heads", kv, heads), ("head size", size, head_dim)):
             if not dim.dim_value:
-                raise Fails(f"{entry} has the {what} {dim.dim_param!r}: Transformers.js takes a name for 0")
+                raise CheckFailed(f"{entry} has the {what} {dim.dim_param!r}: Transformers.js takes a name for 0")
             if dim.dim_value != number:
-                raise Fails(f"{entry} has the {what} {dim.dim_value}, config.json says {number}")
+                raise CheckFailed(f"{entry} has the {what} {dim.dim_value}, config.json says {number}")
 
 
 def _operators(model: Any, dtype: str) -> str:
     for node in model.graph.node:
         contrib = node.domain == "com.microsoft"
         if node.domain not in ("", "ai.onnx", "com.microsoft"):
-            raise Fails(f"{node.op_type} of {node.domain} has no kernel in a browser")
+            raise CheckFailed(f"{node.op_type} of {node.domain} has no kernel in a browser")
         if contrib and node.op_type not in ON_WASM:
-            raise Fails(f"{node.op_type} has no kernel on wasm: the model would load in Node and fail in a browser")
+            raise CheckFailed(
+                f"{node.op_type} has no kernel on wasm: the model would load in Node and fail in a browser"
+            )
         if not contrib and node.op_type in UNKNOWN_STANDARD:
-            raise Fails(f"{node.op_type} has no kernel in ONNX Runtime Web")
+            raise CheckFailed(f"{node.op_type} has no kernel in ONNX Runtime Web")
         if node.op_type == "MatMulNBits":
             numbers = {a.name: a.i for a in node.attribute}
             if numbers.get("bits") not in (4, 8) or numbers.get("block_size") not in (16, 32, 64, 128):
-                raise Fails(f"MatMulNBits in {numbers.get('bits')} bits by {numbers.get('block_size')} has no kernel")
+                raise CheckFailed(
+                    f"MatMulNBits in {numbers.get('bits')} bits by {numbers.get('block_size')} has no kernel"
+                )
     return "on WebGPU it needs shader-f16" if dtype in ("fp16", "q4f16") else ""
 
 
@@ -193,7 +197,7 @@ def _frequencies(model: Any, config: dict[str, Any]) -> str:
         return "it has no table of them to compare; the level ort compares what it says"
     found = numpy_helper.to_array(held[0]).flatten()
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4):
-        raise Fails(
+        raise CheckFailed(
             f"its rotary frequencies end at {found[-1]:.3g}, config.json gives {wanted[-1]:.3g}: it was "
             "exported with another rope theta or scaling"
         )

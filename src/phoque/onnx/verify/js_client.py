@@ -12,8 +12,8 @@ import numpy as np
 
 from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
-from phoque.onnx.session import Chatting
-from phoque.onnx.verify.checks import Fails, Verdict
+from phoque.onnx.session import OnnxChatModel
+from phoque.onnx.verify.checks import CheckFailed, Verdict
 from phoque.settings.verify_onnx import VerifySettings
 
 HERE = Path(__file__).with_name("client")
@@ -77,8 +77,8 @@ def check_browser(
                 found = _asked("browser.mjs", folder, layout, dtype, "webgpu", cache, tokens=1)
                 try:
                     said.append(_same(found, folder, layout, dtype))
-                except Fails as problem:
-                    raise Fails(f"{problem} on WebGPU. {SOFTWARE}") from problem
+                except CheckFailed as problem:
+                    raise CheckFailed(f"{problem} on WebGPU. {SOFTWARE}") from problem
 
 
 def modules(cache: Path) -> Path:
@@ -163,26 +163,26 @@ def _asked(
             ["node", script], cwd=where, input=json.dumps(question), capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired as error:
-        raise Fails(f"no answer within {SECONDS} s") from error
+        raise CheckFailed(f"no answer within {SECONDS} s") from error
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        raise Fails(
+        raise CheckFailed(
             f"it crashed with exit code {ran.returncode}: {(ran.stderr.strip().splitlines() or [''])[-1][:300]}"
         )
     found = json.loads(lines[-1])
     if "error" in found:
-        raise Fails(f"Transformers.js says: {' '.join(found['error'].split())[:400]}")
+        raise CheckFailed(f"Transformers.js says: {' '.join(found['error'].split())[:400]}")
     return found
 
 
 def _same(found: dict[str, Any], folder: Path, layout: str, dtype: str) -> str:
-    chat = Chatting(folder, dtype)
+    chat = OnnxChatModel(folder, dtype)
     ids = np.array([found["prompt"]], np.int64)
     off = _apart(chat.run(ids, None, 1)[0][0, -1], found["last"], dtype, "to a text")
     if layout == "multimodal" and "image" in found:
         _apart(_shown(chat, folder, dtype, found["image"]), found["image"]["last"], dtype, "to an image")
     if len(found["said"]) == 0 or not isinstance(found["text"], str):
-        raise Fails("it generates nothing")
+        raise CheckFailed("it generates nothing")
     speed = f"{found['tokens_per_s']:.3g} tokens/s, loaded in {found['load_s']:.1f} s"
     return f"off by {off:.1g} of the largest logit; {speed}"
 
@@ -190,14 +190,14 @@ def _same(found: dict[str, Any], folder: Path, layout: str, dtype: str) -> str:
 def _apart(ours: np.ndarray, theirs: list[float], dtype: str, what: str) -> float:
     first, second = ours.astype(np.float32), np.array(theirs, np.float32)
     if first.shape != second.shape or not np.isfinite(second).all():
-        raise Fails(f"its answer {what} is NaN, or of another size")
+        raise CheckFailed(f"its answer {what} is NaN, or of another size")
     off = float(np.abs(first - second).max() / np.abs(first).max())
     if off > (APART if dtype == "fp32" else APART_IN_BITS):
-        raise Fails(f"its answer {what} is off by {off:.2g} of the largest logit from ONNX Runtime's")
+        raise CheckFailed(f"its answer {what} is off by {off:.2g} of the largest logit from ONNX Runtime's")
     return off
 
 
-def _shown(chat: Chatting, folder: Path, dtype: str, image: dict[str, Any]) -> np.ndarray:
+def _shown(chat: OnnxChatModel, folder: Path, dtype: str, image: dict[str, Any]) -> np.ndarray:
     """ONNX Runtime's logits after the client's own pixels and tokens."""
     from phoque.onnx.session import SUFFIXES, session
 
@@ -210,6 +210,6 @@ def _shown(chat: Chatting, folder: Path, dtype: str, image: dict[str, Any]) -> n
     embeds = chat.embeddings(ids).copy()
     places = np.flatnonzero(ids[0] == token)
     if len(places) != len(features):
-        raise Fails(f"the processor writes {len(places)} image tokens for {len(features)} features")
+        raise CheckFailed(f"the processor writes {len(places)} image tokens for {len(features)} features")
     embeds[0, places] = features
     return chat.run(ids, None, 1, embeds=embeds)[0][0, -1]

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from phoque.models.source import Source
-from phoque.onnx.session import SUFFIXES, Chatting, session
-from phoque.onnx.verify.checks import Fails, Verdict
+from phoque.onnx.session import SUFFIXES, OnnxChatModel, session
+from phoque.onnx.verify.checks import CheckFailed, Verdict
 
 LEVEL = "ort"
 FAR = 20_000  # a position beyond 16,384, from where Ministral 3 scales its queries
@@ -51,11 +51,11 @@ def check_ort(folder: Path, layout: str, dtypes: list[str], reference: Source | 
         del chat
 
 
-def _opened(folder: Path, dtype: str) -> Chatting:
+def _opened(folder: Path, dtype: str) -> OnnxChatModel:
     try:
-        return Chatting(folder, dtype)
+        return OnnxChatModel(folder, dtype)
     except Exception as error:  # ONNX Runtime has an exception for each code, all its own
-        raise Fails(f"ONNX Runtime does not load it: {_short(error)}") from error
+        raise CheckFailed(f"ONNX Runtime does not load it: {_short(error)}") from error
 
 
 def _short(error: BaseException) -> str:
@@ -71,18 +71,18 @@ def _prompts(folder: Path) -> list[np.ndarray]:
     return [np.array([tokenizer(text, add_special_tokens=False)["input_ids"]], np.int64) for text in texts]
 
 
-def _logits(chat: Chatting, ids: np.ndarray, **more: Any) -> np.ndarray:
+def _logits(chat: OnnxChatModel, ids: np.ndarray, **more: Any) -> np.ndarray:
     """Logits [length, vocabulary] in fp32. Raises Fails for a crash or a NaN."""
     try:
         found = chat.run(ids, **more)[0][0].astype(np.float32)
     except Exception as error:  # as above
-        raise Fails(f"ONNX Runtime fails in it: {_short(error)}") from error
+        raise CheckFailed(f"ONNX Runtime fails in it: {_short(error)}") from error
     if not np.isfinite(found).all():
-        raise Fails("it says NaN or infinity: a weight is damaged, or a number does not fit its type")
+        raise CheckFailed("it says NaN or infinity: a weight is damaged, or a number does not fit its type")
     return found
 
 
-def _pieces(chat: Chatting, ids: np.ndarray, whole: np.ndarray, dtype: str) -> str:
+def _pieces(chat: OnnxChatModel, ids: np.ndarray, whole: np.ndarray, dtype: str) -> str:
     cut = ids.shape[1] // 2
     first, past = chat.run(ids[:, :cut])
     second, past = chat.run(ids[:, cut:-1], past)
@@ -90,22 +90,26 @@ def _pieces(chat: Chatting, ids: np.ndarray, whole: np.ndarray, dtype: str) -> s
     found = np.concatenate([first, second, last], 1)[0].astype(np.float32)
     off = float(np.abs(found - whole).max() / np.abs(whole).max())
     if not off <= CACHE[dtype]:
-        raise Fails(
+        raise CheckFailed(
             f"with a cache the logits move by {off:.2g} of the largest one: the cache is not read or written right"
         )
     return f"off by {off:.1g} of the largest logit"
 
 
-def _far(chat: Chatting, ids: np.ndarray, dtype: str, reference: Source | None) -> str:
+def _far(chat: OnnxChatModel, ids: np.ndarray, dtype: str, reference: Source | None) -> str:
     found = _logits(chat, ids, at=FAR)
     if reference is None:
         return "no NaN; without --reference there is nothing to compare with"
     wanted = _torch_logits(reference, ids, FAR)
     off = _off(found, wanted)
     if dtype == "fp32" and np.abs(found - wanted).max() > EQUAL * np.abs(wanted).max():
-        raise Fails(f"there its logits are not the model's, by {off:.2g} nats a token: rotary or query scaling differs")
+        raise CheckFailed(
+            f"there its logits are not the model's, by {off:.2g} nats a token: rotary or query scaling differs"
+        )
     if off > 20 * LARGEST_KL[dtype] + EQUAL:
-        raise Fails(f"there it is off by {off:.2g} nats a token: rotary scaling or query scaling is not the model's")
+        raise CheckFailed(
+            f"there it is off by {off:.2g} nats a token: rotary scaling or query scaling is not the model's"
+        )
     return f"{off:.1g} nats a token from the model"
 
 
@@ -118,7 +122,7 @@ def _off(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _beside(
-    chat: Chatting, prompts: list[np.ndarray], found: list[np.ndarray], wanted: Any, dtype: str, verdict: Verdict
+    chat: OnnxChatModel, prompts: list[np.ndarray], found: list[np.ndarray], wanted: Any, dtype: str, verdict: Verdict
 ) -> str:
     logits, spoken = wanted
     said = [chat.greedy(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
@@ -134,11 +138,13 @@ def _beside(
     text = f"KL {divergence:.2g} nats a token, {agreeing:.0%} of next tokens agree, {equal} of {tokens} equal"
     if divergence > LARGEST_KL[dtype]:
         limit = LARGEST_KL[dtype]
-        raise Fails(f"{text}; rounding explains a KL of {limit}: these are other weights, or the graph is another one")
+        raise CheckFailed(
+            f"{text}; rounding explains a KL of {limit}: these are other weights, or the graph is another one"
+        )
     if dtype == "fp32":
         off = max(float(np.abs(f - w).max() / np.abs(w).max()) for f, w in zip(found, logits, strict=True))
         if off > EQUAL:
-            raise Fails(f"{text}; its logits are off by {off:.2g} of the largest one")
+            raise CheckFailed(f"{text}; its logits are off by {off:.2g} of the largest one")
     return text
 
 
@@ -203,7 +209,7 @@ def _sees(folder: Path, dtype: str, reference: Source | None) -> str:
     try:
         encoder = session(folder / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx")
     except Exception as error:  # as above
-        raise Fails(f"ONNX Runtime does not load the vision encoder: {_short(error)}") from error
+        raise CheckFailed(f"ONNX Runtime does not load the vision encoder: {_short(error)}") from error
     own = _encoder(reference) if reference else None
     worst = 0.0
     for rows, columns in ((1, 2), (3, 5), (9, 2)):
@@ -211,14 +217,14 @@ def _sees(folder: Path, dtype: str, reference: Source | None) -> str:
         try:
             (found,) = encoder.run(None, {"pixel_values": pixels})
         except Exception as error:  # as above
-            raise Fails(f"it fails on an image of {columns} x {rows} tokens: {_short(error)}") from error
+            raise CheckFailed(f"it fails on an image of {columns} x {rows} tokens: {_short(error)}") from error
         if found.shape[0] != rows * columns or not np.isfinite(found).all():
-            raise Fails(f"an image of {columns} x {rows} tokens becomes {found.shape[0]} tokens, or NaN")
+            raise CheckFailed(f"an image of {columns} x {rows} tokens becomes {found.shape[0]} tokens, or NaN")
         if own is not None:
             wanted = own(pixels)
             worst = max(worst, float(np.abs(found - wanted).max() / np.abs(wanted).max()))
     if worst > {"fp32": EQUAL}.get(dtype, 0.1):
-        raise Fails(f"its features are off by {worst:.2g} of the largest one")
+        raise CheckFailed(f"its features are off by {worst:.2g} of the largest one")
     return (
         f"off by {worst:.1g} of the largest feature" if own else "no NaN; without --reference nothing to compare with"
     )

@@ -10,7 +10,7 @@ from phoque.hub.repo import Repo
 from phoque.models.source import Source, resolve
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.verify.checks import LEVELS, Verdict
-from phoque.onnx.verify.export_dir import Local, OnHub, Place
+from phoque.onnx.verify.export_dir import ExportDir, Local, OnHub
 from phoque.onnx.verify.files import check_files
 from phoque.onnx.verify.graph import check_graphs
 from phoque.onnx.verify.js_client import check_browser, check_node
@@ -40,7 +40,7 @@ def verified_folder(folder: Path, dtypes: list[str], level: Any, console: Consol
     return _levels(Local(folder), s, reference, folder, console)
 
 
-def place_of(resolved: Resolved[VerifySettings], cache: Path, console: Console) -> Place:
+def place_of(resolved: Resolved[VerifySettings], cache: Path, console: Console) -> ExportDir:
     """The export that the settings name, in a folder or on the Hub."""
     s = resolved.settings
     if bool(s.repo_id) == bool(s.local_dir):
@@ -53,7 +53,7 @@ def place_of(resolved: Resolved[VerifySettings], cache: Path, console: Console) 
     return OnHub(Repo(hub, s.repo_id), s.revision, cache)
 
 
-def _levels(place: Place, s: VerifySettings, reference: Source | None, cache: Path, console: Console) -> Verdict:
+def _levels(place: ExportDir, s: VerifySettings, reference: Source | None, cache: Path, console: Console) -> Verdict:
     verdict = Verdict(s.level)
     last = LEVELS.index(s.level or LEVELS[-1])
     layout, there = check_files(place, verdict)

@@ -10,7 +10,7 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
-from phoque.files import plain
+from phoque.files import to_jsonable
 from phoque.probes.persona_vectors.evidence import Vectors
 from phoque.probes.persona_vectors.steering import Row, Setting
 
@@ -56,7 +56,7 @@ def write_answers(path: Path, rows: Sequence[Row], seed: int) -> None:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """What the run found, as JSON; a number that is none is null."""
-    path.write_text(json.dumps(plain(summary), indent=1, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(to_jsonable(summary), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def write_vectors(folder: Path, found: Vectors, chosen: Setting, about: dict[str, str]) -> bool:

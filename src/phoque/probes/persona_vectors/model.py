@@ -11,7 +11,7 @@ import torch
 from phoque.console import Console
 from phoque.errors import PhoqueError
 from phoque.inference.generate import Ask, Reply, prompt_ids, replies
-from phoque.inference.residual_stream import Spoken, residual_means
+from phoque.inference.residual_stream import Turn, residual_means
 from phoque.probes.persona import Persona
 from phoque.settings.psm_probe import PsmSettings
 
@@ -25,7 +25,7 @@ class Answer:
     question: int
     condition: str
     paraphrase: int
-    spoken: Spoken
+    spoken: Turn
 
 
 class Residuals:
@@ -45,7 +45,7 @@ class Residuals:
         return self.of[condition][extraction]
 
 
-class Lab:
+class ProbeModel:
     """Runs `model`, which may have adapters, for the probe."""
 
     model: Any
@@ -109,7 +109,7 @@ class Lab:
         for (split, n, condition, k), ask, reply in zip(
             places, asks, self.asked(asks, self.s.extraction_tokens, what), strict=True
         ):
-            found[split].append(Answer(n, condition, k, Spoken(ask.prompt, reply.ids)))
+            found[split].append(Answer(n, condition, k, Turn(ask.prompt, reply.ids)))
         return found
 
     def residuals(self, answers: Sequence[Answer], questions: int) -> Residuals:
@@ -146,7 +146,7 @@ class Lab:
                 a.question,
                 name,
                 a.paraphrase,
-                Spoken(self.prompt_ids(questions[a.question], systems[a.paraphrase % len(systems)]), a.spoken.response),
+                Turn(self.prompt_ids(questions[a.question], systems[a.paraphrase % len(systems)]), a.spoken.response),
             )
             for a in answers
         ]

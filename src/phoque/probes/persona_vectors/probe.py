@@ -6,7 +6,7 @@ from typing import Any
 from phoque.probes import stats
 from phoque.probes.persona import SYSTEMS
 from phoque.probes.persona_vectors import evidence as ev
-from phoque.probes.persona_vectors.model import Answer, Lab, Residuals
+from phoque.probes.persona_vectors.model import Answer, ProbeModel, Residuals
 from phoque.probes.persona_vectors.steering import Row, Setting, Steerer, agreement, contrasts, summaries
 from phoque.probes.persona_vectors.verdicts import LEAST_QUESTIONS, verdicts
 from phoque.probes.scorers import Context, Scorer
@@ -44,7 +44,7 @@ class Found:
 class Probe:
     """Runs a lab through the questions; `layers` are the blocks that are steered."""
 
-    def __init__(self, lab: Lab, scorers: list[Scorer], context: Context, layers: list[int]) -> None:
+    def __init__(self, lab: ProbeModel, scorers: list[Scorer], context: Context, layers: list[int]) -> None:
         self.lab, self.scorers, self.context, self.layers = lab, scorers, context, layers
         self.s, self.persona = lab.s, lab.persona
 

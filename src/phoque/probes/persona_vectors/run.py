@@ -15,14 +15,14 @@ from phoque.hub.client import Hub
 from phoque.hub.upload import opened_for_run, pushed_run
 from phoque.inference.likelihood import mean_nll
 from phoque.merge.run import find_adapter
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.load import load_config, load_model, load_tokenizer
-from phoque.models.lora import attached
+from phoque.models.lora import attach_adapter
 from phoque.models.source import Source, resolve
 from phoque.probes.persona import Persona
 from phoque.probes.persona_source import find_persona
 from phoque.probes.persona_vectors import files, report
-from phoque.probes.persona_vectors.model import Lab
+from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Found, Probe
 from phoque.probes.scorers import Context, Scorer, scorer_for
 from phoque.probes.scorers.model import lexicon_tokens
@@ -67,11 +67,11 @@ def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_ru
     for text in warnings:
         console.warn(text)
     repo = opened_for_run(resolved, hub, console)
-    lab = Lab(tokenizer, persona, s, console)
+    lab = ProbeModel(tokenizer, persona, s, console)
     context, scorers = _scorers(lab, source, resolved, cache)
     lab.model = load_model(source, s.quantization).eval()  # when all else is known to be fine
     for name, (folder, _) in adapters.items():
-        lab.model = attached(lab.model, folder, family_of(load_config(source)), name)
+        lab.model = attach_adapter(lab.model, folder, architecture_of(load_config(source)), name)
     found = Probe(lab, scorers, context, layers).run(list(adapters))
     summary = _summary(resolved, persona, source, facts, found, context.watched, warnings + found.warnings)
     summary["run"]["seconds"] = round(time.monotonic() - begun, 1)
@@ -99,7 +99,9 @@ def _steered(s: PsmSettings, blocks: int) -> list[int]:
     return layers
 
 
-def _scorers(lab: Lab, source: Source, resolved: Resolved[PsmSettings], cache: Path) -> tuple[Context, list[Scorer]]:
+def _scorers(
+    lab: ProbeModel, source: Source, resolved: Resolved[PsmSettings], cache: Path
+) -> tuple[Context, list[Scorer]]:
     secrets, s = resolved.secrets, resolved.settings
     key = secrets.openai_api_key.get_secret_value() if secrets.openai_api_key else None
 

@@ -13,11 +13,11 @@ import torch
 
 from phoque.inference.generate import Ask, Reply
 from phoque.inference.likelihood import mean_nll
-from phoque.inference.residual_stream import Spoken
+from phoque.inference.residual_stream import Turn
 from phoque.probes import stats
 from phoque.probes.persona_vectors.evidence import Vectors
-from phoque.probes.persona_vectors.model import Lab
-from phoque.probes.scorers import Context, Said, Scorer, scores
+from phoque.probes.persona_vectors.model import ProbeModel
+from phoque.probes.scorers import Context, ScoredAnswer, Scorer, scores
 from phoque.probes.scorers.words import distinct_pairs, repetition
 
 STEERED = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
@@ -50,7 +50,7 @@ class Row:
 class Steerer:
     """Asks, steers and measures; `trait` is the column of the scorer that counts."""
 
-    def __init__(self, lab: Lab, found: Vectors, scorers: Sequence[Scorer], context: Context) -> None:
+    def __init__(self, lab: ProbeModel, found: Vectors, scorers: Sequence[Scorer], context: Context) -> None:
         self.lab, self.found, self.scorers, self.context = lab, found, scorers, context
         self.columns = {scorer.name: column(scorer) for scorer in scorers}
         self.trait = column(scorers[0])
@@ -126,7 +126,7 @@ class Steerer:
     def measure(self, rows: Sequence[Row]) -> None:
         """Fill in coherence and scores; the base model must be the one that runs."""
         neutral = self.lab.persona.neutral[0]
-        nll = mean_nll(self.lab.model, [Spoken(self.lab.prompt_ids(r.prompt, neutral), r.reply.ids) for r in rows])
+        nll = mean_nll(self.lab.model, [Turn(self.lab.prompt_ids(r.prompt, neutral), r.reply.ids) for r in rows])
         for row, value in zip(rows, nll, strict=True):
             mass = row.reply.mass or [0.0]
             row.measured.update(
@@ -137,7 +137,7 @@ class Steerer:
                 pathway_mass_mean=sum(mass) / len(mass),
                 pathway_mass_max=max(mass),
             )
-        said = [Said(row.prompt, row.text, row.reply) for row in rows]
+        said = [ScoredAnswer(row.prompt, row.text, row.reply) for row in rows]
         for scorer in self.scorers:
             for row, found in zip(rows, scores(scorer, said, self.context), strict=True):
                 row.measured.update({f"score__{scorer.name}__{label}": v for label, v in found.items()})

@@ -7,12 +7,12 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.inference.residual_stream import Spoken
+from phoque.inference.residual_stream import Turn
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.feature_cards import Passage, cards
 from phoque.probes.sae.feature_shifts import Coded, Shifts, coded, latent_scaling, shifts, swapped, twins
 from phoque.probes.sae.interventions import Trial
-from phoque.probes.sae.model_variants import Sides
+from phoque.probes.sae.model_variants import ModelVariants
 from phoque.probes.sae.residuals import Heard
 from phoque.settings.compare_sae import SaeSettings
 
@@ -25,8 +25,8 @@ TWIN = 0.7  # the cosine from which two features of two dictionaries are one
 class Audit:
     """Texts by set, and what every side held over them: heard[side][set]."""
 
-    sides: Sides
-    rows: dict[str, list[Spoken]]
+    sides: ModelVariants
+    rows: dict[str, list[Turn]]
     heard: dict[str, dict[str, Heard]]
     tokenizer: Any
 

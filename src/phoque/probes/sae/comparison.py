@@ -12,20 +12,20 @@ from phoque.console import Console
 from phoque.errors import FAILED, PhoqueError
 from phoque.inference.generate import Ask, Reply, prompt_ids, replies
 from phoque.inference.likelihood import mean_nll
-from phoque.inference.residual_stream import Spoken
+from phoque.inference.residual_stream import Turn
 from phoque.inference.residual_stream import blocks as blocks_of
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.load import device, load_config, load_model, load_tokenizer
-from phoque.models.lora import attached
+from phoque.models.lora import attach_adapter
 from phoque.probes.sae.block_comparison import NULLS, Audit, Block, measured
 from phoque.probes.sae.corpus import Texts
 from phoque.probes.sae.dictionary import Dictionary
-from phoque.probes.sae.model_variants import Sides, refuse_strangers
+from phoque.probes.sae.model_variants import ModelVariants, refuse_strangers
 from phoque.probes.sae.plan import Plan
 from phoque.probes.sae.quality import judged
 from phoque.probes.sae.residuals import Heard, agree, heard
-from phoque.probes.sae.trainer_cache import Made, Workshop
-from phoque.probes.scorers import Context, Said, Scorer, scorer_for, scores
+from phoque.probes.sae.trainer_cache import DictionaryTrainer, Made
+from phoque.probes.scorers import Context, ScoredAnswer, Scorer, scorer_for, scores
 from phoque.probes.scorers.model import lexicon_tokens
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
@@ -72,7 +72,9 @@ class Comparison:
         self.sides = self._loaded()
         made: Made | None = None
         with self.sides.on("base") as model:
-            workshop = Workshop(plan.source, model, self.tokenizer, self.s, self.cache, self.console, self.secrets.hub)
+            workshop = DictionaryTrainer(
+                plan.source, model, self.tokenizer, self.s, self.cache, self.console, self.secrets.hub
+            )
             texts = workshop.texts(plan.chats, plan.questions)
             if plan.given is not None:
                 dictionaries = {plan.layers[0]: [plan.given.to(device())]}
@@ -103,15 +105,15 @@ class Comparison:
             self.warnings,
         )
 
-    def _loaded(self) -> Sides:
+    def _loaded(self) -> ModelVariants:
         s, plan = self.s, self.plan
         base = load_model(plan.source, s.quantization).eval()
         updated = load_model(plan.updated, s.quantization).eval() if plan.updated else None
         if updated is not None:
             refuse_strangers(base, updated, plan.names["tuned"])
         for side, folder in plan.adapters.items():
-            base = attached(base, folder, family_of(load_config(plan.source)), side)
-        return Sides(base, updated)
+            base = attach_adapter(base, folder, architecture_of(load_config(plan.source)), side)
+        return ModelVariants(base, updated)
 
     def _answered(self) -> tuple[list[str], list[Ask], dict[str, list[Reply]]]:
         """Greedy answers of every model to the questions; questions that the base leaves empty are dropped."""
@@ -161,7 +163,7 @@ class Comparison:
         scorers = [scorer_for(spec, context) for spec in plan.scorers]
         values: dict[str, dict[str, Any]] = {side: {} for side in said}
         for side, own in said.items():
-            spoken = [Said(q, self.tokenizer.decode(r.ids), r) for q, r in zip(questions, own, strict=True)]
+            spoken = [ScoredAnswer(q, self.tokenizer.decode(r.ids), r) for q, r in zip(questions, own, strict=True)]
             for scorer in scorers:
                 found = scores(scorer, spoken, context)
                 values[side][scorer.name] = numpy.array([row[scorer.primary] for row in found])
@@ -170,10 +172,10 @@ class Comparison:
     def _audit(self, asks: list[Ask], said: dict[str, list[Reply]], held_out: dict[str, list[list[int]]]) -> Audit:
         """Every model reads the same texts."""
         rows = {
-            "response": [Spoken(a.prompt, r.ids) for a, r in zip(asks, said["base"], strict=True)],
-            "own": [Spoken(a.prompt, r.ids) for a, r in zip(asks, said["tuned"], strict=True) if r.ids],
-            "text": [Spoken([], ids) for ids in held_out["text"]],
-            "chat": [Spoken([], ids) for ids in held_out["chat"] + held_out["answer"]],
+            "response": [Turn(a.prompt, r.ids) for a, r in zip(asks, said["base"], strict=True)],
+            "own": [Turn(a.prompt, r.ids) for a, r in zip(asks, said["tuned"], strict=True) if r.ids],
+            "text": [Turn([], ids) for ids in held_out["text"]],
+            "chat": [Turn([], ids) for ids in held_out["chat"] + held_out["answer"]],
         }
         if not rows["own"]:
             raise PhoqueError(

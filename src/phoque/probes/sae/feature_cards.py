@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from phoque.inference.residual_stream import Spoken
+from phoque.inference.residual_stream import Turn
 from phoque.probes.sae.baselines import lens
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.residuals import Heard
@@ -21,7 +21,7 @@ class Passage:
 
     side: str
     kind: str
-    rows: Sequence[Spoken]
+    rows: Sequence[Turn]
     heard: Heard
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from phoque.files import plain
+from phoque.files import to_jsonable
 
 JSON, MARKDOWN = "sae_comparison_report.json", "sae_comparison_report.md"
 FEATURES, PROMPTS, LAYERS, ANSWERS = "feature_shifts.csv", "prompt_shifts.csv", "layer_shift.csv", "generations.jsonl"
@@ -18,7 +18,7 @@ SCHEMA = 1
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """The whole report; what is no finite number becomes null."""
-    path.write_text(json.dumps(plain(report), indent=1), encoding="utf-8")
+    path.write_text(json.dumps(to_jsonable(report), indent=1), encoding="utf-8")
 
 
 def write_features(path: Path, tables: Sequence[tuple[int, dict[str, Any]]]) -> None:
@@ -50,4 +50,4 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """A line an answer."""
     with path.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+        f.writelines(json.dumps(to_jsonable(row), ensure_ascii=False) + "\n" for row in rows)

@@ -13,11 +13,11 @@ import numpy
 import torch
 
 from phoque.inference.likelihood import mean_nll
-from phoque.inference.residual_stream import Spoken, Steering, blocks
+from phoque.inference.residual_stream import Steering, Turn, blocks
 from phoque.probes import stats
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.feature_shifts import Shifts
-from phoque.probes.sae.model_variants import Sides
+from phoque.probes.sae.model_variants import ModelVariants
 
 Array = Any
 RANDOM = 8  # features, or groups of them, that are tried for comparison
@@ -27,11 +27,11 @@ RANDOM = 8  # features, or groups of them, that are tried for comparison
 class Trial:
     """One block's dictionary, the shifts in it, and the answers of the tuned model that everything is measured on."""
 
-    sides: Sides
+    sides: ModelVariants
     dictionary: Dictionary
     layer: int
     found: Shifts
-    rows: Sequence[Spoken]
+    rows: Sequence[Turn]
     norm: float  # the mean norm of the residual stream there
     strength: float
     seed: int

@@ -10,7 +10,7 @@ from phoque.errors import PhoqueError
 from phoque.inference.residual_stream import blocks, inner
 
 
-class Sides:
+class ModelVariants:
     """One base model whose adapters `tuned` and `control` are switched, or two models that stand side by side."""
 
     def __init__(self, base: Any, updated: Any = None) -> None:

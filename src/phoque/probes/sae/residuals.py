@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from phoque.inference.residual_stream import Spoken, blocks, inner, massive, norms_of, read
+from phoque.inference.residual_stream import Turn, blocks, inner, massive, norms_of, read
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Heard:
 
 
 def heard(
-    model: Any, rows: Sequence[Spoken], layers: Sequence[int], special: Sequence[int], alone: bool = False
+    model: Any, rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], alone: bool = False
 ) -> Heard:
     """Read `rows`, teacher-forced; `alone` gives each a batch of its own, which changes nothing but rounding."""
     count, size = len(blocks(model)), inner(model).config.hidden_size

@@ -18,7 +18,7 @@ from phoque.data.rows import Dataset
 from phoque.errors import PhoqueError
 from phoque.inference.generate import Ask, prompt_ids, replies
 from phoque.inference.residual_stream import inner
-from phoque.models.architectures import family_of
+from phoque.models.architectures import architecture_of
 from phoque.models.load import load_config
 from phoque.models.source import Source
 from phoque.probes.sae.activation_store import STORED, Shards, Stream, collect
@@ -36,7 +36,7 @@ DISK_SPARE = 2e9
 
 
 @dataclass
-class Workshop:
+class DictionaryTrainer:
     """Where dictionaries of one base model are made."""
 
     source: Source
@@ -142,7 +142,7 @@ class Workshop:
 
     def _make(self, recipe: Recipe, shards: Shards, layer: int, texts: Texts, home: Path) -> None:
         """Train one dictionary, and keep beside it how often its features fire on what it was trained on."""
-        family = family_of(load_config(self.source))
+        family = architecture_of(load_config(self.source))
         name = f"model.layers.{layer}"
         about = {
             "model_name": self.source.hub_id or Path(self.source.name).name,

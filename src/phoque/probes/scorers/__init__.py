@@ -11,12 +11,12 @@ from typing import Any
 
 from phoque.errors import FAILED, PhoqueError
 from phoque.inference.generate import Reply
-from phoque.inference.residual_stream import Spoken
+from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import Persona
 
 
 @dataclass(frozen=True)
-class Said:
+class ScoredAnswer:
     """An answer to be scored: the question, the text, its token ids and how it came about."""
 
     prompt: str
@@ -34,7 +34,7 @@ class Scorer:
 
     name: str
     primary: str
-    score: Callable[[Sequence[Said]], list[dict[str, float]]]
+    score: Callable[[Sequence[ScoredAnswer]], list[dict[str, float]]]
     fingerprint: str = ""
     weak: bool = False
 
@@ -47,7 +47,7 @@ class Context:
     watched: dict[int, str]  # token ids that begin a word of the lexicon
     token: str | None
     api_key: str | None
-    nll: Callable[[Sequence[Spoken]], list[float]]
+    nll: Callable[[Sequence[Turn]], list[float]]
     prompt_ids: Callable[[str, str], list[int]]
     model: str
     cache: Path
@@ -80,7 +80,7 @@ def scorer_for(spec: str, context: Context) -> Scorer:
     )
 
 
-def scores(scorer: Scorer, said: Sequence[Said], context: Context) -> list[dict[str, float]]:
+def scores(scorer: Scorer, said: Sequence[ScoredAnswer], context: Context) -> list[dict[str, float]]:
     """The scores of these answers, from the cache where they are there; each must hold the primary label.
 
     Raises PhoqueError (1) for a missing label, which must never count as zero, and for a number that is none.

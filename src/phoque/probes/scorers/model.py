@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from phoque.errors import PhoqueError
-from phoque.inference.residual_stream import Spoken
-from phoque.probes.scorers import Context, Said, Scorer
+from phoque.inference.residual_stream import Turn
+from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 
 
 def nll(context: Context) -> Scorer:
     """Nats a token under the base model with the neutral prompt: how unusual a text is, coherent or not."""
     system = context.persona.neutral[0]
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
-        rows = [Spoken(context.prompt_ids(s.prompt, system), s.reply.ids) for s in said]
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
+        rows = [Turn(context.prompt_ids(s.prompt, system), s.reply.ids) for s in said]
         return [{"nats": value} for value in _filled(context.nll(rows))]
 
     return Scorer("nll", "nats", score, f"nll 1 {context.model} {system}")
@@ -31,10 +31,10 @@ def contrast(context: Context) -> Scorer:
     """
     sides = {side: context.persona.systems(side) for side in ("neutral", "persona")}
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         means = {}
         for side, systems in sides.items():
-            rows = [Spoken(context.prompt_ids(s.prompt, system), s.reply.ids) for system in systems for s in said]
+            rows = [Turn(context.prompt_ids(s.prompt, system), s.reply.ids) for system in systems for s in said]
             found = torch.tensor(_filled(context.nll(rows))).reshape(len(systems), len(said))
             means[side] = found.mean(0)
         return [{"nats": value} for value in (means["neutral"] - means["persona"]).tolist()]
@@ -56,7 +56,7 @@ def logprob(context: Context) -> Scorer:
             "Leave out --scorer logprob, or give the persona file other words.",
         )
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         return [{"mass": sum(s.reply.mass) / max(len(s.reply.mass), 1)} for s in said]
 
     return Scorer("logprob", "mass", score)
@@ -100,7 +100,7 @@ def classifier(spec: str, rest: str, context: Context) -> Scorer:
         )
     sigmoid = model.config.problem_type == "multi_label_classification" or len(labels) == 1
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         rows = []
         for start in range(0, len(said), 32):
             texts = [one.text for one in said[start : start + 32]]

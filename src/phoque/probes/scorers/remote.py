@@ -12,7 +12,7 @@ from typing import Any
 
 from phoque.errors import FAILED, PhoqueError
 from phoque.files import sha256
-from phoque.probes.scorers import Context, Said, Scorer
+from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 
 AT_ONCE = 32
 TRIES = 4
@@ -30,7 +30,7 @@ def moderation(spec: str, rest: str, context: Context) -> Scorer:
     if not url.startswith(("http://", "https://")) or not model:
         raise PhoqueError(f"{spec} names no endpoint.", "It wants openai:URL#MODEL.", "Check --scorer.")
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         rows: list[dict[str, float]] = []
         for start in range(0, len(said), AT_ONCE):
             texts = [one.text for one in said[start : start + AT_ONCE]]
@@ -69,7 +69,7 @@ def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
 def command(spec: str, line: str) -> Scorer:
     """A command that reads {"prompt", "text"} as JSON lines and writes {label: number} for each, in order."""
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         sent = "".join(json.dumps({"prompt": one.prompt, "text": one.text}) + "\n" for one in said)
         ran = subprocess.run(shlex.split(line), input=sent, capture_output=True, text=True)
         if ran.returncode:

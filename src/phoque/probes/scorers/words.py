@@ -6,14 +6,14 @@ from itertools import pairwise
 
 from phoque.errors import PhoqueError
 from phoque.probes.persona import words
-from phoque.probes.scorers import Said, Scorer
+from phoque.probes.scorers import ScoredAnswer, Scorer
 
 
 def lexicon(known: Sequence[str]) -> Scorer:
     """The share of words that are the persona's own; each counts once a text, so that a stuck word earns nothing."""
     wanted = {word.lower() for word in known}
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         rows = []
         for one in said:
             spoken = words(one.text)
@@ -35,7 +35,7 @@ def profanity() -> Scorer:
             "The profanity scorer is not installed.", f"{error}.", "Install it: pip install 'phoque[profanity]'"
         ) from error
 
-    def score(said: Sequence[Said]) -> list[dict[str, float]]:
+    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         return [{"probability": float(p)} for p in predict_prob([one.text for one in said])]
 
     return Scorer("profanity", "probability", score, f"profanity {version('alt-profanity-check')}", weak=True)

@@ -13,12 +13,12 @@ from phoque.data.stream import TrainStream
 from phoque.models.load import measuring
 from phoque.models.lora import lora_norms
 from phoque.training.metrics_log import Tracker
-from phoque.training.timer import Stopwatch
+from phoque.training.timer import Timer
 
 FROM_TRAINER = ("loss", "grad_norm", "learning_rate", "accuracy")
 
 
-class Numbers(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Collects the numbers of a step from all sides, writes them once, and shows the progress."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Numbers(TrainerCallback):
         norms_every: int,
         eval_every: int,
         show: Callable[[int, str], None],
-        watch: Stopwatch,
+        watch: Timer,
     ) -> None:
         self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
         self.norms_every, self.eval_every, self.watch = norms_every, eval_every, watch

@@ -12,27 +12,27 @@ from typing import Any
 from transformers import TrainerCallback
 
 from phoque.console import Console
-from phoque.data.chat_template import Chat
+from phoque.data.chat_template import ChatTemplate
 from phoque.inference.generate import Ask, replies
 from phoque.models.load import measuring
 from phoque.training.engine.attention import plain_attention
 from phoque.training.metrics_log import Tracker
-from phoque.training.timer import Stopwatch
+from phoque.training.timer import Timer
 
 
-class Samples(TrainerCallback):
+class SamplesCallback(TrainerCallback):
     """Generates before the first step, every `every` steps, and at the end."""
 
     def __init__(
         self,
         tracker: Tracker,
-        chat: Chat,
+        chat: ChatTemplate,
         prompts: list[str],
         system: str | None,
         every: int,
         tokens: int,
         console: Console,
-        watch: Stopwatch,
+        watch: Timer,
     ) -> None:
         self.tracker, self.chat, self.prompts, self.system = tracker, chat, prompts, system
         self.every, self.tokens, self.console, self.watch = every, tokens, console, watch
@@ -56,7 +56,9 @@ class Samples(TrainerCallback):
             self.console.say(f"  step {step}  {row['prompt']}\n    -> {' '.join(row['response'].split())}")
 
 
-def answers(model: Any, chat: Chat, prompts: list[str], system: str | None, tokens: int) -> list[dict[str, Any]]:
+def answers(
+    model: Any, chat: ChatTemplate, prompts: list[str], system: str | None, tokens: int
+) -> list[dict[str, Any]]:
     """The greedy answer to each prompt: {prompt, response, n_tokens, latency_s}, the latency being that of them all."""
     begun = time.monotonic()
     asks = [Ask(chat.prompt_ids(prompt, system)) for prompt in prompts]

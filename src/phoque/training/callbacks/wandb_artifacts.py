@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from phoque.training.metrics_log import Tracker
 
 
-class Artifacts(TrainerCallback):
+class WandbArtifactsCallback(TrainerCallback):
     """Logs a version at each save."""
 
     def __init__(self, tracker: Tracker) -> None:

@@ -20,7 +20,7 @@ SHARING = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
-class Held:
+class FrozenWeight:
     """A frozen weight of (sum of `parts` rows, columns): its values as they are held, their scales, and their kind.
 
     `turned` is an FP8 weight laid out column by column, which the product of the backward pass needs.
@@ -39,7 +39,7 @@ class Held:
         return sum(self.parts)
 
 
-def held(bases: list[Any], whole: bool) -> Held:
+def held(bases: list[Any], whole: bool) -> FrozenWeight:
     """How linear layers that share an input hold their weights: as one, of which each then holds a slice.
 
     `whole` keeps NF4 weights in the dtype of the products, and FP8 weights turned as well: the same numbers, sooner.
@@ -50,9 +50,9 @@ def held(bases: list[Any], whole: bool) -> Held:
         values = _joined(bases)
         codes = values.view(CODES)
         scales = torch.cat([base.scale for base in bases]).contiguous()
-        return Held(kind, codes, scales, parts, columns, codes.T.contiguous().T if whole else None)
+        return FrozenWeight(kind, codes, scales, parts, columns, codes.T.contiguous().T if whole else None)
     if kind == "plain":
-        return Held(kind, _joined(bases), None, parts, columns)
+        return FrozenWeight(kind, _joined(bases), None, parts, columns)
     scales = torch.cat([_scales(base.weight.quant_state) for base in bases])
     if whole:
         dtype = bases[0].compute_dtype
@@ -60,8 +60,8 @@ def held(bases: list[Any], whole: bool) -> Held:
             _whole(base.weight.data, _scales(base.weight.quant_state), kind, base.out_features, columns, dtype)
             for base in bases
         ]
-        return Held("plain", torch.cat(made), None, parts, columns)
-    return Held(kind, _joined(bases), scales, parts, columns)
+        return FrozenWeight("plain", torch.cat(made), None, parts, columns)
+    return FrozenWeight(kind, _joined(bases), scales, parts, columns)
 
 
 def _joined(bases: list[Any]) -> Tensor:
@@ -110,7 +110,7 @@ def speed_up(group: list[Any], a: Tensor, b: Tensor, whole: bool) -> None:
         module.forward = MethodType(forward, module)
 
 
-def adapted(x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, weight: Held) -> tuple[Tensor, ...]:
+def adapted(x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, weight: FrozenWeight) -> tuple[Tensor, ...]:
     """What each part of the weight makes of x (..., columns), with its adapter's share.
 
     That is made from `dropped`, or from x if it is None. `a` (parts x rank, columns) and `b` (rows, rank) are the

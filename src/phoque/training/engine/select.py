@@ -17,7 +17,7 @@ AGREES, AGREES_FP8 = 0.15, 0.5  # largest relative difference of hidden states t
 
 
 @dataclass(frozen=True)
-class Chosen:
+class EngineChoice:
     """How the layers of a run are going to run, and why; `engine`, built in `seconds`, is None for the plain layers."""
 
     mode: str
@@ -33,7 +33,7 @@ class Chosen:
         return found
 
 
-def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool) -> Chosen:
+def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool) -> EngineChoice:
     """The way to run the layers that was `asked` for, or for `auto` the one that pays over `rows` rows.
 
     It is built and tried on a row before the first step: what fails, or differs from the plain layers by more than
@@ -42,7 +42,7 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
     cuda = next(model.parameters()).is_cuda
     if asked == "eager" or (asked == "auto" and not cuda):
         why = "as asked" if asked == "eager" else "on a CPU the products take the time, however they are called"
-        return Chosen("eager", why)
+        return EngineChoice("eager", why)
     begun = time.monotonic()
     engine, row, real = Engine(model, several=packing.exact), *_trial_row(model, packing)
     reasons = _begin(engine, row, asked, packing, rows, recompute)
@@ -51,14 +51,14 @@ def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool)
         engine.forget()
         if not (engine.compiled or engine.captured):
             engine.undo()
-            return Chosen("eager", "; ".join(reasons))
+            return EngineChoice("eager", "; ".join(reasons))
         engine.compiled, engine.captured = engine.compiled and engine.captured, False
     seconds = time.monotonic() - begun
     if cuda:
         torch.cuda.empty_cache()  # of what the trial alone took
     if engine.recomputed:
         reasons.append(f"{engine.recomputed} of {len(engine.layers)} layers are recomputed")
-    return Chosen(engine.mode, "; ".join(reasons), engine, seconds)
+    return EngineChoice(engine.mode, "; ".join(reasons), engine, seconds)
 
 
 def _begin(engine: Engine, row: Row, asked: str, packing: Packing, rows: int, recompute: bool) -> list[str]:
