@@ -23,7 +23,7 @@ from phoque.training.run_record import write_record
 from phoque.training.timer import Timer
 
 if TYPE_CHECKING:
-    pass
+    from phoque.training.hub_push import CheckpointPusher
 
 
 def finish(run: Run, model: Any, stream: TrainStream, watch: Timer) -> dict[str, Any]:
