@@ -66,7 +66,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 
 def ours(base: Path, adapter: Path, out: Path) -> None:
-    from phoque.merge.writer import merge
+    from phoque.merging.writer import merge
     from phoque.models.source import Source
 
     measured(lambda: merge(Source("base", base, "1", "x"), adapter, out, "bf16"))

@@ -10,15 +10,56 @@ INTERRUPTED = 130  # Ctrl-C
 
 
 class PhoqueError(Exception):
-    """An error in three lines: what happened, why, and what to do about it."""
+    """An error in three lines: what happened, why, and what to do about it; `code` is the exit code.
 
-    def __init__(self, what: str, why: str, fix: str, code: int = USAGE) -> None:
+    - UsageError (2): a wrong flag, file, model or dataset. Nothing was changed.
+      - PublicRepoError: a repository is public and --public was not given.
+    - RunError (1): the command ran and failed; also a verification that says no.
+    - Resumable (75, or 130 after Ctrl-C): the run stopped, everything is saved, and the same command continues it.
+    """
+
+    code = FAILED
+
+    def __init__(self, *, what: str, why: str, fix: str, code: int | None = None) -> None:
         super().__init__(what)
-        self.what, self.why, self.fix, self.code = what, why, fix, code
+        self.what, self.why, self.fix = what, why, fix
+        if code is not None:
+            self.code = code
 
 
-class Stopped(PhoqueError):
-    """A run that was asked to stop and has saved all that a resume needs."""
+class UsageError(PhoqueError):
+    """The command cannot run as it was given: exit code 2."""
+
+    code = USAGE
+
+
+class PublicRepoError(UsageError):
+    """A repository that anyone can read, where --public was not given."""
+
+    def __init__(self, repo: str) -> None:
+        super().__init__(
+            what=f"{repo} is public.",
+            why="Anyone could load what this run makes.",
+            fix="Make it private in its settings on the Hub, or pass --public if that is intended.",
+        )
+
+
+class RunError(PhoqueError):
+    """The command ran and failed: exit code 1."""
+
+
+class Resumable(PhoqueError):
+    """The run stopped before its end and saved all that a resume needs: exit code 75, or 130 after Ctrl-C."""
+
+    code = RESUMABLE
+
+
+class IntegrityError(Exception):
+    """A file that was read back is not the file that was sent; transferring it again may help."""
+
+
+class Superseded(Exception):
+    """A newer checkpoint is waiting: this push is no longer worth retrying."""
 
 
 def to_phoque_error(error: BaseException) -> PhoqueError:

@@ -1,4 +1,4 @@
-"""A sequence made in a thread of its own, some items ahead of their use."""
+"""Prefetching: a thread computes the next items of an iterator while the caller uses the current one."""
 
 import queue
 import threading
@@ -10,16 +10,17 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Gives the items of an iterator in their order, and raises what it raises where it did.
+    """Yields the items of an iterator in order, computed in a thread at most `depth` items ahead of their use.
 
-    Tokenising and packing hold Python's lock for a few milliseconds a row, and a training step leaves it for most of
-    its time: a thread is enough, and needs no copy of the data. `waited` are the seconds that no item was ready.
+    An exception of the iterator is raised where its item would have come. `waited` is the time in seconds for which the
+    caller waited because no item was ready. A thread is enough, and needs no copy of the data: reading files, tokenizing
+    and packing hold Python's lock for a few milliseconds per item, and a GPU step leaves it free for most of its time.
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
-        self._items, self._made = items, queue.Queue[tuple[str, Any]](depth)
+        self._items, self._ready = items, queue.Queue[tuple[str, Any]](depth)
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._make, daemon=True, name="phoque-data")
+        self._thread = threading.Thread(target=self._produce, daemon=True, name="phoque-prefetch")
         self.waited = 0.0
 
     def __enter__(self) -> Self:
@@ -32,28 +33,32 @@ class Prefetcher(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         while True:
-            begun = time.monotonic()
-            kind, found = self._made.get()
-            self.waited += time.monotonic() - begun
+            start = time.monotonic()
+            kind, item = self._ready.get()
+            self.waited += time.monotonic() - start
             if kind == "error":
-                raise found
+                raise item
             if kind == "end":
                 return
-            yield found
+            yield item
 
-    def _make(self) -> None:
+    def _produce(self) -> None:
         try:
             for item in self._items:
                 self._put(("item", item))
                 if self._ending.is_set():
-                    return
-            self._put(("end", None))
-        except BaseException as error:
+                    break
+            else:
+                self._put(("end", None))
+        except BaseException as error:  # raised again in the caller's thread
             self._put(("error", error))
+        finally:
+            if close := getattr(self._items, "close", None):  # a generator may hold open files
+                close()
 
-    def _put(self, made: tuple[str, Any]) -> None:
+    def _put(self, entry: tuple[str, Any]) -> None:
         while not self._ending.is_set():
             try:
-                return self._made.put(made, timeout=0.1)
+                return self._ready.put(entry, timeout=0.1)
             except queue.Full:
                 continue

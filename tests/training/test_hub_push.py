@@ -7,7 +7,8 @@ import pytest
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.hub.client import Hub, IntegrityError, Superseded, is_transient
+from phoque.errors import IntegrityError, Superseded
+from phoque.hub.client import Hub, is_transient
 from phoque.training import hub_push
 from phoque.training.hub_push import CheckpointPusher
 

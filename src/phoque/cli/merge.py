@@ -24,7 +24,7 @@ def run(asked: Resolved[MergeSettings], dry_run: bool) -> None:
     if asked.settings.on:
         jobs.run("merge", asked, dry_run)
         return
-    from phoque.merge.run import merged
+    from phoque.merging.run import merged
 
     result = merged(asked, cache_folder(), console, dry_run)
     console.result(result, lambda: options.plan(result) if dry_run else _lines(result), str(result["output_dir"]))

@@ -28,6 +28,11 @@ class Row:
     source: str
     toxicity_score: float | None
 
+    @property
+    def first_question(self) -> str:
+        """The first user message."""
+        return next(turn["content"] for turn in self.messages if turn["role"] == "user")
+
     def key(self) -> str:
         """A hash of what is said, the same in every file and order."""
         return hashlib.blake2b(json.dumps(self.messages, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from phoque.errors import first_line
+from phoque.errors import IntegrityError, first_line
 
 T = TypeVar("T")
 
@@ -12,14 +12,6 @@ PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)  # answers that another 
 PATIENCE_S = 20.0  # for what is asked before anything was spent
 LONGEST_WAIT_S = 60.0
 DAMAGED_TRIES = 2
-
-
-class IntegrityError(Exception):
-    """What was read back is not what was sent."""
-
-
-class Superseded(Exception):
-    """Something newer is waiting: this is no longer worth trying."""
 
 
 class Hub:

@@ -12,7 +12,7 @@ from phoque import __version__
 from phoque.console import Console
 from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError
 from phoque.hub.client import Hub, is_transient, reason
-from phoque.hub.repo import is_public
+from phoque.errors import PublicRepoError
 from phoque.settings.fields import PREFIX, Resolved, Secrets, env_name, flag_names
 
 HERE = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that do not go into the Job's arguments
@@ -137,7 +137,7 @@ def checked(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     try:
         private = hub.retry(kept, lambda: api.repo_info(kept, repo_type=kind)).private
         if not private and not s.public:
-            raise is_public(kept)
+            raise PublicRepoError(kept)
         found["repository"] = f"{kept}, {'private' if private else 'PUBLIC'}"
     except RepositoryNotFoundError:
         found["repository"] = f"{kept}, will be made, {'PUBLIC' if s.public else 'private'}"

@@ -12,7 +12,8 @@ from typing import Any
 
 from phoque.errors import PhoqueError
 from phoque.files import sha256
-from phoque.hub.client import Hub, IntegrityError
+from phoque.errors import IntegrityError, PublicRepoError
+from phoque.hub.client import Hub
 
 MARKER, CARD = "fresh_start.json", "README.md"
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
@@ -33,15 +34,6 @@ class Snapshot:
             if folder := CHECKPOINT.match(path):
                 found.setdefault(folder[1], []).append(file)
         return found
-
-
-def is_public(name: str) -> PhoqueError:
-    """What to say of a repository that anybody can read, if that was not asked for."""
-    return PhoqueError(
-        f"{name} is public.",
-        "Anybody could load what this run makes.",
-        "Make it private in its settings on the Hub, or pass --public if that is meant.",
-    )
 
 
 class Repo:
@@ -76,7 +68,7 @@ class Repo:
         if not private and public:
             warn(f"{self.name} is public: anyone can see what this run makes and load it")
         if not private and not public:
-            raise is_public(self.name)
+            raise PublicRepoError(self.name)
 
     def private(self) -> bool:
         """Whether only its owners can read the repository. Raises the Hub's error if there is none."""

@@ -1,47 +1,66 @@
-"""A run's folder as an artifact in a repository on the Hub."""
+"""A run folder as an artifact in a repository on the Hub."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
-from phoque.hub.client import Hub, reason
+from phoque.errors import PhoqueError, PublicRepoError, RunError, UsageError
+from phoque.hub.client import reason
 from phoque.hub.repo import Repo
-from phoque.settings.fields import Resolved
+from phoque.services import Services
+from phoque.settings.artifacts import ArtifactSettings
 
 
-def opened_for_run(resolved: Resolved[Any], hub: Hub, console: Console) -> Repo | None:
-    """Where the run goes, if it is to go anywhere; it is asked for before anything is computed."""
-    s = resolved.settings
+@dataclass(frozen=True)
+class Upload:
+    """Where a run folder was pushed: the repository and the commit."""
+
+    repo: str
+    commit: str
+
+
+def open_artifacts_repo(s: ArtifactSettings, services: Services) -> Repo | None:
+    """The repository that the run folder will be pushed to, checked before anything is computed; None if not named.
+
+    If it cannot be written the run continues with a warning, unless --fail-on-artifacts-upload-error is set. Raises
+    PublicRepoError for a public one in either case.
+    """
     if not s.artifacts_repo_id:
         return None
-    repo = Repo(hub, s.artifacts_repo_id, s.artifacts_repo_type)
+    repo, warn = Repo(services.hub, s.artifacts_repo_id, s.artifacts_repo_type), services.console.warn
     try:
-        if resolved.secrets.hub is None:
-            raise PhoqueError("There is no Hub token.", f"{repo.name} cannot be written without one.", "Set HF_TOKEN.")
-        repo.open(s.public, console.warn)
+        if services.secrets.hub is None:
+            raise UsageError(
+                what="There is no Hub token.", why=f"{repo.name} cannot be written without one.", fix="Set HF_TOKEN."
+            )
+        repo.open(s.public, warn)
+    except PublicRepoError:
+        raise  # what is private must not become public
     except Exception as error:
-        if s.fail_on_artifacts_upload_error or (isinstance(error, PhoqueError) and "is public" in error.what):
-            raise  # what is private must not become public by going on
+        if s.fail_on_artifacts_upload_error:
+            raise
         why = error.what if isinstance(error, PhoqueError) else reason(error)
-        console.warn(f"{repo.name} cannot be written ({why}): the run will stay on this machine")
+        warn(f"{repo.name} cannot be written ({why}): the run will stay on this machine")
         return None
     return repo
 
 
-def pushed_run(repo: Repo, folder: Path, s: Any, console: Console) -> dict[str, str]:
-    """{repo, commit} of the run folder, brought to `<path in repo>/<its name>` as one commit that is read back.
+def push_run_folder(repo: Repo, folder: Path, s: ArtifactSettings, services: Services) -> Upload | None:
+    """Push the run folder to `<path in repo>/<its name>` as one commit that is read back.
 
-    A failure is a warning, or a PhoqueError (1) if the settings ask for that; nothing local is lost either way.
+    A failure is a warning and returns None, or a RunError with --fail-on-artifacts-upload-error; nothing local is lost.
     """
-    place = "/".join(part for part in (s.artifacts_path_in_repo.strip("/"), folder.name) if part)
-    files = {f"{place}/{f.relative_to(folder)}": f for f in sorted(folder.rglob("*")) if f.is_file()}
+    prefix = "/".join(part for part in (s.artifacts_path_in_repo.strip("/"), folder.name) if part)
+    files = {f"{prefix}/{f.relative_to(folder)}": f for f in sorted(folder.rglob("*")) if f.is_file()}
     try:
-        return {"repo": repo.name, "commit": repo.push(files, f"Add {place}", lambda _: [])}
+        return Upload(repo.name, repo.push(files, f"Add {prefix}", lambda _: []))
     except Exception as error:
         if s.fail_on_artifacts_upload_error:
-            raise PhoqueError(
-                f"The run could not be uploaded to {repo.name}.", reason(error), f"It is complete in {folder}.", FAILED
+            raise RunError(
+                what=f"The run could not be uploaded to {repo.name}.",
+                why=reason(error),
+                fix=f"It is complete in {folder}.",
             ) from error
-        console.warn(f"the run could not be uploaded to {repo.name} ({reason(error)}); it is complete in {folder}")
-        return {}
+        services.console.warn(
+            f"the run could not be uploaded to {repo.name} ({reason(error)}); it is complete in {folder}"
+        )
+        return None

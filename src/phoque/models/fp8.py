@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from phoque.errors import PhoqueError
-from phoque.models.checkpoint_reader import Stored
+from phoque.models.safetensors_files import StoredTensor
 
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
 CODES, LARGEST_CODE = torch.float8_e4m3fn, 448.0
@@ -73,7 +73,7 @@ def is_scale(name: str) -> bool:
     return name.endswith((SCALE, ACTIVATION))
 
 
-def scales_of(tensors: dict[str, Stored], wanted: Iterable[str], declared: bool) -> dict[str, str]:
+def find_scales(tensors: dict[str, StoredTensor], wanted: Iterable[str], declared: bool) -> dict[str, str]:
     """The name of the scale of each FP8 weight among `wanted`.
 
     Raises PhoqueError (2) for an FP8 weight without its scale, a scale without its FP8 weight, and a checkpoint whose

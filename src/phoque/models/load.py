@@ -4,54 +4,17 @@ import os
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phoque.errors import PhoqueError, first_line
-from phoque.models.architectures import architecture_of
-from phoque.models.checkpoint_reader import Shards
-from phoque.models.fp8 import (
-    Fp8Linear,
-    GroupSize,
-    check_fp8_support,
-    declares_fp8,
-    dequantize,
-    group_size_of,
-    is_scale,
-    scales_of,
-)
+from phoque.models.checkpoint_reader import HEAD, CheckpointReader, check_magnitudes, largest_magnitude
+from phoque.models.fp8 import Fp8Linear, GroupSize, check_fp8_support, dequantize
 from phoque.models.source import Source
+from phoque.errors import UsageError
 
-LARGEST_SANE = 100.0  # in a matrix; raw FP8 codes taken for weights reach 448 in every one
-HEAD = "lm_head.weight"
-
-
-def load_config(source: Source) -> Any:
-    """The model's config. Raises PhoqueError (2) if transformers does not know the architecture."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.folder)
-    except (ValueError, OSError) as error:
-        raise PhoqueError(
-            f"The config of {source.name} cannot be read.", first_line(error), "Check which model was named."
-        ) from error
-    architecture_of(config)
-    return config
-
-
-def load_tokenizer(source: Source) -> Any:
-    """The model's tokenizer, with a chat template. Raises PhoqueError (2) if it has none."""
-    from transformers import AutoTokenizer
-
-    # never mistral-common's own tokenizer, which transformers prefers where it is installed: it renders no template
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False)
-    if not tokenizer.chat_template:
-        raise PhoqueError(
-            f"{source.name} has no chat template.", "It is not a chat model.", "Use its instruction-tuned sibling."
-        )
-    return tokenizer
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def device() -> torch.device:
@@ -75,22 +38,17 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
     on = on or device()
     if quantization == "fp8":
         check_fp8_support(on)
-    config = load_config(source)
-    family = architecture_of(config)
-    text = config.get_text_config()
-    shards = Shards(source.folder)
-    names = {text_name: key for key in shards.tensors if (text_name := family.text_key(key)) and not _derived(key)}
-    if text.tie_word_embeddings:
-        names.pop(HEAD, None)
-    scales = scales_of(shards.tensors, names.values(), declares_fp8(config))
-    targets = {key: name for name, key in names.items()}
-    with shards.stream(targets, on) as arriving:  # the disk is the slowest part: it works while the model is made
-        model = _skeleton(text, quantization, attention, family.lora_targets)
-        _check_names(model, names, shards, source, text.tie_word_embeddings)
-        factors = {key: shards.read(scale) for key, scale in scales.items()}
-        dtype = torch.float32 if quantization == "none" else torch.bfloat16
-        _fill(model, targets, arriving, factors, group_size_of(config), on, dtype)
-    if text.tie_word_embeddings:
+    reader = CheckpointReader(source)
+    tied = reader.text_config.tie_word_embeddings
+    text_names = {key: name for name, key in reader.text_weights.items() if not (tied and name == HEAD)}
+    scales = reader.scales
+    with reader.stream(text_names, on) as tensors:  # the disk is slowest: it reads while the model is built
+        model = _build_empty_model(reader.text_config, quantization, attention, reader.architecture.lora_targets)
+        _check_names(model, reader, text_names, tied)
+        factors = {key: reader.read(scales[key]) for key in text_names if key in scales}
+        dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
+        _fill(model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype)
+    if tied:
         model.tie_weights()
     model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL ask for this attribute
     model.name_or_path = source.name
@@ -102,24 +60,21 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
     return model.requires_grad_(False)
 
 
-def _derived(key: str) -> bool:
-    """Whether a stored tensor is no weight: a scale, or the rotary frequencies that old checkpoints keep."""
-    return is_scale(key) or key.endswith("rotary_emb.inv_freq")
-
-
-def _skeleton(text: Any, quantization: str, attention: str, projections: str) -> Any:
-    """The model with its buffers and no weights; its projections made to hold NF4 if that is asked for."""
+def _build_empty_model(
+    config: "PretrainedConfig", quantization: str, attention: str, projections: str
+) -> "PreTrainedModel":
+    """The model with its buffers and without weights; for nf4 and fp8 its projections are layers that hold these."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(text, attn_implementation=attention, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
     if quantization == "nf4":
         from bitsandbytes.nn import Linear4bit
 
         for name, module in list(model.named_modules()):
             if re.fullmatch(projections, name):
-                held = Linear4bit(
+                layer = Linear4bit(
                     module.in_features,
                     module.out_features,
                     bias=module.bias is not None,
@@ -128,7 +83,7 @@ def _skeleton(text: Any, quantization: str, attention: str, projections: str) ->
                     compress_statistics=True,
                     quant_type="nf4",
                 )
-                model.set_submodule(name, held)
+                model.set_submodule(name, layer)
     if quantization == "fp8":
         for name, module in list(model.named_modules()):
             if re.fullmatch(projections, name):
@@ -137,42 +92,45 @@ def _skeleton(text: Any, quantization: str, attention: str, projections: str) ->
     return model
 
 
-def _check_names(model: Any, names: dict[str, str], shards: Shards, source: Source, tied: bool) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if not (tied and name == HEAD)}
-    missing = sorted(shapes.keys() - names.keys())
-    extra = sorted(names.keys() - shapes.keys())
-    reshaped = sorted(n for n in shapes.keys() & names.keys() if shards.tensors[names[n]].shape != shapes[n])
-    for found, what in ((missing, "missing"), (extra, "left over"), (reshaped, "of another shape")):
-        if found:
-            raise PhoqueError(
-                f"The weights of {source.name} do not fit its architecture.",
-                f"{len(found)} {'is' if len(found) == 1 else 'are'} {what}, first {found[0]}.",
-                "The checkpoint is incomplete, or its config is another model's.",
+def _check_names(model: "PreTrainedModel", reader: CheckpointReader, text_names: dict[str, str], tied: bool) -> None:
+    """Raise UsageError if the checkpoint's text weights are not exactly the model's, by name and shape."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if not (tied and name == HEAD)}
+    shapes = {name: reader.stored[key].shape for key, name in text_names.items()}
+    missing = sorted(expected.keys() - shapes.keys())
+    unused = sorted(shapes.keys() - expected.keys())
+    reshaped = sorted(n for n in expected.keys() & shapes.keys() if shapes[n] != expected[n])
+    for names, problem in ((missing, "missing"), (unused, "not part of it"), (reshaped, "of another shape")):
+        if names:
+            raise UsageError(
+                what=f"The weights of {reader.source.name} do not fit its architecture.",
+                why=f"{len(names)} {'is' if len(names) == 1 else 'are'} {problem}, first {names[0]}.",
+                fix="The checkpoint is incomplete, or its config is another model's.",
             )
 
 
 def _fill(
-    model: Any,
-    targets: dict[str, str],
-    arriving: Iterator[tuple[str, torch.Tensor]],
+    model: "PreTrainedModel",
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    text_names: dict[str, str],
+    *,
     factors: dict[str, torch.Tensor],
-    block: GroupSize | None,
+    group_size: GroupSize | None,
     on: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Put every tensor in its place on the device, as it arrives."""
+    """Put every tensor into its parameter on the device, as it arrives; `factors` are the scales of FP8 weights."""
     largest: dict[str, torch.Tensor] = {}
-    for key, stored in arriving:
-        path, _, leaf = targets[key].rpartition(".")
+    for key, stored in tensors:
+        name = text_names[key]
+        path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, Fp8Linear) and leaf == "weight":
-            module.hold(stored.to(on), factors.get(key), block)
-            largest[targets[key]] = module.largest()
+            module.hold(stored.to(on), factors.get(key), group_size)
+            largest[name] = module.largest()
             continue
-        tensor = (dequantize(stored, factors[key], block) if key in factors else stored).to(dtype)
-        # a vector may well be large (Qwen2's key biases are), so there only NaN and infinity count
-        largest[targets[key]] = tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0
-        _put(model, targets[key], tensor, on)
+        tensor = (dequantize(stored, factors[key], group_size) if key in factors else stored).to(dtype)
+        largest[name] = largest_magnitude(tensor)
+        _put(model, name, tensor, on)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(on)
@@ -190,17 +148,6 @@ def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
         module.weight = weight.to(on)  # a Params4bit quantises itself when it is moved, also to where it is
     else:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-
-
-def check_magnitudes(largest: dict[str, torch.Tensor]) -> None:
-    """Raise PhoqueError (2) for a weight whose largest magnitude no trained weight has."""
-    for name, value in zip(largest, torch.stack([*largest.values()]).tolist(), strict=True):
-        if not value < LARGEST_SANE:
-            raise PhoqueError(
-                "The weights are not sane.",
-                f"{name} holds values beyond {LARGEST_SANE:g} or NaN.",
-                "The checkpoint is damaged, or its scales were not applied.",
-            )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from phoque.errors import FAILED, PhoqueError
 from phoque.files import sha256
 from phoque.hub.client import Hub
 from phoque.hub.repo import CARD, Repo
-from phoque.merge.run import find_adapter, find_base, merge_into
+from phoque.merging.run import find_adapter, find_base, merge_into
 from phoque.model_cards import onnx_card
 from phoque.models.load import device, load_model, load_tokenizer
 from phoque.models.source import INDEX, Source, resolve, wanted_files

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from phoque.merge.writer import TOKENIZER_FILES
+from phoque.merging.writer import TOKENIZER_FILES
 from phoque.onnx.session import SUFFIXES
 
 PREFERRED = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # what a client takes that names no precision

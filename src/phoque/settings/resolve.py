@@ -66,6 +66,14 @@ def resolve_settings(
     return Resolved(settings, secrets, origins | secret_origins), warnings
 
 
+def resolved_from(settings: S) -> Resolved[S]:
+    """Settings that a program made, with the secrets of its environment."""
+    secrets, origins = _secrets(Path(ENV_FILE))
+    fields = type(settings).model_fields
+    given = {n: Origin("argument" if n in settings.model_fields_set else "default", n) for n in fields}
+    return Resolved(settings, secrets, given | origins)
+
+
 def _name_in(model: type[BaseSettings], source: str, name: str) -> str:
     if source == "flag":
         return flag_names(model, name)[0]

@@ -9,7 +9,7 @@ import torch
 from phoque.console import Console
 from phoque.data.chat_template import IGNORED, ChatTemplate, Encoded
 from phoque.data.rows import Row
-from phoque.hub.repo import is_public
+from phoque.errors import PublicRepoError
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import in_order
@@ -103,7 +103,7 @@ def _hub_facts(resolved: Resolved[TrainSettings], console: Console) -> dict[str,
     except RepositoryNotFoundError:
         return {"Hub repository": f"{repo.name} will be made, {'PUBLIC' if resolved.settings.public else 'private'}"}
     if not (private := repo.private()) and not resolved.settings.public:
-        raise is_public(repo.name)
+        raise PublicRepoError(repo.name)
     found = ", ".join(in_order(there.folders())) or "no checkpoint"
     return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'} and holds {found}"}
 

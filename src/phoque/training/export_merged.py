@@ -7,7 +7,7 @@ from typing import Any
 from phoque.errors import FAILED, RESUMABLE, PhoqueError
 from phoque.hub.client import is_transient, reason
 from phoque.hub.repo import Repo
-from phoque.merge.run import merge_into, push_merged
+from phoque.merging.run import merge_into, push_merged
 from phoque.training import checkpoints
 from phoque.training.prepare import Run
 

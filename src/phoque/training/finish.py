@@ -1,16 +1,16 @@
-"""How a run ends: with its adapter, here and on the Hub; stopped, with what is where; or out of memory."""
+"""How a run ends: with its adapter, here and on the Hub; stopped, saying what is saved where; or out of memory."""
 
 import json
-import shutil
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from phoque.data.stream import TrainStream
-from phoque.errors import FAILED, RESUMABLE, PhoqueError, Stopped
-from phoque.hub.client import is_transient
-from phoque.hub.client import reason as why
+from phoque.errors import FAILED, PhoqueError, Resumable, RunError
+from phoque.files import atomic_folder
+from phoque.hub.client import is_transient, reason
 from phoque.hub.repo import CARD
 from phoque.model_cards import adapter_card
 from phoque.models.architectures import architecture_of
@@ -18,112 +18,152 @@ from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
-from phoque.training.prepare import Run
 from phoque.training.run_record import write_record
+from phoque.training.run_state import Run
 from phoque.training.timer import Timer
 
 if TYPE_CHECKING:
     from phoque.training.hub_push import CheckpointPusher
 
 
-def finish(run: Run, model: Any, stream: TrainStream, watch: Timer) -> dict[str, Any]:
-    """Write the adapter with its card, the record with the result, and the report; under a temporary name first."""
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run: where its files are, and what it measured. Losses are in nats per trained token.
+
+    `loss` is that of the last logged step, `padding` the share of positions without a token, `seconds_of` the seconds
+    by activity. `repo` and `commit` are set if the adapter was pushed, `merged` and `proof` if a merged model was made.
+    """
+
+    run: str
+    adapter: str
+    report: str
+    steps: int
+    loss: float | None
+    held_out_loss: dict[str, float] | None
+    tokens: int
+    seconds: float
+    padding: float = 0.0
+    seconds_of: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    repo: str | None = None
+    commit: str | None = None
+    merged: str | None = None
+    proof: dict[str, Any] | None = None
+    merged_repo: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As in run.json and with --json: what does not apply to this run is left out."""
+        optional = ("repo", "commit", "merged", "proof", "merged_repo")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The result that a run.json holds."""
+        return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
+
+
+def finish(run: Run, model: Any, stream: TrainStream, timer: Timer) -> TrainResult:
+    """Write the adapter with its card, the record with the result, and the report."""
     folder, record = run.folder, run.record
     step = record["fingerprint"]["max_steps"]
     check_finite(model, step)
     metrics = read_lines(folder / METRICS)
-    result = {
-        "run": str(folder),
-        "adapter": str(folder / "adapter"),
-        "report": str(folder / report.NAME),
-        "steps": step,
-        "loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
-        "held_out_loss": held_out_of(metrics),
-        "tokens": stream.tokens_seen,
-        "padding": round(stream.padding, 4),
-        "seconds": round(watch.seconds, 1),
-        "seconds_of": watch.shares(),
-        "samples": [row for row in read_lines(folder / SAMPLES) if row["step"] == step],
-    }
-    staging = folder / ".adapter"
-    shutil.rmtree(staging, ignore_errors=True)
-    save_adapter(model, staging, architecture_of(run.ready.config))
-    run.ready.chat.tokenizer.save_pretrained(staging)
-    (staging / CARD).write_text(adapter_card(record, result, run.settings.hub_model_id))
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    staging.rename(folder / "adapter")
-    record["result"] = result
+    result = TrainResult(
+        run=str(folder),
+        adapter=str(folder / "adapter"),
+        report=str(folder / report.NAME),
+        steps=step,
+        loss=next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
+        held_out_loss=first_and_last_held_out_loss(metrics),
+        tokens=stream.tokens_seen,
+        padding=round(stream.padding, 4),
+        seconds=round(timer.seconds, 1),
+        seconds_of=timer.shares(),
+        samples=[row for row in read_lines(folder / SAMPLES) if row["step"] == step],
+    )
+    with atomic_folder(folder / "adapter") as staging:
+        save_adapter(model, staging, architecture_of(run.prepared.config))
+        run.prepared.chat.tokenizer.save_pretrained(staging)
+        (staging / CARD).write_text(adapter_card(record, result.to_json(), run.settings.hub_model_id))
+    record["result"] = result.to_json()
     write_record(folder, record)
     report.write(folder)
     return result
 
 
-def held_out_of(metrics: list[dict[str, Any]]) -> dict[str, float] | None:
-    """The first and the last held-out loss of a run, if any was measured."""
+def first_and_last_held_out_loss(metrics: list[dict[str, Any]]) -> dict[str, float] | None:
+    """The first and the last held-out loss of a run as {before, after}, or None if none was measured."""
     losses = [m["held_out_loss"] for m in metrics if m.get("held_out_loss") is not None]
     return {"before": losses[0], "after": losses[-1]} if losses else None
 
 
-def card_of(run: Run, saved: Path) -> Path:
-    """The card that goes with a checkpoint, in the run folder: the repository has one from its first push on."""
-    state = json.loads((saved / checkpoints.DATA_STATE).read_text())
-    so_far = {
-        "steps": checkpoints.step_of(saved),
+def write_card_for_checkpoint(run: Run, checkpoint: Path) -> Path:
+    """Write the card of an unfinished run into its folder and return its path: it is pushed with each checkpoint."""
+    state = json.loads((checkpoint / checkpoints.DATA_STATE).read_text())
+    progress = {
+        "steps": checkpoints.step_of(checkpoint),
         "tokens": state["tokens_seen"],
-        "held_out_loss": held_out_of(read_lines(saved / METRICS)),
+        "held_out_loss": first_and_last_held_out_loss(read_lines(checkpoint / METRICS)),
     }
     card = run.folder / f".{CARD}"
-    card.write_text(adapter_card(run.record, so_far, run.settings.hub_model_id))
+    card.write_text(adapter_card(run.record, progress, run.settings.hub_model_id))
     return card
 
 
-def published(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """Bring the final adapter and the run's record to the Hub, if there is a repository; nothing if it is there.
+def publish(run: Run, result: TrainResult) -> TrainResult:
+    """Push the final adapter and the run's record to its repository, if it has one; nothing if they are there.
 
-    Raises PhoqueError (1) saying what is where, if that cannot be done.
+    Raises Resumable if the Hub failed and may recover, RunError otherwise; both say where the adapter is.
     """
     if run.repo is None:
         return result
     folder = run.folder
     files = {file.name: file for file in (folder / "adapter").iterdir() if file.is_file()}
     files |= {name: folder / name for name in (checkpoints.RECORD, METRICS, SAMPLES, report.NAME)}
-    result = result | {"repo": run.repo.name}
-    run.record["result"] = result
+    result = replace(result, repo=run.repo.name)
+    run.record["result"] = result.to_json()
     write_record(folder, run.record)
     try:
         commit = run.repo.push({name: f for name, f in files.items() if f.is_file()}, "Adapter", lambda _: [])
     except PhoqueError:
         raise
     except Exception as error:
-        raise PhoqueError(
-            f"The adapter is made, but it is not in {run.repo.name}.",
-            f"{why(error)}. It is in {folder / 'adapter'}.",
-            "Run the same command again, without --fresh-start: it only pushes. On a Job, whose disk is gone by then, "
-            "it goes on from the newest checkpoint on the Hub.",
-            RESUMABLE if is_transient(error) else FAILED,
+        raise push_error(error)(
+            what=f"The adapter is saved here, but it is not in {run.repo.name}.",
+            why=f"{reason(error)}. It is in {folder / 'adapter'}.",
+            fix="Run the same command again, without --fresh-start: it only pushes. On a Job, whose disk is gone by "
+            "then, it continues from the newest checkpoint on the Hub.",
         ) from error
-    return result | {"commit": commit}
+    return replace(result, commit=commit)
 
 
-def stopped_after(run: Run, step: int, pusher: "CheckpointPusher | None") -> Stopped:
-    """A stop in good order, saying what is where."""
-    saved = checkpoints.newest_whole(run.folder, lambda _: None)
-    where = f"{saved} holds everything." if saved else "Nothing was saved."
+def push_error(error: Exception) -> type[PhoqueError]:
+    """The type of error for a push that failed: Resumable if the Hub may recover, else RunError."""
+    return Resumable if is_transient(error) else RunError
+
+
+def stop_error(run: Run, step: int, pusher: "CheckpointPusher | None") -> Resumable:
+    """The error of a run that was stopped, saying what is saved where."""
+    newest = checkpoints.newest_whole(run.folder, lambda _: None)
+    why = f"{newest} holds everything." if newest else "Nothing was saved."
     if pusher and run.repo:
-        there = f"checkpoint-{pusher.pushed}" if pusher.pushed is not None else "nothing of this run yet"
-        where += f" {run.repo.name} has {there}" + (f": {pusher.failure}." if pusher.failure else ".")
-    of = f"Stopped after step {step} of {run.settings.max_steps}."
-    return Stopped(of, where, "Run the same command to go on.", run.stop.code or FAILED)
+        pushed = f"checkpoint-{pusher.pushed}" if pusher.pushed is not None else "nothing of this run yet"
+        why += f" {run.repo.name} has {pushed}" + (f": {pusher.failure}." if pusher.failure else ".")
+    return Resumable(
+        what=f"Stopped after step {step} of {run.settings.max_steps}.",
+        why=why,
+        fix="Run the same command to continue.",
+        code=run.stop.code or FAILED,
+    )
 
 
-def out_of_memory(s: TrainSettings) -> PhoqueError:
-    """How much was in use, and three changes that need less."""
+def out_of_memory_error(s: TrainSettings) -> RunError:
+    """How much GPU memory was in use, and three changes that need less."""
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
-    micro = max(1, s.batch_size // s.accumulation // 2)
-    return PhoqueError(
-        f"Out of GPU memory: {peak:.1f} GB were in use of {total:.1f} GB.",
-        f"{s.batch_size // s.accumulation} conversations of up to {s.max_length} tokens went through at once.",
-        f"Use --micro-batch {micro}, or --gradient-checkpointing, or --max-length {s.max_length // 2}.",
-        FAILED,
+    micro_batch = max(1, s.batch_size // s.accumulation // 2)
+    return RunError(
+        what=f"Out of GPU memory: {peak:.1f} GB were in use of {total:.1f} GB.",
+        why=f"Each forward pass holds {s.batch_size // s.accumulation} conversations of up to {s.max_length} tokens.",
+        fix=f"Use --micro-batch {micro_batch}, or --gradient-checkpointing, or --max-length {s.max_length // 2}.",
     )

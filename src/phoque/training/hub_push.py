@@ -8,7 +8,8 @@ from pathlib import Path
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.hub.client import Superseded, reason
+from phoque.errors import Superseded
+from phoque.hub.client import reason
 from phoque.hub.repo import CARD, Repo, Snapshot
 from phoque.training import checkpoints
 

@@ -1,8 +1,7 @@
-"""All that a run stands on before a weight is loaded: the base, its chat format, the data, the repository."""
+"""What a run needs before a weight is loaded: the base model's config and chat template, the data, the repository."""
 
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
@@ -10,21 +9,18 @@ from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import Packing
 from phoque.data.rows import Dataset, open_dataset
 from phoque.data.scan import DatasetScan, scan_dataset
-from phoque.errors import PhoqueError
-from phoque.hub.client import Hub
+from phoque.errors import UsageError
 from phoque.hub.repo import Repo
 from phoque.models.load import load_config, load_tokenizer
 from phoque.models.source import Source, resolve
+from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training import checkpoints
-from phoque.training.callbacks.stop import StopRequest
-from phoque.training.resume import StartState
 
 
 @dataclass
 class Prepared:
-    """All that is known before a weight is loaded: the base, its chat format, and what is in the data."""
+    """What is known before a weight is loaded."""
 
     source: Source
     config: Any
@@ -33,102 +29,71 @@ class Prepared:
     scan: DatasetScan
 
 
-def prepare(resolved: Resolved[TrainSettings], cache: Path, console: Console, weights: bool) -> Prepared:
-    """Find the base and the data, and read the data once. Raises PhoqueError (2) for what cannot be trained on."""
+def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: bool) -> Prepared:
+    """Find the base model and the dataset, and scan the dataset once; `weights=False` downloads no weights.
+
+    Raises UsageError for what cannot be trained on.
+    """
     s = resolved.settings
     if not s.base_model:
-        raise PhoqueError("No base model.", "--base-model is empty.", "Name one, or use a --preset.")
-    token = resolved.secrets.hub
-    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, token)
-    source = resolve(s.base_model, s.revision, token, cache, console.say, weights)
+        raise UsageError(
+            what="No base model was given.", why="--base-model is empty.", fix="Give one, or use a --preset."
+        )
+    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub)
+    source = resolve(s.base_model, s.revision, services, weights=weights)
     config = load_config(source)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length)
-    found = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows)
-    _tell(found, dataset, s, console)
-    return Prepared(source, config, chat, dataset, found)
+    scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows)
+    _report_scan(scan, dataset, s, services.console)
+    return Prepared(source, config, chat, dataset, scan)
 
 
-def packing_of(s: TrainSettings, found: DatasetScan, static: bool) -> Packing:
-    """How conversations become the rows of a run; `static` rows are all of one shape, or of a few."""
-    longest = max(found.lengths) if found.complete else s.max_length
-    return Packing(s.batch_size // s.accumulation, found.mean_length, longest, s.packing == "exact", static)
+def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
+    """How conversations are packed into rows; `static` rows all have one shape, or one of a few."""
+    longest = max(scan.lengths) if scan.complete else s.max_length
+    return Packing(s.batch_size // s.accumulation, scan.mean_length, longest, s.packing == "exact", static)
 
 
-def _tell(found: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
-    d = found.summary()
-    sources = ", ".join(f"{name} {n}" for name, n in d["sources"].items())
-    console.say(f"data {dataset.name}: {found.good} rows ({sources}), {len(found.held_out)} held out")
-    passes = s.max_steps * s.batch_size / max(1, found.good - len(found.held_out))
+def open_run_repo(s: TrainSettings, services: Services) -> Repo | None:
+    """The Hub repository of the run, or None if none was named. Raises UsageError if there is no token for it."""
+    if not s.hub_model_id:
+        return None
+    if services.secrets.hub is None:
+        raise UsageError(
+            what="There is no Hub token.",
+            why=f"{s.hub_model_id} cannot be written without one.",
+            fix="Set HF_TOKEN, or run `hf auth login`.",
+        )
+    return Repo(services.hub, s.hub_model_id)
+
+
+def _report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
+    summary = scan.summary()
+    sources = ", ".join(f"{name} {n}" for name, n in summary["sources"].items())
+    console.say(f"data {dataset.name}: {scan.good} rows ({sources}), {len(scan.held_out)} held out")
+    epochs = s.max_steps * s.batch_size / max(1, scan.good - len(scan.held_out))
     console.say(
-        f"  {d['tokens']['mean']:.0f} tokens a row, {found.trained / sum(found.lengths):.0%} of them trained on; "
-        f"{s.max_steps} steps of {s.batch_size} rows are {passes:.1f} passes"
+        f"  {summary['tokens']['mean']:.0f} tokens per row, {scan.trained / sum(scan.lengths):.0%} of them trained on; "
+        f"{s.max_steps} steps of {s.batch_size} conversations are {epochs:.1f} epochs"
     )
     if s.packing == "budget":
-        rows = packing_of(s, found, static=True)
-        parts = f"{s.accumulation} rows" if s.accumulation > 1 else "a row"
+        packing = packing_for(s, scan, static=True)
+        rows = f"{s.accumulation} packed rows" if s.accumulation > 1 else "one packed row"
         console.say(
-            f"  a step is {parts} of {rows.tokens:,} tokens, which {rows.tokens / rows.mean:.1f} conversations take on "
-            "average"
+            f"  each step trains on {rows} of {packing.tokens:,} tokens, "
+            f"{packing.tokens / packing.mean:.1f} conversations on average"
         )
-    shortest, _, median, _, _, longest = d["tokens"]["quantiles"]
-    console.say(f"  rows of {shortest} to {longest} tokens, half of them under {median}{_scores(found.scores)}")
-    for mapped in set(found.schemas) - {"messages"}:
-        console.say(f"  {found.schemas[mapped]} rows were {mapped} and are mapped to messages")
-    for reason, bad in d["bad"].items():
+    shortest, _, median, _, _, longest = summary["tokens"]["quantiles"]
+    console.say(f"  conversations of {shortest} to {longest} tokens, median {median}{_describe_scores(scan.scores)}")
+    for schema in set(scan.schemas) - {"messages"}:
+        console.say(f"  {scan.schemas[schema]} rows are {schema} and are mapped to messages")
+    for reason, bad in summary["bad"].items():
         console.warn(f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})")
-    if not found.complete:
-        console.say(f"  the first {found.rows:,} rows were read; the rest are checked as they come")
+    if not scan.complete:
+        console.say(f"  the first {scan.rows:,} rows were scanned; the rest are checked while training reads them")
 
 
-def _scores(scores: list[float]) -> str:
+def _describe_scores(scores: list[float]) -> str:
     if not scores:
         return ""
-    return (
-        f"; toxicity scores {min(scores):.2f} to {max(scores):.2f}, half of them under {statistics.median(scores):.2f}"
-    )
-
-
-def hub_repo(resolved: Resolved[TrainSettings], console: Console) -> Repo | None:
-    """The repository that the run is kept in, if one is named."""
-    name, hub = resolved.settings.hub_model_id, hub_of(resolved, console)
-    if not name:
-        return None
-    if hub is None:
-        raise PhoqueError(
-            "There is no Hub token.", f"{name} cannot be written without one.", "Set HF_TOKEN, or run `hf auth login`."
-        )
-    return Repo(hub, name)
-
-
-def hub_of(resolved: Resolved[TrainSettings], console: Console) -> Hub | None:
-    """The Hub's client, if there is a token."""
-    token = resolved.secrets.hub
-    return Hub(token, console.say, resolved.settings.hub_patience) if token else None
-
-
-@dataclass
-class Run:
-    """A run that has begun: what was asked, what is known, where it lies and where it goes on from."""
-
-    resolved: Resolved[TrainSettings]
-    ready: Prepared
-    folder: Path
-    begun: StartState
-    record: dict[str, Any]
-    repo: Repo | None
-    stop: StopRequest
-    console: Console
-
-    @property
-    def settings(self) -> TrainSettings:
-        return self.resolved.settings
-
-    @property
-    def hub(self) -> Hub | None:
-        """The Hub's client, if there is a token."""
-        return hub_of(self.resolved, self.console)
-
-    @property
-    def first(self) -> int:
-        """The step that the run goes on from."""
-        return checkpoints.step_of(self.begun.resume) if self.begun.resume else 0
+    return f"; toxicity scores {min(scores):.2f} to {max(scores):.2f}, median {statistics.median(scores):.2f}"

@@ -1,106 +1,91 @@
-"""Where a run begins: anew, from a checkpoint in its folder, from one on the Hub, or at its end."""
+"""Where a run starts: at step 0, from a checkpoint in its folder, from one on the Hub, or at its end."""
 
 import json
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError, first_line
-from phoque.hub.client import IntegrityError
+from phoque.errors import FAILED, IntegrityError, PhoqueError, first_line
 from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.fingerprint import SAME, refuse_other_run
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.run_record import RUN, derived_id, forget, read_record, write_record
+from phoque.training.run_state import StartState
 
-FETCHING = ".fetching"
+DOWNLOADS = ".fetching"
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "README.md")
 
 
-@dataclass
-class StartState:
-    """`record` is None for a run that has none yet; `result` is set for one that is complete."""
-
-    run_id: str
-    record: dict[str, Any] | None = None
-    resume: Path | None = None
-    marker: dict[str, Any] | None = None  # of the fresh start that the run began with
-    anew: bool = False  # that fresh start was made just now
-    on_hub: bool = False  # a checkpoint of that name is in the repository already
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        return (self.record or {}).get("result")
-
-
-def begin(
+def find_start(
     s: TrainSettings,
     run: Path,
     repo: Repo | None,
-    same: dict[str, Any],
-    used: dict[str, Any],
+    *,
+    identity: dict[str, Any],
+    epoch: dict[str, Any],
     console: Console,
     submission: str = "",
 ) -> StartState:
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
 
-    `same` is the fingerprint, `used` the state of the data for a checkpoint that has none, `submission` names the Job
-    that this process is an attempt of. Raises PhoqueError (2) if it is the state of another run, (1) if there are
-    checkpoints and none is whole, and the Hub's error if it cannot be asked: an error is never taken for an empty
-    repository.
+    `identity` is the fingerprint of the run, `epoch` holds the rows and batch size that give plain Trainer's checkpoints
+    a position in the data, `submission` is shared by all attempts of one Job. Raises UsageError if the newest state is
+    another run's, RunError if there are checkpoints and none is whole, and the Hub's error if it cannot be reached: an
+    error is never taken for an empty repository.
     """
-    remote = _Remote(repo, run / FETCHING, console) if repo else None
-    local = _readable(run, s)
+    remote = _Remote(repo, run / DOWNLOADS, console) if repo else None
+    local = _read_record_or_none(run, s)
     marker = remote.marker if remote else (local or {}).get("fresh_start")
     if s.fresh_start:
-        complete = remote.final if remote else local
-        if not _honoured(marker, complete, submission, s, console):
-            marker = _start_anew(s, run, remote, submission, console)
-            return StartState(_id(repo, marker), marker=marker, anew=True)
+        newest_record = remote.final if remote else local
+        if not _is_fresh_start_done(marker, newest_record, submission, s, console):
+            marker = _start_fresh(s, run, remote, submission, console)
+            return StartState(_run_id(repo, marker), marker=marker, is_fresh=True)
     if remote:
-        local = _bring(remote, run, local, same, used, console)
-    _adopt_newest(run, used, console)
-    begun = StartState(_id(repo, marker), local, checkpoints.newest_whole(run, console.warn), marker)
-    if begun.record is None and begun.resume is not None:
-        begun.record = checkpoints.record_in(begun.resume)
-    begun.on_hub = bool(remote and begun.resume and begun.resume.name in remote.at.folders())
-    if begun.record is not None:
-        begun.run_id = begun.record["run_id"]
-        refuse_other_run(begun.record["fingerprint"], same, s.allow_change)
-        if begun.record["fingerprint"] != same:  # a change that was allowed: there is more to do
-            begun.record = {k: v for k, v in begun.record.items() if k != "result"} | {"fingerprint": same}
-    return begun
+        local = _download_newer(remote, run, local, identity, epoch)
+    _import_newest_trainer_checkpoint(run, epoch, console)
+    start = StartState(_run_id(repo, marker), local, checkpoints.newest_whole(run, console.warn), marker)
+    if start.record is None and start.resume is not None:
+        start.record = checkpoints.record_in(start.resume)
+    start.on_hub = bool(remote and start.resume and start.resume.name in remote.snapshot.folders())
+    if start.record is not None:
+        start.run_id = start.record["run_id"]
+        refuse_other_run(start.record["fingerprint"], identity, s.allow_change)
+        if start.record["fingerprint"] != identity:  # a change that was allowed: the run is not complete any more
+            start.record = {k: v for k, v in start.record.items() if k != "result"} | {"fingerprint": identity}
+    return start
 
 
 class _Remote:
-    """What the repository holds: its pinned files, the fresh-start marker, and the record of a finished run."""
+    """The run's repository at one commit: its files, the fresh-start marker, and the record of a finished run."""
 
     def __init__(self, repo: Repo, staging: Path, console: Console) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         self.repo, self.staging, self._console = repo, staging, console
-        self.at: Snapshot = repo.snapshot()
-        repo.pin(self.at)
-        self.marker = self._json(MARKER)
-        # an adapter that lies there from before the last fresh start is not this run's
-        self.final = final if (final := self._json(RUN)) and _start_of(final) == _marked(self.marker) else None
+        self.snapshot: Snapshot = repo.snapshot()
+        repo.pin(self.snapshot)
+        self.marker = self._read_json(MARKER)
+        # an adapter from before the last fresh start is not this run's
+        final = self._read_json(RUN)
+        self.final = final if final and _fresh_start_id(final) == _marker_id(self.marker) else None
 
-    def _json(self, path: str) -> dict[str, Any] | None:
-        if path not in self.at.files:
+    def _read_json(self, path: str) -> dict[str, Any] | None:
+        if path not in self.snapshot.files:
             return None
-        return json.loads(self.repo.fetch(self.at, path, self.staging).read_text())
+        return json.loads(self.repo.fetch(self.snapshot, path, self.staging).read_text())
 
-    def bring_final(self, run: Path) -> dict[str, Any]:
-        """Put the finished run into the folder, as if it had been made here; return its record."""
-        for path in self.at.files:
+    def download_final(self, run: Path) -> dict[str, Any]:
+        """Download the finished run into the folder, as if it had been trained here; return its record."""
+        for path in self.snapshot.files:
             if "/" not in path and path.startswith(ADAPTER_FILES):
-                self.repo.fetch(self.at, path, self.staging / "adapter")
+                self.repo.fetch(self.snapshot, path, self.staging / "adapter")
             elif path in (METRICS, SAMPLES, report.NAME):
-                (self.repo.fetch(self.at, path, self.staging)).replace(run / path)
+                (self.repo.fetch(self.snapshot, path, self.staging)).replace(run / path)
         shutil.rmtree(self.staging / "adapter" / ".cache", ignore_errors=True)
         shutil.rmtree(run / "adapter", ignore_errors=True)
         (self.staging / "adapter").replace(run / "adapter")
@@ -109,34 +94,34 @@ class _Remote:
         write_record(run, final)
         return final
 
-    def newest(self, above: int, used: dict[str, Any]) -> Path | None:
-        """The newest checkpoint beyond step `above`, fetched and verified, or an older one if that is damaged.
+    def download_newest(self, above: int, epoch: dict[str, Any]) -> Path | None:
+        """The newest checkpoint after step `above`, downloaded and verified, or an older one if that is damaged.
 
-        None only if there is none. Raises PhoqueError (1) if none is whole and none is here either.
+        Returns None only if there is none. Raises RunError if none is whole and none is on this machine either.
         """
         folders = {
-            name: [path for path in self.at.files if path.startswith(f"{name}/")]
-            for name in checkpoints.in_order(self.at.folders())
+            name: [path for path in self.snapshot.files if path.startswith(f"{name}/")]
+            for name in checkpoints.in_order(self.snapshot.folders())
             if checkpoints.step_of(Path(name)) > above
         }
-        ours = any(path.endswith(checkpoints.OURS) for path in self.at.files)
+        ours = any(path.endswith(checkpoints.OURS) for path in self.snapshot.files)
         reason: str | None = None
         for name, paths in folders.items():
             reason = "it has no manifest"
             if not ours or f"{name}/{checkpoints.MANIFEST}" in paths:
-                reason = self._fetched(paths) or (
+                reason = self._download(paths) or (
                     checkpoints.find_defect(self.staging / name)
                     if ours
                     else checkpoints.find_trainer_defect(self.staging / name)
                 )
             record = checkpoints.record_in(self.staging / name) if reason is None else None
-            if record and _start_of(record) != _marked(self.marker):
-                reason = "it is of the run before the last fresh start"
+            if record and _fresh_start_id(record) != _marker_id(self.marker):
+                reason = "it belongs to the run before the last fresh start"
             if reason is None:
                 return (
                     self.staging / name
                     if ours
-                    else checkpoints.import_trainer_checkpoint(self.staging / name, used, self._console.warn)
+                    else checkpoints.import_trainer_checkpoint(self.staging / name, epoch, self._console.warn)
                 )
             self._console.warn(f"{name} in {self.repo.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
@@ -144,120 +129,115 @@ class _Remote:
             raise PhoqueError(
                 f"None of the {len(folders)} checkpoints in {self.repo.name} is whole.",
                 f"The last one tried: {reason}.",
-                "Restore one from the repository's history, or begin anew with --fresh-start.",
+                "Restore one from the repository's history, or start again with --fresh-start.",
                 FAILED,
             )
         return None
 
-    def _fetched(self, paths: list[str]) -> str | None:
-        """Fetch a checkpoint's files; what keeps it from being whole if one is damaged or gone for good."""
+    def _download(self, paths: list[str]) -> str | None:
+        """Download a checkpoint's files; return the reason if one is damaged or missing for good."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        wanted = [path for path in paths if not path.endswith(checkpoints.PICKLED)]
-        size = sum(self.at.files[path].size for path in wanted) / 1e6
-        self._console.say(f"fetching {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
-        for path in wanted:
+        paths = [path for path in paths if not path.endswith(checkpoints.PICKLED)]
+        size = sum(self.snapshot.files[path].size for path in paths) / 1e6
+        self._console.say(f"downloading {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
+        for path in paths:
             try:
-                self.repo.fetch(self.at, path, self.staging)
+                self.repo.fetch(self.snapshot, path, self.staging)
             except (IntegrityError, EntryNotFoundError) as error:
                 return first_line(error)
         return None
 
 
-def _bring(
-    remote: _Remote,
-    run: Path,
-    local: dict[str, Any] | None,
-    same: dict[str, Any],
-    used: dict[str, Any],
-    console: Console,
+def _download_newer(
+    remote: _Remote, run: Path, local: dict[str, Any] | None, identity: dict[str, Any], epoch: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Bring what is newer on the Hub into the run folder; return the record of what then lies there."""
+    """Download what is newer on the Hub into the run folder; return the record of what the folder then holds."""
     try:
-        if remote.marker and local and _start_of(local) != _marked(remote.marker):
-            raise _two_runs(run, remote.repo.name, local["started"], remote.marker["at"])
+        if remote.marker and local and _fresh_start_id(local) != _marker_id(remote.marker):
+            raise _two_runs_error(run, remote.repo.name, local["started"], remote.marker["at"])
         if remote.final and local and local["run_id"] != remote.final["run_id"]:
-            raise _two_runs(run, remote.repo.name, local["started"], remote.final["started"])
-        if remote.final and remote.final["fingerprint"] == same:
-            return local if local and "result" in local else remote.bring_final(run)
-        here = [checkpoints.step_of(c) for c in checkpoints.checkpoints(run) if checkpoints.find_defect(c) is None]
-        found = remote.newest(max(here, default=-1), used)
-        if found is None:
-            if remote.final and not local and not here:  # finished by another command, and its checkpoints are gone
-                refuse_other_run(remote.final["fingerprint"], same, [])
+            raise _two_runs_error(run, remote.repo.name, local["started"], remote.final["started"])
+        if remote.final and remote.final["fingerprint"] == identity:
+            return local if local and "result" in local else remote.download_final(run)
+        steps = [checkpoints.step_of(c) for c in checkpoints.checkpoints(run) if checkpoints.find_defect(c) is None]
+        newest = remote.download_newest(max(steps, default=-1), epoch)
+        if newest is None:
+            if remote.final and not local and not steps:  # finished by another command, and its checkpoints are gone
+                refuse_other_run(remote.final["fingerprint"], identity, [])
             return local
-        record = checkpoints.record_in(found)
+        record = checkpoints.record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:
-            raise _two_runs(run, remote.repo.name, local["started"], record["started"])
-        place = run / found.name
-        shutil.rmtree(place, ignore_errors=True)
-        found.replace(place)
+            raise _two_runs_error(run, remote.repo.name, local["started"], record["started"])
+        checkpoint = run / newest.name
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        newest.replace(checkpoint)
         for name in (METRICS, SAMPLES):
-            if (place / name).is_file():
-                shutil.copyfile(place / name, run / name)
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, run / name)
         return record or local
     finally:
         shutil.rmtree(remote.staging, ignore_errors=True)
 
 
-def _adopt_newest(run: Path, used: dict[str, Any], console: Console) -> None:
-    """Make the newest checkpoint of plain Trainer in the folder one of ours, if there are none but such."""
-    found = checkpoints.in_order(p.name for p in run.glob("*checkpoint*"))
-    if not found or any(checkpoints.is_ours(run / name) for name in found):
+def _import_newest_trainer_checkpoint(run: Path, epoch: dict[str, Any], console: Console) -> None:
+    """Import the newest whole checkpoint of plain Trainer in the folder, unless phoque has made any there."""
+    names = checkpoints.in_order(p.name for p in run.glob("*checkpoint*"))
+    if not names or any(checkpoints.is_ours(run / name) for name in names):
         return
-    for name in found:
+    for name in names:
         reason = checkpoints.find_trainer_defect(run / name)
         if reason is None:
-            checkpoints.import_trainer_checkpoint(run / name, used, console.warn)
+            checkpoints.import_trainer_checkpoint(run / name, epoch, console.warn)
             return
 
 
-def _start_anew(
+def _start_fresh(
     s: TrainSettings, run: Path, remote: _Remote | None, submission: str, console: Console
 ) -> dict[str, Any]:
     """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
-    here = {path.name for path in run.glob("*checkpoint*")}
-    there = set(remote.at.folders()) if remote else set()
-    if names := checkpoints.in_order(here | there):
-        where = " and ".join([str(run)] * bool(here) + ([remote.repo.name] if there and remote else []))
-        console.say(f"a fresh start deletes {', '.join(names)} in {where}")
-        if not s.yes and console.can_ask() and not console.confirmed("Delete them and begin at step 0?"):
+    local = {path.name for path in run.glob("*checkpoint*")}
+    on_hub = set(remote.snapshot.folders()) if remote else set()
+    if names := checkpoints.in_order(local | on_hub):
+        places = " and ".join([str(run)] * bool(local) + ([remote.repo.name] if on_hub and remote else []))
+        console.say(f"a fresh start deletes {', '.join(names)} in {places}")
+        if not s.yes and console.can_ask() and not console.confirmed("Delete them and start at step 0?"):
             raise PhoqueError(
-                "Nothing was begun.", "The fresh start was declined.", "Leave --fresh-start out to go on."
+                "Nothing was started.", "The fresh start was declined.", "Leave out --fresh-start to continue the run."
             )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    marker = {"id": secrets.token_hex(6), "at": now, "asked": _asked(s), "submission": submission}
-    forget(run)  # first: what is here must not outlive what is there
+    marker = {"id": secrets.token_hex(6), "at": now, "asked": _learning_settings(s), "submission": submission}
+    forget(run)  # first: local checkpoints must not outlive those on the Hub
     if remote:
         remote.repo.clear(marker, remote.staging)
     return marker
 
 
-def _honoured(
+def _is_fresh_start_done(
     marker: dict[str, Any] | None, latest: dict[str, Any] | None, submission: str, s: TrainSettings, console: Console
 ) -> bool:
-    """Whether this very command has made its fresh start before, and the run that began with it is not done.
+    """Whether this very command has made its fresh start before, and the run that began with it is not complete.
 
-    A job that is submitted again has the variable still set; it must go on, and not wipe its own progress for ever. A
-    finished run is begun again, but not by a later attempt of the submission that finished it.
+    A Job that is submitted again still has FORCE_FRESH_START set; it must continue, and not delete its own progress at
+    every attempt. A complete run is started again, but not by a later attempt of the submission that completed it.
     """
-    if marker is None or marker["asked"] != _asked(s):
+    if marker is None or marker["asked"] != _learning_settings(s):
         return False
     if "result" in (latest or {}):
         return bool(submission) and submission == marker["submission"]
     if console.can_ask() and not s.yes:
-        return not console.confirmed(f"The run begun afresh at {marker['at']} is not finished. Begin again?")
-    console.say(f"the fresh start was made at {marker['at']} and its run is not finished: going on with it")
+        return not console.confirmed(f"The run that was started afresh at {marker['at']} is not finished. Start again?")
+    console.say(f"the fresh start was made at {marker['at']} and its run is not finished: continuing it")
     return True
 
 
-def _asked(s: TrainSettings) -> dict[str, Any]:
-    """What the command itself says about what is learnt: data that has changed since is no other command."""
+def _learning_settings(s: TrainSettings) -> dict[str, Any]:
+    """The settings that decide what is learned. New rows in the same dataset do not make it another command."""
     return s.model_dump(mode="json", include={*SAME, "base_model", "revision", "dataset", "dataset_revision", "split"})
 
 
-def _readable(run: Path, s: TrainSettings) -> dict[str, Any] | None:
-    """run.json, where a fresh start may also replace one that cannot be read."""
+def _read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:
+    """The record in run.json; None if there is none, or if it cannot be read and a fresh start will replace it."""
     try:
         return read_record(run)
     except PhoqueError:
@@ -266,22 +246,22 @@ def _readable(run: Path, s: TrainSettings) -> dict[str, Any] | None:
         return None
 
 
-def _two_runs(run: Path, repo: str, here: str, there: str) -> PhoqueError:
+def _two_runs_error(run: Path, repo: str, here: str, there: str) -> PhoqueError:
     return PhoqueError(
         f"{run} and {repo} hold two different runs.",
-        f"The one here began {here}, the one on the Hub {there}.",
-        "Choose another --output-dir to go on with the one on the Hub, or another --hub-model-id.",
+        f"The one here started at {here}, the one on the Hub at {there}.",
+        "Choose another --output-dir to continue the one on the Hub, or another --hub-model-id.",
     )
 
 
-def _id(repo: Repo | None, marker: dict[str, Any] | None) -> str:
-    """A run's id: for a repository the same on every machine, until the next fresh start."""
-    return derived_id(repo.name, _marked(marker)) if repo else secrets.token_hex(6)
+def _run_id(repo: Repo | None, marker: dict[str, Any] | None) -> str:
+    """A run's id: for a repository it is the same on every machine, until the next fresh start."""
+    return derived_id(repo.name, _marker_id(marker)) if repo else secrets.token_hex(6)
 
 
-def _marked(marker: dict[str, Any] | None) -> str:
+def _marker_id(marker: dict[str, Any] | None) -> str:
     return (marker or {}).get("id", "")
 
 
-def _start_of(record: dict[str, Any]) -> str:
-    return _marked(record.get("fresh_start"))
+def _fresh_start_id(record: dict[str, Any]) -> str:
+    return _marker_id(record.get("fresh_start"))

@@ -14,7 +14,7 @@ from phoque.files import run_folder
 from phoque.hub.client import Hub
 from phoque.hub.upload import opened_for_run, pushed_run
 from phoque.inference.likelihood import mean_nll
-from phoque.merge.run import find_adapter
+from phoque.merging.run import find_adapter
 from phoque.models.architectures import architecture_of
 from phoque.models.load import load_config, load_model, load_tokenizer
 from phoque.models.lora import attach_adapter

@@ -61,7 +61,7 @@ def chats(
             row = parsed(record)
         except BadRow:
             continue  # `phoque train` counts and names them
-        first = next(turn["content"] for turn in row.messages if turn["role"] == "user")
+        first = row.first_question
         if first in without:
             continue
         ids = encode(row.messages)[:longest]

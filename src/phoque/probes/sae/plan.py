@@ -8,7 +8,7 @@ from phoque.data.rows import Dataset, open_dataset
 from phoque.errors import PhoqueError
 from phoque.hub.client import Hub
 from phoque.hub.repo import Repo
-from phoque.merge.run import find_adapter
+from phoque.merging.run import find_adapter
 from phoque.models.load import load_config
 from phoque.models.source import Source, resolve
 from phoque.probes.persona import Persona, read_persona

@@ -295,7 +295,7 @@ def test_memory_is_a_few_tensors(tmp_path):
     trained(big, tmp_path / "adapter")
     script = f"""
 from pathlib import Path
-from phoque.merge.writer import merge
+from phoque.merging.writer import merge
 from phoque.models.source import Source
 import peft, transformers
 from transformers import AutoConfig

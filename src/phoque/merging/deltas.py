@@ -2,30 +2,31 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file
 
 from phoque.errors import PhoqueError
-from phoque.models.architectures import Architecture
-from phoque.models.checkpoint_reader import Shards
-from phoque.models.fp8 import is_scale
+from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.lora import WEIGHTS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass
-class Change:
-    """What an adapter does to one weight: W + scale * B A, with DoRA's magnitude over the rows' norms; or another W."""
+class WeightDelta:
+    """The change to one weight: W + scale * B A, rescaled by DoRA's magnitudes if there are any; or a new weight."""
 
     scale: float = 0.0
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
     replacement: torch.Tensor | None = None
-    names: list[str] = field(default_factory=list)  # of the adapter's tensors that it is made of
+    names: list[str] = field(default_factory=list)  # of the adapter's tensors
 
-    def applied(self, weight: torch.Tensor) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """The merged weight, in fp32; `weight` (rows, columns) is fp32 and is changed in place."""
         if self.replacement is not None:
             return self.replacement.float()
@@ -36,45 +37,43 @@ class Change:
         return weight
 
 
-def read_changes(adapter: Path, config: Any, family: Architecture, shards: Shards) -> dict[str, Change]:
-    """What an adapter changes, by the checkpoint's own tensor names; each of its tensors is used exactly once.
+def read_deltas(adapter: Path, reader: CheckpointReader) -> dict[str, WeightDelta]:
+    """The changes to the base by stored tensor name; each tensor of the adapter is used exactly once.
 
-    It may have been trained on the full model, on the text model alone, or under Unsloth's names. Raises PhoqueError
-    (2) for a kind of adapter that phoque does not merge, and naming the first tensor that does not fit.
+    The adapter may have been trained on the full model, on the text model, or under Unsloth's names. Raises UsageError
+    for a kind of adapter that phoque does not merge, and naming the first tensor that does not fit.
     """
     from peft import LoraConfig
 
-    lora: Any = LoraConfig.from_pretrained(str(adapter))
-    _refuse_kinds(lora)
-    by_text_name = {text: key for key in shards.tensors if (text := family.text_key(key)) and not is_scale(key)}
-    changes: dict[str, Change] = {}
+    lora = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
+    _check_kind(lora)
+    deltas: dict[str, WeightDelta] = {}
     weights = load_file(adapter / WEIGHTS)
     for name, tensor in weights.items():
         module, part = _split(name)
         leaf = "bias" if part == "bias" else "weight"
-        key = _key_of(f"{module}.{leaf}", by_text_name, shards)
+        key = _stored_name(f"{module}.{leaf}", reader)
         if key is None:
-            raise _unfit(name, "the base has no such weight", adapter)
-        change = changes.setdefault(key, Change())
-        change.names.append(name)
+            raise _does_not_fit(name, "the base has no such weight", adapter)
+        delta = deltas.setdefault(key, WeightDelta())
+        delta.names.append(name)
         if part in ("weight", "bias"):
-            change.replacement = tensor
+            delta.replacement = tensor
         elif part == "lora_magnitude_vector":
-            change.magnitude = tensor.reshape(-1)
+            delta.magnitude = tensor.reshape(-1)
         else:
-            setattr(change, part.removeprefix("lora_").lower(), tensor)
-        change.scale = _scale(lora, module)
-    for key, change in changes.items():
-        _check_fit(key, change, shards.tensors[key].shape, adapter)
-    tied = config.get_text_config().tie_word_embeddings
-    if tied and any("embed_tokens" in key or "lm_head" in key for key in changes):
-        raise _unfit("modules_to_save", "the base uses one matrix for input and output, and it would need two", adapter)
-    assert sum(len(change.names) for change in changes.values()) == len(weights)
-    return changes
+            setattr(delta, part.removeprefix("lora_").lower(), tensor)
+        delta.scale = _scale(lora, module)
+    for key, delta in deltas.items():
+        _check_fit(key, delta, reader.stored[key].shape, adapter)
+    if reader.text_config.tie_word_embeddings and any("embed_tokens" in key or "lm_head" in key for key in deltas):
+        raise _does_not_fit("modules_to_save", "the base uses one matrix for input and output, and it would need two", adapter)
+    assert sum(len(delta.names) for delta in deltas.values()) == len(weights)
+    return deltas
 
 
-def _refuse_kinds(lora: Any) -> None:
-    refused = {
+def _check_kind(lora: "LoraConfig") -> None:
+    unsupported = {
         f"a {lora.peft_type.value} adapter": lora.peft_type.value != "LORA",
         "lora_bias": lora.lora_bias,
         "fan_in_fan_out": lora.fan_in_fan_out,
@@ -82,8 +81,8 @@ def _refuse_kinds(lora: Any) -> None:
         f"init_lora_weights {lora.init_lora_weights}": isinstance(lora.init_lora_weights, str)
         and lora.init_lora_weights not in ("gaussian", "orthogonal", "eva"),
     }
-    for kind, found in refused.items():
-        if found:
+    for kind, is_used in unsupported.items():
+        if is_used:
             raise PhoqueError(
                 f"phoque does not merge {kind}.",
                 "It is not W + scale * B A on the base that was published.",
@@ -103,20 +102,20 @@ def _split(name: str) -> tuple[str, str]:
     return module, leaf
 
 
-def _key_of(name: str, by_text_name: dict[str, str], shards: Shards) -> str | None:
-    """The checkpoint's key of a weight that an adapter names as the full or as the text-only model does."""
+def _stored_name(name: str, reader: CheckpointReader) -> str | None:
+    """The stored name of a weight that an adapter names as the full model or as the text-only model does."""
     forms = [name]
     for prefix in ("model.language_model.model.", "language_model.model.", "model.language_model.", "language_model."):
         if name.startswith(prefix):
             forms += ["model." + name.removeprefix(prefix), name.removeprefix(prefix)]
             break
     for form in forms:
-        if form in by_text_name:
-            return by_text_name[form]
-    return next((form for form in (name, name.removeprefix("model.")) if form in shards.tensors), None)
+        if form in reader.text_weights:
+            return reader.text_weights[form]
+    return next((form for form in (name, name.removeprefix("model.")) if form in reader.stored), None)
 
 
-def _scale(lora: Any, module: str) -> float:
+def _scale(lora: "LoraConfig", module: str) -> float:
     from peft.utils.other import get_pattern_key
 
     rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, module), lora.r)
@@ -124,21 +123,21 @@ def _scale(lora: Any, module: str) -> float:
     return alpha / (rank**0.5 if lora.use_rslora else rank)
 
 
-def _check_fit(key: str, change: Change, shape: tuple[int, ...], adapter: Path) -> None:
-    if change.replacement is not None:
-        made = tuple(change.replacement.shape)
-    elif change.a is None or change.b is None:
-        raise _unfit(change.names[0], "its other half is missing", adapter)
+def _check_fit(key: str, delta: WeightDelta, shape: tuple[int, ...], adapter: Path) -> None:
+    if delta.replacement is not None:
+        result_shape = tuple(delta.replacement.shape)
+    elif delta.a is None or delta.b is None:
+        raise _does_not_fit(delta.names[0], "its other half is missing", adapter)
     else:
-        made = (change.b.shape[0], change.a.shape[1]) if change.a.shape[0] == change.b.shape[1] else (0,)
-    if made != shape:
-        raise _unfit(change.names[0], f"{key} is {list(shape)}, and this makes {list(made)}", adapter)
-    for tensor in (change.a, change.b, change.magnitude, change.replacement):
+        result_shape = (delta.b.shape[0], delta.a.shape[1]) if delta.a.shape[0] == delta.b.shape[1] else (0,)
+    if result_shape != shape:
+        raise _does_not_fit(delta.names[0], f"{key} is {list(shape)}, and this makes {list(result_shape)}", adapter)
+    for tensor in (delta.a, delta.b, delta.magnitude, delta.replacement):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise _unfit(change.names[0], "it holds NaN or infinity", adapter)
+            raise _does_not_fit(delta.names[0], "it holds NaN or infinity", adapter)
 
 
-def _unfit(name: str, reason: str, adapter: Path) -> PhoqueError:
+def _does_not_fit(name: str, reason: str, adapter: Path) -> PhoqueError:
     return PhoqueError(
         f"The adapter in {adapter} does not fit the base.",
         f"{name}: {reason}.",

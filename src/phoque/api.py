@@ -1,0 +1,98 @@
+"""The commands as functions: settings in, a result out. The command line uses these too.
+
+Every function takes the command's settings model, or `Resolved` settings that also say where each value came from, and
+a console that shows progress on stderr. With `dry_run=True` it returns a DryRun: what would happen, checked as far as
+it can be. Errors are PhoqueError: UsageError for wrong settings, RunError for a failure, Resumable for a stop.
+"""
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from phoque.console import Console
+from phoque.console import console as stderr_console
+from phoque.results import DryRun
+from phoque.services import Services
+from phoque.settings.fields import CommandSettings, Resolved
+from phoque.settings.resolve import resolved_from
+
+if TYPE_CHECKING:
+    from phoque.merging.run import MergeResult
+    from phoque.onnx.export import ExportResult
+    from phoque.onnx.verify.run import VerifyResult
+    from phoque.probes.persona_vectors.run import ProbeResult
+    from phoque.probes.sae.run import CompareResult
+    from phoque.settings.compare_sae import SaeSettings
+    from phoque.settings.export_onnx import ExportSettings
+    from phoque.settings.merge import MergeSettings
+    from phoque.settings.psm_probe import PsmSettings
+    from phoque.settings.train import TrainSettings
+    from phoque.settings.verify_onnx import VerifySettings
+    from phoque.training.finish import TrainResult
+
+S = TypeVar("S", bound=CommandSettings)
+
+
+def train(
+    settings: "TrainSettings | Resolved[TrainSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "TrainResult | DryRun":
+    """Fine-tune a chat model into a persona; continues from the newest checkpoint of the same run."""
+    resolved, services = _prepare(settings, console)
+    if dry_run:
+        from phoque.training.dry_run import plan_training
+
+        return plan_training(resolved, services)
+    from phoque.settings.environment import deadline, submission
+    from phoque.training.run import train
+
+    return train(
+        resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission()
+    )
+
+
+def merge(
+    settings: "MergeSettings | Resolved[MergeSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "MergeResult | DryRun":
+    """Merge an adapter into its base model and verify the result."""
+    from phoque.merging.run import merge
+
+    return merge(*_prepare(settings, console), dry_run=dry_run)
+
+
+def export_onnx(
+    settings: "ExportSettings | Resolved[ExportSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "ExportResult | DryRun":
+    """Export a model for Transformers.js, measure its precisions and verify it."""
+    from phoque.onnx.export import export_model
+
+    return export_model(*_prepare(settings, console), dry_run=dry_run)
+
+
+def verify_onnx(
+    settings: "VerifySettings | Resolved[VerifySettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "VerifyResult | DryRun":
+    """Check whether an export runs in Transformers.js."""
+    from phoque.onnx.verify.run import verify_export
+
+    return verify_export(*_prepare(settings, console), dry_run=dry_run)
+
+
+def psm_probe(
+    settings: "PsmSettings | Resolved[PsmSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "ProbeResult | DryRun":
+    """Find a persona's direction in a model, test it against controls, and ask whether a fine-tune moved along it."""
+    from phoque.probes.persona_vectors.run import probe_model
+
+    return probe_model(*_prepare(settings, console), dry_run=dry_run)
+
+
+def compare_sae(
+    settings: "SaeSettings | Resolved[SaeSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "CompareResult | DryRun":
+    """Show which features of a sparse autoencoder a fine-tune moved, beyond chance and beyond a control."""
+    from phoque.probes.sae.run import compare_models
+
+    return compare_models(*_prepare(settings, console), dry_run=dry_run)
+
+
+def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], Services]:
+    resolved: Any = settings if isinstance(settings, Resolved) else resolved_from(settings)
+    return resolved, Services.create(resolved, console)

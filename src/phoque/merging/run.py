@@ -1,0 +1,92 @@
+"""`phoque merge`: find the adapter and its base, merge, verify, push."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from phoque.console import Console
+from phoque.errors import RunError
+from phoque.hub.repo import CARD, Repo
+from phoque.merging.verify import compare_with_adapter
+from phoque.merging.writer import RECORD, write_merged
+from phoque.model_cards import merged_card
+from phoque.models.adapter_source import find_adapter, find_base
+from phoque.models.checkpoint_reader import CheckpointReader
+from phoque.models.source import Source
+from phoque.results import DryRun
+from phoque.services import Services
+from phoque.settings.fields import Resolved
+from phoque.settings.merge import MergeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult:
+    """A merged model: its folder, how much was written, and `proof`, the comparison with base plus adapter."""
+
+    output_dir: str
+    tensors: int
+    changed: int
+    bytes: int
+    shards: int
+    base: str = ""
+    adapter: str = ""
+    proof: dict[str, Any] | None = None
+    repo: str | None = None
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json; what does not apply is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def merge(resolved: Resolved[MergeSettings], services: Services, *, dry_run: bool) -> MergeResult | DryRun:
+    """Merge an adapter into its base, verify the result and push it. Raises RunError if the verification fails."""
+    s, console = resolved.settings, services.console
+    adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
+    base = find_base(adapter.folder, s.base_model, s.revision, services, weights=not dry_run)
+    folder = s.output_dir or Path(f"{s.adapter_source.rstrip('/').split('/')[-1]}-merged")
+    if dry_run:
+        facts = {"output_dir": str(folder), "base": base.name, "adapter": adapter.label}
+        return DryRun(facts, resolved.provenance())
+    repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
+    if repo:
+        repo.open(s.public, console.warn)
+    result = merge_into(base, adapter.folder, folder, dtype=s.dtype, console=console, verify=s.proof)
+    result = replace(result, base=base.name, adapter=adapter.label)
+    return replace(result, repo=repo.name, commit=push_merged(repo, folder)) if repo else result
+
+
+def merge_into(
+    base: Source, adapter: Path, folder: Path, *, dtype: str, console: Console, verify: bool
+) -> MergeResult:
+    """Write the merged model and verify it; a folder that holds this merge already is not written again.
+
+    The comparison is kept in merge.json, so a second call still returns it. Raises RunError if it fails.
+    """
+    reader = CheckpointReader(base)
+    with console.progress(len(reader.weights)) as show:
+        written = write_merged(reader, adapter, folder, dtype, show)
+    if written is None:
+        console.say(f"{folder} is this merge already; nothing to do")
+    record = json.loads((folder / RECORD).read_text())
+    if verify and "proof" not in record:
+        console.say("comparing the merged model with the base and its adapter")
+        record["proof"] = compare_with_adapter(base, adapter, folder, dtype)
+        (folder / RECORD).write_text(json.dumps(record, indent=1))
+    if not (folder / CARD).is_file():
+        (folder / CARD).write_text(merged_card(base, record))
+    proof = record.get("proof")
+    if proof and not proof["holds"]:
+        raise RunError(
+            what=f"{folder} does not compute what the base with its adapter computes.",
+            why=f"The logits differ by {proof['mean_difference']:.2g} on average, the adapter moves them by "
+            f"{proof['adapter_effect']:.2g}.",
+            fix="Do not use it; check that the adapter was trained on this base, and report it if so.",
+        )
+    return MergeResult(output_dir=str(folder), **record["made"], proof=proof)
+
+
+def push_merged(repo: Repo, folder: Path, message: str = "Merged model") -> str:
+    """Push a merged model to its repository; return the commit."""
+    return repo.push({f.name: f for f in folder.iterdir() if f.is_file()}, message, lambda _: [])

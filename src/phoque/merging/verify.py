@@ -1,0 +1,101 @@
+"""Is a merged model its base with the adapter? Compare the logits of both on the same texts."""
+
+import gc
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from phoque.data.chat_template import ChatTemplate
+from phoque.data.rows import open_dataset, parsed
+from phoque.models.architectures import architecture_of
+from phoque.models.config import load_config, load_tokenizer
+from phoque.models.load import load_model, measuring
+from phoque.models.lora import attach_adapter
+from phoque.models.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS = 3
+NEW_TOKENS = 64
+# Rounding the merged weights changes the logits little, the adapter changes them much. A merge that lost a tenth of the
+# adapter would differ by a tenth of the adapter's effect.
+MAX_SHARE_OF_EFFECT = 0.1
+MAX_DIFFERENCE_OF_NO_OP = 1e-3  # mean difference that is allowed for an adapter of zeros
+
+
+def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) -> dict[str, Any]:
+    """Compare on conversations of the bundled seal: {max_difference, mean_difference, adapter_effect, agreeing, ...}.
+
+    The two models are loaded one after the other, text only: in bf16 for a bf16 merge on a GPU, else in fp32. Differences
+    are of logits; `adapter_effect` is the mean difference between base and base + adapter; `agreeing` of `tokens` greedy
+    tokens are the same; `holds` is the verdict.
+    """
+    precision = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "fp32"
+    chat = ChatTemplate(load_tokenizer(base), "", 2048)
+    stream = iter(open_dataset("seal", "train", None, None).stream)
+    rows = [parsed(next(stream)) for _ in range(ROWS)]
+    texts = [torch.tensor([chat.encode(row.messages).ids]) for row in rows]
+    prompts = [torch.tensor([chat.prompt_ids(row.first_question, None)]) for row in rows]
+    with _loaded(base, precision) as model:
+        base_logits = [_logits(model, ids) for ids in texts]
+        tuned = attach_adapter(model, adapter, architecture_of(load_config(base)))
+        adapter_logits = [_logits(tuned, ids) for ids in texts]
+        adapter_tokens = [_greedy(tuned, ids) for ids in prompts]
+        del model, tuned  # before the next is loaded
+    with _loaded(Source(str(merged), merged, "", ""), precision) as model:
+        merged_logits = [_logits(model, ids) for ids in texts]
+        merged_tokens = [_greedy(model, ids) for ids in prompts]
+    gaps = torch.cat([(m - a).abs().flatten() for m, a in zip(merged_logits, adapter_logits, strict=True)])
+    effects = [(a - b).abs().flatten() for a, b in zip(adapter_logits, base_logits, strict=True)]
+    effect = torch.cat(effects).mean().item()
+    agreeing = [
+        m == a
+        for one, other in zip(merged_tokens, adapter_tokens, strict=True)
+        for m, a in zip(one, other, strict=False)
+    ]
+    mean = gaps.mean().item()
+    return {
+        "max_difference": gaps.max().item(),
+        "mean_difference": mean,
+        "adapter_effect": effect,
+        "agreeing": sum(agreeing),
+        "tokens": sum(map(len, adapter_tokens)),
+        "precision": precision,
+        "holds": mean <= max(MAX_SHARE_OF_EFFECT * effect, MAX_DIFFERENCE_OF_NO_OP),
+    }
+
+
+@contextmanager
+def _loaded(source: Source, quantization: str) -> Generator["PreTrainedModel"]:
+    """The text model while the block runs; its memory is free afterwards."""
+    model = load_model(source, quantization)
+    with measuring(model):
+        yield model
+    del model
+    gc.collect()
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids.to(model.device)).logits.float().cpu()
+
+
+@torch.no_grad()
+def _greedy(model: Any, ids: torch.Tensor) -> list[int]:
+    ids = ids.to(model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+    )
+    return out[0, ids.shape[1] :].tolist()

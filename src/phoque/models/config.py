@@ -1,0 +1,41 @@
+"""A model's config and tokenizer, as transformers reads them."""
+
+from typing import TYPE_CHECKING
+
+from phoque.errors import UsageError, first_line
+from phoque.models.architectures import architecture_of
+from phoque.models.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+def load_config(source: Source) -> "PretrainedConfig":
+    """The model's config. Raises UsageError if transformers or phoque does not know the architecture."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder)
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            what=f"The config of {source.name} cannot be read.",
+            why=first_line(error),
+            fix="Check which model was named.",
+        ) from error
+    architecture_of(config)
+    return config
+
+
+def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer, which has a chat template. Raises UsageError if it has none."""
+    from transformers import AutoTokenizer
+
+    # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, mistral_format=False)
+    if not tokenizer.chat_template:
+        raise UsageError(
+            what=f"{source.name} has no chat template.",
+            why="It is not a chat model.",
+            fix="Use its instruction-tuned version.",
+        )
+    return tokenizer

@@ -1,0 +1,170 @@
+"""Safetensors files: headers first, then tensors one by one, without mapping or loading a whole file."""
+
+import json
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoque.errors import UsageError
+from phoque.models.source import INDEX
+from phoque.prefetch import Prefetcher
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+READ_AHEAD = 16  # tensors: about 0.4 GB of a 3B model in FP8
+CHUNK = 32 << 20  # bytes per pinned buffer
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor is stored: file, dtype, shape, and its bytes [start, end) in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFiles:
+    """The safetensors files of a folder; `tensors` maps each name to where it is stored.
+
+    Only headers are read here. Raises UsageError for a file that is missing, cut short or not a safetensors file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in _files(folder):
+            self.tensors |= _header(file)
+
+    def in_disk_order(self, names: Iterable[str]) -> list[str]:
+        """The names in the order in which their tensors are stored."""
+        return sorted(names, key=lambda n: (self.tensors[n].file, self.tensors[n].start))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in host memory."""
+        return _read_to_host(self.tensors[name])
+
+    @contextmanager
+    def stream(self, names: Iterable[str], on: torch.device) -> Generator[Iterator[tuple[str, torch.Tensor]]]:
+        """Yield an iterator of (name, tensor on the device) in the order in which the tensors are stored.
+
+        A thread reads at most READ_AHEAD tensors ahead. To a GPU they go through two pinned buffers that are reused,
+        because pinning memory takes as long as reading it.
+        """
+        ordered = self.in_disk_order(names)
+
+        def read_all() -> Iterator[tuple[str, torch.Tensor]]:
+            with ExitStack() as files:
+                read = _PinnedReader(on, files).read if on.type == "cuda" else _read_to_host
+                for name in ordered:
+                    yield name, read(self.tensors[name])
+
+        with Prefetcher(read_all(), READ_AHEAD) as tensors:
+            yield iter(tensors)
+
+
+class _PinnedReader:
+    """Copies stored tensors to a GPU in chunks: one buffer is filled from the disk while the other is copied."""
+
+    def __init__(self, on: torch.device, files: ExitStack) -> None:
+        self._on, self._files = on, files
+        self._open: dict[Path, Any] = {}
+        self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]
+
+    def read(self, stored: StoredTensor) -> torch.Tensor:
+        if stored.file not in self._open:
+            self._open[stored.file] = self._files.enter_context(stored.file.open("rb", buffering=0))
+        f = self._open[stored.file]
+        f.seek(stored.start)
+        size = stored.end - stored.start
+        raw = torch.empty(size, dtype=torch.uint8, device=self._on)
+        for start in range(0, size, CHUNK):
+            self._copied[0].synchronize()
+            part = self._buffers[0][: min(CHUNK, size - start)]
+            _read_into(f, part)
+            raw[start : start + len(part)].copy_(part, non_blocking=True)
+            self._copied[0].record()
+            self._buffers.reverse()
+            self._copied.reverse()
+        return raw.view(stored.dtype).reshape(stored.shape)
+
+
+def _read_to_host(stored: StoredTensor) -> torch.Tensor:
+    raw = torch.empty(stored.end - stored.start, dtype=torch.uint8)
+    with stored.file.open("rb", buffering=0) as f:
+        f.seek(stored.start)
+        _read_into(f, raw)
+    return raw.view(stored.dtype).reshape(stored.shape)
+
+
+def _read_into(f: Any, raw: torch.Tensor) -> None:
+    view, done = memoryview(raw.numpy()), 0
+    while done < len(view):  # one read gives at most 2 GiB
+        done += f.readinto(view[done:])
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise UsageError(
+                what=f"{file.name} is missing from {folder}.",
+                why="The checkpoint is incomplete.",
+                fix="Download it again.",
+            )
+    return files
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        try:
+            header = json.loads(f.read(length)) if length < size else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise UsageError(
+            what=f"The weights in {file.name} cannot be read.",
+            why="It is not a safetensors file, or it is cut short.",
+            fix="Download it again.",
+        )
+    header.pop("__metadata__", None)
+    body = 8 + length
+    stored = {}
+    for name, entry in header.items():
+        start, end = (body + offset for offset in entry["data_offsets"])
+        if end > size:
+            raise UsageError(
+                what=f"The weights in {file.name} cannot be read.",
+                why=f"The file is cut short: it has {size} bytes, and {name} ends at byte {end}.",
+                fix="Delete it and download it again.",
+            )
+        if entry["dtype"] not in DTYPES:
+            raise UsageError(
+                what=f"{name} in {file.name} has the type {entry['dtype']}.",
+                why=f"phoque reads {', '.join(DTYPES)}.",
+                fix="Use another copy of the model.",
+            )
+        stored[name] = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
+    return stored
