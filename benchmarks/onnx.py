@@ -129,8 +129,8 @@ def main() -> None:
         timed(*asked)  # makes its environment
         made["optimum-onnx fp32"] = timed(*asked), into / "onnx" / "model.onnx"
 
-        _, held_out = accuracy.chats(source, "seal", "train", None)
-        wanted = accuracy.reference(source, held_out)
+        _, held_out = accuracy.load_chats(source, "seal", "train", None)
+        wanted = accuracy.compute_reference(source, held_out)
         config = json.loads((source.folder / "config.json").read_text())
         heads, head_dim = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
         prompt = held_out[0].numpy()
@@ -138,7 +138,7 @@ def main() -> None:
         for name, (cost, file) in made.items():
             graph = Graph(file, heads, head_dim)
             size = sum(f.stat().st_size for f in file.parent.glob(f"{file.name}*"))
-            rows[name] = cost | accuracy.measured(graph.run, held_out, wanted) | {"size": size, "file": file}
+            rows[name] = cost | accuracy.measure_accuracy(graph.run, held_out, wanted) | {"size": size, "file": file}
         found = speeds({name: Graph(row["file"], heads, head_dim) for name, row in rows.items()}, prompt)
         length = prompt.shape[1]
         print(f"| | export, s | peak memory, GB | MB | first of {length}, s | tokens/s | KL, nats | agree |")

@@ -27,9 +27,9 @@ def run(asked: Resolved[ExportSettings], dry_run: bool) -> None:
         jobs.run("export-onnx", asked, dry_run)
         return
     options.needs("onnx", "onnx", "onnxscript", "onnxruntime")
-    from phoque.onnx.export import exported
+    from phoque.onnx.export import export_model
 
-    result = exported(asked, cache_folder(), console, dry_run)
+    result = export_model(asked, cache_folder(), console, dry_run)
     console.result(result, lambda: options.plan(result) if dry_run else _lines(result), str(result["output_dir"]))
 
 

@@ -1,1 +1,1 @@
-"""From a merged model to a folder that Transformers.js runs, and the checks that say whether it does."""
+"""Export a merged model to a folder that Transformers.js can run, and verify the export."""

@@ -1,4 +1,4 @@
-"""How far an export is from the model it came from: KL and agreement on chats that nothing was fitted to."""
+"""Accuracy of an export: KL to the checkpoint and next-token agreement with it, on held-out conversations."""
 
 import gc
 import hashlib
@@ -17,73 +17,80 @@ from phoque.models.load import load_model, load_tokenizer
 from phoque.models.source import Source
 from phoque.onnx.session import OnnxChatModel
 
-MEASURED_TOKENS = 1200
-FITTED_TOKENS = 9000
-LONGEST = 2048  # tokens of a chat
+HELD_OUT_TOKENS = 1200
+CALIBRATION_TOKENS = 9000
+MAX_CHAT_TOKENS = 2048  # tokens per conversation
 Ids = list[torch.Tensor]
 
 
-def chats(source: Source, dataset: str, split: str, token: str | None) -> tuple[Ids, Ids]:
-    """Conversations of a dataset as token ids [1, length]: those to fit to, and others that are held out.
+def load_chats(source: Source, dataset: str, split: str, token: str | None) -> tuple[Ids, Ids]:
+    """Return the calibration and the held-out conversations of a dataset, each as token ids [1, length].
 
-    Which is which is told by a hash of each row, whatever their order; from a long dataset the first rows are taken.
-    Raises PhoqueError (2) if none of them can be used.
+    Conversations are sorted by a hash of their messages and then split, so their order in the dataset does not matter.
+    Of a long dataset only the first rows are read. Raises PhoqueError (2) if no conversation is usable.
     """
-    chat = ChatTemplate(load_tokenizer(source), "", LONGEST)
-    found: list[tuple[str, torch.Tensor]] = []
-    for raw in open_dataset(dataset, split, None, token).stream:
+    template = ChatTemplate(load_tokenizer(source), "", MAX_CHAT_TOKENS)
+    encoded: list[tuple[str, torch.Tensor]] = []
+    for row in open_dataset(dataset, split, None, token).stream:
         try:
-            messages = parsed(raw).messages
-            ids = chat.encode(messages).ids
-        except BadRow:  # `phoque train --dry-run` names each of them; here only good ones are needed
+            messages = parsed(row).messages
+            ids = template.encode(messages).ids
+        except BadRow:  # `phoque train --dry-run` reports bad rows; here they are skipped
             continue
         digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
-        found.append((digest, torch.tensor([ids])))
-        if sum(ids.shape[1] for _, ids in found) >= 2 * FITTED_TOKENS:
+        encoded.append((digest, torch.tensor([ids])))
+        if sum(ids.shape[1] for _, ids in encoded) >= 2 * CALIBRATION_TOKENS:
             break
-    if not found:
+    if not encoded:
         raise PhoqueError(
             f"No conversation in {dataset} can be used.",
-            f"Each is broken, or longer than {LONGEST} tokens.",
-            "Check --chats, or leave out the accuracy and 4 bits: --no-accuracy --dtype q8.",
+            f"Every row is malformed or longer than {MAX_CHAT_TOKENS} tokens.",
+            "Check --chats, or export what needs no conversations: --no-accuracy --dtype fp32.",
         )
-    ordered = [ids for _, ids in sorted(found, key=lambda pair: pair[0])]
-    held_out = _first(ordered, MEASURED_TOKENS)
-    return _first(ordered[len(held_out) :], FITTED_TOKENS), held_out
+    ordered = [ids for _, ids in sorted(encoded, key=lambda pair: pair[0])]
+    held_out = _take_tokens(ordered, HELD_OUT_TOKENS)
+    return _take_tokens(ordered[len(held_out) :], CALIBRATION_TOKENS), held_out
 
 
-def _first(all_ids: Ids, tokens: int) -> Ids:
-    """The first conversations that have so many tokens together; never all of them where there are two or more."""
-    total, taken = 0, []
+def _take_tokens(all_ids: Ids, tokens: int) -> Ids:
+    """Return the first conversations that together have at least `tokens` tokens; of two or more, never all."""
+    total, selected = 0, []
     for ids in all_ids[: max(1, len(all_ids) - 1)]:
-        taken.append(ids)
+        selected.append(ids)
         total += ids.shape[1]
         if total >= tokens:
             break
-    return taken
+    return selected
 
 
 @torch.no_grad()
-def reference(source: Source, held_out: Ids) -> list[np.ndarray]:
-    """Log-probabilities [length, vocabulary] that the checkpoint itself gives, computed in fp32 on the CPU."""
+def compute_reference(source: Source, held_out: Ids) -> list[np.ndarray]:
+    """Return the checkpoint's log-probabilities [length, vocabulary] per conversation, computed in fp32 on the CPU."""
     model = load_model(source, "none", on=torch.device("cpu"))
-    found = [model(input_ids=ids).logits[0].log_softmax(-1).numpy() for ids in held_out]
+    log_probs = [model(input_ids=ids).logits[0].log_softmax(-1).numpy() for ids in held_out]
     del model
     gc.collect()
-    return found
+    return log_probs
 
 
-def distance(folder: Path, dtype: str, held_out: Ids, wanted: list[np.ndarray]) -> dict[str, float]:
-    """Mean KL(checkpoint || export) over tokens in nats, and the share of tokens with the same likeliest successor."""
-    return measured(OnnxChatModel(folder, dtype).run, held_out, wanted)
+def measure_export(folder: Path, dtype: str, held_out: Ids, expected: list[np.ndarray]) -> dict[str, float]:
+    """Return {kl, agreement, tokens} of an export in one precision; `expected` are the checkpoint's log-probabilities.
+
+    `kl` is KL(checkpoint || export) in nats per token. `agreement` is the share of tokens for which both predict the
+    same most likely next token.
+    """
+    return measure_accuracy(OnnxChatModel(folder, dtype).run, held_out, expected)
 
 
-def measured(run: Callable[[np.ndarray], Any], held_out: Ids, wanted: list[np.ndarray]) -> dict[str, float]:
-    """The same for any function from ids [1, length] to logits [1, length, vocabulary] and something else."""
-    divergence, same, tokens = 0.0, 0, 0
-    for ids, whole in zip(held_out, wanted, strict=True):
-        found = torch.from_numpy(run(ids.numpy())[0][0].astype(np.float32)).log_softmax(-1).numpy()
-        divergence += float((np.exp(whole) * (whole - found)).sum())
-        same += int((whole.argmax(-1) == found.argmax(-1)).sum())
-        tokens += len(whole)
-    return {"kl": max(0.0, divergence / tokens), "agreement": same / tokens, "tokens": tokens}
+def measure_accuracy(run: Callable[[np.ndarray], Any], held_out: Ids, expected: list[np.ndarray]) -> dict[str, float]:
+    """Return {kl, agreement, tokens} of `run`: ids [1, length] -> (logits [1, length, vocabulary], ...).
+
+    `expected` has the log-probabilities [length, vocabulary] for each conversation.
+    """
+    kl_sum, agreed, tokens = 0.0, 0, 0
+    for ids, target in zip(held_out, expected, strict=True):
+        predicted = torch.from_numpy(run(ids.numpy())[0][0].astype(np.float32)).log_softmax(-1).numpy()
+        kl_sum += float((np.exp(target) * (target - predicted)).sum())
+        agreed += int((target.argmax(-1) == predicted.argmax(-1)).sum())
+        tokens += len(target)
+    return {"kl": max(0.0, kl_sum / tokens), "agreement": agreed / tokens, "tokens": tokens}

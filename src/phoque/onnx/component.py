@@ -1,4 +1,4 @@
-"""From the checkpoint's tensors to external data beside a graph: read one by one, never all held."""
+"""One ONNX session and its weights, which are read from the checkpoint and written one tensor at a time."""
 
 import copy
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from phoque.models.fp8 import declares_fp8, dequantize, group_size_of, scales_of
 from phoque.models.load import HEAD, check_magnitudes, load_config
 from phoque.models.source import Source
 
-Factors = dict[str, list[tuple[int, torch.Tensor]]]  # by parameter: a dimension, and what it is multiplied by
-CHUNK = 2_000_000_000  # bytes; a browser holds a file in an ArrayBuffer, which ends at 2 GiB
-PAGE = 4096  # large tensors begin at one, so that ONNX Runtime maps them instead of reading them
+Factors = dict[str, list[tuple[int, torch.Tensor]]]  # by parameter: (dimension, factor for each index along it)
+MAX_CHUNK_BYTES = 2_000_000_000  # bytes; a browser loads a file into an ArrayBuffer, which is limited to 2 GiB
+PAGE_BYTES = 4096  # bytes; tensors are aligned to pages, so that ONNX Runtime can memory-map them
 EMBEDDINGS = "model.embed_tokens.weight"
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -28,13 +28,13 @@ DTYPES = {
 
 
 class Weights:
-    """A checkpoint's tensors in fp32: `text` by the text-only model's names, `full` by their own."""
+    """A checkpoint's tensors in fp32, by the names of the text model (`read`) or the stored names (`read_stored`)."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.config = source, load_config(source)
         self._shards = Shards(source.folder)
-        family = architecture_of(self.config)
-        keys = {text: key for key in self._shards.tensors if (text := family.text_key(key))}
+        architecture = architecture_of(self.config)
+        keys = {text: key for key in self._shards.tensors if (text := architecture.text_key(key))}
         self._scales = scales_of(self._shards.tensors, list(self._shards.tensors), declares_fp8(self.config))
         self.tied = self.config.get_text_config().tie_word_embeddings or HEAD not in keys
         if self.tied:
@@ -42,36 +42,36 @@ class Weights:
         self._keys = keys
         self._factors: Factors = {}
 
-    def scaled(self, factors: Factors) -> "Weights":
-        """The same checkpoint, with these parameters of the text model multiplied."""
-        other = copy.copy(self)
-        other._factors = factors
-        return other
+    def with_factors(self, factors: Factors) -> "Weights":
+        """Return the same checkpoint with these parameters of the text model multiplied by the factors."""
+        weights = copy.copy(self)
+        weights._factors = factors
+        return weights
 
-    def text(self, name: str) -> torch.Tensor:
-        """A parameter of the text model."""
-        return multiplied(self.full(self._keys[name]), self._factors.get(name, []))
+    def read(self, name: str) -> torch.Tensor:
+        """Return a parameter of the text model, in fp32."""
+        return apply_factors(self.read_stored(self._keys[name]), self._factors.get(name, []))
 
-    def full(self, key: str) -> torch.Tensor:
-        """A tensor by the name it is stored under. Raises PhoqueError (2) for NaN, or what no trained weight holds."""
+    def read_stored(self, key: str) -> torch.Tensor:
+        """Return a tensor in fp32 by its stored name. Raises PhoqueError (2) for NaN or implausibly large values."""
         stored = self._shards.read(key)
-        whole = stored.float()
+        tensor = stored.float()
         if key in self._scales:
-            whole = dequantize(stored, self._shards.read(self._scales[key]), group_size_of(self.config))
-        check_magnitudes({key: whole.abs().max() if whole.dim() > 1 else whole.sum() * 0})
-        return whole
+            tensor = dequantize(stored, self._shards.read(self._scales[key]), group_size_of(self.config))
+        check_magnitudes({key: tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0})
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter of the text model, from its header."""
+        """Return the shape of a parameter of the text model, read from the file header."""
         return self._shards.tensors[self._keys[name]].shape
 
     @property
-    def whole_bytes(self) -> int:
-        """What the text model takes in fp32."""
+    def fp32_bytes(self) -> int:
+        """Size of the text model in fp32, in bytes."""
         return 4 * sum(prod(self._shards.tensors[key].shape) for key in set(self._keys.values()))
 
-    def named(self, prefix: str) -> dict[str, str]:
-        """The stored names below a module, keyed by their names within it; the published prefix may lack `model.`."""
+    def stored_names(self, prefix: str) -> dict[str, str]:
+        """Map the parameter names within a module to their stored names, which may or may not start with `model.`."""
         return {
             key.removeprefix("model.").removeprefix(prefix): key
             for key in self._shards.tensors
@@ -79,8 +79,8 @@ class Weights:
         }
 
 
-def multiplied(tensor: torch.Tensor, factors: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """A tensor times a factor for each place along a dimension."""
+def apply_factors(tensor: torch.Tensor, factors: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Multiply a tensor by factors, each a vector along one of its dimensions."""
     for dimension, factor in factors:
         shape = [1] * tensor.dim()
         shape[dimension] = -1
@@ -90,9 +90,10 @@ def multiplied(tensor: torch.Tensor, factors: list[tuple[int, torch.Tensor]]) ->
 
 @dataclass
 class Component:
-    """One session of Transformers.js: a graph, and how its large initializers are made, in the order they are written.
+    """One session of Transformers.js: a graph, and functions that compute its large initializers when it is written.
 
-    `fills` pairs initializers with a function that returns their values; `name` is the file's without its suffix.
+    `fills` pairs initializers with the function that returns their values, in the order in which they are written.
+    `name` is the file name without the suffix for the precision.
     """
 
     name: str
@@ -100,19 +101,19 @@ class Component:
     weights: Weights
     fills: list[tuple[list[ir.Value], Callable[[], list[torch.Tensor]]]] = field(default_factory=list)
 
-    def initializer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> ir.Value:
-        """A new initializer that is filled in when the component is written."""
+    def add_initializer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> ir.Value:
+        """Add an initializer whose values are computed when the component is written; add it to `fills` too."""
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(DTYPES[dtype]))
         value.const_value = ir.ExternalTensor("", 0, 0, DTYPES[dtype], shape=ir.Shape(shape), name=name)
         self.model.graph.register_initializer(value)
         return value
 
     def write(self, folder: Path, suffix: str, show: Callable[[str], None]) -> int:
-        """Write `<name><suffix>.onnx` and its external data; return how many chunks that took."""
-        base = f"{self.name}{suffix}.onnx"
-        chunks = _Chunks(folder, base)
-        for values, make in self.fills:
-            for value, tensor in zip(values, make(), strict=True):
+        """Write `<name><suffix>.onnx` and its external data; return the number of data files."""
+        file_name = f"{self.name}{suffix}.onnx"
+        chunks = _ChunkWriter(folder, file_name)
+        for values, compute in self.fills:
+            for value, tensor in zip(values, compute(), strict=True):
                 assert tuple(tensor.shape) == tuple(value.shape or ()), value.name
                 location, offset = chunks.add(tensor)
                 value.const_value = ir.ExternalTensor(
@@ -126,32 +127,32 @@ class Component:
                 )
             show(str(values[0].name))
         count = chunks.close()
-        ir.save(self.model, folder / base)
+        ir.save(self.model, folder / file_name)
         return count
 
 
-class _Chunks:
-    """The files `<base>_data`, `<base>_data_1`, ... of Transformers.js."""
+class _ChunkWriter:
+    """Write the external data files `<file name>_data`, `<file name>_data_1`, ... that Transformers.js expects."""
 
-    def __init__(self, folder: Path, base: str) -> None:
-        self._folder, self._base, self._count, self._at = folder, base, 0, 0
+    def __init__(self, folder: Path, file_name: str) -> None:
+        self._folder, self._file_name, self._count, self._offset = folder, file_name, 0, 0
         self._file: Any = None
 
     def add(self, tensor: torch.Tensor) -> tuple[str, int]:
-        start = -self._at % PAGE + self._at
-        if self._file is None or start + tensor.nbytes > CHUNK:
-            self._next()
+        start = -self._offset % PAGE_BYTES + self._offset
+        if self._file is None or start + tensor.nbytes > MAX_CHUNK_BYTES:
+            self._open_next()
             start = 0
-        self._file.write(b"\0" * (start - self._at))
+        self._file.write(b"\0" * (start - self._offset))
         self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        self._at = start + tensor.nbytes
+        self._offset = start + tensor.nbytes
         return self._name, start
 
-    def _next(self) -> None:
+    def _open_next(self) -> None:
         if self._file:
             self._file.close()
-        self._name = f"{self._base}_data{f'_{self._count}' if self._count else ''}"
-        self._file, self._at = (self._folder / self._name).open("wb"), 0
+        self._name = f"{self._file_name}_data{f'_{self._count}' if self._count else ''}"
+        self._file, self._offset = (self._folder / self._name).open("wb"), 0
         self._count += 1
 
     def close(self) -> int:

@@ -1,4 +1,4 @@
-"""`phoque export-onnx`: find the model, merge it if need be, write each session in each precision, measure, verify."""
+"""`phoque export-onnx`: find or merge the model, write every session in every precision, measure accuracy, verify."""
 
 import gc
 import json
@@ -24,11 +24,11 @@ from phoque.models.source import INDEX, Source, resolve, wanted_files
 from phoque.onnx import accuracy
 from phoque.onnx.component import Component, Weights
 from phoque.onnx.graph.decoder import decoder_component, embeddings_component
-from phoque.onnx.graph.trace import Provider, decoder
+from phoque.onnx.graph.trace import Provider, trace_decoder
 from phoque.onnx.graph.vision import vision_component
 from phoque.onnx.quantize import mixed_precision
-from phoque.onnx.quantize.block_format import Quantised, eight_bits
-from phoque.onnx.quantize.smoothquant import smoothed
+from phoque.onnx.quantize.block_format import Quantizer, make_8_bit_quantizer
+from phoque.onnx.quantize.smoothquant import smooth_activations
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS, layout_of, write_side_files
 from phoque.settings.export_onnx import ExportSettings
@@ -36,14 +36,17 @@ from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 
 RECORD = "export.json"
-HALF = ("fp16", "q4f16")  # computed in 16 bits, and fused for WebGPU
-WASM_BYTES = 3.5e9
-BLOCKS = ("q8", "q4", "q4f16", "int8")
+HALF_DTYPES = ("fp16", "q4f16")  # computed in fp16, with the operators that are fused for WebGPU
+MAX_WASM_BYTES = 3.5e9  # a wasm page can address 4 GB, and needs some of that itself
+QUANTIZED_DTYPES = ("q8", "q4", "q4f16", "int8")
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is made of a source: the sessions of its layout in the precisions asked for."""
+    """What to export and where to: the weights, the layout (`text` or `multimodal`) and the precisions.
+
+    With `fuse` the graphs use fused operators of ONNX Runtime, without it plain ONNX operators alone.
+    """
 
     weights: Weights
     layout: str
@@ -52,80 +55,82 @@ class Export:
     fuse: bool
 
 
-def exported(resolved: Resolved[ExportSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
-    """Do what the settings ask for; return {output_dir, layout, dtypes, verdict, ...}.
+def export_model(resolved: Resolved[ExportSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
+    """Export a model as the settings say; return {output_dir, layout, dtypes, verdict, ...}.
 
-    Raises PhoqueError (1) if the export does not verify, unless that is only to be a warning.
+    The folder is written under a temporary name and renamed at the end. Raises PhoqueError (1) if the export does not
+    verify, unless --no-verify-strict is given.
     """
     s = resolved.settings
     hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
-    into = s.output_dir or Path(f"{_name(s)}-onnx")
-    _refuse_others(into)
+    export_dir = s.output_dir or Path(f"{_default_name(s)}-onnx")
+    _check_output_dir(export_dir)
     repo = Repo(hub, s.push_repo_id) if s.push_repo_id else None
     source = find_source(resolved, hub, cache, console, dry_run)
-    layout = _layout(source, s.layout)
-    result: dict[str, Any] = {"output_dir": str(into), "source": source.name, "layout": layout, "engine": s.engine}
+    layout = _choose_layout(source, s.layout)
+    result: dict[str, Any] = {"output_dir": str(export_dir), "source": source.name, "layout": layout, "engine": s.engine}
     if dry_run:
         return result | {"dtypes": dict.fromkeys(s.dtype), "settings": resolved.provenance()}
     if repo:
         repo.open(s.public, console.warn)
-    staging = into.with_name(f".{into.name}.partial")
+    staging = export_dir.with_name(f".{export_dir.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "onnx").mkdir(parents=True)
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
-        result["dtypes"] = made = _made(source, layout, staging, resolved, console)
-        result["seconds"] = round(time.monotonic() - begun, 1)
+        result["dtypes"] = dtype_reports = _write_export(source, layout, staging, resolved, console)
+        result["seconds"] = round(time.monotonic() - started, 1)
         result["bytes"] = sum(f.stat().st_size for f in (staging / "onnx").iterdir())
-        _record(staging, source, result)
-        result["verdict"] = _verified(staging, source, list(made), s, console)
+        _write_record(staging, source, result)
+        result["verdict"] = _verify_export(staging, source, list(dtype_reports), s, console)
         (staging / CARD).write_text(onnx_card(source, result, s.push_repo_id))
-        shutil.rmtree(into, ignore_errors=True)
-        staging.rename(into)
+        shutil.rmtree(export_dir, ignore_errors=True)
+        staging.rename(export_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     if repo:
-        files = {str(f.relative_to(into)): f for f in into.rglob("*") if f.is_file()}
-        # graphs of an earlier export that this one does not declare would fail in a browser
-        stale = lambda there: [path for path in there.files if path.startswith("onnx/") and path not in files]
-        result |= {"repo": repo.name, "commit": repo.push(files, "ONNX export", stale)}
+        files = {str(f.relative_to(export_dir)): f for f in export_dir.rglob("*") if f.is_file()}
+        # a browser could load graphs of an earlier export that this config.json does not declare, and would fail
+        find_stale = lambda snapshot: [path for path in snapshot.files if path.startswith("onnx/") and path not in files]
+        result |= {"repo": repo.name, "commit": repo.push(files, "ONNX export", find_stale)}
     return result
 
 
 def find_source(resolved: Resolved[ExportSettings], hub: Hub, cache: Path, console: Console, dry_run: bool) -> Source:
-    """The merged model: merged now, in a folder, or on the Hub in a model or dataset repository.
+    """Return the model to export: an adapter is merged now; a merged model is a folder, or a repository on the Hub.
 
-    Raises PhoqueError (2) if none is named, or two.
+    That repository may be a model or a dataset repository. With a base and nothing else the base itself is exported.
+    Raises PhoqueError (2) if no source is given, or both --adapter-source and --merged-dir are.
     """
     s = resolved.settings
     if s.adapter_source and s.merged_dir:
         raise PhoqueError(
-            "Two sources were named.", "--adapter-source and --merged-dir exclude each other.", "Name one of them."
+            "Two sources are given.", "--adapter-source and --merged-dir exclude each other.", "Give one of them."
         )
     if s.adapter_source:
         adapter, commit = find_adapter(s.adapter_source, s.adapter_revision, hub, cache)
         base = find_base(adapter, s.base, s.revision, resolved.secrets, cache, console, weights=not dry_run)
         if dry_run:
             return base
-        # kept where asked, else in the cache, under what it is made of, so that a second export finds it
+        # without --merged-out-dir the merged model is cached under base revision and adapter hash, for later exports
         key = sha256(adapter / "adapter_model.safetensors")[:16]
-        into = s.merged_out_dir or cache / "merged" / f"{base.revision[:16]}-{key}"
-        into.parent.mkdir(parents=True, exist_ok=True)
-        merge_into(base, adapter, into, "bf16", console, prove=False)
-        return Source(f"{base.name} with {s.adapter_source}{commit}", into, base.revision, "merged")
+        target = s.merged_out_dir or cache / "merged" / f"{base.revision[:16]}-{key}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        merge_into(base, adapter, target, "bf16", console, prove=False)
+        return Source(f"{base.name} with {s.adapter_source}{commit}", target, base.revision, "merged")
     if s.merged_dir:
-        return _merged_model(s, resolved.secrets.hub, hub, cache, console, dry_run)
-    if s.base or resolved.origins["preset"].source != "default":  # the base itself, as it is
+        return _resolve_merged_model(s, resolved.secrets.hub, hub, cache, console, dry_run)
+    if s.base or resolved.origins["preset"].source != "default":  # the base without an adapter
         name = s.base or PRESETS[s.preset]["base_model"]
         return resolve(name, s.revision, resolved.secrets.hub, cache, console.say, not dry_run)
     raise PhoqueError(
         "There is nothing to export.",
-        "Neither an adapter nor a merged model is named.",
-        "Name one with --adapter-source or --merged-dir.",
+        "Neither an adapter nor a merged model is given.",
+        "Give one with --adapter-source or --merged-dir.",
     )
 
 
-def _merged_model(
+def _resolve_merged_model(
     s: ExportSettings, token: str | None, hub: Hub, cache: Path, console: Console, dry_run: bool
 ) -> Source:
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -133,176 +138,180 @@ def _merged_model(
     try:
         source = resolve(s.merged_dir, s.merged_revision, token, cache, console.say, not dry_run)
     except RepositoryNotFoundError:
-        return _from_dataset(s, hub, cache, dry_run)
+        return _fetch_from_dataset(s, hub, cache, dry_run)
     if s.merged_out_dir and source.on_hub and not dry_run:
         shutil.copytree(source.folder, s.merged_out_dir, dirs_exist_ok=True)
         return Source(source.name, s.merged_out_dir, source.revision, source.origin)
     return source
 
 
-def _from_dataset(s: ExportSettings, hub: Hub, cache: Path, dry_run: bool) -> Source:
-    """A merged model that was kept in a dataset repository, at a pinned commit, each file's hash compared."""
+def _fetch_from_dataset(s: ExportSettings, hub: Hub, cache: Path, dry_run: bool) -> Source:
+    """Download a merged model from a dataset repository at a pinned commit; the hash of every file is checked."""
     repo = Repo(hub, s.merged_dir, "dataset")
-    there = repo.snapshot(s.merged_revision)
-    folder = s.merged_out_dir or cache / "merged" / f"{repo.name.replace('/', '--')}-{there.sha[:12]}"
+    commit = repo.snapshot(s.merged_revision)
+    folder = s.merged_out_dir or cache / "merged" / f"{repo.name.replace('/', '--')}-{commit.sha[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     index = None
-    if INDEX in there.files:
-        index = json.loads(repo.fetch(there, INDEX, folder).read_text())
-    if "config.json" not in there.files:
-        raise PhoqueError(f"{repo.name} holds no model.", "There is no config.json at its root.", "Check --merged-dir.")
-    for path in wanted_files(there.files, index):
+    if INDEX in commit.files:
+        index = json.loads(repo.fetch(commit, INDEX, folder).read_text())
+    if "config.json" not in commit.files:
+        raise PhoqueError(f"{repo.name} contains no model.", "Its root has no config.json.", "Check --merged-dir.")
+    for path in wanted_files(commit.files, index):
         if dry_run and path.endswith(".safetensors"):
             continue
-        repo.fetch(there, path, folder)
-    return Source(repo.name, folder, there.sha, "dataset repository")
+        repo.fetch(commit, path, folder)
+    return Source(repo.name, folder, commit.sha, "dataset repository")
 
 
-def _name(s: ExportSettings) -> str:
-    named = s.adapter_source or s.merged_dir or s.base
-    return named.rstrip("/").split("/")[-1] or "model"
+def _default_name(s: ExportSettings) -> str:
+    model_id = s.adapter_source or s.merged_dir or s.base
+    return model_id.rstrip("/").split("/")[-1] or "model"
 
 
-def _refuse_others(into: Path) -> None:
-    if into.exists() and not into.is_dir():
-        raise PhoqueError(f"{into} is a file.", "The export is a folder.", "Choose another --output-dir.")
-    if into.is_dir() and any(into.iterdir()) and not (into / RECORD).is_file():
+def _check_output_dir(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise PhoqueError(f"{folder} is a file.", "The export needs a folder.", "Choose another --output-dir.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise PhoqueError(
-            f"{into} is not empty, and is no export.", "It would be replaced.", "Choose another --output-dir."
+            f"{folder} is not empty and contains no export.", "The files would be lost.", "Choose another --output-dir."
         )
 
 
-def _layout(source: Source, asked: str) -> str:
-    raw = json.loads((source.folder / "config.json").read_text())
-    has_vision = raw["model_type"] == "mistral3" and "vision_config" in raw
-    if asked == "multimodal" and not has_vision:
+def _choose_layout(source: Source, layout: str) -> str:
+    config = json.loads((source.folder / "config.json").read_text())
+    has_vision = config["model_type"] == "mistral3" and "vision_config" in config
+    if layout == "multimodal" and not has_vision:
         raise PhoqueError(
-            f"{source.name} has no vision tower.", f"It is a {raw['model_type']}.", "Use --layout text or auto."
+            f"{source.name} has no vision tower.", f"Its type is {config['model_type']}.", "Use --layout text or auto."
         )
-    return layout_of(raw, has_vision) if asked == "auto" else asked
+    return layout_of(config, has_vision) if layout == "auto" else layout
 
 
-def _made(
+def _write_export(
     source: Source, layout: str, folder: Path, resolved: Resolved[ExportSettings], console: Console
 ) -> dict[str, Any]:
-    """Write the folder; return for each precision its bytes and how far it is from the checkpoint."""
+    """Write the export; return for each precision its size in bytes, and KL and agreement with the checkpoint."""
     s = resolved.settings
-    found: dict[str, dict[str, Any]] = {dtype: {} for dtype in s.dtype}
-    load_tokenizer(source)  # a model without a template is refused before anything is computed
-    fitting: accuracy.Ids = []
+    reports: dict[str, dict[str, Any]] = {dtype: {} for dtype in s.dtype}
+    load_tokenizer(source)  # raises an error for a model without a chat template before anything expensive runs
+    calibration: accuracy.Ids = []
     held_out: accuracy.Ids = []
-    if s.accuracy or set(BLOCKS) & set(s.dtype):
-        fitting, held_out = accuracy.chats(source, s.chats, s.chats_split, resolved.secrets.hub)
+    if s.accuracy or set(QUANTIZED_DTYPES) & set(s.dtype):
+        calibration, held_out = accuracy.load_chats(source, s.chats, s.chats_split, resolved.secrets.hub)
     if s.engine == "optimum":
-        from phoque.onnx.optimum import optimum_graphs
+        from phoque.onnx.optimum import export_with_optimum
 
-        chunks = optimum_graphs(source, folder, layout, s.dtype, s.onnx_export_python, console)
+        chunks = export_with_optimum(source, folder, layout, s.dtype, s.onnx_export_python, console)
     else:
         export = Export(Weights(source), layout, s.dtype, folder, s.fuse)
-        if "int8" in s.dtype and export.weights.whole_bytes > WASM_BYTES:
+        if "int8" in s.dtype and export.weights.fp32_bytes > MAX_WASM_BYTES:
             console.warn(
-                f"int8 becomes {export.weights.whole_bytes / 1e9:.1f} GB in memory, of which a page on wasm has 4: "
-                "it will not load there"
+                f"int8 takes {export.weights.fp32_bytes / 1e9:.1f} GB of memory once it is loaded, and a wasm page "
+                "has 4 GB: it will not load in wasm"
             )
-        fitted = _fitted(export, fitting, s, console, found)
-        gc.collect()  # the model that was fitted: 13 GB of 3B parameters
-        chunks = _graphs(export, *fitted, console)
+        calibrated = _calibrate(export, calibration, s, console, reports)
+        gc.collect()  # frees the calibrated model: 13 GB for 3B parameters
+        chunks = _write_graphs(export, *calibrated, console)
     write_side_files(source.folder, folder, layout, chunks, s.dtype)
     if s.accuracy:
         console.say(
-            f"comparing with the checkpoint on {sum(ids.shape[1] for ids in held_out)} tokens of held-out chats"
+            f"comparing with the checkpoint on {sum(ids.shape[1] for ids in held_out)} tokens of held-out conversations"
         )
-        wanted = accuracy.reference(source, held_out)
+        expected = accuracy.compute_reference(source, held_out)
         for dtype in s.dtype:
-            found[dtype] |= accuracy.distance(folder, dtype, held_out, wanted)
+            reports[dtype] |= accuracy.measure_export(folder, dtype, held_out, expected)
     for dtype in s.dtype:
         files = [f for n in SESSIONS[layout] for f in (folder / "onnx").glob(f"{n}{SUFFIXES[dtype]}.onnx*")]
-        found[dtype]["bytes"] = sum(file.stat().st_size for file in files)
-    return found
+        reports[dtype]["bytes"] = sum(file.stat().st_size for file in files)
+    return reports
 
 
-def _fitted(
-    export: Export, fitting: accuracy.Ids, s: ExportSettings, console: Console, found: dict[str, dict[str, Any]]
-) -> tuple[Weights, Quantised | None]:
-    """The weights that precisions in blocks are made of, and the parameters in 4 bits, if one of them needs these."""
-    four = [dtype for dtype in ("q4", "q4f16") if dtype in export.dtypes]
-    if not set(BLOCKS) & set(export.dtypes):
+def _calibrate(
+    export: Export, calibration: accuracy.Ids, s: ExportSettings, console: Console, reports: dict[str, dict[str, Any]]
+) -> tuple[Weights, Quantizer | None]:
+    """Return the smoothed weights for the quantized precisions, and the 4-bit quantizer if q4 or q4f16 is exported.
+
+    Without a quantized precision the weights are returned as they are. The number of linear groups, and of those
+    raised to 8 bits, is added to `reports`.
+    """
+    four_bit_dtypes = [dtype for dtype in ("q4", "q4f16") if dtype in export.dtypes]
+    if not set(QUANTIZED_DTYPES) & set(export.dtypes):
         return export.weights, None
-    console.say("making the activations even")
-    on = device()
-    model = load_model(export.weights.source, "none" if on.type == "cpu" else "bf16", on=on)
-    weights = smoothed(export.weights, model, fitting)
-    if not four:
+    console.say("smoothing the activations")
+    target_device = device()
+    model = load_model(export.weights.source, "none" if target_device.type == "cpu" else "bf16", on=target_device)
+    weights = smooth_activations(export.weights, model, calibration)
+    if not four_bit_dtypes:
         return weights, None
-    console.say(f"fitting 4 bits on {sum(ids.shape[1] for ids in fitting)} tokens of chats")
+    console.say(f"quantizing to 4 bits with {sum(ids.shape[1] for ids in calibration)} tokens of calibration conversations")
     with console.progress(model.config.num_hidden_layers) as show:
-        made, said = mixed_precision.four_bits(weights, model, fitting, (s.largest_kl, s.least_agreement), show)
-    for dtype in four:
-        found[dtype] |= said
-    return weights, made
+        quantizer, summary = mixed_precision.quantize_mixed_precision(weights, model, calibration, (s.largest_kl, s.least_agreement), show)
+    for dtype in four_bit_dtypes:
+        reports[dtype] |= summary
+    return weights, quantizer
 
 
-def _graphs(export: Export, even: Weights, four: Quantised | None, console: Console) -> dict[str, int]:
-    """Write every session in every precision, one after the other; return their chunks by file."""
+def _write_graphs(export: Export, smooth_weights: Weights, four_bit: Quantizer | None, console: Console) -> dict[str, int]:
+    """Write every session in every precision, one after the other; return the number of data files per .onnx file."""
     chunks: dict[str, int] = {}
-    makers = _makers(export, even, four)
-    with console.progress(len(makers)) as show:
-        for number, (dtype, name, make) in enumerate(makers):
+    components = _list_components(export, smooth_weights, four_bit)
+    with console.progress(len(components)) as show:
+        for number, (dtype, name, build) in enumerate(components):
             show(number, f"{name} {dtype}: tracing")
-            part = make()
-            write = lambda text, at=number, label=f"{name} {dtype}": show(at, f"{label}: {text}")
-            chunks[f"{name}{SUFFIXES[dtype]}.onnx"] = part.write(export.folder / "onnx", SUFFIXES[dtype], write)
-        show(len(makers), "all graphs written")
+            component = build()
+            show_step = lambda text, index=number, label=f"{name} {dtype}": show(index, f"{label}: {text}")
+            chunks[f"{name}{SUFFIXES[dtype]}.onnx"] = component.write(export.folder / "onnx", SUFFIXES[dtype], show_step)
+        show(len(components), "all graphs written")
     return chunks
 
 
-def _makers(export: Export, even: Weights, four: Quantised | None) -> list[tuple[str, str, Callable[[], Component]]]:
-    """What makes each session; `even` are the weights for precisions in blocks."""
-    weights, text = export.weights, export.weights.config.get_text_config()
-    eight = eight_bits(even.text)
-    found: list[tuple[str, str, Callable[[], Component]]] = []
+def _list_components(export: Export, smooth_weights: Weights, four_bit: Quantizer | None) -> list[tuple[str, str, Callable[[], Component]]]:
+    """List (dtype, session, function that builds it); `smooth_weights` are for the quantized precisions."""
+    weights, text_config = export.weights, export.weights.config.get_text_config()
+    eight_bit = make_8_bit_quantizer(smooth_weights.read)
+    components: list[tuple[str, str, Callable[[], Component]]] = []
     providers: dict[torch.dtype, Provider] = {torch.float16: "webgpu", torch.float32: "cpu"} if export.fuse else {}
-    traced = cache(lambda held: decoder(text, held, providers.get(held)))
+    get_traced = cache(lambda compute_dtype: trace_decoder(text_config, compute_dtype, providers.get(compute_dtype)))
     for dtype in export.dtypes:
-        held = torch.float16 if dtype in HALF else torch.float32
-        by = {"q8": eight, "q4": four, "q4f16": four, "int8": replace(eight, whole=True)}.get(dtype)
-        apart = export.layout == "multimodal"
-        name = "decoder_model_merged" if apart else "model"
+        compute_dtype = torch.float16 if dtype in HALF_DTYPES else torch.float32
+        quantizer = {"q8": eight_bit, "q4": four_bit, "q4f16": four_bit, "int8": replace(eight_bit, dequantize_on_load=True)}.get(dtype)
+        is_multimodal = export.layout == "multimodal"
+        name = "decoder_model_merged" if is_multimodal else "model"
 
-        def chat(
-            held: torch.dtype = held, by: Quantised | None = by, name: str = name, apart: bool = apart
+        def build_decoder(
+            compute_dtype: torch.dtype = compute_dtype, quantizer: Quantizer | None = quantizer, name: str = name, is_multimodal: bool = is_multimodal
         ) -> Component:
-            return decoder_component(traced(held).copy(), even if by else weights, name, held, by, embeds=apart)
+            return decoder_component(get_traced(compute_dtype).copy(), smooth_weights if quantizer else weights, name, compute_dtype, quantizer, takes_embeds=is_multimodal)
 
-        found.append((dtype, name, chat))
-        if apart:
-            rows = eight if dtype in BLOCKS else None
-            found.append((dtype, "embed_tokens", lambda h=held, r=rows: embeddings_component(weights, h, r)))
-            found.append((dtype, "vision_encoder", lambda h=held, d=dtype: vision_component(weights, h, d in BLOCKS)))
-    return found
+        components.append((dtype, name, build_decoder))
+        if is_multimodal:
+            embedding_quantizer = eight_bit if dtype in QUANTIZED_DTYPES else None
+            components.append((dtype, "embed_tokens", lambda h=compute_dtype, r=embedding_quantizer: embeddings_component(weights, h, r)))
+            components.append((dtype, "vision_encoder", lambda h=compute_dtype, d=dtype: vision_component(weights, h, d in QUANTIZED_DTYPES)))
+    return components
 
 
-def _record(folder: Path, source: Source, result: dict[str, Any]) -> None:
+def _write_record(folder: Path, source: Source, result: dict[str, Any]) -> None:
     from phoque import __version__
 
-    said = {name: result[name] for name in ("layout", "engine", "dtypes", "bytes")}
+    summary = {name: result[name] for name in ("layout", "engine", "dtypes", "bytes")}
     digests = {f"onnx/{file.name}": sha256(file) for file in sorted((folder / "onnx").iterdir())}
-    record = {"schema_version": 1, "phoque": __version__, "source_revision": source.revision, **said, "sha256": digests}
+    record = {"schema_version": 1, "phoque": __version__, "source_revision": source.revision, **summary, "sha256": digests}
     (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
-def _verified(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, console: Console) -> str:
+def _verify_export(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, console: Console) -> str:
     from phoque.onnx.verify.run import verified_folder
 
     verdict = verified_folder(folder, dtypes, "ort", console, source)
-    failed = verdict.failed()
-    for check in failed:
+    failures = verdict.failed()
+    for check in failures:
         console.warn(f"{check.level}: {check.said}")
-    if failed and s.verify_strict:
+    if failures and s.verify_strict:
         raise PhoqueError(
-            "The export does not verify; it was not kept.",
-            f"{failed[0].level}: {failed[0].said}",
-            "Report it with the model's config.json, or look at it with --no-verify-strict.",
+            "The export does not verify; it was deleted.",
+            f"{failures[0].level}: {failures[0].said}",
+            "Report it with the model's config.json, or keep the export with --no-verify-strict.",
             FAILED,
         )
-    return "FAIL" if failed else "PASS"
+    return "FAIL" if failures else "PASS"

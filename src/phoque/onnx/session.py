@@ -1,4 +1,4 @@
-"""An export under ONNX Runtime on the CPU: the sessions that Transformers.js makes, fed as it feeds them."""
+"""Run an export with ONNX Runtime on the CPU, with the same sessions and inputs as Transformers.js."""
 
 import time
 from pathlib import Path
@@ -8,12 +8,12 @@ import numpy as np
 
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16", "int8": "_int8"}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-DECODERS = ("decoder_model_merged", "model")
+DECODER_NAMES = ("decoder_model_merged", "model")
 Past = list[np.ndarray]
 
 
-def session(file: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU. Raises what ONNX Runtime raises for a file that it cannot run."""
+def open_session(file: Path, threads: int = 0) -> Any:
+    """Open an ONNX Runtime session on the CPU; 0 threads lets ONNX Runtime choose. Raises ONNX Runtime's own errors."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -21,75 +21,77 @@ def session(file: Path, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def decoder_of(folder: Path, dtype: str) -> str:
-    """The name of the decoder's session. Raises FileNotFoundError if there is none of that precision."""
-    for name in DECODERS:
+def find_decoder(folder: Path, dtype: str) -> str:
+    """Return the name of the decoder session. Raises FileNotFoundError if there is none in that precision."""
+    for name in DECODER_NAMES:
         if (folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx").is_file():
             return name
     raise FileNotFoundError(f"no decoder in {dtype}")
 
 
 class OnnxChatModel:
-    """The text side of an export in one precision: token ids in, logits out, with a cache."""
+    """The text model of an export in one precision: token ids in, logits and KV cache out."""
 
     def __init__(self, folder: Path, dtype: str, threads: int = 0) -> None:
-        name = decoder_of(folder, dtype)
-        self.decoder = session(folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx", threads)
-        apart = name == "decoder_model_merged"
+        name = find_decoder(folder, dtype)
+        self.decoder = open_session(folder / "onnx" / f"{name}{SUFFIXES[dtype]}.onnx", threads)
+        has_embed_session = name == "decoder_model_merged"
         file = folder / "onnx" / f"embed_tokens{SUFFIXES[dtype]}.onnx"
-        self.embed: Any = session(file, threads) if apart else None
+        self.embed: Any = open_session(file, threads) if has_embed_session else None
         self.inputs = {entry.name: entry for entry in self.decoder.get_inputs()}
         self.cache = [name for name in self.inputs if name.startswith("past_key_values.")]
         self.outputs = [entry.name for entry in self.decoder.get_outputs()]
 
-    def embeddings(self, ids: np.ndarray) -> np.ndarray:
-        """inputs_embeds [1, length, width] of ids [1, length]; only where embeddings are a session of their own."""
+    def embed_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Return inputs_embeds [1, length, width] of ids [1, length]; for exports with a session embed_tokens only."""
         return self.embed.run(None, {"input_ids": ids})[0]
 
     def run(
         self,
         ids: np.ndarray,
         past: Past | None = None,
-        keep: int = 0,
-        at: int | None = None,
+        num_logits: int = 0,
+        first_position: int | None = None,
         embeds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Past]:
-        """Logits [1, length, vocabulary] and the cache after `ids` [1, length], which follow `past`.
+        """Return logits [1, length, vocabulary] for `ids` [1, length] that follow `past`, and the cache after them.
 
-        `keep` is how many of the last logits are wanted, 0 for all; `at` is the first position, if not after the past.
+        `num_logits` is the number of last positions to return logits for, 0 for all. `first_position` is the position
+        of the first token, by default the length of `past`. `embeds` [1, length, width] replaces the embeddings of
+        `ids`, for exports with a session embed_tokens only.
         """
-        so_far, new = (past[0].shape[2] if past else 0), ids.shape[1]
-        first = so_far if at is None else at
-        given: dict[str, Any] = {
-            "attention_mask": np.ones((1, so_far + new), np.int64),
-            "position_ids": np.arange(first, first + new)[None],
-            "num_logits_to_keep": np.array(keep, np.int64),
+        past_length, new_length = (past[0].shape[2] if past else 0), ids.shape[1]
+        start = past_length if first_position is None else first_position
+        feeds: dict[str, Any] = {
+            "attention_mask": np.ones((1, past_length + new_length), np.int64),
+            "position_ids": np.arange(start, start + new_length)[None],
+            "num_logits_to_keep": np.array(num_logits, np.int64),
         }
         if self.embed is None:
-            given["input_ids"] = ids
+            feeds["input_ids"] = ids
         else:
-            given["inputs_embeds"] = self.embeddings(ids) if embeds is None else embeds
-        given |= dict(zip(self.cache, past or self.empty(), strict=True))
-        found = dict(
-            zip(self.outputs, self.decoder.run(None, {k: v for k, v in given.items() if k in self.inputs}), strict=True)
+            feeds["inputs_embeds"] = self.embed_tokens(ids) if embeds is None else embeds
+        feeds |= dict(zip(self.cache, past or self.empty_cache(), strict=True))
+        results = dict(
+            zip(self.outputs, self.decoder.run(None, {k: v for k, v in feeds.items() if k in self.inputs}), strict=True)
         )
-        return found["logits"], [found[name.replace("past_key_values", "present")] for name in self.cache]
+        return results["logits"], [results[name.replace("past_key_values", "present")] for name in self.cache]
 
-    def empty(self) -> Past:
-        """A cache with nothing in it, made as Transformers.js makes it: what is no number, nor batch_size, is 0."""
-        made = []
+    def empty_cache(self) -> Past:
+        """Return an empty cache, made as Transformers.js makes it: a symbolic dimension is 0, but batch_size is 1."""
+        tensors = []
         for name in self.cache:
             entry = self.inputs[name]
             shape = [d if isinstance(d, int) else 1 if d == "batch_size" else 0 for d in entry.shape]
-            made.append(np.zeros(shape, DTYPES[entry.type]))
-        return made
+            tensors.append(np.zeros(shape, DTYPES[entry.type]))
+        return tensors
 
-    def greedy(self, ids: np.ndarray, new: int, seconds: float) -> list[int]:
-        """The likeliest continuation: `new` tokens, or as many as the time allows."""
-        said: list[int] = []
-        end = time.monotonic() + seconds
+    def generate(self, ids: np.ndarray, max_new_tokens: int, seconds: float) -> list[int]:
+        """Return the greedy continuation of `ids`: `max_new_tokens` tokens, or fewer when `seconds` have passed."""
+        tokens: list[int] = []
+        deadline = time.monotonic() + seconds
         logits, past = self.run(ids, None, 1)
-        while len(said) < new and time.monotonic() < end:
-            said.append(int(logits[0, -1].argmax()))
-            logits, past = self.run(np.array([said[-1:]]), past, 1)
-        return said
+        while len(tokens) < max_new_tokens and time.monotonic() < deadline:
+            tokens.append(int(logits[0, -1].argmax()))
+            logits, past = self.run(np.array([tokens[-1:]]), past, 1)
+        return tokens

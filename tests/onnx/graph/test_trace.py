@@ -20,8 +20,8 @@ def made(folder, out, dtype=torch.float32, suffix=""):
     """An export's decoder alone, and the source it came from."""
     source = Source("tiny", folder, "1", "here")
     weights = Weights(source)
-    traced = trace.decoder(weights.config.get_text_config(), dtype, "cpu" if dtype == torch.float32 else "webgpu")
-    part = decoder_component(traced, weights, "model", dtype, None, embeds=False)
+    traced = trace.trace_decoder(weights.config.get_text_config(), dtype, "cpu" if dtype == torch.float32 else "webgpu")
+    part = decoder_component(traced, weights, "model", dtype, None, takes_embeds=False)
     (out / "onnx").mkdir(parents=True, exist_ok=True)
     part.write(out / "onnx", suffix, lambda _: None)
     return source, part
@@ -42,7 +42,7 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tm
     for first in (0, 1000):
         with torch.no_grad():
             wanted = model(input_ids=ids, position_ids=torch.arange(first, first + 24)[None]).logits.numpy()
-        found, _ = chat.run(ids.numpy(), at=first)
+        found, _ = chat.run(ids.numpy(), first_position=first)
         assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
         if first == 0:
             one, past = chat.run(ids[:, :9].numpy())
@@ -55,8 +55,8 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tm
 def test_plain_operators_say_the_same(tmp_path):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
     weights = Weights(Source("tiny", folder, "1", "here"))
-    traced = trace.decoder(weights.config.get_text_config(), torch.float32, None)
-    part = decoder_component(traced, weights, "model", torch.float32, None, embeds=False)
+    traced = trace.trace_decoder(weights.config.get_text_config(), torch.float32, None)
+    part = decoder_component(traced, weights, "model", torch.float32, None, takes_embeds=False)
     assert not any(node.domain for node in part.model.graph)
     (tmp_path / "plain" / "onnx").mkdir(parents=True)
     part.write(tmp_path / "plain" / "onnx", "", lambda _: None)
@@ -69,7 +69,7 @@ def test_plain_operators_say_the_same(tmp_path):
 def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
     _, repeated = made(folder, tmp_path / "repeated")
-    monkeypatch.setattr(trace, "TRACED", 5)
+    monkeypatch.setattr(trace, "TRACED_LAYERS", 5)
     _, whole = made(folder, tmp_path / "whole")
     kinds = lambda part: sorted(node.op_type for node in part.model.graph)
     assert kinds(repeated) == kinds(whole)
@@ -87,7 +87,7 @@ def test_no_path_of_this_machine_is_in_the_file(tmp_path):
 
 
 def test_a_weight_that_the_exporter_folds_away_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(trace, "_parts", lambda array, names: iter(()))
+    monkeypatch.setattr(trace, "_read_watermarks", lambda array, names: iter(()))
     with pytest.raises(PhoqueError) as refused:
         made(tiny.llama(tmp_path / "m"), tmp_path / "out")
     assert "weight" in refused.value.why and refused.value.code == 1

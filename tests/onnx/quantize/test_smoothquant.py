@@ -6,10 +6,10 @@ import torch
 from phoque.models.load import load_model
 from phoque.models.source import Source
 from phoque.onnx.component import Weights
-from phoque.onnx.quantize.block_format import rounded
-from phoque.onnx.quantize.linear_groups import groups_of, hold
-from phoque.onnx.quantize.mixed_precision import _distance, _log_probs, _rounding
-from phoque.onnx.quantize.smoothquant import _sizes, smoothed
+from phoque.onnx.quantize.block_format import round_to_nearest
+from phoque.onnx.quantize.linear_groups import linear_groups_of, replace_weight
+from phoque.onnx.quantize.mixed_precision import _measure_accuracy, _compute_log_probs, _round_activations
+from phoque.onnx.quantize.smoothquant import _measure_channel_rms, smooth_activations
 
 
 @pytest.fixture
@@ -35,23 +35,23 @@ def test_an_even_model_says_the_same_and_rounds_better(loud):
         return load_model(loud, "none", on=torch.device("cpu"))
 
     model, whole = opened(), Weights(loud)
-    before = [_log_probs(model, ids) for ids in chats()]
-    names = [group[0] for group in groups_of(model)]
-    uneven = _sizes(model, names, chats())
-    even = smoothed(whole, model, chats(6))
-    kl, agreement = _distance(model, chats(), before)
+    before = [_compute_log_probs(model, ids) for ids in chats()]
+    names = [group[0] for group in linear_groups_of(model)]
+    uneven = _measure_channel_rms(model, names, chats())
+    even = smooth_activations(whole, model, chats(6))
+    kl, agreement = _measure_accuracy(model, chats(), before)
     assert kl < 1e-5 and agreement == 1.0
     changed = [name for name, held in model.named_parameters() if not torch.equal(held, opened().get_parameter(name))]
     assert any("norm" in name for name in changed) and not any("embed" in name or "q_norm" in name for name in changed)
     for name, held in model.named_parameters():
-        assert torch.equal(even.text(name), held)
+        assert torch.equal(even.read(name), held)
     spread = lambda sizes: sum((size.amax() / size.median()).item() for size in sizes.values())
-    assert spread(_sizes(model, names, chats())) < 0.3 * spread(uneven)
+    assert spread(_measure_channel_rms(model, names, chats())) < 0.3 * spread(uneven)
 
     def cost(weights, model):
-        for name in (name for group in groups_of(model) for name in group):
-            hold(model, name, rounded(weights.text(f"{name}.weight")))
-        with _rounding(model):
-            return _distance(model, chats(), before)[0]
+        for name in (name for group in linear_groups_of(model) for name in group):
+            replace_weight(model, name, round_to_nearest(weights.read(f"{name}.weight")))
+        with _round_activations(model):
+            return _measure_accuracy(model, chats(), before)[0]
 
     assert cost(even, model) < 0.7 * cost(whole, opened())

@@ -1,4 +1,4 @@
-"""The decoder's graph as Transformers.js wants it: its names, sizes and inputs; embeddings and head; blocks of bits."""
+"""Turn the traced decoder into a session of Transformers.js: names, sizes, embeddings, head and quantized weights."""
 
 import re
 from typing import Any
@@ -10,139 +10,142 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.models.load import HEAD
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
-from phoque.onnx.graph.trace import Decoder, Part
-from phoque.onnx.quantize.block_format import Quantised, block_size, fits
+from phoque.onnx.graph.trace import TracedDecoder, PackedParameter
+from phoque.onnx.quantize.block_format import Quantizer, choose_group_size, can_quantize
 
-LAST = 2**31 - 1  # of a slice: to the end
+SLICE_END = 2**31 - 1  # the end of a Slice that goes to the end of the axis
 
 
 def decoder_component(
-    traced: Decoder, weights: Weights, name: str, dtype: torch.dtype, quantised: Quantised | None, embeds: bool
+    traced: TracedDecoder, weights: Weights, name: str, dtype: torch.dtype, quantizer: Quantizer | None, takes_embeds: bool
 ) -> Component:
-    """The decoder, ready to be written: `model` with its embeddings, or `decoder_model_merged` without (`embeds`).
+    """Build the decoder session: `model` takes input_ids, `decoder_model_merged` takes inputs_embeds (`takes_embeds`).
 
-    `quantised` gives a parameter in blocks; without it the weights are of `dtype`, which the graph computes in.
-    Whatever that is, embeddings and logits are fp32, so that sessions of different precisions go together.
+    The graph computes in `dtype`. `quantizer` quantizes the weights of linear layers and embeddings; without it they
+    are stored in `dtype`. inputs_embeds and logits are always fp32, so sessions of different precisions can be mixed.
     """
     config = weights.config.get_text_config()
-    part = Component(name, traced.model, weights)
-    graph = part.model.graph
-    _attend_causally(graph)
-    RemoveUnusedNodesPass()(part.model)
-    _tidy(graph)
-    RemoveUnusedNodesPass()(part.model)
-    _unpack(graph, traced.recipes)
-    _rename(graph, config, dtype)
-    _head(part, traced, weights, dtype, quantised)
-    if embeds:
+    component = Component(name, traced.model, weights)
+    graph = component.model.graph
+    _remove_attention_mask(graph)
+    RemoveUnusedNodesPass()(component.model)
+    _simplify(graph)
+    RemoveUnusedNodesPass()(component.model)
+    _split_packed_matmuls(graph, traced.recipes)
+    _rename_inputs_outputs(graph, config, dtype)
+    _replace_head(component, traced, weights, dtype, quantizer)
+    if takes_embeds:
         _cast_input(graph, dtype)
     else:
-        _embed(part, weights, dtype, quantised)
-    _fill(part, traced, weights, dtype, quantised)
-    RemoveUnusedNodesPass()(part.model)
+        _replace_inputs_embeds(component, weights, dtype, quantizer)
+    _fill_weights(component, traced, weights, dtype, quantizer)
+    RemoveUnusedNodesPass()(component.model)
     graph.sort()
-    forget(part.model)
-    return part
+    strip_metadata(component.model)
+    return component
 
 
-def embeddings_component(weights: Weights, dtype: torch.dtype, quantised: Quantised | None) -> Component:
-    """`embed_tokens`: input_ids in, inputs_embeds in fp32 out."""
-    model = _empty()
-    part = Component("embed_tokens", model, weights)
-    ids = _ids(model.graph)
-    out = _gathered(part, weights, ids, dtype, quantised)
-    out.name, out.type = "inputs_embeds", ir.TensorType(ir.DataType.FLOAT)
-    out.shape = ir.Shape([1, "sequence_length", weights.shape(EMBEDDINGS)[1]])
-    model.graph.outputs.append(out)
-    return part
+def embeddings_component(weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> Component:
+    """Build the session `embed_tokens`: input_ids in, inputs_embeds in fp32 out."""
+    model = _make_empty_model()
+    component = Component("embed_tokens", model, weights)
+    ids = _add_input_ids(model.graph)
+    embeddings = _add_embedding_lookup(component, weights, ids, dtype, quantizer)
+    embeddings.name, embeddings.type = "inputs_embeds", ir.TensorType(ir.DataType.FLOAT)
+    embeddings.shape = ir.Shape([1, "sequence_length", weights.shape(EMBEDDINGS)[1]])
+    model.graph.outputs.append(embeddings)
+    return component
 
 
-def _empty() -> ir.Model:
+def _make_empty_model() -> ir.Model:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1}, name="main_graph")
     return ir.Model(graph, ir_version=10, producer_name="phoque")
 
 
-def _ids(graph: ir.Graph) -> ir.Value:
+def _add_input_ids(graph: ir.Graph) -> ir.Value:
     ids = ir.Value(name="input_ids", shape=ir.Shape([1, "sequence_length"]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.insert(0, ids)
     return ids
 
 
-def _attend_causally(graph: ir.Graph) -> None:
-    """Drop the mask's bias, and the zeroing of rows that attend to nothing.
+def _remove_attention_mask(graph: ir.Graph) -> None:
+    """Remove the mask from fused attention, and the Where nodes that zero rows without any attended token.
 
-    Attention that is fused with its cache is causal by itself, and one conversation has no padding.
+    GroupQueryAttention is causal without a mask, and a batch of one conversation has no padding.
     """
-    fused = [node for node in graph if node.op_type == "GroupQueryAttention"]
-    for node in fused:
+    attention_nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    for node in attention_nodes:
         if len(node.inputs) > 10:
             node.replace_input_with(10, None)
-    unattended = [n for n in graph if n.op_type == "Where" and _constant(n.inputs[1]) == 0.0] if fused else []
-    for node in unattended:
-        attended = node.inputs[2]
-        assert attended is not None
-        node.outputs[0].replace_all_uses_with(attended)
+    where_nodes = [n for n in graph if n.op_type == "Where" and _get_scalar(n.inputs[1]) == 0.0] if attention_nodes else []
+    for node in where_nodes:
+        attention_output = node.inputs[2]
+        assert attention_output is not None
+        node.outputs[0].replace_all_uses_with(attention_output)
 
 
-def _tidy(graph: ir.Graph) -> None:
-    """Drop what the exporter leaves that only costs time: sizes that are known, reshapes, outputs that nobody reads."""
+def _simplify(graph: ir.Graph) -> None:
+    """Remove what only costs time: Shape nodes of known sizes, Reshape nodes after attention, and unused outputs."""
     for node in list(graph):
         if node.op_type == "Shape":
-            sizes = _sizes_asked(node)
-            known = [size for size in sizes if isinstance(size, int)]
-            if len(known) == len(sizes):
-                node.outputs[0].replace_all_uses_with(_numbers(graph, f"{node.outputs[0].name}.known", known))
+            sizes = _read_shape_output(node)
+            static_sizes = [size for size in sizes if isinstance(size, int)]
+            if len(static_sizes) == len(sizes):
+                node.outputs[0].replace_all_uses_with(_add_ints(graph, f"{node.outputs[0].name}.known", static_sizes))
         elif node.op_type == "SkipSimplifiedLayerNormalization":
-            for unread in (value for value in node.outputs[1:3] if not value.uses()):
-                unread.name = ""  # as many rows of means and deviations as there are tokens
+            for unused in (value for value in node.outputs[1:3] if not value.uses()):
+                unused.name = ""  # mean and inverse deviation for every token
         elif node.op_type == "GroupQueryAttention":
-            out = node.outputs[0]  # (1, tokens, heads x head size), which the product that follows takes
+            out = node.outputs[0]  # [1, tokens, heads * head_dim], the shape that the next linear layer reads
             last = out
             while [user.op_type for user, _ in last.uses()] == ["Reshape"]:
                 last = next(iter(last.uses()))[0].outputs[0]
             last.replace_all_uses_with(out)
 
 
-def _sizes_asked(node: ir.Node) -> list[Any]:
-    """What a Shape node gives, as far as it is known beforehand."""
+def _read_shape_output(node: ir.Node) -> list[Any]:
+    """Return the sizes that a Shape node outputs: integers where they are static, else symbols or None."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    return [None] if shape is None else list(shape)[_attribute(node, "start", 0) : _attribute(node, "end", None)]
+    return [None] if shape is None else list(shape)[_get_attribute(node, "start", 0) : _get_attribute(node, "end", None)]
 
 
-def _unpack(graph: ir.Graph, recipes: dict[str, tuple[Part, ...]]) -> None:
-    """Make products apart that are made as one only to be split: two small ones cost less than the copies do."""
-    for held in list(recipes):
-        old = graph.initializers[held]
-        products = [user for user, _ in old.uses()]
-        if [product.op_type for product in products] != ["MatMul"]:
+def _split_packed_matmuls(graph: ir.Graph, recipes: dict[str, tuple[PackedParameter, ...]]) -> None:
+    """Replace a packed MatMul that is followed by Split with one MatMul per parameter: Split copies its outputs."""
+    for packed_name in list(recipes):
+        packed_weight = graph.initializers[packed_name]
+        matmuls = [user for user, _ in packed_weight.uses()]
+        if [matmul.op_type for matmul in matmuls] != ["MatMul"]:
             continue
-        product = products[0]
-        users = [user for user, _ in product.outputs[0].uses()]
-        if [user.op_type for user in users] != ["Split"]:
+        matmul = matmuls[0]
+        consumers = [user for user, _ in matmul.outputs[0].uses()]
+        if [user.op_type for user in consumers] != ["Split"]:
             continue
-        hidden = product.inputs[0]
+        hidden = matmul.inputs[0]
         assert hidden is not None
-        for part, value in zip(recipes.pop(held), users[0].outputs, strict=True):
-            weight = ir.Value(name=f"{held}.{part.name}")
-            weight.const_value = old.const_value  # as if it were held: what it is, its recipe says
+        for parameter, value in zip(recipes.pop(packed_name), consumers[0].outputs, strict=True):
+            weight = ir.Value(name=f"{packed_name}.{parameter.name}")
+            weight.const_value = packed_weight.const_value  # a placeholder; the recipe says what to fill in
             graph.register_initializer(weight)
-            recipes[str(weight.name)] = (part,)
-            value.replace_all_uses_with(_op(graph, "MatMul", [hidden, weight], before=product))
-        graph.remove([users[0], product], safe=True)
-        del graph.initializers[held]
+            recipes[str(weight.name)] = (parameter,)
+            value.replace_all_uses_with(_add_node(graph, "MatMul", [hidden, weight], before=matmul))
+        graph.remove([consumers[0], matmul], safe=True)
+        del graph.initializers[packed_name]
 
 
-def _attribute(node: ir.Node, name: str, otherwise: Any) -> Any:
-    return node.attributes[name].value if name in node.attributes else otherwise
+def _get_attribute(node: ir.Node, name: str, default: Any) -> Any:
+    return node.attributes[name].value if name in node.attributes else default
 
 
-def _constant(value: ir.Value | None) -> float | None:
-    held = value.const_value if value is not None else None
-    return float(held.numpy().flat[0]) if held is not None and held.size == 1 else None
+def _get_scalar(value: ir.Value | None) -> float | None:
+    tensor = value.const_value if value is not None else None
+    return float(tensor.numpy().flat[0]) if tensor is not None and tensor.size == 1 else None
 
 
-def _rename(graph: ir.Graph, config: Any, dtype: torch.dtype) -> None:
-    """Transformers.js's names, and sizes as numbers: of an empty cache it takes every unknown size for 0."""
+def _rename_inputs_outputs(graph: ir.Graph, config: Any, dtype: torch.dtype) -> None:
+    """Rename inputs and outputs to Transformers.js's names, in layer order, and give them static sizes where possible.
+
+    Transformers.js sets every symbolic size of an empty cache but batch_size to 0, so heads and head_dim are numbers.
+    """
     heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shapes = {
@@ -153,9 +156,9 @@ def _rename(graph: ir.Graph, config: Any, dtype: torch.dtype) -> None:
     for value in [*graph.inputs, *graph.outputs]:
         cache = re.fullmatch(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s", str(value.name))
         if cache:
-            way, number, kind = cache.groups()
-            value.name = f"{'past_key_values' if way == 'input' else 'present'}.{number}.{kind}"
-            length = "past_sequence_length" if way == "input" else "total_sequence_length"
+            direction, number, kind = cache.groups()
+            value.name = f"{'past_key_values' if direction == 'input' else 'present'}.{number}.{kind}"
+            length = "past_sequence_length" if direction == "input" else "total_sequence_length"
             value.shape, value.type = ir.Shape([1, heads, length, head_dim]), ir.TensorType(DTYPES[dtype])
         elif value.name in shapes:
             value.shape = ir.Shape(shapes[value.name])
@@ -165,35 +168,35 @@ def _rename(graph: ir.Graph, config: Any, dtype: torch.dtype) -> None:
         values.extend(ordered)
 
 
-def _head(part: Component, traced: Decoder, weights: Weights, dtype: torch.dtype, quantised: Quantised | None) -> None:
-    """The last tokens' logits alone, as many as `num_logits_to_keep` asks for; 0 asks for all of them."""
-    graph = part.model.graph
-    (held,) = (name for name, parts in traced.recipes.items() if parts[0].name == HEAD)
-    traced.recipes.pop(held)
-    (old,) = (node for node, _ in graph.initializers[held].uses())
-    hidden, logits = old.inputs[0], graph.outputs[0]
-    assert hidden is not None and logits is old.outputs[0]
-    keep = ir.Value(name="num_logits_to_keep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    graph.inputs.append(keep)
-    start = _op(graph, "Reshape", [_op(graph, "Neg", [keep]), _numbers(graph, "one_axis", [1])])
-    ends, axes = _numbers(graph, "slice_ends", [LAST]), _numbers(graph, "slice_axes", [1])
-    kept = _op(graph, "Slice", [hidden, start, ends, axes])
-    rows, width = weights.shape(HEAD)
-    if quantised and fits((rows, width)):
-        made = _by_bits(part, kept, [HEAD], quantised, dtype, EMBEDDINGS if weights.tied else HEAD)
+def _replace_head(component: Component, traced: TracedDecoder, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> None:
+    """Replace the traced head by one that returns logits for the last `num_logits_to_keep` tokens; 0 means all."""
+    graph = component.model.graph
+    (weight_name,) = (name for name, parameters in traced.recipes.items() if parameters[0].name == HEAD)
+    traced.recipes.pop(weight_name)
+    (head_node,) = (node for node, _ in graph.initializers[weight_name].uses())
+    hidden, traced_logits = head_node.inputs[0], graph.outputs[0]
+    assert hidden is not None and traced_logits is head_node.outputs[0]
+    num_logits = ir.Value(name="num_logits_to_keep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    graph.inputs.append(num_logits)
+    start = _add_node(graph, "Reshape", [_add_node(graph, "Neg", [num_logits]), _add_ints(graph, "one_axis", [1])])
+    ends, axes = _add_ints(graph, "slice_ends", [SLICE_END]), _add_ints(graph, "slice_axes", [1])
+    last_hidden = _add_node(graph, "Slice", [hidden, start, ends, axes])
+    vocab_size, hidden_size = weights.shape(HEAD)
+    if quantizer and can_quantize((vocab_size, hidden_size)):
+        output = _add_quantized_linear(component, last_hidden, [HEAD], quantizer, dtype, EMBEDDINGS if weights.tied else HEAD)
     else:
-        table = _table(part, weights, EMBEDDINGS if weights.tied else HEAD, dtype)
-        flat = _op(graph, "Reshape", [kept, _numbers(graph, "head_in", [-1, width])])
-        product = _op(graph, "Gemm", [flat, table], attributes={"transB": 1})
-        made = _op(graph, "Reshape", [product, _numbers(graph, "head_out", [1, -1, rows])])
+        table = _add_weight(component, weights, EMBEDDINGS if weights.tied else HEAD, dtype)
+        flat = _add_node(graph, "Reshape", [last_hidden, _add_ints(graph, "head_in", [-1, hidden_size])])
+        matmul = _add_node(graph, "Gemm", [flat, table], attributes={"transB": 1})
+        output = _add_node(graph, "Reshape", [matmul, _add_ints(graph, "head_out", [1, -1, vocab_size])])
     if dtype != torch.float32:
-        made = _op(graph, "Cast", [made], attributes={"to": int(ir.DataType.FLOAT)})
-    logits.name = "unused_logits"
-    made.name, made.type = "logits", ir.TensorType(ir.DataType.FLOAT)
-    made.shape = ir.Shape([1, "logits_length", rows])
-    graph.outputs[0] = made
-    graph.remove(old, safe=True)
-    del graph.initializers[held]
+        output = _add_node(graph, "Cast", [output], attributes={"to": int(ir.DataType.FLOAT)})
+    traced_logits.name = "unused_logits"
+    output.name, output.type = "logits", ir.TensorType(ir.DataType.FLOAT)
+    output.shape = ir.Shape([1, "logits_length", vocab_size])
+    graph.outputs[0] = output
+    graph.remove(head_node, safe=True)
+    del graph.initializers[weight_name]
 
 
 def _cast_input(graph: ir.Graph, dtype: torch.dtype) -> None:
@@ -201,174 +204,174 @@ def _cast_input(graph: ir.Graph, dtype: torch.dtype) -> None:
     embeds.type = ir.TensorType(ir.DataType.FLOAT)
     if dtype != torch.float32:
         uses = list(embeds.uses())
-        cast = _op(graph, "Cast", [embeds], attributes={"to": int(DTYPES[dtype])})
+        cast = _add_node(graph, "Cast", [embeds], attributes={"to": int(DTYPES[dtype])})
         for node, index in uses:
             node.replace_input_with(index, cast)
 
 
-def _embed(part: Component, weights: Weights, dtype: torch.dtype, quantised: Quantised | None) -> None:
-    """input_ids in place of inputs_embeds."""
-    graph = part.model.graph
+def _replace_inputs_embeds(component: Component, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> None:
+    """Replace the input inputs_embeds by input_ids and an embedding lookup."""
+    graph = component.model.graph
     embeds = graph.inputs[0]
     uses = list(embeds.uses())
     graph.inputs.remove(embeds)
-    made = _gathered(part, weights, _ids(graph), dtype, quantised, dtype)
+    embeddings = _add_embedding_lookup(component, weights, _add_input_ids(graph), dtype, quantizer, dtype)
     for node, index in uses:
-        node.replace_input_with(index, made)
+        node.replace_input_with(index, embeddings)
 
 
-def _gathered(
-    part: Component,
+def _add_embedding_lookup(
+    component: Component,
     weights: Weights,
     ids: ir.Value,
     dtype: torch.dtype,
-    quantised: Quantised | None,
-    wanted: torch.dtype = torch.float32,
+    quantizer: Quantizer | None,
+    output_dtype: torch.dtype = torch.float32,
 ) -> ir.Value:
-    """The tokens' rows of the embeddings in `wanted`; from 8 bits by operators that every runtime has."""
-    graph = part.model.graph
+    """Add a lookup of token embeddings, in `output_dtype`; quantized rows are dequantized with standard operators."""
+    graph = component.model.graph
     shape = weights.shape(EMBEDDINGS)
-    if quantised and fits(shape):
-        codes, scales = _coded(part, [EMBEDDINGS], quantised, torch.float32, EMBEDDINGS)[:2]
-        size = _op(graph, "Gather", [scales, ids])
+    if quantizer and can_quantize(shape):
+        codes, scales = _add_quantized_weights(component, [EMBEDDINGS], quantizer, torch.float32, EMBEDDINGS)[:2]
+        row_scales = _add_node(graph, "Gather", [scales, ids])
         if scales.dtype != ir.DataType.FLOAT:
-            size = _op(graph, "Cast", [size], attributes={"to": int(ir.DataType.FLOAT)})
-        whole = _dequantised(graph, _op(graph, "Gather", [codes, ids]), size)
-        made = _op(graph, "Reshape", [whole, _numbers(graph, "embed_shape", [1, -1, shape[1]])])
-        held = torch.float32
+            row_scales = _add_node(graph, "Cast", [row_scales], attributes={"to": int(ir.DataType.FLOAT)})
+        dequantized = _add_dequantize(graph, _add_node(graph, "Gather", [codes, ids]), row_scales)
+        embeddings = _add_node(graph, "Reshape", [dequantized, _add_ints(graph, "embed_shape", [1, -1, shape[1]])])
+        current_dtype = torch.float32
     else:
-        made, held = _op(graph, "Gather", [_table(part, weights, EMBEDDINGS, dtype), ids]), dtype
-    return made if held == wanted else _op(graph, "Cast", [made], attributes={"to": int(DTYPES[wanted])})
+        embeddings, current_dtype = _add_node(graph, "Gather", [_add_weight(component, weights, EMBEDDINGS, dtype), ids]), dtype
+    return embeddings if current_dtype == output_dtype else _add_node(graph, "Cast", [embeddings], attributes={"to": int(DTYPES[output_dtype])})
 
 
-def _dequantised(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
-    """8 bits [..., blocks, block size] as fp32, by plain operators; `scales` [..., blocks] are fp32."""
-    steps = _op(graph, "Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)}, before=before)
-    steps = _op(graph, "Sub", [steps, _floats(graph, "middle_code", 128.0)], before=before)
-    size = _op(graph, "Unsqueeze", [scales, _numbers(graph, "last_axis", [-1])], before=before)
-    return _op(graph, "Mul", [steps, size], before=before)
+def _add_dequantize(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
+    """Dequantize 8-bit codes [..., groups, group size] with standard operators; `scales` [..., groups] are fp32."""
+    levels = _add_node(graph, "Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)}, before=before)
+    levels = _add_node(graph, "Sub", [levels, _add_float(graph, "middle_code", 128.0)], before=before)
+    scale = _add_node(graph, "Unsqueeze", [scales, _add_ints(graph, "last_axis", [-1])], before=before)
+    return _add_node(graph, "Mul", [levels, scale], before=before)
 
 
-def _table(part: Component, weights: Weights, name: str, dtype: torch.dtype) -> ir.Value:
-    """A parameter as it is; embeddings and a tied head share one."""
-    if name in part.model.graph.initializers:
-        return part.model.graph.initializers[name]
-    value = part.initializer(name, weights.shape(name), dtype)
-    part.fills.append(([value], lambda: [weights.text(name).to(dtype)]))
+def _add_weight(component: Component, weights: Weights, name: str, dtype: torch.dtype) -> ir.Value:
+    """Return the initializer of an unquantized parameter, added once; embeddings and a tied head share it."""
+    if name in component.model.graph.initializers:
+        return component.model.graph.initializers[name]
+    value = component.add_initializer(name, weights.shape(name), dtype)
+    component.fills.append(([value], lambda: [weights.read(name).to(dtype)]))
     return value
 
 
-def _fill(part: Component, traced: Decoder, weights: Weights, dtype: torch.dtype, quantised: Quantised | None) -> None:
-    """Every traced weight: in blocks of bits, or as its recipe says."""
-    graph = part.model.graph
-    for held, parts in traced.recipes.items():
-        old = graph.initializers[held]
-        users = [node for node, _ in old.uses()]
-        names = [p.name for p in parts]
-        products = all(node.op_type == "MatMul" and node.inputs[1] is old for node in users)
-        if quantised and products and all(p.transposed and fits(weights.shape(p.name)) for p in parts):
-            (node,) = users
+def _fill_weights(component: Component, traced: TracedDecoder, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> None:
+    """Replace every traced weight: quantized where possible, else assembled in `dtype` as its recipe says."""
+    graph = component.model.graph
+    for weight_name, parameters in traced.recipes.items():
+        traced_weight = graph.initializers[weight_name]
+        consumers = [node for node, _ in traced_weight.uses()]
+        names = [p.name for p in parameters]
+        is_linear = all(node.op_type == "MatMul" and node.inputs[1] is traced_weight for node in consumers)
+        if quantizer and is_linear and all(p.transposed and can_quantize(weights.shape(p.name)) for p in parameters):
+            (node,) = consumers
             hidden = node.inputs[0]
             assert hidden is not None
-            new = _by_bits(part, hidden, names, quantised, dtype, _joint(names), node)
-            node.outputs[0].replace_all_uses_with(new, replace_graph_outputs=True)
+            output = _add_quantized_linear(component, hidden, names, quantizer, dtype, _joint_name(names), node)
+            node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
             graph.remove(node, safe=True)
-        elif users:
-            shapes = [weights.shape(p.name)[:: -1 if p.transposed else 1] for p in parts]
-            shape = (*shapes[0][:-1], sum(one[-1] for one in shapes))
-            value = part.initializer(f"{_joint(names)}.filled", shape, dtype)
-            old.replace_all_uses_with(value)
-            part.fills.append(([value], lambda parts=parts: [_joined(weights, parts).to(dtype)]))
-        del graph.initializers[held]
+        elif consumers:
+            shapes = [weights.shape(p.name)[:: -1 if p.transposed else 1] for p in parameters]
+            shape = (*shapes[0][:-1], sum(s[-1] for s in shapes))
+            value = component.add_initializer(f"{_joint_name(names)}.filled", shape, dtype)
+            traced_weight.replace_all_uses_with(value)
+            component.fills.append(([value], lambda parameters=parameters: [_concatenate_parameters(weights, parameters).to(dtype)]))
+        del graph.initializers[weight_name]
 
 
-def _joined(weights: Weights, parts: tuple[Part, ...]) -> torch.Tensor:
-    pieces = [weights.text(p.name).T if p.transposed else weights.text(p.name) for p in parts]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+def _concatenate_parameters(weights: Weights, parameters: tuple[PackedParameter, ...]) -> torch.Tensor:
+    tensors = [weights.read(p.name).T if p.transposed else weights.read(p.name) for p in parameters]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
-def _joint(names: list[str]) -> str:
-    """`model.layers.0.self_attn.q_proj+k_proj+v_proj.weight`."""
+def _joint_name(names: list[str]) -> str:
+    """Return one name for several parameters, such as `model.layers.0.self_attn.q_proj+k_proj+v_proj.weight`."""
     if len(names) == 1:
         return names[0]
     stem, leaf = names[0].rsplit(".", 2)[0], names[0].rsplit(".", 1)[1]
     return f"{stem}.{'+'.join(name.rsplit('.', 2)[1] for name in names)}.{leaf}"
 
 
-def _by_bits(
-    part: Component,
+def _add_quantized_linear(
+    component: Component,
     hidden: ir.Value,
     names: list[str],
-    quantised: Quantised,
+    quantizer: Quantizer,
     dtype: torch.dtype,
     label: str,
     before: ir.Node | None = None,
 ) -> ir.Value:
-    """A product with parameters in blocks, side by side, all in the same bits."""
-    codes, scales, zeros, bits, rows, columns = _coded(part, names, quantised, dtype, label)
-    if quantised.whole:  # of constants alone, so that runtimes compute it when they load the graph
-        graph = part.model.graph
-        blocks = _dequantised(graph, codes, scales, before)
-        matrix = _op(graph, "Reshape", [blocks, _numbers(graph, f"{label}.shape", [rows, columns])], before=before)
-        turned = _op(graph, "Transpose", [matrix], attributes={"perm": [1, 0]}, before=before)
-        return _op(graph, "MatMul", [hidden, turned], before=before)
-    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block_size(columns), "accuracy_level": 4}
+    """Add one linear layer whose quantized weights are concatenated along the output rows; all have the same bits."""
+    codes, scales, zeros, bits, rows, columns = _add_quantized_weights(component, names, quantizer, dtype, label)
+    if quantizer.dequantize_on_load:  # dequantization reads only constants, so runtimes fold it when they load the graph
+        graph = component.model.graph
+        dequantized = _add_dequantize(graph, codes, scales, before)
+        matrix = _add_node(graph, "Reshape", [dequantized, _add_ints(graph, f"{label}.shape", [rows, columns])], before=before)
+        transposed = _add_node(graph, "Transpose", [matrix], attributes={"perm": [1, 0]}, before=before)
+        return _add_node(graph, "MatMul", [hidden, transposed], before=before)
+    attributes = {"K": columns, "N": rows, "bits": bits, "block_size": choose_group_size(columns), "accuracy_level": 4}
     inputs = [hidden, codes, scales, *([zeros] if zeros is not None else [])]
-    part.model.graph.opset_imports["com.microsoft"] = 1  # which a graph of plain operators lacks
-    return _op(part.model.graph, "MatMulNBits", inputs, "com.microsoft", attributes, before)
+    component.model.graph.opset_imports["com.microsoft"] = 1  # a graph traced without fused operators does not import it
+    return _add_node(component.model.graph, "MatMulNBits", inputs, "com.microsoft", attributes, before)
 
 
-def _coded(
-    part: Component, names: list[str], quantised: Quantised, dtype: torch.dtype, label: str
+def _add_quantized_weights(
+    component: Component, names: list[str], quantizer: Quantizer, dtype: torch.dtype, label: str
 ) -> tuple[ir.Value, ir.Value, ir.Value | None, int, int, int]:
-    """The initializers of parameters in blocks: codes, scales and zeros; then bits, rows and columns."""
-    (bits, has_zeros), *others = {quantised.layout(name) for name in names}
-    assert not others, f"{label} is one product, and has parameters in different bits"
-    shapes = [part.weights.shape(name) for name in names]
+    """Add quantized parameters once; return (codes, scales, zeros or None, bits, rows, columns)."""
+    (bits, has_zeros), *other_formats = {quantizer.format_of(name) for name in names}
+    assert not other_formats, f"{label} is one linear layer, and its parameters differ in bits"
+    shapes = [component.weights.shape(name) for name in names]
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-    known = part.model.graph.initializers
-    if f"{label}.codes" in known:
-        return known[f"{label}.codes"], known[f"{label}.scales"], known.get(f"{label}.zeros"), bits, rows, columns
-    size = block_size(columns)
+    registered = component.model.graph.initializers
+    if f"{label}.codes" in registered:
+        return registered[f"{label}.codes"], registered[f"{label}.scales"], registered.get(f"{label}.zeros"), bits, rows, columns
+    group_size = choose_group_size(columns)
     values = [
-        part.initializer(f"{label}.codes", (rows, columns // size, size * bits // 8), torch.uint8),
-        part.initializer(f"{label}.scales", (rows, columns // size), dtype),
+        component.add_initializer(f"{label}.codes", (rows, columns // group_size, group_size * bits // 8), torch.uint8),
+        component.add_initializer(f"{label}.scales", (rows, columns // group_size), dtype),
     ]
     if has_zeros:
-        width = -(-columns // size * bits // 8)
-        values.append(part.initializer(f"{label}.zeros", (rows, width), torch.uint8))
+        width = -(-columns // group_size * bits // 8)
+        values.append(component.add_initializer(f"{label}.zeros", (rows, width), torch.uint8))
 
-    def made() -> list[torch.Tensor]:
-        blocks = [quantised.make(name) for name in names]
-        tensors = [torch.cat([b.codes for b in blocks]), torch.cat([b.scales for b in blocks]).to(dtype)]
-        return tensors + ([torch.cat([b.packed_zeros() for b in blocks])] if has_zeros else [])
+    def compute_values() -> list[torch.Tensor]:
+        matrices = [quantizer.quantize(name) for name in names]
+        tensors = [torch.cat([m.codes for m in matrices]), torch.cat([m.scales for m in matrices]).to(dtype)]
+        return tensors + ([torch.cat([m.pack_zeros() for m in matrices])] if has_zeros else [])
 
-    part.fills.append((values, made))
+    component.fills.append((values, compute_values))
     return values[0], values[1], values[2] if has_zeros else None, bits, rows, columns
 
 
-def _op(
+def _add_node(
     graph: ir.Graph,
-    kind: str,
+    op_type: str,
     inputs: list[ir.Value],
     domain: str = "",
     attributes: dict[str, Any] | None = None,
     before: ir.Node | None = None,
 ) -> ir.Value:
-    node = ir.node(kind, inputs, attributes=attributes, domain=domain)  # the graph names it
+    node = ir.node(op_type, inputs, attributes=attributes, domain=domain)  # the graph gives it a name
     graph.append(node) if before is None else graph.insert_before(before, node)
     return node.outputs[0]
 
 
-def _numbers(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    return _small(graph, name, np.array(numbers, np.int64))
+def _add_ints(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
+    return _add_constant(graph, name, np.array(numbers, np.int64))
 
 
-def _floats(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    return _small(graph, name, np.array(number, np.float32))
+def _add_float(graph: ir.Graph, name: str, number: float) -> ir.Value:
+    return _add_constant(graph, name, np.array(number, np.float32))
 
 
-def _small(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def _add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         graph.register_initializer(
@@ -377,8 +380,8 @@ def _small(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def forget(model: ir.Model) -> None:
-    """No traceback or path of this machine in the file, and no sizes between input and output: runtimes infer them."""
+def strip_metadata(model: ir.Model) -> None:
+    """Remove tracebacks and local paths, and the shapes of intermediate values, which runtimes infer."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "phoque", None, None

@@ -1,4 +1,4 @@
-"""Pixtral's tower and Mistral3's projector as one graph: an image of any size in, its tokens' embeddings out."""
+"""Pixtral's vision tower and Mistral3's projector as one graph: an image of any size in, its token embeddings out."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.errors import PhoqueError
 from phoque.onnx.component import DTYPES, Component, Weights
-from phoque.onnx.graph.decoder import forget
-from phoque.onnx.graph.trace import quiet
-from phoque.onnx.quantize.block_format import block_size, fits, rounded
+from phoque.onnx.graph.decoder import strip_metadata
+from phoque.onnx.graph.trace import silence_exporter
+from phoque.onnx.quantize.block_format import choose_group_size, can_quantize, round_to_nearest
 
 TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
-LARGE = 4096  # bytes; smaller initializers stay in the graph
+EXTERNAL_BYTES = 4096  # bytes; smaller initializers stay in the graph
 
 
-class Encoder(torch.nn.Module):
+class VisionEncoder(torch.nn.Module):
     """pixel_values [1, 3, height, width] -> image_features [tokens, width of the text model], for one image.
 
-    It says what transformers' own get_image_features says, without the loops over images that no graph can hold.
-    Heights and widths are multiples of patch_size * spatial_merge_size, as the processor makes them.
+    It computes what get_image_features of transformers computes, without its loops over images, which cannot be traced.
+    Height and width, in pixels, must be multiples of patch_size * spatial_merge_size; the processor ensures that.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
@@ -37,35 +37,35 @@ class Encoder(torch.nn.Module):
         patches = tower.patch_conv(pixel_values.to(self.dtype))
         width, rows, columns = patches.shape[1:]
         hidden = tower.ln_pre(patches.flatten(2).transpose(1, 2))
-        down = torch.arange(rows)[:, None].expand(rows, columns).reshape(-1)
-        across = torch.arange(columns)[None].expand(rows, columns).reshape(-1)
-        turned = tower.patch_positional_embedding(hidden, torch.stack([down, across], -1))
-        hidden = tower.transformer(hidden, attention_mask=None, position_embeddings=turned).last_hidden_state
+        row_ids = torch.arange(rows)[:, None].expand(rows, columns).reshape(-1)
+        column_ids = torch.arange(columns)[None].expand(rows, columns).reshape(-1)
+        rotary_embeddings = tower.patch_positional_embedding(hidden, torch.stack([row_ids, column_ids], -1))
+        hidden = tower.transformer(hidden, attention_mask=None, position_embeddings=rotary_embeddings).last_hidden_state
         grid = self.projector.norm(hidden[0]).view(rows // merge, merge, columns // merge, merge, width)
         merged = grid.permute(0, 2, 4, 1, 3).reshape(-1, width * merge * merge)
         projected = self.projector.linear_1(self.projector.patch_merger.merging_layer(merged))
         return self.projector.linear_2(self.projector.act(projected)).float()
 
 
-def vision_component(weights: Weights, dtype: torch.dtype, eight: bool) -> Component:
-    """`vision_encoder`, computed in `dtype`; with `eight` the weights of its products are in 8 bits.
+def vision_component(weights: Weights, dtype: torch.dtype, quantize: bool) -> Component:
+    """Build the session `vision_encoder`, computed in `dtype`; `quantize` stores its linear layers in 8 bits.
 
-    Raises PhoqueError (2) for a model whose features do not come from the last layer of its tower.
+    Raises PhoqueError (2) for a model whose image features do not come from the last layer of its tower.
     """
     config = weights.config
     if config.vision_feature_layer != -1:
         raise PhoqueError(
-            "The vision encoder of this model is not one that phoque exports.",
-            f"Its features come from layer {config.vision_feature_layer}, not from the last.",
+            "phoque cannot export the vision encoder of this model.",
+            f"Its image features come from layer {config.vision_feature_layer}, not from the last layer (-1).",
             "Export the text model alone with --layout text.",
         )
-    encoder = Encoder(config, dtype).eval().requires_grad_(False)
+    encoder = VisionEncoder(config, dtype).eval().requires_grad_(False)
     for module, prefix in ((encoder.tower, TOWER), (encoder.projector, PROJECTOR)):
-        found = {name: weights.full(key).to(dtype) for name, key in weights.named(prefix).items()}
-        module.load_state_dict(found)
+        state_dict = {name: weights.read_stored(key).to(dtype) for name, key in weights.stored_names(prefix).items()}
+        module.load_state_dict(state_dict)
     unit = config.vision_config.patch_size * config.spatial_merge_size
     height, width = torch.export.Dim("height", min=1, max=512), torch.export.Dim("width", min=1, max=512)
-    with quiet(), torch.no_grad():
+    with silence_exporter(), torch.no_grad():
         program = torch.onnx.export(
             encoder,
             (torch.zeros(1, 3, 4 * unit, 6 * unit),),
@@ -76,50 +76,50 @@ def vision_component(weights: Weights, dtype: torch.dtype, eight: bool) -> Compo
             output_names=["image_features"],
         )
     assert program is not None
-    part = Component("vision_encoder", program.model, weights)
-    if eight:
-        _in_eight_bits(part, dtype)
-    _move_out(part)
-    RemoveUnusedNodesPass()(part.model)
-    graph = part.model.graph
+    component = Component("vision_encoder", program.model, weights)
+    if quantize:
+        _quantize_linear_layers(component, dtype)
+    _externalize_initializers(component)
+    RemoveUnusedNodesPass()(component.model)
+    graph = component.model.graph
     graph.inputs[0].shape = ir.Shape([1, 3, "height", "width"])
     graph.outputs[0].shape = ir.Shape(["image_tokens", config.text_config.hidden_size])
-    forget(part.model)
-    return part
+    strip_metadata(component.model)
+    return component
 
 
-def _in_eight_bits(part: Component, dtype: torch.dtype) -> None:
-    """Products with constant weights in blocks of 8 bits."""
-    graph = part.model.graph
+def _quantize_linear_layers(component: Component, dtype: torch.dtype) -> None:
+    """Quantize the weights of linear layers to 8 bits, and replace their MatMul by MatMulNBits."""
+    graph = component.model.graph
     for node in [n for n in graph if n.op_type == "MatMul"]:
-        held = node.inputs[1]
-        if held is None or held.const_value is None:
+        weight_value = node.inputs[1]
+        if weight_value is None or weight_value.const_value is None:
             continue
-        weight = torch.from_numpy(held.const_value.numpy()).float().T
-        if not fits(tuple(weight.shape)):
+        weight = torch.from_numpy(weight_value.const_value.numpy()).float().T
+        if not can_quantize(tuple(weight.shape)):
             continue
-        label = str(held.name)
-        blocks = rounded(weight)
+        label = str(weight_value.name)
+        matrix = round_to_nearest(weight)
         rows, columns = weight.shape
         values = [
-            part.initializer(f"{label}.codes", tuple(blocks.codes.shape), torch.uint8),
-            part.initializer(f"{label}.scales", tuple(blocks.scales.shape), dtype),
+            component.add_initializer(f"{label}.codes", tuple(matrix.codes.shape), torch.uint8),
+            component.add_initializer(f"{label}.scales", tuple(matrix.scales.shape), dtype),
         ]
-        part.fills.append((values, lambda blocks=blocks: [blocks.codes, blocks.scales.to(dtype)]))
-        attributes = {"K": columns, "N": rows, "bits": 8, "block_size": block_size(columns), "accuracy_level": 4}
-        product = ir.node("MatMulNBits", [node.inputs[0], *values], attributes, domain="com.microsoft")
-        graph.insert_before(node, product)
-        node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+        component.fills.append((values, lambda matrix=matrix: [matrix.codes, matrix.scales.to(dtype)]))
+        attributes = {"K": columns, "N": rows, "bits": 8, "block_size": choose_group_size(columns), "accuracy_level": 4}
+        new_node = ir.node("MatMulNBits", [node.inputs[0], *values], attributes, domain="com.microsoft")
+        graph.insert_before(node, new_node)
+        node.outputs[0].replace_all_uses_with(new_node.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
-    part.model.graph.opset_imports["com.microsoft"] = 1
-    RemoveUnusedNodesPass()(part.model)
+    component.model.graph.opset_imports["com.microsoft"] = 1
+    RemoveUnusedNodesPass()(component.model)
 
 
-def _move_out(part: Component) -> None:
-    """Large initializers beside the graph, as the decoder's."""
+def _externalize_initializers(component: Component) -> None:
+    """Move initializers of 4,096 bytes and more to external data, as those of the decoder are."""
     numpy_dtypes = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
-    for value in part.model.graph.initializers.values():
-        held = value.const_value
-        if held is None or isinstance(held, ir.ExternalTensor) or held.nbytes < LARGE or held.dtype not in numpy_dtypes:
+    for value in component.model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < EXTERNAL_BYTES or tensor.dtype not in numpy_dtypes:
             continue
-        part.fills.append(([value], lambda held=held: [torch.from_numpy(held.numpy())]))
+        component.fills.append(([value], lambda tensor=tensor: [torch.from_numpy(tensor.numpy())]))

@@ -1,83 +1,86 @@
-"""Weights in blocks with a scale each, in the layout of ONNX Runtime's MatMulNBits."""
+"""Group-wise quantized weights, one scale per group, in the layout of ONNX Runtime's MatMulNBits.
+
+A group is a run of 64 or 32 weights in a row; MatMulNBits calls it a block.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-SIZES = (64, 32)  # of a block, the first that divides a row; 64 is up to a quarter faster
+GROUP_SIZES = (64, 32)  # weights per group, the first that divides the columns; 64 is up to 25% faster than 32
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A matrix [rows, columns] in 4 or 8 bits: `codes` are whole numbers, `scales` and `zeros` one for each block.
+class QuantizedMatrix:
+    """A matrix [rows, columns] quantized to 4 or 8 bits: weight = (code - zero) * scale, per group.
 
-    Without `zeros` the zero is in the middle of the range, at 2^(bits-1).
+    `codes` are unsigned integers. Without `zeros` the zero point of every group is 2^(bits-1).
     """
 
     bits: int
-    codes: torch.Tensor  # uint8 [rows, blocks, block size * bits / 8], the first of two in the low half of a byte
-    scales: torch.Tensor  # fp32 [rows, blocks]
-    zeros: torch.Tensor | None = None  # uint8 [rows, blocks]
+    codes: torch.Tensor  # uint8 [rows, groups, group size * bits / 8]; of two 4-bit codes the first is in the low half
+    scales: torch.Tensor  # fp32 [rows, groups]
+    zeros: torch.Tensor | None = None  # uint8 [rows, groups]
 
-    def dequantised(self) -> torch.Tensor:
-        """The matrix again, fp32."""
+    def dequantize(self) -> torch.Tensor:
+        """Return the matrix [rows, columns] in fp32."""
         codes = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(-2) if self.bits == 4 else self.codes
         zero = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float()[..., None]
         return ((codes.float() - zero) * self.scales[..., None]).flatten(1)
 
-    def packed_zeros(self) -> torch.Tensor:
-        """The zeros as MatMulNBits reads them: 4 bits each, a row padded to whole bytes."""
+    def pack_zeros(self) -> torch.Tensor:
+        """Return the zero points as MatMulNBits reads them: `bits` bits each, every row padded to whole bytes."""
         assert self.zeros is not None
         if self.bits == 8:
             return self.zeros
-        odd = self.zeros.shape[1] % 2
-        zeros = torch.nn.functional.pad(self.zeros, (0, odd)) if odd else self.zeros
+        padding = self.zeros.shape[1] % 2
+        zeros = torch.nn.functional.pad(self.zeros, (0, padding)) if padding else self.zeros
         return zeros[:, 0::2] | (zeros[:, 1::2] << 4)
 
 
-def block_size(columns: int) -> int:
-    """How many weights of a row share a scale."""
-    return next(size for size in SIZES if columns % size == 0)
+def choose_group_size(columns: int) -> int:
+    """Return the number of weights in a row that share a scale."""
+    return next(size for size in GROUP_SIZES if columns % size == 0)
 
 
-def in_blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] as [rows, blocks, block size]."""
-    return matrix.unflatten(-1, (-1, block_size(matrix.shape[-1])))
+def split_groups(matrix: torch.Tensor) -> torch.Tensor:
+    """Reshape [..., columns] to [..., groups, group size]."""
+    return matrix.unflatten(-1, (-1, choose_group_size(matrix.shape[-1])))
 
 
-def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [rows, columns] as MatMulNBits holds them."""
-    codes = in_blocks(codes.to(torch.uint8))
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes [rows, columns] as MatMulNBits stores them: uint8 [rows, groups, group size * bits / 8]."""
+    codes = split_groups(codes.to(torch.uint8))
     return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def rounded(weight: torch.Tensor, bits: int = 8) -> Blocks:
-    """A matrix rounded to the nearest, its zero in the middle."""
-    blocks = in_blocks(weight)
-    top = 2 ** (bits - 1)
-    scales = (blocks.abs().amax(-1) / (top - 1)).clamp(min=1e-12)
-    codes = (blocks / scales[..., None]).round().clamp(-top, top - 1) + top
-    return Blocks(bits, packed(codes.flatten(1), bits), scales)
+def round_to_nearest(weight: torch.Tensor, bits: int = 8) -> QuantizedMatrix:
+    """Quantize a matrix [rows, columns] symmetrically by rounding to the nearest code."""
+    groups = split_groups(weight)
+    half_range = 2 ** (bits - 1)
+    scales = (groups.abs().amax(-1) / (half_range - 1)).clamp(min=1e-12)
+    codes = (groups / scales[..., None]).round().clamp(-half_range, half_range - 1) + half_range
+    return QuantizedMatrix(bits, pack_codes(codes.flatten(1), bits), scales)
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """Parameters in blocks, by name: `make` gives one, `layout` says before that how many bits, and if it has zeros.
+class Quantizer:
+    """How to quantize parameters, by name: `quantize` computes one, `format_of` returns its (bits, has zeros).
 
-    `whole` ones are made whole when a runtime loads the graph, and multiplied in fp32.
+    With `dequantize_on_load` a runtime dequantizes the weights when it loads the graph, and multiplies in fp32.
     """
 
-    make: Callable[[str], Blocks]
-    layout: Callable[[str], tuple[int, bool]]
-    whole: bool = False
+    quantize: Callable[[str], QuantizedMatrix]
+    format_of: Callable[[str], tuple[int, bool]]
+    dequantize_on_load: bool = False
 
 
-def eight_bits(read: Callable[[str], torch.Tensor]) -> Quantised:
-    """Every parameter in 8 bits, rounded to the nearest."""
-    return Quantised(lambda name: rounded(read(name)), lambda name: (8, False))
+def make_8_bit_quantizer(read: Callable[[str], torch.Tensor]) -> Quantizer:
+    """Return a quantizer that rounds every parameter to the nearest 8-bit code; `read` returns a parameter by name."""
+    return Quantizer(lambda name: round_to_nearest(read(name)), lambda name: (8, False))
 
 
-def fits(shape: tuple[int, ...]) -> bool:
-    """Whether a weight can be held in blocks."""
-    return len(shape) == 2 and shape[1] % SIZES[-1] == 0
+def can_quantize(shape: tuple[int, ...]) -> bool:
+    """Return whether a weight of this shape can be quantized: a matrix whose columns are a multiple of 32."""
+    return len(shape) == 2 and shape[1] % GROUP_SIZES[-1] == 0

@@ -1,7 +1,7 @@
-"""4 bits fitted layer by layer: what a column loses, the columns after it make good.
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): quantize to 4 bits column by column, compensating each column's error.
 
-GPTQ, Frantar et al. 2023, arXiv 2210.17323, here with the order of columns by their activations, and a scale for each
-block that is fixed beforehand by a weighted search.
+Columns are quantized in descending order of their mean squared activation. The scale of each group is chosen before
+that, by a search that weights errors by the activations.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -11,117 +11,125 @@ from typing import Any
 import torch
 
 from phoque.onnx.accuracy import Ids
-from phoque.onnx.quantize.block_format import Blocks, block_size, in_blocks, packed
-from phoque.onnx.quantize.linear_groups import GROUPS, hold
+from phoque.onnx.quantize.block_format import QuantizedMatrix, choose_group_size, split_groups, pack_codes
+from phoque.onnx.quantize.linear_groups import LINEAR_GROUPS, replace_weight
 
-DAMPING = 0.01  # of the mean of the Hessian's diagonal
-SHRINKS = 20  # candidates of the scale search, down to half the range
-STEP = 128  # columns between two updates of all that follow
+DAMPING = 0.01  # added to the Hessian's diagonal, as a share of the mean of that diagonal
+SCALE_CANDIDATES = 20  # number of ranges that the scale search tries, from the full range to half of it
+COLUMN_BATCH = 128  # columns that are quantized between two updates of all later columns
 
 
 @torch.no_grad()
-def fitted(model: Any, chats: Ids, show: Callable[[int, str], None]) -> dict[str, Blocks]:
-    """Quantise a model in place, layer by layer, each on what the quantised layers before it make of the chats."""
-    found: dict[str, Blocks] = {}
-    arriving = list(_entering(model, chats))
+def quantize_model(model: Any, chats: Ids, show: Callable[[int, str], None]) -> dict[str, QuantizedMatrix]:
+    """Quantize the linear layers of a model to 4 bits in place; return them by name.
+
+    Each decoder layer is calibrated on the outputs of the quantized layers before it for `chats`, which are token ids
+    [1, length].
+    """
+    matrices: dict[str, QuantizedMatrix] = {}
+    layer_inputs = list(_capture_layer_inputs(model, chats))
     for number, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{number}."
         with ExitStack() as stack:
-            hessians = [stack.enter_context(_gathering(layer.get_submodule(group[0]))) for group in GROUPS]
-            for hidden, context in arriving:
-                layer(hidden, **context)
-        for group, hessian in zip(GROUPS, hessians, strict=True):
+            hessians = [stack.enter_context(_accumulate_hessian(layer.get_submodule(group[0]))) for group in LINEAR_GROUPS]
+            for hidden, kwargs in layer_inputs:
+                layer(hidden, **kwargs)
+        for group, hessian in zip(LINEAR_GROUPS, hessians, strict=True):
             for name in group:
-                found[prefix + name] = quantised(layer.get_submodule(name).weight, hessian[0])
-                hold(model, prefix + name, found[prefix + name])
-        arriving = [(layer(hidden, **context), context) for hidden, context in arriving]
-        show(number + 1, f"layer {number} in 4 bits")
-    return found
+                matrices[prefix + name] = quantize_matrix(layer.get_submodule(name).weight, hessian[0])
+                replace_weight(model, prefix + name, matrices[prefix + name])
+        layer_inputs = [(layer(hidden, **kwargs), kwargs) for hidden, kwargs in layer_inputs]
+        show(number + 1, f"layer {number} quantized to 4 bits")
+    return matrices
 
 
-def search(weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The error, and scales and zeros [rows, blocks] whose rounding errs least, weighted by `importance` [columns]."""
-    blocks = in_blocks(weight)
-    weighing = torch.ones_like(blocks[:1]) if importance is None else in_blocks(importance[None])
-    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+def search_scales(weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find the 4-bit scales and zero points with the least squared error, weighted by `importance` [columns].
+
+    Returns (errors [rows, columns], scales [rows, groups], zeros [rows, groups]). Without `importance` only the full
+    range of each group is tried.
+    """
+    groups = split_groups(weight)
+    column_weights = torch.ones_like(groups[:1]) if importance is None else split_groups(importance[None])
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     best = torch.full_like(low, torch.inf)
-    scales, zeros, errors = torch.ones_like(low), torch.zeros_like(low), torch.zeros_like(blocks)
-    for shrink in torch.linspace(1, 0.5, SHRINKS if importance is not None else 1).tolist():
+    scales, zeros, errors = torch.ones_like(low), torch.zeros_like(low), torch.zeros_like(groups)
+    for shrink in torch.linspace(1, 0.5, SCALE_CANDIDATES if importance is not None else 1).tolist():
         scale = ((high - low) * shrink / 15).clamp(min=1e-9)
         zero = (-low * shrink / scale).round().clamp(0, 15)
-        off = ((blocks / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
-        off = (off - zero[..., None]) * scale[..., None] - blocks
-        cost = (off.square() * weighing).sum(-1)
-        better = cost < best
-        best = torch.where(better, cost, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-        errors = torch.where(better[..., None], off, errors)
+        error = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
+        error = (error - zero[..., None]) * scale[..., None] - groups
+        cost = (error.square() * column_weights).sum(-1)
+        is_better = cost < best
+        best = torch.where(is_better, cost, best)
+        scales, zeros = torch.where(is_better, scale, scales), torch.where(is_better, zero, zeros)
+        errors = torch.where(is_better[..., None], error, errors)
     return errors.flatten(1), scales, zeros
 
 
-def quantised(weight: torch.Tensor, hessian: torch.Tensor) -> Blocks:
-    """A matrix in 4 bits by GPTQ: each column's error is made good by the columns that follow.
+def quantize_matrix(weight: torch.Tensor, hessian: torch.Tensor) -> QuantizedMatrix:
+    """Quantize a matrix [rows, columns] to 4 bits with GPTQ: later columns compensate the error of each column.
 
-    `hessian` is the sum of x xᵀ over the activations x that the matrix is multiplied with, fp32 [columns, columns].
+    `hessian` is the sum of x xᵀ over the input activations x of the linear layer, fp32 [columns, columns].
     """
     rows, columns = weight.shape
     work, diagonal = weight.float().clone(), hessian.diagonal().clone()
     hessian = hessian + torch.eye(columns, device=hessian.device) * (DAMPING * diagonal.mean()).clamp(min=1e-6)
-    _, scales, zeros = search(work, diagonal + DAMPING * diagonal.mean())
+    _, scales, zeros = search_scales(work, diagonal + DAMPING * diagonal.mean())
     order = diagonal.argsort(descending=True)
     work = work[:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty(rows, columns, device=work.device)
-    block = (order // block_size(columns)).tolist()
-    for start in range(0, columns, STEP):
-        end = min(start + STEP, columns)
+    group_of_column = (order // choose_group_size(columns)).tolist()
+    for start in range(0, columns, COLUMN_BATCH):
+        end = min(start + COLUMN_BATCH, columns)
         errors = torch.empty(rows, end - start, device=work.device)
-        for at in range(start, end):
-            column, scale, zero = work[:, at], scales[:, block[at]], zeros[:, block[at]]
+        for index in range(start, end):
+            column, scale, zero = work[:, index], scales[:, group_of_column[index]], zeros[:, group_of_column[index]]
             code = ((column / scale).round() + zero).clamp(0, 15)
-            codes[:, at] = code
-            error = (column - (code - zero) * scale) / factor[at, at]
-            work[:, at:end].addr_(error, factor[at, at:end], alpha=-1)
-            errors[:, at - start] = error
+            codes[:, index] = code
+            error = (column - (code - zero) * scale) / factor[index, index]
+            work[:, index:end].addr_(error, factor[index, index:end], alpha=-1)
+            errors[:, index - start] = error
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    back = torch.empty_like(codes)
-    back[:, order] = codes
-    return Blocks(4, packed(back, 4).cpu(), scales.cpu(), zeros.to(torch.uint8).cpu())
+    reordered_codes = torch.empty_like(codes)
+    reordered_codes[:, order] = codes
+    return QuantizedMatrix(4, pack_codes(reordered_codes, 4).cpu(), scales.cpu(), zeros.to(torch.uint8).cpu())
 
 
-class _Entered(Exception):
-    """The first layer was reached: there is nothing more to compute."""
+class _StopForward(Exception):
+    """Stops the forward pass of the model once the inputs of its first layer are captured."""
 
 
-def _entering(model: Any, chats: Ids) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """What the first layer is given for each chat: hidden states, and masks and positions."""
-    first, given = model.model.layers[0], {}
+def _capture_layer_inputs(model: Any, chats: Ids) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Yield the inputs of the first layer per conversation: hidden states, and keyword arguments such as the mask."""
+    first_layer, captured = model.model.layers[0], {}
 
-    def stop(module: Any, inputs: Any, context: dict[str, Any]) -> None:
-        given["it"] = inputs[0], context
-        raise _Entered
+    def capture(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
+        captured["inputs"] = inputs[0], kwargs
+        raise _StopForward
 
-    hook = first.register_forward_pre_hook(stop, with_kwargs=True)
+    hook = first_layer.register_forward_pre_hook(capture, with_kwargs=True)
     for ids in chats:
         try:
             model(input_ids=ids.to(model.device))
-        except _Entered:
-            yield given.pop("it")
+        except _StopForward:
+            yield captured.pop("inputs")
     hook.remove()
 
 
 @contextmanager
-def _gathering(module: Any) -> Generator[list[torch.Tensor]]:
-    """The sum of x xᵀ over what enters a product while the block runs, in the one element of the list."""
-    held: list[torch.Tensor] = []
+def _accumulate_hessian(module: Any) -> Generator[list[torch.Tensor]]:
+    """Sum x xᵀ over the inputs x of a linear layer inside the `with`; the list yielded gets the sum as its element."""
+    total: list[torch.Tensor] = []
 
-    def gather(_: Any, inputs: Any, output: Any) -> None:
+    def accumulate(_: Any, inputs: Any, output: Any) -> None:
         x = inputs[0].flatten(0, -2).float()
-        held[:] = [x.T @ x + (held[0] if held else 0)]
+        total[:] = [x.T @ x + (total[0] if total else 0)]
 
-    hook = module.register_forward_hook(gather)
+    hook = module.register_forward_hook(accumulate)
     try:
-        yield held
+        yield total
     finally:
         hook.remove()

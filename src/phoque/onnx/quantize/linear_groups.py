@@ -1,4 +1,4 @@
-"""The matrix products of a model's layers: which of them read the same activations, and what enters them."""
+"""Linear groups, the linear layers of a decoder layer that read the same activations; hooks on their inputs."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from phoque.onnx.quantize.block_format import Blocks
+from phoque.onnx.quantize.block_format import QuantizedMatrix
 
-GROUPS = (  # products that read the same activations; what lies in one group becomes one product, so shares its bits
+LINEAR_GROUPS = (  # linear layers that read the same activations; the graph fuses a group into one, so it has one bit width
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -16,37 +16,40 @@ GROUPS = (  # products that read the same activations; what lies in one group be
 )
 
 
-def groups_of(model: Any) -> list[tuple[str, ...]]:
-    """The names of all products, those together that read the same activations, in the order of their layers."""
+def linear_groups_of(model: Any) -> list[tuple[str, ...]]:
+    """Return the names of the linear layers of a model, grouped by the activations they read, in layer order."""
     return [
         tuple(f"model.layers.{number}.{name}" for name in group)
         for number in range(model.config.num_hidden_layers)
-        for group in GROUPS
+        for group in LINEAR_GROUPS
     ]
 
 
 @contextmanager
-def entering_products(
-    model: Any, names: list[str], seen: Callable[[str, torch.Tensor], torch.Tensor | None]
+def hook_linear_inputs(
+    model: Any, names: list[str], on_input: Callable[[str, torch.Tensor], torch.Tensor | None]
 ) -> Generator[None]:
-    """Call `seen` with what enters each of these products while the block runs, and give them what it returns."""
+    """Inside the `with`, call `on_input(name, activations)` before each of these linear layers runs.
+
+    If it returns a tensor, the linear layer reads that in place of its input.
+    """
 
     def hook(name: str, inputs: Any) -> Any:
-        other = seen(name, inputs[0])
-        return None if other is None else (other, *inputs[1:])
+        replacement = on_input(name, inputs[0])
+        return None if replacement is None else (replacement, *inputs[1:])
 
-    hooks = [
+    handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
         for name in names
     ]
     try:
         yield
     finally:
-        for one in hooks:
-            one.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def hold(model: Any, name: str, blocks: Blocks) -> None:
-    """Put quantised blocks, in full, where the product's weight was."""
+def replace_weight(model: Any, name: str, matrix: QuantizedMatrix) -> None:
+    """Replace the weight of a linear layer, in place, by the dequantized matrix."""
     weight = model.get_submodule(name).weight
-    weight.data.copy_(blocks.dequantised())
+    weight.data.copy_(matrix.dequantize())

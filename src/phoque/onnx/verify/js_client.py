@@ -199,15 +199,15 @@ def _apart(ours: np.ndarray, theirs: list[float], dtype: str, what: str) -> floa
 
 def _shown(chat: OnnxChatModel, folder: Path, dtype: str, image: dict[str, Any]) -> np.ndarray:
     """ONNX Runtime's logits after the client's own pixels and tokens."""
-    from phoque.onnx.session import SUFFIXES, session
+    from phoque.onnx.session import SUFFIXES, open_session
 
     config = json.loads((folder / "config.json").read_text())
     token = config.get("image_token_index", config.get("image_token_id"))
-    encoder = session(folder / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx")
+    encoder = open_session(folder / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx")
     pixels = np.array(image["pixel_values"], np.float32).reshape(image["pixels"])
     (features,) = encoder.run(None, {"pixel_values": pixels})
     ids = np.array([image["prompt"]], np.int64)
-    embeds = chat.embeddings(ids).copy()
+    embeds = chat.embed_tokens(ids).copy()
     places = np.flatnonzero(ids[0] == token)
     if len(places) != len(features):
         raise CheckFailed(f"the processor writes {len(places)} image tokens for {len(features)} features")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from phoque.models.source import Source
-from phoque.onnx.session import SUFFIXES, OnnxChatModel, session
+from phoque.onnx.session import SUFFIXES, OnnxChatModel, open_session
 from phoque.onnx.verify.checks import CheckFailed, Verdict
 
 LEVEL = "ort"
@@ -41,7 +41,7 @@ def check_ort(folder: Path, layout: str, dtypes: list[str], reference: Source | 
             with verdict.check(LEVEL, f"{dtype}: images of three sizes") as said:
                 said.append(_sees(folder, dtype, reference))
         if wanted is None:
-            wanted = first, [chat.greedy(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
+            wanted = first, [chat.generate(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
             verdict.leave_out(
                 LEVEL, f"{dtype}: beside the model it came from", "no --reference: nothing to compare with"
             )
@@ -125,7 +125,7 @@ def _beside(
     chat: OnnxChatModel, prompts: list[np.ndarray], found: list[np.ndarray], wanted: Any, dtype: str, verdict: Verdict
 ) -> str:
     logits, spoken = wanted
-    said = [chat.greedy(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
+    said = [chat.generate(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
     answers = [_logits(chat, np.concatenate([ids, [s]], 1)) for ids, s in zip(prompts, spoken, strict=True)]
     forced = [logits_of[-len(s) - 1 : -1] for logits_of, s in zip(answers, spoken, strict=True)]
     agreeing = float(
@@ -207,7 +207,7 @@ def _sees(folder: Path, dtype: str, reference: Source | None) -> str:
     config = json.loads((folder / "config.json").read_text())
     unit = config["vision_config"]["patch_size"] * config.get("spatial_merge_size", 2)
     try:
-        encoder = session(folder / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx")
+        encoder = open_session(folder / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx")
     except Exception as error:  # as above
         raise CheckFailed(f"ONNX Runtime does not load the vision encoder: {_short(error)}") from error
     own = _encoder(reference) if reference else None
@@ -243,7 +243,7 @@ def _encoder(source: Source) -> Any:
     config.text_config.num_hidden_layers = 1  # its language model is not asked
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     for module, prefix in ((model.model.vision_tower, TOWER), (model.model.multi_modal_projector, PROJECTOR)):
-        module.load_state_dict({name: weights.full(key) for name, key in weights.named(prefix).items()})
+        module.load_state_dict({name: weights.read_stored(key) for name, key in weights.stored_names(prefix).items()})
 
     def features(pixels: np.ndarray) -> np.ndarray:
         given = torch.from_numpy(pixels)

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.onnx.transformers_js import PREFERRED
+from phoque.onnx.transformers_js import DTYPE_PREFERENCE
 from phoque.onnx.verify.checks import Verdict
 from phoque.onnx.verify.export_dir import Local
 from phoque.onnx.verify.files import check_files
@@ -29,7 +29,7 @@ def served(resolved: Resolved[VerifySettings], cache: Path, console: Console) ->
         console.warn(check.said)
     if not there:
         raise PhoqueError(f"{folder} is no export.", "There is no decoder in onnx/.", "Check --local-dir.")
-    dtypes = [dtype for dtype in PREFERRED if dtype in there and (not s.dtype or dtype in s.dtype)]
+    dtypes = [dtype for dtype in DTYPE_PREFERENCE if dtype in there and (not s.dtype or dtype in s.dtype)]
     asked = {
         "client": str(HERE),
         "modules": str(modules(cache) / "node_modules"),
