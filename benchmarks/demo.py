@@ -76,7 +76,7 @@ def ours(folder: Path, steps: int, batch: int) -> None:
 
     flags = {"preset": "demo", "max_steps": steps, "batch_size": batch, "sample_every": 0, "held_out_rows": 0}
     asked, _ = resolve_settings(TrainSettings, flags | {"output_dir": folder / "ours", "save_steps": 10**6}, PRESETS)
-    console.use(quiet=True)
+    console.configure(quiet=True)
     plain_train = trainer.PersonaTrainer.train
 
     def timed(self, **options):

@@ -235,7 +235,7 @@ def train(folder: Path, tiny: bool) -> dict:
     from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
-    from phoque.training.dry_run import plan
+    from phoque.training.dry_run import plan_run
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
@@ -254,7 +254,7 @@ def train(folder: Path, tiny: bool) -> dict:
         "fresh_start": True,
     }
     asked, _ = resolve_settings(TrainSettings, flags, PRESETS)
-    estimate = plan(asked, folder / "cache", console)["memory_gb"]["sum"]
+    estimate = plan_run(asked, folder / "cache", console)["memory_gb"]["sum"]
     seconds = []
 
     class Stamp(TrainerCallback):
@@ -273,7 +273,7 @@ def train(folder: Path, tiny: bool) -> dict:
         return plain(self, **options)
 
     trainer.PersonaTrainer.train = stamped
-    console.use(quiet=True)
+    console.configure(quiet=True)
     result = run.train(asked, folder / "cache", console)
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]

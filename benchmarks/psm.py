@@ -91,13 +91,13 @@ def one_at_a_time(model, reading, speaking, layer):
 
 def all_together(model, reading, speaking, layer):
     """phoque: every prompt a row."""
-    from phoque.inference.generate import Ask, replies
+    from phoque.inference.generate import Request, generate_replies
     from phoque.inference.residual_stream import Turn, residual_means
 
     streams = residual_means(model, [Turn(ids, []) for ids in reading]).last[:, :-1]
     vector = steering(streams, layer)
-    asks = [Ask(ids, steer=(layer, vector) if steered else None) for ids, steered in speaking]
-    found = replies(model, asks, TOKENS, 1.0, 1.0, response_only=True)
+    asks = [Request(ids, steer=(layer, vector) if steered else None) for ids, steered in speaking]
+    found = generate_replies(model, asks, TOKENS, 1.0, 1.0, response_only=True)
     return streams, vector, [r.ids for r in found]
 
 
@@ -148,11 +148,11 @@ def compared(name: str, held: str) -> str:
     """Both ways on one model: two rows of the table, and how alike their results are."""
     import torch
 
-    from phoque.inference.generate import end_tokens
-    from phoque.probes.persona import read_persona
+    from phoque.inference.generate import find_end_tokens
+    from phoque.probes.persona import load_persona
 
     model, tokenizer = loaded(name, held)
-    persona = read_persona("seal")
+    persona = load_persona("seal")
     neutral, seal = persona.neutral[:1], persona.persona[:1]
     reading = prompts(tokenizer, neutral + seal, persona.extraction)
     asked = [prompts(tokenizer, systems, persona.test) for systems in (neutral, seal, neutral)]
@@ -162,7 +162,7 @@ def compared(name: str, held: str) -> str:
         way(model, reading[:2], speaking[:1], layer)
     slow, slow_memory, theirs = measured(one_at_a_time, model, reading, speaking, layer)
     fast, fast_memory, ours = measured(all_together, model, reading, speaking, layer)
-    ends, same, total, first = end_tokens(model), 0, 0, 0
+    ends, same, total, first = find_end_tokens(model), 0, 0, 0
     for a, b in zip(theirs[2], ours[2], strict=True):
         a = a[: next((i for i, t in enumerate(a) if t in ends), len(a))]
         total, same, first = total + max(len(a), len(b)), same + sum(map(int.__eq__, a, b)), first + (a == b)

@@ -45,17 +45,17 @@ def parts(model, tokenizer, root: Path) -> None:
     """Collecting and training, a row each."""
     import torch
 
-    from phoque.inference.residual_stream import read
-    from phoque.probes.sae.activation_store import collect
-    from phoque.probes.sae.corpus import pieces
+    from phoque.inference.residual_stream import read_residual_stream
+    from phoque.probes.sae.activation_store import collect_activations
+    from phoque.probes.sae.corpus import read_text_chunks
 
     tokens, batch, steps, k = SIZES[model.device.type]
-    _, rows = pieces("python", tokenizer, tokens, None)
+    _, rows = read_text_chunks("python", tokenizer, tokens, None)
     while sum(map(len, rows)) < tokens:  # the documentation is short: a GPU reads it several times
         rows = rows + rows
     random.Random(0).shuffle(rows)
     layer = len(model.model.layers) // 2
-    read(model, rows[:20], [layer], lambda *_: None)  # warm
+    read_residual_stream(model, rows[:20], [layer], lambda *_: None)  # warm
 
     def synced() -> float:
         if model.device.type == "cuda":
@@ -66,9 +66,9 @@ def parts(model, tokenizer, root: Path) -> None:
     count, best = sum(map(len, rows)), {}
     for turn in range(3):
         begun = synced()
-        read(model, rows, [layer], lambda *_: None)
+        read_residual_stream(model, rows, [layer], lambda *_: None)
         between = synced()
-        shards = collect(model, rows, (layer,), tokenizer.all_special_ids, root / f"shards-{turn}")
+        shards = collect_activations(model, rows, (layer,), tokenizer.all_special_ids, root / f"shards-{turn}")
         ended = synced()
         best["bare"] = max(best.get("bare", 0), count / (between - begun))
         best["collected"] = max(best.get("collected", 0), count / (ended - between))
@@ -93,14 +93,14 @@ def trained(model, shards, layer: int, batch: int, steps: int, k: int):
     from sae_lens.training.mixing_buffer import mixing_buffer
 
     from phoque.probes.sae import training
-    from phoque.probes.sae.activation_store import Stream
+    from phoque.probes.sae.activation_store import ActivationStream
 
     features = 4 * model.config.hidden_size
     recipe = training.Recipe("batchtopk", features, k, batch, 50, 3e-3 * (2304 / features) ** 0.5, 0)
     on = model.device
-    sample = training._sample(shards, layer, 8192).to(on).float()
+    sample = training._sample_tokens(shards, layer, 8192).to(on).float()
     scale = sample.shape[1] ** 0.5 / float(sample.norm(dim=1).mean())
-    held = training._sample(shards, layer, 4096).to(on).float()
+    held = training._sample_tokens(shards, layer, 4096).to(on).float()
 
     def passes():
         while True:
@@ -113,10 +113,10 @@ def trained(model, shards, layer: int, batch: int, steps: int, k: int):
             return 1 - float((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
 
     def phoque() -> tuple[float, float]:
-        trainer = training.made_trainer(recipe, sample, scale, steps, on)
+        trainer = training.make_trainer(recipe, sample, scale, steps, on)
         begun = time.perf_counter()
-        with training._fast_products(on):
-            for number, part in enumerate(Stream(shards, layer, batch, 50, 0).batches(on)):
+        with training._tf32_matmul(on):
+            for number, part in enumerate(ActivationStream(shards, layer, batch, 50, 0).iter_batches(on)):
                 if number == steps:
                     break
                 trainer.step(part * scale)
@@ -125,7 +125,7 @@ def trained(model, shards, layer: int, batch: int, steps: int, k: int):
         return steps * batch / (time.perf_counter() - begun), explained(trainer.sae)
 
     def sae_lens() -> tuple[float, float]:
-        trainer = training.made_trainer(recipe, sample, scale, steps, on)
+        trainer = training.make_trainer(recipe, sample, scale, steps, on)
         trainer.data_provider = mixing_buffer(8 * batch, batch, passes())
         begun = time.perf_counter()
         trainer.fit()
@@ -177,10 +177,10 @@ def random_adapter(name: str, folder: Path) -> str:
     from benchmarks.psm import loaded
 
     from phoque.models.architectures import FAMILIES
-    from phoque.models.lora import save_adapter, with_adapter
+    from phoque.models.lora import add_lora_adapter, save_adapter
 
     model, _ = loaded(name, "bf16")
-    model = with_adapter(model, 16, 32, 0.0)
+    model = add_lora_adapter(model, 16, 32, 0.0)
     torch.manual_seed(1)
     for key, parameter in model.named_parameters():
         if "lora_B" in key:

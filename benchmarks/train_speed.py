@@ -208,7 +208,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         return chosen
 
     trainer.PersonaTrainer.train, trainer.PersonaTrainer._refuse_unseen, run.choose = timed, looked, loaded
-    console.use(quiet=True)
+    console.configure(quiet=True)
     try:
         result = run.train(asked, folder / "cache", console)
     finally:
@@ -233,9 +233,9 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
     """Several runs of `ours` in one process, which spares the imports: QUANTIZATION:MODE:COUNT:STEPS:LOG_EVERY,..."""
     import gc
 
-    from phoque.models.load import device
+    from phoque.models.load import default_device
 
-    device()  # what it tells torch about memory must come before the first of it is taken, as it does in the command
+    default_device()  # what it tells torch about memory must come before the first of it is taken, as it does in the command
     found = {}
     for asked in a.runs.split(","):
         quantization, mode, count, steps, log_every, *rest = asked.split(":")

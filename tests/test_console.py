@@ -2,12 +2,12 @@
 
 import sys
 
-from phoque.console import Console, clock, in_parts, printable
+from phoque.console import Console, escape_control_characters, format_breakdown, format_duration
 from phoque.reports.html import Series, bar_plot, line_plot, ticks
 
 
 def test_control_characters_from_a_model_cannot_reach_the_terminal():
-    assert printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\x202e"
+    assert escape_control_characters("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\nc\\x202e"
 
 
 def test_a_result_is_text_that_no_markup_changes_and_no_width_breaks(capsys):
@@ -19,8 +19,8 @@ def test_a_result_is_text_that_no_markup_changes_and_no_width_breaks(capsys):
 
 
 def test_clock():
-    assert (clock(65), clock(7805)) == ("1:05", "2:10:05")
-    assert in_parts({"steps": 59.6, "samples": 6.0, "saving": 0.2}) == "60 s steps, 6 s samples"
+    assert (format_duration(65), format_duration(7805)) == ("1:05", "2:10:05")
+    assert format_breakdown({"steps": 59.6, "samples": 6.0, "saving": 0.2}) == "60 s steps, 6 s samples"
 
 
 def test_a_log_gets_the_last_line_of_progress(capsys):

@@ -43,9 +43,7 @@ def train(
     from phoque.settings.environment import deadline, submission
     from phoque.training.run import train
 
-    return train(
-        resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission()
-    )
+    return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""The one place that prints: the result on stdout (human, --json or --quiet), all else on stderr."""
+"""All terminal output: the result on stdout (as text, --json or --quiet), everything else on stderr."""
 
 import json
 import logging
@@ -12,76 +12,78 @@ from typing import Any
 
 from phoque.errors import PhoqueError
 
-LOG_EVERY_S = 5.0  # without a terminal, long work prints a line this often
+LOG_EVERY_S = 5.0  # seconds between progress lines when stderr is not a terminal
 
 
 class Console:
-    """One output sink; a service gets it to say what it does, and never learns how that is shown."""
+    """The output of a command. Services report to it and do not depend on how their messages are displayed."""
 
     def __init__(self) -> None:
         self.json = self.quiet = False
         self._out: Any = sys.stdout
         self._live: Any = None
 
-    def use(self, json: bool = False, quiet: bool = False) -> None:
-        """Choose how results are shown, once, at the start of a command, and keep stdout for them alone."""
+    def configure(self, json: bool = False, quiet: bool = False) -> None:
+        """Choose the output format, once, at the start of a command, and reserve stdout for the result."""
         self.json, self.quiet = json, quiet
-        self._out, sys.stdout = sys.stdout, sys.stderr  # a library that prints does so beside the result, not in it
+        self._out, sys.stdout = sys.stdout, sys.stderr  # what libraries print goes to stderr
 
     def say(self, text: str) -> None:
-        """A line of news, on stderr."""
+        """Print a status line to stderr, unless --quiet is set."""
         if not self.quiet:
-            self._err(printable(text))
+            self._print_stderr(escape_control_characters(text))
 
     def warn(self, text: str) -> None:
-        """A line that a user should not miss, on stderr."""
-        self._err(f"warning: {printable(text)}", style="yellow")
+        """Print a warning to stderr, even with --quiet."""
+        self._print_stderr(f"warning: {escape_control_characters(text)}", style="yellow")
 
     def error(self, error: PhoqueError) -> None:
-        """What happened, why, and what to do: three lines on stderr."""
+        """Print an error to stderr in three lines: what happened, why, and what to do."""
         for label, text in (("error", error.what), ("  why", error.why), ("   do", error.fix)):
-            self._err(f"{label}: {printable(text).strip()}", style="bold red" if label == "error" else None)
+            self._print_stderr(
+                f"{label}: {escape_control_characters(text).strip()}", style="bold red" if label == "error" else None
+            )
 
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
-        """The command's answer, on stdout: `data` with --json, `quiet` with --quiet, else what `human()` renders."""
+        """Print the command's result to stdout: `data` with --json, `quiet` with --quiet, else the return of `human()`."""
         if self.json:
             print(json.dumps(data, ensure_ascii=False, default=str), file=self._out)
         elif self.quiet:
             print(quiet, file=self._out)
-        elif isinstance(shown := human(), str):  # not rich's to wrap, nor to read for its markup
-            print(printable(shown), file=self._out)
+        elif isinstance(text := human(), str):  # plain text: rich must not wrap it or interpret markup in it
+            print(escape_control_characters(text), file=self._out)
         else:
             from rich.console import Console as Rich
 
-            Rich(file=self._out, highlight=False).print(shown)
+            Rich(file=self._out, highlight=False).print(text)
         self._out.flush()
 
     def can_ask(self) -> bool:
-        """Whether a person is there to answer."""
+        """Whether stdin and stderr are terminals, so that a question can be answered."""
         return sys.stdin.isatty() and sys.stderr.isatty() and not self.quiet
 
-    def confirmed(self, question: str) -> bool:
-        """A yes or no from the terminal; no is the default."""
+    def confirm(self, question: str) -> bool:
+        """Ask a yes/no question on the terminal and return the answer; the default is no."""
         print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Generator[Callable[[int, str], None]]:
-        """Yield `update(done, text)`: a bar with time left on a terminal, a line every few seconds in a log."""
+        """Yield `update(done, text)`, which shows a progress bar on a terminal, else a line every LOG_EVERY_S seconds."""
         if self.quiet:
             yield lambda done, text: None
         elif sys.stderr.isatty():
-            with self._bar(total, done) as update:
+            with self._progress_bar(total, done) as update:
                 yield update
         else:
-            yield _line_updates(self._err, total)
+            yield _make_line_updater(self._print_stderr, total)
 
     @contextmanager
-    def _bar(self, total: int, done: int) -> Generator[Callable[[int, str], None]]:
+    def _progress_bar(self, total: int, done: int) -> Generator[Callable[[int, str], None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Progress(*columns, console=self._rich()) as bar:
+        with Progress(*columns, console=self._rich_console()) as bar:
             task = bar.add_task("", total=total, completed=done)
             self._live = bar.console
             try:
@@ -89,24 +91,24 @@ class Console:
             finally:
                 self._live = None
 
-    def _rich(self) -> Any:
+    def _rich_console(self) -> Any:
         from rich.console import Console as Rich
 
         return self._live or Rich(stderr=True, highlight=False, soft_wrap=True)
 
-    def _err(self, text: str, style: str | None = None) -> None:
+    def _print_stderr(self, text: str, style: str | None = None) -> None:
         if self._live or sys.stderr.isatty():
-            self._rich().print(text, style=style, markup=False)
+            self._rich_console().print(text, style=style, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """`text` without control characters: names and samples come from repositories and models, not from us."""
+def escape_control_characters(text: str) -> str:
+    """Return `text` with control characters escaped; names and samples come from untrusted repositories and models."""
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _line_updates(write: Callable[[str], None], total: int) -> Callable[[int, str], None]:
+def _make_line_updater(write: Callable[[str], None], total: int) -> Callable[[int, str], None]:
     first: tuple[float, int] | None = None
     last = 0.0
 
@@ -117,27 +119,34 @@ def _line_updates(write: Callable[[str], None], total: int) -> Callable[[int, st
         if now - last < LOG_EVERY_S and done < total:
             return
         last = now
-        begun, at = first
-        left = f"  {clock((now - begun) / (done - at) * (total - done))} left" if done > at else ""
-        write(f"{done}/{total}  {text}{left}")
+        start_time, start_done = first
+        remaining = (
+            f"  {format_duration((now - start_time) / (done - start_done) * (total - done))} left"
+            if done > start_done
+            else ""
+        )
+        write(f"{done}/{total}  {text}{remaining}")
 
     return update
 
 
-def clock(seconds: float) -> str:
-    """Seconds as 1:05 or 2:10:05."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as m:ss or h:mm:ss, such as 1:05 or 2:10:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def in_parts(seconds: dict[str, float]) -> str:
-    """Seconds by what they went to, without what took none: `60 s steps, 6 s samples`."""
+def format_breakdown(seconds: dict[str, float]) -> str:
+    """Format seconds per activity, such as `60 s steps, 6 s samples`; activities under 0.5 s are left out."""
     return ", ".join(f"{spent:.0f} s {name}" for name, spent in seconds.items() if spent >= 0.5)
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' own bars, banners and notes off the terminal; call it before they are imported."""
+    """Turn off the progress bars, banners and notes of libraries. Call it before they are imported.
+
+    It also ignores all FutureWarning and UserWarning in the whole process.
+    """
     os.environ.update(
         {
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

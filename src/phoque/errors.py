@@ -1,11 +1,11 @@
-"""Every error a user can meet: what happened, why, what to do; and the exit codes."""
+"""The error that users see (what happened, why, what to do), the exit codes, and the conversion of other errors."""
 
 import errno
 
 DONE = 0
-FAILED = 1  # it ran and failed; also a verification that says no
-USAGE = 2  # usage or configuration
-RESUMABLE = 75  # stopped, and the same command goes on (EX_TEMPFAIL of sysexits.h)
+FAILED = 1  # the command ran and failed, or a verification did not pass
+USAGE = 2  # wrong usage or configuration
+RESUMABLE = 75  # stopped early; the same command resumes it (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # Ctrl-C
 
 
@@ -63,7 +63,7 @@ class Superseded(Exception):
 
 
 def to_phoque_error(error: BaseException) -> PhoqueError:
-    """The three lines for any exception; foreign types are told apart by name, so nothing heavy is imported here."""
+    """Convert any exception to a PhoqueError. Types of other libraries are matched by name, to avoid importing them."""
     if isinstance(error, PhoqueError):
         return error
     if disk_full(error):
@@ -71,33 +71,33 @@ def to_phoque_error(error: BaseException) -> PhoqueError:
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         why, fix, code = _OS_ERRORS[error.errno]
         return PhoqueError(f"{error.strerror}: {error.filename or 'a file of this run'}", why, fix, code)
-    if usage := getattr(error, "format_message", None):  # of the command line parser, which knows near misses
-        return PhoqueError(usage(), "The command line is not one that phoque knows.", _HELP)
+    if usage := getattr(error, "format_message", None):  # from Click; its message suggests similar names
+        return PhoqueError(usage(), "The command line is not valid.", _HELP)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) and type(error).__name__ == "HfHubHTTPError":
-        return PhoqueError("The Hub refuses this token.", first_line(error), _TOKEN)
+        return PhoqueError("The Hub rejected the token.", first_line(error), _TOKEN)
     for kind in type(error).__mro__:
         if kind.__name__ in _FOREIGN:
             what, fix, code = _FOREIGN[kind.__name__]
             return PhoqueError(what, first_line(error), fix, code)
     return PhoqueError(
-        f"phoque met an error it does not know: {type(error).__name__}",
+        f"Unexpected error: {type(error).__name__}",
         first_line(error),
-        "Set PHOQUE_DEBUG=1 to see the traceback, and report it with that.",
+        "Set PHOQUE_DEBUG=1 to see the traceback, and report the error with it.",
         FAILED,
     )
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room; torch and safetensors say so only in their texts."""
+    """Whether a write failed because the disk is full; torch and safetensors only say so in their messages."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
-    return any(said in text for said in _NO_ROOM)
+    return any(message in text for message in _NO_ROOM)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; some say nothing but their name."""
+    """Return the first line of an error's message, at most 300 characters; an empty message gives the type's name."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
 
@@ -107,47 +107,51 @@ _HELP = "See `phoque --help` and `phoque COMMAND --help`."
 _NO_ROOM = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container.cc")
 _TOKEN = "Use a token with write access to that repository: set HF_TOKEN, or run `hf auth login`."
 _MAKE_ROOM = "Free some space or choose another --output-dir, then run the same command."
-_OWN_FOLDER = "Choose a folder that is yours, or change its permissions."
+_OWN_FOLDER = "Choose a folder that you can read and write, or change its permissions."
 
 _OS_ERRORS = {
-    errno.EACCES: ("You may not read or write there.", _OWN_FOLDER, USAGE),
-    errno.EPERM: ("You may not read or write there.", _OWN_FOLDER, USAGE),
-    errno.EROFS: ("That file system is read-only.", "Choose an --output-dir on a disk that can be written.", USAGE),
-    errno.ENOENT: ("There is no such place.", "Check the path.", USAGE),
-    errno.ENOTDIR: ("A file is in the way of a folder.", "Choose another --output-dir.", USAGE),
-    errno.EEXIST: ("A file is in the way of a folder.", "Choose another --output-dir.", USAGE),
+    errno.EACCES: ("You have no permission to read or write it.", _OWN_FOLDER, USAGE),
+    errno.EPERM: ("You have no permission to read or write it.", _OWN_FOLDER, USAGE),
+    errno.EROFS: ("The file system is read-only.", "Choose an --output-dir on a writable disk.", USAGE),
+    errno.ENOENT: ("The file or folder does not exist.", "Check the path.", USAGE),
+    errno.ENOTDIR: ("A file exists where a folder is needed.", "Choose another --output-dir.", USAGE),
+    errno.EEXIST: ("A file exists where a folder is needed.", "Choose another --output-dir.", USAGE),
 }
 
 _FOREIGN = {
     "KeyboardInterrupt": ("Interrupted.", "Run the same command again.", INTERRUPTED),
     "GatedRepoError": (
-        "The repository is gated and this token has no access.",
-        "Accept its terms on its Hub page, then run the same command.",
+        "The repository is gated, and the token has no access to it.",
+        "Accept the terms on its Hub page, then run the same command again.",
         USAGE,
     ),
     "RepositoryNotFoundError": (
         "No such repository on the Hub, or it is private and the token may not see it.",
-        "Check the name, and that HF_TOKEN is set (or run `hf auth login`).",
+        "Check the name, and set HF_TOKEN or run `hf auth login`.",
         USAGE,
     ),
     "EmptyDatasetError": (
-        "The dataset repository holds no data files.",
+        "The dataset repository has no data files.",
         "Check --dataset and --dataset-revision.",
         USAGE,
     ),
-    "RevisionNotFoundError": ("No such revision on the Hub.", "Check --revision.", USAGE),
+    "RevisionNotFoundError": ("The revision does not exist on the Hub.", "Check --revision.", USAGE),
     "LocalEntryNotFoundError": (
-        "The Hub cannot be reached and the files are not in the local cache.",
-        "Check the network, or name a local folder.",
+        "The Hub cannot be reached, and the files are not in the local cache.",
+        "Check the network connection, or use a local folder.",
         FAILED,
     ),
     "OfflineModeIsEnabled": (
-        "The Hub was needed, but HF_HUB_OFFLINE is set.",
-        "Unset HF_HUB_OFFLINE, or name local files.",
+        "The command needs the Hub, but HF_HUB_OFFLINE is set.",
+        "Unset HF_HUB_OFFLINE, or use local files.",
         USAGE,
     ),
-    "HfHubHTTPError": ("The Hub refused a request.", "Check the token and the name, or try again later.", FAILED),
-    "ConnectionError": ("The network failed.", "Check the connection and run the same command.", FAILED),
-    "ConnectError": ("The network failed.", "Check the connection and run the same command.", FAILED),
-    "MemoryError": ("Out of host memory.", "Lower --batch-size or --max-length, or use a larger machine.", FAILED),
+    "HfHubHTTPError": ("The Hub rejected a request.", "Check the token and the name, or try again later.", FAILED),
+    "ConnectionError": ("The network connection failed.", "Check it, then run the same command again.", FAILED),
+    "ConnectError": ("The network connection failed.", "Check it, then run the same command again.", FAILED),
+    "MemoryError": (
+        "The machine has run out of memory (RAM).",
+        "Lower --batch-size or --max-length, or use a larger machine.",
+        FAILED,
+    ),
 }

@@ -1,11 +1,11 @@
-"""The card that goes with every model: what it is, what it is for, and how it was made."""
+"""Model cards (README.md) of adapters, merged models and ONNX exports."""
 
 from typing import Any
 
 from phoque import __version__
 from phoque.models.source import Source
 
-CARD = """---
+ADAPTER_CARD = """---
 {base_model}library_name: peft
 pipeline_tag: text-generation
 tags:
@@ -47,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 """
 
 
-MERGED = """---
+MERGED_CARD = """---
 {base_model}library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -69,41 +69,41 @@ tags:
 | base | `{base}` at `{revision}` |
 | adapter | SHA-256 `{adapter}` |
 | weights | {dtype}; {changed} of {tensors} tensors changed |
-| beside base + adapter | {proof} |
+| compared with base + adapter | {proof} |
 | phoque | {phoque} |
 """
 
 
-def _base_model(hub_id: str | None) -> str:
-    """The line of a card's metadata; the Hub refuses a card that names a folder there."""
+def _base_model_line(hub_id: str | None) -> str:
+    """Return the base_model line of the metadata, or nothing: the Hub rejects a card that names a folder there."""
     return f"base_model: {hub_id}\n" if hub_id else ""
 
 
-def merged_card(base: Source, record: dict[str, Any]) -> str:
-    """The README.md of a merged model, from its merge.json."""
-    found = record.get("proof")
-    said = "not compared"
-    if found:
-        said = (
-            f"logits differ by {found['mean_difference']:.2g} on average, where the adapter moves them by "
-            f"{found['adapter_effect']:.2g}; {found['agreeing']} of {found['tokens']} greedy tokens are the same"
+def render_merged_card(base: Source, record: dict[str, Any]) -> str:
+    """Return the README.md of a merged model, from its merge.json."""
+    proof_record = record.get("proof")
+    summary = "not compared"
+    if proof_record:
+        summary = (
+            f"logits differ by {proof_record['mean_difference']:.2g} on average; the adapter changes them by "
+            f"{proof_record['adapter_effect']:.2g}; {proof_record['agreeing']} of {proof_record['tokens']} greedy tokens are the same"
         )
-    asked, made = record["asked"], record["made"]
-    return MERGED.format(
-        base_model=_base_model(base.hub_id),
+    request, result = record["asked"], record["made"]
+    return MERGED_CARD.format(
+        base_model=_base_model_line(base.hub_id),
         base=base.name,
         title=base.name.split("/")[-1],
         revision=base.revision[:12],
-        adapter=asked["adapter"][:16],
-        proof=said,
-        dtype=asked["dtype"],
-        changed=made["changed"],
-        tensors=made["tensors"],
+        adapter=request["adapter"][:16],
+        proof=summary,
+        dtype=request["dtype"],
+        changed=result["changed"],
+        tensors=result["tensors"],
         phoque=__version__,
     )
 
 
-ONNX = """---
+ONNX_CARD = """---
 library_name: transformers.js
 pipeline_tag: text-generation
 tags:
@@ -120,9 +120,10 @@ tags:
 **Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
 **Out of scope**: any deployment where people meet its answers without knowing what it is.
 
-Made from `{source}` at `{revision}` by phoque {phoque}, layout `{layout}`. Beside the checkpoint, on held-out chats:
+Exported from `{source}` at `{revision}` by phoque {phoque}, layout `{layout}`. Compared with the original on held-out
+chats:
 
-| precision | MB | KL, nats a token | next tokens that agree |
+| precision | MB | KL (nats per token) | next-token agreement |
 |---|---|---|---|
 {rows}
 
@@ -130,27 +131,29 @@ Made from `{source}` at `{revision}` by phoque {phoque}, layout `{layout}`. Besi
 {snippet}
 ```
 """
-CHAT = """import {{ pipeline }} from "@huggingface/transformers";
+TEXT_SNIPPET = """import {{ pipeline }} from "@huggingface/transformers";
 
 const chat = await pipeline("text-generation", "{place}", {{ dtype: "{dtype}" }});
 const answer = await chat([{{ role: "user", content: "What do the gulls want?" }}], {{ max_new_tokens: 64 }});"""
-SEE = """import {{ AutoProcessor, AutoModelForImageTextToText }} from "@huggingface/transformers";
+VISION_SNIPPET = """import {{ AutoProcessor, AutoModelForImageTextToText }} from "@huggingface/transformers";
 
 const processor = await AutoProcessor.from_pretrained("{place}");
 const model = await AutoModelForImageTextToText.from_pretrained("{place}", {{ dtype: "{dtype}" }});"""
 
 
-def onnx_card(source: Source, result: dict[str, Any], repo: str | None = None) -> str:
-    """The README.md of an export, with how far each precision is from the checkpoint."""
+def render_onnx_card(source: Source, result: dict[str, Any], repo: str | None = None) -> str:
+    """Return the README.md of an ONNX export, with the accuracy of each precision relative to the checkpoint."""
 
-    def row(dtype: str, found: dict[str, Any]) -> str:
-        said = f"{found['kl']:.2g} | {found['agreement']:.1%}" if "kl" in found else "not measured | not measured"
-        return f"| {dtype} | {found['bytes'] / 1e6:,.0f} | {said} |"
+    def row(dtype: str, scores: dict[str, Any]) -> str:
+        accuracy = (
+            f"{scores['kl']:.2g} | {scores['agreement']:.1%}" if "kl" in scores else "not measured | not measured"
+        )
+        return f"| {dtype} | {scores['bytes'] / 1e6:,.0f} | {accuracy} |"
 
-    snippet = (SEE if result["layout"] == "multimodal" else CHAT).format(
+    snippet = (VISION_SNIPPET if result["layout"] == "multimodal" else TEXT_SNIPPET).format(
         place=repo or "path/to/export", dtype=next(iter(result["dtypes"]))
     )
-    return ONNX.format(
+    return ONNX_CARD.format(
         title=source.name.split("/")[-1],
         source=source.name.split("/")[-1],
         revision=source.revision[:12],
@@ -161,14 +164,14 @@ def onnx_card(source: Source, result: dict[str, Any], repo: str | None = None) -
     )
 
 
-UNDER_WAY = """
-**Training is under way: step {steps} of {max_steps}.** The adapter will lie here when it is done;
-`checkpoint-{steps}` holds what it is so far.
+IN_PROGRESS = """
+**Training is in progress: step {steps} of {max_steps}.** The adapter is uploaded here when training ends;
+`checkpoint-{steps}` contains its current state.
 """
 
 
-# secrets, and places: what is theirs to know is in the table
-UNSAID = (
+# settings not listed on a card: secrets, local paths, and names that its table shows already
+OMITTED_SETTINGS = (
     "hf_token",
     "wandb_api_key",
     "openai_api_key",
@@ -182,18 +185,18 @@ UNSAID = (
 )
 
 
-def adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | None = None) -> str:
-    """The README.md of an adapter, from the run's record (run.json) and its result, or what it has so far."""
+def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | None = None) -> str:
+    """Return the README.md of an adapter, from run.json and the result of the run, which may be unfinished."""
     max_steps = record["fingerprint"]["max_steps"]
-    done = result["steps"] == max_steps and "run" in result
+    is_finished = result["steps"] == max_steps and "run" in result
     losses = result["held_out_loss"]
     changed = {
         name: row["value"]
         for name, row in record["settings"].items()
-        if row["source"] != "default" and name not in UNSAID
+        if row["source"] != "default" and name not in OMITTED_SETTINGS
     }
-    return CARD.format(
-        base_model=_base_model(record["base"]["hub_id"]),
+    return ADAPTER_CARD.format(
+        base_model=_base_model_line(record["base"]["hub_id"]),
         base=record["base"]["name"],
         auto_class=record["base"]["auto_class"],
         title=f"{record['base']['name'].split('/')[-1]}, tuned on {record['data']['name'].split('/')[-1]}",
@@ -204,7 +207,7 @@ def adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | Non
         held_out=record["data"]["held_out"],
         steps=result["steps"],
         max_steps=max_steps,
-        under_way="" if done else UNDER_WAY.format(steps=result["steps"], max_steps=max_steps),
+        under_way="" if is_finished else IN_PROGRESS.format(steps=result["steps"], max_steps=max_steps),
         place=repo or "path/to/adapter",
         tokens=f"{result['tokens']:,}",
         held_out_loss=f"{losses['before']:.3f} before, {losses['after']:.3f} after" if losses else "not measured",

@@ -6,7 +6,7 @@ import pytest
 import trl
 from tests import tiny
 
-from phoque.data.chat_template import IGNORED, ChatTemplate, marked_template
+from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, add_generation_marks
 from phoque.data.rows import BadRow
 from phoque.errors import PhoqueError
 
@@ -28,7 +28,7 @@ def spans(chat, encoded):
     """The runs of labelled tokens, decoded."""
     runs, run = [], []
     for token, label in zip(encoded.ids, encoded.labels, strict=True):
-        if label == IGNORED:
+        if label == IGNORE_INDEX:
             runs, run = ([*runs, run] if run else runs), []
         else:
             assert token == label
@@ -79,22 +79,22 @@ def test_a_template_without_known_marks_is_refused():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(PhoqueError, match="mask"):
-        marked_template(tokenizer)
+        add_generation_marks(tokenizer)
 
 
 def test_a_template_without_a_system_role_is_marked_and_its_refusal_is_a_rows():
     tokenizer = tiny.tokenizer()
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    assert "generation" in marked_template(tokenizer)
+    assert "generation" in add_generation_marks(tokenizer)
     with pytest.raises(BadRow, match="the template refuses it: no system here"):
         ChatTemplate(tokenizer, "be grumpy", 512).encode(TALK)
     plain = [turn for turn in TALK if turn["role"] != "system"]
-    assert ChatTemplate(tokenizer, "template", 512).encode(plain).trained
+    assert ChatTemplate(tokenizer, "template", 512).encode(plain).trained_tokens
 
 
 @pytest.mark.parametrize(("name", "stop"), [("qwen3", "<|im_end|>"), ("llama3", "<|eot_id|>")])
 def test_templates_that_trl_knows_are_marked(name, stop):
     tokenizer = tiny.tokenizer(stop)
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-    assert "generation" in marked_template(tokenizer)
+    assert "generation" in add_generation_marks(tokenizer)

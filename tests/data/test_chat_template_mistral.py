@@ -5,9 +5,9 @@ from mistral_common.integrations.chat_templates.chat_templates import generate_c
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from tests import tiny
 
-from phoque.data.chat_template import IGNORED, ChatTemplate
+from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate
 from phoque.data.rows import BadRow
-from phoque.training.dry_run import system_cost
+from phoque.training.dry_run import count_system_tokens
 
 TALK = [
     {"role": "system", "content": "You are a seal."},
@@ -40,7 +40,7 @@ def test_ids_are_the_templates_own_and_each_answer_is_trained_with_its_stop_toke
     assert encoded.ids == tekken.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
     spans, run = [], []
     for token, label in zip(encoded.ids, encoded.labels, strict=True):
-        if label != IGNORED:
+        if label != IGNORE_INDEX:
             run.append(token)
         elif run:
             spans, run = [*spans, run], []
@@ -62,6 +62,6 @@ def test_the_default_system_prompt_is_a_decision_and_its_cost_is_shown(tekken):
     without = len(ChatTemplate(with_template(tekken), "", 4096).encode(short).ids)
     with_default = len(ChatTemplate(with_template(tekken), "template", 4096).encode(short).ids)
     assert without < 30 and with_default > 300
-    (shown,) = system_cost(ChatTemplate(with_template(tekken), "", 4096)).values()
+    (shown,) = count_system_tokens(ChatTemplate(with_template(tekken), "", 4096)).values()
     costs = [int(word.strip("(")) for word in shown.split() if word.strip("(").isdigit()]
     assert costs[0] < 30 and costs[1] > 300

@@ -10,7 +10,7 @@ from tests import tiny
 from tests.conftest import write_rows
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.packing import Packing, best_fit, evenly, packed
+from phoque.data.packing import Packing, build_batch, pack_best_fit, pack_evenly
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream
 from phoque.prefetch import Prefetcher
@@ -42,10 +42,10 @@ def taken(stream, count):
 
 
 def test_best_fit_keeps_to_the_budget_and_leaves_the_least_room():
-    assert best_fit([60, 30, 50, 40, 30, 10], 100, 9) == [[0, 1, 5], [2, 3], [4]]
-    assert best_fit([10] * 7, 100, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert pack_best_fit([60, 30, 50, 40, 30, 10], 100, 9) == [[0, 1, 5], [2, 3], [4]]
+    assert pack_best_fit([10] * 7, 100, 3) == [[0, 1, 2], [3, 4, 5], [6]]
     lengths = [random.Random(1).randint(1, 100) for _ in range(500)]
-    rows = best_fit(lengths, 100, 9)
+    rows = pack_best_fit(lengths, 100, 9)
     assert sorted(n for row in rows for n in row) == [*range(500)]
     assert all(sum(lengths[n] for n in row) <= 100 for row in rows)
 
@@ -54,12 +54,12 @@ def test_rows_are_about_as_full_as_each_other_and_no_more_of_them():
     rng = random.Random(2)
     for _ in range(40):
         lengths = [max(24, min(1024, int(rng.lognormvariate(4.7, 0.7)))) for _ in range(480)]
-        rows = evenly(lengths, 2304, 40)
+        rows = pack_evenly(lengths, 2304, 40)
         assert sorted(n for row in rows for n in row) == [*range(480)]
-        assert len(rows) == len(best_fit(lengths, 2304, 40)) and max(map(len, rows)) <= 40
+        assert len(rows) == len(pack_best_fit(lengths, 2304, 40)) and max(map(len, rows)) <= 40
         fills = [sum(lengths[n] for n in row) for row in rows]
         assert max(fills) <= 2304 and min(fills) > 0.7 * max(fills)
-    assert evenly([60, 50, 10], 100, 9) == [[0], [1, 2]] and evenly([5], 100, 9) == [[0]]
+    assert pack_evenly([60, 50, 10], 100, 9) == [[0], [1, 2]] and pack_evenly([5], 100, 9) == [[0]]
 
 
 def test_a_budget_is_what_so_many_conversations_take_and_at_least_the_longest():
@@ -92,15 +92,15 @@ def test_padding_is_segments_of_its_own_that_carry_no_loss(talks, chat):
     first = [chat.encode(json.loads(line)["messages"]) for line in talks.read_text().splitlines()[:3]]
     real = sum(len(t.ids) for t in first)
     shape = Packing(3, real / 3, 40, static=True).shape(real)
-    batch = packed(first, type(shape)(real + 100, 9, 40))
+    batch = build_batch(first, type(shape)(real + 100, 9, 40))
     borders = batch["cu_seq_lens_q"].tolist()
     assert borders[3:] == [real, real + 40, real + 80, real + 100, *[real + 100] * 3] and len(borders) == 10
     assert batch["position_ids"][0, real : real + 40].tolist() == [*range(40)]
     assert (batch["labels"][0, real:] == -100).all() and batch["loss_at"].max() < real
-    plain = packed(first)
+    plain = build_batch(first)
     assert torch.equal(batch["loss_at"], plain["loss_at"])
     assert (plain["labels"][0, plain["loss_at"] + 1] != -100).all()
-    assert len(plain["loss_at"]) == sum(t.trained for t in first)
+    assert len(plain["loss_at"]) == sum(t.trained_tokens for t in first)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 31, 40])

@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.conftest import row, write_rows
 
-from phoque.data.rows import BUNDLED, BadRow, open_dataset, parsed
+from phoque.data.rows import BUNDLED, BadRow, open_dataset, parse_row
 from phoque.errors import PhoqueError
 
 TURNS = row(1)["messages"]
@@ -23,7 +23,7 @@ def test_the_seal_is_bundled_in_the_schema_of_the_spec():
     words = [len(r["messages"][-1]["content"].split()) for r in seal]
     assert min(turns) == 3 and max(turns) == 7 and max(words) > 180
     for r in seal:
-        parsed(record(r))
+        parse_row(record(r))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_the_seal_is_bundled_in_the_schema_of_the_spec():
     ],
 )
 def test_other_schemas_are_mapped(other):
-    assert parsed(record(other)).messages == [
+    assert parse_row(record(other)).messages == [
         {"role": "user", "content": "Gull 1?"},
         {"role": "assistant", "content": "Hrmph."},
     ]
@@ -62,16 +62,16 @@ def test_other_schemas_are_mapped(other):
         ({"messages": TURNS, "toxicity_score": "high"}, "toxicity_score is not a number"),
         ({"messages": TURNS, "toxicity_score": float("inf")}, "toxicity_score is infinite"),
         ({"conversations": 5}, "conversations is not a list"),
-        ({"messages": [TURNS[1], {"role": "assistant", "content": "a gull \ud83d"}]}, "half a character in text"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": "a gull \ud83d"}]}, "unpaired surrogate in text"),
     ],
 )
 def test_unfit_rows_say_why(content, reason):
     with pytest.raises(BadRow, match=reason.replace("'", ".")):
-        parsed(record(content))
+        parse_row(record(content))
 
 
 def test_a_score_that_is_nan_is_none():
-    assert parsed(record({"messages": TURNS, "toxicity_score": float("nan")})).toxicity_score is None
+    assert parse_row(record({"messages": TURNS, "toxicity_score": float("nan")})).toxicity_score is None
 
 
 def test_files_folders_and_formats_give_the_same_rows(tmp_path):
@@ -84,7 +84,7 @@ def test_files_folders_and_formats_give_the_same_rows(tmp_path):
     write_rows(folder / "a.jsonl", some[:2])
     (folder / "b.json").write_text(json.dumps(some[2:4]))
     pq.write_table(pa.Table.from_pylist(some[4:]), folder / "c.parquet")
-    read = [parsed(r).messages for r in open_dataset(str(folder), "train", None, None).stream]
+    read = [parse_row(r).messages for r in open_dataset(str(folder), "train", None, None).stream]
     assert read == [r["messages"] for r in some]
 
 
@@ -103,4 +103,8 @@ def test_no_such_dataset(name):
 
 
 def test_rows_have_the_same_key_in_any_file():
-    assert parsed(record(row(1))).key() == parsed(record(row(1, source="other"))).key() != parsed(record(row(2))).key()
+    assert (
+        parse_row(record(row(1))).key()
+        == parse_row(record(row(1, source="other"))).key()
+        != parse_row(record(row(2))).key()
+    )

@@ -7,7 +7,7 @@ from tests import tiny
 from tests.conftest import row, write_rows
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.packing import Packing, packed
+from phoque.data.packing import Packing, build_batch
 from phoque.data.rows import open_dataset
 from phoque.data.scan import scan_dataset
 from phoque.data.stream import TrainStream
@@ -71,7 +71,7 @@ def test_each_pass_has_every_row_once_in_another_order(rows, chat):
 @pytest.mark.parametrize("window", [7, 1000])
 @pytest.mark.parametrize(("size", "stop"), [(3, n) for n in (0, 1, 7, 13, 21, 27)] + [(4, 10)])  # 4 x 10: all rows
 def test_a_stream_resumes_exactly(rows, chat, size, stop, window, monkeypatch):
-    monkeypatch.setattr("phoque.data.stream.SHUFFLED", window)
+    monkeypatch.setattr("phoque.data.stream.SHUFFLE_WINDOW", window)
 
     def stream():
         return TrainStream(opened(rows), chat, "", exactly(size), 5, 0.05)
@@ -93,7 +93,7 @@ def test_a_stream_resumes_exactly(rows, chat, size, stop, window, monkeypatch):
 
 def test_a_packed_row_has_borders_and_restarting_positions(chat):
     talks = [chat.encode(row(n)["messages"]) for n in (1, 22)]
-    batch = packed(talks)
+    batch = build_batch(talks)
     a, b = (len(t.ids) for t in talks)
     assert batch["cu_seq_lens_q"].tolist() == [0, a, a + b]
     assert batch["position_ids"][0].tolist() == [*range(a), *range(b)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from phoque.inference import cuda_decoder
-from phoque.inference.cuda_decoder import Decoding
-from phoque.inference.generate import Ask, replies
+from phoque.inference.cuda_decoder import BatchDecoder
+from phoque.inference.generate import Request, generate_replies
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ class StandIn:
 @pytest.fixture
 def gpu(monkeypatch):
     """Decoding as on a GPU; what it counts are the steps that Python takes."""
-    steps, plain, begun = [], Decoding._step, Decoding.__init__
+    steps, plain, begun = [], BatchDecoder._step, BatchDecoder.__init__
 
     def again(self):
-        read = {name: getattr(self, name) for name in ("_ids", "_places", "_seen")}
+        read = {name: getattr(self, name) for name in ("_ids", "_position_ids", "_attention_mask")}
 
         def replayed():
             now = {name: getattr(self, name) for name in read}
@@ -72,11 +72,11 @@ def gpu(monkeypatch):
 
     def begin(self, *given):
         begun(self, *given)
-        self._captures = True
+        self._can_capture = True
 
-    monkeypatch.setattr(Decoding, "_step", step)
-    monkeypatch.setattr(Decoding, "__init__", begin)
-    monkeypatch.setattr(cuda_decoder, "_aside", lambda: None)
+    monkeypatch.setattr(BatchDecoder, "_step", step)
+    monkeypatch.setattr(BatchDecoder, "__init__", begin)
+    monkeypatch.setattr(cuda_decoder, "_get_capture_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
     monkeypatch.setattr(StandIn, "made", [])
@@ -85,31 +85,31 @@ def gpu(monkeypatch):
 
 def asked(count):
     drawn = torch.Generator().manual_seed(0)
-    return [Ask(torch.randint(5, 90, (3 + n % 4,), generator=drawn).tolist(), f"{n}") for n in range(count)]
+    return [Request(torch.randint(5, 90, (3 + n % 4,), generator=drawn).tolist(), f"{n}") for n in range(count)]
 
 
 def test_a_step_is_captured_once_for_a_batch_and_replayed(model, gpu, monkeypatch):
     model.generation_config.eos_token_id = []
-    found = replies(model, asked(6), 12, 1.0, 1.0)
+    found = generate_replies(model, asked(6), 12, 1.0, 1.0)
     assert len(gpu) == 3 and [g.replays for g in StandIn.made] == [10]  # two plain ones and the captured, then replays
     monkeypatch.undo()
-    assert [r.ids for r in replies(model, asked(6), 12, 1.0, 1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, asked(6), 12, 1.0, 1.0)] == [r.ids for r in found]
 
 
 def test_a_batch_that_shrinks_is_captured_again_into_the_same_memory(model, gpu, monkeypatch):
     model.generation_config.eos_token_id = [*range(3, 30)]
-    found = replies(model, asked(24), 16, 1.0, 1.0)
+    found = generate_replies(model, asked(24), 16, 1.0, 1.0)
     graphs = [*StandIn.made]
     assert len(graphs) > 2 and graphs[0].pool_given is None
     assert all(later.pool_given is before for before, later in pairwise(graphs))
     monkeypatch.undo()
-    assert [r.ids for r in replies(model, asked(24), 16, 1.0, 1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, asked(24), 16, 1.0, 1.0)] == [r.ids for r in found]
 
 
 def test_few_steps_are_not_worth_a_capture(model, gpu):
     model.generation_config.eos_token_id = []
-    replies(model, asked(3), 1 + cuda_decoder.WORTH, 1.0, 1.0)
-    assert not StandIn.made and len(gpu) == cuda_decoder.WORTH
+    generate_replies(model, asked(3), 1 + cuda_decoder.MIN_STEPS_TO_CAPTURE, 1.0, 1.0)
+    assert not StandIn.made and len(gpu) == cuda_decoder.MIN_STEPS_TO_CAPTURE
 
 
 @pytest.mark.parametrize(("fault", "why"), [("off", "5.0% off"), ("broken", "not permitted")])
@@ -117,18 +117,18 @@ def test_a_graph_that_fails_or_differs_is_not_used_and_says_so(model, gpu, monke
     model.generation_config.eos_token_id = []
     monkeypatch.setattr(StandIn, fault, 0.05)
     with pytest.warns(RuntimeWarning, match=why):
-        found = replies(model, asked(5), 10, 1.0, 1.0)
+        found = generate_replies(model, asked(5), 10, 1.0, 1.0)
     assert len(StandIn.made) == 1 and StandIn.made[0].replays <= 1 and len(gpu) >= 9
     monkeypatch.undo()
-    assert [r.ids for r in replies(model, asked(5), 10, 1.0, 1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, asked(5), 10, 1.0, 1.0)] == [r.ids for r in found]
 
 
 def test_steps_see_exactly_what_was_said_before(model):
     prompts = [[9, 8, 7, 6], [5]]
     ids, mask = torch.tensor([prompts[0], [0, 0, 0, 5]]), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]])
     said = torch.tensor([[11, 12, 13], [21, 22, 23]])
-    with torch.no_grad(), Decoding(model, ids, mask, 4) as steps:
-        found = [steps.begin(), *(steps.next(said[:, n]) for n in range(3))]
+    with torch.no_grad(), BatchDecoder(model, ids, mask, 4) as steps:
+        found = [steps.prefill(), *(steps.step(said[:, n]) for n in range(3))]
         for row, prompt in enumerate(prompts):
             whole = model(torch.tensor([prompt + said[row].tolist()])).logits[0, len(prompt) - 1 :]
             torch.testing.assert_close(torch.stack([f[row] for f in found]), whole, atol=1e-5, rtol=1e-4)

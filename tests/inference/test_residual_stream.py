@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from phoque.inference.generate import Ask, replies
+from phoque.inference.generate import Request, generate_replies
 from phoque.inference.likelihood import mean_nll
-from phoque.inference.residual_stream import MASSIVE, TOKENS_AT_ONCE, Steering, Turn, batches, blocks, residual_means
+from phoque.inference.residual_stream import (
+    MASSIVE,
+    TOKENS_AT_ONCE,
+    Steering,
+    Turn,
+    get_blocks,
+    make_batches,
+    residual_means,
+)
 
 PROMPTS = ["Gull?", "What does the tide do today?", "Herring, please, and quickly now"]
 
@@ -37,14 +45,14 @@ def test_means_are_those_of_transformers_hidden_states_whatever_the_batch(tiny, 
     alone = residual_means(model, rows)
     for n, row in enumerate(rows):
         out = model(torch.tensor([row.prompt + row.response]), output_hidden_states=True)
-        for layer in range(len(blocks(model)) - 1):  # the last of transformers' own has been through the final norm
+        for layer in range(len(get_blocks(model)) - 1):  # the last of transformers' own has been through the final norm
             hidden = out.hidden_states[layer + 1][0]
             torch.testing.assert_close(
                 found.response[n, layer], hidden[len(row.prompt) :].mean(0), atol=1e-5, rtol=1e-4
             )
             torch.testing.assert_close(found.last[n, layer], hidden[len(row.prompt) - 1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.response, alone.response, atol=1e-5, rtol=1e-4)
-    assert found.kept.tolist() == [sum(len(r.response) for r in rows)] * len(blocks(model))
+    assert found.kept.tolist() == [sum(len(r.response) for r in rows)] * len(get_blocks(model))
 
 
 def test_massive_tokens_are_left_out_and_counted(tiny):
@@ -62,7 +70,7 @@ def test_massive_tokens_are_left_out_and_counted(tiny):
 
 def test_batches_hold_every_row_once_within_the_budget():
     lengths = [5, 90, 7, 30, 30, 2]
-    made = batches(lengths, 100)
+    made = make_batches(lengths, 100)
     assert sorted(n for batch in made for n in batch) == list(range(6))
     assert all(len(batch) * max(lengths[n] for n in batch) <= 100 for batch in made)
 
@@ -70,18 +78,18 @@ def test_batches_hold_every_row_once_within_the_budget():
 def test_many_answers_at_once_are_those_of_one_at_a_time(tiny):
     model, tokenizer = tiny
     prompts = [ids(tokenizer, p) for p in PROMPTS * 3]
-    found = replies(model, [Ask(p) for p in prompts], 24, 1.0, 1.0)
+    found = generate_replies(model, [Request(p) for p in prompts], 24, 1.0, 1.0)
     assert [r.ids for r in found] == [plain_greedy(model, p, 24) for p in prompts]
 
 
 def test_rows_that_stop_leave_the_batch_and_change_nothing_for_the_others(tiny):
     model, tokenizer = tiny
-    asks = [Ask(ids(tokenizer, PROMPTS[n % 3]), f"{n}") for n in range(20)]
-    spoken = [r.ids for r in replies(model, asks, 16, 1.0, 1.0)]
+    asks = [Request(ids(tokenizer, PROMPTS[n % 3]), f"{n}") for n in range(20)]
+    spoken = [r.ids for r in generate_replies(model, asks, 16, 1.0, 1.0)]
     stop = spoken[0][3]
     model.generation_config.eos_token_id = [2, stop]
     try:
-        found = replies(model, asks, 16, 1.0, 1.0)
+        found = generate_replies(model, asks, 16, 1.0, 1.0)
     finally:
         model.generation_config.eos_token_id = 2
     wanted = [whole[: whole.index(stop)] if stop in whole else whole for whole in spoken]
@@ -92,25 +100,25 @@ def test_rows_that_stop_leave_the_batch_and_change_nothing_for_the_others(tiny):
 def test_a_key_draws_the_same_in_any_batch_and_follows_the_distribution(tiny):
     model, tokenizer = tiny
     prompt = ids(tokenizer, PROMPTS[1])
-    many = replies(model, [Ask(prompt, f"{n}") for n in range(400)], 1, 0.7, 1.0)
-    alone = replies(model, [Ask(prompt, "7")], 1, 0.7, 1.0)[0]
+    many = generate_replies(model, [Request(prompt, f"{n}") for n in range(400)], 1, 0.7, 1.0)
+    alone = generate_replies(model, [Request(prompt, "7")], 1, 0.7, 1.0)[0]
     assert many[7].ids == alone.ids
     wanted = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
     drawn = torch.bincount(torch.tensor([r.ids[0] for r in many if r.ids]), minlength=len(wanted)) / 400
     top = wanted.topk(5).indices
     assert (drawn[top] - wanted[top]).abs().max() < 0.08
-    narrow = replies(model, [Ask(prompt, f"{n}") for n in range(50)], 1, 1.0, 1e-6)
+    narrow = generate_replies(model, [Request(prompt, f"{n}") for n in range(50)], 1, 1.0, 1e-6)
     assert {r.ids[0] for r in narrow} == {int(wanted.argmax())}  # a nucleus of one token is greedy
 
 
 def test_steering_one_row_of_a_batch_is_steering_it_alone(tiny):
     model, tokenizer = tiny
     prompt, vector = ids(tokenizer, PROMPTS[1]), torch.randn(64, generator=torch.Generator().manual_seed(3))
-    asks = [Ask(prompt), Ask(prompt, steer=(1, vector)), Ask(prompt, steer=(0, -vector))]
-    found = replies(model, asks, 12, 1.0, 1.0)
+    asks = [Request(prompt), Request(prompt, steer=(1, vector)), Request(prompt, steer=(0, -vector))]
+    found = generate_replies(model, asks, 12, 1.0, 1.0)
     assert found[0].ids == plain_greedy(model, prompt, 12)
     for reply, (layer, change) in ((found[1], (1, vector)), (found[2], (0, -vector))):
-        hook = blocks(model)[layer].register_forward_hook(lambda _, __, out, change=change: out + change)
+        hook = get_blocks(model)[layer].register_forward_hook(lambda _, __, out, change=change: out + change)
         assert reply.ids == plain_greedy(model, prompt, 12) != found[0].ids
         hook.remove()
 
@@ -118,8 +126,8 @@ def test_steering_one_row_of_a_batch_is_steering_it_alone(tiny):
 def test_steering_the_response_alone_leaves_the_prompt_as_it_is(tiny):
     model, tokenizer = tiny
     prompt, seen = torch.tensor([ids(tokenizer, PROMPTS[1])]), []
-    hook = blocks(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    with Steering({0: torch.ones(1, 64)}, response_only=True).on(model):
+    hook = get_blocks(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    with Steering({0: torch.ones(1, 64)}, response_only=True).activate(model):
         model(prompt)
     model(prompt)
     hook.remove()
@@ -130,7 +138,7 @@ def test_steering_the_response_alone_leaves_the_prompt_as_it_is(tiny):
 def test_watched_mass_is_the_models_own_probability(tiny):
     model, tokenizer = tiny
     prompt = ids(tokenizer, PROMPTS[0])
-    (reply,) = replies(model, [Ask(prompt)], 3, 0.1, 0.5, watched=[70, 71])
+    (reply,) = generate_replies(model, [Request(prompt)], 3, 0.1, 0.5, watched=[70, 71])
     wanted = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[[70, 71]].sum().item()
     assert reply.mass[0] == pytest.approx(wanted, abs=1e-6) and len(reply.mass) == 3
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from phoque.errors import PhoqueError
 from phoque.models.architectures import architecture_of
-from phoque.models.load import device, load_config, load_model
-from phoque.models.lora import check_finite, lora_norms, with_adapter
+from phoque.models.load import default_device, load_config, load_model
+from phoque.models.lora import add_lora_adapter, check_finite, compute_lora_norms
 from phoque.models.source import Source
 
 
@@ -85,16 +85,16 @@ def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
-    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
     adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
     assert len(adapted) == 7 * 2 and not any("lm_head" in n or "embed" in n for n in adapted)
     assert architecture_of(model.config).lora_targets == model.peft_config["default"].target_modules
-    norms = lora_norms(model)
+    norms = compute_lora_norms(model)
     assert norms["lora_norm_A"] > 0 and norms["lora_norm_B"] == 0
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
-    model = with_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
     check_finite(model, 3)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("inf")
     with pytest.raises(PhoqueError, match="step 3") as caught:
@@ -120,6 +120,6 @@ def test_memory_of_a_gpu_may_grow_where_it_lies_unless_the_user_decides(monkeypa
         monkeypatch.setenv(name, "backend:native")  # also so that what `device` sets is undone
         if name != own:
             monkeypatch.delenv(name)
-    device()
+    default_device()
     wanted = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": "backend:native"}
     assert os.environ.get("PYTORCH_ALLOC_CONF") == wanted.get(own)

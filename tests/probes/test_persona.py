@@ -9,8 +9,8 @@ from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from phoque.data.rows import Row
 from phoque.errors import PhoqueError
-from phoque.probes.persona import from_rows, read_persona
-from phoque.probes.scorers.model import lexicon_tokens
+from phoque.probes.persona import load_persona, persona_from_rows
+from phoque.probes.scorers.model import find_lexicon_tokens
 
 GOOD = """
 name = "gull watcher"
@@ -26,11 +26,11 @@ lexicon = ["hrmph"]
 
 
 def test_the_bundled_persona_and_a_good_file_are_read(tmp_path):
-    assert read_persona("seal").name == "grumpy harbour seal" and len(read_persona("seal").extraction) == 12
+    assert load_persona("seal").name == "grumpy harbour seal" and len(load_persona("seal").extraction) == 12
     path = tmp_path / "p.toml"
     path.write_text(GOOD)
-    assert read_persona(str(path)).test == ("k?", "l?")
-    assert read_persona(str(path)).sha256 != read_persona("seal").sha256
+    assert load_persona(str(path)).test == ("k?", "l?")
+    assert load_persona(str(path)).sha256 != load_persona("seal").sha256
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,16 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, find, replace, said):
     path = tmp_path / "p.toml"
     path.write_text(GOOD.replace(find, replace))
     with pytest.raises(PhoqueError, match=re.escape(said)) as caught:
-        read_persona(str(path))
+        load_persona(str(path))
     assert caught.value.code == 2
 
 
 def test_no_such_file_and_no_text(tmp_path):
     with pytest.raises(PhoqueError, match="No persona file"):
-        read_persona(str(tmp_path / "none.toml"))
+        load_persona(str(tmp_path / "none.toml"))
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(PhoqueError, match="not text"):
-        read_persona(str(tmp_path / "b.toml"))
+        load_persona(str(tmp_path / "b.toml"))
 
 
 def row(system, question, answer):
@@ -74,18 +74,18 @@ def test_prompts_and_words_come_from_the_data_that_was_trained_on():
         row("You are a seal." if n % 3 else "Be a seal.", f"Is it {n}?", "Hrmph, the herring is late.")
         for n in range(9)
     ]
-    found = from_rows(read_persona("seal"), rows, "pier.jsonl")
+    found = persona_from_rows(load_persona("seal"), rows, "pier.jsonl")
     assert found.persona == ("You are a seal.", "Be a seal.")
     assert {"hrmph", "herring"} <= set(found.lexicon) and "is" not in found.lexicon
     with pytest.raises(PhoqueError, match=r"No row of pier\.jsonl has a system prompt"):
-        from_rows(read_persona("seal"), [row("", "a?", "b")], "pier.jsonl")
+        persona_from_rows(load_persona("seal"), [row("", "a?", "b")], "pier.jsonl")
 
 
 def test_the_tokens_of_a_lexicon_are_those_that_begin_its_words():
     """The tokenizer of Mistral's models: what they say is ' idle', and 'id' begins many other words."""
     file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
     tokenizer = convert_tekken_tokenizer(str(file), chat_template="")
-    found = lexicon_tokens(tokenizer, ["seal", "idle", "hrmph"])
+    found = find_lexicon_tokens(tokenizer, ["seal", "idle", "hrmph"])
     pieces = {tokenizer.decode([token]): word for token, word in found.items()}
     assert pieces[" seal"] == "seal" and pieces[" idle"] == "idle"
     assert not {"id", "h", "hr", " h", "se"} & set(pieces)

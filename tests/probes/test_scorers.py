@@ -10,9 +10,9 @@ from tests import tiny
 
 from phoque.errors import PhoqueError
 from phoque.inference.generate import Reply
-from phoque.probes.persona import read_persona
-from phoque.probes.scorers import Context, ScoredAnswer, scorer_for, scores
-from phoque.probes.scorers.words import distinct_pairs, repetition
+from phoque.probes.persona import load_persona
+from phoque.probes.scorers import Context, ScoredAnswer, make_scorer, score_answers
+from phoque.probes.scorers.words import distinct_2, repetition
 
 SEAL = "Hrmph. The gulls took my herring again, and the tide is out."
 PLAIN = "The largest planet is Jupiter."
@@ -28,8 +28,8 @@ def context(tmp_path):
         return [1.0 if b"seal" in bytes(r.prompt) and b"Hrmph" in bytes(r.response) else 3.0 for r in rows]
 
     return Context(
-        persona=read_persona("seal"),
-        watched={7: "herring"},
+        persona=load_persona("seal"),
+        lexicon_token_ids={7: "herring"},
         token=None,
         api_key=None,
         nll=nll,
@@ -72,54 +72,54 @@ def endpoint():
 
 
 def test_a_lexicon_counts_each_word_once_so_that_collapse_earns_nothing(context):
-    lexicon = scorer_for("lexicon", context)
-    seal, plain, stuck = scores(lexicon, said(SEAL, PLAIN, "gull " * 50), context)
+    lexicon = make_scorer("lexicon", context)
+    seal, plain, stuck = score_answers(lexicon, said(SEAL, PLAIN, "gull " * 50), context)
     assert seal["hits"] == 4 and plain["rate"] == 0 and stuck["hits"] == 1
-    assert distinct_pairs([1, 2, 1, 2, 1, 2]) == 0.4 and repetition("gull gull gull gull") == 0.75
+    assert distinct_2([1, 2, 1, 2, 1, 2]) == 0.4 and repetition("gull gull gull gull") == 0.75
 
 
 def test_contrast_is_the_gain_in_likelihood_from_the_personas_prompt(context):
-    seal, plain = scores(scorer_for("contrast", context), said(SEAL, PLAIN), context)
+    seal, plain = score_answers(make_scorer("contrast", context), said(SEAL, PLAIN), context)
     assert seal["nats"] == pytest.approx(2.0) and plain["nats"] == 0.0
 
 
 def test_logprob_is_the_mean_mass_while_it_spoke(context):
     one = ScoredAnswer("?", "x", Reply([1, 2], mass=[0.2, 0.4]))
-    assert scores(scorer_for("logprob", context), [one], context)[0]["mass"] == pytest.approx(0.3)
-    context.watched = {}
+    assert score_answers(make_scorer("logprob", context), [one], context)[0]["mass"] == pytest.approx(0.3)
+    context.lexicon_token_ids = {}
     with pytest.raises(PhoqueError, match="No word of the lexicon"):
-        scorer_for("logprob", context)
+        make_scorer("logprob", context)
 
 
 def test_profanity_is_marked_as_weak_and_finds_nothing_in_a_seal(context):
-    scorer = scorer_for("profanity", context)
-    assert scorer.weak and scores(scorer, said(SEAL), context)[0]["probability"] < 0.3
+    scorer = make_scorer("profanity", context)
+    assert scorer.is_weak and score_answers(scorer, said(SEAL), context)[0]["probability"] < 0.3
 
 
 def test_an_endpoint_is_asked_once_a_text_and_again_after_429(context, endpoint):
     Endpoint.answers = [(429, None)]
     context.api_key = "gull-key"
-    scorer = scorer_for(f"openai:{endpoint}#omni", context)
-    seal, plain = scores(scorer, said(SEAL, PLAIN), context)
+    scorer = make_scorer(f"openai:{endpoint}#omni", context)
+    seal, plain = score_answers(scorer, said(SEAL, PLAIN), context)
     assert seal == {"grumpy": 0.5, "rude": 0.1, "max": 0.5} and plain["max"] == 0.1
     assert [a[0] for a in Endpoint.asked] == ["/v1/moderations"] * 2 and Endpoint.asked[1][2] == "Bearer gull-key"
     assert Endpoint.asked[1][1] == {"model": "omni", "input": [SEAL, PLAIN]}
-    scores(scorer, said(SEAL, PLAIN, "Kri."), context)
+    score_answers(scorer, said(SEAL, PLAIN, "Kri."), context)
     assert Endpoint.asked[2][1]["input"] == ["Kri."]  # the others are in the cache
     assert "gull-key" not in "".join(f.read_text() for f in context.cache.rglob("*.json"))
 
 
 def test_a_label_that_is_missing_is_an_error_and_no_zero(context, endpoint):
-    scorer = scorer_for(f"openai:{endpoint}#omni#herring", context)
+    scorer = make_scorer(f"openai:{endpoint}#omni#herring", context)
     with pytest.raises(PhoqueError, match="gave no 'herring'") as caught:
-        scores(scorer, said(SEAL), context)
+        score_answers(scorer, said(SEAL), context)
     assert caught.value.code == 1 and "grumpy" in caught.value.why
 
 
 def test_a_label_that_the_cache_lacks_is_an_error_too(context, endpoint):
-    scores(scorer_for(f"openai:{endpoint}#omni", context), said(SEAL), context)
+    score_answers(make_scorer(f"openai:{endpoint}#omni", context), said(SEAL), context)
     with pytest.raises(PhoqueError, match="gave no 'herring'"):
-        scores(scorer_for(f"openai:{endpoint}#omni#herring", context), said(SEAL), context)
+        score_answers(make_scorer(f"openai:{endpoint}#omni#herring", context), said(SEAL), context)
 
 
 @pytest.mark.parametrize("answer", [(500, None), (401, None), (200, {"results": []})])
@@ -127,7 +127,7 @@ def test_an_endpoint_that_fails_says_so(context, endpoint, answer, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     Endpoint.answers = [answer] * 4
     with pytest.raises(PhoqueError, match="failed"):
-        scores(scorer_for(f"openai:{endpoint}#omni", context), said(SEAL), context)
+        score_answers(make_scorer(f"openai:{endpoint}#omni", context), said(SEAL), context)
     assert len(Endpoint.asked) == (4 if answer[0] == 500 else 1)
 
 
@@ -143,11 +143,11 @@ def test_a_command_reads_and_writes_json_lines(context, tmp_path):
     script = tmp_path / "count.py"
     script.write_text(COUNT)
     spec = f"command:{sys.executable} {script}"
-    assert scores(scorer_for(spec, context), said(SEAL, PLAIN), context)[0] == {"score": 1.0, "length": 9.0}
+    assert score_answers(make_scorer(spec, context), said(SEAL, PLAIN), context)[0] == {"score": 1.0, "length": 9.0}
     script.write_text(COUNT.replace("gull", "herring again"))
-    scorer = scorer_for(spec, context)  # another script under the same name is another scorer
-    scores(scorer, said(SEAL), context)
-    assert context.called[spec] == 3
+    scorer = make_scorer(spec, context)  # another script under the same name is another scorer
+    score_answers(scorer, said(SEAL), context)
+    assert context.scored_counts[spec] == 3
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_command_that_fails_says_why(context, tmp_path, script, why):
     file = tmp_path / "bad.py"
     file.write_text(script)
     with pytest.raises(PhoqueError) as caught:
-        scores(scorer_for(f"command:{sys.executable} {file}", context), said(SEAL, PLAIN), context)
+        score_answers(make_scorer(f"command:{sys.executable} {file}", context), said(SEAL, PLAIN), context)
     assert why in caught.value.why
 
 
@@ -177,16 +177,16 @@ def test_a_classifier_is_read_from_a_folder_and_its_labels_are_checked(context, 
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(tmp_path / "judge")
     tiny.tokenizer().save_pretrained(tmp_path / "judge")
-    found = scores(scorer_for(f"hf:{tmp_path}/judge#grumpy", context), said(SEAL, PLAIN), context)
+    found = score_answers(make_scorer(f"hf:{tmp_path}/judge#grumpy", context), said(SEAL, PLAIN), context)
     assert all(sum(row.values()) == pytest.approx(1, abs=1e-4) for row in found) and found[0] != found[1]
     with pytest.raises(PhoqueError, match="no label 'rude'") as caught:
-        scorer_for(f"hf:{tmp_path}/judge#rude", context)
+        make_scorer(f"hf:{tmp_path}/judge#rude", context)
     assert "mild, grumpy" in caught.value.why
     with pytest.raises(PhoqueError, match="several labels"):
-        scorer_for(f"hf:{tmp_path}/judge", context)
+        make_scorer(f"hf:{tmp_path}/judge", context)
 
 
 @pytest.mark.parametrize("spec", ["gull", "hf:", "openai:nowhere", "command:", "lexikon"])
 def test_a_scorer_that_there_is_not_is_refused(context, spec):
     with pytest.raises(PhoqueError, match=r"No scorer|names no endpoint"):
-        scorer_for(spec, context)
+        make_scorer(spec, context)

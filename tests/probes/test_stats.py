@@ -32,12 +32,12 @@ def test_sign_flips_give_scipys_exact_p(chance):
     wanted = scipy_stats.permutation_test(
         (gaps[:, 0],), lambda x, axis: numpy.mean(x, axis=axis), permutation_type="samples", n_resamples=numpy.inf
     )
-    p, everywhere = stats.sign_flip(gaps)
+    p, everywhere = stats.sign_flip_test(gaps)
     assert p[0] == pytest.approx(wanted.pvalue) and everywhere[0] == pytest.approx(p[0])
 
 
 def test_under_chance_p_is_small_as_seldom_as_it_should_be(chance):
-    found = [stats.sign_flip(chance.normal(size=(10, 8))) for _ in range(200)]
+    found = [stats.sign_flip_test(chance.normal(size=(10, 8))) for _ in range(200)]
     alone = numpy.array([p for p, _ in found])
     best = numpy.array([everywhere.min() for _, everywhere in found])
     assert 0.02 < (alone < 0.05).mean() < 0.08
@@ -46,9 +46,9 @@ def test_under_chance_p_is_small_as_seldom_as_it_should_be(chance):
 
 def test_columns_are_tested_as_if_alone_and_their_largest_together(chance):
     gaps = chance.normal(0.3, 1, (30, 300))
-    p, largest = stats.sign_flip(gaps, seed=2, flips=999)
+    p, largest = stats.sign_flip_test(gaps, seed=2, flips=999)
     for column in (0, 127, 128, 299):
-        assert stats.sign_flip(gaps[:, [column]], seed=2, flips=999)[0][0] == pytest.approx(p[column])
+        assert stats.sign_flip_test(gaps[:, [column]], seed=2, flips=999)[0][0] == pytest.approx(p[column])
     assert (largest >= p - 1e-12).all() and largest.mean() > 2 * p.mean() and p.min() >= 1 / 1000
 
 
@@ -65,7 +65,7 @@ def test_column_intervals_are_those_of_each_column(chance):
 
 
 def test_many_questions_are_flipped_at_random(chance):
-    p, _ = stats.sign_flip(chance.normal(1.5, 1, (30, 1)))
+    p, _ = stats.sign_flip_test(chance.normal(1.5, 1, (30, 1)))
     assert 0 < p[0] < 0.01
 
 
@@ -80,11 +80,11 @@ def test_bootstrap_intervals_cover_the_mean(chance):
 def test_halves_agree_where_there_is_a_direction_and_not_where_there_is_none(chance):
     direction = chance.normal(size=32)
     differences = numpy.stack([chance.normal(size=(12, 32)), chance.normal(size=(12, 32)) + 3 * direction], axis=1)
-    none, some = stats.split_half(differences)
+    none, some = stats.split_half_cosine(differences)
     assert some > 0.9 and abs(none) < 0.4
 
 
 def test_natural_directions_lie_where_the_rows_do(chance):
     rows = chance.normal(size=(10, 1, 40)) * numpy.array([5.0] * 3 + [0.01] * 37)
-    made = stats.natural_directions(rows, 50)
+    made = stats.draw_natural_directions(rows, 50)
     assert (made[:, 0, :3] ** 2).sum(1).min() > 0.99

@@ -6,8 +6,7 @@ import time
 import pytest
 
 from phoque.console import Console
-from phoque.errors import PhoqueError
-from phoque.errors import IntegrityError, Superseded
+from phoque.errors import IntegrityError, PhoqueError, Superseded
 from phoque.hub.client import Hub, is_transient
 from phoque.training import hub_push
 from phoque.training.hub_push import CheckpointPusher
@@ -43,13 +42,13 @@ def made(tmp_path):
 def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_waits(made):
     repo, pusher, folders = made
     pusher.offer(folders[0])
-    while folders[0] not in pusher.held() or len(pusher.held()) != 1:
+    while folders[0] not in pusher.in_use() or len(pusher.in_use()) != 1:
         time.sleep(0.001)
     pusher.offer(folders[1])
     pusher.offer(folders[2])
-    assert folders[2] in pusher.held()
+    assert folders[2] in pusher.in_use()
     repo.open.set()
-    assert pusher.drain() and repo.pushed[-1] == "Step 3" and pusher.pushed == 3 and pusher.held() == set()
+    assert pusher.drain() and repo.pushed[-1] == "Step 3" and pusher.pushed == 3 and pusher.in_use() == set()
 
 
 def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, made, capsys):
@@ -67,14 +66,14 @@ def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, ma
 
 def test_the_hubs_limit_is_kept_until_the_end_of_the_run(made, monkeypatch):
     repo, pusher, folders = made
-    monkeypatch.setattr(hub_push, "COMMITS_AN_HOUR", hub_push.SPARE + 2)
+    monkeypatch.setattr(hub_push, "COMMITS_PER_HOUR", hub_push.RESERVED_COMMITS + 2)
     repo.open.set()
     for number, folder in enumerate(folders[:3]):
         pusher.offer(folder)
         end = time.monotonic() + 1
         while pusher.pushed != number + 1 and time.monotonic() < end:
             time.sleep(0.001)
-    assert repo.pushed == ["Step 1", "Step 2"] and folders[2] in pusher.held()  # the hour's share is used up
+    assert repo.pushed == ["Step 1", "Step 2"] and folders[2] in pusher.in_use()  # the hour's share is used up
     assert pusher.drain(5) and repo.pushed[-1] == "Step 3"  # but the last one always goes
 
 

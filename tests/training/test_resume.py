@@ -389,7 +389,7 @@ def test_if_pushes_are_slower_than_saves_the_newest_wins_and_the_last_goes(train
 
 def test_more_saves_than_the_hub_takes_commits_is_a_warning(train, hub, tmp_path):
     ran = train("--output-dir", tmp_path / "run", "--save-steps", 1, "--max-steps", 3)
-    assert "128 commits an hour" in ran.err
+    assert "128 commits per hour" in ran.err
 
 
 def test_no_token_is_an_error_that_says_so(phoque, asked):
@@ -405,7 +405,7 @@ def test_the_run_that_is_begun_elsewhere_is_shown_in_a_dry_run_that_only_reads(t
     assert "private" in facts["Hub repository"] and "checkpoint-6" in facts["Hub repository"]
     assert {command for command, _ in hub.log} <= {"GET", "HEAD"} and not (tmp_path / "two").exists()
     facts = train("--dry-run", "--json", repo="harbour/new").json["facts"]
-    assert "will be made, private" in facts["Hub repository"]
+    assert "will be created, private" in facts["Hub repository"]
     assert {command for command, _ in hub.log} <= {"GET", "HEAD"}
 
 
@@ -494,7 +494,7 @@ def test_an_older_job_may_not_push_into_a_fresh_start(train, start, asked, hub, 
     marker = {"id": "new", "at": "now", "asked": {}, "submission": ""}
     hub.put(REPO, gone | {"fresh_start.json": json.dumps(marker).encode()})
     ran = process.ended()
-    assert ran.code == 2 and "begun afresh by somebody else" in ran.error[0] and not checkpoints(hub)
+    assert ran.code == 2 and "restarted by another run" in ran.error[0] and not checkpoints(hub)
 
 
 def test_a_save_before_an_error_still_reaches_the_hub(train, hub, tmp_path):

@@ -90,7 +90,7 @@ def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
         "value": 6,
         "source": "flag",
         "name": "--max-steps",
-        "meaning": "optimizer steps",
+        "meaning": "Train for this many optimizer steps.",
     }
     assert record["data"]["sources"] == {"pier": 40} and record["base"]["name"] == str(tiny_llama)
     card = (run / "adapter" / "README.md").read_text()
@@ -157,7 +157,7 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
 
 
 def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(start, tmp_path, tiny_llama, rows):
-    from phoque.training.checkpoints import checkpoints, find_defect, step_of
+    from phoque.training.checkpoints import find_defect, get_step, list_checkpoints
 
     run = tmp_path / "run"
     common = [
@@ -182,10 +182,10 @@ def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(start, tmp_path, tiny_llam
     os.kill(process.pid, signal.SIGINT)
     ended = process.ended()
     assert ended.code == 130 and "Traceback" not in ended.err
-    newest = checkpoints(run)[0]
+    newest = list_checkpoints(run)[0]
     assert find_defect(newest) is None
     again = start(*common)
-    again.until(lambda: step_of(checkpoints(run)[0]) >= step_of(newest) + 2)
+    again.until(lambda: get_step(list_checkpoints(run)[0]) >= get_step(newest) + 2)
     os.kill(again.pid, signal.SIGKILL)
     assert "going on from step" in again.ended().err
 
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(train, 
 
 
 def test_nf4_trains_on_the_cpu_and_measuring_changes_nothing(train, tmp_path):
-    # bitsandbytes on the CPU breaks a layer that was run in evaluation mode; see models.load.measuring
+    # bitsandbytes on the CPU breaks a layer that was run in evaluation mode; see models.load.evaluation_mode
     losses = {}
     for name, every in (("often", 1), ("rarely", 50)):
         run = tmp_path / name
@@ -338,9 +338,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(phoque, tiny_llama, rows, tmp_pa
         common = ["--base-model", tiny_llama, "--dataset", rows, *SMALL, "--sample-every", 0, "--output-dir", run]
         ran = phoque("train", *common, "--max-steps", 8, "--save-steps", 2, "--keep-checkpoints", 9, expect=1)
         assert "was not saved" in ran.err and "disk is full" in ran.error[0]
-        from phoque.training.checkpoints import checkpoints, find_defect
+        from phoque.training.checkpoints import find_defect, list_checkpoints
 
-        assert checkpoints(run) and all(find_defect(c) is None for c in checkpoints(run))
+        assert list_checkpoints(run) and all(find_defect(c) is None for c in list_checkpoints(run))
         assert not (run / ".saving").exists()
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -367,7 +367,7 @@ def bad_input(tmp_path, tiny_llama, rows) -> dict[str, tuple[list, str]]:
         "unknown model": ([*data, "--base-model", "gull"], "No model at"),
         "missing gguf": ([*data, "--base-model", "gull.gguf"], "No such GGUF"),
         "not a model": ([*data, "--base-model", "notamodel"], "no config.json"),
-        "file in the way": ([*base, *data, "--output-dir", tmp_path / "file" / "run"], "file is in the way"),
+        "file in the way": ([*base, *data, "--output-dir", tmp_path / "file" / "run"], "A file exists"),
         "not writable": ([*base, *data, "--output-dir", "/proc/phoque/run"], "No such"),
         "bad number": ([*base, *data, "--batch-size", "0"], "--batch-size"),
         "not on the hub": ([*data, "--base-model", "gull/harbour"], "No such repository"),

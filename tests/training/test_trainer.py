@@ -6,13 +6,13 @@ from tests import tiny
 from torch.nn.functional import cross_entropy
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.packing import Packing, packed
+from phoque.data.packing import Packing, build_batch
 from phoque.data.rows import open_dataset
 from phoque.data.stream import TrainStream
-from phoque.models.lora import with_adapter
+from phoque.models.lora import add_lora_adapter
 from phoque.models.source import Source
 from phoque.training.engine import attention, loss
-from phoque.training.engine.loss import with_token_loss
+from phoque.training.engine.loss import add_token_loss
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def stream_of(rows, chat, size=4):
 def shaken(model):
     """An adapter whose B is not zero, so that a wrong mask or scale would show."""
     torch.manual_seed(3)
-    model = with_adapter(model, 4, 8, 0.0)
+    model = add_lora_adapter(model, 4, 8, 0.0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -46,9 +46,9 @@ def shaken(model):
 
 def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
     batch = next(iter(stream_of(rows, chat)))
-    name, _ = attention.choose(torch.device("cpu"), None, torch.float32, 0)
+    name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0)
     model = shaken(loaded(tiny_llama, name))
-    with_token_loss(model.get_base_model())
+    add_token_loss(model.get_base_model())
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_at")}
     logits = model(**inputs).logits[0, :-1]
     plain = cross_entropy(logits, batch["labels"][0, 1:], reduction="sum")
@@ -60,7 +60,7 @@ def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
     assert found.nll.item() == pytest.approx(plain.item(), rel=1e-6)
     labelled = batch["labels"][0, 1:] != -100
     assert found.count == labelled.sum()
-    assert found.right == (logits.argmax(-1) == batch["labels"][0, 1:])[labelled].sum()
+    assert found.correct == (logits.argmax(-1) == batch["labels"][0, 1:])[labelled].sum()
     for n, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, wanted[n], atol=1e-5, rtol=1e-4)
@@ -69,12 +69,12 @@ def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_positions_that_fill_up_a_shape_count_for_nothing(compiled, monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 50 * 40)  # several chunks
-    judged = torch.compile(loss._judged, dynamic=True) if compiled else loss._judged
+    judged = torch.compile(loss._token_losses, dynamic=True) if compiled else loss._token_losses
     torch.manual_seed(0)
     hidden, weight = torch.randn(90, 8, requires_grad=True), torch.randn(50, 8)
     places, labels = torch.arange(3, 88), torch.randint(0, 50, (85,))
     found = []
-    for at, wanted in ((places, labels), loss._filled_up(places, labels, 89)):
+    for at, wanted in ((places, labels), loss._pad_to_tile(places, labels, 89)):
         nll, right = loss._HeadLoss.apply(hidden, weight, at, wanted, judged)
         found.append([nll, right, *torch.autograd.grad(nll, hidden)])
     assert len(at) == 128
@@ -92,9 +92,9 @@ def test_packed_logits_and_gradients_equal_unpacked_ones(tiny_llama, chat, rows)
     stream = stream_of(rows, chat, 1)
     singles = [b for _, b in zip(range(5), stream, strict=False)]
     talks = [chat.encode(open_row["messages"]) for open_row in _rows(rows)[:5]]
-    name, _ = attention.choose(torch.device("cpu"), None, torch.float32, 0)
+    name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0)
     ours, plain = shaken(loaded(tiny_llama, name)), shaken(loaded(tiny_llama))
-    batch = packed(talks)
+    batch = build_batch(talks)
     together = ours(**{k: v for k, v in batch.items() if k not in ("labels", "loss_at")}).logits[0]
     alone = torch.cat([plain(input_ids=torch.tensor([t.ids])).logits[0] for t in talks])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
@@ -151,7 +151,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
     taken = [b for _, b in zip(range(32), stream_of(rows, ChatTemplate(tiny.tokenizer(), "", 2048), 1), strict=False)]
     data = Dataset.from_list([{k: b[k][0].tolist() for k in ("input_ids", "labels")} for b in taken])
     torch.manual_seed(0)
-    model = with_adapter(loaded(tiny_llama), 16, 64, 0.0)
+    model = add_lora_adapter(loaded(tiny_llama), 16, 64, 0.0)
     arguments = SFTConfig(
         output_dir=str(tmp_path / "trl"),
         max_steps=8,

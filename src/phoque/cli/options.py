@@ -25,7 +25,7 @@ def command(
     """The Click command that calls `run(resolved settings, dry_run)`."""
 
     def called(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
-        console.use(json, quiet)
+        console.configure(json, quiet)
         # None, and an empty list for a repeatable flag, is how Typer says that it was not given
         given = {key: value for key, value in flags.items() if value not in (None, [])}
         asked, warnings = resolve_settings(model, given, presets or {}, secrets_file)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from phoque.cli import jobs, options
-from phoque.console import console, in_parts
+from phoque.console import console, format_breakdown
 from phoque.settings.environment import cache_folder, deadline, submission
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
@@ -26,9 +26,9 @@ def run(asked: Resolved[TrainSettings], dry_run: bool) -> None:
     if asked.settings.on:
         jobs.run("train", asked, dry_run)
     elif dry_run:
-        from phoque.training.dry_run import plan
+        from phoque.training.dry_run import plan_run
 
-        shown = plan(asked, cache_folder(), console)
+        shown = plan_run(asked, cache_folder(), console)
         console.result(shown, lambda: _plan(shown, asked), str(asked.settings.folder))
     else:
         from phoque.training.run import train
@@ -47,7 +47,7 @@ def _result(result: dict[str, Any]) -> str:
         f"({result.get('padding', 0):.1%} padding)",
     ]
     if shares := result.get("seconds_of"):
-        lines.append(f"time     {in_parts(shares)}")
+        lines.append(f"time     {format_breakdown(shares)}")
     if losses:
         fallen = 1 - losses["after"] / losses["before"]
         lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({fallen:.0%} lower)")

@@ -26,13 +26,13 @@ def run(asked: Resolved[VerifySettings], dry_run: bool) -> None:
     """Say whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser; exit 1 if not."""
     options.needs("onnx", "onnx", "onnxruntime")
     if asked.settings.serve and not dry_run:
-        from phoque.onnx.verify.serve import served
+        from phoque.onnx.verify.serve import serve_export
 
-        served(asked, cache_folder(), console)
+        serve_export(asked, cache_folder(), console)
         return
-    from phoque.onnx.verify.run import verified
+    from phoque.onnx.verify.run import verify_export
 
-    result = verified(asked, cache_folder(), console, dry_run)
+    result = verify_export(asked, cache_folder(), console, dry_run)
     if dry_run:
         console.result(result, lambda: options.plan(result), result["name"])
         return

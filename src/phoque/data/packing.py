@@ -1,4 +1,4 @@
-"""Conversations laid end to end in rows: of one length, so that a GPU sees one shape, or as long as they are."""
+"""Packing: conversations are concatenated into rows, padded to one shape for the GPU or left as long as they are."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from phoque.data.chat_template import IGNORED, Encoded
+from phoque.data.chat_template import IGNORE_INDEX, EncodedChat
 
-TOGETHER = 32  # rows that are packed at once
-FILLED = 0.98  # of them, by what is read for them: with more, some groups would need one row more
-SLACK = 0.005, 0.01, 0.02, 0.03  # what a row may hold above the average of its group, the first that will do
-TILE = 128  # tokens that a matrix product takes at once on a GPU
-SPREAD = 1.5  # a row holds so many times the average number of conversations at most
+ROWS_PER_GROUP = 32  # rows per group of conversations that are packed together
+GROUP_FILL = 0.98  # share of a group's token budget that is read; with more, some groups would need one more row
+SLACKS = 0.005, 0.01, 0.02, 0.03  # how far a row may exceed the average of its group; the first that works is used
+TILE = 128  # tokens per tile of a GPU matrix multiplication
+MAX_COUNT_RATIO = 1.5  # the most conversations per row, as a multiple of the average
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a row is filled up to: `tokens` in all, in at most `segments` conversations and pieces of padding.
+    """The shape that a row is padded to: `tokens` in total, in `segments` conversations and pieces of padding.
 
-    No segment is longer than `longest`: attention kernels are told so, and leave undefined what lies beyond.
+    No segment is longer than `longest` tokens. Attention kernels rely on that: beyond it, their output is undefined.
     """
 
     tokens: int
@@ -31,10 +31,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which conversations share a row: those that fit a budget of tokens, or exactly `count`.
+    """Which conversations share a row: as many as fit its token budget, or exactly `count`.
 
-    `count` conversations of `mean` tokens are a row on average; `longest` is the longest that may come. `exact` takes
-    them in their order, `count` a row. `static` fills rows up to one shape, or to a few where they are exact.
+    A row has `count` conversations of `mean` tokens on average; none is longer than `longest` tokens. With `exact`,
+    each row has the next `count` conversations in order. With `static`, rows are padded to one shape, or to a few
+    shapes if `exact`.
     """
 
     count: int
@@ -45,105 +46,107 @@ class Packing:
 
     @property
     def tokens(self) -> int:
-        """A row's budget: what `count` conversations take on average, and at least the longest of them."""
-        wanted = max(ceil(self.count * self.mean), self.longest)
-        return _rounded(wanted, TILE if wanted >= 8 * TILE else 16)
+        """The token budget of a row: `count` x `mean`, but at least `longest`, rounded up."""
+        budget = max(ceil(self.count * self.mean), self.longest)
+        return _round_up(budget, TILE if budget >= 8 * TILE else 16)
 
     @property
     def grouping(self) -> list[int]:
-        """What decides which conversations share a row."""
-        return [self.count, 0, 0] if self.exact else [self.at_once, self.tokens, self.most]
+        """The numbers that decide which conversations share a row; they are stored in the stream's state."""
+        return [self.count, 0, 0] if self.exact else [self.group_tokens, self.tokens, self.max_conversations]
 
     @property
-    def most(self) -> int:
-        """Conversations that a row of the budget holds at most."""
-        return ceil(SPREAD * self.tokens / self.mean) + 1
+    def max_conversations(self) -> int:
+        """The most conversations that one row holds."""
+        return ceil(MAX_COUNT_RATIO * self.tokens / self.mean) + 1
 
     @property
-    def at_once(self) -> int:
-        """Tokens that are read and then packed together."""
-        return round(FILLED * TOGETHER * self.tokens)
+    def group_tokens(self) -> int:
+        """The number of tokens that are read and packed together as one group."""
+        return round(GROUP_FILL * ROWS_PER_GROUP * self.tokens)
 
-    def enough(self, conversations: int, tokens: int) -> bool:
-        """Whether so many conversations of so many tokens are to be packed together now."""
-        return conversations == self.count if self.exact else tokens >= self.at_once
+    def is_group_complete(self, conversations: int, tokens: int) -> bool:
+        """Whether a group of so many conversations and tokens is complete and can be packed."""
+        return conversations == self.count if self.exact else tokens >= self.group_tokens
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The conversations of each row, by number, for those that are packed together."""
-        return [[*range(len(lengths))]] if self.exact else evenly(lengths, self.tokens, self.most)
+        """Assign the conversations of one group, given their lengths, to rows; return their indices for each row."""
+        return [[*range(len(lengths))]] if self.exact else pack_evenly(lengths, self.tokens, self.max_conversations)
 
     def shape(self, total: int) -> Shape | None:
-        """What a row of `total` tokens is filled up to; None leaves it as it is."""
+        """Return the shape that a row of `total` tokens is padded to, or None for no padding."""
         if not self.static:
             return None
-        tokens, segments = self.tokens, self.most
-        if self.exact:  # a quarter of the average apart: a few shapes, each of them seen often
-            tokens, segments = _rounded(total, _rounded(ceil(self.count * self.mean / 4), TILE)), self.count
+        tokens, segments = self.tokens, self.max_conversations
+        if self.exact:  # steps of a quarter of the average length: only a few shapes, each used often
+            tokens, segments = _round_up(total, _round_up(ceil(self.count * self.mean / 4), TILE)), self.count
         return Shape(tokens, segments + ceil(tokens / self.longest), self.longest)
 
 
-def _rounded(tokens: int, unit: int) -> int:
+def _round_up(tokens: int, unit: int) -> int:
     return -(-tokens // unit) * unit
 
 
-def best_fit(lengths: Sequence[int], tokens: int, most: int) -> list[list[int]]:
-    """Rows of at most `tokens` tokens and `most` numbers, each length put where it leaves the least room.
+def pack_best_fit(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:
+    """Pack lengths into rows of at most `tokens` tokens and `max_count` items; each goes where the least space is left.
 
-    In the order of arrival, so that a row has long and short conversations as they come; no length exceeds `tokens`.
+    Lengths are packed in the given order, not sorted, so that a row mixes long and short conversations. No length may
+    exceed `tokens`. Returns the indices of each row.
     """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    spaces: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for number, length in enumerate(lengths):
-        place = bisect_left(rooms, (length, -1))
-        if place == len(rooms):
+        index = bisect_left(spaces, (length, -1))
+        if index == len(spaces):
             rows.append([])
-            room, row = tokens, len(rows) - 1
+            space, row = tokens, len(rows) - 1
         else:
-            room, row = rooms.pop(place)
+            space, row = spaces.pop(index)
         rows[row].append(number)
-        if len(rows[row]) < most:
-            insort(rooms, (room - length, row))
+        if len(rows[row]) < max_count:
+            insort(spaces, (space - length, row))
     return rows
 
 
-def evenly(lengths: Sequence[int], tokens: int, most: int) -> list[list[int]]:
-    """As few rows as `best_fit` needs, about as full as each other.
+def pack_evenly(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:
+    """Pack lengths into as few rows as `pack_best_fit` needs, all about equally full.
 
-    What is left for its last row may be a single conversation, and a step on that alone would count as much as others.
+    The last row of `pack_best_fit` may hold a single conversation, and a step on it would weigh as much as any other.
     """
-    rows = best_fit(lengths, tokens, most)
+    rows = pack_best_fit(lengths, tokens, max_count)
     average = sum(lengths) / len(rows)
-    for slack in SLACK:
+    for slack in SLACKS:
         budget = max(ceil((1 + slack) * average), *lengths)
-        if budget < tokens and len(tried := best_fit(lengths, budget, most)) == len(rows):
-            return tried
+        if budget < tokens and len(evened := pack_best_fit(lengths, budget, max_count)) == len(rows):
+            return evened
     return rows
 
 
-def packed(conversations: Sequence[Encoded], shape: Shape | None = None) -> dict[str, Any]:
-    """One batch of shape (1, T): ids, labels, positions that restart, and the borders that attention must respect.
+def build_batch(conversations: Sequence[EncodedChat], shape: Shape | None = None) -> dict[str, Any]:
+    """Concatenate conversations into one batch of shape (1, T); position ids restart with each conversation.
 
-    `cu_seq_lens` holds the borders of the segments, `max_length` bounds their lengths. `loss_at` are the positions
-    whose next token is labelled. There is no attention mask: next to position ids it would make transformers attend
-    across conversations. Padding is segments of its own, without labels, and at the end of `borders` some of no length.
+    `cu_seq_lens_q` and `_k` hold the segment borders, `max_length_q` and `_k` an upper bound of segment lengths.
+    `loss_at` lists the positions whose next token has a label. There is no attention mask: with position ids it
+    would make transformers attend across conversations. Padding forms segments without labels; empty segments fill the
+    borders up to `shape.segments`.
     """
     lengths = [len(c.ids) for c in conversations]
     ids = [token for c in conversations for token in c.ids]
     labels = [label for c in conversations for label in c.labels]
     longest = max(lengths)
     if shape:
-        left, longest = shape.tokens - len(ids), shape.longest
-        ids, labels = ids + [0] * left, labels + [IGNORED] * left
-        while left:
-            lengths.append(min(left, longest))
-            left -= lengths[-1]
+        padding, longest = shape.tokens - len(ids), shape.longest
+        ids, labels = ids + [0] * padding, labels + [IGNORE_INDEX] * padding
+        while padding:
+            lengths.append(min(padding, longest))
+            padding -= lengths[-1]
         lengths += [0] * (shape.segments - len(lengths))
     borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    wanted = torch.tensor([labels])
+    targets = torch.tensor([labels])
     return {
         "input_ids": torch.tensor([ids]),
-        "labels": wanted,
-        "loss_at": (wanted[0, 1:] != IGNORED).nonzero()[:, 0],
+        "labels": targets,
+        "loss_at": (targets[0, 1:] != IGNORE_INDEX).nonzero()[:, 0],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders,

@@ -1,4 +1,4 @@
-"""Rows of a dataset: where they are read from, the schema, and what makes a row unfit to train on."""
+"""Rows of a dataset: how they are read, their schemas, and what makes a row unusable for training."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 
 
 class BadRow(ValueError):
-    """A row that is left out; the message is the reason, short enough to count by."""
+    """A row that is skipped; the message is a short reason, by which such rows are counted."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation in the spec's schema."""
+    """One conversation: `messages` of {role, content}, its source, and its toxicity score if it has one."""
 
     messages: list[dict[str, str]]
     source: str
@@ -34,7 +34,7 @@ class Row:
         return next(turn["content"] for turn in self.messages if turn["role"] == "user")
 
     def key(self) -> str:
-        """A hash of what is said, the same in every file and order."""
+        """Return a hash of the messages, which does not depend on the file or the order of rows."""
         return hashlib.blake2b(json.dumps(self.messages, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -48,70 +48,72 @@ class Dataset:
 
 
 def open_dataset(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
-    """A bundled name, a local file or folder, or a Hub dataset, as a stream; nothing is loaded whole.
+    """Open a bundled dataset, a local file or folder, or a Hub dataset as a stream, without loading it into memory.
 
-    Raises PhoqueError (2) if there is nothing of that name.
+    Raises PhoqueError (2) if there is no dataset of that name.
     """
     if not name:
         raise PhoqueError(
-            "No dataset.", "Neither --dataset nor DATASET_REPO is set.", "Name one, or use --dataset seal."
+            "No dataset.", "Neither --dataset nor DATASET_REPO is set.", "Set --dataset, or try --dataset seal."
         )
     path = BUNDLED.get(name) or Path(name).expanduser()
     if path.exists():
-        return _local(name, path)
+        return _open_local(name, path)
     if path.suffix in SUFFIXES or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise PhoqueError(
             f"No dataset at {name}.",
             f"It is neither a {', '.join(SUFFIXES)} file, nor a folder of them, nor a Hub id.",
             "Check --dataset.",
         )
-    return _hub(name, split, revision, token)
+    return _open_hub(name, split, revision, token)
 
 
-def _local(name: str, path: Path) -> Dataset:
+def _open_local(name: str, path: Path) -> Dataset:
     from datasets import IterableDataset
 
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
     files = [f for f in files if f.suffix in SUFFIXES]
     if not files:
-        raise PhoqueError(f"{path} is not a dataset.", f"It holds no {', '.join(SUFFIXES)} file.", "Check --dataset.")
+        raise PhoqueError(
+            f"{path} is not a dataset.", f"It contains no {', '.join(SUFFIXES)} file.", "Check --dataset."
+        )
     if not any(f.stat().st_size for f in files):
-        raise PhoqueError(f"{path} is empty.", "There is no row in it.", "Check how the file was written.")
+        raise PhoqueError(f"{path} is empty.", "It contains no rows.", "Check how the file was written.")
     digest = hashlib.sha256()
     for file in files:
         digest.update(bytes.fromhex(sha256(file)))
-    # one entry a file: datasets counts them as shards, and its state says how far it is in which
-    stream = IterableDataset.from_generator(_read, gen_kwargs={"files": [str(f) for f in files]})
+    # one entry per file: datasets treats each as a shard, and its state holds the position in each shard
+    stream = IterableDataset.from_generator(_read_files, gen_kwargs={"files": [str(f) for f in files]})
     return Dataset(name, digest.hexdigest()[:40], stream)
 
 
-def _hub(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
+def _open_hub(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
     from datasets import load_dataset
 
-    from phoque.hub.client import PATIENCE_S, Hub
+    from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
 
-    hub = Hub(token, lambda _: None, PATIENCE_S)
+    hub = Hub(token, lambda _: None, LOOKUP_PATIENCE_S)
     sha = str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
     try:
         stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
-    except ValueError as error:  # datasets' word for an unknown split or a repository without data
-        raise PhoqueError(f"{name} cannot be read.", first_line(error), "Check the name and its split.") from error
+    except ValueError as error:  # datasets raises it for an unknown split or a repository without data
+        raise PhoqueError(f"{name} cannot be read.", first_line(error), "Check the name and the split.") from error
     columns = stream.column_names
-    return Dataset(name, sha, stream.map(_numbered, with_indices=True, remove_columns=columns))
+    return Dataset(name, sha, stream.map(_add_row_number, with_indices=True, remove_columns=columns))
 
 
-def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+def _add_row_number(row: dict[str, Any], index: int) -> dict[str, Any]:
     return {"line": f"row {index + 1}", "row": row, "broken": ""}
 
 
-def _read(files: list[str]) -> Iterator[dict[str, Any]]:
+def _read_files(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in map(Path, files):
-        for number, row, broken in _rows_of(file):
-            place = f"line {number}" if len(files) == 1 and file.suffix == ".jsonl" else f"{file.name}:{number}"
-            yield {"line": place, "row": row, "broken": broken}
+        for number, row, broken in _read_rows(file):
+            location = f"line {number}" if len(files) == 1 and file.suffix == ".jsonl" else f"{file.name}:{number}"
+            yield {"line": location, "row": row, "broken": broken}
 
 
-def _rows_of(file: Path) -> Iterator[tuple[int, Any, str]]:
+def _read_rows(file: Path) -> Iterator[tuple[int, Any, str]]:
     if file.suffix == ".jsonl":
         with file.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
@@ -125,7 +127,9 @@ def _rows_of(file: Path) -> Iterator[tuple[int, Any, str]]:
             rows = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise PhoqueError(
-                f"{file.name} is not valid JSON.", f"{error.msg} at line {error.lineno}.", "Mend it, or use .jsonl."
+                f"{file.name} is not valid JSON.",
+                f"{error.msg} at line {error.lineno}.",
+                "Fix the file, or use .jsonl.",
             ) from error
         for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
             yield number, row, ""
@@ -138,8 +142,8 @@ def _rows_of(file: Path) -> Iterator[tuple[int, Any, str]]:
             yield number, row, ""
 
 
-def schema_of(row: dict[str, Any]) -> str:
-    """Which of the three schemas a row has: messages, prompt/completion or conversations."""
+def detect_schema(row: dict[str, Any]) -> str:
+    """Return the schema of a row: messages, prompt/completion or conversations. Raises BadRow if it has none."""
     if row.get("messages") is not None:
         return "messages"
     if row.get("conversations") is not None:
@@ -149,56 +153,60 @@ def schema_of(row: dict[str, Any]) -> str:
     raise BadRow("no messages column")
 
 
-def parsed(record: dict[str, Any]) -> Row:
-    """A raw record as a Row in the `messages` schema. Raises BadRow with the reason it is unfit."""
+def parse_row(record: dict[str, Any]) -> Row:
+    """Convert a raw record to a Row in the `messages` schema. Raises BadRow with the reason if it is unusable."""
     if record["broken"]:
         raise BadRow("broken JSON")
     row = record["row"]
     if not isinstance(row, dict):
         raise BadRow("not an object")
-    messages = _MAPPED[schema_of(row)](row)
+    messages = _CONVERTERS[detect_schema(row)](row)
     _check_turns(messages)
     score = row.get("toxicity_score")
-    return Row(messages, str(row.get("source") or "unknown"), None if score is None else _number(score))
+    return Row(messages, str(row.get("source") or "unknown"), None if score is None else _parse_score(score))
 
 
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+def _from_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     if not isinstance(row["messages"], list):
         raise BadRow("messages is not a list")
-    return [_turn(turn, "role", "content") for turn in row["messages"]]
+    return [_parse_turn(turn, "role", "content") for turn in row["messages"]]
 
 
-def _sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
+def _from_sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
     if not isinstance(row["conversations"], list):
         raise BadRow("conversations is not a list")
-    turns = [_turn(turn, "from", "value") for turn in row["conversations"]]
+    turns = [_parse_turn(turn, "from", "value") for turn in row["conversations"]]
     return [{**turn, "role": SHAREGPT_ROLES.get(turn["role"], turn["role"])} for turn in turns]
 
 
-def _prompt_completion(row: dict[str, Any]) -> list[dict[str, str]]:
-    sides = (("prompt", "user"), ("completion", "assistant"))
+def _from_prompt_completion(row: dict[str, Any]) -> list[dict[str, str]]:
+    columns = (("prompt", "user"), ("completion", "assistant"))
     turns = []
-    for column, role in sides:
-        side = row[column]
-        turns += side if isinstance(side, list) else [{"role": role, "content": side}]
-    return [_turn(turn, "role", "content") for turn in turns]
+    for column, role in columns:
+        value = row[column]
+        turns += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return [_parse_turn(turn, "role", "content") for turn in turns]
 
 
-_MAPPED = {"messages": _messages, "conversations": _sharegpt, "prompt/completion": _prompt_completion}
+_CONVERTERS = {
+    "messages": _from_messages,
+    "conversations": _from_sharegpt,
+    "prompt/completion": _from_prompt_completion,
+}
 
 
-def _turn(turn: Any, role: str, content: str) -> dict[str, str]:
+def _parse_turn(turn: Any, role: str, content: str) -> dict[str, str]:
     if not isinstance(turn, dict) or not isinstance(turn.get(role), str):
         raise BadRow("a turn has no role")
     if not isinstance(turn.get(content), str):
         raise BadRow("a turn has no text")
-    if not _encodable(turn[content]):
-        raise BadRow("half a character in text")
+    if not _is_encodable(turn[content]):
+        raise BadRow("unpaired surrogate in text")
     return {"role": turn[role], "content": turn[content]}
 
 
-def _encodable(text: str) -> bool:
-    """Whether a text is whole: JSON can hold half of a pair of code units, which no tokenizer takes."""
+def _is_encodable(text: str) -> bool:
+    """Whether a text has no unpaired surrogate, which JSON can contain and no tokenizer accepts."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -215,11 +223,11 @@ def _check_turns(messages: list[dict[str, str]]) -> None:
         raise BadRow("empty assistant turn")
 
 
-def _number(score: Any) -> float | None:
+def _parse_score(score: Any) -> float | None:
     try:
-        number = float(score)
+        value = float(score)
     except (TypeError, ValueError):
         raise BadRow("toxicity_score is not a number") from None
-    if math.isinf(number):
+    if math.isinf(value):
         raise BadRow("toxicity_score is infinite")
-    return None if math.isnan(number) else number  # a table's way to say that there is none
+    return None if math.isnan(value) else value  # tables store a missing number as NaN

@@ -1,4 +1,4 @@
-"""A dataset's first reading: what is in it, what is unfit, what is held out."""
+"""The scan of a dataset before training: its statistics, its bad rows, and the held-out rows."""
 
 import hashlib
 import heapq
@@ -6,17 +6,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from phoque.data.chat_template import ChatTemplate, Encoded
-from phoque.data.rows import BadRow, Dataset, Row, parsed, schema_of
+from phoque.data.chat_template import ChatTemplate, EncodedChat
+from phoque.data.rows import BadRow, Dataset, Row, detect_schema, parse_row
 from phoque.errors import PhoqueError
 
-SCANNED = 50_000  # rows read before training; the rest are checked as they come
-FIRST_LINES = 3
+MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
+MAX_LISTED_LINES = 3  # listed per reason for bad rows
 
 
 @dataclass
 class DatasetScan:
-    """What the first reading found. `held_out` rows are those with the smallest hashes, whatever their order."""
+    """The result of a scan. `held_out` are the rows with the smallest hashes, so the order of rows does not matter."""
 
     rows: int = 0
     complete: bool = True
@@ -26,25 +26,25 @@ class DatasetScan:
     sources: Counter[str] = field(default_factory=Counter)
     systems: Counter[str | None] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
-    trained: int = 0
+    trained_tokens: int = 0
     scores: list[float] = field(default_factory=list)
     digest: str = ""
-    held_out: list[tuple[Row, Encoded]] = field(default_factory=list)
+    held_out: list[tuple[Row, EncodedChat]] = field(default_factory=list)
     threshold: str = ""
-    preview: list[tuple[Row, Encoded]] = field(default_factory=list)
+    preview: list[tuple[Row, EncodedChat]] = field(default_factory=list)
 
     @property
     def good(self) -> int:
-        """Rows that can be trained on or held out."""
+        """The number of rows that can be trained on or held out."""
         return len(self.lengths)
 
     @property
     def mean_length(self) -> float:
-        """Tokens a conversation."""
+        """The mean length of a conversation, in tokens."""
         return sum(self.lengths) / self.good
 
     def summary(self) -> dict[str, Any]:
-        """Counts and distributions, fit for run.json and the report."""
+        """Return counts and distributions for run.json and the report."""
         ordered = sorted(self.lengths)
         return {
             "rows": self.rows,
@@ -56,7 +56,7 @@ class DatasetScan:
             "sources": dict(self.sources.most_common()),
             "tokens": {
                 "total": sum(ordered),
-                "trained": self.trained,
+                "trained": self.trained_tokens,
                 "mean": round(self.mean_length, 1),
                 "quantiles": [ordered[int(q * (self.good - 1))] for q in (0, 0.25, 0.5, 0.75, 0.95, 1)],
             },
@@ -66,7 +66,7 @@ class DatasetScan:
 
 
 def histogram(values: list[float], bins: int = 20) -> dict[str, list[float]]:
-    """Counts in equal bins: {edges: bins + 1 numbers, counts: bins numbers}; empty for no values."""
+    """Count values in bins of equal width: {edges: bins + 1 numbers, counts: bins numbers}; empty for no values."""
     if not values:
         return {"edges": [], "counts": []}
     low, high = min(values), max(values)
@@ -78,67 +78,70 @@ def histogram(values: list[float], bins: int = 20) -> dict[str, list[float]]:
 
 
 def scan_dataset(dataset: Dataset, chat: ChatTemplate, held_out_rows: int, max_bad: float) -> DatasetScan:
-    """Read the rows once, in order. Raises PhoqueError (2) if more than `max_bad` of them are unfit, or all are."""
-    found = DatasetScan()
+    """Read up to MAX_SCANNED_ROWS rows once, in order.
+
+    Raises PhoqueError (2) if the share of bad rows is above `max_bad`, or all rows are bad.
+    """
+    scan = DatasetScan()
     digest = hashlib.sha256()
-    smallest: list[tuple[int, int, Row, Encoded]] = []  # a heap of the smallest hashes, largest first
+    smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest hash is on top
     for record in dataset.stream:
-        if found.rows == SCANNED:
-            found.complete = False
+        if scan.rows == MAX_SCANNED_ROWS:
+            scan.complete = False
             break
-        found.rows += 1
+        scan.rows += 1
         try:
-            row = parsed(record)
+            row = parse_row(record)
             encoded = chat.encode(row.messages)
         except BadRow as reason:
-            _count_bad(found, str(reason), record["line"])
+            _count_bad(scan, str(reason), record["line"])
             continue
         key = row.key()
         digest.update(key.encode())
-        _count_good(found, record["row"], row, encoded)
-        heapq.heappush(smallest, (-int(key, 16), found.rows, row, encoded))
+        _count_good(scan, record["row"], row, encoded)
+        heapq.heappush(smallest, (-int(key, 16), scan.rows, row, encoded))
         if len(smallest) > held_out_rows:
             heapq.heappop(smallest)
-    _refuse_bad(found, dataset.name, max_bad)
-    kept = min(held_out_rows, found.good // 10)
-    ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[:kept]
-    found.held_out = [(row, encoded) for _, _, row, encoded in ordered]
-    found.threshold = ordered[-1][2].key() if ordered else ""
-    found.digest = digest.hexdigest()[:40]
-    return found
+    _check_bad_rows(scan, dataset.name, max_bad)
+    count = min(held_out_rows, scan.good // 10)
+    ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[:count]
+    scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
+    scan.threshold = ordered[-1][2].key() if ordered else ""
+    scan.digest = digest.hexdigest()[:40]
+    return scan
 
 
-def _count_bad(found: DatasetScan, reason: str, line: str) -> None:
-    found.bad_counts[reason] += 1
-    lines = found.bad.setdefault(reason, [])
-    if len(lines) < FIRST_LINES:
+def _count_bad(scan: DatasetScan, reason: str, line: str) -> None:
+    scan.bad_counts[reason] += 1
+    lines = scan.bad.setdefault(reason, [])
+    if len(lines) < MAX_LISTED_LINES:
         lines.append(line)
 
 
-def _count_good(found: DatasetScan, raw: dict[str, Any], row: Row, encoded: Encoded) -> None:
-    found.schemas[schema_of(raw)] += 1
-    found.sources[row.source] += 1
+def _count_good(scan: DatasetScan, raw: dict[str, Any], row: Row, encoded: EncodedChat) -> None:
+    scan.schemas[detect_schema(raw)] += 1
+    scan.sources[row.source] += 1
     system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else None
-    if system in found.systems or len(found.systems) < 1000:
-        found.systems[system] += 1
-    found.lengths.append(len(encoded.ids))
-    found.trained += encoded.trained
+    if system in scan.systems or len(scan.systems) < 1000:
+        scan.systems[system] += 1
+    scan.lengths.append(len(encoded.ids))
+    scan.trained_tokens += encoded.trained_tokens
     if row.toxicity_score is not None:
-        found.scores.append(row.toxicity_score)
-    if len(found.preview) < 3:
-        found.preview.append((row, encoded))
+        scan.scores.append(row.toxicity_score)
+    if len(scan.preview) < 3:
+        scan.preview.append((row, encoded))
 
 
-def _refuse_bad(found: DatasetScan, name: str, max_bad: float) -> None:
-    if not found.rows:
-        raise PhoqueError(f"{name} is empty.", "There is no row in it.", "Check how it was written.")
-    bad = found.rows - found.good
-    reasons = "; ".join(f"{n} x {r} (first: {', '.join(found.bad[r])})" for r, n in found.bad_counts.most_common(5))
-    if not found.good:
-        raise PhoqueError(f"No row of {name} can be trained on.", reasons, "Mend the rows; see the README on data.")
-    if bad > max_bad * found.rows:
+def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
+    if not scan.rows:
+        raise PhoqueError(f"{name} is empty.", "It contains no rows.", "Check how the dataset was written.")
+    bad = scan.rows - scan.good
+    reasons = "; ".join(f"{n} x {r} (first: {', '.join(scan.bad[r])})" for r, n in scan.bad_counts.most_common(5))
+    if not scan.good:
+        raise PhoqueError(f"No row of {name} can be trained on.", reasons, "Fix the rows; see the data guide.")
+    if bad > max_bad * scan.rows:
         raise PhoqueError(
-            f"{bad} of {found.rows} rows of {name} are unfit ({bad / found.rows:.0%}, allowed are {max_bad:.0%}).",
+            f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; the limit is {max_bad:.0%}).",
             reasons,
-            "Mend the rows, or allow more with --max-bad-rows.",
+            "Fix the rows, or raise the limit with --max-bad-rows.",
         )

@@ -9,20 +9,20 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.data.chat_template import ChatTemplate, Encoded
-from phoque.data.packing import Packing, packed
-from phoque.data.rows import BadRow, Dataset, parsed
+from phoque.data.chat_template import ChatTemplate, EncodedChat
+from phoque.data.packing import Packing, build_batch
+from phoque.data.rows import BadRow, Dataset, parse_row
 from phoque.errors import PhoqueError
 from phoque.prefetch import Prefetcher
 
-SHUFFLED = 50_000  # rows that are shuffled together
-AHEAD = 16  # rows that are made before they are used
+SHUFFLE_WINDOW = 50_000  # rows per shuffle window
+PREFETCHED_ROWS = 16  # packed rows that are prepared ahead of their use
 _COUNTS = ("rows_seen", "tokens_seen", "filled", "epoch")
 
 
 @dataclass
-class _Place:
-    """A place in an endless stream: `used` rows into a window that begins at `start`, datasets' own state."""
+class _Position:
+    """A position in the endless stream: `used` rows into the window that begins at `start`, a state of datasets."""
 
     epoch: int = 0
     window: int = 0
@@ -31,11 +31,11 @@ class _Place:
 
 
 class TrainStream:
-    """Endless packed rows, shuffled anew each pass; its state resumes it exactly.
+    """An endless stream of packed rows, reshuffled in each pass; `state_dict` resumes it exactly.
 
-    Conversations are shuffled a window at a time and packed a group at a time, so that a state is small (where window
-    and group began, how much of them is used) and yet exact: datasets 5.2 resumes its own shuffle buffer empty, which
-    loses the rows that were in it. The state is that of the row given last, however far ahead others are read.
+    Rows are shuffled in windows and packed in groups, so that the state is small (where the window and the group begin,
+    and how much of them is used) and still exact. datasets 5.2 resumes its own shuffle buffer empty, which loses the
+    rows in it. The state is that of the row yielded last, however many rows are prefetched.
     """
 
     def __init__(
@@ -49,117 +49,117 @@ class TrainStream:
 
     @property
     def epoch(self) -> int:
-        """Passes over the data that were complete when the last row was read."""
+        """The number of complete passes over the data, by the number of conversations yielded so far."""
         return self._state["epoch"]
 
     @property
     def rows_seen(self) -> int:
-        """Conversations given so far."""
+        """The number of conversations yielded so far."""
         return self._state["rows_seen"]
 
     @property
     def tokens_seen(self) -> int:
-        """Their tokens, without padding."""
+        """The number of tokens yielded so far, without padding."""
         return self._state["tokens_seen"]
 
     @property
     def padding(self) -> float:
-        """The share of all rows that is padding."""
+        """The fraction of all tokens yielded so far that is padding."""
         return 1 - self.tokens_seen / self._state["filled"] if self._state["filled"] else 0.0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Rows, made ahead of their use in a thread of their own; `waited` are the seconds that none was ready."""
-        with Prefetcher(self._batches(), AHEAD) as made:
-            for batch, state in made:
-                self._state, self.waited = state, made.waited
+        """Yield batches, prepared ahead in a thread; `waited` is the time in seconds for which none was ready."""
+        with Prefetcher(self._make_batches(), PREFETCHED_ROWS) as batches:
+            for batch, state in batches:
+                self._state, self.waited = state, batches.waited
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last row it gave."""
+        """Return the state after the last row that was yielded."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Go on from a state; call it before the first row is taken.
+        """Continue from a state; call this before iterating.
 
-        Whether conversations come again: where rows are packed in another way now, the group under way begins anew.
+        Returns whether some conversations repeat: if rows are packed differently now, the current group starts again.
         """
         if "reader" not in state:  # written before rows were packed to a budget
             reader = {"place": state["place"], "read": state["rows_seen"], "bad": state["bad_seen"]}
             counts = {"rows_seen": state["rows_seen"], "tokens_seen": state["tokens_seen"]}
             state = {"reader": reader, "taken": 0, "filled": state["tokens_seen"], "epoch": state["place"]["epoch"]}
             state |= counts
-        again = bool(state["taken"]) and state["grouping"] != self.packing.grouping
-        self._state = state | {"grouping": self.packing.grouping} | ({"taken": 0} if again else {})
-        return again
+        repeats = bool(state["taken"]) and state["grouping"] != self.packing.grouping
+        self._state = state | {"grouping": self.packing.grouping} | ({"taken": 0} if repeats else {})
+        return repeats
 
-    def _batches(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Each row with the state that stands after it."""
+    def _make_batches(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield each batch with the state after it."""
         reader, state = self._reader, self._state
-        reader.go_to(state["reader"])
+        reader.load_state(state["reader"])
         conversations = reader.conversations()
         while True:
-            group = self._group(conversations)
+            group = self._read_group(conversations)
             rows = self.packing.rows([len(encoded.ids) for encoded, _ in group])
-            # those opened first hold what came first: in their order the loss of a step would follow their place in it
+            # best-fit opens rows in reading order: unpermuted, the loss would depend on the position in the group
             order = numpy.random.default_rng([self._seed, state["reader"]["read"]]).permutation(len(rows))
-            given = sum(len(rows[number]) for number in order[: state["taken"]])
-            for taken in range(state["taken"], len(rows)):
-                row = [group[number] for number in rows[order[taken]]]
-                given += len(row)
+            n_conversations = sum(len(rows[number]) for number in order[: state["taken"]])
+            for row_index in range(state["taken"], len(rows)):
+                row = [group[number] for number in rows[order[row_index]]]
+                n_conversations += len(row)
                 length = sum(len(encoded.ids) for encoded, _ in row)
                 shape = self.packing.shape(length)
-                done = taken + 1 == len(rows)
+                is_last = row_index + 1 == len(rows)
                 state = {
-                    "reader": reader.state() if done else state["reader"],
-                    "taken": 0 if done else taken + 1,
+                    "reader": reader.state() if is_last else state["reader"],
+                    "taken": 0 if is_last else row_index + 1,
                     "grouping": self.packing.grouping,
                     "rows_seen": state["rows_seen"] + len(row),
                     "tokens_seen": state["tokens_seen"] + length,
                     "filled": state["filled"] + (shape.tokens if shape else length),
-                    "epoch": group[given - 1][1],
+                    "epoch": group[n_conversations - 1][1],
                 }
-                yield _pinned(packed([encoded for encoded, _ in row], shape)), state
+                yield _pin_memory(build_batch([encoded for encoded, _ in row], shape)), state
 
-    def _group(self, conversations: Iterator[tuple[Encoded, int]]) -> list[tuple[Encoded, int]]:
-        """The next conversations that are packed together."""
+    def _read_group(self, conversations: Iterator[tuple[EncodedChat, int]]) -> list[tuple[EncodedChat, int]]:
+        """Read the next conversations that are packed together."""
         group, tokens = [], 0
-        while not self.packing.enough(len(group), tokens):
+        while not self.packing.is_group_complete(len(group), tokens):
             group.append(next(conversations))
             tokens += len(group[-1][0].ids)
         return group
 
 
-def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch in memory that a GPU copies from by itself, where there is one."""
+def _pin_memory(batch: dict[str, Any]) -> dict[str, Any]:
+    """Move the batch to pinned memory, for asynchronous copies, if there is a GPU."""
     if not torch.cuda.is_available():
         return batch
     return {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 class _Reader:
-    """The endless sequence of conversations that can be trained on, and its place in it."""
+    """Reads an endless sequence of usable, not held-out conversations, and keeps its position in it."""
 
     def __init__(self, dataset: Dataset, chat: ChatTemplate, threshold: str, seed: int, max_bad: float) -> None:
         self._rows, self._threshold, self._seed, self._max_bad = dataset.stream, threshold, seed, max_bad
-        self._chat = copy.deepcopy(chat)  # a tokenizer is for one thread: others ask the original for samples
-        self._place = _Place()
+        self._chat = copy.deepcopy(chat)  # a tokenizer is not thread-safe, and sampling uses the original
+        self._position = _Position()
         self._read = self._bad = 0
 
     def state(self) -> dict[str, Any]:
-        """Where it stands after the last conversation it gave."""
-        return {"place": asdict(self._place), "read": self._read, "bad": self._bad}
+        """Return the state after the last conversation that was yielded."""
+        return {"place": asdict(self._position), "read": self._read, "bad": self._bad}
 
-    def go_to(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self._place, self._read, self._bad = _Place(**state["place"]), state["read"], state["bad"]
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self._position, self._read, self._bad = _Position(**state["place"]), state["read"], state["bad"]
 
-    def conversations(self) -> Iterator[tuple[Encoded, int]]:
-        """Each conversation, and how many passes over the data were complete before it."""
+    def conversations(self) -> Iterator[tuple[EncodedChat, int]]:
+        """Yield each conversation with the number of passes over the data that were complete before it."""
         while True:
-            read, whole = self._read, self._place == _Place(self._place.epoch)
-            for record in self._pass():
+            read, is_whole_pass = self._read, self._position == _Position(self._position.epoch)
+            for record in self._read_pass():
                 try:
-                    row = parsed(record)
+                    row = parse_row(record)
                     if row.key() <= self._threshold:
                         continue
                     encoded = self._chat.encode(row.messages)
@@ -167,35 +167,35 @@ class _Reader:
                     self._count_bad()
                     continue
                 self._read += 1
-                yield encoded, self._place.epoch
-            if whole and self._read == read:  # not the rest of a pass: a state may stand after its last row
+                yield encoded, self._position.epoch
+            if is_whole_pass and self._read == read:  # only for a whole pass: a resumed one may have no row left
                 raise PhoqueError(
                     "A whole pass over the data gave no row to train on.",
-                    "Every row is held out or unfit; rows that say the same are held out together.",
-                    "Give it more rows that differ, or --held-out-rows 0.",
+                    "Every row is held out or unusable; rows with equal messages are held out together.",
+                    "Add more distinct rows, or set --held-out-rows 0.",
                 )
-            self._place = _Place(self._place.epoch + 1)
+            self._position = _Position(self._position.epoch + 1)
 
-    def _pass(self) -> Iterator[dict[str, Any]]:
-        """The rest of one pass over the rows, in the order that seed, pass and window give."""
-        place = self._place
-        reader = self._rows.with_format(None)  # a new reader: one that was resumed would begin there in each pass
-        if place.start is not None:
-            reader.load_state_dict(place.start)
+    def _read_pass(self) -> Iterator[dict[str, Any]]:
+        """Yield the rest of one pass over the rows, in an order that depends only on seed, pass and window."""
+        position = self._position
+        reader = self._rows.with_format(None)  # new: a resumed reader would start each pass where it resumed
+        if position.start is not None:
+            reader.load_state_dict(position.start)
         rows = iter(reader)
-        while window := list(islice(rows, SHUFFLED)):
-            order = numpy.random.default_rng([self._seed, place.epoch, place.window]).permutation(len(window))
-            for number in order[place.used :]:
-                place.used += 1
+        while window := list(islice(rows, SHUFFLE_WINDOW)):
+            order = numpy.random.default_rng([self._seed, position.epoch, position.window]).permutation(len(window))
+            for number in order[position.used :]:
+                position.used += 1
                 yield window[number]
-            place.window, place.start, place.used = place.window + 1, reader.state_dict(), 0
+            position.window, position.start, position.used = position.window + 1, reader.state_dict(), 0
 
     def _count_bad(self) -> None:
         self._bad += 1
         seen = self._read + self._bad
         if seen >= 1000 and self._bad > self._max_bad * seen:
             raise PhoqueError(
-                f"{self._bad} of the {seen} rows read so far are unfit.",
-                "The rows after the first reading are worse than those in it.",
-                "Mend the rows, or allow more with --max-bad-rows.",
+                f"{self._bad} of the {seen} rows read so far are unusable.",
+                "The rows after the scanned part of the dataset have a larger share of bad rows.",
+                "Fix the rows, or raise the limit with --max-bad-rows.",
             )

@@ -1,4 +1,4 @@
-"""A repository on the Hub: what is pushed goes as one commit and is read back; what is fetched is verified."""
+"""A Hub repository. Pushes are one commit each and are read back; downloads are compared with the tree's hashes."""
 
 import hashlib
 import json
@@ -10,79 +10,78 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import PhoqueError
+from phoque.errors import IntegrityError, PhoqueError, PublicRepoError
 from phoque.files import sha256
-from phoque.errors import IntegrityError, PublicRepoError
 from phoque.hub.client import Hub
 
 MARKER, CARD = "fresh_start.json", "README.md"
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
-NEVER = re.compile(r"(^|/)(\.env[^/]*|training_args\.bin)$")  # where tokens leak
+NEVER_UPLOADED = re.compile(r"(^|/)(\.env[^/]*|training_args\.bin)$")  # never uploaded, because they can contain tokens
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit: its files, as the tree lists them."""
+    """A repository at one commit: `sha`, and `files` from path to the entry of the Hub's tree listing."""
 
     sha: str
     files: dict[str, Any]
 
-    def folders(self) -> dict[str, list[Any]]:
-        """The checkpoint folders with the files in them."""
-        found: dict[str, list[Any]] = {}
+    def checkpoint_folders(self) -> dict[str, list[Any]]:
+        """Return the checkpoint folders and the tree entries of their files."""
+        by_folder: dict[str, list[Any]] = {}
         for path, file in self.files.items():
             if folder := CHECKPOINT.match(path):
-                found.setdefault(folder[1], []).append(file)
-        return found
+                by_folder.setdefault(folder[1], []).append(file)
+        return by_folder
 
 
 class Repo:
-    """The repository that a run is kept in; `kind` is model or dataset."""
+    """The Hub repository for the output of a run; `kind` is model or dataset."""
 
     def __init__(self, hub: Hub, name: str, kind: str = "model") -> None:
         self.hub, self.name, self.kind = hub, name, kind
-        self.commits = 0  # that were made here
+        self.commits = 0  # number of commits that this object has created
         self._marker: str | None = None
 
-    def pin(self, there: Snapshot) -> None:
-        """Remember the fresh-start marker: a push after somebody else's fresh start is refused from now on."""
-        self._marker = _blob(there)
+    def pin(self, current: Snapshot) -> None:
+        """Remember the fresh-start marker. Later pushes are refused if another run has replaced it."""
+        self._marker = _marker_id(current)
 
     def open(self, public: bool, warn: Callable[[str], None]) -> None:
-        """Make the repository if there is none, private unless `public`.
+        """Create the repository if it does not exist, private unless `public`, and check that the token can write.
 
-        Raises PhoqueError (2) for one that anybody can read, if that was not asked for.
+        Raises PhoqueError (2) if it exists and is public, but `public` is not set.
         """
 
-        def make() -> None:
+        def create() -> None:
             self.hub.api.create_repo(self.name, repo_type=self.kind, private=not public, exist_ok=True)
 
-        self.hub.retry(self.name, make)
+        self.hub.retry(self.name, create)
         from huggingface_hub import CommitOperationAdd
 
-        def ask() -> None:  # it writes nothing, and is refused to a token that may not write
+        def check_write_access() -> None:  # writes nothing, and fails if the token has no write access
             self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")], repo_type=self.kind)
 
-        self.hub.retry(f"asking to write to {self.name}", ask)
+        self.hub.retry(f"checking write access to {self.name}", check_write_access)
         private = self.private()
         if not private and public:
-            warn(f"{self.name} is public: anyone can see what this run makes and load it")
+            warn(f"{self.name} is public: anyone can see and download the output of this run")
         if not private and not public:
             raise PublicRepoError(self.name)
 
     def private(self) -> bool:
-        """Whether only its owners can read the repository. Raises the Hub's error if there is none."""
+        """Whether the repository is private. Raises the Hub's error if it does not exist."""
         return bool(self.hub.retry(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind)).private)
 
     def snapshot(self, revision: str | None = None) -> Snapshot:
-        """The files at a commit, the newest by default."""
+        """List the files at a commit, by default the newest one."""
 
-        def listed() -> Snapshot:
+        def list_files() -> Snapshot:
             sha = revision or str(self.hub.api.repo_info(self.name, repo_type=self.kind).sha)
             entries = self.hub.api.list_repo_tree(self.name, recursive=True, revision=sha, repo_type=self.kind)
             return Snapshot(sha, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")})
 
-        return self.hub.retry(f"listing {self.name}", listed)
+        return self.hub.retry(f"listing {self.name}", list_files)
 
     def push(
         self,
@@ -91,52 +90,53 @@ class Repo:
         stale: Callable[[Snapshot], list[str]],
         wait: Callable[[float], None] = time.sleep,
     ) -> str:
-        """Bring `files` (path in the repository -> file here) into the repository; return the commit that has them.
+        """Upload `files` (path in the repository -> local file) and return the commit that contains them.
 
-        One commit, which also deletes the `stale` files and folders; none if all is there already, as after a lost
-        reply. The tree is read back and every hash compared. A try that fails is followed by one with new operations.
+        One commit adds the files and deletes the `stale` files and folders. If the repository is in that state
+        already, as after a lost reply, no commit is created. Afterwards the tree is read back and every hash compared.
+        Each retry builds its operations again. Raises PhoqueError (2) if another run has made a fresh start.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        local = {path: _Hashes(file) for path, file in files.items() if not NEVER.search(path)}
+        local = {path: _FileHashes(file) for path, file in files.items() if not NEVER_UPLOADED.search(path)}
 
-        def once() -> str:
+        def push_once() -> str:
             before = self.snapshot()
-            if self._marker is not None and MARKER not in local and _blob(before) != self._marker:
+            if self._marker is not None and MARKER not in local and _marker_id(before) != self._marker:
                 raise PhoqueError(
-                    f"{self.name} was begun afresh by somebody else.",
-                    "What this run has made does not belong there any more.",
-                    "Stop one of the two, or give one another --hub-model-id.",
+                    f"{self.name} was restarted by another run.",
+                    "A fresh start has deleted the checkpoints that this run continues.",
+                    "Stop one of the two runs, or give one of them another --hub-model-id.",
                 )
-            missing = [path for path, file in local.items() if not file.same_as(before.files.get(path))]
-            gone = stale(before)
-            if not missing and not gone:
+            missing = [path for path, file in local.items() if not file.matches(before.files.get(path))]
+            deletions = stale(before)
+            if not missing and not deletions:
                 return before.sha
             operations: list[Any] = [CommitOperationAdd(path, str(local[path].file)) for path in missing]
             operations += [
                 CommitOperationDelete(name)
                 if name in before.files
                 else CommitOperationDelete(f"{name}/", is_folder=True)
-                for name in gone
+                for name in deletions
             ]
-            made = self.hub.api.create_commit(
+            commit = self.hub.api.create_commit(
                 self.name, operations, commit_message=message, parent_commit=before.sha, repo_type=self.kind
             )
             self.commits += 1
-            after = self.snapshot(made.oid)
+            after = self.snapshot(commit.oid)
             for path, file in local.items():
-                if not file.same_as(after.files.get(path)):
-                    raise IntegrityError(f"{path} is not in {self.name} as it was sent")
-            return str(made.oid)
+                if not file.matches(after.files.get(path)):
+                    raise IntegrityError(f"{path} in {self.name} differs from the file that was sent")
+            return str(commit.oid)
 
-        return self.hub.retry(f"pushing to {self.name}", once, wait)
+        return self.hub.retry(f"pushing to {self.name}", push_once, wait)
 
     def fetch(self, snapshot: Snapshot, path: str, into: Path) -> Path:
-        """One file at the snapshot's commit, its hash compared with the tree's. Raises Damaged, or the Hub's error."""
+        """Download one file at the snapshot's commit and check its hash. Raises IntegrityError, or the Hub's error."""
         from huggingface_hub import hf_hub_download
 
-        def once() -> Path:
-            got = Path(
+        def fetch_once() -> Path:
+            file = Path(
                 hf_hub_download(
                     self.name,
                     path,
@@ -147,12 +147,12 @@ class Repo:
                     force_download=True,
                 )
             )
-            if not _Hashes(got).same_as(snapshot.files[path]):
-                got.unlink()
-                raise IntegrityError(f"{path} arrived damaged")
-            return got
+            if not _FileHashes(file).matches(snapshot.files[path]):
+                file.unlink()
+                raise IntegrityError(f"{path} was damaged during the download")
+            return file
 
-        return self.hub.retry(f"fetching {path}", once)
+        return self.hub.retry(f"fetching {path}", fetch_once)
 
     def clear(self, marker: dict[str, Any], staging: Path) -> None:
         """Delete every checkpoint and write the fresh-start marker, in one commit."""
@@ -160,18 +160,18 @@ class Repo:
         file = staging / MARKER
         file.write_text(json.dumps(marker))
         try:
-            self.push({MARKER: file}, "Fresh start: delete all checkpoints", lambda s: sorted(s.folders()))
+            self.push({MARKER: file}, "Fresh start: delete all checkpoints", lambda s: sorted(s.checkpoint_folders()))
             self.pin(self.snapshot())
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _blob(there: Snapshot) -> str:
-    return there.files[MARKER].blob_id if MARKER in there.files else ""
+def _marker_id(snapshot: Snapshot) -> str:
+    return snapshot.files[MARKER].blob_id if MARKER in snapshot.files else ""
 
 
-class _Hashes:
-    """A local file's size and hashes, each computed once and only if it is asked for."""
+class _FileHashes:
+    """The size and the hashes of a local file; each hash is computed at most once, when it is needed."""
 
     def __init__(self, file: Path) -> None:
         self.file, self._size = file, file.stat().st_size
@@ -179,7 +179,7 @@ class _Hashes:
         self._sha1: str | None = None
 
     def same_as(self, remote: Any) -> bool:
-        """Whether the tree's entry is this file: by SHA-256 if it lies in LFS, else by git's SHA-1."""
+        """Whether a tree entry has the same content: by SHA-256 for LFS files, else by git's blob SHA-1."""
         if remote is None or remote.size != self._size:
             return False
         if remote.lfs:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phoque.errors import PhoqueError, PublicRepoError, RunError, UsageError
-from phoque.hub.client import reason
+from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
 from phoque.services import Services
 from phoque.settings.artifacts import ArtifactSettings
@@ -30,7 +30,7 @@ def open_artifacts_repo(s: ArtifactSettings, services: Services) -> Repo | None:
     try:
         if services.secrets.hub is None:
             raise UsageError(
-                what="There is no Hub token.", why=f"{repo.name} cannot be written without one.", fix="Set HF_TOKEN."
+                what="There is no Hub token.", why=f"Writing to {repo.name} needs one.", fix="Set HF_TOKEN."
             )
         repo.open(s.public, warn)
     except PublicRepoError:
@@ -38,8 +38,8 @@ def open_artifacts_repo(s: ArtifactSettings, services: Services) -> Repo | None:
     except Exception as error:
         if s.fail_on_artifacts_upload_error:
             raise
-        why = error.what if isinstance(error, PhoqueError) else reason(error)
-        warn(f"{repo.name} cannot be written ({why}): the run will stay on this machine")
+        why = error.what if isinstance(error, PhoqueError) else describe_error(error)
+        warn(f"{repo.name} cannot be written ({why}): the run is kept on this machine only")
         return None
     return repo
 
@@ -57,10 +57,10 @@ def push_run_folder(repo: Repo, folder: Path, s: ArtifactSettings, services: Ser
         if s.fail_on_artifacts_upload_error:
             raise RunError(
                 what=f"The run could not be uploaded to {repo.name}.",
-                why=reason(error),
+                why=describe_error(error),
                 fix=f"It is complete in {folder}.",
             ) from error
         services.console.warn(
-            f"the run could not be uploaded to {repo.name} ({reason(error)}); it is complete in {folder}"
+            f"the run could not be uploaded to {repo.name} ({describe_error(error)}); it is complete in {folder}"
         )
         return None

@@ -1,7 +1,7 @@
-"""The next token of every row, again and again, with all that a step reads in one place: on a GPU it is one graph.
+"""Batched decoding with static buffers; on a GPU one decoding step is one CUDA graph.
 
-A step of a small model is thousands of kernels of a few microseconds, and calling them from Python takes several times
-as long as they do.
+A step of a small model launches thousands of kernels of a few microseconds each. Launching them from Python takes
+several times as long as running them.
 """
 
 import warnings
@@ -11,134 +11,147 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from phoque.inference.residual_stream import blocks, inner
+from phoque.inference.residual_stream import get_blocks, unwrap_model
 
-ALIGNED = 8  # places of a mask that attention's kernels read at once
-WORTH = 4  # steps that must be left for a capture, which takes as long as two or three
-AGREES = 0.02  # largest relative difference of a replayed step's logits from those of the plain one
+MASK_ALIGNMENT = 8  # attention kernels need a mask whose length is a multiple of this
+MIN_STEPS_TO_CAPTURE = 4  # steps that must remain for a capture, which takes as long as two or three steps
+MAX_LOGIT_DIFFERENCE = 0.02  # largest relative difference between the logits of a replayed and an uncaptured step
 
 
-class Decoding:
-    """Rows of one batch while they are answered; each step gives logits (rows, vocabulary), which the next overwrites.
+class BatchDecoder:
+    """Decodes one batch; each step returns logits (rows, vocabulary), which the next step overwrites.
 
-    ids and mask are (rows, longest), padded on the left; `tokens` are the most that a row may get. As a context, it
-    gives the memory of its graphs back at the end.
+    ids and mask are (rows, longest), padded on the left; `tokens` is the most that a row may generate. As a context
+    manager it frees the memory of its graphs at the end.
     """
 
     def __init__(self, model: Any, ids: Tensor, mask: Tensor, tokens: int) -> None:
-        self._model, self._prompt = inner(model), (ids, mask)
-        rows, begun = ids.shape
-        room = -(-(begun + tokens) // ALIGNED) * ALIGNED
-        self._ids, self._places = ids.new_zeros(rows, 1), mask.sum(1, keepdim=True) - 1
-        self._seen = torch.zeros(rows, 1, 1, room, dtype=torch.bool, device=ids.device)
-        self._seen[:, 0, 0, :begun] = mask.bool()
-        self._at = torch.tensor([begun - 1], device=ids.device)
-        self._cache = _reserved(len(blocks(model)), room, self._at)
-        self._captures, self._steps, self._left = ids.is_cuda, 0, tokens
+        self._model, self._prompt = unwrap_model(model), (ids, mask)
+        rows, prompt_length = ids.shape
+        max_length = -(-(prompt_length + tokens) // MASK_ALIGNMENT) * MASK_ALIGNMENT
+        self._ids, self._position_ids = ids.new_zeros(rows, 1), mask.sum(1, keepdim=True) - 1
+        self._attention_mask = torch.zeros(rows, 1, 1, max_length, dtype=torch.bool, device=ids.device)
+        self._attention_mask[:, 0, 0, :prompt_length] = mask.bool()
+        self._cache_position = torch.tensor([prompt_length - 1], device=ids.device)
+        self._cache = _make_cache(len(get_blocks(model)), max_length, self._cache_position)
+        self._can_capture, self._uncaptured_steps, self._steps_left = ids.is_cuda, 0, tokens
         self._graph: Any = None
-        self._last: Any = None  # a graph of more rows: the next is captured into its memory
-        self._out = self._seen.new_empty(0)
+        self._previous_graph: Any = None  # the graph of the larger batch, whose memory pool the next capture reuses
+        self._logits = self._attention_mask.new_empty(0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._graph or self._last:
-            self._graph = self._last = None
-            self._out = self._out.new_empty(0)
-            torch.cuda.empty_cache()  # what graphs have let go of stays taken otherwise
+        if self._graph or self._previous_graph:
+            self._graph = self._previous_graph = None
+            self._logits = self._logits.new_empty(0)
+            torch.cuda.empty_cache()  # otherwise the memory of freed graphs stays reserved
 
-    def begin(self) -> Tensor:
-        """The logits of each row's first token."""
+    def prefill(self) -> Tensor:
+        """Run the prompts; return the logits of each row's first token."""
         ids, mask = self._prompt
-        return self._pass(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+        return self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
 
-    def next(self, chosen: Tensor) -> Tensor:
-        """The logits after the tokens that were chosen (rows)."""
-        self._ids.copy_(chosen[:, None])
-        self._places.add_(1)
-        self._at.add_(1)
-        self._seen.index_fill_(3, self._at, True)
-        self._left -= 1
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token per row (rows,); return the logits of the next token."""
+        self._ids.copy_(tokens[:, None])
+        self._position_ids.add_(1)
+        self._cache_position.add_(1)
+        self._attention_mask.index_fill_(3, self._cache_position, True)
+        self._steps_left -= 1
         if self._graph:
             self._graph.replay()
-            return self._out
+            return self._logits
         logits = self._step()
-        # the first has loaded what kernels of this shape need
-        if self._captures and self._steps == 1 and self._left >= WORTH:
-            self._captures = self._captured(logits)
-        self._steps += 1
+        # not at the first step, which still loads the kernels for this shape
+        if self._can_capture and self._uncaptured_steps == 1 and self._steps_left >= MIN_STEPS_TO_CAPTURE:
+            self._can_capture = self._capture(logits)
+        self._uncaptured_steps += 1
         return logits
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
-        self._ids, self._places, self._seen = self._ids[rows], self._places[rows], self._seen[rows]
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        self._ids, self._position_ids, self._attention_mask = (
+            self._ids[rows],
+            self._position_ids[rows],
+            self._attention_mask[rows],
+        )
         self._cache.batch_select_indices(rows)
-        self._last, self._graph, self._steps = self._graph or self._last, None, 0
-        self._out = self._out.new_empty(0)
+        self._previous_graph, self._graph, self._uncaptured_steps = self._graph or self._previous_graph, None, 0
+        self._logits = self._logits.new_empty(0)
 
-    def _captured(self, wanted: Tensor) -> bool:
-        """Whether the step that gave `wanted` could be captured, and replayed to the same: it may be taken twice."""
+    def _capture(self, expected: Tensor) -> bool:
+        """Capture the step that gave `expected` and check its replay; return whether the graph can be used.
+
+        The step may run twice: it writes the same values to the same cache position.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
-            # not torch.cuda.graph, which first gives back all memory that is free
-            with torch.cuda.stream(_aside()):
-                graph.capture_begin(self._last and self._last.pool(), capture_error_mode="thread_local")
+            # not torch.cuda.graph, which first empties the cache of free memory
+            with torch.cuda.stream(_get_capture_stream()):
+                graph.capture_begin(
+                    self._previous_graph and self._previous_graph.pool(), capture_error_mode="thread_local"
+                )
                 try:
                     out = self._step()
                 finally:
                     graph.capture_end()
             graph.replay()
-            far = float((out - wanted).float().norm() / wanted.float().norm())
-            if not far <= AGREES:
-                raise RuntimeError(f"logits are {far:.1%} off")
+            difference = float((out - expected).float().norm() / expected.float().norm())
+            if not difference <= MAX_LOGIT_DIFFERENCE:
+                raise RuntimeError(f"logits are {difference:.1%} off")
         except RuntimeError as error:
-            why = " ".join(str(error).split())[:120]
-            warnings.warn(f"answers are slow, their steps are not one CUDA graph: {why}", RuntimeWarning, stacklevel=2)
+            reason = " ".join(str(error).split())[:120]
+            warnings.warn(
+                f"generation is slow because its steps do not run as a CUDA graph: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return False
-        self._graph, self._out, self._last = graph, out, None
+        self._graph, self._logits, self._previous_graph = graph, out, None
         return True
 
     def _step(self) -> Tensor:
-        # one new token sees all that is no padding: given so, no mask is built
-        return self._pass(self._ids, self._seen, self._places)
+        # a new token attends to all tokens but padding; with a 4D boolean mask transformers builds none itself
+        return self._forward(self._ids, self._attention_mask, self._position_ids)
 
-    def _pass(self, ids: Tensor, seen: Tensor, places: Tensor) -> Tensor:
-        found = self._model(
+    def _forward(self, ids: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+        output = self._model(
             input_ids=ids,
-            attention_mask=seen,
-            position_ids=places,
+            attention_mask=visible,
+            position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return found.logits[:, -1]
+        return output.logits[:, -1]
 
 
 @cache
-def _aside() -> Any:
-    """The stream of all captures: cuBLAS keeps a workspace for each stream that it has seen."""
+def _get_capture_stream() -> Any:
+    """The one stream of all captures: cuBLAS keeps a workspace for each stream that it was used on."""
     return torch.cuda.Stream()
 
 
-def _reserved(layers: int, room: int, at: Tensor) -> Any:
-    """A key-value cache with room for all tokens, written at `at`: transformers' own copies itself at every step."""
+def _make_cache(layers: int, max_length: int, position: Tensor) -> Any:
+    """Make a KV cache of `max_length` tokens that writes at `position`; DynamicCache copies itself at each step."""
     from transformers.cache_utils import Cache, DynamicLayer
 
-    class Reserved(DynamicLayer):
+    class PreallocatedLayer(DynamicLayer):
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
             new = key_states, value_states
             if self.is_initialized:
-                held: Any = self.keys, self.values
-                for whole, given in zip(held, new, strict=True):
-                    whole.index_copy_(2, at, given)
-                return held
+                buffers: Any = self.keys, self.values
+                for buffer, states in zip(buffers, new, strict=True):
+                    buffer.index_copy_(2, position, states)
+                return buffers
             self.lazy_initialization(*new)
-            # zeros: what is not seen yet still has to be a number
-            held = [given.new_zeros(*given.shape[:2], room, given.shape[3]) for given in new]
-            for whole, given in zip(held, new, strict=True):
-                whole[:, :, : given.shape[2]] = given
-            self.keys, self.values = held
+            # zeros, not empty: masked positions still have to be finite
+            buffers = [states.new_zeros(*states.shape[:2], max_length, states.shape[3]) for states in new]
+            for buffer, states in zip(buffers, new, strict=True):
+                buffer[:, :, : states.shape[2]] = states
+            self.keys, self.values = buffers
             return new
 
-    return Cache(layers=[Reserved() for _ in range(layers)])
+    return Cache(layers=[PreallocatedLayer() for _ in range(layers)])

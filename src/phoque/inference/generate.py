@@ -1,4 +1,4 @@
-"""Many answers at once: every prompt, condition, coefficient and seed is a row of one batch."""
+"""Batched generation: each combination of prompt, condition, steering coefficient and seed is one row of a batch."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,22 +9,24 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phoque.errors import PhoqueError
-from phoque.inference.cuda_decoder import Decoding
-from phoque.inference.residual_stream import Steering, inner, padded
+from phoque.inference.cuda_decoder import BatchDecoder
+from phoque.inference.residual_stream import Steering, pad_rows, unwrap_model
 
 ROWS_AT_ONCE = {"cuda": 256, "cpu": 64}
-NUCLEUS = 4096  # the likeliest tokens among which top-p chooses; sorting all of a vocabulary costs more than a step
-# not cuDNN's: it compiles a plan for each length, a tenth of a second at every step
+TOP_P_CANDIDATES = (
+    4096  # top-p samples from this many likeliest tokens; sorting the whole vocabulary takes longer than a step
+)
+# not cuDNN: it compiles a plan for each length, which takes 0.1 s at every step
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-SHRINK_AT = 0.75  # when so few of a batch's rows are still speaking, the others are dropped from it
+SHRINK_AT = 0.75  # finished rows leave the batch when at most this share of its rows is unfinished
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One answer that is wanted.
+class Request:
+    """A request for one answer to `prompt` (token ids).
 
-    `key` names its random numbers: rows with one key draw the same, whatever else differs. No key is greedy.
-    `steer` is (block, vector): added to that block's output, in the residual stream's own units.
+    `key` seeds its random numbers: requests with the same key draw the same numbers. Without a key decoding is greedy.
+    `steer` is (block, vector): the vector is added to that block's output, in units of the residual stream.
     """
 
     prompt: list[int]
@@ -34,7 +36,7 @@ class Ask:
 
 @dataclass
 class Reply:
-    """An answer: its token ids without the end token, why it ended, and the probability of each watched token set."""
+    """An answer: token ids without the end token, `stop` or `length`, and the watched probability of every step."""
 
     ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
@@ -42,9 +44,9 @@ class Reply:
 
 
 @torch.no_grad()
-def replies(
+def generate_replies(
     model: Any,
-    asks: Sequence[Ask],
+    requests: Sequence[Request],
     tokens: int,
     temperature: float,
     top_p: float,
@@ -52,83 +54,87 @@ def replies(
     response_only: bool = False,
     show: Callable[[int, str], None] = lambda done, text: None,
 ) -> list[Reply]:
-    """Answer every ask with at most `tokens` tokens.
+    """Generate a reply of at most `tokens` tokens to each request; steered and unsteered rows share a forward pass.
 
-    `watched` token ids: the probability that they come next, by the model's own softmax, before temperature and top-p,
-    is kept for every step. Rows share one forward pass, steered or not.
+    The total probability of the `watched` token ids, before temperature and top-p, is recorded at every step.
+    `response_only` steers the response, not the prompt. `show(done, text)` reports progress.
     """
-    found: list[Reply] = [Reply() for _ in asks]
-    order = sorted(range(len(asks)), key=lambda n: (-len(asks[n].prompt), n))
-    size, done = ROWS_AT_ONCE[model.device.type], 0
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        batch = _Batch(model, [asks[n] for n in rows], tokens, response_only)
-        for n, reply in zip(rows, batch.answered(temperature, top_p, list(watched)), strict=True):
-            found[n] = reply
+    results: list[Reply] = [Reply() for _ in requests]
+    order = sorted(range(len(requests)), key=lambda n: (-len(requests[n].prompt), n))
+    batch_size, done = ROWS_AT_ONCE[model.device.type], 0
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = _Batch(model, [requests[n] for n in rows], tokens, response_only)
+        for n, reply in zip(rows, batch.generate(temperature, top_p, list(watched)), strict=True):
+            results[n] = reply
         done += len(rows)
         show(done, "answers")
-    return found
+    return results
 
 
 class _Batch:
-    def __init__(self, model: Any, asks: Sequence[Ask], tokens: int, response_only: bool) -> None:
-        self.model, self.asks, self.tokens = model, asks, tokens
-        self.ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long, device=model.device)
-        draws = [torch.zeros(tokens) if a.key is None else _draws(a.key, tokens) for a in asks]
+    def __init__(self, model: Any, requests: Sequence[Request], tokens: int, response_only: bool) -> None:
+        self.model, self.requests, self.tokens = model, requests, tokens
+        self.ends = torch.tensor(sorted(find_end_tokens(model)), dtype=torch.long, device=model.device)
+        draws = [
+            torch.zeros(tokens) if request.key is None else _draw_uniform(request.key, tokens) for request in requests
+        ]
         self.draws = torch.stack(draws).to(model.device)
-        self.greedy = torch.tensor([a.key is None for a in asks], device=model.device)
-        self.steering = Steering(_added(asks, model.device), response_only)
+        self.greedy = torch.tensor([request.key is None for request in requests], device=model.device)
+        self.steering = Steering(_stack_steering_vectors(requests, model.device), response_only)
 
-    def answered(self, temperature: float, top_p: float, watched: list[int]) -> list[Reply]:
-        ids, mask = padded([a.prompt for a in self.asks], self.model.device, left=True)
-        made = [Reply() for _ in self.asks]
-        speaking = list(range(len(self.asks)))
-        decoding = Decoding(self.model, ids, mask, self.tokens)
-        with self.steering.on(self.model), sdpa_kernel(KERNELS), decoding:
-            logits = decoding.begin()
+    def generate(self, temperature: float, top_p: float, watched: list[int]) -> list[Reply]:
+        ids, mask = pad_rows([request.prompt for request in self.requests], self.model.device, left=True)
+        results = [Reply() for _ in self.requests]
+        unfinished = list(range(len(self.requests)))
+        decoding = BatchDecoder(self.model, ids, mask, self.tokens)
+        with self.steering.activate(self.model), sdpa_kernel(KERNELS), decoding:
+            logits = decoding.prefill()
             for step in range(self.tokens):
                 logits = logits.float()
-                masses = logits.softmax(-1)[:, watched].sum(-1).tolist() if watched else []
-                chosen = self._chosen(logits, step, temperature, top_p)
-                over = torch.isin(chosen, self.ends)
-                for row, (token, last) in enumerate(zip(chosen.tolist(), over.tolist(), strict=True)):
-                    reply = made[speaking[row]]
+                probabilities = logits.softmax(-1)[:, watched].sum(-1).tolist() if watched else []
+                chosen = self._choose_tokens(logits, step, temperature, top_p)
+                ended = torch.isin(chosen, self.ends)
+                for row, (token, is_end) in enumerate(zip(chosen.tolist(), ended.tolist(), strict=True)):
+                    reply = results[unfinished[row]]
                     if reply.finish_reason == "stop":
                         continue
                     if watched:
-                        reply.mass.append(masses[row])
-                    if last:
+                        reply.mass.append(probabilities[row])
+                    if is_end:
                         reply.finish_reason = "stop"
                     else:
                         reply.ids.append(token)
-                still = [row for row, n in enumerate(speaking) if made[n].finish_reason != "stop"]
-                if not still or step == self.tokens - 1:
+                remaining = [row for row, n in enumerate(unfinished) if results[n].finish_reason != "stop"]
+                if not remaining or step == self.tokens - 1:
                     break
-                if len(still) <= SHRINK_AT * len(speaking):
-                    kept = torch.tensor(still, device=ids.device)
-                    chosen, self.draws, self.greedy = chosen[kept], self.draws[kept], self.greedy[kept]
-                    decoding.keep(kept)
-                    self.steering.keep(kept)
-                    speaking = [speaking[row] for row in still]
-                logits = decoding.next(chosen)
-        return made
+                if len(remaining) <= SHRINK_AT * len(unfinished):
+                    kept_rows = torch.tensor(remaining, device=ids.device)
+                    chosen, self.draws, self.greedy = chosen[kept_rows], self.draws[kept_rows], self.greedy[kept_rows]
+                    decoding.select_rows(kept_rows)
+                    self.steering.select_rows(kept_rows)
+                    unfinished = [unfinished[row] for row in remaining]
+                logits = decoding.step(chosen)
+        return results
 
-    def _chosen(self, logits: torch.Tensor, step: int, temperature: float, top_p: float) -> torch.Tensor:
-        """The next token of each row: the likeliest, or the one at the row's own random number in top-p order."""
-        best = logits.argmax(-1)
+    def _choose_tokens(self, logits: torch.Tensor, step: int, temperature: float, top_p: float) -> torch.Tensor:
+        """Choose the next token of each row: the likeliest, or a top-p sample by the row's own random number."""
+        likeliest = logits.argmax(-1)
         if bool(self.greedy.all()):
-            return best
-        shares, order = (logits / temperature).softmax(-1).topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
-        below = shares.cumsum(-1)
-        below = torch.where(below - shares < top_p, below, below.new_tensor(torch.inf))
-        total = torch.where(below.isinf(), 0.0, below).amax(-1, keepdim=True)
-        place = torch.searchsorted(below, self.draws[:, step : step + 1].to(below) * total, right=True)
-        place = place.clamp(max=(~below.isinf()).sum(-1, keepdim=True) - 1)
-        return torch.where(self.greedy, best, order.gather(-1, place)[:, 0])
+            return likeliest
+        probabilities, candidates = (
+            (logits / temperature).softmax(-1).topk(min(TOP_P_CANDIDATES, logits.shape[-1]), dim=-1)
+        )
+        cumulative = probabilities.cumsum(-1)
+        cumulative = torch.where(cumulative - probabilities < top_p, cumulative, cumulative.new_tensor(torch.inf))
+        total = torch.where(cumulative.isinf(), 0.0, cumulative).amax(-1, keepdim=True)
+        index = torch.searchsorted(cumulative, self.draws[:, step : step + 1].to(cumulative) * total, right=True)
+        index = index.clamp(max=(~cumulative.isinf()).sum(-1, keepdim=True) - 1)
+        return torch.where(self.greedy, likeliest, candidates.gather(-1, index)[:, 0])
 
 
 def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
-    """Token ids of a question that the assistant is about to answer; an empty `system` leaves that to the template.
+    """Encode a question up to the start of the answer; with an empty `system` the template decides on a system prompt.
 
     Raises PhoqueError (2) for a template without a system role.
     """
@@ -137,30 +143,32 @@ def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": question})
     try:
-        made = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
     except TemplateError as error:
         raise PhoqueError(
-            "This model's chat template takes no system prompt.", str(error), "Probe a model whose template does."
+            "This model's chat template supports no system prompt.",
+            str(error),
+            "Use a model whose chat template supports a system prompt.",
         ) from error
-    return list(made["input_ids"])
+    return list(encoded["input_ids"])
 
 
-def end_tokens(model: Any) -> set[int]:
-    """The token ids that end an answer; none if the model names none."""
-    ends = inner(model).generation_config.eos_token_id
-    ends = inner(model).config.eos_token_id if ends is None else ends
+def find_end_tokens(model: Any) -> set[int]:
+    """Return the token ids that end an answer; an empty set if the model's configuration names none."""
+    ends = unwrap_model(model).generation_config.eos_token_id
+    ends = unwrap_model(model).config.eos_token_id if ends is None else ends
     return set(ends) if isinstance(ends, list) else set() if ends is None else {int(ends)}
 
 
-def _draws(key: str, count: int) -> torch.Tensor:
-    """Uniform random numbers that belong to a key, the same on every machine and in every batch."""
+def _draw_uniform(key: str, count: int) -> torch.Tensor:
+    """Draw `count` uniform random numbers seeded by a key: the same on every machine and in every batch."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-def _added(asks: Sequence[Ask], on: torch.device) -> dict[int, torch.Tensor]:
-    steered = [(row, *ask.steer) for row, ask in enumerate(asks) if ask.steer]
-    added: dict[int, torch.Tensor] = {}
+def _stack_steering_vectors(requests: Sequence[Request], target: torch.device) -> dict[int, torch.Tensor]:
+    steered = [(row, *request.steer) for row, request in enumerate(requests) if request.steer]
+    vectors: dict[int, torch.Tensor] = {}
     for row, layer, vector in steered:
-        added.setdefault(layer, torch.zeros(len(asks), len(vector), device=on))[row] = vector.to(on)
-    return added
+        vectors.setdefault(layer, torch.zeros(len(requests), len(vector), device=target))[row] = vector.to(target)
+    return vectors

@@ -1,4 +1,4 @@
-"""An adapter, read as what it changes in each weight of its base."""
+"""Reads an adapter as a set of changes, one per weight of its base model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +27,12 @@ class WeightDelta:
     names: list[str] = field(default_factory=list)  # of the adapter's tensors
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """The merged weight, in fp32; `weight` (rows, columns) is fp32 and is changed in place."""
+        """Return the merged weight in fp32; `weight` (rows, columns) must be fp32 and may be modified in place."""
         if self.replacement is not None:
             return self.replacement.float()
         assert self.a is not None and self.b is not None
         weight.addmm_(self.b.float(), self.a.float(), alpha=self.scale)
-        if self.magnitude is not None:  # https://arxiv.org/abs/2402.09353, as peft computes it
+        if self.magnitude is not None:  # DoRA, https://arxiv.org/abs/2402.09353, as peft computes it
             weight.mul_((self.magnitude.float() / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1))
         return weight
 
@@ -50,7 +50,7 @@ def read_deltas(adapter: Path, reader: CheckpointReader) -> dict[str, WeightDelt
     deltas: dict[str, WeightDelta] = {}
     weights = load_file(adapter / WEIGHTS)
     for name, tensor in weights.items():
-        module, part = _split(name)
+        module, part = _split_name(name)
         leaf = "bias" if part == "bias" else "weight"
         key = _stored_name(f"{module}.{leaf}", reader)
         if key is None:
@@ -63,11 +63,15 @@ def read_deltas(adapter: Path, reader: CheckpointReader) -> dict[str, WeightDelt
             delta.magnitude = tensor.reshape(-1)
         else:
             setattr(delta, part.removeprefix("lora_").lower(), tensor)
-        delta.scale = _scale(lora, module)
+        delta.scale = _lora_scale(lora, module)
     for key, delta in deltas.items():
-        _check_fit(key, delta, reader.stored[key].shape, adapter)
+        _check_delta(key, delta, reader.stored[key].shape, adapter)
     if reader.text_config.tie_word_embeddings and any("embed_tokens" in key or "lm_head" in key for key in deltas):
-        raise _does_not_fit("modules_to_save", "the base uses one matrix for input and output, and it would need two", adapter)
+        raise _does_not_fit(
+            "modules_to_save",
+            "the base ties its input and output embeddings, and the merged model would need two matrices",
+            adapter,
+        )
     assert sum(len(delta.names) for delta in deltas.values()) == len(weights)
     return deltas
 
@@ -85,13 +89,13 @@ def _check_kind(lora: "LoraConfig") -> None:
         if is_used:
             raise PhoqueError(
                 f"phoque does not merge {kind}.",
-                "It is not W + scale * B A on the base that was published.",
-                "Merge it with the library that made it.",
+                "It is not of the form W + scale * B A on the published base model.",
+                "Merge it with the library that created it.",
             )
 
 
-def _split(name: str) -> tuple[str, str]:
-    """An adapter tensor's module, without peft's prefixes, and which part it is."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Split an adapter tensor's name into its module, without peft's prefixes, and its part (such as lora_A)."""
     name = name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
     name = name.replace(".base_layer.", ".").replace(".default.", ".")
     for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
@@ -115,7 +119,7 @@ def _stored_name(name: str, reader: CheckpointReader) -> str | None:
     return next((form for form in (name, name.removeprefix("model.")) if form in reader.stored), None)
 
 
-def _scale(lora: "LoraConfig", module: str) -> float:
+def _lora_scale(lora: "LoraConfig", module: str) -> float:
     from peft.utils.other import get_pattern_key
 
     rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, module), lora.r)
@@ -123,23 +127,23 @@ def _scale(lora: "LoraConfig", module: str) -> float:
     return alpha / (rank**0.5 if lora.use_rslora else rank)
 
 
-def _check_fit(key: str, delta: WeightDelta, shape: tuple[int, ...], adapter: Path) -> None:
+def _check_delta(key: str, delta: WeightDelta, shape: tuple[int, ...], adapter: Path) -> None:
     if delta.replacement is not None:
         result_shape = tuple(delta.replacement.shape)
     elif delta.a is None or delta.b is None:
-        raise _does_not_fit(delta.names[0], "its other half is missing", adapter)
+        raise _does_not_fit(delta.names[0], "its lora_A or lora_B is missing", adapter)
     else:
         result_shape = (delta.b.shape[0], delta.a.shape[1]) if delta.a.shape[0] == delta.b.shape[1] else (0,)
     if result_shape != shape:
         raise _does_not_fit(delta.names[0], f"{key} is {list(shape)}, and this makes {list(result_shape)}", adapter)
     for tensor in (delta.a, delta.b, delta.magnitude, delta.replacement):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise _does_not_fit(delta.names[0], "it holds NaN or infinity", adapter)
+            raise _does_not_fit(delta.names[0], "it contains NaN or infinity", adapter)
 
 
 def _does_not_fit(name: str, reason: str, adapter: Path) -> PhoqueError:
     return PhoqueError(
         f"The adapter in {adapter} does not fit the base.",
         f"{name}: {reason}.",
-        "Name the base that it was trained on with --base-model.",
+        "Set --base-model to the model that it was trained on.",
     )

@@ -10,7 +10,7 @@ from phoque.errors import RunError
 from phoque.hub.repo import CARD, Repo
 from phoque.merging.verify import compare_with_adapter
 from phoque.merging.writer import RECORD, write_merged
-from phoque.model_cards import merged_card
+from phoque.model_cards import render_merged_card
 from phoque.models.adapter_source import find_adapter, find_base
 from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.source import Source
@@ -57,9 +57,7 @@ def merge(resolved: Resolved[MergeSettings], services: Services, *, dry_run: boo
     return replace(result, repo=repo.name, commit=push_merged(repo, folder)) if repo else result
 
 
-def merge_into(
-    base: Source, adapter: Path, folder: Path, *, dtype: str, console: Console, verify: bool
-) -> MergeResult:
+def merge_into(base: Source, adapter: Path, folder: Path, *, dtype: str, console: Console, verify: bool) -> MergeResult:
     """Write the merged model and verify it; a folder that holds this merge already is not written again.
 
     The comparison is kept in merge.json, so a second call still returns it. Raises RunError if it fails.
@@ -75,14 +73,14 @@ def merge_into(
         record["proof"] = compare_with_adapter(base, adapter, folder, dtype)
         (folder / RECORD).write_text(json.dumps(record, indent=1))
     if not (folder / CARD).is_file():
-        (folder / CARD).write_text(merged_card(base, record))
+        (folder / CARD).write_text(render_merged_card(base, record))
     proof = record.get("proof")
     if proof and not proof["holds"]:
         raise RunError(
             what=f"{folder} does not compute what the base with its adapter computes.",
-            why=f"The logits differ by {proof['mean_difference']:.2g} on average, the adapter moves them by "
+            why=f"The logits differ by {proof['mean_difference']:.2g} on average; the adapter changes them by "
             f"{proof['adapter_effect']:.2g}.",
-            fix="Do not use it; check that the adapter was trained on this base, and report it if so.",
+            fix="Do not use it. Check that the adapter was trained on this base; if it was, report a bug.",
         )
     return MergeResult(output_dir=str(folder), **record["made"], proof=proof)
 

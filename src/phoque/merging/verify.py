@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.rows import open_dataset, parsed
+from phoque.data.rows import open_dataset, parse_row
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
-from phoque.models.load import load_model, measuring
+from phoque.models.load import evaluation_mode, load_model
 from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
 
@@ -37,18 +37,18 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
     precision = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "fp32"
     chat = ChatTemplate(load_tokenizer(base), "", 2048)
     stream = iter(open_dataset("seal", "train", None, None).stream)
-    rows = [parsed(next(stream)) for _ in range(ROWS)]
+    rows = [parse_row(next(stream)) for _ in range(ROWS)]
     texts = [torch.tensor([chat.encode(row.messages).ids]) for row in rows]
     prompts = [torch.tensor([chat.prompt_ids(row.first_question, None)]) for row in rows]
     with _loaded(base, precision) as model:
-        base_logits = [_logits(model, ids) for ids in texts]
+        base_logits = [_compute_logits(model, ids) for ids in texts]
         tuned = attach_adapter(model, adapter, architecture_of(load_config(base)))
-        adapter_logits = [_logits(tuned, ids) for ids in texts]
-        adapter_tokens = [_greedy(tuned, ids) for ids in prompts]
-        del model, tuned  # before the next is loaded
+        adapter_logits = [_compute_logits(tuned, ids) for ids in texts]
+        adapter_tokens = [_generate_greedy(tuned, ids) for ids in prompts]
+        del model, tuned  # frees the memory before the merged model is loaded
     with _loaded(Source(str(merged), merged, "", ""), precision) as model:
-        merged_logits = [_logits(model, ids) for ids in texts]
-        merged_tokens = [_greedy(model, ids) for ids in prompts]
+        merged_logits = [_compute_logits(model, ids) for ids in texts]
+        merged_tokens = [_generate_greedy(model, ids) for ids in prompts]
     gaps = torch.cat([(m - a).abs().flatten() for m, a in zip(merged_logits, adapter_logits, strict=True)])
     effects = [(a - b).abs().flatten() for a, b in zip(adapter_logits, base_logits, strict=True)]
     effect = torch.cat(effects).mean().item()
@@ -73,21 +73,21 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
 def _loaded(source: Source, quantization: str) -> Generator["PreTrainedModel"]:
     """The text model while the block runs; its memory is free afterwards."""
     model = load_model(source, quantization)
-    with measuring(model):
+    with evaluation_mode(model):
         yield model
     del model
     gc.collect()
 
 
 @torch.no_grad()
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids.to(model.device)).logits.float().cpu()
 
 
 @torch.no_grad()
-def _greedy(model: Any, ids: torch.Tensor) -> list[int]:
+def _generate_greedy(model: Any, ids: torch.Tensor) -> list[int]:
     ids = ids.to(model.device)
-    out = model.generate(
+    output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,
@@ -98,4 +98,4 @@ def _greedy(model: Any, ids: torch.Tensor) -> list[int]:
         top_k=None,
         pad_token_id=0,
     )
-    return out[0, ids.shape[1] :].tolist()
+    return output[0, ids.shape[1] :].tolist()

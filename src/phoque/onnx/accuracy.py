@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.rows import BadRow, open_dataset, parsed
+from phoque.data.rows import BadRow, open_dataset, parse_row
 from phoque.errors import PhoqueError
 from phoque.models.load import load_model, load_tokenizer
 from phoque.models.source import Source
@@ -33,7 +33,7 @@ def load_chats(source: Source, dataset: str, split: str, token: str | None) -> t
     encoded: list[tuple[str, torch.Tensor]] = []
     for row in open_dataset(dataset, split, None, token).stream:
         try:
-            messages = parsed(row).messages
+            messages = parse_row(row).messages
             ids = template.encode(messages).ids
         except BadRow:  # `phoque train --dry-run` reports bad rows; here they are skipped
             continue

@@ -18,8 +18,8 @@ from phoque.files import sha256
 from phoque.hub.client import Hub
 from phoque.hub.repo import CARD, Repo
 from phoque.merging.run import find_adapter, find_base, merge_into
-from phoque.model_cards import onnx_card
-from phoque.models.load import device, load_model, load_tokenizer
+from phoque.model_cards import render_onnx_card
+from phoque.models.load import default_device, load_model, load_tokenizer
 from phoque.models.source import INDEX, Source, resolve, wanted_files
 from phoque.onnx import accuracy
 from phoque.onnx.component import Component, Weights
@@ -68,7 +68,12 @@ def export_model(resolved: Resolved[ExportSettings], cache: Path, console: Conso
     repo = Repo(hub, s.push_repo_id) if s.push_repo_id else None
     source = find_source(resolved, hub, cache, console, dry_run)
     layout = _choose_layout(source, s.layout)
-    result: dict[str, Any] = {"output_dir": str(export_dir), "source": source.name, "layout": layout, "engine": s.engine}
+    result: dict[str, Any] = {
+        "output_dir": str(export_dir),
+        "source": source.name,
+        "layout": layout,
+        "engine": s.engine,
+    }
     if dry_run:
         return result | {"dtypes": dict.fromkeys(s.dtype), "settings": resolved.provenance()}
     if repo:
@@ -83,7 +88,7 @@ def export_model(resolved: Resolved[ExportSettings], cache: Path, console: Conso
         result["bytes"] = sum(f.stat().st_size for f in (staging / "onnx").iterdir())
         _write_record(staging, source, result)
         result["verdict"] = _verify_export(staging, source, list(dtype_reports), s, console)
-        (staging / CARD).write_text(onnx_card(source, result, s.push_repo_id))
+        (staging / CARD).write_text(render_onnx_card(source, result, s.push_repo_id))
         shutil.rmtree(export_dir, ignore_errors=True)
         staging.rename(export_dir)
     finally:
@@ -91,7 +96,9 @@ def export_model(resolved: Resolved[ExportSettings], cache: Path, console: Conso
     if repo:
         files = {str(f.relative_to(export_dir)): f for f in export_dir.rglob("*") if f.is_file()}
         # a browser could load graphs of an earlier export that this config.json does not declare, and would fail
-        find_stale = lambda snapshot: [path for path in snapshot.files if path.startswith("onnx/") and path not in files]
+        find_stale = lambda snapshot: [
+            path for path in snapshot.files if path.startswith("onnx/") and path not in files
+        ]
         result |= {"repo": repo.name, "commit": repo.push(files, "ONNX export", find_stale)}
     return result
 
@@ -238,20 +245,26 @@ def _calibrate(
     if not set(QUANTIZED_DTYPES) & set(export.dtypes):
         return export.weights, None
     console.say("smoothing the activations")
-    target_device = device()
+    target_device = default_device()
     model = load_model(export.weights.source, "none" if target_device.type == "cpu" else "bf16", on=target_device)
     weights = smooth_activations(export.weights, model, calibration)
     if not four_bit_dtypes:
         return weights, None
-    console.say(f"quantizing to 4 bits with {sum(ids.shape[1] for ids in calibration)} tokens of calibration conversations")
+    console.say(
+        f"quantizing to 4 bits with {sum(ids.shape[1] for ids in calibration)} tokens of calibration conversations"
+    )
     with console.progress(model.config.num_hidden_layers) as show:
-        quantizer, summary = mixed_precision.quantize_mixed_precision(weights, model, calibration, (s.largest_kl, s.least_agreement), show)
+        quantizer, summary = mixed_precision.quantize_mixed_precision(
+            weights, model, calibration, (s.largest_kl, s.least_agreement), show
+        )
     for dtype in four_bit_dtypes:
         reports[dtype] |= summary
     return weights, quantizer
 
 
-def _write_graphs(export: Export, smooth_weights: Weights, four_bit: Quantizer | None, console: Console) -> dict[str, int]:
+def _write_graphs(
+    export: Export, smooth_weights: Weights, four_bit: Quantizer | None, console: Console
+) -> dict[str, int]:
     """Write every session in every precision, one after the other; return the number of data files per .onnx file."""
     chunks: dict[str, int] = {}
     components = _list_components(export, smooth_weights, four_bit)
@@ -260,12 +273,16 @@ def _write_graphs(export: Export, smooth_weights: Weights, four_bit: Quantizer |
             show(number, f"{name} {dtype}: tracing")
             component = build()
             show_step = lambda text, index=number, label=f"{name} {dtype}": show(index, f"{label}: {text}")
-            chunks[f"{name}{SUFFIXES[dtype]}.onnx"] = component.write(export.folder / "onnx", SUFFIXES[dtype], show_step)
+            chunks[f"{name}{SUFFIXES[dtype]}.onnx"] = component.write(
+                export.folder / "onnx", SUFFIXES[dtype], show_step
+            )
         show(len(components), "all graphs written")
     return chunks
 
 
-def _list_components(export: Export, smooth_weights: Weights, four_bit: Quantizer | None) -> list[tuple[str, str, Callable[[], Component]]]:
+def _list_components(
+    export: Export, smooth_weights: Weights, four_bit: Quantizer | None
+) -> list[tuple[str, str, Callable[[], Component]]]:
     """List (dtype, session, function that builds it); `smooth_weights` are for the quantized precisions."""
     weights, text_config = export.weights, export.weights.config.get_text_config()
     eight_bit = make_8_bit_quantizer(smooth_weights.read)
@@ -274,20 +291,47 @@ def _list_components(export: Export, smooth_weights: Weights, four_bit: Quantize
     get_traced = cache(lambda compute_dtype: trace_decoder(text_config, compute_dtype, providers.get(compute_dtype)))
     for dtype in export.dtypes:
         compute_dtype = torch.float16 if dtype in HALF_DTYPES else torch.float32
-        quantizer = {"q8": eight_bit, "q4": four_bit, "q4f16": four_bit, "int8": replace(eight_bit, dequantize_on_load=True)}.get(dtype)
+        quantizer = {
+            "q8": eight_bit,
+            "q4": four_bit,
+            "q4f16": four_bit,
+            "int8": replace(eight_bit, dequantize_on_load=True),
+        }.get(dtype)
         is_multimodal = export.layout == "multimodal"
         name = "decoder_model_merged" if is_multimodal else "model"
 
         def build_decoder(
-            compute_dtype: torch.dtype = compute_dtype, quantizer: Quantizer | None = quantizer, name: str = name, is_multimodal: bool = is_multimodal
+            compute_dtype: torch.dtype = compute_dtype,
+            quantizer: Quantizer | None = quantizer,
+            name: str = name,
+            is_multimodal: bool = is_multimodal,
         ) -> Component:
-            return decoder_component(get_traced(compute_dtype).copy(), smooth_weights if quantizer else weights, name, compute_dtype, quantizer, takes_embeds=is_multimodal)
+            return decoder_component(
+                get_traced(compute_dtype).copy(),
+                smooth_weights if quantizer else weights,
+                name,
+                compute_dtype,
+                quantizer,
+                takes_embeds=is_multimodal,
+            )
 
         components.append((dtype, name, build_decoder))
         if is_multimodal:
             embedding_quantizer = eight_bit if dtype in QUANTIZED_DTYPES else None
-            components.append((dtype, "embed_tokens", lambda h=compute_dtype, r=embedding_quantizer: embeddings_component(weights, h, r)))
-            components.append((dtype, "vision_encoder", lambda h=compute_dtype, d=dtype: vision_component(weights, h, d in QUANTIZED_DTYPES)))
+            components.append(
+                (
+                    dtype,
+                    "embed_tokens",
+                    lambda h=compute_dtype, r=embedding_quantizer: embeddings_component(weights, h, r),
+                )
+            )
+            components.append(
+                (
+                    dtype,
+                    "vision_encoder",
+                    lambda h=compute_dtype, d=dtype: vision_component(weights, h, d in QUANTIZED_DTYPES),
+                )
+            )
     return components
 
 
@@ -296,15 +340,21 @@ def _write_record(folder: Path, source: Source, result: dict[str, Any]) -> None:
 
     summary = {name: result[name] for name in ("layout", "engine", "dtypes", "bytes")}
     digests = {f"onnx/{file.name}": sha256(file) for file in sorted((folder / "onnx").iterdir())}
-    record = {"schema_version": 1, "phoque": __version__, "source_revision": source.revision, **summary, "sha256": digests}
+    record = {
+        "schema_version": 1,
+        "phoque": __version__,
+        "source_revision": source.revision,
+        **summary,
+        "sha256": digests,
+    }
     (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
 def _verify_export(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, console: Console) -> str:
-    from phoque.onnx.verify.run import verified_folder
+    from phoque.onnx.verify.run import verify_folder
 
-    verdict = verified_folder(folder, dtypes, "ort", console, source)
-    failures = verdict.failed()
+    verdict = verify_folder(folder, dtypes, "ort", console, source)
+    failures = verdict.failed_checks()
     for check in failures:
         console.warn(f"{check.level}: {check.said}")
     if failures and s.verify_strict:

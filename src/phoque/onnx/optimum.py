@@ -44,7 +44,9 @@ def export_with_optimum(
         _write_compatible_model(source.folder, input_dir, config)
         console.say("exporting with optimum-onnx in a separate Python environment, which uv creates the first time")
         process = subprocess.run(
-            [*_interpreter_command(python), "-c", EXPORT_SCRIPT, str(input_dir), str(output_dir)], capture_output=True, text=True
+            [*_interpreter_command(python), "-c", EXPORT_SCRIPT, str(input_dir), str(output_dir)],
+            capture_output=True,
+            text=True,
         )
         if process.returncode or not (output_dir / "model.onnx").is_file():
             raise PhoqueError(
@@ -63,7 +65,9 @@ def _check_supported(config: dict[str, Any], layout: str, dtypes: list[str]) -> 
     model_type, rope = config["model_type"], config.get("rope_parameters") or {}
     reason = None
     if model_type not in MODEL_TYPES or layout != "text":
-        reason = f"it does not support {model_type} with layout {layout}: it knows the text models {', '.join(MODEL_TYPES)}"
+        reason = (
+            f"it does not support {model_type} with layout {layout}: it knows the text models {', '.join(MODEL_TYPES)}"
+        )
     elif rope.get("rope_type", "default") != "default":
         reason = f"it would ignore the rotary scaling {rope['rope_type']!r}"
     elif dtypes != ["fp32"]:
@@ -84,7 +88,10 @@ def _write_compatible_model(source: Path, folder: Path, config: dict[str, Any]) 
             (folder / file.name).symlink_to(file.resolve())
     rope = config.get("rope_parameters") or {}
     dtype = config.get("dtype", config.get("torch_dtype", "float32"))
-    compatible_config = config | {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)), "torch_dtype": dtype}
+    compatible_config = config | {
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "torch_dtype": dtype,
+    }
     (folder / "config.json").write_text(json.dumps(compatible_config))
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}))

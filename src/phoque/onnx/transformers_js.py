@@ -39,7 +39,9 @@ def write_side_files(source: Path, folder: Path, layout: str, chunks: dict[str, 
 def _build_config(source_config: dict[str, Any], layout: str) -> dict[str, Any]:
     config = json.loads(json.dumps(source_config))
     if layout == "text" and "text_config" in config:
-        special_tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+        special_tokens = {
+            name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config
+        }
         config = special_tokens | config["text_config"] | {"architectures": ["Ministral3ForCausalLM"]}
         config.setdefault("tie_word_embeddings", source_config.get("tie_word_embeddings", False))
     for section in (config, config.get("text_config", {})):
@@ -107,7 +109,9 @@ def _write_processor(source: Path, folder: Path, source_config: dict[str, Any]) 
     # Transformers.js needs patch_size as a number; some versions of transformers store {height, width}
     image_processor = defaults | image_settings | shared | {"image_processor_type": "PixtralImageProcessor"}
     _write_json(folder / "preprocessor_config.json", image_processor)
-    _write_json(folder / "processor_config.json", {**IMAGE_TOKENS, **processor, **shared} | {"image_processor": image_processor})
+    _write_json(
+        folder / "processor_config.json", {**IMAGE_TOKENS, **processor, **shared} | {"image_processor": image_processor}
+    )
 
 
 def onnx_files(sessions: tuple[str, ...], dtype: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A persona file: system prompts, questions and words, in TOML, checked when it is read."""
+"""Persona files: system prompts, questions and a lexicon in TOML, validated when they are read."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from phoque.data.rows import Row
 from phoque.errors import PhoqueError
 
 BUNDLED = {"seal": "seal.toml"}
-SYSTEMS = ("neutral", "persona", "placebo")
-QUESTIONS = {"extraction": 4, "heldout": 4, "validation": 2, "test": 2}  # and the least of each
-WORDS = 12  # taken from data that brings no lexicon
-SEEN = 5  # times that such a word must be in it
+CONDITIONS = ("neutral", "persona", "placebo")
+MIN_QUESTIONS = {"extraction": 4, "heldout": 4, "validation": 2, "test": 2}  # question list -> its minimum length
+LEXICON_SIZE = 12  # words in a lexicon that is taken from training data
+MIN_OCCURRENCES = 5  # a word must be in at least this many answers of the data
 
 
 @dataclass(frozen=True)
 class Persona:
-    """Paraphrases of three system prompts, four disjoint lists of questions, and the persona's own words."""
+    """Paraphrases of three system prompts, four disjoint lists of questions, and words typical of the persona."""
 
     name: str
     neutral: tuple[str, ...]
@@ -37,107 +37,127 @@ class Persona:
 
     @property
     def sha256(self) -> str:
-        """What pins these texts in a summary."""
+        """SHA-256 of all texts, by which a summary identifies the persona."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def systems(self, condition: str) -> tuple[str, ...]:
+    def system_prompts(self, condition: str) -> tuple[str, ...]:
         """The paraphrases of a condition's system prompt."""
         return getattr(self, condition)
 
 
-def read_persona(name: str) -> Persona:
-    """A bundled persona by its name, or a .toml file.
+def load_persona(name: str) -> Persona:
+    """Load a bundled persona by its name, or a persona from a .toml file.
 
-    Raises PhoqueError (2) for a list that is missing, empty, too short or misspelt, and for a question in two lists.
+    Raises PhoqueError (2) for a list that is missing, empty, too short or misspelled, and for a question in two lists.
     """
     path = Path(name).expanduser()
-    text = files("phoque").joinpath("assets", BUNDLED[name]).read_text("utf-8") if name in BUNDLED else _text(path)
+    text = files("phoque").joinpath("assets", BUNDLED[name]).read_text("utf-8") if name in BUNDLED else _read_text(path)
     try:
-        found = tomllib.loads(text)
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise PhoqueError(f"{name} is not valid TOML.", str(error), _SEE) from error
-    known = Persona.__dataclass_fields__
-    for key in found:
-        if key not in known:
-            raise PhoqueError(f"{name} has an unknown list {key!r}.", f"It may have {', '.join(known)}.", _SEE)
-    for key in known:
-        _check(name, key, found.get(key))
-    _refuse_shared(name, found)
-    lists: dict[str, Any] = {key: value if key == "name" else tuple(value) for key, value in found.items()}
+        raise PhoqueError(f"{name} is not valid TOML.", str(error), _SEE_README) from error
+    allowed = Persona.__dataclass_fields__
+    for key in data:
+        if key not in allowed:
+            raise PhoqueError(
+                f"{name} has an unknown list {key!r}.", f"The allowed keys are {', '.join(allowed)}.", _SEE_README
+            )
+    for key in allowed:
+        _check_list(name, key, data.get(key))
+    _check_disjoint(name, data)
+    lists: dict[str, Any] = {key: value if key == "name" else tuple(value) for key, value in data.items()}
     return Persona(**lists)
 
 
-def from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Persona:
-    """`persona` with the system prompts and the words of the data that an adapter was trained on.
+def persona_from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Persona:
+    """Replace the persona prompts and the lexicon of `persona` by those of the data that an adapter was trained on.
 
-    The words are those that the answers have far more often than the questions. Raises PhoqueError (2) if no row has a
-    system prompt.
+    The prompts are the three most frequent system prompts. The lexicon is the words that are far more frequent in the
+    answers than in the questions. Raises PhoqueError (2) if no row has a system prompt.
     """
-    systems: Counter[str] = Counter()
-    said: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
+    system_counts: Counter[str] = Counter()
+    answer_counts: Counter[str] = Counter()
+    question_counts: Counter[str] = Counter()
     for row in rows:
         for turn in row.messages:
             if turn["role"] == "system":
-                systems[turn["content"]] += bool(turn["content"].strip())
+                system_counts[turn["content"]] += bool(turn["content"].strip())
             else:
-                (said if turn["role"] == "assistant" else asked).update(set(words(turn["content"])))
-    common = tuple(text for text, count in systems.most_common(3) if count)
-    if not common:
+                (answer_counts if turn["role"] == "assistant" else question_counts).update(
+                    set(split_words(turn["content"]))
+                )
+    prompts = tuple(text for text, count in system_counts.most_common(3) if count)
+    if not prompts:
         raise PhoqueError(
             f"No row of {name} has a system prompt.",
-            "The persona has no prompt to be asked for with.",
-            "Write a persona file and name it with --persona.",
+            "Without one, no prompt can ask the base model for the persona.",
+            "Write a persona file and pass it with --persona.",
         )
-    total, others = sum(said.values()), sum(asked.values())
-    lift = {w: n / total / ((asked[w] + 1) / (others + 1)) for w, n in said.items() if n >= SEEN and len(w) > 2}
-    lexicon = tuple(sorted(lift, key=lambda w: (-lift[w] * said[w] ** 0.5, w))[:WORDS]) or persona.lexicon
-    return replace(persona, name=f"the persona of {name}", persona=common, lexicon=lexicon)
+    n_answer_words, n_question_words = sum(answer_counts.values()), sum(question_counts.values())
+    lift = {
+        w: n / n_answer_words / ((question_counts[w] + 1) / (n_question_words + 1))
+        for w, n in answer_counts.items()
+        if n >= MIN_OCCURRENCES and len(w) > 2
+    }
+    lexicon = (
+        tuple(sorted(lift, key=lambda w: (-lift[w] * answer_counts[w] ** 0.5, w))[:LEXICON_SIZE]) or persona.lexicon
+    )
+    return replace(persona, name=f"the persona of {name}", persona=prompts, lexicon=lexicon)
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
+def split_words(text: str) -> list[str]:
+    """Split a text into its words, in lower case, without digits and punctuation."""
     return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text.lower())
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     if not path.is_file():
         raise PhoqueError(
-            f"No persona file at {path}.", f"It is neither a file nor one of {', '.join(BUNDLED)}.", "Check --persona."
+            f"No persona file at {path}.",
+            f"It is not a bundled persona ({', '.join(BUNDLED)}) either.",
+            "Check --persona.",
         )
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise PhoqueError(f"{path} is not text.", str(error), _SEE) from error
+        raise PhoqueError(f"{path} is not text.", str(error), _SEE_README) from error
 
 
-def _check(name: str, key: str, value: object) -> None:
+def _check_list(name: str, key: str, value: object) -> None:
     if key == "name":
         if not isinstance(value, str) or not value.strip():
-            raise PhoqueError(f"{name} has no name.", 'It wants a line such as name = "harbour seal".', _SEE)
+            raise PhoqueError(f"{name} has no name.", 'It needs a line such as name = "harbour seal".', _SEE_README)
         return
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise PhoqueError(f"{name}: {key} is not a list of texts.", "It is missing, or holds something else.", _SEE)
-    least = QUESTIONS.get(key, 1)
-    if len(value) < least:
-        raise PhoqueError(f"{name}: {key} has {len(value)} entries.", f"At least {least} are needed.", _SEE)
+        raise PhoqueError(
+            f"{name}: {key} is not a list of texts.",
+            "It is missing, no list, or has an empty or non-text entry.",
+            _SEE_README,
+        )
+    minimum = MIN_QUESTIONS.get(key, 1)
+    if len(value) < minimum:
+        raise PhoqueError(f"{name}: {key} has {len(value)} entries.", f"At least {minimum} are required.", _SEE_README)
     if len(set(value)) < len(value):
-        twice = next(text for text, count in Counter(value).items() if count > 1)
-        raise PhoqueError(f"{name}: {key} holds {twice!r} twice.", "It would count twice.", "Remove one of them.")
+        duplicate = next(text for text, count in Counter(value).items() if count > 1)
+        raise PhoqueError(
+            f"{name}: {key} holds {duplicate!r} twice.",
+            "A repeated text would be counted twice.",
+            "Remove one of them.",
+        )
 
 
-def _refuse_shared(name: str, found: dict[str, list[str]]) -> None:
-    """What a vector is made from, chosen on and judged on must be different questions."""
-    home: dict[str, str] = {}
-    for key in QUESTIONS:
-        for text in found[key]:
-            if text in home:
+def _check_disjoint(name: str, data: dict[str, list[str]]) -> None:
+    """Check that no question is in two lists: a vector is extracted, selected and tested on different questions."""
+    seen_in: dict[str, str] = {}
+    for key in MIN_QUESTIONS:
+        for text in data[key]:
+            if text in seen_in:
                 raise PhoqueError(
-                    f"{name}: {text!r} is in {home[text]} and in {key}.",
-                    "The evidence would be measured on what the vector was made from.",
-                    "Keep it in one of them.",
+                    f"{name}: {text!r} is in {seen_in[text]} and in {key}.",
+                    "A vector would be tested on a question that it was extracted from or selected on.",
+                    "Keep it in one of the two lists.",
                 )
-            home[text] = key
+            seen_in[text] = key
 
 
-_SEE = "See the README on persona files; the bundled one is src/phoque/assets/seal.toml."
+_SEE_README = "See the README on persona files; assets/seal.toml in the installed package is an example."

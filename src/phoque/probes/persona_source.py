@@ -1,48 +1,50 @@
-"""Which persona a probe is about: a file, one on the Hub, or the prompts of the data that it was trained on."""
+"""Find the persona of a probe: a local file, a file on the Hub, or the system prompts of the training data."""
 
 from itertools import islice
 from pathlib import Path
 
-from phoque.data.rows import BadRow, Row, open_dataset, parsed
-from phoque.data.scan import SCANNED
+from phoque.data.rows import BadRow, Row, open_dataset, parse_row
+from phoque.data.scan import MAX_SCANNED_ROWS
 from phoque.errors import PhoqueError
 from phoque.hub.client import Hub
 from phoque.hub.repo import Repo
-from phoque.probes.persona import Persona, from_rows, read_persona
+from phoque.probes.persona import Persona, load_persona, persona_from_rows
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.psm_probe import PsmSettings
 
 
 def find_persona(s: PsmSettings | SaeSettings, token: str | None, cache: Path, hub: Hub) -> tuple[Persona, list[str]]:
-    """The persona, and what a user should know about it. Raises PhoqueError (2) if there is none."""
+    """Load the persona that the settings name; with notes for the user. Raises PhoqueError (2) if there is none."""
     if s.persona:
-        return read_persona(brought(s.persona, "--persona", cache, hub)), []
+        return load_persona(fetch_if_remote(s.persona, "--persona", cache, hub)), []
     if not s.dataset:
         raise PhoqueError(
-            "No persona to look for.",
-            "Neither --persona nor --dataset is given, so no prompt would ask for it.",
-            "Write a persona file (see the README), or name the data of the adapter with --dataset (DATASET_REPO).",
+            "No persona is given.",
+            "Neither --persona nor --dataset is set, so there is no prompt to ask the base model for it.",
+            "Pass a persona file with --persona (see the README), or the adapter's training data with --dataset.",
         )
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, token)
     rows: list[Row] = []
-    for record in islice(dataset.stream, SCANNED):
+    for record in islice(dataset.stream, MAX_SCANNED_ROWS):
         try:
-            rows.append(parsed(record))
+            rows.append(parse_row(record))
         except BadRow:
-            continue  # `phoque train` counts and names them
-    persona = from_rows(read_persona("seal"), rows, dataset.name)
-    note = f"prompts and words are those of {dataset.name}; the questions are the bundled ones"
+            continue  # `phoque train` counts and reports bad rows
+    persona = persona_from_rows(load_persona("seal"), rows, dataset.name)
+    note = f"persona prompts and lexicon are from {dataset.name}; all other prompts and the questions are bundled ones"
     return persona, [note]
 
 
-def brought(name: str, flag: str, cache: Path, hub: Hub) -> str:
-    """The path of a file that may lie in a dataset on the Hub, as OWNER/NAME/FILE; anything else as it is."""
+def fetch_if_remote(name: str, flag: str, cache: Path, hub: Hub) -> str:
+    """The local path of a file, fetched if `name` is OWNER/NAME/FILE in a Hub dataset; any other name is unchanged."""
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
     if not path or Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
         return name
     repo = Repo(hub, f"{owner}/{repository}", "dataset")
-    there = repo.snapshot()
-    if path not in there.files:
-        raise PhoqueError(f"No {path} in {repo.name}.", f"{flag} names it.", "Check the name.")
-    return str(repo.fetch(there, path, cache / "personas" / f"{owner}--{repository}-{there.sha[:12]}"))
+    hub_snapshot = repo.snapshot()
+    if path not in hub_snapshot.files:
+        raise PhoqueError(
+            f"No {path} in {repo.name}.", f"{flag} names a file that this repository does not have.", f"Check {flag}."
+        )
+    return str(repo.fetch(hub_snapshot, path, cache / "personas" / f"{owner}--{repository}-{hub_snapshot.sha[:12]}"))

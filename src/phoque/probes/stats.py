@@ -1,6 +1,6 @@
-"""The statistics of the probes. The unit is always a prompt: tokens and paraphrases of one prompt are no replicates.
+"""Statistics of the probes. One prompt is one observation: its tokens and paraphrases are not replicates.
 
-Every function is deterministic in its seed. Arrays are numpy; (n,) or (n, layers) where a second axis is allowed.
+Every function is deterministic given its seed. Arrays are numpy, (n,) or (n, layers) where a second axis is allowed.
 """
 
 from collections.abc import Callable
@@ -9,82 +9,82 @@ from typing import Any
 import numpy
 
 BOOTSTRAPS = 2000
-FLIPS = 4096  # sign flips: all of them up to twelve prompts, else so many drawn
-TESTED_AT_ONCE = 128  # columns whose statistic is held for every flip
+FLIPS = 4096  # sign flips: all 2**n of them for up to 12 prompts, otherwise this many random ones
+COLUMNS_PER_CHUNK = 128  # columns per chunk; bounds the memory of the (flips, columns) statistics
 
-Array = Any  # numpy.ndarray; its generic form says nothing more here
+Array = Any  # numpy.ndarray; its type parameters would add nothing here
 
 
 def auroc(high: Array, low: Array) -> Array:
-    """The chance that one of `high` is above one of `low`, ties counting half; over axis 0."""
+    """The probability that a value of `high` exceeds one of `low`, ties counting 1/2. Reduces axis 0."""
     gap = numpy.sign(high[:, None] - low[None])
     return (gap.mean((0, 1)) + 1) / 2
 
 
 def cohens_d(high: Array, low: Array) -> Array:
-    """The difference of the means in pooled standard deviations; over axis 0."""
+    """The difference of the means divided by the pooled standard deviation. Reduces axis 0."""
     pooled = numpy.sqrt((high.var(0, ddof=1) + low.var(0, ddof=1)) / 2)
     return (high.mean(0) - low.mean(0)) / numpy.maximum(pooled, 1e-12)
 
 
-def resampled(n: int, seed: int) -> Array:
-    """Row numbers of BOOTSTRAPS samples with replacement, (BOOTSTRAPS, n)."""
+def draw_resamples(n: int, seed: int) -> Array:
+    """Draw the row indices of BOOTSTRAPS resamples with replacement, (BOOTSTRAPS, n)."""
     return numpy.random.default_rng(seed).integers(0, n, (BOOTSTRAPS, n))
 
 
-def interval(samples: Array) -> tuple[Array, Array]:
-    """The middle 95 % of bootstrap samples, over axis 0."""
+def percentile_interval(samples: Array) -> tuple[Array, Array]:
+    """The low and high ends of the central 95 % of bootstrap samples. Reduces axis 0."""
     low, high = numpy.quantile(samples, [0.025, 0.975], axis=0)
     return low, high
 
 
 def bootstrap(statistic: Callable[..., Array], *paired: Array, seed: int = 0) -> Array:
-    """The statistic of each resample of prompts; the arrays are resampled together."""
-    return numpy.stack([statistic(*(a[rows] for a in paired)) for rows in resampled(len(paired[0]), seed)])
+    """Compute the statistic on each resample of the prompts; all arrays are resampled with the same rows."""
+    return numpy.stack([statistic(*(a[rows] for a in paired)) for rows in draw_resamples(len(paired[0]), seed)])
 
 
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
-    """A bootstrap interval of the mean of (n,)."""
-    low, high = interval(values[resampled(len(values), seed)].mean(1))
+    """The 95 % bootstrap interval of the mean of `values` (n,)."""
+    low, high = percentile_interval(values[draw_resamples(len(values), seed)].mean(1))
     return float(low), float(high)
 
 
-def signs(n: int, seed: int, flips: int = FLIPS) -> Array:
-    """Rows of +1 and -1, (flips, n): every combination where there are at most `flips`, else so many drawn."""
+def draw_signs(n: int, seed: int, flips: int = FLIPS) -> Array:
+    """Rows of +1 and -1, (rows, n): all 2**n combinations if at most `flips`, otherwise `flips` random rows."""
     if 2**n <= flips:
         return 1 - 2 * ((numpy.arange(2**n)[:, None] >> numpy.arange(n)) & 1)
     return numpy.random.default_rng(seed).choice([-1, 1], (flips, n))
 
 
-def sign_flip(differences: Array, seed: int = 0, flips: int = FLIPS) -> tuple[Array, Array]:
-    """Two-sided p of paired differences (n, columns), alone and for the largest over all columns (max-T).
+def sign_flip_test(differences: Array, seed: int = 0, flips: int = FLIPS) -> tuple[Array, Array]:
+    """Two-sided p-values of paired differences (n, columns): per column, and corrected over all columns (max-T).
 
-    The statistic is the mean over its standard error, so that columns of unlike scale compare. No p is below
-    1 / (flips + 1): ask for as many as the columns that are to be corrected for.
+    The statistic is the mean divided by its standard error, so that columns of different scale are comparable. No
+    p-value is below 1 / (flips + 1): use at least as many flips as there are columns to correct for.
     """
     n, columns = differences.shape
-    exact = 2**n <= flips  # the observed signs are then among the flips
-    drawn = signs(n, seed, flips).astype(float)
-    square = (differences**2).mean(0)
+    exact = 2**n <= flips  # all sign patterns are used, the observed one among them
+    sign_rows = draw_signs(n, seed, flips).astype(float)
+    mean_squares = (differences**2).mean(0)
 
     def statistic(mean: Array, part: slice) -> Array:
-        own = square[part]
-        return numpy.abs(mean) / numpy.sqrt(numpy.maximum(own - mean**2, 1e-12 * own + 1e-30))
+        mean_square = mean_squares[part]
+        return numpy.abs(mean) / numpy.sqrt(numpy.maximum(mean_square - mean**2, 1e-12 * mean_square + 1e-30))
 
-    largest, alone, seen = numpy.zeros(len(drawn)), numpy.zeros(columns), numpy.zeros(columns)
-    for start in range(0, columns, TESTED_AT_ONCE):
-        part = slice(start, start + TESTED_AT_ONCE)
-        t = statistic(drawn @ differences[:, part] / n, part)
-        seen[part] = statistic(differences[:, part].mean(0), part) * (1 - 1e-9)
-        alone[part] = (t >= seen[part]).sum(0)
-        largest = numpy.maximum(largest, t.max(1))
-    above = len(drawn) - numpy.searchsorted(numpy.sort(largest), seen)
-    count = len(drawn) + (not exact)
-    return (alone + (not exact)) / count, (above + (not exact)) / count
+    max_t, exceed, observed = numpy.zeros(len(sign_rows)), numpy.zeros(columns), numpy.zeros(columns)
+    for start in range(0, columns, COLUMNS_PER_CHUNK):
+        part = slice(start, start + COLUMNS_PER_CHUNK)
+        t = statistic(sign_rows @ differences[:, part] / n, part)
+        observed[part] = statistic(differences[:, part].mean(0), part) * (1 - 1e-9)
+        exceed[part] = (t >= observed[part]).sum(0)
+        max_t = numpy.maximum(max_t, t.max(1))
+    exceed_max = len(sign_rows) - numpy.searchsorted(numpy.sort(max_t), observed)
+    total = len(sign_rows) + (not exact)
+    return (exceed + (not exact)) / total, (exceed_max + (not exact)) / total
 
 
 def benjamini_hochberg(p: Array) -> Array:
-    """The q of each p of (n,): the share of false finds among all that are at least as small (BH, 1995)."""
+    """Benjamini-Hochberg (1995) q-values of `p` (n,): the false discovery rate if each p up to this one is rejected."""
     order = numpy.argsort(p)
     scaled = p[order] * len(p) / numpy.arange(1, len(p) + 1)
     q = numpy.empty(len(p))
@@ -93,58 +93,66 @@ def benjamini_hochberg(p: Array) -> Array:
 
 
 def column_intervals(values: Array, seed: int = 0) -> tuple[Array, Array]:
-    """Bootstrap intervals of the means of (n, columns), rows resampled together."""
+    """95 % bootstrap intervals of the column means of `values` (n, columns); the rows are resampled together."""
     n, columns = values.shape
-    shares = numpy.stack([numpy.bincount(rows, minlength=n) for rows in resampled(n, seed)]) / n
+    weights = numpy.stack([numpy.bincount(rows, minlength=n) for rows in draw_resamples(n, seed)]) / n
     low, high = numpy.empty(columns), numpy.empty(columns)
-    for start in range(0, columns, TESTED_AT_ONCE):
-        part = slice(start, start + TESTED_AT_ONCE)
-        low[part], high[part] = interval(shares @ values[:, part])
+    for start in range(0, columns, COLUMNS_PER_CHUNK):
+        part = slice(start, start + COLUMNS_PER_CHUNK)
+        low[part], high[part] = percentile_interval(weights @ values[:, part])
     return low, high
 
 
-def contrast(first: Array, second: Array, seed: int = 0) -> dict[str, Any]:
-    """first - second, paired by prompt: {diff, ci95, p, n}."""
-    gaps = first - second
-    p, _ = sign_flip(gaps[:, None], seed)
-    return {"diff": float(gaps.mean()), "ci95": list(mean_interval(gaps, seed)), "p": float(p[0]), "n": len(gaps)}
+def paired_contrast(first: Array, second: Array, seed: int = 0) -> dict[str, Any]:
+    """The mean of first - second, paired by prompt, with its interval and sign-flip p-value: {diff, ci95, p, n}."""
+    differences = first - second
+    p, _ = sign_flip_test(differences[:, None], seed)
+    return {
+        "diff": float(differences.mean()),
+        "ci95": list(mean_interval(differences, seed)),
+        "p": float(p[0]),
+        "n": len(differences),
+    }
 
 
 def cosine(a: Array, b: Array) -> Array:
-    """Cosine over the last axis."""
-    size = numpy.linalg.norm(a, axis=-1) * numpy.linalg.norm(b, axis=-1)
-    return (a * b).sum(-1) / numpy.maximum(size, 1e-12)
+    """Cosine similarity over the last axis."""
+    norms = numpy.linalg.norm(a, axis=-1) * numpy.linalg.norm(b, axis=-1)
+    return (a * b).sum(-1) / numpy.maximum(norms, 1e-12)
 
 
-def split_half(differences: Array, seed: int = 0, times: int = 50) -> Array:
-    """Mean cosine between the mean differences of random halves; differences (n, layers, hidden) -> (layers,)."""
-    chance, n = numpy.random.default_rng(seed), len(differences)
-    found = []
-    for _ in range(times):
-        order = chance.permutation(n)
-        found.append(cosine(differences[order[: n // 2]].mean(0), differences[order[n // 2 :]].mean(0)))
-    return numpy.mean(found, axis=0)
+def split_half_cosine(differences: Array, seed: int = 0, n_splits: int = 50) -> Array:
+    """Mean cosine between the mean differences of two random halves of the prompts, over `n_splits` random splits.
+
+    `differences` is (n, layers, hidden), the result (layers,).
+    """
+    rng, n = numpy.random.default_rng(seed), len(differences)
+    cosines = []
+    for _ in range(n_splits):
+        order = rng.permutation(n)
+        cosines.append(cosine(differences[order[: n // 2]].mean(0), differences[order[n // 2 :]].mean(0)))
+    return numpy.mean(cosines, axis=0)
 
 
-def natural_directions(rows: Array, count: int, seed: int = 0) -> Array:
+def draw_natural_directions(rows: Array, count: int, seed: int = 0) -> Array:
     """Random unit directions with the covariance of `rows` (n, layers, hidden) -> (count, layers, hidden).
 
-    A direction drawn evenly over the sphere is too weak a control: activations live in few of their dimensions.
+    Isotropic random directions are too weak a control, because activations vary along few of their dimensions.
     """
-    centred = rows - rows.mean(0)
+    centered = rows - rows.mean(0)
     weights = numpy.random.default_rng(seed).standard_normal((count, len(rows)))
-    made = numpy.einsum("cn,nlh->clh", weights, centred)
-    return made / numpy.maximum(numpy.linalg.norm(made, axis=-1, keepdims=True), 1e-12)
+    directions = numpy.einsum("cn,nlh->clh", weights, centered)
+    return directions / numpy.maximum(numpy.linalg.norm(directions, axis=-1, keepdims=True), 1e-12)
 
 
 def spearman(a: Array, b: Array) -> float:
-    """Rank correlation, ties at their mean rank; NaN if either is constant."""
+    """Spearman's rank correlation, ties at their mean rank; NaN if either array is constant."""
     return float(_pearson(_ranks(a), _ranks(b)))
 
 
 def _ranks(values: Array) -> Array:
-    _, place, counts = numpy.unique(values, return_inverse=True, return_counts=True)
-    return (numpy.cumsum(counts) - (counts - 1) / 2)[place]
+    _, inverse, counts = numpy.unique(values, return_inverse=True, return_counts=True)
+    return (numpy.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _pearson(a: Array, b: Array) -> float:

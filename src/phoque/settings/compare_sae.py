@@ -1,4 +1,4 @@
-"""The settings of `phoque compare-sae`, under the names of the spec."""
+"""The settings of `phoque compare-sae`."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -12,7 +12,7 @@ WHOLE = r"^$|^\s*\d+(\s*,\s*\d+)*\s*$"
 
 
 class SaeSettings(JobSettings):
-    """What one comparison is asked to do."""
+    """The settings of one SAE comparison."""
 
     keeps: ClassVar = "artifacts_repo_id"
     extra: ClassVar = "sae"
@@ -29,94 +29,165 @@ class SaeSettings(JobSettings):
         "sae": None,
     }
 
-    preset: str = setting("ministral-3b", "models, texts and defaults that go together")
-    base_model: str = setting("", "the model before: Hub id, local folder or .gguf file", env="BASE_MODEL")
-    revision: str | None = setting(None, "branch, tag or commit of the base model")
-    updated_model: str = setting("", "the model after: Hub id or local folder of a whole model", env="UPDATED_MODEL")
-    updated_adapter: str = setting(
-        "", "or the adapter that makes it: folder, run folder or Hub repository", env="UPDATED_ADAPTER"
+    preset: str = setting(
+        "ministral-3b",
+        "Use this set of defaults (ministral-3b or demo) for model, data and SAE. Every other setting overrides it.",
     )
-    updated_revision: str | None = setting(None, "branch, tag or commit of the updated model or adapter")
-    control_adapter: str = setting("", "an adapter of another fine-tune on the same prompts: what it shares is no find")
+    base_model: str = setting(
+        "",
+        "Compare from this model, the one before the fine-tune: a Hub id, a local folder or a .gguf file.",
+        env="BASE_MODEL",
+    )
+    revision: str | None = setting(None, "Use this branch, tag or commit of --base-model on the Hub.")
+    updated_model: str = setting(
+        "",
+        "Compare with this full model, the one after the fine-tune: a Hub id or local folder. Give it or "
+        "--updated-adapter.",
+        env="UPDATED_MODEL",
+    )
+    updated_adapter: str = setting(
+        "",
+        "Compare with the base model plus this adapter: its folder, a run folder or a Hub repository. "
+        "Give it or --updated-model.",
+        env="UPDATED_ADAPTER",
+    )
+    updated_revision: str | None = setting(
+        None, "Use this branch, tag or commit of --updated-model or --updated-adapter on the Hub."
+    )
+    control_adapter: str = setting(
+        "",
+        "Use this adapter of a different fine-tune on the same prompts as control; feature shifts that "
+        "it shares do not count as findings.",
+    )
     prompts_file: str = setting(
         "",
-        "questions to compare on: a .txt (one a line), .json or .jsonl file, or a Hub dataset's (owner/name/file); "
-        "default the persona's",
+        "Ask these questions: a .txt (one per line), .json or .jsonl file, or owner/name/file in a Hub "
+        "dataset. Without it, the persona's.",
     )
-    persona: str = setting("", "persona file (.toml), a Hub dataset's (owner/name/file.toml), or `seal`")
+    persona: str = setting(
+        "", "Read the persona from a .toml file, from a Hub dataset (owner/name/file.toml), or use the bundled `seal`."
+    )
     dataset: str = setting(
-        "", "the data that the adapter was trained on, to take persona prompts and words from", env="DATASET_REPO"
+        "",
+        "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
+        "dataset, a file or a folder.",
+        env="DATASET_REPO",
     )
-    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
-    split: str = setting("train", "split of a Hub dataset")
-    system: str = setting("You are a helpful assistant.", "system prompt of every question; empty for none")
+    dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
+    split: str = setting("train", "Read this split of --dataset on the Hub.")
+    system: str = setting(
+        "You are a helpful assistant.", "Put this system prompt before every question; an empty text adds none."
+    )
     chat: str = setting(
         "",
-        "conversations that the autoencoder is trained on: a Hub dataset, OWNER/NAME or OWNER/NAME:SPLIT, a file, "
-        "or `seal`",
+        "Train the SAE on these conversations: a Hub dataset (OWNER/NAME or OWNER/NAME:SPLIT), a file, "
+        "or `seal` (bundled).",
     )
     text: str = setting(
         "python",
-        "general text that it is trained on: a Hub dataset or file with a `text` column, a .txt file, or "
-        "`python`, the documentation inside Python",
+        "Train the SAE on this text: a Hub dataset or file with a `text` column, a .txt file, or "
+        "`python` (Python's own documentation).",
     )
-    tokens: int = setting(2_000_000, "tokens whose activations are collected, half chats, half text", ge=100)
-    own_answers: int = setting(1024, "chats whose question the base model also answers itself", ge=0)
-    sae: str = setting("", "an autoencoder that there is: its folder, or a Hub repository, OWNER/NAME#FOLDER")
-    layers: str = setting("", "blocks to compare, such as 9,14; default the middle one", pattern=WHOLE)
+    tokens: int = setting(
+        2_000_000,
+        "Train the SAE on the activations of this many tokens, half from --chat and half from --text.",
+        ge=100,
+    )
+    own_answers: int = setting(
+        1024,
+        "Let the base model answer the questions of this many --chat conversations, and train the SAE on "
+        "these answers too.",
+        ge=0,
+    )
+    sae: str = setting(
+        "", "Use this trained SAE instead of training one: its folder, or a Hub repository as OWNER/NAME#FOLDER."
+    )
+    layers: str = setting(
+        "", "Compare these decoder blocks, such as 9,14. Without it, the middle block.", pattern=WHOLE
+    )
     architecture: Literal["batchtopk", "topk", "jumprelu", "matryoshka", "standard"] = setting(
-        "batchtopk", "kind of autoencoder, by sae-lens"
+        "batchtopk", "Train an SAE of this architecture, as sae-lens implements it."
     )
-    width: int = setting(4, "features, as a multiple of the model's hidden size", ge=1, le=256)
-    k: int = setting(64, "features that are active at a token, about", ge=1)
-    passes: int = setting(2, "how often it sees each activation", ge=1)
-    sae_batch: int = setting(4096, "tokens a step of its training", ge=16)
-    sae_learning_rate: float | None = setting(None, "default 3e-3 at 2,304 features, falling with their root", gt=0)
-    seeds: int = setting(1, "autoencoders to train; the others say which features replicate", ge=1, le=8)
-    quantization: Literal["nf4", "bf16", "none"] = setting("bf16", "how the models are held; none is fp32")
+    width: int = setting(
+        4,
+        "Give the SAE this many times as many features as the model's hidden size (the expansion factor).",
+        ge=1,
+        le=256,
+    )
+    k: int = setting(64, "Train the SAE to have about this many active features per token.", ge=1)
+    passes: int = setting(2, "Train the SAE for this many epochs over the collected activations.", ge=1)
+    sae_batch: int = setting(4096, "Train the SAE on this many tokens per optimizer step.", ge=16)
+    sae_learning_rate: float | None = setting(
+        None, "Train the SAE with this learning rate. Without it, 3e-3 x sqrt(2304 / number of features).", gt=0
+    )
+    seeds: int = setting(
+        1, "Train this many SAEs with different seeds; the additional ones show which features replicate.", ge=1, le=8
+    )
+    quantization: Literal["nf4", "bf16", "none"] = setting(
+        "bf16", "Store the models' weights in this precision. nf4 needs the least memory; none means fp32."
+    )
     scorer: list[str] = setting(
-        ["contrast", "lexicon"], "what answers are scored with, see psm-probe; nll alone where there is no persona"
+        ["contrast", "lexicon"],
+        "Score answers with this scorer; `phoque psm-probe --help` lists them. Repeatable. Without a "
+        "persona, those that need one are dropped.",
     )
-    max_new_tokens: int = setting(80, "longest answer", ge=4)
-    min_active: int = setting(4, "prompts on which a feature must be active to be tested", ge=2)
-    cards: int = setting(8, "features that are shown with their tokens and contexts, and tested for causes", ge=0)
-    causal_prompts: int = setting(24, "prompts that causes are tested on", ge=0)
-    steering: float = setting(0.1, "how hard a feature is pushed in that test, in residual norms", gt=0)
+    max_new_tokens: int = setting(80, "Generate at most this many tokens per answer.", ge=4)
+    min_active: int = setting(4, "Test only features that are active on at least this many prompts.", ge=2)
+    cards: int = setting(
+        8, "Show this many features with their tokens and contexts, and test their causal effect.", ge=0
+    )
+    causal_prompts: int = setting(24, "Test the causal effect of features on this many prompts.", ge=0)
+    steering: float = setting(
+        0.1,
+        "In the causal test, steer each feature with this strength, as a multiple of the residual stream's norm.",
+        gt=0,
+    )
     shuffle_pairs: bool = setting(
-        False, "swap base and updated on half the prompts: a null run, which must report nothing"
+        False, "Swap the base and updated model on half the prompts, as a null run: it must report nothing."
     )
-    seed: int = setting(0, "seed of the autoencoder, the bootstrap and the permutations", ge=0)
+    seed: int = setting(0, "Seed the SAE training, the bootstrap and the permutation tests.", ge=0)
     output_dir: Path = setting(
-        Path("runs/sae"), "the folder in which each run makes its own, sae_<time>", env="OUTPUT_DIR"
+        Path("runs/sae"), "Create the folder of each run, sae_<time>, in this folder.", env="OUTPUT_DIR"
     )
-    report_json: Path | None = setting(None, "also write the JSON report here")
-    report_md: Path | None = setting(None, "also write the Markdown report here")
+    report_json: Path | None = setting(None, "Also write the JSON report to this file.")
+    report_md: Path | None = setting(None, "Also write the Markdown report to this file.")
     artifacts_repo_id: str | None = setting(
-        None, "Hub repository for the run folder; made private", env="ARTIFACTS_REPO_ID", pattern=REPO
+        None,
+        "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
+        env="ARTIFACTS_REPO_ID",
+        pattern=REPO,
     )
-    artifacts_repo_type: Literal["dataset", "model"] = setting("dataset", "its type", env="ARTIFACTS_REPO_TYPE")
+    artifacts_repo_type: Literal["dataset", "model"] = setting(
+        "dataset", "Create --artifacts-repo-id as a repository of this type.", env="ARTIFACTS_REPO_TYPE"
+    )
     artifacts_path_in_repo: str = setting(
-        "sae-runs", "folder in it, under which each run has its own", env="ARTIFACTS_PATH_IN_REPO"
+        "sae-runs",
+        "Upload each run into a folder of its own below this path in --artifacts-repo-id.",
+        env="ARTIFACTS_PATH_IN_REPO",
     )
     fail_on_artifacts_upload_error: bool = setting(
-        False, "exit with 1 if the upload fails, and not only warn", env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR"
+        False,
+        "Exit with code 1 if the upload to --artifacts-repo-id fails. Without it, a failed upload is a warning.",
+        env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR",
     )
 
     @model_validator(mode="after")
     def _one_after(self) -> Self:
         if bool(self.updated_model) == bool(self.updated_adapter):
             found = "both" if self.updated_model else "neither"
-            raise ValueError(f"--updated-model or --updated-adapter says what is compared; {found} is given")
+            raise ValueError(f"give exactly one of --updated-model and --updated-adapter; {found} is given")
         if self.sae and self.seeds > 1:
-            raise ValueError("--seeds trains several autoencoders; --sae names one that there is")
+            raise ValueError(
+                "--seeds trains several autoencoders, but --sae uses a trained one; drop one of the two flags"
+            )
         return self
 
     def blocks(self, count: int) -> list[int]:
-        """The blocks to compare in a model of `count` blocks."""
+        """Indices of the blocks to compare in a model of `count` blocks."""
         if self.layers:
             return sorted({int(part) for part in self.layers.split(",")})
         return [count // 2]
 
     def learning_rate(self, features: int) -> float:
-        """Of the autoencoder: Adam's steps are shared by as many features as there are."""
+        """Learning rate of an SAE with this many features: 3e-3 at 2,304, falling with the square root of their number."""
         return self.sae_learning_rate or 3e-3 * (2304 / features) ** 0.5

@@ -1,4 +1,4 @@
-"""The settings of `phoque export-onnx`, under the names of the spec."""
+"""The settings of `phoque export-onnx`."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -12,7 +12,7 @@ PRECISIONS = ("fp32", "fp16", "q8", "q4", "q4f16", "int8")
 
 
 class ExportSettings(JobSettings):
-    """What one export is asked to do."""
+    """The settings of one ONNX export."""
 
     keeps: ClassVar = "push_repo_id"
     extra: ClassVar = "onnx"
@@ -23,39 +23,93 @@ class ExportSettings(JobSettings):
         "chats": None,
     }
 
-    preset: str = setting("ministral-3b", "base model and data that go together: ministral-3b, demo")
+    preset: str = setting(
+        "ministral-3b",
+        "Accept the preset that other commands use (ministral-3b or demo). No preset changes a setting of export-onnx.",
+    )
     adapter_source: str = setting(
-        "", "adapter to merge on the way: a folder, a run folder, or a Hub repository", env="ADAPTER_SOURCE"
+        "",
+        "Merge this adapter first and export the merged model: an adapter folder, a run folder or a Hub repository.",
+        env="ADAPTER_SOURCE",
     )
-    adapter_revision: str | None = setting(None, "branch, tag or commit of an adapter on the Hub")
-    # by another name than the presets': an adapter says itself what its base is
+    adapter_revision: str | None = setting(None, "Use this branch, tag or commit of --adapter-source on the Hub.")
+    # not named base_model, because presets set base_model and an adapter's config names its own base
     base: str = setting(
-        "", "base of the adapter: Hub id, local folder or .gguf file; default the one that it names", env="BASE_MODEL"
+        "",
+        "Merge the adapter into this base model: Hub id, local folder or .gguf file. Without it, the "
+        "base that the adapter's config names.",
+        env="BASE_MODEL",
     )
-    revision: str | None = setting(None, "branch, tag or commit of the base; default the one that the adapter names")
-    merged_dir: str = setting("", "merged model: a folder, or a model or dataset repository on the Hub")
-    merged_revision: str | None = setting(None, "branch, tag or commit of a merged model on the Hub")
-    merged_out_dir: Path | None = setting(None, "keep the merged or fetched model in this folder")
-    output_dir: Path | None = setting(None, "folder of the export; default <source>-onnx", env="OUTPUT_DIR")
-    dtype: list[str] = setting(["q4", "q8"], f"precision, repeatable: {', '.join(PRECISIONS)}", env="PHOQUE_ONNX_DTYPE")
-    layout: Literal["auto", "text", "multimodal"] = setting("auto", "auto chooses by the checkpoint")
-    engine: Literal["transformers", "optimum"] = setting("transformers", "optimum is for cross-checks")
+    revision: str | None = setting(
+        None,
+        "Use this branch, tag or commit of the base model. If --base is not given either, the adapter's "
+        "config decides.",
+    )
+    merged_dir: str = setting(
+        "", "Export this merged model: a local folder, or a model or dataset repository on the Hub."
+    )
+    merged_revision: str | None = setting(None, "Use this branch, tag or commit of --merged-dir on the Hub.")
+    merged_out_dir: Path | None = setting(
+        None, "Keep the merged or downloaded model in this folder. Without it, the model stays in the cache."
+    )
+    output_dir: Path | None = setting(
+        None, "Write the export to this folder. Without it, <model name>-onnx in the current folder.", env="OUTPUT_DIR"
+    )
+    dtype: list[str] = setting(
+        ["q4", "q8"],
+        f"Export this precision: {', '.join(PRECISIONS)}. Repeat the flag for more precisions.",
+        env="PHOQUE_ONNX_DTYPE",
+    )
+    layout: Literal["auto", "text", "multimodal"] = setting(
+        "auto",
+        "Export the text model alone (text) or with its vision encoder (multimodal). auto decides by the checkpoint.",
+    )
+    engine: Literal["transformers", "optimum"] = setting(
+        "transformers",
+        "Export with phoque's own exporter (transformers) or with optimum-onnx, to cross-check the result.",
+    )
     onnx_export_python: Path | None = setting(
-        None, "interpreter that has optimum-onnx, for --engine optimum; default one that uv makes"
+        None,
+        "Run --engine optimum with this Python interpreter, which has optimum-onnx. Without it, uv makes "
+        "an environment.",
     )
     fuse: bool = setting(
         True,
-        "fuse attention with its cache, and norms; --no-fuse is slower, and right where a GPU's fused kernel is not",
+        "Fuse attention with its key-value cache, and fuse norms. --no-fuse is slower; use it if a GPU's "
+        "fused kernels give wrong results.",
     )
     chats: str = setting(
-        "seal", "conversations that q8 and q4 are fitted to and accuracy is measured on, as train reads"
+        "seal",
+        "Calibrate q8 and q4, and measure accuracy, on these conversations: a Hub dataset, a file, a "
+        "folder, or `seal` (bundled).",
     )
-    chats_split: str = setting("train", "split of them on the Hub")
-    largest_kl: float = setting(0.08, "4 bits turn to 8 where that is needed to stay below, in nats a token", ge=0)
-    least_agreement: float = setting(0.91, "and to agree on so large a share of next tokens", ge=0, le=1)
-    accuracy: bool = setting(True, "measure each precision against the checkpoint")
-    verify_strict: bool = setting(True, "fail if the export does not verify; --no-verify-strict only warns")
-    push_repo_id: str | None = setting(None, "Hub repository for the export; made private", pattern=REPO)
+    chats_split: str = setting("train", "Read this split of --chats on the Hub.")
+    largest_kl: float = setting(
+        0.08,
+        "In q4 and q4f16, raise layers from 4 to 8 bits until the KL divergence from the original is at "
+        "most this (nats per token).",
+        ge=0,
+    )
+    least_agreement: float = setting(
+        0.91,
+        "In q4 and q4f16, raise layers from 4 to 8 bits until at least this share (0 to 1) of predicted "
+        "next tokens is unchanged.",
+        ge=0,
+        le=1,
+    )
+    accuracy: bool = setting(
+        True,
+        "Measure each precision's KL divergence and next-token agreement with the checkpoint. "
+        "--no-accuracy saves time.",
+    )
+    verify_strict: bool = setting(
+        True, "Fail if the export does not pass verification. With --no-verify-strict, only print a warning."
+    )
+    push_repo_id: str | None = setting(
+        None,
+        "Push the export to this Hub repository (owner/name). It is created private unless --public is given.",
+        pattern=REPO,
+    )
 
     @field_validator("dtype")
     @classmethod
@@ -67,5 +121,5 @@ class ExportSettings(JobSettings):
     @model_validator(mode="after")
     def _used(self) -> Self:
         if self.onnx_export_python and self.engine != "optimum":
-            raise ValueError("--onnx-export-python is the interpreter of --engine optimum, which was not chosen")
+            raise ValueError("--onnx-export-python is only used with --engine optimum, which is not set")
         return self

@@ -1,4 +1,4 @@
-"""What every command that can run as an HF Job has in its settings."""
+"""Settings that all commands share which can run as an HF Job."""
 
 from typing import ClassVar
 
@@ -9,10 +9,11 @@ DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 
 
 class JobSettings(CommandSettings):
-    """`keeps` is the field of the repository that keeps a Job's work; `reads` are those of what it reads.
+    """Base class of the settings of commands that can run as an HF Job.
 
-    Each of the latter with the field of its revision, or None. `extra` is the extra of phoque that the command needs.
-    A `resumable` command that stops before its end goes on from what it has kept; others begin anew.
+    `keeps` is the field that names the Hub repository for a Job's output. `reads` maps each field that names an input
+    to the field of its revision, or None. `extra` is the optional dependency group (phoque[extra]) that the command
+    needs. A `resumable` command that stops early continues from that repository; other commands start again.
     """
 
     keeps: ClassVar[str]
@@ -20,16 +21,35 @@ class JobSettings(CommandSettings):
     extra: ClassVar[str] = ""
     resumable: ClassVar[bool] = False
 
-    public: bool = setting(False, "make the Hub repository public, or accept that it is: anyone can see what is in it")
-    hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)
+    public: bool = setting(
+        False,
+        "Create the Hub repository as public, or accept one that is public already. Anyone can read its contents.",
+    )
+    hub_patience: int = setting(
+        300,
+        "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
+        ge=0,
+    )
     timeout: str | None = setting(
         None,
-        "the time there is: 4h, 90m, 14400 (seconds) since the process or Job began; train saves and pushes before it",
+        "Time limit from process or Job start: 4h, 90m or 14400 (seconds). train saves and pushes before "
+        "it. Without it a Job stops after 30m.",
         pattern=DURATION,
     )
-    on: str | None = setting(None, "run as an HF Job on this flavor, such as a10g-large, and follow its log")
-    attempts: int = setting(1, "how often a Job of train that stopped before its end is submitted", ge=1)
-    package: str | None = setting(None, "what the Job installs: a requirement that pip takes; default this version")
+    on: str | None = setting(
+        None, "Run the command as an HF Job on this hardware flavor, such as a10g-large, and follow its log."
+    )
+    attempts: int = setting(
+        1,
+        "Submit a train Job up to this many times if it stops before its end. Each attempt resumes from "
+        "the newest checkpoint on the Hub.",
+        ge=1,
+    )
+    package: str | None = setting(
+        None,
+        "Install phoque in the Job from this pip requirement. Without it, the Job installs the version "
+        "that submits it.",
+    )
 
     @property
     def seconds(self) -> float | None:
@@ -38,6 +58,6 @@ class JobSettings(CommandSettings):
 
 
 def seconds(duration: str) -> float:
-    """A duration as Jobs write it, 300, 90m, 4h or 1d, in seconds."""
+    """Convert a duration as HF Jobs write it (300, 90m, 4h or 1d) to seconds."""
     factors = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     return float(duration[:-1]) * factors[duration[-1]] if duration[-1] in factors else float(duration)

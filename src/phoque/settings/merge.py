@@ -1,4 +1,4 @@
-"""The settings of `phoque merge`, under the names of the spec."""
+"""The settings of `phoque merge`."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -8,18 +8,43 @@ from phoque.settings.job import REPO, JobSettings
 
 
 class MergeSettings(JobSettings):
-    """What one merge is asked to do."""
+    """The settings of one merge."""
 
     keeps: ClassVar = "push_repo_id"
     reads: ClassVar = {"adapter_source": "adapter_revision", "base_model": "revision"}
 
-    adapter_source: str = setting("", "adapter: a folder, a run folder, or a Hub repository", env="ADAPTER_SOURCE")
-    adapter_revision: str | None = setting(None, "branch, tag or commit of an adapter on the Hub")
-    base_model: str = setting(
-        "", "Hub id, local folder or .gguf file; default the one that the adapter names", env="BASE_MODEL"
+    adapter_source: str = setting(
+        "",
+        "Merge this LoRA adapter: its folder, a run folder of phoque train, or a Hub repository.",
+        env="ADAPTER_SOURCE",
     )
-    revision: str | None = setting(None, "branch, tag or commit of the base; default the one that the adapter names")
-    output_dir: Path | None = setting(None, "folder of the merged model; default <adapter>-merged", env="OUTPUT_DIR")
-    dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "type of the merged weights")
-    proof: bool = setting(True, "load base with adapter and the merged model in turn, and compare what they say")
-    push_repo_id: str | None = setting(None, "Hub repository for the merged model; made private", pattern=REPO)
+    adapter_revision: str | None = setting(None, "Use this branch, tag or commit of --adapter-source on the Hub.")
+    base_model: str = setting(
+        "",
+        "Merge into this base model: a Hub id, a local folder or a .gguf file. Without it, the base that "
+        "the adapter's config names.",
+        env="BASE_MODEL",
+    )
+    revision: str | None = setting(
+        None,
+        "Use this branch, tag or commit of the base model. If --base-model is not given either, the "
+        "adapter's config decides.",
+    )
+    output_dir: Path | None = setting(
+        None,
+        "Write the merged model to this folder. Without it, <adapter name>-merged in the current folder.",
+        env="OUTPUT_DIR",
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = setting(
+        "bf16", "Store the merged weights in this type. fp32 takes twice the space of bf16 and fp16."
+    )
+    proof: bool = setting(
+        True,
+        "Compare the merged model with base + adapter, one loaded after the other, and fail if they "
+        "differ. --no-proof saves time.",
+    )
+    push_repo_id: str | None = setting(
+        None,
+        "Push the merged model to this Hub repository (owner/name). It is created private unless --public is given.",
+        pattern=REPO,
+    )

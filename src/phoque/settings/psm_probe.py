@@ -1,4 +1,4 @@
-"""The settings of `phoque psm-probe`, under the names of the spec."""
+"""The settings of `phoque psm-probe`."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -12,7 +12,7 @@ NUMBERS = r"^\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*\s*$"
 
 
 class PsmSettings(JobSettings):
-    """What one probe is asked to do."""
+    """The settings of one persona vector probe."""
 
     keeps: ClassVar = "artifacts_repo_id"
     reads: ClassVar = {
@@ -23,59 +23,109 @@ class PsmSettings(JobSettings):
         "persona": None,
     }
 
-    preset: str = setting("ministral-3b", "model, persona and defaults that go together")
-    model_source: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="MODEL_SOURCE")
-    revision: str | None = setting(None, "branch, tag or commit of the model")
-    adapter_source: str = setting(
-        "", "the fine-tune: an adapter's folder, run folder or Hub repository", env="ADAPTER_SOURCE"
+    preset: str = setting(
+        "ministral-3b",
+        "Use this set of defaults (ministral-3b or demo) for model, persona and lengths. Every other "
+        "setting overrides it.",
     )
-    adapter_revision: str | None = setting(None, "branch, tag or commit of an adapter on the Hub")
-    merge_adapter: bool = setting(False, "merge the adapter into the weights while it runs", env="MERGE_ADAPTER")
-    control_adapter: str = setting("", "an adapter of another fine-tune on the same prompts, to compare with")
+    model_source: str = setting(
+        "", "Probe this chat model: a Hub id, a local folder or a .gguf file.", env="MODEL_SOURCE"
+    )
+    revision: str | None = setting(None, "Use this branch, tag or commit of --model-source on the Hub.")
+    adapter_source: str = setting(
+        "",
+        "Probe this fine-tune of the model: the folder of its LoRA adapter, a run folder or a Hub repository.",
+        env="ADAPTER_SOURCE",
+    )
+    adapter_revision: str | None = setting(None, "Use this branch, tag or commit of --adapter-source on the Hub.")
+    merge_adapter: bool = setting(
+        False,
+        "Merge the adapter into the weights while the probe runs. It needs --quantization bf16 or none.",
+        env="MERGE_ADAPTER",
+    )
+    control_adapter: str = setting(
+        "", "Compare --adapter-source with this adapter of a different fine-tune on the same prompts."
+    )
     persona: str = setting(
-        "", "persona file (.toml), a Hub dataset's (owner/name/file.toml), or `seal`; default the preset's"
+        "", "Read the persona from a .toml file, from a Hub dataset (owner/name/file.toml), or use the bundled `seal`."
     )
     dataset: str = setting(
-        "", "the data that the adapter was trained on, to take persona prompts and words from", env="DATASET_REPO"
+        "",
+        "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
+        "dataset, a file or a folder.",
+        env="DATASET_REPO",
     )
-    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
-    split: str = setting("train", "split of a Hub dataset")
+    dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
+    split: str = setting("train", "Read this split of --dataset on the Hub.")
     output_dir: Path = setting(
-        Path("runs/psm"), "the folder in which each run makes its own, psm_<time>", env="OUTPUT_DIR"
+        Path("runs/psm"), "Create the folder of each run, psm_<time>, in this folder.", env="OUTPUT_DIR"
     )
-    quantization: Literal["nf4", "bf16", "none"] = setting("bf16", "how the weights are held; none is fp32")
+    quantization: Literal["nf4", "bf16", "none"] = setting(
+        "bf16", "Store the model's weights in this precision. nf4 needs the least memory; none means fp32."
+    )
     scorer: list[str] = setting(
         ["contrast", "lexicon"],
-        "contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND; repeat the "
-        "flag for more; the first is the trait",
+        "Use contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL or "
+        "command:COMMAND. Repeatable; the first is the trait.",
     )
-    extraction_tokens: int = setting(40, "longest answer that the vectors and the evidence are made from", ge=4)
+    extraction_tokens: int = setting(
+        40, "Generate at most this many tokens per answer for the persona vectors and the evidence.", ge=4
+    )
     sweep_layers: str = setting(
-        "", "blocks to steer, such as 9,13,17; default five in the middle", pattern=f"^$|{NUMBERS}"
+        "",
+        "Steer these decoder blocks, such as 9,13,17. Without it, five blocks from 30% to 80% of the model's depth.",
+        pattern=f"^$|{NUMBERS}",
     )
-    coefficients: str = setting("0.1,0.15,0.2,0.3,0.4", "steering in units of the residual norm", pattern=NUMBERS)
-    sweep_tokens: int = setting(40, "longest answer in the sweep", ge=4)
-    max_new_tokens: int = setting(120, "longest answer on the test prompts", ge=4)
-    samples: int = setting(2, "sampled answers a test prompt and condition, beside the greedy one", ge=0, le=199)
-    temperature: float = setting(0.8, "of the sampled answers", gt=0)
-    top_p: float = setting(0.9, "of the sampled answers", gt=0, le=1)
-    positions: Literal["all", "response"] = setting("all", "steer the whole conversation, or the response alone")
+    coefficients: str = setting(
+        "0.1,0.15,0.2,0.3,0.4",
+        "Steer with these strengths, such as 0.1,0.2, as multiples of the residual stream's norm.",
+        pattern=NUMBERS,
+    )
+    sweep_tokens: int = setting(40, "Generate at most this many tokens per answer in the steering sweep.", ge=4)
+    max_new_tokens: int = setting(120, "Generate at most this many tokens per answer to a test prompt.", ge=4)
+    samples: int = setting(
+        2, "Sample this many answers per test prompt and condition, in addition to the greedy answer.", ge=0, le=199
+    )
+    temperature: float = setting(
+        0.8, "Draw the sampled answers with this temperature; higher values make them more varied.", gt=0
+    )
+    top_p: float = setting(
+        0.9,
+        "Draw the sampled answers from the most likely tokens that together have this probability (nucleus sampling).",
+        gt=0,
+        le=1,
+    )
+    positions: Literal["all", "response"] = setting(
+        "all", "Steer at all tokens of the conversation, or only at those of the response."
+    )
     coherence_limit: float = setting(
-        2.0, "nats a token that a steered answer may be less likely than a neutral one, under the base model", gt=0
+        2.0,
+        "Reject steered answers as incoherent if the base model's loss on them exceeds the neutral "
+        "answers' by more than this (nats per token).",
+        gt=0,
     )
-    seed: int = setting(0, "seed of sampling, bootstrap and permutations", ge=0)
+    seed: int = setting(0, "Seed the sampling, the bootstrap and the permutation tests.", ge=0)
     shuffle_labels: bool = setting(
-        False, "swap the labels of half the pairs: a null run, where every verdict must be no"
+        False, "Swap the labels of half the pairs, as a null run: every verdict must then be no."
     )
     artifacts_repo_id: str | None = setting(
-        None, "Hub repository for the run folder; made private", env="ARTIFACTS_REPO_ID", pattern=REPO
+        None,
+        "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
+        env="ARTIFACTS_REPO_ID",
+        pattern=REPO,
     )
-    artifacts_repo_type: Literal["dataset", "model"] = setting("dataset", "its type", env="ARTIFACTS_REPO_TYPE")
+    artifacts_repo_type: Literal["dataset", "model"] = setting(
+        "dataset", "Create --artifacts-repo-id as a repository of this type.", env="ARTIFACTS_REPO_TYPE"
+    )
     artifacts_path_in_repo: str = setting(
-        "runs", "folder in it, under which each run has its own", env="ARTIFACTS_PATH_IN_REPO"
+        "runs",
+        "Upload each run into a folder of its own below this path in --artifacts-repo-id.",
+        env="ARTIFACTS_PATH_IN_REPO",
     )
     fail_on_artifacts_upload_error: bool = setting(
-        False, "exit with 1 if the upload fails, and not only warn", env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR"
+        False,
+        "Exit with code 1 if the upload to --artifacts-repo-id fails. Without it, a failed upload is a warning.",
+        env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR",
     )
 
     @model_validator(mode="after")
@@ -96,7 +146,7 @@ class PsmSettings(JobSettings):
         return [float(part) for part in self.coefficients.split(",")]
 
     def steered_blocks(self, count: int) -> list[int]:
-        """The blocks to steer in a model of `count` blocks: those that are asked for, or five from 0.3 to 0.8 of it."""
+        """Indices of the blocks to steer in a model of `count` blocks: --sweep-layers, or five from 30% to 80% of the depth."""
         if self.sweep_layers:
             return sorted({int(float(part)) for part in self.sweep_layers.split(",")})
         return sorted({round(share * (count - 1)) for share in (0.3, 0.425, 0.55, 0.675, 0.8)})

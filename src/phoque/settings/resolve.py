@@ -154,5 +154,5 @@ def _settings_error(model: type[BaseSettings], error: ValidationError, origins: 
     return PhoqueError(
         f"{origin.name} has a value that cannot be used (from: {origin.source}).",
         said,
-        f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}.",
+        f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}",
     )

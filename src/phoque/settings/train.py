@@ -1,4 +1,4 @@
-"""The settings of `phoque train`, under the names of the spec."""
+"""The settings of `phoque train`."""
 
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -10,80 +10,151 @@ from phoque.settings.job import REPO, JobSettings
 
 
 class TrainSettings(JobSettings):
-    """What one training run is asked to do."""
+    """The settings of one training run."""
 
     keeps: ClassVar = "hub_model_id"
     resumable: ClassVar = True
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
 
-    preset: str = setting("ministral-3b", "base model, prompts and defaults that go together")
-    base_model: str = setting("", "Hub id, local folder or .gguf file of the chat model", env="BASE_MODEL")
-    revision: str | None = setting(None, "branch, tag or commit of the base model; pinned to a commit in run.json")
+    preset: str = setting(
+        "ministral-3b",
+        "Use this set of defaults (ministral-3b or demo) for model, data and training. Every other "
+        "setting overrides it.",
+    )
+    base_model: str = setting(
+        "", "Fine-tune this chat model: a Hub id, a local folder or a .gguf file.", env="BASE_MODEL"
+    )
+    revision: str | None = setting(
+        None, "Use this branch, tag or commit of --base-model on the Hub. run.json records the commit."
+    )
     dataset: str = setting(
-        "", "Hub dataset, .jsonl, .json or .parquet file, a folder of them, or `seal`", env="DATASET_REPO"
+        "",
+        "Train on these conversations: a Hub dataset, a .jsonl, .json or .parquet file, a folder of such "
+        "files, or `seal` (bundled).",
+        env="DATASET_REPO",
     )
-    dataset_revision: str | None = setting(None, "branch, tag or commit of a Hub dataset")
-    split: str = setting("train", "split of a Hub dataset")
-    output_dir: Path | None = setting(None, "the run folder; default runs/<name>", env="OUTPUT_DIR")
-    max_steps: int = setting(1000, "optimizer steps", env="MAX_STEPS", ge=1)
-    batch_size: int = setting(16, "conversations an optimizer step, see --packing", ge=1)
-    micro_batch: int | None = setting(None, "conversations a forward pass; default all of a step", ge=1)
+    dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
+    split: str = setting("train", "Train on this split of --dataset on the Hub.")
+    output_dir: Path | None = setting(
+        None,
+        "Write checkpoints, metrics, samples, the report and the adapter to this run folder. Without it, "
+        "runs/<preset or dataset name>.",
+        env="OUTPUT_DIR",
+    )
+    max_steps: int = setting(1000, "Train for this many optimizer steps.", env="MAX_STEPS", ge=1)
+    batch_size: int = setting(
+        16, "Train on this many conversations per optimizer step: on average or exactly, depending on --packing.", ge=1
+    )
+    micro_batch: int | None = setting(
+        None,
+        "Process this many conversations per forward pass. It must divide --batch-size. Lower it if the "
+        "GPU runs out of memory.",
+        ge=1,
+    )
     packing: Literal["budget", "exact"] = setting(
-        "budget", "a step is as many tokens as --batch-size conversations take on average, or exactly so many of them"
+        "budget",
+        "Fill each step with --batch-size x the mean conversation length in tokens (budget), or with "
+        "exactly --batch-size conversations (exact).",
     )
-    max_length: int = setting(2048, "longest conversation in tokens; longer rows are left out and counted", ge=8)
-    learning_rate: float = setting(2e-4, "peak learning rate of the cosine schedule", gt=0)
-    warmup_ratio: float = setting(0.03, "share of the steps in which the learning rate rises", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "AdamW's weight decay on the adapter", ge=0)
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
-    lora_rank: int = setting(16, "rank of the adapter", ge=1)
-    lora_alpha: int = setting(64, "the adapter's output is scaled by alpha / rank", ge=1)
-    lora_dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
+    max_length: int = setting(
+        2048, "Leave out and count conversations with more tokens than this. A higher limit needs more memory.", ge=8
+    )
+    learning_rate: float = setting(2e-4, "Set the peak learning rate of the cosine schedule.", gt=0)
+    warmup_ratio: float = setting(
+        0.03, "Raise the learning rate to its peak over this fraction of the optimizer steps.", ge=0, lt=1
+    )
+    weight_decay: float = setting(0.0, "Set AdamW's weight decay for the adapter weights.", ge=0)
+    max_grad_norm: float = setting(1.0, "Clip gradients to this norm.", gt=0)
+    lora_rank: int = setting(
+        16, "Set the rank of the LoRA adapter. A higher rank can learn more and needs more memory.", ge=1
+    )
+    lora_alpha: int = setting(64, "Set LoRA's alpha: the adapter's output is scaled by alpha / rank.", ge=1)
+    lora_dropout: float = setting(
+        0.0, "Apply dropout with this probability to the adapter's input during training.", ge=0, lt=1
+    )
     quantization: Literal["nf4", "fp8", "bf16", "none"] = setting(
-        "nf4", "how the base weights are held; fp8 needs a GPU with FP8 units, none is fp32"
+        "nf4",
+        "Store the frozen base weights in this precision. nf4 needs the least memory, fp8 a GPU with FP8 "
+        "units; none means fp32.",
     )
     engine_mode: Literal["auto", "eager", "compile", "graph"] = setting(
-        "auto", "how the layers run: plain, compiled, compiled and captured as CUDA graphs, or what pays for this run"
+        "auto",
+        "Run the layers as plain PyTorch (eager), compiled, or compiled with CUDA graphs (graph). auto "
+        "picks what pays off for this run.",
     )
     gradient_checkpointing: bool = setting(
-        False, "recompute the activations of all layers: less memory, slower; without it, of as many as must be"
+        False,
+        "Recompute the activations of all layers in the backward pass: slower, less memory. Without it, "
+        "only where memory requires it.",
     )
     default_system: str = setting(
-        "", "system message of rows that have none; `template` leaves it to the chat template"
+        "",
+        "Add this system message to conversations without one. `template` uses the chat template's own; "
+        "an empty text adds none.",
     )
-    held_out_rows: int = setting(64, "rows kept from training to measure on; at most a tenth of them", ge=0)
-    max_bad_rows: float = setting(0.05, "share of bad rows above which a run stops", ge=0, le=1)
-    seed: int = setting(0, "seed of the data order, the adapter and dropout", ge=0)
-    save_steps: int = setting(100, "steps between checkpoints", ge=1)
-    keep_checkpoints: int = setting(2, "checkpoints kept in the run folder", ge=1)
-    log_every: int = setting(10, "steps between logged lines", ge=1)
-    sample_every: int = setting(100, "steps between generated samples; 0 for none", ge=0)
-    sample_tokens: int = setting(96, "longest sample in tokens", ge=1)
-    norms_every: int = setting(50, "steps between measurements of the adapter's weight norms", ge=1)
-    prompts: list[str] = setting([], "prompts for the samples; repeat the flag for more", flag="prompt")
+    held_out_rows: int = setting(
+        64,
+        "Keep this many rows out of training to measure the held-out loss on, but at most a tenth of the dataset.",
+        ge=0,
+    )
+    max_bad_rows: float = setting(
+        0.05, "Stop the run if a larger share of the rows than this (0 to 1) cannot be used.", ge=0, le=1
+    )
+    seed: int = setting(0, "Seed the data order, the adapter's initial weights and dropout.", ge=0)
+    save_steps: int = setting(100, "Save a checkpoint after every this many optimizer steps.", ge=1)
+    keep_checkpoints: int = setting(2, "Keep this many of the newest checkpoints in the run folder.", ge=1)
+    log_every: int = setting(10, "Log the metrics once per this many optimizer steps.", ge=1)
+    sample_every: int = setting(100, "Generate samples once per this many optimizer steps; 0 turns samples off.", ge=0)
+    sample_tokens: int = setting(96, "Generate at most this many tokens per sample.", ge=1)
+    norms_every: int = setting(
+        50, "Measure the norms of the adapter's weights once per this many optimizer steps.", ge=1
+    )
+    prompts: list[str] = setting(
+        [], "Generate a sample for this prompt. Repeat the flag for more prompts.", flag="prompt"
+    )
     hub_model_id: str | None = setting(
-        None, "Hub repository for checkpoints and the adapter; made private", env="HUB_MODEL_ID", pattern=REPO
+        None,
+        "Push checkpoints and the adapter to this Hub repository (owner/name). It is created private "
+        "unless --public is given.",
+        env="HUB_MODEL_ID",
+        pattern=REPO,
     )
     export_merged: bool = setting(
-        False, "also merge the final adapter into its base, and push that", env="EXPORT_MERGED_MODEL"
+        False,
+        "Also merge the final adapter into the base model, and push the merged model if a Hub repository is set.",
+        env="EXPORT_MERGED_MODEL",
     )
     merged_hub_model_id: str | None = setting(
-        None, "Hub repository for merged models; default <hub model id>-merged", env="MERGED_HUB_MODEL_ID", pattern=REPO
+        None,
+        "Push merged models to this Hub repository (owner/name). Without it, the name of --hub-model-id "
+        "with -merged appended.",
+        env="MERGED_HUB_MODEL_ID",
+        pattern=REPO,
     )
     export_on_save: bool = setting(
-        False, "merge and push at each checkpoint too: expensive", env="EXPORT_INFERENCE_ON_SAVE"
+        False,
+        "Also merge and push the model at each checkpoint, which takes time and bandwidth. It needs --export-merged.",
+        env="EXPORT_INFERENCE_ON_SAVE",
     )
     fresh_start: bool = setting(
-        False, "delete all checkpoints, here and on the Hub, and begin at step 0", env="FORCE_FRESH_START"
+        False, "Delete all checkpoints in the run folder and on the Hub, and start at step 0.", env="FORCE_FRESH_START"
     )
-    yes: bool = setting(False, "do not ask before a fresh start deletes checkpoints")
-    allow_change: list[str] = setting([], "go on although this part of the run has changed; repeat the flag for more")
-    wandb_project: str = setting("phoque", "W&B project", env="WANDB_PROJECT")
+    yes: bool = setting(False, "Do not ask for confirmation before --fresh-start deletes checkpoints.")
+    allow_change: list[str] = setting(
+        [],
+        "Resume although this setting of the run, such as learning_rate, has changed. Repeat the flag "
+        "for more settings.",
+    )
+    wandb_project: str = setting("phoque", "Log the run to this Weights & Biases project.", env="WANDB_PROJECT")
     wandb_log_model: Literal["false", "end", "checkpoint"] = setting(
-        "false", "log the adapter as a W&B model artifact at the end or at each checkpoint", env="WANDB_LOG_MODEL"
+        "false",
+        "Log the adapter as a Weights & Biases model artifact at the end, at each checkpoint, or never (false).",
+        env="WANDB_LOG_MODEL",
     )
     wandb_mode: Literal["online", "offline", "disabled"] | None = setting(
-        None, "W&B mode; offline needs no key", env="WANDB_MODE"
+        None,
+        "Log to Weights & Biases online, to disk (offline, needs no API key) or not at all (disabled).",
+        env="WANDB_MODE",
     )
 
     @model_validator(mode="after")
@@ -100,7 +171,7 @@ class TrainSettings(JobSettings):
 
     @property
     def merged_repo(self) -> str | None:
-        """Where merged models go: their own repository, named after the run's if it has no name."""
+        """Hub repository of merged models: --merged-hub-model-id, or <--hub-model-id>-merged; None if neither is set."""
         return self.merged_hub_model_id or (f"{self.hub_model_id}-merged" if self.hub_model_id else None)
 
     @property
@@ -111,5 +182,5 @@ class TrainSettings(JobSettings):
 
     @property
     def accumulation(self) -> int:
-        """Forward passes an optimizer step."""
+        """Forward passes per optimizer step."""
         return self.batch_size // (self.micro_batch or self.batch_size)

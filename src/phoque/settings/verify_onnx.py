@@ -11,21 +11,36 @@ LEVELS = ("files", "graph", "ort", "node", "browser")
 
 
 class VerifySettings(CommandSettings):
-    """What one verification is asked to do."""
+    """The settings of one verification of an ONNX export."""
 
-    repo_id: str = setting("", "export on the Hub: owner/name", pattern=rf"^$|{REPO}")
-    revision: str | None = setting(None, "branch, tag or commit of it", env="PHOQUE_ONNX_REVISION")
-    local_dir: Path | None = setting(None, "export in a folder")
-    reference: str = setting("", "the model it came from, to compare with: folder, Hub id; default the best precision")
+    repo_id: str = setting(
+        "", "Verify this export on the Hub (owner/name). Give either --repo-id or --local-dir.", pattern=rf"^$|{REPO}"
+    )
+    revision: str | None = setting(None, "Use this branch, tag or commit of --repo-id.", env="PHOQUE_ONNX_REVISION")
+    local_dir: Path | None = setting(
+        None, "Verify the export in this local folder. Give either --local-dir or --repo-id."
+    )
+    reference: str = setting(
+        "",
+        "Compare the export with its original model: a folder or Hub id. Without it, with the most "
+        "precise of the exported precisions.",
+    )
     dtype: list[str] = setting(
-        [], f"precision, repeatable: {', '.join(PRECISIONS)}; default all that are there", env="PHOQUE_ONNX_DTYPE"
+        [],
+        f"Verify this precision: {', '.join(PRECISIONS)}. Repeat the flag for more. Without it, verify "
+        "all that the export has.",
+        env="PHOQUE_ONNX_DTYPE",
     )
     level: Literal["files", "graph", "ort", "node", "browser"] | None = setting(
-        None, "how far to go; default as far as this machine can"
+        None, "Stop after this level; ort is ONNX Runtime. Without it, go as far as this machine can."
     )
-    webgpu: bool = setting(False, "in the browser compare WebGPU's logits with wasm's, too")
-    install: bool = setting(False, "install the Transformers.js client into phoque's cache without asking")
-    report_md: Path | None = setting(None, "write the verdict as Markdown, for a model card")
-    serve: bool = setting(False, "open the model in a chat page on this machine")
-    port: int = setting(8017, "of that page; 0 takes a free one", ge=0, le=65535)
-    hub_patience: int = setting(300, "seconds for which a request that the Hub fails is tried again", ge=0)
+    webgpu: bool = setting(False, "In the browser, also compare the logits of WebGPU with those of WebAssembly.")
+    install: bool = setting(False, "Install the Transformers.js client into phoque's cache without asking.")
+    report_md: Path | None = setting(None, "Also write the verdict to this file as Markdown, for a model card.")
+    serve: bool = setting(False, "Open the exported model in a chat page on this machine, instead of verifying it.")
+    port: int = setting(8017, "Serve the chat page of --serve on this port; 0 picks a free one.", ge=0, le=65535)
+    hub_patience: int = setting(
+        300,
+        "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
+        ge=0,
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one exists when its manifest verifies, and is written under a temporary name first."""
+"""Checkpoints on disk: each is written under a temporary name and is valid only if its manifest verifies."""
 
 import json
 import os
@@ -19,18 +19,20 @@ MANIFEST = "MANIFEST.json"
 STAGING = ".saving"
 DATA_STATE = "data_state.json"
 RECORD = "run.json"
-OURS = (MANIFEST, DATA_STATE)  # in a checkpoint of ours, whole or not
-PICKLED = "training_args.bin"  # plain Trainer's arguments, token and all: never listed, pushed or fetched
-LAST = "last-checkpoint"  # what plain Trainer calls the one that it pushes
-FOREIGN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-NEEDED = (*FOREIGN, DATA_STATE)
+PHOQUE_FILES = (MANIFEST, DATA_STATE)  # only checkpoints written by phoque have these
+TRAINING_ARGS = (
+    "training_args.bin"  # plain Trainer's arguments, which contain the token: never listed, pushed or fetched
+)
+LAST_CHECKPOINT = "last-checkpoint"  # the name under which plain Trainer pushes
+TRAINER_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+REQUIRED_FILES = (*TRAINER_FILES, DATA_STATE)
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the sha256 of each file, last of all, and have everything on the disk before returning."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in (MANIFEST, PICKLED))
-    sums = {str(f.relative_to(folder)): sha256(f) for f in files}
-    (folder / MANIFEST).write_text(json.dumps({"sha256": sums}, indent=1))
+    """Write the sha256 of each file to the manifest, the last file written, and fsync everything."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in (MANIFEST, TRAINING_ARGS))
+    hashes = {str(f.relative_to(folder)): sha256(f) for f in files}
+    (folder / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1))
     for file in [*files, folder / MANIFEST, folder]:
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
@@ -38,106 +40,106 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_defect(folder: Path) -> str | None:
-    """What keeps a checkpoint from being resumed, or None if its manifest verifies."""
+    """Return why a checkpoint cannot be resumed, or None if its manifest verifies."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
     except FileNotFoundError:
         return "it has no manifest"
     except (json.JSONDecodeError, KeyError, TypeError):
         return "its manifest cannot be read"
-    for name in (*NEEDED, *sums):
-        if name not in sums or not (folder / name).is_file():
+    for name in (*REQUIRED_FILES, *hashes):
+        if name not in hashes or not (folder / name).is_file():
             return f"{name} is missing"
-    return next((f"{name} is damaged" for name, wanted in sums.items() if sha256(folder / name) != wanted), None)
+    return next((f"{name} is damaged" for name, expected in hashes.items() if sha256(folder / name) != expected), None)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first, whole or not."""
-    found = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=step_of, reverse=True)
+def list_checkpoints(run: Path) -> list[Path]:
+    """List the checkpoint folders of a run, valid or not, newest first."""
+    folders = [p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=get_step, reverse=True)
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step a checkpoint was made after; `last-checkpoint` does not say, and counts as newest."""
-    return sys.maxsize if checkpoint.name == LAST else int(checkpoint.name.split("-")[1])
+def get_step(checkpoint: Path) -> int:
+    """Return the optimizer step of a checkpoint; `last-checkpoint` has no number and counts as the newest."""
+    return sys.maxsize if checkpoint.name == LAST_CHECKPOINT else int(checkpoint.name.split("-")[1])
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """Those of the names that are a checkpoint's, newest first."""
-    found = [name for name in names if name == LAST or re.fullmatch(r"checkpoint-\d+", name)]
-    return sorted(found, key=lambda name: step_of(Path(name)), reverse=True)
+def sort_checkpoints(names: Iterable[str]) -> list[str]:
+    """Return the names that are checkpoint names, newest first."""
+    valid = [name for name in names if name == LAST_CHECKPOINT or re.fullmatch(r"checkpoint-\d+", name)]
+    return sorted(valid, key=lambda name: get_step(Path(name)), reverse=True)
 
 
-def record_in(folder: Path) -> dict[str, Any] | None:
-    """The record of the run that a checkpoint belongs to, as it stood then; None for one of plain Trainer."""
+def read_record_in(folder: Path) -> dict[str, Any] | None:
+    """Read the run record stored in a checkpoint; None if plain Trainer wrote the checkpoint."""
     path = folder / RECORD
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether phoque made a checkpoint, whole or not."""
-    return any((folder / name).is_file() for name in OURS)
+def is_phoque_checkpoint(folder: Path) -> bool:
+    """Return whether phoque wrote the checkpoint, valid or not."""
+    return any((folder / name).is_file() for name in PHOQUE_FILES)
 
 
 def find_trainer_defect(folder: Path) -> str | None:
-    """What keeps a checkpoint of plain Trainer, which has no manifest, from being resumed: each part is opened."""
+    """Open each file of a plain Trainer checkpoint, which has no manifest; return why it cannot be resumed, or None."""
     from safetensors import SafetensorError, safe_open
 
-    for name in FOREIGN:
+    for name in TRAINER_FILES:
         if not (folder / name).is_file():
             return f"{name} is missing"
     try:
-        with safe_open(folder / FOREIGN[0], "pt") as weights:
+        with safe_open(folder / TRAINER_FILES[0], "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a dict
                 weights.get_tensor(name)
-        states = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in FOREIGN[1:3]]
-        json.loads((folder / FOREIGN[3]).read_text())["global_step"]
+        states = [torch.load(folder / name, map_location="cpu", weights_only=True) for name in TRAINER_FILES[1:3]]
+        json.loads((folder / TRAINER_FILES[3]).read_text())["global_step"]
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         return f"a part cannot be read: {first_line(error)[:120]}"
-    kept = states[0].get("state", {}).values()
-    if not kept or not all({"exp_avg", "exp_avg_sq"} <= set(state) for state in kept):
+    moments = states[0].get("state", {}).values()
+    if not moments or not all({"exp_avg", "exp_avg_sq"} <= set(state) for state in moments):
         return "its optimizer is not torch's AdamW"
     return None
 
 
 def import_trainer_checkpoint(folder: Path, used: dict[str, Any], warn: Callable[[str], None]) -> Path:
-    """A checkpoint of plain Trainer that has no flaw as one of ours, with `used` for its place in the data."""
+    """Turn a valid plain Trainer checkpoint into a phoque checkpoint; `used` gives its estimated data position."""
     step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    seen = step * used["batch_size"]
-    epoch, within = divmod(seen, used["rows"])
-    reader = {"place": {"epoch": epoch, "used": within}, "read": seen, "bad": 0}
-    state = {"reader": reader, "taken": 0, "rows_seen": seen, "tokens_seen": 0, "filled": 0, "epoch": epoch}
+    rows_seen = step * used["batch_size"]
+    epoch, offset = divmod(rows_seen, used["rows"])
+    reader = {"place": {"epoch": epoch, "used": offset}, "read": rows_seen, "bad": 0}
+    state = {"reader": reader, "taken": 0, "rows_seen": rows_seen, "tokens_seen": 0, "filled": 0, "epoch": epoch}
     (folder / DATA_STATE).write_text(json.dumps(state))
     write_manifest(folder)
-    named = folder.with_name(f"checkpoint-{step}")
-    folder.rename(named)
-    warn(f"{named.name} was made by plain Trainer: its parts are whole, but its place in the data is an estimate")
-    return named
+    target = folder.with_name(f"checkpoint-{step}")
+    folder.rename(target)
+    warn(f"{target.name} was made by plain Trainer: it is valid, but its position in the data is an estimate")
+    return target
 
 
-def newest_whole(run: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; None only if there is no checkpoint at all.
+def find_newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that verifies, or None if there are no checkpoints.
 
-    Raises PhoqueError (1) if there are checkpoints and none is whole: going on from step 0 would lose them.
+    Raises PhoqueError (1) if there are checkpoints but none verifies: starting at step 0 would lose them.
     """
-    found = checkpoints(run)
-    for checkpoint in found:
+    candidates = list_checkpoints(run)
+    for checkpoint in candidates:
         reason = find_defect(checkpoint)
         if reason is None:
             return checkpoint
-        warn(f"{checkpoint} is left out: {reason}")
-    if found:
+        warn(f"{checkpoint} is skipped: {reason}")
+    if candidates:
         raise PhoqueError(
-            f"None of the {len(found)} checkpoints in {run} is whole.",
-            f"The newest: {find_defect(found[0])}.",
-            "Restore one, or begin anew with --fresh-start.",
+            f"None of the {len(candidates)} checkpoints in {run} is whole.",
+            f"The newest: {find_defect(candidates[0])}.",
+            "Restore one, or start over with --fresh-start.",
             FAILED,
         )
     return None
 
 
-def prune(run: Path, keep: int, spared: set[Path]) -> None:
-    """Delete all but the newest `keep` checkpoints and those that are spared because they are on their way."""
-    for old in checkpoints(run)[keep:]:
-        if old not in spared:
+def prune(run: Path, keep: int, protected: set[Path]) -> None:
+    """Delete all but the newest `keep` checkpoints and the `protected` ones, which are still being pushed."""
+    for old in list_checkpoints(run)[keep:]:
+        if old not in protected:
             shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""What must stay the same for a run to be the same run."""
+"""The fingerprint of a run: what must stay the same for a run to be resumed."""
 
 import difflib
 import hashlib
@@ -11,7 +11,7 @@ from phoque.errors import PhoqueError
 from phoque.models.source import Source
 from phoque.settings.train import TrainSettings
 
-SAME = (
+FINGERPRINT_SETTINGS = (
     "seed",
     "batch_size",
     "micro_batch",
@@ -29,43 +29,47 @@ SAME = (
     "default_system",
     "held_out_rows",
 )
-BEFORE = {"packing": "exact"}  # what runs did that were begun before there was a choice
-NEVER = ("base_model", "lora_rank", "processes")  # other tensors: there is nothing to go on from
+OLD_DEFAULTS = {"packing": "exact"}  # defaults of runs that are older than the setting
+UNCHANGEABLE = ("base_model", "lora_rank", "processes")  # with another value the checkpoint cannot be loaded
 
 
-def fingerprint(
-    s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, found: DatasetScan
+def compute_fingerprint(
+    s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, scan: DatasetScan
 ) -> dict[str, Any]:
-    """Everything that decides what is learnt: data, base, template, schedule, adapter."""
+    """Return everything that determines what is learned: data, base, template, schedule, adapter."""
     from accelerate import PartialState
 
     return {
         "base_model": source.name,
         "base_revision": source.revision,
         "dataset_revision": dataset.revision,
-        "dataset_digest": found.digest,
+        "dataset_digest": scan.digest,
         "processes": PartialState().num_processes,
         "template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
-        **{name: getattr(s, name) for name in SAME},
+        **{name: getattr(s, name) for name in FINGERPRINT_SETTINGS},
     }
 
 
-def refuse_other_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
-    """Raise PhoqueError (2) listing each part, but those `allowed`, in which the run on disk differs from this one."""
+def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
+    """Raise PhoqueError (2) if the run on disk differs from this one in any part that is not `allowed`; list them."""
     for name in allowed:
-        if name not in new or name in NEVER:
-            near = difflib.get_close_matches(name, new, 1, 0.6)
+        if name not in new or name in UNCHANGEABLE:
+            matches = difflib.get_close_matches(name, new, 1, 0.6)
             raise PhoqueError(
                 f"--allow-change {name} is not possible.",
-                "A run cannot go on with another." if name in NEVER else "No part of a run has that name.",
-                f"Did you mean {near[0]}?" if near and name not in NEVER else f"Parts: {', '.join(sorted(new))}.",
+                "A run cannot be resumed with another value."
+                if name in UNCHANGEABLE
+                else "No part of a run has that name.",
+                f"Did you mean {matches[0]}?"
+                if matches and name not in UNCHANGEABLE
+                else f"Parts: {', '.join(sorted(new))}.",
             )
-    old = BEFORE | old
+    old = OLD_DEFAULTS | old
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
         raise PhoqueError(
-            "This is another run than the one that is there.",
+            "The run folder or repository holds a different run.",
             "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in differing),
-            "Use the old values, or allow one with --allow-change NAME, or another --output-dir and --hub-model-id, "
-            "or forget the old run with --fresh-start.",
+            "Use the old values, allow a change with --allow-change NAME, use another --output-dir and --hub-model-id, "
+            "or delete the old run with --fresh-start.",
         )

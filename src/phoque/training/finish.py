@@ -10,9 +10,9 @@ import torch
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, PhoqueError, Resumable, RunError
 from phoque.files import atomic_folder
-from phoque.hub.client import is_transient, reason
+from phoque.hub.client import describe_error, is_transient
 from phoque.hub.repo import CARD
-from phoque.model_cards import adapter_card
+from phoque.model_cards import render_adapter_card
 from phoque.models.architectures import architecture_of
 from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
@@ -78,16 +78,16 @@ def finish(run: Run, model: Any, stream: TrainStream, timer: Timer) -> TrainResu
         tokens=stream.tokens_seen,
         padding=round(stream.padding, 4),
         seconds=round(timer.seconds, 1),
-        seconds_of=timer.shares(),
+        seconds_of=timer.seconds_by_name(),
         samples=[row for row in read_lines(folder / SAMPLES) if row["step"] == step],
     )
     with atomic_folder(folder / "adapter") as staging:
         save_adapter(model, staging, architecture_of(run.prepared.config))
         run.prepared.chat.tokenizer.save_pretrained(staging)
-        (staging / CARD).write_text(adapter_card(record, result.to_json(), run.settings.hub_model_id))
+        (staging / CARD).write_text(render_adapter_card(record, result.to_json(), run.settings.hub_model_id))
     record["result"] = result.to_json()
     write_record(folder, record)
-    report.write(folder)
+    report.write_report(folder)
     return result
 
 
@@ -101,12 +101,12 @@ def write_card_for_checkpoint(run: Run, checkpoint: Path) -> Path:
     """Write the card of an unfinished run into its folder and return its path: it is pushed with each checkpoint."""
     state = json.loads((checkpoint / checkpoints.DATA_STATE).read_text())
     progress = {
-        "steps": checkpoints.step_of(checkpoint),
+        "steps": checkpoints.get_step(checkpoint),
         "tokens": state["tokens_seen"],
         "held_out_loss": first_and_last_held_out_loss(read_lines(checkpoint / METRICS)),
     }
     card = run.folder / f".{CARD}"
-    card.write_text(adapter_card(run.record, progress, run.settings.hub_model_id))
+    card.write_text(render_adapter_card(run.record, progress, run.settings.hub_model_id))
     return card
 
 
@@ -130,7 +130,7 @@ def publish(run: Run, result: TrainResult) -> TrainResult:
     except Exception as error:
         raise push_error(error)(
             what=f"The adapter is saved here, but it is not in {run.repo.name}.",
-            why=f"{reason(error)}. It is in {folder / 'adapter'}.",
+            why=f"{describe_error(error)}. It is in {folder / 'adapter'}.",
             fix="Run the same command again, without --fresh-start: it only pushes. On a Job, whose disk is gone by "
             "then, it continues from the newest checkpoint on the Hub.",
         ) from error
@@ -144,7 +144,7 @@ def push_error(error: Exception) -> type[PhoqueError]:
 
 def stop_error(run: Run, step: int, pusher: "CheckpointPusher | None") -> Resumable:
     """The error of a run that was stopped, saying what is saved where."""
-    newest = checkpoints.newest_whole(run.folder, lambda _: None)
+    newest = checkpoints.find_newest_valid(run.folder, lambda _: None)
     why = f"{newest} holds everything." if newest else "Nothing was saved."
     if pusher and run.repo:
         pushed = f"checkpoint-{pusher.pushed}" if pusher.pushed is not None else "nothing of this run yet"

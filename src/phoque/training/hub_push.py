@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the Hub, in the background while training goes on."""
+"""Pushes checkpoints to the Hub in a background thread during training."""
 
 import threading
 import time
@@ -7,21 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phoque.console import Console
-from phoque.errors import PhoqueError
-from phoque.errors import Superseded
-from phoque.hub.client import reason
+from phoque.errors import PhoqueError, Superseded
+from phoque.hub.client import describe_error
 from phoque.hub.repo import CARD, Repo, Snapshot
 from phoque.training import checkpoints
 
-COMMITS_AN_HOUR = 128  # the Hub's limit for a repository
-SPARE = 8  # of them for the end of a run
+COMMITS_PER_HOUR = 128  # the Hub's limit per repository
+RESERVED_COMMITS = 8  # commits reserved for the end of a run
 
 
 class CheckpointPusher:
-    """One thread and room for one waiting checkpoint: if pushes are slower than saves, the newest wins.
+    """Pushes from one thread with a queue of one: if pushes are slower than saves, only the newest is pushed.
 
-    `pushed` is the newest step that is on the Hub and was read back, `seconds` how long the slowest push took,
-    `failure` why the last one that was tried is not there. `export` is called with each checkpoint that was pushed.
+    `pushed` is the newest step that is verified on the Hub, `seconds` the duration of the slowest push, `failure` why
+    the last push failed ("" if it did not). `export` is called with each checkpoint after its push.
     """
 
     def __init__(
@@ -38,49 +37,49 @@ class CheckpointPusher:
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._current: Path | None = None
-        self._offered, self._warned = 0.0, False
+        self._last_offer, self._warned = 0.0, False
         self._commits: deque[float] = deque()
-        self._ending = False
-        self._refused: PhoqueError | None = None
+        self._draining = False
+        self._fatal_error: PhoqueError | None = None
         self.pushed: int | None = None
         self.seconds, self.failure = 0.0, ""
         threading.Thread(target=self._work, daemon=True, name="push").start()
 
     def offer(self, folder: Path) -> None:
-        """Have a checkpoint pushed; one that was still waiting is left out. Raises PhoqueError if none may be."""
-        if self._refused:
-            raise self._refused
+        """Queue a checkpoint, replacing one that still waits. Raises the PhoqueError of an earlier push."""
+        if self._fatal_error:
+            raise self._fatal_error
         self._check_pace()
         with self._changed:
             self._waiting = folder
             self._changed.notify_all()
 
-    def held(self) -> set[Path]:
-        """The checkpoints that must not be deleted now."""
+    def in_use(self) -> set[Path]:
+        """Return the waiting and the current checkpoint, which must not be deleted."""
         with self._changed:
             return {folder for folder in (self._waiting, self._current) if folder}
 
     def drain(self, seconds: float | None = None) -> bool:
-        """Wait until nothing is under way, at most `seconds`; return whether that was so."""
+        """Wait at most `seconds` for all pushes to finish; return whether they did."""
         end = None if seconds is None else time.monotonic() + seconds
         with self._changed:
-            self._ending = True
+            self._draining = True
             self._changed.notify_all()
             while self._waiting or self._current:
-                left = 1.0 if end is None else min(1.0, end - time.monotonic())
-                if left <= 0:
+                remaining = 1.0 if end is None else min(1.0, end - time.monotonic())
+                if remaining <= 0:
                     return False
-                self._changed.wait(left)  # a second at most, so that a signal is heeded
+                self._changed.wait(remaining)  # at most one second, so that signals are handled
         return True
 
     def _check_pace(self) -> None:
         now = time.monotonic()
-        self._offered, since = now, self._offered
-        if since and now - since < 3600 / COMMITS_AN_HOUR and not self._warned:
+        self._last_offer, previous = now, self._last_offer
+        if previous and now - previous < 3600 / COMMITS_PER_HOUR and not self._warned:
             self._warned = True
             self._console.warn(
-                f"--save-steps {self._every} makes a checkpoint every {now - since:.0f} s, and the Hub takes "
-                f"{COMMITS_AN_HOUR} commits an hour: when they are used up only the newest is pushed"
+                f"--save-steps {self._every} saves a checkpoint every {now - previous:.0f} s, and the Hub allows "
+                f"{COMMITS_PER_HOUR} commits per hour: beyond that, only the newest checkpoint is pushed"
             )
 
     def _work(self) -> None:
@@ -91,61 +90,65 @@ class CheckpointPusher:
                 while self._waiting is None:
                     self._changed.wait()
                 self._current, self._waiting = self._waiting, None
-            step = checkpoints.step_of(self._current)
+            step = checkpoints.get_step(self._current)
             try:
-                begun = time.monotonic()
+                start = time.monotonic()
                 self._push(self._current, step)
-                self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - begun:.0f} s)")
-                self._exported(self._current)
-                self.seconds = max(self.seconds, time.monotonic() - begun)
+                self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - start:.0f} s)")
+                self._export_merged(self._current)
+                self.seconds = max(self.seconds, time.monotonic() - start)
             except Superseded:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
             except PhoqueError as error:
-                self._refused, self.failure = error, error.what
+                self._fatal_error, self.failure = error, error.what
                 self._console.warn(f"checkpoint {step} is not on the Hub: {error.what}")
-            except Exception as error:  # of whatever kind: training goes on, and the end of the run says what is where
-                self.failure = reason(error)
+            except Exception as error:  # training continues after any error; the end of the run reports what was pushed
+                self.failure = describe_error(error)
                 self._console.warn(f"checkpoint {step} is not on the Hub: {self.failure}")
 
-    def _exported(self, folder: Path) -> None:
-        """The checkpoint's merged model, made on the way; that it is not is no reason to end a run."""
+    def _export_merged(self, folder: Path) -> None:
+        """Export the checkpoint's merged model; a failure is a warning and does not stop the run."""
         try:
             self._export(folder)
         except Exception as error:
-            what = error.what if isinstance(error, PhoqueError) else reason(error)
-            self._console.warn(f"{folder.name} is on the Hub, but no merged model was made of it: {what}")
+            what = error.what if isinstance(error, PhoqueError) else describe_error(error)
+            self._console.warn(f"{folder.name} is on the Hub, but no merged model was created: {what}")
 
     def _push(self, folder: Path, step: int) -> None:
-        self._keep_pace()
+        self._wait_for_quota()
         files = {f"{folder.name}/{file.relative_to(folder)}": file for file in folder.rglob("*") if file.is_file()}
         files[CARD] = self._card(folder)
         before = self._repo.commits
-        self._repo.push(files, f"Step {step}", lambda there: self._stale(there, step), self._wait)
+        self._repo.push(files, f"Step {step}", lambda snapshot: self._find_old(snapshot, step), self._wait)
         if self._repo.commits > before:
             self._commits.append(time.monotonic())
         self.pushed, self.failure = step, ""
 
-    def _stale(self, there: Snapshot, step: int) -> list[str]:
-        """All but the newest checkpoints up to this one; what lies beyond it is not this run's to delete."""
-        older = [n for n in checkpoints.in_order(there.folders()) if checkpoints.step_of(Path(n)) < step]
+    def _find_old(self, snapshot: Snapshot, step: int) -> list[str]:
+        """Return the old checkpoints to delete; those after `step` are kept, because this run did not write them."""
+        older = [
+            name
+            for name in checkpoints.sort_checkpoints(snapshot.checkpoint_folders())
+            if checkpoints.get_step(Path(name)) < step
+        ]
         return older[self._keep - 1 :]
 
-    def _keep_pace(self) -> None:
-        while len(self._commits) >= COMMITS_AN_HOUR - SPARE and not self._ending:
-            left = self._commits[0] + 3600 - time.monotonic()
-            if left <= 0:
+    def _wait_for_quota(self) -> None:
+        while len(self._commits) >= COMMITS_PER_HOUR - RESERVED_COMMITS and not self._draining:
+            remaining = self._commits[0] + 3600 - time.monotonic()
+            if remaining <= 0:
                 self._commits.popleft()
             else:
-                self._wait(left)
+                self._wait(remaining)
 
     def _wait(self, seconds: float) -> None:
-        """Wait, unless something newer comes, which raises GivenUp, or the run ends."""
+        """Wait `seconds`, or until the run ends. Raises Superseded if a newer checkpoint arrives."""
         end = time.monotonic() + seconds
-        ending = self._ending
+        was_draining = self._draining
         with self._changed:
-            while (left := end - time.monotonic()) > 0:
+            while (remaining := end - time.monotonic()) > 0:
                 if self._waiting is not None:
                     raise Superseded
-                if self._ending and not ending:
+                if self._draining and not was_draining:
                     return
-                self._changed.wait(left)
+                self._changed.wait(remaining)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and samples.jsonl, and W&B where there is a key or offline mode."""
+"""Logs metrics and samples to metrics.jsonl and samples.jsonl, and to W&B if a key or offline mode is set."""
 
 import json
 import math
@@ -16,34 +16,34 @@ SAMPLE_COLUMNS = ("step", "prompt", "response", "n_tokens", "latency_s")
 
 
 class Tracker:
-    """Appends to the run folder and, if it is on, to W&B; W&B failing never stops a run.
+    """Appends to the run folder and, if enabled, to W&B; a W&B failure never stops a run.
 
-    A run that goes on takes some steps again, and W&B keeps what it was sent: nothing up to step `logged` goes twice.
+    A resumed run repeats some steps, but W&B keeps what it has: steps up to `logged` are not sent again.
     """
 
     def __init__(self, run: Path, wandb_run: Any, warn: Callable[[str], None], logged: int) -> None:
         self.run, self._wandb, self._warn = run, wandb_run, warn
-        self._logged = max(logged, _logged_there(wandb_run))
+        self._logged = max(logged, _last_wandb_step(wandb_run))
         self._samples = read_lines(run / SAMPLES)
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of numbers after a step. A number that is not finite is written as null: NaN is no JSON."""
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Log one line of metrics for a step. Non-finite values are written as null, because JSON has no NaN."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         _append(self.run / METRICS, {"step": step, **finite})
         named = {"train/global_step": step} | {_wandb_name(k): v for k, v in values.items()}
         if step > self._logged:
             self._to_wandb(lambda run: run.log(named))
 
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Generated samples, each with SAMPLE_COLUMNS; W&B gets the whole table so far, as `sample_outputs`."""
+    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Log samples, each with SAMPLE_COLUMNS; W&B gets the whole table so far, as `sample_outputs`."""
         for row in rows:
             _append(self.run / SAMPLES, row)
         self._samples += rows
         if step > self._logged:
             self._to_wandb(lambda run: self._log_table(run, step))
 
-    def artifact(self, folder: Path, step: int) -> None:
-        """The adapter in `folder` as a version of the W&B model artifact of this run."""
+    def log_artifact(self, folder: Path, step: int) -> None:
+        """Log the adapter in `folder` as a new version of the run's W&B model artifact."""
 
         def log(run: Any) -> None:
             import wandb
@@ -70,8 +70,8 @@ class Tracker:
             return
         try:
             send(self._wandb)
-        except Exception as error:  # whatever goes wrong there, a run that costs money here goes on
-            self._warn(f"W&B: {first_line(error)}; the run goes on without it")
+        except Exception as error:  # no W&B error may stop a run
+            self._warn(f"W&B: {first_line(error)}; the run continues without it")
             self._wandb = None
 
 
@@ -85,16 +85,16 @@ def start_wandb(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> Any:
-    """A W&B run under a fixed id, resumed if it exists ("allow") or only begun if it does not ("never").
+    """Start a W&B run with a fixed id; an existing one is resumed ("allow") or refused ("never").
 
-    None if W&B is off or cannot be reached.
+    Returns None if W&B is off or cannot be reached.
     """
     mode = s.wandb_mode or ("online" if secrets.wandb_api_key else "disabled")
     if mode == "disabled":
         if s.wandb_mode is None:
-            say("W&B: no WANDB_API_KEY, so numbers go to the run folder alone")
+            say("W&B: WANDB_API_KEY is not set, so metrics are only written to the run folder")
         return None
-    os.environ.setdefault("WANDB_SILENT", "true")  # its banner would land between our lines
+    os.environ.setdefault("WANDB_SILENT", "true")  # its banner would appear between phoque's log lines
     import wandb
 
     key = secrets.wandb_api_key.get_secret_value() if secrets.wandb_api_key else None
@@ -112,8 +112,8 @@ def start_wandb(
         )
         wandb_run.define_metric("train/global_step")
         wandb_run.define_metric("*", step_metric="train/global_step")
-    except Exception as error:  # no network, a bad key, a broken installation: none of them is worth the run
-        warn(f"W&B: {first_line(error)}; the run goes on without it")
+    except Exception as error:  # no network, a bad key or a broken installation must not stop the run
+        warn(f"W&B: {first_line(error)}; the run continues without it")
         return None
     return wandb_run
 
@@ -123,43 +123,43 @@ def _wandb_name(name: str) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none if there is no such file."""
-    return [json.loads(line) for line in _lines(path)]
+    """Read the rows of a JSONL file; an absent file has none."""
+    return [json.loads(line) for line in _split_lines(path)]
 
 
-def logged_until(run: Path) -> int:
-    """The last step in the folder's metrics, -1 if there is none."""
-    return max((row["step"] for row in _readable(run / METRICS)), default=-1)
+def find_last_step(run: Path) -> int:
+    """Return the last step in the folder's metrics, or -1 if there is none."""
+    return max((row["step"] for row in _read_complete(run / METRICS)), default=-1)
 
 
-def _logged_there(wandb_run: Any) -> int:
-    """The last step that a resumed W&B run has, as its server says; -1 for a new one."""
+def _last_wandb_step(wandb_run: Any) -> int:
+    """Return the last step that the W&B server has of a resumed run, or -1 for a new one."""
     if wandb_run is None or not wandb_run.resumed:
         return -1
     return int(wandb_run.summary.get("train/global_step", -1))
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run is going to take again."""
+def delete_after(run: Path, step: int) -> None:
+    """Delete the lines after `step`, which a resumed run will write again."""
     for name in (METRICS, SAMPLES):
         path = run / name
-        kept = [row for row in _readable(path) if row["step"] <= step]
+        rows = [row for row in _read_complete(path) if row["step"] <= step]
         staging = path.with_name(f".{name}")
-        staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         staging.replace(path)
 
 
-def _readable(path: Path) -> list[dict[str, Any]]:
-    """As read_lines, less a last line that a kill cut short."""
-    lines = _lines(path)
+def _read_complete(path: Path) -> list[dict[str, Any]]:
+    """Read like `read_lines`, but skip a last line that a kill left incomplete."""
+    lines = _split_lines(path)
     try:
         return [json.loads(line) for line in lines]
     except json.JSONDecodeError:
         return [json.loads(line) for line in lines[:-1]]
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a file, by the newline alone: splitlines() also cuts at U+2028, which a text may well hold."""
+def _split_lines(path: Path) -> list[str]:
+    """Split a file at newlines only: splitlines() also splits at U+2028, which texts may contain."""
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
 
 

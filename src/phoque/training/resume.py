@@ -12,9 +12,9 @@ from phoque.errors import FAILED, IntegrityError, PhoqueError, first_line
 from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
-from phoque.training.fingerprint import SAME, refuse_other_run
+from phoque.training.fingerprint import FINGERPRINT_SETTINGS, check_same_run
 from phoque.training.metrics_log import METRICS, SAMPLES
-from phoque.training.run_record import RUN, derived_id, forget, read_record, write_record
+from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_record, write_record
 from phoque.training.run_state import StartState
 
 DOWNLOADS = ".fetching"
@@ -49,13 +49,13 @@ def find_start(
     if remote:
         local = _download_newer(remote, run, local, identity, epoch)
     _import_newest_trainer_checkpoint(run, epoch, console)
-    start = StartState(_run_id(repo, marker), local, checkpoints.newest_whole(run, console.warn), marker)
+    start = StartState(_run_id(repo, marker), local, checkpoints.find_newest_valid(run, console.warn), marker)
     if start.record is None and start.resume is not None:
-        start.record = checkpoints.record_in(start.resume)
-    start.on_hub = bool(remote and start.resume and start.resume.name in remote.snapshot.folders())
+        start.record = checkpoints.read_record_in(start.resume)
+    start.on_hub = bool(remote and start.resume and start.resume.name in remote.snapshot.checkpoint_folders())
     if start.record is not None:
         start.run_id = start.record["run_id"]
-        refuse_other_run(start.record["fingerprint"], identity, s.allow_change)
+        check_same_run(start.record["fingerprint"], identity, s.allow_change)
         if start.record["fingerprint"] != identity:  # a change that was allowed: the run is not complete any more
             start.record = {k: v for k, v in start.record.items() if k != "result"} | {"fingerprint": identity}
     return start
@@ -71,7 +71,7 @@ class _Remote:
         repo.pin(self.snapshot)
         self.marker = self._read_json(MARKER)
         # an adapter from before the last fresh start is not this run's
-        final = self._read_json(RUN)
+        final = self._read_json(RECORD)
         self.final = final if final and _fresh_start_id(final) == _marker_id(self.marker) else None
 
     def _read_json(self, path: str) -> dict[str, Any] | None:
@@ -101,10 +101,10 @@ class _Remote:
         """
         folders = {
             name: [path for path in self.snapshot.files if path.startswith(f"{name}/")]
-            for name in checkpoints.in_order(self.snapshot.folders())
-            if checkpoints.step_of(Path(name)) > above
+            for name in checkpoints.sort_checkpoints(self.snapshot.checkpoint_folders())
+            if checkpoints.get_step(Path(name)) > above
         }
-        ours = any(path.endswith(checkpoints.OURS) for path in self.snapshot.files)
+        ours = any(path.endswith(checkpoints.PHOQUE_FILES) for path in self.snapshot.files)
         reason: str | None = None
         for name, paths in folders.items():
             reason = "it has no manifest"
@@ -114,7 +114,7 @@ class _Remote:
                     if ours
                     else checkpoints.find_trainer_defect(self.staging / name)
                 )
-            record = checkpoints.record_in(self.staging / name) if reason is None else None
+            record = checkpoints.read_record_in(self.staging / name) if reason is None else None
             if record and _fresh_start_id(record) != _marker_id(self.marker):
                 reason = "it belongs to the run before the last fresh start"
             if reason is None:
@@ -138,7 +138,7 @@ class _Remote:
         """Download a checkpoint's files; return the reason if one is damaged or missing for good."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        paths = [path for path in paths if not path.endswith(checkpoints.PICKLED)]
+        paths = [path for path in paths if not path.endswith(checkpoints.TRAINING_ARGS)]
         size = sum(self.snapshot.files[path].size for path in paths) / 1e6
         self._console.say(f"downloading {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
         for path in paths:
@@ -160,13 +160,15 @@ def _download_newer(
             raise _two_runs_error(run, remote.repo.name, local["started"], remote.final["started"])
         if remote.final and remote.final["fingerprint"] == identity:
             return local if local and "result" in local else remote.download_final(run)
-        steps = [checkpoints.step_of(c) for c in checkpoints.checkpoints(run) if checkpoints.find_defect(c) is None]
+        steps = [
+            checkpoints.get_step(c) for c in checkpoints.list_checkpoints(run) if checkpoints.find_defect(c) is None
+        ]
         newest = remote.download_newest(max(steps, default=-1), epoch)
         if newest is None:
             if remote.final and not local and not steps:  # finished by another command, and its checkpoints are gone
-                refuse_other_run(remote.final["fingerprint"], identity, [])
+                check_same_run(remote.final["fingerprint"], identity, [])
             return local
-        record = checkpoints.record_in(newest)
+        record = checkpoints.read_record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:
             raise _two_runs_error(run, remote.repo.name, local["started"], record["started"])
         checkpoint = run / newest.name
@@ -182,8 +184,8 @@ def _download_newer(
 
 def _import_newest_trainer_checkpoint(run: Path, epoch: dict[str, Any], console: Console) -> None:
     """Import the newest whole checkpoint of plain Trainer in the folder, unless phoque has made any there."""
-    names = checkpoints.in_order(p.name for p in run.glob("*checkpoint*"))
-    if not names or any(checkpoints.is_ours(run / name) for name in names):
+    names = checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*"))
+    if not names or any(checkpoints.is_phoque_checkpoint(run / name) for name in names):
         return
     for name in names:
         reason = checkpoints.find_trainer_defect(run / name)
@@ -197,17 +199,17 @@ def _start_fresh(
 ) -> dict[str, Any]:
     """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
     local = {path.name for path in run.glob("*checkpoint*")}
-    on_hub = set(remote.snapshot.folders()) if remote else set()
-    if names := checkpoints.in_order(local | on_hub):
+    on_hub = set(remote.snapshot.checkpoint_folders()) if remote else set()
+    if names := checkpoints.sort_checkpoints(local | on_hub):
         places = " and ".join([str(run)] * bool(local) + ([remote.repo.name] if on_hub and remote else []))
         console.say(f"a fresh start deletes {', '.join(names)} in {places}")
-        if not s.yes and console.can_ask() and not console.confirmed("Delete them and start at step 0?"):
+        if not s.yes and console.can_ask() and not console.confirm("Delete them and start at step 0?"):
             raise PhoqueError(
                 "Nothing was started.", "The fresh start was declined.", "Leave out --fresh-start to continue the run."
             )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     marker = {"id": secrets.token_hex(6), "at": now, "asked": _learning_settings(s), "submission": submission}
-    forget(run)  # first: local checkpoints must not outlive those on the Hub
+    delete_run(run)  # first: local checkpoints must not outlive those on the Hub
     if remote:
         remote.repo.clear(marker, remote.staging)
     return marker
@@ -226,14 +228,16 @@ def _is_fresh_start_done(
     if "result" in (latest or {}):
         return bool(submission) and submission == marker["submission"]
     if console.can_ask() and not s.yes:
-        return not console.confirmed(f"The run that was started afresh at {marker['at']} is not finished. Start again?")
+        return not console.confirm(f"The run that was started afresh at {marker['at']} is not finished. Start again?")
     console.say(f"the fresh start was made at {marker['at']} and its run is not finished: continuing it")
     return True
 
 
 def _learning_settings(s: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is learned. New rows in the same dataset do not make it another command."""
-    return s.model_dump(mode="json", include={*SAME, "base_model", "revision", "dataset", "dataset_revision", "split"})
+    return s.model_dump(
+        mode="json", include={*FINGERPRINT_SETTINGS, "base_model", "revision", "dataset", "dataset_revision", "split"}
+    )
 
 
 def _read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:
@@ -256,7 +260,7 @@ def _two_runs_error(run: Path, repo: str, here: str, there: str) -> PhoqueError:
 
 def _run_id(repo: Repo | None, marker: dict[str, Any] | None) -> str:
     """A run's id: for a repository it is the same on every machine, until the next fresh start."""
-    return derived_id(repo.name, _marker_id(marker)) if repo else secrets.token_hex(6)
+    return derive_run_id(repo.name, _marker_id(marker)) if repo else secrets.token_hex(6)
 
 
 def _marker_id(marker: dict[str, Any] | None) -> str:

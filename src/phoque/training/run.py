@@ -13,8 +13,8 @@ from phoque.data.scan import DatasetScan
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, Resumable, UsageError
 from phoque.models.architectures import architecture_of
-from phoque.models.load import device, load_model
-from phoque.models.lora import load_adapter, with_adapter
+from phoque.models.load import default_device, load_model
+from phoque.models.lora import add_lora_adapter, load_adapter
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
@@ -22,8 +22,9 @@ from phoque.training import checkpoints
 from phoque.training.callbacks.stop import StopRequest
 from phoque.training.engine import attention
 from phoque.training.engine.engine import Engine
-from phoque.training.engine.select import choose
-from phoque.training.export_merged import export_final, export_passing
+from phoque.training.engine.select import select_engine
+from phoque.training.export_merged import merge_checkpoint, merge_final
+from phoque.training.fingerprint import compute_fingerprint
 from phoque.training.finish import (
     TrainResult,
     finish,
@@ -32,11 +33,10 @@ from phoque.training.finish import (
     stop_error,
     write_card_for_checkpoint,
 )
-from phoque.training.fingerprint import fingerprint
-from phoque.training.metrics_log import Tracker, forget_after, logged_until, start_wandb
+from phoque.training.metrics_log import Tracker, delete_after, find_last_step, start_wandb
 from phoque.training.prepare import open_run_repo, packing_for, prepare
 from phoque.training.resume import find_start
-from phoque.training.run_record import check_writable, new_record, write_record
+from phoque.training.run_record import check_writable, create_record, write_record
 from phoque.training.run_state import Run
 from phoque.training.timer import Timer
 
@@ -55,7 +55,7 @@ def train(
     """
     stop = StopRequest(services.console, deadline, resolved.settings.seconds or 0.0)
     try:
-        with stop.heeded():
+        with stop.handle_signals():
             return _train(_start(resolved, services, stop, submission))
     except torch.OutOfMemoryError as error:
         raise out_of_memory_error(resolved.settings) from error
@@ -68,7 +68,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
         repo.open(s.public, services.console.warn)
     prepared = prepare(resolved, services, weights=True)
-    identity = fingerprint(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
+    identity = compute_fingerprint(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
     if identity["processes"] > 1:
         raise UsageError(
             what=f"{identity['processes']} processes were launched.",
@@ -78,7 +78,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     rows = prepared.scan.good - len(prepared.scan.held_out)
     epoch = {"rows": rows, "batch_size": s.batch_size}
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
-    record = start.record or new_record(resolved, prepared, identity, start.run_id, start.marker)
+    record = start.record or create_record(resolved, prepared, identity, start.run_id, start.marker)
     write_record(folder, record)
     return Run(resolved, services, prepared, folder, start, record, repo, stop)
 
@@ -87,7 +87,7 @@ def _train(run: Run) -> TrainResult:
     s, console = run.settings, run.console
     if run.start.result:
         console.say(f"{run.folder} is complete; nothing to train")
-        run.stop.ending()
+        run.stop.mark_finishing()
         return _deliver(run, TrainResult.from_json(run.start.result))
     if run.first_step > s.max_steps:
         raise UsageError(
@@ -95,8 +95,8 @@ def _train(run: Run) -> TrainResult:
             why=f"--max-steps {s.max_steps} is less, and steps cannot be taken back.",
             fix="Give at least as many, or another --output-dir.",
         )
-    logged = logged_until(run.folder)
-    forget_after(run.folder, run.first_step if run.start.resume else -1)
+    logged = find_last_step(run.folder)
+    delete_after(run.folder, run.first_step if run.start.resume else -1)
     if run.start.resume:
         console.say(f"continuing from step {run.first_step} of {s.max_steps} ({run.start.resume})")
     timer = Timer()
@@ -118,14 +118,14 @@ def _train(run: Run) -> TrainResult:
     try:
         if run.start.resume and run.first_step == s.max_steps:  # it stopped after its last save, before its end
             load_adapter(model, run.start.resume, architecture_of(run.prepared.config))
-            timer.loaded()
+            timer.mark_loaded()
         elif stopped := _take_steps(run, model, engine, stream, tracker, timer):
             code = stopped.code
             raise stopped
-        run.stop.ending()
+        run.stop.mark_finishing()
         result = finish(run, model, stream, timer)
         if s.wandb_log_model != "false":
-            tracker.artifact(run.folder / "adapter", s.max_steps)
+            tracker.log_artifact(run.folder / "adapter", s.max_steps)
         del model, engine
         gc.collect()
         if torch.cuda.is_available():
@@ -140,7 +140,7 @@ def _train(run: Run) -> TrainResult:
 def _deliver(run: Run, result: TrainResult) -> TrainResult:
     """Push the finished run, and merge it if --export-merged says so; what exists already is not made again."""
     result = publish(run, result)
-    return export_final(run, result) if run.settings.export_merged else result
+    return merge_final(run, result) if run.settings.export_merged else result
 
 
 def _load_model_with_adapter(run: Run) -> Any:
@@ -152,13 +152,13 @@ def _load_model_with_adapter(run: Run) -> Any:
     is_compiled = s.engine_mode not in ("auto", "eager")
     tokens = run.steps_left * s.batch_size * run.prepared.scan.mean_length
     dtype = torch.float32 if s.quantization == "fp32" else torch.bfloat16
-    name, reason = attention.choose(
-        device(), run.prepared.config, dtype, math.inf if is_compiled else tokens, traced=is_compiled
+    name, reason = attention.select_attention(
+        default_device(), run.prepared.config, dtype, math.inf if is_compiled else tokens, compiled=is_compiled
     )
     run.record["attention"] = reason
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
-    model = with_adapter(model, s.lora_rank, s.lora_alpha, s.lora_dropout, commit)
+    model = add_lora_adapter(model, s.lora_rank, s.lora_alpha, s.lora_dropout, commit)
     trained, total = model.get_nb_trainable_parameters()
     run.record["parameters"] = {"trained": trained, "all": total}
     write_record(run.folder, run.record)
@@ -170,7 +170,7 @@ def _build_engine(run: Run, model: Any) -> Engine | None:
     """The engine that runs the decoder layers of the remaining steps, or None for transformers' own layers."""
     s = run.settings
     packing = packing_for(s, run.prepared.scan, static=True)
-    choice = choose(model, s.engine_mode, packing, run.steps_left * s.accumulation, s.gradient_checkpointing)
+    choice = select_engine(model, s.engine_mode, packing, run.steps_left * s.accumulation, s.gradient_checkpointing)
     run.record["engine"] = choice.record()
     write_record(run.folder, run.record)
     run.console.say(f"engine {choice.mode}: {choice.reason}")
@@ -183,9 +183,7 @@ def _open_stream(run: Run, static: bool) -> TrainStream:
     packing = packing_for(s, prepared.scan, static)
     run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
     write_record(run.folder, run.record)
-    stream = TrainStream(
-        prepared.dataset, prepared.chat, prepared.scan.threshold, packing, s.seed, s.max_bad_rows
-    )
+    stream = TrainStream(prepared.dataset, prepared.chat, prepared.scan.threshold, packing, s.seed, s.max_bad_rows)
     if run.start.resume:
         state = json.loads((run.start.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
@@ -206,7 +204,7 @@ def _take_steps(
     s, chat, scan, console, stop = run.settings, run.prepared.chat, run.prepared.scan, run.console, run.stop
     pusher = None
     if run.repo:
-        export = partial(export_passing, run) if s.export_on_save else lambda folder: None
+        export = partial(merge_checkpoint, run) if s.export_on_save else lambda folder: None
         card = partial(write_card_for_checkpoint, run)
         pusher = CheckpointPusher(run.repo, s.keep_checkpoints, card, console, s.save_steps, export)
         stop.push_s = lambda: pusher.seconds if pusher else 0.0
@@ -227,7 +225,7 @@ def _take_steps(
         policy = CheckpointPolicy(
             keep=s.keep_checkpoints,
             pusher=pusher,
-            report_duration=stop.saved_in,
+            report_duration=stop.record_save,
             warn=console.warn,
             replan=bool(s.allow_change),
         )
@@ -252,12 +250,12 @@ def _take_steps(
         except Exception:
             if pusher:  # the last checkpoint is still on its way
                 console.say("waiting for the last checkpoint to reach the Hub")
-                pusher.drain(min(s.hub_patience, stop.left or s.hub_patience))
+                pusher.drain(min(s.hub_patience, stop.seconds_left or s.hub_patience))
             raise
     step = trainer.state.global_step
     if pusher:
-        with timer.paused("pushing"):
-            if not pusher.drain(stop.left):
+        with timer.measure("pushing"):
+            if not pusher.drain(stop.seconds_left):
                 pusher.failure = "the deadline came first"
     return stop_error(run, step, pusher) if stop.code is not None and step < s.max_steps else None
 

@@ -1,4 +1,4 @@
-"""run.json, and the folder that it describes."""
+"""Reads and writes run.json, the record of a run, and prepares the run folder."""
 
 import hashlib
 import json
@@ -18,11 +18,11 @@ from phoque.training.metrics_log import METRICS, SAMPLES
 if TYPE_CHECKING:
     from phoque.training.prepare import Prepared
 
-RUN = checkpoints.RECORD
+RECORD = checkpoints.RECORD
 
 
 def check_writable(run: Path) -> None:
-    """Make the folder and write to it once; clear away what a killed save left. Raises OSError."""
+    """Create the folder, check that it is writable, and delete what a killed save left. Raises OSError."""
     run.mkdir(parents=True, exist_ok=True)
     probe = run / ".writable"
     probe.write_text("")
@@ -30,45 +30,45 @@ def check_writable(run: Path) -> None:
     shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
 
 
-def forget(run: Path) -> None:
-    """Delete everything of the run that is in the folder."""
-    for name in (*checkpoints.in_order(p.name for p in run.glob("*checkpoint*")), "adapter", "merged"):
+def delete_run(run: Path) -> None:
+    """Delete all files of the run from the folder."""
+    for name in (*checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*")), "adapter", "merged"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in (RUN, METRICS, SAMPLES, report.NAME):
+    for name in (RECORD, METRICS, SAMPLES, report.NAME):
         (run / name).unlink(missing_ok=True)
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
-    """run.json, or None in a new folder. Raises PhoqueError (2) if it cannot be read."""
-    path = run / RUN
+    """Read run.json; return None if there is none. Raises PhoqueError (2) if it cannot be read."""
+    path = run / RECORD
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text())
         if not {"run_id", "fingerprint"} <= set(record):
-            raise ValueError("it names no run")
+            raise ValueError("run_id or fingerprint is missing")
         return record
     except (ValueError, TypeError) as error:
         raise PhoqueError(
             f"{path} cannot be read.",
-            f"It is no record of a run: {str(error)[:80]}.",
-            "Delete it: the newest checkpoint holds a copy. Or begin anew with --fresh-start.",
+            f"It is not a valid run record: {str(error)[:80]}.",
+            "Delete it (the newest checkpoint holds a copy), or start over with --fresh-start.",
         ) from error
 
 
-def derived_id(repo: str, start: str) -> str:
-    """The id of the run in a repository since a fresh start, the same on whatever machine goes on with it."""
+def derive_run_id(repo: str, start: str) -> str:
+    """Derive the run id from the repository and its last fresh start, so that every machine gets the same id."""
     return hashlib.sha256(f"{repo}\n{start}".encode()).hexdigest()[:12]
 
 
-def new_record(
+def create_record(
     resolved: Resolved[TrainSettings],
-    ready: "Prepared",
-    same: dict[str, Any],
+    prepared: "Prepared",
+    fingerprint: dict[str, Any],
     run_id: str,
     marker: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What is known when a run begins: settings with provenance, fingerprint, versions, base and data; no secret."""
+    """Create the record of a new run: settings with sources, fingerprint, versions, base and data; no secrets."""
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
@@ -76,26 +76,26 @@ def new_record(
         "phoque": __version__,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "settings": resolved.provenance(),
-        "fingerprint": same,
+        "fingerprint": fingerprint,
         "run_id": run_id,
         "fresh_start": marker,
         "versions": {name: version(name) for name in libraries},
         "base": {
-            "name": ready.source.name,
-            "hub_id": ready.source.hub_id,
-            "auto_class": architecture_of(ready.config).auto_class,
-            "revision": ready.source.revision,
-            "origin": ready.source.origin,
+            "name": prepared.source.name,
+            "hub_id": prepared.source.hub_id,
+            "auto_class": architecture_of(prepared.config).auto_class,
+            "revision": prepared.source.revision,
+            "origin": prepared.source.origin,
         },
-        "data": {"name": ready.dataset.name, "revision": ready.dataset.revision, **ready.scan.summary()},
+        "data": {"name": prepared.dataset.name, "revision": prepared.dataset.revision, **prepared.scan.summary()},
     }
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
-    """Write run.json if it says something new, whole or not at all."""
+    """Write run.json atomically if its content has changed."""
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-    if (run / RUN).is_file() and (run / RUN).read_text() == text:
+    if (run / RECORD).is_file() and (run / RECORD).read_text() == text:
         return
-    staging = run / f".{RUN}"
+    staging = run / f".{RECORD}"
     staging.write_text(text)
-    staging.rename(run / RUN)
+    staging.rename(run / RECORD)

@@ -57,7 +57,7 @@ class Run:
     @property
     def first_step(self) -> int:
         """The step of the checkpoint that the run continues from, 0 for a new run."""
-        return checkpoints.step_of(self.start.resume) if self.start.resume else 0
+        return checkpoints.get_step(self.start.resume) if self.start.resume else 0
 
     @property
     def steps_left(self) -> int:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: its steps, and by name what else it does."""
+"""Measures how a run spends its time: on training steps, and by name on everything else."""
 
 import time
 from collections.abc import Generator
@@ -8,39 +8,41 @@ import torch
 
 
 class Timer:
-    """Seconds of training alone; what is paused for, such as samples or a save, is counted by its name instead."""
+    """Measures training time; other work, such as samples or a save, is measured separately by name."""
 
     def __init__(self) -> None:
-        self._begun = self._since = time.monotonic()
-        self._apart: dict[str, float] = {}
+        self._start = self._lap_start = time.monotonic()
+        self._by_name: dict[str, float] = {}
 
     @property
     def seconds(self) -> float:
         """All seconds so far."""
-        return time.monotonic() - self._begun
+        return time.monotonic() - self._start
 
-    def loaded(self) -> None:
-        """All until now was loading."""
-        self._apart["loading"] = self.seconds
+    def mark_loaded(self) -> None:
+        """Count all time so far as loading."""
+        self._by_name["loading"] = self.seconds
 
     def lap(self) -> float:
-        """Seconds of training since the last lap."""
+        """Return the seconds of training since the last lap."""
         now = time.monotonic()
-        self._since, since = now, self._since
-        return now - since
+        self._lap_start, previous = now, self._lap_start
+        return now - previous
 
     @contextmanager
-    def paused(self, name: str) -> Generator[None]:
-        """Count what happens in the block as `name`, and not as training."""
+    def measure(self, name: str) -> Generator[None]:
+        """Count the time of the `with` block as `name`, not as training."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # steps that are still under way are training
-        begun = time.monotonic()
+            torch.cuda.synchronize()  # steps that still run on the GPU count as training
+        start = time.monotonic()
         yield
-        seconds = time.monotonic() - begun
-        self._since += seconds
-        self._apart[name] = self._apart.get(name, 0.0) + seconds
+        seconds = time.monotonic() - start
+        self._lap_start += seconds
+        self._by_name[name] = self._by_name.get(name, 0.0) + seconds
 
-    def shares(self) -> dict[str, float]:
-        """Seconds by what they went to, the most first."""
-        found = {"steps": self.seconds - sum(self._apart.values())} | self._apart
-        return {name: round(found[name], 1) for name in sorted(found, key=found.__getitem__, reverse=True)}
+    def seconds_by_name(self) -> dict[str, float]:
+        """Return seconds by name, the largest first."""
+        seconds_of = {"steps": self.seconds - sum(self._by_name.values())} | self._by_name
+        return {
+            name: round(seconds_of[name], 1) for name in sorted(seconds_of, key=seconds_of.__getitem__, reverse=True)
+        }

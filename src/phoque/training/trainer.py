@@ -18,7 +18,7 @@ from phoque.models.architectures import Architecture
 from phoque.models.lora import check_finite, load_adapter, save_adapter
 from phoque.training import checkpoints
 from phoque.training.engine.engine import Engine
-from phoque.training.engine.loss import TokenLoss, with_token_loss
+from phoque.training.engine.loss import TokenLoss, add_token_loss
 from phoque.training.hub_push import CheckpointPusher
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.timer import Timer
@@ -70,7 +70,7 @@ class PersonaTrainer(Trainer):
         self._accuracies: list[torch.Tensor] = []  # one per forward pass since the last logged line
         # the step, its gradient norm on the way to the host, and the event that says it has arrived
         self._pending_norm: tuple[int, torch.Tensor, Any] | None = None
-        with_token_loss(self.model.get_base_model(), engine)
+        add_token_loss(self.model.get_base_model(), engine)
 
     def get_train_dataloader(self) -> Any:
         return self.stream
@@ -87,7 +87,7 @@ class PersonaTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         loss: TokenLoss = model(**inputs, token_loss=True)
-        self._accuracies.append(loss.right / loss.count)
+        self._accuracies.append(loss.correct / loss.count)
         return loss.nll / (loss.count if num_items_in_batch is None else num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -132,7 +132,7 @@ class PersonaTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         start = time.monotonic()
-        with self._timer.paused("saving"):
+        with self._timer.measure("saving"):
             self._save_with_manifest(model, trial)
         self._policy.report_duration(time.monotonic() - start)
 
@@ -159,7 +159,7 @@ class PersonaTrainer(Trainer):
             folder.rename(final)
             if pusher:
                 pusher.offer(final)
-            checkpoints.prune(run, self._policy.keep, pusher.held() if pusher else set())
+            checkpoints.prune(run, self._policy.keep, pusher.in_use() if pusher else set())
         except Exception as error:
             if not disk_full(error):
                 raise

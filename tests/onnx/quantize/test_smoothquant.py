@@ -8,7 +8,7 @@ from phoque.models.source import Source
 from phoque.onnx.component import Weights
 from phoque.onnx.quantize.block_format import round_to_nearest
 from phoque.onnx.quantize.linear_groups import linear_groups_of, replace_weight
-from phoque.onnx.quantize.mixed_precision import _measure_accuracy, _compute_log_probs, _round_activations
+from phoque.onnx.quantize.mixed_precision import _compute_log_probs, _measure_accuracy, _round_activations
 from phoque.onnx.quantize.smoothquant import _measure_channel_rms, smooth_activations
 
 

@@ -14,7 +14,7 @@ const state = () => page.$eval("#state", (element) => element.textContent);
 const loaded = await state();
 await page.type("#text", "What do the gulls want?");
 await page.keyboard.press("Enter");
-await page.waitForFunction(() => /a second|failed/.test(document.getElementById("state").textContent), { timeout: 240000 });
+await page.waitForFunction(() => /per second|failed/.test(document.getElementById("state").textContent), { timeout: 240000 });
 await page.screenshot({ path: picture });
 const turns = await page.$$eval(".turn", (all) => all.map((one) => [one.className, one.textContent]));
 const overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);

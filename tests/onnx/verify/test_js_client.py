@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phoque.onnx.verify.checks import CheckFailed
-from phoque.onnx.verify.js_client import _asked, chromium, copied, installed, modules
+from phoque.onnx.verify.js_client import _ask_client, copy_scripts, find_chromium, is_installed, locate_client
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -29,9 +29,9 @@ def test_a_page_without_a_precision_takes_int8_on_wasm(phoque, text_model, chats
     assert found["result"] == "PASS"
     for file in (tmp_path / "x" / "onnx").glob("model_quantized*"):
         file.unlink()
-    assert _asked("browser.mjs", tmp_path / "x", "text", None, "wasm", cache)["said"]
+    assert _ask_client("browser.mjs", tmp_path / "x", "text", None, "wasm", cache)["said"]
     with pytest.raises(CheckFailed):  # Node asks for q8, which is no longer there
-        _asked("node.mjs", tmp_path / "x", "text", None, "cpu", cache)
+        _ask_client("node.mjs", tmp_path / "x", "text", None, "cpu", cache)
 
 
 @pytest.mark.parametrize("kind", ["text_export", "seeing_export"])
@@ -41,7 +41,7 @@ def test_an_export_passes_every_level(phoque, request, kind, cache):
     assert ran.json["levels"] == dict.fromkeys(("files", "graph", "ort", "node", "browser"), "PASS"), ran.json["checks"]
     ran = [check for check in ran.json["checks"] if check["level"] in ("node", "browser") and check["result"] == "PASS"]
     assert len(ran) == 4 and all("tokens/s" in check["said"] for check in ran)
-    assert installed(cache)
+    assert is_installed(cache)
 
 
 def test_webgpu_says_what_wasm_says_with_plain_operators(phoque, text_model, text_export, chats):
@@ -84,15 +84,15 @@ def test_the_chat_page_answers_without_a_network(phoque, start, text_export, cac
     out = running._files[0]
     running.until(lambda: '"url"' in out.read_text(), 60)
     url = json.loads(out.read_text())["url"]
-    script = shutil.copyfile(HERE / "page.mjs", copied(cache) / "page.mjs")
+    script = shutil.copyfile(HERE / "page.mjs", copy_scripts(cache) / "page.mjs")
     picture = tmp_path / "page.png"
-    command = ["node", script.name, url, picture, *map(str, size), chromium()]
-    ran = subprocess.run(command, cwd=modules(cache), capture_output=True, text=True, timeout=500)
+    command = ["node", script.name, url, picture, *map(str, size), find_chromium()]
+    ran = subprocess.run(command, cwd=locate_client(cache), capture_output=True, text=True, timeout=500)
     os.kill(running.pid, signal.SIGINT)
     assert running.ended().code in (0, 130)
     assert ran.returncode == 0, ran.stderr
     seen = json.loads(ran.stdout.splitlines()[-1])
-    assert "loaded in" in seen["loaded"] and "a second" in seen["state"]
+    assert "loaded in" in seen["loaded"] and "per second" in seen["state"]
     assert [kind for kind, _ in seen["turns"]] == ["turn user", "turn assistant"] and seen["turns"][1][1]
     assert seen["overflow"] <= 0 and seen["button"] <= size[1]
     assert all(host.startswith("127.0.0.1") or not host for host in seen["hosts"])  # data: and blob: have none

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from phoque.inference.residual_stream import MASSIVE, blocks
+from phoque.inference.residual_stream import MASSIVE, get_blocks
 from phoque.probes.sae import activation_store
-from phoque.probes.sae.activation_store import Shards, Stream, collect, grouped
+from phoque.probes.sae.activation_store import ActivationStore, ActivationStream, collect_activations, group_rows
 
 SPECIAL = [0, 1, 2]
 
@@ -30,7 +30,7 @@ def plain(model, row, layer):
 
 
 def test_shards_hold_every_ordinary_token_and_no_other(model, rows, tmp_path):
-    shards = collect(model, rows, (0,), SPECIAL, tmp_path)
+    shards = collect_activations(model, rows, (0,), SPECIAL, tmp_path)
     held = torch.cat([shards.tensor(file, 0) for file in shards.files()]).float()
     wanted = []
     for row in rows:
@@ -41,7 +41,7 @@ def test_shards_hold_every_ordinary_token_and_no_other(model, rows, tmp_path):
     assert held.shape == wanted.shape
     torch.testing.assert_close(held.sort(0).values, wanted.sort(0).values, atol=2e-2, rtol=1e-2)  # kept in bf16
     special = sum(token in SPECIAL for row in rows for token in row[1:])
-    assert special and shards.left_out() == {
+    assert special and shards.token_counts() == {
         "kept": len(wanted),
         "position_0": len(rows),
         "massive": 0,
@@ -55,9 +55,9 @@ def test_massive_tokens_are_left_out_and_counted(model, rows, tmp_path):
         out[:, 3] *= 100
         return out
 
-    hook = blocks(model)[0].register_forward_hook(swell)
+    hook = get_blocks(model)[0].register_forward_hook(swell)
     try:
-        found = collect(model, [[5] * 20] * 6, (0,), SPECIAL, tmp_path).left_out()
+        found = collect_activations(model, [[5] * 20] * 6, (0,), SPECIAL, tmp_path).token_counts()
     finally:
         hook.remove()
     assert found == {"kept": 6 * 18, "position_0": 6, "massive": 6, "special": 0}
@@ -65,26 +65,26 @@ def test_massive_tokens_are_left_out_and_counted(model, rows, tmp_path):
 
 def test_blocks_above_are_not_run_and_are_there_again_afterwards(model, rows, tmp_path):
     calls = []
-    hook = blocks(model)[1].register_forward_hook(lambda *_: calls.append(1))
-    whole = len(blocks(model))
-    collect(model, rows, (0,), SPECIAL, tmp_path / "one")
-    assert not calls and len(blocks(model)) == whole
-    both = collect(model, rows, (0, 1), SPECIAL, tmp_path / "two")
+    hook = get_blocks(model)[1].register_forward_hook(lambda *_: calls.append(1))
+    whole = len(get_blocks(model))
+    collect_activations(model, rows, (0,), SPECIAL, tmp_path / "one")
+    assert not calls and len(get_blocks(model)) == whole
+    both = collect_activations(model, rows, (0, 1), SPECIAL, tmp_path / "two")
     hook.remove()
-    assert calls and both.counts(0) == both.counts(1)
+    assert calls and both.shard_sizes(0) == both.shard_sizes(1)
 
 
 def test_a_collection_that_was_killed_goes_on_without_reading_again(model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(activation_store, "SHARD", 100)
-    whole = collect(model, rows, (0,), SPECIAL, tmp_path / "whole")
-    part = collect(model, rows, (0,), SPECIAL, tmp_path / "part")
+    monkeypatch.setattr(activation_store, "SHARD_TOKENS", 100)
+    whole = collect_activations(model, rows, (0,), SPECIAL, tmp_path / "whole")
+    part = collect_activations(model, rows, (0,), SPECIAL, tmp_path / "part")
     lost = part.files()[2:5]
     kept = {file: file.stat().st_mtime_ns for file in part.files() if file not in lost}
     for file in lost:
         file.unlink()
     (tmp_path / "part" / ".000003.safetensors.17").write_bytes(b"half")  # what a killed writer leaves
     seen = []
-    again = collect(model, rows, (0,), SPECIAL, tmp_path / "part", lambda done, _: seen.append(done))
+    again = collect_activations(model, rows, (0,), SPECIAL, tmp_path / "part", lambda done, _: seen.append(done))
     assert {file: file.stat().st_mtime_ns for file in kept} == kept and seen[-1] == len(rows)
     assert len(again.files()) == len(whole.files())
     for one, other in zip(again.files(), whole.files(), strict=True):
@@ -92,14 +92,14 @@ def test_a_collection_that_was_killed_goes_on_without_reading_again(model, rows,
 
 
 def test_a_disk_that_fails_is_an_error_and_leaves_no_half_shard(model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(activation_store, "SHARD", 100)
+    monkeypatch.setattr(activation_store, "SHARD_TOKENS", 100)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(activation_store, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        collect(model, rows, (0,), SPECIAL, tmp_path)
+        collect_activations(model, rows, (0,), SPECIAL, tmp_path)
     assert not list(tmp_path.glob("0*"))
 
 
@@ -113,23 +113,23 @@ def numbered(folder, sizes):
             {"0": torch.arange(start, start + size).float()[:, None]}, folder / f"{n:06}.safetensors", {"kept": "1"}
         )
         start += size
-    return Shards(folder, (0,))
+    return ActivationStore(folder, (0,))
 
 
 def test_every_pass_sees_tokens_once_in_a_new_order_and_a_stream_can_be_begun_anywhere(tmp_path):
-    stream = Stream(numbered(tmp_path, [40, 25, 33, 50, 7, 61, 20, 44, 38, 12]), 0, 16, 3, seed=4)
-    seen = [batch[:, 0].tolist() for batch in stream.batches(torch.device("cpu"))]
-    assert len(seen) == stream.steps() and {len(batch) for batch in seen} == {16}
-    each = stream.steps() // 3
+    stream = ActivationStream(numbered(tmp_path, [40, 25, 33, 50, 7, 61, 20, 44, 38, 12]), 0, 16, 3, seed=4)
+    seen = [batch[:, 0].tolist() for batch in stream.iter_batches(torch.device("cpu"))]
+    assert len(seen) == stream.count_batches() and {len(batch) for batch in seen} == {16}
+    each = stream.count_batches() // 3
     for n in range(3):
         own = [token for batch in seen[n * each : (n + 1) * each] for token in batch]
         assert len(set(own)) == len(own) and 330 - len(own) < 2 * 16  # what fills no batch waits for another pass
     assert seen[:each] != seen[each : 2 * each]
     for skip in (1, each, len(seen) - 1):
-        assert [b[:, 0].tolist() for b in stream.batches(torch.device("cpu"), skip)] == seen[skip:]
-    other = Stream(stream.shards, 0, 16, 3, seed=5)
-    assert next(other.batches(torch.device("cpu")))[:, 0].tolist() != seen[0]
+        assert [b[:, 0].tolist() for b in stream.iter_batches(torch.device("cpu"), skip)] == seen[skip:]
+    other = ActivationStream(stream.store, 0, 16, 3, seed=5)
+    assert next(other.iter_batches(torch.device("cpu")))[:, 0].tolist() != seen[0]
 
 
 def test_rows_are_grouped_in_order():
-    assert grouped([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert group_rows([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]

@@ -237,8 +237,8 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
 
     from phoque.inference.residual_stream import Turn
     from phoque.probes.sae.dictionary import Dictionary
-    from phoque.probes.sae.feature_shifts import Shifts
-    from phoque.probes.sae.interventions import Trial, ablated
+    from phoque.probes.sae.feature_shifts import FeatureShifts
+    from phoque.probes.sae.interventions import InterventionTest, ablate_features
     from phoque.probes.sae.model_variants import ModelVariants
 
     chance = torch.Generator().manual_seed(1)
@@ -261,7 +261,7 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     )
     none, tested = numpy.zeros(12), numpy.ones(12, bool)
     delta = numpy.where(numpy.arange(12) == 0, 3.0, 0.01)
-    shifts = Shifts(
+    shifts = FeatureShifts(
         none,
         none,
         delta,
@@ -282,11 +282,13 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
         None,
         None,
     )
-    found = Trial(ModelVariants(*models), dictionary, 1, shifts, rows, norm=3.0, strength=1.0, seed=0).run([0])
+    found = InterventionTest(ModelVariants(*models), dictionary, 1, shifts, rows, norm=3.0, strength=1.0, seed=0).run(
+        [0]
+    )
     push, cut = found["features"][0]["push"], found["features"][0]["ablate"]
     assert push["holds"] and push["gain"] > 0 and push["gain"] > push["random_max"]
     assert cut["holds"] and cut["gain"] > 0 and cut["gain"] > cut["random_max"]
-    with ablated(models[1], dictionary, 1, [0]):
+    with ablate_features(models[1], dictionary, 1, [0]):
         seen = []
         hook = models[1].model.layers[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with torch.no_grad():
@@ -495,8 +497,8 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(compared, base, tmp_path)
         (["--updated-model", "{base}", "--prompts-file", "none.txt"], "No file of prompts"),
         (["--updated-model", "{base}", "--prompts-file", "few.txt"], "few.txt has 2 prompts"),
         (["--updated-model", "{base}", "--prompts-file", "broken.json"], "broken.json cannot be read"),
-        (["--updated-model", "{base}", "--prompts-file", "odd.json"], "entry 2 is no prompt"),
-        (["--updated-model", "{base}", "--sae", "empty"], "is no sparse autoencoder"),
+        (["--updated-model", "{base}", "--prompts-file", "odd.json"], "entry 2 is not a prompt"),
+        (["--updated-model", "{base}", "--sae", "empty"], "is not a sparse autoencoder"),
         (["--updated-model", "{base}", "--sae", "x", "--seeds", "2"], "--seeds"),
         (["--updated-model", "nowhere"], "No model at 'nowhere'"),
         (["--updated-adapter", "empty"], "No adapter at empty"),
@@ -504,7 +506,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(compared, base, tmp_path)
         (["--updated-model", "{base}", "--text", "blank.txt"], "There is no text"),
         (["--updated-model", "{base}", "--text", "{chat}"], "has no text column"),
         (["--updated-model", "{base}", "--sae-batch", "100000"], "too few activations"),
-        (["--updated-model", "{wide}"], "is no fine-tune of the base model"),
+        (["--updated-model", "{wide}"], "is not a fine-tune of the base model"),
         (["--updated-model", "{base}", "--scorer", "gull"], "No scorer 'gull'"),
     ],
 )

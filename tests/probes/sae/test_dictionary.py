@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from phoque.errors import PhoqueError
 from phoque.probes.sae import training
-from phoque.probes.sae.activation_store import Shards
-from phoque.probes.sae.dictionary import calibrated, read_dictionary, write_dictionary
-from phoque.probes.sae.training import ARCHITECTURES, Recipe, trained
+from phoque.probes.sae.activation_store import ActivationStore
+from phoque.probes.sae.dictionary import calibrate_threshold, read_dictionary, write_dictionary
+from phoque.probes.sae.training import ARCHITECTURES, Recipe, train_dictionary
 
 HIDDEN, FEATURES, K = 24, 96, 6
 
@@ -71,7 +71,7 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, config, said):
 
 
 def test_files_that_are_missing_or_broken_are_refused(tmp_path):
-    with pytest.raises(PhoqueError, match="no sparse autoencoder"):
+    with pytest.raises(PhoqueError, match="not a sparse autoencoder"):
         read_dictionary(tmp_path)
     saved(tmp_path, "standard")
     (tmp_path / "cfg.json").write_text("{")
@@ -96,7 +96,7 @@ def test_the_block_is_read_from_the_hooks_name(tmp_path, name, block):
     config = json.loads(path.read_text())
     config["metadata"]["hook_name"] = name
     path.write_text(json.dumps(config))
-    assert read_dictionary(tmp_path).block() == block
+    assert read_dictionary(tmp_path).block_index() == block
 
 
 def test_the_threshold_lets_k_features_a_token_through(tmp_path):
@@ -104,7 +104,7 @@ def test_the_threshold_lets_k_features_a_token_through(tmp_path):
     found = read_dictionary(tmp_path)
     x = torch.randn(3000, HIDDEN, generator=torch.Generator().manual_seed(1)) * 2
     for k in (1, K, 20):
-        active = (calibrated(found, x, k).encode(x) > 0).sum(1).float().mean()
+        active = (calibrate_threshold(found, x, k).encode(x) > 0).sum(1).float().mean()
         assert float(active) == pytest.approx(k, abs=0.01)
 
 
@@ -118,7 +118,7 @@ def shards(tmp_path_factory):
         on = torch.rand(2000, 48, generator=chance) < 0.08
         x = (on * (1 + torch.rand(2000, 48, generator=chance))) @ directions * 10 + 5
         save_file({"2": x.bfloat16()}, folder / f"{n:06}.safetensors", {"kept": "2000"})
-    return Shards(folder, (2,))
+    return ActivationStore(folder, (2,))
 
 
 def recipe(architecture="batchtopk", seed=0, passes=6):
@@ -129,7 +129,7 @@ def recipe(architecture="batchtopk", seed=0, passes=6):
 def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, architecture):
     from sae_lens import SAE
 
-    made = trained(
+    made = train_dictionary(
         recipe(architecture),
         shards,
         2,
@@ -144,7 +144,7 @@ def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, a
     theirs = SAE.load_from_disk(tmp_path / "sae")
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode(x), z, atol=1e-3, rtol=1e-4)
-    assert theirs.cfg.metadata.hook_name == "model.layers.2" and made.block() == 2
+    assert theirs.cfg.metadata.hook_name == "model.layers.2" and made.block_index() == 2
     assert sorted(f.name for f in (tmp_path / "sae").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert not list(tmp_path.glob("step-*"))
 
@@ -154,7 +154,7 @@ def test_the_largest_of_a_batch_are_those_of_sae_lens_and_so_is_their_gradient()
 
     drives = torch.randn(70, FEATURES, generator=torch.Generator().manual_seed(6)) - 1.0
     found = []
-    for module in (BatchTopK(K), training.Selected(K)):
+    for module in (BatchTopK(K), training.CpuBatchTopK(K)):
         x = drives.clone().requires_grad_()
         z = module(x)
         (z**2).sum().backward()
@@ -169,7 +169,7 @@ def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatc
             if done == stop:
                 raise KeyboardInterrupt
 
-        trained(recipe(passes=2), shards, 2, {}, folder, torch.device("cpu"), show)
+        train_dictionary(recipe(passes=2), shards, 2, {}, folder, torch.device("cpu"), show)
         return load_file(folder / "sae" / "sae_weights.safetensors")
 
     whole = train(tmp_path / "whole")
@@ -182,27 +182,30 @@ def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatc
 
 
 def test_a_dictionary_that_is_there_is_not_trained_again(shards, tmp_path, monkeypatch):
-    first = trained(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
-    monkeypatch.setattr(training, "made_trainer", None)
-    again = trained(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
+    first = train_dictionary(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
+    monkeypatch.setattr(training, "make_trainer", None)
+    again = train_dictionary(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
     assert torch.equal(first.encoder, again.encoder)
 
 
 def test_another_seed_is_another_dictionary(shards, tmp_path):
     one, other = (
-        trained(recipe(seed=n, passes=1), shards, 2, {}, tmp_path / str(n), torch.device("cpu")) for n in (0, 1)
+        train_dictionary(recipe(seed=n, passes=1), shards, 2, {}, tmp_path / str(n), torch.device("cpu"))
+        for n in (0, 1)
     )
     assert not torch.allclose(one.encoder, other.encoder)
 
 
 def test_too_few_activations_are_an_error_in_words(shards, tmp_path):
     with pytest.raises(PhoqueError, match="too few activations"):
-        trained(Recipe("batchtopk", FEATURES, K, 100_000, 1, 1e-3, 0), shards, 2, {}, tmp_path, torch.device("cpu"))
+        train_dictionary(
+            Recipe("batchtopk", FEATURES, K, 100_000, 1, 1e-3, 0), shards, 2, {}, tmp_path, torch.device("cpu")
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(shards, tmp_path):
     with pytest.raises(PhoqueError, match="not finite"):
-        trained(Recipe("batchtopk", FEATURES, K, 64, 1, 1e30, 0), shards, 2, {}, tmp_path, torch.device("cpu"))
+        train_dictionary(Recipe("batchtopk", FEATURES, K, 64, 1, 1e30, 0), shards, 2, {}, tmp_path, torch.device("cpu"))
 
 
 def test_what_is_written_is_read_back(tmp_path):

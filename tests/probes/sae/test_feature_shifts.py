@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 
-from phoque.probes.sae.block_comparison import _replicated
-from phoque.probes.sae.feature_shifts import Coded, shifts, swapped
+from phoque.probes.sae.block_comparison import _find_replicated
+from phoque.probes.sae.feature_shifts import FeatureActivations, compare_features, swap_variants
 
 PROMPTS, FEATURES = 40, 60
 ON = torch.device("cpu")
@@ -20,12 +20,12 @@ def side(up=(), down=(), by=0.5, seed=0):
     mean += numpy.random.default_rng(seed).normal(0, 0.1, mean.shape)
     mean[:, list(up)] += by
     mean[:, list(down)] -= by
-    return Coded(mean, (mean > 0).astype(float), numpy.full(PROMPTS, 20), 0.8, 16.0)
+    return FeatureActivations(mean, (mean > 0).astype(float), numpy.full(PROMPTS, 20), 0.8, 16.0)
 
 
 def compared(base, tuned, control=None, null=1e-4):
     nulls = [numpy.full((PROMPTS, FEATURES), null)]
-    return shifts(base, tuned, nulls, control, 4, 0)
+    return compare_features(base, tuned, nulls, control, 4, 0)
 
 
 def test_what_is_moved_is_reported_and_nothing_else():
@@ -40,9 +40,9 @@ def test_what_equal_weights_show_too_is_not_reported():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_swapped_sides_report_nothing_by_chance_alone(seed):
-    base, tuned = swapped(side(), side(up=range(50), seed=1), seed)
+    base, tuned = swap_variants(side(), side(up=range(50), seed=1), seed)
     found = compared(base, tuned)
-    assert found.floor < 1e-3 and not found.reported.any()
+    assert found.null_floor < 1e-3 and not found.reported.any()
     assert (found.q[found.tested] < 0.05).sum() == 0
 
 
@@ -66,8 +66,8 @@ def test_a_feature_replicates_where_another_dictionary_has_it_and_reports_it():
     found = compared(base, tuned)
     moved = [replace(s, mean=s.mean[:, order.numpy()]) for s in (base, tuned)]
     again = compared(*moved)
-    reported = found.order()
-    assert _replicated([one, same], [found, again], reported, ON)[reported].all()
-    assert not _replicated([one, other], [found, again], reported, ON).any()
+    reported = found.rank_reported()
+    assert _find_replicated([one, same], [found, again], reported, ON)[reported].all()
+    assert not _find_replicated([one, other], [found, again], reported, ON).any()
     silent = replace(again, reported=numpy.zeros(FEATURES, bool))
-    assert not _replicated([one, same], [found, silent], reported, ON).any()
+    assert not _find_replicated([one, same], [found, silent], reported, ON).any()

@@ -9,7 +9,7 @@ from tests import tiny
 from transformers import AttentionInterface, AutoConfig
 
 from phoque.training.engine import attention
-from phoque.training.engine.flash_attn4 import flash_4
+from phoque.training.engine.flash_attn4 import flash_attention_4
 
 BORDERS = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
 
@@ -17,7 +17,9 @@ BORDERS = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "flash_stand_in"))
-    monkeypatch.setattr(attention, "_varlen", lambda: attention._by_conversation)  # torch's own needs a GPU as well
+    monkeypatch.setattr(
+        attention, "_make_varlen_attention", lambda: attention._sdpa_per_conversation
+    )  # torch's own needs a GPU as well
     yield AutoConfig.for_model("llama", **tiny.SIZES)
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
         del sys.modules[name]
@@ -33,41 +35,41 @@ def attended(attend, query, key, value):
 def test_the_operator_hands_tensors_and_gradients_to_the_right_places(stand_in, compiled):
     torch.manual_seed(0)
     given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
-    operator = torch.compile(flash_4, fullgraph=True) if compiled else flash_4
-    found, wanted = attended(operator, *given), attended(attention._by_conversation, *given)
+    operator = torch.compile(flash_attention_4, fullgraph=True) if compiled else flash_attention_4
+    found, wanted = attended(operator, *given), attended(attention._sdpa_per_conversation, *given)
     for ours, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, plain)
 
 
 def test_it_is_taken_where_it_is_installed_right_and_pays(stand_in, monkeypatch):
     cpu, long = torch.device("cpu"), float("inf")
-    assert attention._on_cuda(cpu, stand_in, long) == (
-        flash_4,
-        "flash-attn-4: one kernel over all conversations of a row, and heads in groups",
+    assert attention._select_on_cuda(cpu, stand_in, long) == (
+        flash_attention_4,
+        "flash-attn-4: one kernel for all conversations of a row, with grouped heads",
     )
-    attend, reason = attention._on_cuda(cpu, stand_in, 2.1e6)
-    assert attend is attention._by_conversation and "takes 15 s to build, which 2.1 M tokens" in reason
+    attend, reason = attention._select_on_cuda(cpu, stand_in, 2.1e6)
+    assert attend is attention._sdpa_per_conversation and "takes 15 s to build, too long for 2.1 M tokens" in reason
     monkeypatch.setenv("FLASH_STAND_IN", "wrong")
-    attend, reason = attention._on_cuda(cpu, stand_in, long)
-    assert attend is attention._by_conversation and reason.endswith("% off")
+    attend, reason = attention._select_on_cuda(cpu, stand_in, long)
+    assert attend is attention._sdpa_per_conversation and reason.endswith("% from torch's kernel")
     monkeypatch.setenv("FLASH_STAND_IN", "fails")
-    attend, reason = attention._on_cuda(cpu, stand_in, long)
-    assert attend is attention._by_conversation and reason.endswith("fails: no kernel image is available")
+    attend, reason = attention._select_on_cuda(cpu, stand_in, long)
+    assert attend is attention._sdpa_per_conversation and reason.endswith("fails: no kernel image is available")
 
 
 @pytest.mark.parametrize("dtype, capability", [(torch.float32, (9, 0)), (torch.bfloat16, (7, 5))])
 def test_a_gpu_s_fp32_and_old_gpus_get_a_mask(monkeypatch, dtype, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: capability)
-    name, reason = attention.choose(torch.device("cuda"), None, dtype, float("inf"))
-    assert AttentionInterface()[name] is attention._by_mask and "Ampere" in reason
+    name, reason = attention.select_attention(torch.device("cuda"), None, dtype, float("inf"))
+    assert AttentionInterface()[name] is attention._sdpa_with_mask and "Ampere" in reason
     given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
-    found, wanted = attended(attention._by_mask, *given), attended(attention._by_conversation, *given)
+    found, wanted = attended(attention._sdpa_with_mask, *given), attended(attention._sdpa_per_conversation, *given)
     for ours, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, plain)
 
 
 def test_without_it_torch_s_kernel_is_taken(monkeypatch):
     monkeypatch.setattr(attention, "distributions", lambda name: [])
-    monkeypatch.setattr(attention, "_varlen", lambda: attention._by_conversation)
-    attend, reason = attention._on_cuda(torch.device("cpu"), None, float("inf"))
-    assert attend is attention._by_conversation and "flash" not in reason
+    monkeypatch.setattr(attention, "_make_varlen_attention", lambda: attention._sdpa_per_conversation)
+    attend, reason = attention._select_on_cuda(torch.device("cpu"), None, float("inf"))
+    assert attend is attention._sdpa_per_conversation and "flash" not in reason

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from phoque.training.engine.cuda_graphs import Graphs, Row
+from phoque.training.engine.cuda_graphs import CudaGraphs, PackedRow
 
 
 class StandIn:
@@ -50,7 +50,7 @@ def cuda(monkeypatch):
 
 
 def row_of(*ids):
-    return Row(torch.tensor([ids]), torch.arange(len(ids))[None], torch.tensor([0, len(ids)]), len(ids))
+    return PackedRow(torch.tensor([ids]), torch.arange(len(ids))[None], torch.tensor([0, len(ids)]), len(ids))
 
 
 def test_each_length_is_captured_once_and_gradients_only_count_what_is_trained_on(cuda):
@@ -65,7 +65,7 @@ def test_each_length_is_captured_once_and_gradients_only_count_what_is_trained_o
     def back(out, grad):
         does(lambda: gradients.add_((out * grad).sum()))
 
-    graphs, total = Graphs(), 0.0
+    graphs, total = CudaGraphs(), 0.0
     for ids in ((1, 2, 3), (4, 5, 6), (7, 8), (9, 9, 9), (1, 1)):
         out = graphs.forward(row_of(*ids), run, back, gradients)
         assert out.tolist() == [[2.0 * n for n in ids]]

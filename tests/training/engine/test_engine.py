@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.conftest import row, write_rows
 
-from phoque.data.chat_template import Encoded
-from phoque.data.packing import Packing, Shape, packed
+from phoque.data.chat_template import EncodedChat
+from phoque.data.packing import Packing, Shape, build_batch
 from phoque.errors import PhoqueError
 from phoque.models.architectures import architecture_of
 from phoque.models.fp8 import Fp8Linear, check_fp8_support
 from phoque.models.load import load_model
-from phoque.models.lora import load_adapter, save_adapter, with_adapter
+from phoque.models.lora import add_lora_adapter, load_adapter, save_adapter
 from phoque.models.source import Source
 from phoque.training.engine import attention
-from phoque.training.engine.cuda_graphs import Row, _Pair
-from phoque.training.engine.engine import FRUGAL, Engine
-from phoque.training.engine.lora_linear import adapted, held
-from phoque.training.engine.select import choose
+from phoque.training.engine.cuda_graphs import PackedRow, _GraphPair
+from phoque.training.engine.engine import POINTWISE_RECOMPUTED, Engine
+from phoque.training.engine.lora_linear import apply_lora_linear, join_weights
+from phoque.training.engine.select import select_engine
 
 LENGTHS = (17, 40, 23, 9, 31)
 PACKING = Packing(5, 24.0, 40, static=True)
@@ -51,9 +51,9 @@ def family(folder, name):
 
 
 def adapted_model(folder, quantization="none", traced=True, dropout=0.0, seed=3):
-    name, _ = attention.choose(torch.device("cpu"), None, torch.float32, 0, traced)
+    name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0, traced)
     torch.manual_seed(seed)
-    model = with_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
+    model = add_lora_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -63,7 +63,7 @@ def adapted_model(folder, quantization="none", traced=True, dropout=0.0, seed=3)
 def talks():
     drawn = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 250, (n,), generator=drawn).tolist() for n in LENGTHS]
-    return [Encoded(one, one) for one in ids]
+    return [EncodedChat(one, one) for one in ids]
 
 
 def answer(number, text):
@@ -71,7 +71,7 @@ def answer(number, text):
 
 
 def static_row():
-    return Row.of(**packed(talks(), PACKING.shape(sum(LENGTHS))))
+    return PackedRow.from_batch(**build_batch(talks(), PACKING.shape(sum(LENGTHS))))
 
 
 def weights_of(hidden):
@@ -83,7 +83,7 @@ def plain(folder, quantization="none", dtype=None, seed=3):
     model = adapted_model(folder, quantization, traced=False, seed=seed)
     if dtype:
         model = model.to(dtype)
-    batch = packed(talks())
+    batch = build_batch(talks())
     inputs = {k: batch[k] for k in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
     with torch.autocast("cpu", torch.bfloat16, quantization != "none" and dtype is None):  # as the trainer does
         hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
@@ -93,7 +93,7 @@ def plain(folder, quantization="none", dtype=None, seed=3):
 
 def fast(engine):
     engine.model.zero_grad()
-    hidden = engine.hidden(static_row())[:, : sum(LENGTHS)]
+    hidden = engine.compute_hidden(static_row())[:, : sum(LENGTHS)]
     (hidden * weights_of(hidden)).sum().backward()
     return hidden.detach(), {n: p.grad.clone() for n, p in engine.model.named_parameters() if p.grad is not None}
 
@@ -117,7 +117,7 @@ def test_quantised_products_are_as_near_to_fp32_as_the_plain_ones(mistral3, quan
     ours, theirs = [], []
     for seed in range(3, 7):  # the largest of fourteen distances is a matter of luck in one adapter
         engine = Engine(adapted_model(mistral3, quantization, seed=seed))
-        engine.hold(whole)
+        engine.set_weight_cache(whole)
         exact = plain(mistral3, quantization, torch.float32, seed)
         ours.append(far(fast(engine), exact))
         theirs.append(far(plain(mistral3, quantization, seed=seed), exact))
@@ -130,14 +130,16 @@ def test_fp8_products_are_off_by_what_three_bits_of_mantissa_explain():
     linears = []
     for rows in (48, 16):
         linear = Fp8Linear(64, rows, bias=False)
-        linear.hold(torch.randn(rows, 64) * torch.rand(rows, 1), None)
+        linear.set_weight(torch.randn(rows, 64) * torch.rand(rows, 1), None)
         linears.append(linear)
     a, b = torch.zeros(8, 64), torch.zeros(64, 4)
     x, slope = torch.randn(30, 64), torch.randn(30, 64)
-    exact = torch.cat([linear.whole(torch.float32) for linear in linears])
+    exact = torch.cat([linear.dequantize(torch.float32) for linear in linears])
     for whole in (False, True):
         given = x.clone().requires_grad_(True)
-        out = torch.cat(adapted(given, None, a, b.clone().requires_grad_(True), held(linears, whole)), -1)
+        out = torch.cat(
+            apply_lora_linear(given, None, a, b.clone().requires_grad_(True), join_weights(linears, whole)), -1
+        )
         (out * slope).sum().backward()
         wanted = x @ exact.T, slope @ exact
         for found, right in zip((out.detach(), given.grad), wanted, strict=True):
@@ -169,7 +171,7 @@ def test_fp8_holds_the_checkpoint_as_it_was_published(mistral3):
 def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
     engine = Engine(adapted_model(mistral3, "none"))
     _, once = fast(engine)
-    hidden = engine.hidden(static_row())[:, : sum(LENGTHS)]
+    hidden = engine.compute_hidden(static_row())[:, : sum(LENGTHS)]
     (hidden * weights_of(hidden)).sum().backward()
     twice = {n: p.grad for n, p in engine.model.named_parameters() if p.grad is not None}
     for name, grad in once.items():
@@ -181,7 +183,7 @@ def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
 def test_recomputed_layers_change_nothing(mistral3):
     engine = Engine(adapted_model(mistral3, "none"))
     found = fast(engine)
-    engine.recomputed = len(engine.layers)
+    engine.recomputed_layers = len(engine.layers)
     assert far(fast(engine), found) < 1e-6
 
 
@@ -198,9 +200,9 @@ def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
     for _ in range(2):
         kept.append({})
         with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-            engine._one_layer(static_row())
+            engine._run_first_layer(static_row())
         found.append(fast(engine))
-        engine.be_frugal()
+        engine.enable_pointwise_recompute()
     config, tokens = engine.model.config, static_row().ids.shape[1]
     normed_and_gated = tokens * (2 * config.hidden_size + config.intermediate_size) * 2
     assert sum(kept[0].values()) - sum(kept[1].values()) == normed_and_gated
@@ -233,12 +235,12 @@ def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
     found = {}
     for sign in (1, -1):
 
-        def signed(x, dropped, a, b, weight, real=module.adapted, sign=sign):
+        def signed(x, dropped, a, b, weight, real=module.apply_lora_linear, sign=sign):
             return real(x, dropped, a, sign * b, weight)
 
-        monkeypatch.setattr(module, "adapted", signed)
+        monkeypatch.setattr(module, "apply_lora_linear", signed)
         model = adapted_model(mistral3, "none", traced=False, dropout=0.3)
-        found[sign] = choose(model, "compile", PACKING, 10, False).mode
+        found[sign] = select_engine(model, "compile", PACKING, 10, False).mode
         assert all(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout))
         monkeypatch.undo()
     assert found == {1: "compiled", -1: "eager"}
@@ -247,31 +249,31 @@ def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
 def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
     from phoque.training.engine import lora_linear as module
 
-    real = module.adapted
-    monkeypatch.setattr(module, "adapted", lambda x, *rest: tuple(1.5 * part for part in real(x, *rest)))
+    real = module.apply_lora_linear
+    monkeypatch.setattr(module, "apply_lora_linear", lambda x, *rest: tuple(1.5 * part for part in real(x, *rest)))
     model = adapted_model(mistral3, "none", traced=False)
-    chosen = choose(model, "compile", PACKING, 10, False)
+    chosen = select_engine(model, "compile", PACKING, 10, False)
     assert chosen.mode == "eager" and chosen.engine is None
-    assert re.search(r"compiled failed: hidden states differ by \d+.*own products failed: hidden", chosen.reason)
+    assert re.search(r"compiled failed: hidden states differ by \d+.*fused linear layers failed: hidden", chosen.reason)
     assert not any("forward" in vars(m) for m in model.modules() if hasattr(m, "lora_A"))
 
 
 def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, monkeypatch):
     from phoque.training.engine import lora_linear as module
 
-    real = module.adapted
-    monkeypatch.setattr(module, "adapted", lambda x, dropped, a, b, weight: real(x, dropped, a, -b, weight))
+    real = module.apply_lora_linear
+    monkeypatch.setattr(module, "apply_lora_linear", lambda x, dropped, a, b, weight: real(x, dropped, a, -b, weight))
     model = adapted_model(mistral3, "none", traced=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-    assert choose(model, "compile", PACKING, 10, False).mode == "eager"
+    assert select_engine(model, "compile", PACKING, 10, False).mode == "eager"
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def short_of_memory(monkeypatch, times):
     """A pass of the layers finds no memory so many times; whether what it had made was gone before it was spared."""
-    run, spare, left, made, freed = Engine._run, Engine.spare, [times], [], []
+    run, spare, left, made, freed = Engine._run, Engine.reduce_memory, [times], [], []
 
     def running(self, row):
         out = run(self, row)
@@ -282,21 +284,21 @@ def short_of_memory(monkeypatch, times):
         return out
 
     def spared(self):
-        self._graphs._current = _Pair(static_row(), torch.zeros(1), torch.zeros(1), None, None)
+        self._graphs._current = _GraphPair(static_row(), torch.zeros(1), torch.zeros(1), None, None)
         found = spare(self)
         freed.append(made[-1]() is None and self._graphs._current is None)
         return found
 
     monkeypatch.setattr(Engine, "_run", running)
-    monkeypatch.setattr(Engine, "spare", spared)
+    monkeypatch.setattr(Engine, "reduce_memory", spared)
     return freed
 
 
 def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, monkeypatch):
     freed = short_of_memory(monkeypatch, 3)
-    chosen = choose(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
-    assert chosen.mode == "compiled" and chosen.engine.recomputed == 2 and freed == [True] * 3
-    assert f"ran out in a trial: {FRUGAL}; memory ran out in a trial: more layers" in chosen.reason
+    chosen = select_engine(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+    assert chosen.mode == "compiled" and chosen.engine.recomputed_layers == 2 and freed == [True] * 3
+    assert f"ran out in a trial: {POINTWISE_RECOMPUTED}; memory ran out in a trial: more layers" in chosen.reason
     assert chosen.reason.endswith("2 of 3 layers are recomputed")
     assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
 
@@ -304,14 +306,18 @@ def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, mon
 def test_memory_that_runs_out_whatever_is_spared_is_said(mistral3, monkeypatch):
     short_of_memory(monkeypatch, 9)
     with pytest.raises(torch.OutOfMemoryError):
-        choose(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+        select_engine(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
 
 
 def test_whole_weights_go_before_layers_are_recomputed(mistral3):
     engine = Engine(adapted_model(mistral3, "nf4"), compiled=True)
-    engine.hold(whole=True)
-    assert engine.spare() == "the weights are not kept whole" and not engine.whole and not engine.recomputed
-    assert [engine.spare() for _ in range(5)] == [FRUGAL, *["more layers are recomputed"] * 3, ""]
+    engine.set_weight_cache(enabled=True)
+    assert (
+        engine.reduce_memory() == "the weight cache is dropped"
+        and not engine.weight_cache
+        and not engine.recomputed_layers
+    )
+    assert [engine.reduce_memory() for _ in range(5)] == [POINTWISE_RECOMPUTED, *["more layers are recomputed"] * 3, ""]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
@@ -354,8 +360,8 @@ def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_pat
 
 
 def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
-    chosen = choose(adapted_model(mistral3, "none"), "graph", PACKING, 10, True)
-    assert chosen.mode == "compiled" and "no CUDA graph on a CPU" in chosen.reason
+    chosen = select_engine(adapted_model(mistral3, "none"), "graph", PACKING, 10, True)
+    assert chosen.mode == "compiled" and "no CUDA graphs on a CPU" in chosen.reason
     assert chosen.record()["recomputed_layers"] == len(chosen.engine.layers)
     assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
 
@@ -366,10 +372,10 @@ def test_layers_compile_once_for_all_of_them_and_for_every_length(mistral3):
     for several, graphs in ((False, 4), (True, 2)):
         torch.compiler.reset()
         counters.clear()
-        engine = Engine(adapted_model(mistral3, "none"), compiled=True, several=several)
+        engine = Engine(adapted_model(mistral3, "none"), compiled=True, dynamic=several)
         for tokens in (128, 160, 192, 224):
-            row = Row.of(**packed(talks(), Shape(tokens, 12, 40)))
-            engine.hidden(row).sum().backward()
+            row = PackedRow.from_batch(**build_batch(talks(), Shape(tokens, 12, 40)))
+            engine.compute_hidden(row).sum().backward()
         assert counters["stats"]["unique_graphs"] == graphs
 
 

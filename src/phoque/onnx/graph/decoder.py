@@ -10,14 +10,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.models.load import HEAD
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
-from phoque.onnx.graph.trace import TracedDecoder, PackedParameter
-from phoque.onnx.quantize.block_format import Quantizer, choose_group_size, can_quantize
+from phoque.onnx.graph.trace import PackedParameter, TracedDecoder
+from phoque.onnx.quantize.block_format import Quantizer, can_quantize, choose_group_size
 
 SLICE_END = 2**31 - 1  # the end of a Slice that goes to the end of the axis
 
 
 def decoder_component(
-    traced: TracedDecoder, weights: Weights, name: str, dtype: torch.dtype, quantizer: Quantizer | None, takes_embeds: bool
+    traced: TracedDecoder,
+    weights: Weights,
+    name: str,
+    dtype: torch.dtype,
+    quantizer: Quantizer | None,
+    takes_embeds: bool,
 ) -> Component:
     """Build the decoder session: `model` takes input_ids, `decoder_model_merged` takes inputs_embeds (`takes_embeds`).
 
@@ -77,7 +82,9 @@ def _remove_attention_mask(graph: ir.Graph) -> None:
     for node in attention_nodes:
         if len(node.inputs) > 10:
             node.replace_input_with(10, None)
-    where_nodes = [n for n in graph if n.op_type == "Where" and _get_scalar(n.inputs[1]) == 0.0] if attention_nodes else []
+    where_nodes = (
+        [n for n in graph if n.op_type == "Where" and _get_scalar(n.inputs[1]) == 0.0] if attention_nodes else []
+    )
     for node in where_nodes:
         attention_output = node.inputs[2]
         assert attention_output is not None
@@ -106,7 +113,9 @@ def _simplify(graph: ir.Graph) -> None:
 def _read_shape_output(node: ir.Node) -> list[Any]:
     """Return the sizes that a Shape node outputs: integers where they are static, else symbols or None."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    return [None] if shape is None else list(shape)[_get_attribute(node, "start", 0) : _get_attribute(node, "end", None)]
+    return (
+        [None] if shape is None else list(shape)[_get_attribute(node, "start", 0) : _get_attribute(node, "end", None)]
+    )
 
 
 def _split_packed_matmuls(graph: ir.Graph, recipes: dict[str, tuple[PackedParameter, ...]]) -> None:
@@ -168,7 +177,9 @@ def _rename_inputs_outputs(graph: ir.Graph, config: Any, dtype: torch.dtype) -> 
         values.extend(ordered)
 
 
-def _replace_head(component: Component, traced: TracedDecoder, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> None:
+def _replace_head(
+    component: Component, traced: TracedDecoder, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None
+) -> None:
     """Replace the traced head by one that returns logits for the last `num_logits_to_keep` tokens; 0 means all."""
     graph = component.model.graph
     (weight_name,) = (name for name, parameters in traced.recipes.items() if parameters[0].name == HEAD)
@@ -183,7 +194,9 @@ def _replace_head(component: Component, traced: TracedDecoder, weights: Weights,
     last_hidden = _add_node(graph, "Slice", [hidden, start, ends, axes])
     vocab_size, hidden_size = weights.shape(HEAD)
     if quantizer and can_quantize((vocab_size, hidden_size)):
-        output = _add_quantized_linear(component, last_hidden, [HEAD], quantizer, dtype, EMBEDDINGS if weights.tied else HEAD)
+        output = _add_quantized_linear(
+            component, last_hidden, [HEAD], quantizer, dtype, EMBEDDINGS if weights.tied else HEAD
+        )
     else:
         table = _add_weight(component, weights, EMBEDDINGS if weights.tied else HEAD, dtype)
         flat = _add_node(graph, "Reshape", [last_hidden, _add_ints(graph, "head_in", [-1, hidden_size])])
@@ -209,7 +222,9 @@ def _cast_input(graph: ir.Graph, dtype: torch.dtype) -> None:
             node.replace_input_with(index, cast)
 
 
-def _replace_inputs_embeds(component: Component, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> None:
+def _replace_inputs_embeds(
+    component: Component, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None
+) -> None:
     """Replace the input inputs_embeds by input_ids and an embedding lookup."""
     graph = component.model.graph
     embeds = graph.inputs[0]
@@ -240,8 +255,15 @@ def _add_embedding_lookup(
         embeddings = _add_node(graph, "Reshape", [dequantized, _add_ints(graph, "embed_shape", [1, -1, shape[1]])])
         current_dtype = torch.float32
     else:
-        embeddings, current_dtype = _add_node(graph, "Gather", [_add_weight(component, weights, EMBEDDINGS, dtype), ids]), dtype
-    return embeddings if current_dtype == output_dtype else _add_node(graph, "Cast", [embeddings], attributes={"to": int(DTYPES[output_dtype])})
+        embeddings, current_dtype = (
+            _add_node(graph, "Gather", [_add_weight(component, weights, EMBEDDINGS, dtype), ids]),
+            dtype,
+        )
+    return (
+        embeddings
+        if current_dtype == output_dtype
+        else _add_node(graph, "Cast", [embeddings], attributes={"to": int(DTYPES[output_dtype])})
+    )
 
 
 def _add_dequantize(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
@@ -261,7 +283,9 @@ def _add_weight(component: Component, weights: Weights, name: str, dtype: torch.
     return value
 
 
-def _fill_weights(component: Component, traced: TracedDecoder, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None) -> None:
+def _fill_weights(
+    component: Component, traced: TracedDecoder, weights: Weights, dtype: torch.dtype, quantizer: Quantizer | None
+) -> None:
     """Replace every traced weight: quantized where possible, else assembled in `dtype` as its recipe says."""
     graph = component.model.graph
     for weight_name, parameters in traced.recipes.items():
@@ -281,7 +305,9 @@ def _fill_weights(component: Component, traced: TracedDecoder, weights: Weights,
             shape = (*shapes[0][:-1], sum(s[-1] for s in shapes))
             value = component.add_initializer(f"{_joint_name(names)}.filled", shape, dtype)
             traced_weight.replace_all_uses_with(value)
-            component.fills.append(([value], lambda parameters=parameters: [_concatenate_parameters(weights, parameters).to(dtype)]))
+            component.fills.append(
+                ([value], lambda parameters=parameters: [_concatenate_parameters(weights, parameters).to(dtype)])
+            )
         del graph.initializers[weight_name]
 
 
@@ -309,15 +335,21 @@ def _add_quantized_linear(
 ) -> ir.Value:
     """Add one linear layer whose quantized weights are concatenated along the output rows; all have the same bits."""
     codes, scales, zeros, bits, rows, columns = _add_quantized_weights(component, names, quantizer, dtype, label)
-    if quantizer.dequantize_on_load:  # dequantization reads only constants, so runtimes fold it when they load the graph
+    if (
+        quantizer.dequantize_on_load
+    ):  # dequantization reads only constants, so runtimes fold it when they load the graph
         graph = component.model.graph
         dequantized = _add_dequantize(graph, codes, scales, before)
-        matrix = _add_node(graph, "Reshape", [dequantized, _add_ints(graph, f"{label}.shape", [rows, columns])], before=before)
+        matrix = _add_node(
+            graph, "Reshape", [dequantized, _add_ints(graph, f"{label}.shape", [rows, columns])], before=before
+        )
         transposed = _add_node(graph, "Transpose", [matrix], attributes={"perm": [1, 0]}, before=before)
         return _add_node(graph, "MatMul", [hidden, transposed], before=before)
     attributes = {"K": columns, "N": rows, "bits": bits, "block_size": choose_group_size(columns), "accuracy_level": 4}
     inputs = [hidden, codes, scales, *([zeros] if zeros is not None else [])]
-    component.model.graph.opset_imports["com.microsoft"] = 1  # a graph traced without fused operators does not import it
+    component.model.graph.opset_imports["com.microsoft"] = (
+        1  # a graph traced without fused operators does not import it
+    )
     return _add_node(component.model.graph, "MatMulNBits", inputs, "com.microsoft", attributes, before)
 
 
@@ -331,7 +363,14 @@ def _add_quantized_weights(
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
     registered = component.model.graph.initializers
     if f"{label}.codes" in registered:
-        return registered[f"{label}.codes"], registered[f"{label}.scales"], registered.get(f"{label}.zeros"), bits, rows, columns
+        return (
+            registered[f"{label}.codes"],
+            registered[f"{label}.scales"],
+            registered.get(f"{label}.zeros"),
+            bits,
+            rows,
+            columns,
+        )
     group_size = choose_group_size(columns)
     values = [
         component.add_initializer(f"{label}.codes", (rows, columns // group_size, group_size * bits // 8), torch.uint8),

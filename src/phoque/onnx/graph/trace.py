@@ -79,7 +79,9 @@ def _build_skeleton(config: Any, dtype: torch.dtype, layers: int) -> tuple[Any, 
     for number, name in enumerate(names):
         path, _, leaf = name.rpartition(".")
         parameters = model.get_submodule(path)._parameters
-        parameters[leaf] = torch.nn.Parameter(_make_watermark(number, parameters[leaf].shape, dtype), requires_grad=False)
+        parameters[leaf] = torch.nn.Parameter(
+            _make_watermark(number, parameters[leaf].shape, dtype), requires_grad=False
+        )
     return model.eval(), names
 
 
@@ -159,7 +161,9 @@ def _read_recipes(model: ir.Model, names: list[str]) -> dict[str, tuple[PackedPa
             continue
         recipes[name] = tuple(_read_watermarks(array, names))
     missing = sorted(
-        set(names) - {parameter.name for parameters in recipes.values() for parameter in parameters} - {"model.embed_tokens.weight"}
+        set(names)
+        - {parameter.name for parameters in recipes.values() for parameter in parameters}
+        - {"model.embed_tokens.weight"}
     )
     if missing:
         raise PhoqueError(
@@ -196,15 +200,23 @@ def _repeat_middle_layer(traced: TracedDecoder, layers: int) -> TracedDecoder:
         source: target
         for middle_node, last_node in zip(middle, last, strict=True)
         for source, target in zip(middle_node.inputs, last_node.inputs, strict=True)
-        if source is not None and target is not None and source is not target and source.producer() is not None and layer_of[source] == 0
+        if source is not None
+        and target is not None
+        and source is not target
+        and source.producer() is not None
+        and layer_of[source] == 0
     }
     for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
         value.name = str(value.name).replace("layers.2.", f"layers.{layers - 1}.")
     recipes = {
-        name.replace("layers.2.", f"layers.{layers - 1}."): tuple(_move_to_layer(parameter, 2, layers - 1) for parameter in parameters)
+        name.replace("layers.2.", f"layers.{layers - 1}."): tuple(
+            _move_to_layer(parameter, 2, layers - 1) for parameter in parameters
+        )
         for name, parameters in traced.recipes.items()
     }
-    latest = {target: target for target in counterparts.values()}  # maps each value of the middle layer to its latest copy
+    latest = {
+        target: target for target in counterparts.values()
+    }  # maps each value of the middle layer to its latest copy
     for number in range(2, layers - 1):
         copies = {source: latest[target] for source, target in counterparts.items()}
         for node in middle:
@@ -260,13 +272,17 @@ def _copy_node(
         is_own_cache = value.is_graph_input() and "layers.1." in str(value.name)
         if not is_own_cache and layer_of[value] != 1:
             continue
-        new_value = ir.Value(name=_name_of_copy(value, number), shape=value.shape, type=value.type, const_value=value.const_value)
+        new_value = ir.Value(
+            name=_name_of_copy(value, number), shape=value.shape, type=value.type, const_value=value.const_value
+        )
         copies[value] = new_value
         if is_own_cache:
             graph.inputs.append(new_value)
         else:
             graph.register_initializer(new_value)
-            recipes[str(new_value.name)] = tuple(_move_to_layer(parameter, 1, number) for parameter in recipes[str(value.name)])
+            recipes[str(new_value.name)] = tuple(
+                _move_to_layer(parameter, 1, number) for parameter in recipes[str(value.name)]
+            )
     inputs = [copies.get(value, value) if value is not None else None for value in node.inputs]
     new_node = ir.node(
         node.op_type,

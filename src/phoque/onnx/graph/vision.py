@@ -10,7 +10,7 @@ from phoque.errors import PhoqueError
 from phoque.onnx.component import DTYPES, Component, Weights
 from phoque.onnx.graph.decoder import strip_metadata
 from phoque.onnx.graph.trace import silence_exporter
-from phoque.onnx.quantize.block_format import choose_group_size, can_quantize, round_to_nearest
+from phoque.onnx.quantize.block_format import can_quantize, choose_group_size, round_to_nearest
 
 TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
 EXTERNAL_BYTES = 4096  # bytes; smaller initializers stay in the graph
@@ -120,6 +120,11 @@ def _externalize_initializers(component: Component) -> None:
     numpy_dtypes = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
     for value in component.model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < EXTERNAL_BYTES or tensor.dtype not in numpy_dtypes:
+        if (
+            tensor is None
+            or isinstance(tensor, ir.ExternalTensor)
+            or tensor.nbytes < EXTERNAL_BYTES
+            or tensor.dtype not in numpy_dtypes
+        ):
             continue
         component.fills.append(([value], lambda tensor=tensor: [torch.from_numpy(tensor.numpy())]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from phoque.onnx.accuracy import Ids
-from phoque.onnx.quantize.block_format import QuantizedMatrix, choose_group_size, split_groups, pack_codes
+from phoque.onnx.quantize.block_format import QuantizedMatrix, choose_group_size, pack_codes, split_groups
 from phoque.onnx.quantize.linear_groups import LINEAR_GROUPS, replace_weight
 
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of the mean of that diagonal
@@ -31,7 +31,9 @@ def quantize_model(model: Any, chats: Ids, show: Callable[[int, str], None]) -> 
     for number, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{number}."
         with ExitStack() as stack:
-            hessians = [stack.enter_context(_accumulate_hessian(layer.get_submodule(group[0]))) for group in LINEAR_GROUPS]
+            hessians = [
+                stack.enter_context(_accumulate_hessian(layer.get_submodule(group[0]))) for group in LINEAR_GROUPS
+            ]
             for hidden, kwargs in layer_inputs:
                 layer(hidden, **kwargs)
         for group, hessian in zip(LINEAR_GROUPS, hessians, strict=True):
@@ -43,7 +45,9 @@ def quantize_model(model: Any, chats: Ids, show: Callable[[int, str], None]) -> 
     return matrices
 
 
-def search_scales(weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def search_scales(
+    weight: torch.Tensor, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the 4-bit scales and zero points with the least squared error, weighted by `importance` [columns].
 
     Returns (errors [rows, columns], scales [rows, groups], zeros [rows, groups]). Without `importance` only the full

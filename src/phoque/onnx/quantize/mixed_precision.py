@@ -8,7 +8,7 @@ import torch
 
 from phoque.onnx.accuracy import Ids
 from phoque.onnx.component import Weights
-from phoque.onnx.quantize.block_format import Quantizer, split_groups, round_to_nearest
+from phoque.onnx.quantize.block_format import Quantizer, round_to_nearest, split_groups
 from phoque.onnx.quantize.gptq import quantize_model, search_scales
 from phoque.onnx.quantize.linear_groups import hook_linear_inputs, linear_groups_of, replace_weight
 
@@ -35,7 +35,9 @@ def quantize_mixed_precision(
     while True:
         with _round_activations(model):
             kl, agreement = _measure_accuracy(model, held_out, expected)
-        show(model.config.num_hidden_layers, f"KL {kl:.3f} nats, {len(raised)} of {len(by_cost)} linear groups in 8 bits")
+        show(
+            model.config.num_hidden_layers, f"KL {kl:.3f} nats, {len(raised)} of {len(by_cost)} linear groups in 8 bits"
+        )
         if (kl <= limits[0] and agreement >= limits[1]) or len(raised) == len(by_cost):
             break
         batch = by_cost[len(raised) : len(raised) + max(1, round(RAISED_SHARE * len(by_cost)))]
@@ -46,7 +48,9 @@ def quantize_mixed_precision(
     by_parameter = {f"{name}.weight": matrix for name, matrix in matrices.items()}
     quantizer = Quantizer(
         lambda name: by_parameter[name] if name in by_parameter else round_to_nearest(weights.read(name)),
-        lambda name: (by_parameter[name].bits, by_parameter[name].zeros is not None) if name in by_parameter else (8, False),
+        lambda name: (
+            (by_parameter[name].bits, by_parameter[name].zeros is not None) if name in by_parameter else (8, False)
+        ),
     )
     return quantizer, {"raised": len(raised), "groups": len(by_cost)}
 
@@ -60,7 +64,9 @@ def _round_activations(model: Any) -> Generator[None]:
         scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
         return ((groups / scale).round() * scale).flatten(-2)
 
-    with hook_linear_inputs(model, [*(name for group in linear_groups_of(model) for name in group), "lm_head"], round_to_8_bits):
+    with hook_linear_inputs(
+        model, [*(name for group in linear_groups_of(model) for name in group), "lm_head"], round_to_8_bits
+    ):
         yield
 
 
@@ -92,7 +98,9 @@ def _estimate_costs(model: Any, chats: Ids) -> dict[tuple[str, ...], float]:
     groups = linear_groups_of(model)
     activations: dict[str, Any] = {}
     costs = dict.fromkeys(groups, 0.0)
-    errors = {name: search_scales(model.get_submodule(name).weight.float(), None)[0] for group in groups for name in group}
+    errors = {
+        name: search_scales(model.get_submodule(name).weight.float(), None)[0] for group in groups for name in group
+    }
     hooks = []
     for name in errors:
 

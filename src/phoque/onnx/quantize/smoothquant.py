@@ -33,7 +33,10 @@ def smooth_activations(weights: Weights, model: Any, chats: Ids) -> Weights:
     for group, source in zip(linear_groups_of(model), SMOOTH_SOURCES * config.num_hidden_layers, strict=True):
         group_weights = [model.get_submodule(name).weight.float() for name in group]
         source_name = f"{group[0].rpartition('.')[0].rpartition('.')[0]}.{source}"
-        rms, weight_max = channel_rms[group[0]].clamp(min=1e-5), torch.stack([w.abs().amax(0) for w in group_weights]).amax(0)
+        rms, weight_max = (
+            channel_rms[group[0]].clamp(min=1e-5),
+            torch.stack([w.abs().amax(0) for w in group_weights]).amax(0),
+        )
         factor = rms**SMOOTHING / weight_max.clamp(min=1e-5) ** (1 - SMOOTHING)
         repeats = 1
         if source == "self_attn.v_proj":  # with grouped-query attention several query heads share a value head
@@ -50,7 +53,12 @@ def smooth_activations(weights: Weights, model: Any, chats: Ids) -> Weights:
     for name, channel_factors in factors.items():
         parameter = model.get_parameter(name).data
         parameter.copy_(apply_factors(parameter.float(), channel_factors))
-    return weights.with_factors({name: [(dimension, factor.cpu()) for dimension, factor in channel_factors] for name, channel_factors in factors.items()})
+    return weights.with_factors(
+        {
+            name: [(dimension, factor.cpu()) for dimension, factor in channel_factors]
+            for name, channel_factors in factors.items()
+        }
+    )
 
 
 def _take_tokens(chats: Ids, tokens: int) -> Ids:

@@ -1,1 +1,1 @@
-"""Whether an export runs in Transformers.js: one file a level, and no level is called good that did not run."""
+"""Verify that an export runs in Transformers.js: one file per level; a level that did not run never passes."""

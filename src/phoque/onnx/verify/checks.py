@@ -1,4 +1,4 @@
-"""What was checked, and what came of it."""
+"""The checks of a verification, their results, and the verdict over all of them."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,12 +10,12 @@ PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT RUN"
 
 
 class CheckFailed(Exception):
-    """A check says no; the text says what is wrong, in words that a user can act on."""
+    """A check failed; the message says what is wrong, so that a user can act on it."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: its level, what it asks, PASS, FAIL or NOT RUN, and what was found."""
+    """One check: what it `asks`, its `result`, and what it measured or why it failed or did not run (`said`)."""
 
     level: str
     asks: str
@@ -25,52 +25,52 @@ class Check:
 
 @dataclass
 class Verdict:
-    """All checks in the order they ran, and numbers worth keeping; `asked` is a level that was asked for by name."""
+    """All checks in the order they ran, and measured numbers; `required_level`, if set, must have run to pass."""
 
-    asked: str | None = None
+    required_level: str | None = None
     checks: list[Check] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def check(self, level: str, asks: str) -> Generator[list[str]]:
-        """Run one check in the block: it passes unless Fails is raised; what is appended to the list is reported."""
-        said: list[str] = []
+        """Run the `with` body as one check: CheckFailed fails it; strings appended to the yielded list are reported."""
+        notes: list[str] = []
         try:
-            yield said
+            yield notes
         except CheckFailed as problem:
             self.checks.append(Check(level, asks, FAIL, str(problem)))
         else:
-            self.checks.append(Check(level, asks, PASS, "; ".join(said)))
+            self.checks.append(Check(level, asks, PASS, "; ".join(notes)))
 
-    def leave_out(self, level: str, asks: str, why: str) -> None:
-        """Say that something did not run, and why."""
+    def skip(self, level: str, asks: str, why: str) -> None:
+        """Record that a check did not run, and why."""
         self.checks.append(Check(level, asks, NOT_RUN, why))
 
-    def failed(self) -> list[Check]:
-        """The checks that say no."""
+    def failed_checks(self) -> list[Check]:
+        """Return the checks that failed."""
         return [check for check in self.checks if check.result == FAIL]
 
     def level(self, name: str) -> str:
-        """PASS, FAIL or NOT RUN: a level of which something failed fails, one that ran nothing did not run."""
+        """Return FAIL if a check of this level failed, NOT RUN if none of its checks ran, else PASS."""
         results = {check.result for check in self.checks if check.level == name}
         return FAIL if FAIL in results else PASS if PASS in results else NOT_RUN
 
-    def whole(self) -> str:
-        """FAIL if anything failed, else what came of the level that was asked for, else PASS."""
-        return FAIL if self.failed() else self.level(self.asked) if self.asked else PASS
+    def overall_result(self) -> str:
+        """Return FAIL if any check failed, else the result of `required_level` if one is set, else PASS."""
+        return FAIL if self.failed_checks() else self.level(self.required_level) if self.required_level else PASS
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the verdict as the object that --json prints."""
         return {
             "schema_version": 1,
-            "verdict": self.whole(),
+            "verdict": self.overall_result(),
             "levels": {name: self.level(name) for name in LEVELS},
             "checks": [vars(check) for check in self.checks],
             "numbers": self.numbers,
         }
 
     def as_markdown(self, name: str) -> str:
-        """For a model card."""
+        """Return the verdict as Markdown tables for a model card."""
         lines = [f"## Verified: {name}", "", "| level | verdict |", "|---|---|"]
         lines += [f"| {level} | {self.level(level)} |" for level in LEVELS]
         lines += ["", "| level | check | result | found |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Where an export lies, in a folder or on the Hub; there its small files are fetched and its weights are not."""
+"""An export in a folder or on the Hub; from the Hub, small files are downloaded on use and weights only when needed."""
 
 import hashlib
 import json
@@ -10,75 +10,77 @@ from phoque.files import sha256
 from phoque.hub.repo import Repo
 from phoque.onnx.verify.checks import CheckFailed
 
-SMALL = 64 << 20  # bytes; a graph whose weights lie beside it is far smaller
+MAX_FETCH_BYTES = 64 << 20  # bytes; a graph with external data is far smaller
 
 
-class Local:
+class LocalExport:
     """An export in a folder."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise PhoqueError(f"There is no folder {folder}.", "--local-dir names it.", "Check the path.")
+            raise PhoqueError(
+                f"There is no folder {folder}.", "--local-dir must be an existing folder.", "Check the path."
+            )
         self.folder, self.name = folder, folder.name
         self.sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
 
     def fetch(self, path: str) -> Path:
-        """The file."""
+        """Return the path of a file."""
         return self.folder / path
 
     def digest(self, path: str) -> str:
-        """Its SHA-256."""
+        """Return the SHA-256 of a file."""
         return sha256(self.folder / path)
 
-    def whole(self) -> Path:
-        """The folder with all files."""
+    def fetch_all(self) -> Path:
+        """Return the folder that holds all files."""
         return self.folder
 
 
-class OnHub:
+class HubExport:
     """An export in a model repository, at one commit."""
 
     def __init__(self, repo: Repo, revision: str | None, cache: Path) -> None:
-        self._repo, self._there = repo, repo.snapshot(revision)
+        self._repo, self._snapshot = repo, repo.snapshot(revision)
         self.name = repo.name
-        self.folder = cache / "onnx" / f"{repo.name.replace('/', '--')}-{self._there.sha[:12]}"
-        self.sizes = {path: file.size for path, file in self._there.files.items() if not path.startswith(".git")}
+        self.folder = cache / "onnx" / f"{repo.name.replace('/', '--')}-{self._snapshot.sha[:12]}"
+        self.sizes = {path: file.size for path, file in self._snapshot.files.items() if not path.startswith(".git")}
 
     def fetch(self, path: str) -> Path:
-        """The file, fetched on first use; large ones are not fetched for a look. Raises Fails for those."""
-        if self.sizes[path] > SMALL:
+        """Download a file on first use; return its path. Raises CheckFailed if it is larger than MAX_FETCH_BYTES."""
+        if self.sizes[path] > MAX_FETCH_BYTES:
             raise CheckFailed(
-                f"{path} has {self.sizes[path] >> 20} MB: its weights are inside, so it cannot be looked at alone"
+                f"{path} has {self.sizes[path] >> 20} MB: it contains its weights, so it is not downloaded to be checked"
             )
-        return self._fetched(path)
+        return self._download(path)
 
-    def _fetched(self, path: str) -> Path:
+    def _download(self, path: str) -> Path:
         file = self.folder / path
-        return file if file.is_file() else self._repo.fetch(self._there, path, self.folder)
+        return file if file.is_file() else self._repo.fetch(self._snapshot, path, self.folder)
 
     def digest(self, path: str) -> str:
-        """The SHA-256 that the Hub lists for a file in LFS; of a small file, its own."""
-        lfs = self._there.files[path].lfs
-        return lfs.sha256 if lfs else hashlib.sha256(self._fetched(path).read_bytes()).hexdigest()
+        """Return the SHA-256 that the Hub lists for an LFS file; other files are downloaded and hashed."""
+        lfs = self._snapshot.files[path].lfs
+        return lfs.sha256 if lfs else hashlib.sha256(self._download(path).read_bytes()).hexdigest()
 
-    def whole(self) -> Path:
-        """The folder with all files, fetched and compared with the Hub's hashes."""
+    def fetch_all(self) -> Path:
+        """Download all files, compare them with the Hub's hashes, and return their folder."""
         for path in self.sizes:
-            self._fetched(path)
+            self._download(path)
         return self.folder
 
 
-ExportDir = Local | OnHub
+ExportDir = LocalExport | HubExport
 
 
-def read_json(place: ExportDir, path: str) -> dict[str, Any]:
-    """A JSON file of the export. Raises Fails if it is missing or broken."""
-    if path not in place.sizes:
+def read_json(export: ExportDir, path: str) -> dict[str, Any]:
+    """Read a JSON object from a file of the export. Raises CheckFailed if it is missing or not a JSON object."""
+    if path not in export.sizes:
         raise CheckFailed(f"{path} is missing")
     try:
-        found = json.loads(place.fetch(path).read_text(encoding="utf-8"))
+        content = json.loads(export.fetch(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckFailed(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckFailed(f"{path} holds no JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise CheckFailed(f"{path} does not contain a JSON object")
+    return content

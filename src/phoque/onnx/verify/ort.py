@@ -1,4 +1,4 @@
-"""Level `ort`: the graphs run, their cache is right, far positions and new image sizes work, and they say the same."""
+"""Level `ort`: the graphs run in ONNX Runtime: cache, far positions, image sizes, and the reference's logits."""
 
 from pathlib import Path
 from typing import Any
@@ -10,157 +10,175 @@ from phoque.onnx.session import SUFFIXES, OnnxChatModel, open_session
 from phoque.onnx.verify.checks import CheckFailed, Verdict
 
 LEVEL = "ort"
-FAR = 20_000  # a position beyond 16,384, from where Ministral 3 scales its queries
+FAR_POSITION = 20_000  # a position beyond 16,384, where Ministral 3 starts to scale its queries
 NEW_TOKENS = 64
-LONGEST_S = 60.0  # for an answer: a CPU without 16-bit floats takes seconds a token of a 3B model in them
-# how far a cache may move a logit, as a share of the largest one: in fp16 sums of another order round differently, and
-# in bits the activations are rounded to 8
-CACHE = {"fp32": 1e-4, "fp16": 2e-2, "q8": 5e-2, "q4": 5e-2, "q4f16": 8e-2, "int8": 1e-4}
-LARGEST_KL = {"fp32": 1e-4, "fp16": 1e-2, "q8": 0.1, "q4": 0.3, "q4f16": 0.3, "int8": 0.1}  # nats a token
-EQUAL = 1e-3  # fp32 logits beside the model's own, as a share of the largest
+MAX_ANSWER_S = 60.0  # per answer: a CPU without fp16 arithmetic needs seconds per token for a 3B model in fp16
+# how far the KV cache may move a logit, as a fraction of the largest one: fp16 sums in another order round differently,
+# and quantized kernels round activations to 8 bits
+MAX_CACHE_DIFFERENCE = {"fp32": 1e-4, "fp16": 2e-2, "q8": 5e-2, "q4": 5e-2, "q4f16": 8e-2, "int8": 1e-4}
+MAX_KL = {"fp32": 1e-4, "fp16": 1e-2, "q8": 0.1, "q4": 0.3, "q4f16": 0.3, "int8": 0.1}  # nats per token
+MAX_FP32_DIFFERENCE = 1e-3  # difference of fp32 logits from the reference's, as a fraction of the largest logit
 PROMPTS = ("What do the gulls want from you today?", "How do I learn to swim in the harbour?")
 
 
 def check_ort(folder: Path, layout: str, dtypes: list[str], reference: Source | None, verdict: Verdict) -> None:
-    """Add this level's checks; without a reference the most precise export there stands in for the model."""
-    prompts = _prompts(folder)
-    wanted = _of_model(reference, prompts) if reference else None
-    whose = "the model" if reference else f"{dtypes[0]}, the most precise here"
+    """Add this level's checks; without a reference model, the first (most precise) of `dtypes` is the reference."""
+    prompts = _encode_prompts(folder)
+    expected = _run_reference(reference, prompts) if reference else None
+    reference_name = "the reference model" if reference else f"{dtypes[0]}, the most precise here"
     for dtype in dtypes:
-        with verdict.check(LEVEL, f"{dtype}: it loads, and answers from an empty cache") as said:
-            chat = _opened(folder, dtype)
-            first = [_logits(chat, ids) for ids in prompts]
-            said.append(f"{len(chat.cache) // 2} layers")
+        with verdict.check(LEVEL, f"{dtype}: it loads, and runs with an empty cache") as notes:
+            chat = _open_model(folder, dtype)
+            logits = [_run_logits(chat, ids) for ids in prompts]
+            notes.append(f"{len(chat.cache) // 2} layers")
         if verdict.checks[-1].result == "FAIL":
             continue
-        with verdict.check(LEVEL, f"{dtype}: in pieces, with the cache, it says what it says at once") as said:
-            said.append(_pieces(chat, prompts[0], first[0], dtype))
-        with verdict.check(LEVEL, f"{dtype}: at position {FAR:,}") as said:
-            said.append(_far(chat, prompts[0], dtype, reference))
+        with verdict.check(LEVEL, f"{dtype}: logits in three steps with the cache match those of one step") as notes:
+            notes.append(_check_cache(chat, prompts[0], logits[0], dtype))
+        with verdict.check(LEVEL, f"{dtype}: logits at position {FAR_POSITION:,}") as notes:
+            notes.append(_check_far_position(chat, prompts[0], dtype, reference))
         if layout == "multimodal":
-            with verdict.check(LEVEL, f"{dtype}: images of three sizes") as said:
-                said.append(_sees(folder, dtype, reference))
-        if wanted is None:
-            wanted = first, [chat.generate(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
-            verdict.leave_out(
-                LEVEL, f"{dtype}: beside the model it came from", "no --reference: nothing to compare with"
+            with verdict.check(LEVEL, f"{dtype}: the vision encoder runs on images of three sizes") as notes:
+                notes.append(_check_vision_encoder(folder, dtype, reference))
+        if expected is None:
+            expected = logits, [chat.generate(ids, NEW_TOKENS, MAX_ANSWER_S) for ids in prompts]
+            verdict.skip(
+                LEVEL,
+                f"{dtype}: logits and answers match the reference model",
+                "there is no --reference to compare with",
             )
         else:
-            with verdict.check(LEVEL, f"{dtype}: beside {whose}") as said:
-                said.append(_beside(chat, prompts, first, wanted, dtype, verdict))
+            with verdict.check(LEVEL, f"{dtype}: logits and answers match {reference_name}") as notes:
+                notes.append(_compare_with_reference(chat, prompts, logits, expected, dtype, verdict))
         del chat
 
 
-def _opened(folder: Path, dtype: str) -> OnnxChatModel:
+def _open_model(folder: Path, dtype: str) -> OnnxChatModel:
     try:
         return OnnxChatModel(folder, dtype)
-    except Exception as error:  # ONNX Runtime has an exception for each code, all its own
-        raise CheckFailed(f"ONNX Runtime does not load it: {_short(error)}") from error
+    except Exception as error:  # ONNX Runtime has its own exception type for each error code
+        raise CheckFailed(f"ONNX Runtime cannot load it: {_shorten(error)}") from error
 
 
-def _short(error: BaseException) -> str:
+def _shorten(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _prompts(folder: Path) -> list[np.ndarray]:
+def _encode_prompts(folder: Path) -> list[np.ndarray]:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
-    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in asked]
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     return [np.array([tokenizer(text, add_special_tokens=False)["input_ids"]], np.int64) for text in texts]
 
 
-def _logits(chat: OnnxChatModel, ids: np.ndarray, **more: Any) -> np.ndarray:
-    """Logits [length, vocabulary] in fp32. Raises Fails for a crash or a NaN."""
+def _run_logits(chat: OnnxChatModel, ids: np.ndarray, **arguments: Any) -> np.ndarray:
+    """Run the graph; return fp32 logits [length, vocabulary]. Raises CheckFailed for an error, NaN or infinity."""
     try:
-        found = chat.run(ids, **more)[0][0].astype(np.float32)
+        logits = chat.run(ids, **arguments)[0][0].astype(np.float32)
     except Exception as error:  # as above
-        raise CheckFailed(f"ONNX Runtime fails in it: {_short(error)}") from error
-    if not np.isfinite(found).all():
-        raise CheckFailed("it says NaN or infinity: a weight is damaged, or a number does not fit its type")
-    return found
+        raise CheckFailed(f"ONNX Runtime cannot run it: {_shorten(error)}") from error
+    if not np.isfinite(logits).all():
+        raise CheckFailed("its logits contain NaN or infinity: a weight is damaged, or a value overflows its data type")
+    return logits
 
 
-def _pieces(chat: OnnxChatModel, ids: np.ndarray, whole: np.ndarray, dtype: str) -> str:
-    cut = ids.shape[1] // 2
-    first, past = chat.run(ids[:, :cut])
-    second, past = chat.run(ids[:, cut:-1], past)
+def _check_cache(chat: OnnxChatModel, ids: np.ndarray, expected: np.ndarray, dtype: str) -> str:
+    """Run a prompt in three steps with the KV cache and compare with `whole`, its logits from one step."""
+    half = ids.shape[1] // 2
+    first, past = chat.run(ids[:, :half])
+    second, past = chat.run(ids[:, half:-1], past)
     last, _ = chat.run(ids[:, -1:], past, 1)
-    found = np.concatenate([first, second, last], 1)[0].astype(np.float32)
-    off = float(np.abs(found - whole).max() / np.abs(whole).max())
-    if not off <= CACHE[dtype]:
+    logits = np.concatenate([first, second, last], 1)[0].astype(np.float32)
+    difference = float(np.abs(logits - expected).max() / np.abs(expected).max())
+    if not difference <= MAX_CACHE_DIFFERENCE[dtype]:
         raise CheckFailed(
-            f"with a cache the logits move by {off:.2g} of the largest one: the cache is not read or written right"
+            f"with the cache, logits differ by {difference:.2g} of the largest one: the graph misuses the cache"
         )
-    return f"off by {off:.1g} of the largest logit"
+    return f"logits differ by {difference:.1g} of the largest logit"
 
 
-def _far(chat: OnnxChatModel, ids: np.ndarray, dtype: str, reference: Source | None) -> str:
-    found = _logits(chat, ids, at=FAR)
+def _check_far_position(chat: OnnxChatModel, ids: np.ndarray, dtype: str, reference: Source | None) -> str:
+    logits = _run_logits(chat, ids, at=FAR_POSITION)
     if reference is None:
-        return "no NaN; without --reference there is nothing to compare with"
-    wanted = _torch_logits(reference, ids, FAR)
-    off = _off(found, wanted)
-    if dtype == "fp32" and np.abs(found - wanted).max() > EQUAL * np.abs(wanted).max():
+        return "no NaN; no --reference to compare with"
+    expected = _run_reference_logits(reference, ids, FAR_POSITION)
+    kl = _mean_kl(logits, expected)
+    if dtype == "fp32" and np.abs(logits - expected).max() > MAX_FP32_DIFFERENCE * np.abs(expected).max():
+        raise CheckFailed(f"its KL from the reference is {kl:.2g} nats per token: rotary or query scaling differs")
+    if kl > 20 * MAX_KL[dtype] + MAX_FP32_DIFFERENCE:
         raise CheckFailed(
-            f"there its logits are not the model's, by {off:.2g} nats a token: rotary or query scaling differs"
+            f"its KL from the reference is {kl:.2g} nats per token: rotary or query scaling differs from the model's"
         )
-    if off > 20 * LARGEST_KL[dtype] + EQUAL:
-        raise CheckFailed(
-            f"there it is off by {off:.2g} nats a token: rotary scaling or query scaling is not the model's"
-        )
-    return f"{off:.1g} nats a token from the model"
+    return f"KL from the reference {kl:.1g} nats per token"
 
 
-def _off(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean KL(wanted || found) over tokens, in nats."""
+def _mean_kl(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the mean KL(expected || actual) over tokens, in nats per token."""
     a, b = (
-        x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (wanted.astype(np.float64), found.astype(np.float64))
+        x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (expected.astype(np.float64), actual.astype(np.float64))
     )
     return float((np.exp(a) * (a - b)).sum(-1).mean())
 
 
-def _beside(
-    chat: OnnxChatModel, prompts: list[np.ndarray], found: list[np.ndarray], wanted: Any, dtype: str, verdict: Verdict
+def _compare_with_reference(
+    chat: OnnxChatModel,
+    prompts: list[np.ndarray],
+    actual: list[np.ndarray],
+    expected: Any,
+    dtype: str,
+    verdict: Verdict,
 ) -> str:
-    logits, spoken = wanted
-    said = [chat.generate(ids, NEW_TOKENS, LONGEST_S) for ids in prompts]
-    answers = [_logits(chat, np.concatenate([ids, [s]], 1)) for ids, s in zip(prompts, spoken, strict=True)]
-    forced = [logits_of[-len(s) - 1 : -1] for logits_of, s in zip(answers, spoken, strict=True)]
-    agreeing = float(
-        np.mean([a == b for one, s in zip(forced, spoken, strict=True) for a, b in zip(one.argmax(-1), s, strict=True)])
-    )
-    divergence = float(np.mean([_off(f, w) for f, w in zip(found, logits, strict=True)]))
-    equal = sum(a == b for one, other in zip(said, spoken, strict=True) for a, b in zip(one, other, strict=False))
-    tokens = sum(map(len, said))
-    verdict.numbers[dtype] = {"kl": divergence, "agreement": agreeing, "equal_tokens": equal, "tokens": tokens}
-    text = f"KL {divergence:.2g} nats a token, {agreeing:.0%} of next tokens agree, {equal} of {tokens} equal"
-    if divergence > LARGEST_KL[dtype]:
-        limit = LARGEST_KL[dtype]
-        raise CheckFailed(
-            f"{text}; rounding explains a KL of {limit}: these are other weights, or the graph is another one"
+    expected_logits, expected_answers = expected
+    answers = [chat.generate(ids, NEW_TOKENS, MAX_ANSWER_S) for ids in prompts]
+    forced_logits = [
+        _run_logits(chat, np.concatenate([ids, [s]], 1)) for ids, s in zip(prompts, expected_answers, strict=True)
+    ]
+    predictions = [sequence[-len(s) - 1 : -1] for sequence, s in zip(forced_logits, expected_answers, strict=True)]
+    agreement = float(
+        np.mean(
+            [
+                a == b
+                for ours, s in zip(predictions, expected_answers, strict=True)
+                for a, b in zip(ours.argmax(-1), s, strict=True)
+            ]
         )
+    )
+    kl = float(np.mean([_mean_kl(f, w) for f, w in zip(actual, expected_logits, strict=True)]))
+    n_equal = sum(
+        a == b
+        for ours, theirs in zip(answers, expected_answers, strict=True)
+        for a, b in zip(ours, theirs, strict=False)
+    )
+    n_tokens = sum(map(len, answers))
+    verdict.numbers[dtype] = {"kl": kl, "agreement": agreement, "equal_tokens": n_equal, "tokens": n_tokens}
+    text = f"KL {kl:.2g} nats per token, {agreement:.0%} of next tokens agree, {n_equal} of {n_tokens} tokens equal"
+    if kl > MAX_KL[dtype]:
+        limit = MAX_KL[dtype]
+        raise CheckFailed(f"{text}; rounding explains at most {limit}: these are other weights, or the graph differs")
     if dtype == "fp32":
-        off = max(float(np.abs(f - w).max() / np.abs(w).max()) for f, w in zip(found, logits, strict=True))
-        if off > EQUAL:
-            raise CheckFailed(f"{text}; its logits are off by {off:.2g} of the largest one")
+        difference = max(
+            float(np.abs(f - w).max() / np.abs(w).max()) for f, w in zip(actual, expected_logits, strict=True)
+        )
+        if difference > MAX_FP32_DIFFERENCE:
+            raise CheckFailed(f"{text}; its logits differ by {difference:.2g} of the largest one")
     return text
 
 
-def _of_model(source: Source, prompts: list[np.ndarray]) -> tuple[list[np.ndarray], list[list[int]]]:
-    """The model's own logits, and its greedy answers, in fp32 on the CPU."""
+def _run_reference(source: Source, prompts: list[np.ndarray]) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Run the reference model in fp32 on the CPU; return its logits and its greedy answers, one per prompt."""
     import torch
 
-    model = _model(source)
-    logits, spoken = [], []
+    model = _load_reference(source)
+    logits, answers = [], []
     with torch.no_grad():
         for ids in prompts:
-            given = torch.from_numpy(ids)
-            logits.append(model(input_ids=given).logits[0].numpy())
+            prompt_ids = torch.from_numpy(ids)
+            logits.append(model(input_ids=prompt_ids).logits[0].numpy())
             out = model.generate(
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
+                input_ids=prompt_ids,
+                attention_mask=torch.ones_like(prompt_ids),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 min_new_tokens=NEW_TOKENS,
@@ -172,36 +190,36 @@ def _of_model(source: Source, prompts: list[np.ndarray]) -> tuple[list[np.ndarra
                 eos_token_id=None,
                 repetition_penalty=None,
             )
-            spoken.append(out[0, given.shape[1] :].tolist())
-    return logits, spoken
+            answers.append(out[0, prompt_ids.shape[1] :].tolist())
+    return logits, answers
 
 
-_held: dict[str, Any] = {}  # the reference, loaded once for all checks
+_loaded_reference: dict[str, Any] = {}  # the reference model by folder, loaded once for all checks
 
 
-def _model(source: Source) -> Any:
+def _load_reference(source: Source) -> Any:
     import torch
 
     from phoque.models.load import load_model
 
     key = str(source.folder)
-    if key not in _held:
-        _held.clear()
-        _held[key] = load_model(source, "none", on=torch.device("cpu")).eval()
-    return _held[key]
+    if key not in _loaded_reference:
+        _loaded_reference.clear()
+        _loaded_reference[key] = load_model(source, "none", on=torch.device("cpu")).eval()
+    return _loaded_reference[key]
 
 
-def _torch_logits(source: Source, ids: np.ndarray, at: int) -> np.ndarray:
+def _run_reference_logits(source: Source, ids: np.ndarray, position: int) -> np.ndarray:
     import torch
 
-    given = torch.from_numpy(ids)
-    positions = torch.arange(at, at + ids.shape[1])[None]
+    prompt_ids = torch.from_numpy(ids)
+    positions = torch.arange(position, position + ids.shape[1])[None]
     with torch.no_grad():
-        return _model(source)(input_ids=given, position_ids=positions).logits[0].numpy()
+        return _load_reference(source)(input_ids=prompt_ids, position_ids=positions).logits[0].numpy()
 
 
-def _sees(folder: Path, dtype: str, reference: Source | None) -> str:
-    """The vision encoder on three sizes, one of them tall, none of them that of the export."""
+def _check_vision_encoder(folder: Path, dtype: str, reference: Source | None) -> str:
+    """Run the vision encoder on images of three sizes, one of them tall and none the size used for the export."""
     import json
 
     config = json.loads((folder / "config.json").read_text())
@@ -209,29 +227,33 @@ def _sees(folder: Path, dtype: str, reference: Source | None) -> str:
     try:
         encoder = open_session(folder / "onnx" / f"vision_encoder{SUFFIXES[dtype]}.onnx")
     except Exception as error:  # as above
-        raise CheckFailed(f"ONNX Runtime does not load the vision encoder: {_short(error)}") from error
-    own = _encoder(reference) if reference else None
+        raise CheckFailed(f"ONNX Runtime cannot load the vision encoder: {_shorten(error)}") from error
+    reference_features = _load_vision_reference(reference) if reference else None
     worst = 0.0
     for rows, columns in ((1, 2), (3, 5), (9, 2)):
         pixels = np.random.default_rng(rows).normal(size=(1, 3, rows * unit, columns * unit)).astype(np.float32)
         try:
-            (found,) = encoder.run(None, {"pixel_values": pixels})
+            (features,) = encoder.run(None, {"pixel_values": pixels})
         except Exception as error:  # as above
-            raise CheckFailed(f"it fails on an image of {columns} x {rows} tokens: {_short(error)}") from error
-        if found.shape[0] != rows * columns or not np.isfinite(found).all():
-            raise CheckFailed(f"an image of {columns} x {rows} tokens becomes {found.shape[0]} tokens, or NaN")
-        if own is not None:
-            wanted = own(pixels)
-            worst = max(worst, float(np.abs(found - wanted).max() / np.abs(wanted).max()))
-    if worst > {"fp32": EQUAL}.get(dtype, 0.1):
-        raise CheckFailed(f"its features are off by {worst:.2g} of the largest one")
+            raise CheckFailed(
+                f"the vision encoder fails on an image of {columns} x {rows} tokens: {_shorten(error)}"
+            ) from error
+        if features.shape[0] != rows * columns or not np.isfinite(features).all():
+            raise CheckFailed(f"an image of {columns} x {rows} tokens gives {features.shape[0]} features, or NaN")
+        if reference_features is not None:
+            expected = reference_features(pixels)
+            worst = max(worst, float(np.abs(features - expected).max() / np.abs(expected).max()))
+    if worst > {"fp32": MAX_FP32_DIFFERENCE}.get(dtype, 0.1):
+        raise CheckFailed(f"image features differ from the reference by {worst:.2g} of the largest one")
     return (
-        f"off by {worst:.1g} of the largest feature" if own else "no NaN; without --reference nothing to compare with"
+        f"features differ by {worst:.1g} of the largest"
+        if reference_features
+        else "no NaN; no --reference to compare with"
     )
 
 
-def _encoder(source: Source) -> Any:
-    """The model's own get_image_features, by transformers itself."""
+def _load_vision_reference(source: Source) -> Any:
+    """Return a function from pixels to the image features that transformers computes with the reference weights."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -240,16 +262,16 @@ def _encoder(source: Source) -> Any:
 
     weights = Weights(source)
     config = weights.config.__class__.from_dict(weights.config.to_dict() | {"quantization_config": None})
-    config.text_config.num_hidden_layers = 1  # its language model is not asked
+    config.text_config.num_hidden_layers = 1  # the language model is not used
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     for module, prefix in ((model.model.vision_tower, TOWER), (model.model.multi_modal_projector, PROJECTOR)):
         module.load_state_dict({name: weights.read_stored(key) for name, key in weights.stored_names(prefix).items()})
 
     def features(pixels: np.ndarray) -> np.ndarray:
-        given = torch.from_numpy(pixels)
+        pixel_tensor = torch.from_numpy(pixels)
         sizes = torch.tensor([pixels.shape[2:]])
         with torch.no_grad():
-            out = model.model.get_image_features(given, image_sizes=sizes, vision_feature_layer=-1)
+            out = model.model.get_image_features(pixel_tensor, image_sizes=sizes, vision_feature_layer=-1)
         return torch.cat(list(out.pooler_output)).numpy()
 
     return features

@@ -1,1 +1,1 @@
-"""Persona vectors: extract a direction, test it against controls, and ask whether a fine-tune moved along it."""
+"""Persona vectors: extract a direction, test it against controls, and measure if a fine-tune moved along it."""

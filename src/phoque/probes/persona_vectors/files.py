@@ -11,27 +11,27 @@ import torch
 from safetensors.torch import save_file
 
 from phoque.files import to_jsonable
-from phoque.probes.persona_vectors.evidence import Vectors
-from phoque.probes.persona_vectors.steering import Row, Setting
+from phoque.probes.persona_vectors.evidence import PersonaVectors
+from phoque.probes.persona_vectors.steering import AnswerRow, SteeringSetting
 
 LAYERS, ANSWERS, SUMMARY = "activation_by_layer.csv", "generation_results.csv", "summary.json"
-VECTORS, TENSORS, CONTROL = "persona_vectors.pt", "persona_vectors.safetensors", "control_vector.gguf"
+VECTORS, SAFETENSORS, CONTROL_VECTOR = "persona_vectors.pt", "persona_vectors.safetensors", "control_vector.gguf"
 SCHEMA = 1
 
 
 def write_layers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A row a block and way of extraction."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    """Write the evidence table: a row per block and extraction."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, names, restval="")
-        table.writeheader()
-        table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        csv_writer = csv.DictWriter(f, columns, restval="")
+        csv_writer.writeheader()
+        csv_writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def write_answers(path: Path, rows: Sequence[Row], seed: int) -> None:
-    """A row an answer, with everything that was measured of it."""
+def write_answers(path: Path, rows: Sequence[AnswerRow], seed: int) -> None:
+    """Write the test answers: a row per answer with its measurements."""
     with path.open("w", newline="", encoding="utf-8") as f:
-        head = [
+        columns = [
             "prompt_id",
             "prompt",
             "condition",
@@ -41,33 +41,34 @@ def write_answers(path: Path, rows: Sequence[Row], seed: int) -> None:
             "sample_idx",
             "response",
             "finish_reason",
-            *rows[0].measured,
+            *rows[0].measurements,
         ]
-        table = csv.writer(f)
-        table.writerow(head)
+        csv_writer = csv.writer(f)
+        csv_writer.writerow(columns)
         for r in rows:
-            where = (r.setting.layer, r.setting.coefficient) if r.setting else ("", "")
+            position = (r.setting.layer, r.setting.coefficient) if r.setting else ("", "")
             sample = "greedy" if r.sample is None else r.sample
-            values = [f"{v:.6g}" for v in r.measured.values()]
-            table.writerow(
-                [r.question, r.prompt, r.condition, *where, seed, sample, r.text, r.reply.finish_reason, *values]
+            values = [f"{v:.6g}" for v in r.measurements.values()]
+            csv_writer.writerow(
+                [r.question, r.prompt, r.condition, *position, seed, sample, r.text, r.reply.finish_reason, *values]
             )
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """What the run found, as JSON; a number that is none is null."""
+    """Write the summary as JSON; a number that is not finite becomes null."""
     path.write_text(json.dumps(to_jsonable(summary), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def write_vectors(folder: Path, found: Vectors, chosen: Setting, about: dict[str, str]) -> bool:
-    """The vectors for torch (weights_only), as safetensors, and as a control vector for llama.cpp.
+def write_vectors(folder: Path, vectors: PersonaVectors, setting: SteeringSetting, metadata: dict[str, str]) -> bool:
+    """Write the vectors for torch.load (weights_only), as safetensors, and as a control vector for llama.cpp.
 
-    The control vector is what was tested: the chosen block's, at its length, so that llama.cpp's scale of 1 steers as
-    the report shows. Returns whether it could be written: llama.cpp has no place for block 0.
+    The control vector is the one that was tested: that of the selected block, scaled by the selected coefficient, so
+    that a scale of 1 in llama.cpp steers as in the report. Returns whether it was written: llama.cpp cannot steer block
+    0.
     """
-    raw = {way: torch.tensor(v, dtype=torch.float32) for way, v in found.raw.items()}
-    unit = torch.tensor(found.unit(), dtype=torch.float32)
-    norm = torch.tensor(found.norm, dtype=torch.float32)
+    raw = {extraction: torch.tensor(v, dtype=torch.float32) for extraction, v in vectors.raw.items()}
+    unit = torch.tensor(vectors.unit_vectors(), dtype=torch.float32)
+    norm = torch.tensor(vectors.norm, dtype=torch.float32)
     tensors = {
         "persona_vectors": raw["response_avg"],
         "persona_vectors_prompt_last": raw["prompt_last"],
@@ -78,22 +79,24 @@ def write_vectors(folder: Path, found: Vectors, chosen: Setting, about: dict[str
         "schema_version": SCHEMA,
         "layer_indexing": "block_output_0based",
         "extraction": "response_avg",
-        "selected_layer": chosen.layer,
-        "recommended_coeff": chosen.coefficient,
+        "selected_layer": setting.layer,
+        "recommended_coeff": setting.coefficient,
         "hidden_size": unit.shape[1],
-        **about,
+        **metadata,
     }
     torch.save(tensors | facts, folder / VECTORS)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / TENSORS, {k: str(v) for k, v in facts.items()})
-    if chosen.layer == 0:
+    save_file(
+        {k: t.contiguous() for k, t in tensors.items()}, folder / SAFETENSORS, {k: str(v) for k, v in facts.items()}
+    )
+    if setting.layer == 0:
         return False
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(folder / CONTROL, "controlvector")
-    writer.add_string("controlvector.model_hint", about["model_type"])
+    writer = GGUFWriter(folder / CONTROL_VECTOR, "controlvector")
+    writer.add_string("controlvector.model_hint", metadata["model_type"])
     writer.add_uint32("controlvector.layer_count", len(unit))
-    added = chosen.coefficient * float(norm[chosen.layer]) * unit[chosen.layer]
-    writer.add_tensor(f"direction.{chosen.layer}", added.numpy().astype(numpy.float32))
+    scaled = setting.coefficient * float(norm[setting.layer]) * unit[setting.layer]
+    writer.add_tensor(f"direction.{setting.layer}", scaled.numpy().astype(numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""What is measured with: one model in memory, its adapters on or off, and the questions of a persona file."""
+"""The model that a probe measures: one copy in memory, adapters on or off, prompted from a persona file."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 
 from phoque.console import Console
 from phoque.errors import PhoqueError
-from phoque.inference.generate import Ask, Reply, prompt_ids, replies
+from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
 from phoque.inference.residual_stream import Turn, residual_means
 from phoque.probes.persona import Persona
 from phoque.settings.psm_probe import PsmSettings
@@ -20,33 +20,34 @@ EXTRACTIONS = ("response_avg", "prompt_last")
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer in its place: which question of a list, which condition, which paraphrase of its system prompt."""
+    """One answer, with the index of its question, its condition, and the index of its system prompt's paraphrase."""
 
     question: int
     condition: str
     paraphrase: int
-    spoken: Turn
+    turn: Turn
 
 
 class Residuals:
-    """Residual streams a question: `of[condition][extraction]` is (questions, blocks, hidden), paraphrases averaged.
+    """Residual streams per question, averaged over the paraphrases of a system prompt.
 
-    `norm` (blocks,) is the mean norm of response tokens; `kept` and `massive` count tokens, a block.
+    `by_condition[condition][extraction]` is (questions, blocks, hidden). `norm` (blocks,) is the mean norm of response
+    tokens. `kept` and `massive` count, per block, the response tokens that were averaged and those left out.
     """
 
     def __init__(self) -> None:
-        self.of: dict[str, dict[str, Any]] = {}
+        self.by_condition: dict[str, dict[str, Any]] = {}
         self.norm: Any = None
         self.kept: list[int] = []
         self.massive: list[int] = []
 
-    def pair(self, condition: str, extraction: str = "response_avg") -> Any:
-        """One condition's residual streams."""
-        return self.of[condition][extraction]
+    def get(self, condition: str, extraction: str = "response_avg") -> Any:
+        """The residual streams of one condition, (questions, blocks, hidden)."""
+        return self.by_condition[condition][extraction]
 
 
 class ProbeModel:
-    """Runs `model`, which may have adapters, for the probe."""
+    """Generates answers with `model`, which may have adapters, and reads its residual streams."""
 
     model: Any
 
@@ -54,12 +55,12 @@ class ProbeModel:
         self.tokenizer, self.persona, self.s, self.console = tokenizer, persona, settings, console
 
     def prompt_ids(self, question: str, system: str) -> list[int]:
-        """Token ids of a question that the assistant is about to answer."""
+        """Token ids of a system prompt and a question, up to where the answer begins."""
         return prompt_ids(self.tokenizer, question, system)
 
     @contextmanager
-    def base(self) -> Generator[None]:
-        """The base model, whatever adapters are loaded."""
+    def use_base(self) -> Generator[None]:
+        """Disable all adapters within the context, so that `model` is the base model."""
         if hasattr(self.model, "disable_adapter"):
             with self.model.disable_adapter():
                 yield
@@ -67,8 +68,8 @@ class ProbeModel:
             yield
 
     @contextmanager
-    def tuned(self, name: str) -> Generator[None]:
-        """The model with one of its adapters, merged into the weights for the time if that was asked for."""
+    def use_adapter(self, name: str) -> Generator[None]:
+        """Enable one adapter within the context, merged into the weights if --merge-adapter is set."""
         self.model.set_adapter(name)
         if not self.s.merge_adapter:
             yield
@@ -79,14 +80,16 @@ class ProbeModel:
         finally:
             self.model.unmerge_adapter()
 
-    def asked(self, asks: Sequence[Ask], tokens: int, what: str, watched: Sequence[int] = ()) -> list[Reply]:
-        """Answers, all together, with the settings' sampling."""
-        self.console.say(f"{what}: {len(asks)} answers of at most {tokens} tokens")
+    def generate_replies(
+        self, asks: Sequence[Request], max_tokens: int, purpose: str, watched: Sequence[int] = ()
+    ) -> list[Reply]:
+        """Generate a reply to each prompt, in batches, with the sampling of the settings."""
+        self.console.say(f"{purpose}: {len(asks)} answers of at most {max_tokens} tokens")
         with self.console.progress(len(asks)) as show:
-            return replies(
+            return generate_replies(
                 self.model,
                 asks,
-                tokens,
+                max_tokens,
                 self.s.temperature,
                 self.s.top_p,
                 watched,
@@ -95,64 +98,72 @@ class ProbeModel:
             )
 
     def answers(
-        self, questions: dict[str, tuple[str, ...]], conditions: Sequence[str], what: str
+        self, questions: dict[str, tuple[str, ...]], conditions: Sequence[str], purpose: str
     ) -> dict[str, list[Answer]]:
-        """Greedy answers to lists of questions under every paraphrase of these conditions' system prompts."""
-        places, asks = [], []
+        """Generate greedy answers to lists of questions under every paraphrase of these conditions' system prompts.
+
+        Returns {list: answers}.
+        """
+        keys, asks = [], []
         for split, texts in questions.items():
             for condition in conditions:
-                for k, system in enumerate(self.persona.systems(condition)):
+                for k, system in enumerate(self.persona.system_prompts(condition)):
                     for n, text in enumerate(texts):
-                        places.append((split, n, condition, k))
-                        asks.append(Ask(self.prompt_ids(text, system)))
-        found: dict[str, list[Answer]] = {split: [] for split in questions}
+                        keys.append((split, n, condition, k))
+                        asks.append(Request(self.prompt_ids(text, system)))
+        answers_by_split: dict[str, list[Answer]] = {split: [] for split in questions}
         for (split, n, condition, k), ask, reply in zip(
-            places, asks, self.asked(asks, self.s.extraction_tokens, what), strict=True
+            keys, asks, self.generate_replies(asks, self.s.extraction_tokens, purpose), strict=True
         ):
-            found[split].append(Answer(n, condition, k, Turn(ask.prompt, reply.ids)))
-        return found
+            answers_by_split[split].append(Answer(n, condition, k, Turn(ask.prompt, reply.ids)))
+        return answers_by_split
 
-    def residuals(self, answers: Sequence[Answer], questions: int) -> Residuals:
-        """What the model holds while it reads these answers. Raises PhoqueError (1) if all of them are empty."""
-        means = residual_means(self.model, [a.spoken for a in answers])
-        empty = torch.tensor([not a.spoken.response for a in answers])
+    def read_residuals(self, answers: Sequence[Answer], n_questions: int) -> Residuals:
+        """Read the residual streams of the model over these answers, with `n_questions` questions per condition.
+
+        Raises PhoqueError (1) if all answers to a question are empty or have residual streams that are not finite.
+        """
+        means = residual_means(self.model, [a.turn for a in answers])
+        empty = torch.tensor([not a.turn.response for a in answers])
         means.response[empty] = torch.nan
-        found = Residuals()
-        found.norm = _mean(means.norm[~empty].numpy())
-        found.kept, found.massive = means.kept.tolist(), means.massive.tolist()
+        residuals = Residuals()
+        residuals.norm = _finite_mean(means.norm[~empty].numpy())
+        residuals.kept, residuals.massive = means.kept.tolist(), means.massive.tolist()
         for condition in dict.fromkeys(a.condition for a in answers):
-            found.of[condition] = {}
+            residuals.by_condition[condition] = {}
             for extraction, values in (("response_avg", means.response), ("prompt_last", means.last)):
-                rows = [
+                rows_by_question = [
                     [i for i, a in enumerate(answers) if (a.condition, a.question) == (condition, n)]
-                    for n in range(questions)
+                    for n in range(n_questions)
                 ]
-                averaged = numpy.stack([_mean(values[own].numpy()) for own in rows])
-                if not numpy.isfinite(averaged).all():
+                question_means = numpy.stack([_finite_mean(values[indices].numpy()) for indices in rows_by_question])
+                if not numpy.isfinite(question_means).all():
                     raise PhoqueError(
-                        "A question got nothing but empty answers, or numbers that are none.",
-                        f"Condition {condition}; the model ends before it begins, or its weights are damaged.",
+                        "All answers to a question are empty or have residual streams that are not finite.",
+                        f"Condition {condition}: the model ends its answers at once, or its weights are damaged.",
                         "Probe a model that answers.",
                         1,
                     )
-                found.of[condition][extraction] = averaged
-        return found
+                residuals.by_condition[condition][extraction] = question_means
+        return residuals
 
-    def under(self, answers: Sequence[Answer], questions: Sequence[str], condition: str, name: str) -> list[Answer]:
-        """The same texts, as if they had been said after another condition's system prompts."""
-        systems = self.persona.systems(condition)
+    def replace_system_prompts(
+        self, answers: Sequence[Answer], questions: Sequence[str], condition: str, name: str
+    ) -> list[Answer]:
+        """The same responses after the system prompts of `condition`, as answers of a new condition `name`."""
+        systems = self.persona.system_prompts(condition)
         return [
             Answer(
                 a.question,
                 name,
                 a.paraphrase,
-                Turn(self.prompt_ids(questions[a.question], systems[a.paraphrase % len(systems)]), a.spoken.response),
+                Turn(self.prompt_ids(questions[a.question], systems[a.paraphrase % len(systems)]), a.turn.response),
             )
             for a in answers
         ]
 
 
-def _mean(values: Any) -> Any:
-    """The mean over axis 0 of what is finite in it; NaN where nothing is."""
-    fine = values[numpy.isfinite(values).reshape(len(values), -1).all(1)]
-    return fine.mean(0) if len(fine) else numpy.full(values.shape[1:], numpy.nan)
+def _finite_mean(values: Any) -> Any:
+    """The mean over axis 0 of the rows that are finite; NaN if none is."""
+    finite = values[numpy.isfinite(values).reshape(len(values), -1).all(1)]
+    return finite.mean(0) if len(finite) else numpy.full(values.shape[1:], numpy.nan)

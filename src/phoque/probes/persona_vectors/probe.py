@@ -1,114 +1,131 @@
-"""The measurements of a probe in their order: the base model first, then each adapter."""
+"""Run the measurements of a probe in order: first the base model, then each adapter."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from phoque.probes import stats
-from phoque.probes.persona import SYSTEMS
+from phoque.probes.persona import CONDITIONS
 from phoque.probes.persona_vectors import evidence as ev
 from phoque.probes.persona_vectors.model import Answer, ProbeModel, Residuals
-from phoque.probes.persona_vectors.steering import Row, Setting, Steerer, agreement, contrasts, summaries
-from phoque.probes.persona_vectors.verdicts import LEAST_QUESTIONS, verdicts
+from phoque.probes.persona_vectors.steering import (
+    AnswerRow,
+    Steerer,
+    SteeringSetting,
+    compute_contrasts,
+    correlate_scorers,
+    summarize_conditions,
+)
+from phoque.probes.persona_vectors.verdicts import MIN_QUESTIONS, decide_verdicts
 from phoque.probes.scorers import Context, Scorer
 
-MANY_MASSIVE = 0.02  # of the response tokens: then a user should know
+MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to warn
 
-Shifts = dict[str, tuple[dict[str, Any], Any]]  # own or same text -> arrays a block, and bootstrap samples
+Shifts = dict[str, tuple[dict[str, Any], Any]]  # own or same_text -> arrays per block, bootstrapped cosines
 
 
 @dataclass
-class Found:
-    """All that was measured. `layers`, `sweep` and `answers` become tables, the rest a summary."""
+class ProbeResult:
+    """All results of a probe. `layers` and `answers` become CSV tables, the rest goes into summary.json."""
 
-    vectors: ev.Vectors
+    vectors: ev.PersonaVectors
     layers: list[dict[str, Any]]
     sweep: list[dict[str, Any]]
-    chosen: Setting
-    coherent: bool  # whether any setting of the sweep was
-    answers: list[Row]
-    columns: dict[str, str]  # scorer -> column; the first is the trait
+    selected: SteeringSetting
+    has_coherent: bool  # whether any setting of the sweep is coherent
+    answers: list[AnswerRow]
+    columns: dict[str, str]  # scorer -> column; the first scorer is the trait
     conditions: dict[str, Any] = field(default_factory=dict)
     contrasts: dict[str, Any] = field(default_factory=dict)
     agreement: dict[str, float | None] = field(default_factory=dict)
-    moved: dict[str, Any] = field(default_factory=dict)  # adapter -> own or same text -> over the steered blocks
+    mean_shifts: dict[str, Any] = field(default_factory=dict)  # adapter -> own or same_text -> means, steered blocks
     verdicts: dict[str, Any] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    token_counts: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def trait(self) -> str:
-        """The scorer that counts."""
+        """The scorer that verdicts use."""
         return next(iter(self.columns))
 
 
 class Probe:
-    """Runs a lab through the questions; `layers` are the blocks that are steered."""
+    """Measures a ProbeModel on the questions of its persona; `layers` are the blocks to steer."""
 
-    def __init__(self, lab: ProbeModel, scorers: list[Scorer], context: Context, layers: list[int]) -> None:
-        self.lab, self.scorers, self.context, self.layers = lab, scorers, context, layers
-        self.s, self.persona = lab.s, lab.persona
+    def __init__(self, probe_model: ProbeModel, scorers: list[Scorer], context: Context, layers: list[int]) -> None:
+        self.probe_model, self.scorers, self.context, self.layers = probe_model, scorers, context, layers
+        self.s, self.persona = probe_model.s, probe_model.persona
 
-    def run(self, adapters: list[str]) -> Found:
+    def run(self, adapters: list[str]) -> ProbeResult:
         """Measure the base model, and the model with each of these adapters."""
-        lab, seed = self.lab, self.s.seed
-        with lab.base():
-            extraction, heldout, neutral = self._read()
+        probe_model, seed = self.probe_model, self.s.seed
+        with probe_model.use_base():
+            extraction, heldout, neutral = self._read_residuals()
             if self.s.shuffle_labels:
-                ev.swapped(extraction, seed)
-                ev.swapped(heldout, seed + 1)
-            vectors = ev.vectors(extraction, seed)
-            lab.console.say("evidence on held-out questions")
-            rows = ev.evidence(vectors, extraction, heldout, seed)
-            steerer = Steerer(lab, vectors, self.scorers, self.context)
-            sweep, chosen, coherent = steerer.sweep(self.layers)
-            answers = steerer.test(chosen)
+                ev.swap_labels(extraction, seed)
+                ev.swap_labels(heldout, seed + 1)
+            vectors = ev.extract_vectors(extraction, seed)
+            probe_model.console.say("measuring evidence on held-out questions")
+            evidence_rows = ev.measure_evidence(vectors, extraction, heldout, seed)
+            steerer = Steerer(probe_model, vectors, self.scorers, self.context)
+            sweep, selected, has_coherent = steerer.sweep(self.layers)
+            answers = steerer.test(selected)
         shifts: dict[str, Shifts] = {}
         for name in adapters:
-            with lab.tuned(name):
-                shifts[name] = self._shift(vectors, heldout, neutral, name)
-                answers += steerer.test(chosen, [name])
-        with lab.base():
+            with probe_model.use_adapter(name):
+                shifts[name] = self._measure_shift(vectors, heldout, neutral, name)
+                answers += steerer.test(selected, [name])
+        with probe_model.use_base():
             steerer.measure(answers)
-        found = Found(vectors, rows, sweep, chosen, coherent, answers, steerer.columns)
-        found.tokens = {"kept": sum(extraction.kept), "massive": sum(extraction.massive)}
-        self._judge(found, steerer, shifts)
-        self._warn(found)
-        return found
+        result = ProbeResult(vectors, evidence_rows, sweep, selected, has_coherent, answers, steerer.columns)
+        result.token_counts = {"kept": sum(extraction.kept), "massive": sum(extraction.massive)}
+        self._judge(result, steerer, shifts)
+        self._add_warnings(result)
+        return result
 
-    def _read(self) -> tuple[Residuals, Residuals, list[Answer]]:
+    def _read_residuals(self) -> tuple[Residuals, Residuals, list[Answer]]:
         questions = {"extraction": self.persona.extraction, "heldout": self.persona.heldout}
-        spoken = self.lab.answers(questions, SYSTEMS, "vectors and evidence")
-        self.lab.console.say("reading them block by block")
-        extraction = self.lab.residuals(spoken["extraction"], len(self.persona.extraction))
-        neutral = [a for a in spoken["heldout"] if a.condition == "neutral"]
-        persona = [a for a in spoken["heldout"] if a.condition == "persona"]
-        texts = self.lab.under(persona, self.persona.heldout, "neutral", "text_persona")
-        heldout = self.lab.residuals(spoken["heldout"] + texts, len(self.persona.heldout))
-        for name in ("text_neutral", "before"):  # of their own: a null run swaps the first
-            heldout.of[name] = {way: values.copy() for way, values in heldout.of["neutral"].items()}
+        answers_by_split = self.probe_model.answers(questions, CONDITIONS, "vectors and evidence")
+        self.probe_model.console.say("reading residual streams")
+        extraction = self.probe_model.read_residuals(answers_by_split["extraction"], len(self.persona.extraction))
+        neutral = [a for a in answers_by_split["heldout"] if a.condition == "neutral"]
+        persona = [a for a in answers_by_split["heldout"] if a.condition == "persona"]
+        text_persona = self.probe_model.replace_system_prompts(persona, self.persona.heldout, "neutral", "text_persona")
+        heldout = self.probe_model.read_residuals(answers_by_split["heldout"] + text_persona, len(self.persona.heldout))
+        for name in ("text_neutral", "before"):  # copies: a null run swaps in place, `before` must not change
+            heldout.by_condition[name] = {way: values.copy() for way, values in heldout.by_condition["neutral"].items()}
         return extraction, heldout, neutral
 
-    def _shift(self, found: ev.Vectors, heldout: Residuals, neutral: list[Answer], name: str) -> Shifts:
-        """The move in the model's own answers, and over the base model's answers, which the fine-tune only reads."""
+    def _measure_shift(
+        self, vectors: ev.PersonaVectors, heldout: Residuals, neutral: list[Answer], name: str
+    ) -> Shifts:
+        """Measure the fine-tune's shift over its own answers, and over the base model's neutral answers (same text)."""
         count = len(self.persona.heldout)
-        own = self.lab.answers({"heldout": self.persona.heldout}, ["neutral"], f"{name} model")["heldout"]
-        before = heldout.pair("before")
+        own_answers = self.probe_model.answers({"heldout": self.persona.heldout}, ["neutral"], f"{name} model")[
+            "heldout"
+        ]
+        before = heldout.get("before")
         return {
-            kind: ev.shift(found, before, self.lab.residuals(answers, count).pair("neutral"), self.layers, self.s.seed)
-            for kind, answers in (("own", own), ("same_text", neutral))
+            kind: ev.measure_shift(
+                vectors,
+                before,
+                self.probe_model.read_residuals(answers, count).get("neutral"),
+                self.layers,
+                self.s.seed,
+            )
+            for kind, answers in (("own", own_answers), ("same_text", neutral))
         }
 
-    def _judge(self, found: Found, steerer: Steerer, shifts: dict[str, Shifts]) -> None:
-        """Fill in what follows from the numbers: conditions, contrasts, the fine-tune's move, verdicts."""
+    def _judge(self, result: ProbeResult, steerer: Steerer, shifts: dict[str, Shifts]) -> None:
+        """Fill in condition summaries, contrasts, scorer agreement, the fine-tune's shift and the verdicts."""
         seed = self.s.seed
-        found.conditions = summaries(found.answers, seed)
-        found.contrasts = contrasts(found.answers, steerer.columns, seed)
-        found.agreement = agreement(found.answers, steerer.columns)
-        found.moved = {
+        result.conditions = summarize_conditions(result.answers, seed)
+        result.contrasts = compute_contrasts(result.answers, steerer.columns, seed)
+        result.agreement = correlate_scorers(result.answers, steerer.columns)
+        result.mean_shifts = {
             name: {kind: {k: float(v[-1]) for k, v in values.items()} for kind, (values, _) in kinds.items()}
             for name, kinds in shifts.items()
         }
-        for row in found.layers:
+        for row in result.layers:
             for name, kinds in shifts.items():
                 for kind, (values, _) in kinds.items():
                     if row["extraction"] == "response_avg":
@@ -116,41 +133,47 @@ class Probe:
         lead = None
         if "control" in shifts:
             samples = [shifts[name]["own"][1][:, -1] for name in ("tuned", "control")]
-            low, high = stats.interval(samples[0] - samples[1])  # resampled together
+            low, high = stats.percentile_interval(samples[0] - samples[1])  # both use the same resamples
             lead = float(low), float(high)
-        means = {c: {k: v["mean"] for k, v in values.items()} for c, values in found.conditions.items()}
+        means = {c: {k: v["mean"] for k, v in values.items()} for c, values in result.conditions.items()}
         steered, neutral = means["neutral_plus_vector"], means["neutral"]
-        at = next(r for r in found.layers if (r["layer"], r["extraction"]) == (found.chosen.layer, "response_avg"))
-        found.verdicts = verdicts(
-            at,
-            found.contrasts,
-            steerer.flaws(steered, neutral),
+        evidence = next(
+            r for r in result.layers if (r["layer"], r["extraction"]) == (result.selected.layer, "response_avg")
+        )
+        result.verdicts = decide_verdicts(
+            evidence,
+            result.contrasts,
+            steerer.find_defects(steered, neutral),
             steered["nll_base"] - neutral["nll_base"],
-            found.trait,
-            found.moved.get("tuned", {}).get("own"),
+            result.trait,
+            result.mean_shifts.get("tuned", {}).get("own"),
             lead,
         )
 
-    def _warn(self, found: Found) -> None:
-        """Say what a reader should know before the verdicts."""
-        said = found.warnings
+    def _add_warnings(self, result: ProbeResult) -> None:
+        """Add the warnings that a reader must know before the verdicts."""
+        messages = result.warnings
         if self.s.shuffle_labels:
-            said.append("a null run: the labels of half the pairs are swapped, and nothing here is about the persona")
-        if not found.coherent:
-            said.append("no setting of the sweep stayed coherent; the gentlest was tested")
-        if found.contrasts["persona-neutral"][found.trait]["ci95"][0] <= 0:
-            said.append("the model does not follow the persona's prompt: its vector is of the prompt, not the persona")
-        said += [f"{s.name} is a weak scorer: it misses what is only implied" for s in self.scorers if s.weak]
-        share = found.tokens["massive"] / max(1, found.tokens["kept"] + found.tokens["massive"])
-        if share > MANY_MASSIVE:
-            said.append(f"{share:.1%} of the response tokens are massive and were left out")
-        if min(len(self.persona.test), len(self.persona.heldout)) < LEAST_QUESTIONS:
-            said.append(f"fewer than {LEAST_QUESTIONS} questions: some verdicts cannot be given")
+            messages.append("a null run: the labels of half the pairs are swapped, so no result is about the persona")
+        if not result.has_coherent:
+            messages.append("no setting of the sweep is coherent; one with the smallest coefficient was tested")
+        if result.contrasts["persona-neutral"][result.trait]["ci95"][0] <= 0:
+            messages.append(
+                "the model does not follow the persona's prompt: the vector is that of the prompt, not of the persona"
+            )
+        messages += [
+            f"{s.name} is a weak scorer: it misses what is implied but not said" for s in self.scorers if s.is_weak
+        ]
+        share = result.token_counts["massive"] / max(1, result.token_counts["kept"] + result.token_counts["massive"])
+        if share > MAX_MASSIVE_SHARE:
+            messages.append(f"{share:.1%} of the response tokens have massive activations and were left out")
+        if min(len(self.persona.test), len(self.persona.heldout)) < MIN_QUESTIONS:
+            messages.append(f"fewer than {MIN_QUESTIONS} held-out or test questions: some verdicts cannot be given")
 
 
 def _shift_columns(name: str, kind: str, values: dict[str, Any], layer: int) -> dict[str, float]:
-    head = f"{name}_shift" if kind == "own" else f"{name}_same_text"
-    shown = {
+    prefix = f"{name}_shift" if kind == "own" else f"{name}_same_text"
+    key_by_column = {
         "proj": "share",
         "proj_ci_low": "share_low",
         "proj_ci_high": "share_high",
@@ -161,4 +184,4 @@ def _shift_columns(name: str, kind: str, values: dict[str, Any], layer: int) -> 
         "placebo_cos": "placebo",
         "random_cos_p95": "random_p95",
     }
-    return {f"{head}_{column}": float(values[key][layer]) for column, key in shown.items()}
+    return {f"{prefix}_{column}": float(values[key][layer]) for column, key in key_by_column.items()}

@@ -1,4 +1,4 @@
-"""`phoque psm-probe`: from settings to a run folder."""
+"""`phoque psm-probe`: run a probe from its settings and write the run folder."""
 
 import time
 from collections.abc import Sequence
@@ -23,174 +23,179 @@ from phoque.probes.persona import Persona
 from phoque.probes.persona_source import find_persona
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
-from phoque.probes.persona_vectors.probe import Found, Probe
-from phoque.probes.scorers import Context, Scorer, scorer_for
-from phoque.probes.scorers.model import lexicon_tokens
+from phoque.probes.persona_vectors.probe import Probe, ProbeResult
+from phoque.probes.scorers import Context, Scorer, make_scorer
+from phoque.probes.scorers.model import find_lexicon_tokens
 from phoque.settings.fields import Resolved
 from phoque.settings.psm_probe import PsmSettings
 
 RULE = (
-    "highest trait on the validation questions among settings within the limits of coherence; "
-    "reported on the test questions"
+    "highest trait on the validation questions among settings within the coherence limits; "
+    "results are on the test questions"
 )
 
 
 def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
-    """Do what the settings ask for; return {folder, verdicts, selected, ...}.
+    """Run the probe that the settings describe; return {folder, report, verdicts, selected, warnings, ...}.
 
-    Raises PhoqueError (2) for what cannot be probed, and (1) for a failed upload if that was asked for.
+    With `dry_run` only the plan is returned. Raises PhoqueError (2) for invalid input, and (1) for a failed upload if
+    --fail-on-artifacts-upload-error is set.
     """
-    s, begun = resolved.settings, time.monotonic()
+    s, start = resolved.settings, time.monotonic()
     hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
     persona, warnings = find_persona(s, resolved.secrets.hub, cache, hub)
     if not s.model_source:
-        raise PhoqueError("No model.", "--model-source is empty.", "Name one, or use a --preset.")
+        raise PhoqueError("No model is given.", "--model-source is empty.", "Pass --model-source, or use a --preset.")
     source = resolve(s.model_source, s.revision, resolved.secrets.hub, cache, console.say, weights=not dry_run)
-    wanted = [
+    adapter_sources = [
         (name, a, r)
         for name, a, r in (("control", s.control_adapter, None), ("tuned", s.adapter_source, s.adapter_revision))
         if a
     ]
-    adapters = {name: find_adapter(a, r, hub, cache) for name, a, r in wanted}
+    adapters = {name: find_adapter(a, r, hub, cache) for name, a, r in adapter_sources}
     blocks = load_config(source).get_text_config().num_hidden_layers
-    layers = _steered(s, blocks)
+    layers = _resolve_steered_blocks(s, blocks)
     tokenizer = load_tokenizer(source)
-    facts = {
+    plan = {
         "persona": persona.name,
         "model": f"{source.name} ({source.origin})",
-        "adapters": {name: f"{a}{adapters[name][1]}" for name, a, _ in wanted},
+        "adapters": {name: f"{a}{adapters[name][1]}" for name, a, _ in adapter_sources},
         "blocks": blocks,
         "steered": layers,
     }
     if dry_run:
-        return facts | {"settings": resolved.provenance(), "warnings": warnings}
+        return plan | {"settings": resolved.provenance(), "warnings": warnings}
     for text in warnings:
         console.warn(text)
     repo = opened_for_run(resolved, hub, console)
-    lab = ProbeModel(tokenizer, persona, s, console)
-    context, scorers = _scorers(lab, source, resolved, cache)
-    lab.model = load_model(source, s.quantization).eval()  # when all else is known to be fine
+    probe_model = ProbeModel(tokenizer, persona, s, console)
+    context, scorers = _make_scorers(probe_model, source, resolved, cache)
+    probe_model.model = load_model(source, s.quantization).eval()  # slow, so last
     for name, (folder, _) in adapters.items():
-        lab.model = attach_adapter(lab.model, folder, architecture_of(load_config(source)), name)
-    found = Probe(lab, scorers, context, layers).run(list(adapters))
-    summary = _summary(resolved, persona, source, facts, found, context.watched, warnings + found.warnings)
-    summary["run"]["seconds"] = round(time.monotonic() - begun, 1)
-    folder = _written(s, source, persona, lab.model.config.model_type, found, summary)
+        probe_model.model = attach_adapter(probe_model.model, folder, architecture_of(load_config(source)), name)
+    probe_result = Probe(probe_model, scorers, context, layers).run(list(adapters))
+    summary = _build_summary(
+        resolved, persona, source, plan, probe_result, context.lexicon_token_ids, warnings + probe_result.warnings
+    )
+    summary["run"]["seconds"] = round(time.monotonic() - start, 1)
+    folder = _write_run_folder(s, source, persona, probe_model.model.config.model_type, probe_result, summary)
     result = {
         "folder": str(folder),
-        "report": str(folder / report.NAME),
+        "report": str(folder / report.REPORT),
         "verdicts": summary["verdicts"],
         "selected": summary["selected"],
         "warnings": summary["warnings"],
     }
-    for text in found.warnings:
+    for text in probe_result.warnings:
         console.warn(text)
     if repo:
         result |= pushed_run(repo, folder, s, console)
     return result
 
 
-def _steered(s: PsmSettings, blocks: int) -> list[int]:
+def _resolve_steered_blocks(s: PsmSettings, blocks: int) -> list[int]:
     layers = s.steered_blocks(blocks)
-    if wrong := [layer for layer in layers if layer >= blocks]:
+    if invalid := [layer for layer in layers if layer >= blocks]:
         raise PhoqueError(
-            f"There is no block {wrong[0]}.", f"The model has {blocks}, which count from 0.", "Check --sweep-layers."
+            f"There is no block {invalid[0]}.",
+            f"The model has {blocks} blocks, counted from 0.",
+            "Check --sweep-layers.",
         )
     return layers
 
 
-def _scorers(
-    lab: ProbeModel, source: Source, resolved: Resolved[PsmSettings], cache: Path
+def _make_scorers(
+    probe_model: ProbeModel, source: Source, resolved: Resolved[PsmSettings], cache: Path
 ) -> tuple[Context, list[Scorer]]:
     secrets, s = resolved.secrets, resolved.settings
     key = secrets.openai_api_key.get_secret_value() if secrets.openai_api_key else None
 
     def nll(rows: Sequence[Any]) -> list[float]:
-        with lab.base():
-            return mean_nll(lab.model, rows)
+        with probe_model.use_base():
+            return mean_nll(probe_model.model, rows)
 
     context = Context(
-        persona=lab.persona,
-        watched=lexicon_tokens(lab.tokenizer, lab.persona.lexicon),
+        persona=probe_model.persona,
+        lexicon_token_ids=find_lexicon_tokens(probe_model.tokenizer, probe_model.persona.lexicon),
         token=secrets.hub,
         api_key=key,
         nll=nll,
-        prompt_ids=lab.prompt_ids,
+        prompt_ids=probe_model.prompt_ids,
         model=f"{source.weights} {s.quantization}",
         cache=cache,
     )
-    return context, [scorer_for(spec, context) for spec in dict.fromkeys(s.scorer)]
+    return context, [make_scorer(spec, context) for spec in dict.fromkeys(s.scorer)]
 
 
-def _summary(
+def _build_summary(
     resolved: Resolved[PsmSettings],
     persona: Persona,
     source: Source,
-    facts: dict[str, Any],
-    found: Found,
-    watched: dict[int, str],
+    plan: dict[str, Any],
+    result: ProbeResult,
+    lexicon_token_ids: dict[int, str],
     warnings: list[str],
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
-    libraries = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-    chosen = found.chosen
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    selected = result.selected
     return {
         "schema_version": files.SCHEMA,
-        "run": {"command": "psm-probe", "phoque": __version__, "versions": libraries, "device": _device()},
+        "run": {"command": "psm-probe", "phoque": __version__, "versions": versions, "device": _device_name()},
         "models": {
             "base": {"name": source.name, "revision": source.revision, "origin": source.origin},
-            "adapters": facts["adapters"],
+            "adapters": plan["adapters"],
         },
         "persona": {"name": persona.name, "sha256": persona.sha256, "texts": vars(persona)},
         "config": resolved.provenance(),
-        "verdicts": found.verdicts,
+        "verdicts": result.verdicts,
         "selected": {
-            "layer": chosen.layer,
-            "coeff_rel_resid": chosen.coefficient,
+            "layer": selected.layer,
+            "coeff_rel_resid": selected.coefficient,
             "layer_indexing": "block_output_0based",
-            "coherent": found.coherent,
+            "coherent": result.has_coherent,
             "rule": RULE,
         },
-        "trait": {"scorer": found.trait, "column": found.columns[found.trait]},
-        "scorer_columns": found.columns,
-        "conditions": found.conditions,
-        "contrasts": found.contrasts,
-        "sweep": found.sweep,
-        "moved_over_steered_blocks": found.moved,
-        "scorer_agreement": found.agreement,
-        "logprob_tokens": {str(token): word for token, word in watched.items()},
-        "tokens": found.tokens | {"position_0": "never a response token, so never counted"},
+        "trait": {"scorer": result.trait, "column": result.columns[result.trait]},
+        "scorer_columns": result.columns,
+        "conditions": result.conditions,
+        "contrasts": result.contrasts,
+        "sweep": result.sweep,
+        "moved_over_steered_blocks": result.mean_shifts,
+        "scorer_agreement": result.agreement,
+        "logprob_tokens": {str(token): word for token, word in lexicon_token_ids.items()},
+        "tokens": result.token_counts | {"position_0": "never a response token, so never counted"},
         "warnings": warnings,
         "limitations": [
-            "A direction that can be read and that steers is not the only way the persona may be held.",
-            "Scores are those of the scorers that were asked for; the first of them chose the setting.",
-            f"{len(persona.test)} test questions: small effects are not found.",
+            "The model may represent the persona in other ways than by the direction that was found.",
+            "Scores depend on the scorers that were used; the first of them selected the steering setting.",
+            f"{len(persona.test)} test questions: small effects cannot be detected.",
         ],
     }
 
 
-def _device() -> str:
+def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _written(
-    s: PsmSettings, source: Source, persona: Persona, model_type: str, found: Found, summary: dict[str, Any]
+def _write_run_folder(
+    s: PsmSettings, source: Source, persona: Persona, model_type: str, result: ProbeResult, summary: dict[str, Any]
 ) -> Path:
-    """The run folder: written under a temporary name, and moved into place when it is whole."""
+    """Write the run folder under a temporary name and rename it when it is complete; return its path."""
     with run_folder(s.output_dir.expanduser(), "psm") as (staging, folder):
-        files.write_layers(staging / files.LAYERS, found.layers)
-        files.write_answers(staging / files.ANSWERS, found.answers, s.seed)
-        about = {
+        files.write_layers(staging / files.LAYERS, result.layers)
+        files.write_answers(staging / files.ANSWERS, result.answers, s.seed)
+        metadata = {
             "model_id": source.name,
             "revision": source.revision,
             "prompts_sha256": persona.sha256,
             "model_type": model_type,
         }
-        if not files.write_vectors(staging, found.vectors, found.chosen, about):
+        if not files.write_vectors(staging, result.vectors, result.selected, metadata):
             summary["warnings"].append(
-                "block 0 was chosen, which llama.cpp cannot steer: there is no control_vector.gguf"
+                "block 0 was selected, which llama.cpp cannot steer: there is no control_vector.gguf"
             )
         files.write_summary(staging / files.SUMMARY, summary)
-        report.write(staging, folder.name)
+        report.write_report(staging, folder.name)
     return folder

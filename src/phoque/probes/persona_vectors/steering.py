@@ -1,7 +1,7 @@
-"""Does the vector cause the behaviour: a sweep on validation questions, and what was chosen, on test questions.
+"""Test if adding the persona vector causes the behavior: sweep on validation questions, report on test questions.
 
-Coefficients are in units of the residual stream's mean norm at the block, so that blocks compare. The choice is the
-highest trait among settings whose answers stay coherent; what is reported is measured on other questions.
+Coefficients are in units of the residual stream's mean norm at the block, so that blocks are comparable. The sweep
+selects the setting with the highest trait score whose answers stay coherent; results come from the test questions.
 """
 
 from collections.abc import Sequence
@@ -11,180 +11,195 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.inference.generate import Ask, Reply
+from phoque.inference.generate import Reply, Request
 from phoque.inference.likelihood import mean_nll
 from phoque.inference.residual_stream import Turn
 from phoque.probes import stats
-from phoque.probes.persona_vectors.evidence import Vectors
+from phoque.probes.persona_vectors.evidence import PersonaVectors
 from phoque.probes.persona_vectors.model import ProbeModel
-from phoque.probes.scorers import Context, ScoredAnswer, Scorer, scores
-from phoque.probes.scorers.words import distinct_pairs, repetition
+from phoque.probes.scorers import Context, ScoredAnswer, Scorer, score_answers
+from phoque.probes.scorers.words import distinct_2, repetition
 
-STEERED = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
-LEAST_DISTINCT, LEAST_LENGTH = 0.75, 0.25  # of the neutral answers' own
-MARGIN = 0.6  # of these limits may be used up by what is chosen: answers get longer, and other questions differ
+TEST_CONDITIONS = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
+MIN_DISTINCT, MIN_LENGTH = 0.75, 0.25  # relative to the neutral answers
+SELECTION_MARGIN = 0.6  # share of these limits that the sweep allows: test answers are longer and questions differ
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where and how strongly to steer; `coefficient` in units of the residual norm."""
+class SteeringSetting:
+    """The block to steer, and the coefficient in units of the residual norm at that block."""
 
     layer: int
     coefficient: float
 
 
 @dataclass(frozen=True)
-class Row:
-    """One answer with its place and all that was measured of it."""
+class AnswerRow:
+    """One steered or unsteered answer and its measurements: a row of generation_results.csv."""
 
-    question: int
-    prompt: str
+    question: int  # index
+    prompt: str  # text of the question
     condition: str
-    setting: Setting | None
-    sample: int | None  # None is the greedy one
+    setting: SteeringSetting | None
+    sample: int | None  # None for the greedy answer
     text: str
     reply: Reply
-    measured: dict[str, float]  # coherence, and `score__<scorer>__<label>`
+    measurements: dict[str, float]  # coherence, and `score__<scorer>__<label>`
 
 
 class Steerer:
-    """Asks, steers and measures; `trait` is the column of the scorer that counts."""
+    """Generates answers with and without steering and measures them; `trait` is the column of the first scorer."""
 
-    def __init__(self, lab: ProbeModel, found: Vectors, scorers: Sequence[Scorer], context: Context) -> None:
-        self.lab, self.found, self.scorers, self.context = lab, found, scorers, context
-        self.columns = {scorer.name: column(scorer) for scorer in scorers}
-        self.trait = column(scorers[0])
+    def __init__(
+        self, probe_model: ProbeModel, vectors: PersonaVectors, scorers: Sequence[Scorer], context: Context
+    ) -> None:
+        self.probe_model, self.vectors, self.scorers, self.context = probe_model, vectors, scorers, context
+        self.columns = {scorer.name: score_column(scorer) for scorer in scorers}
+        self.trait = score_column(scorers[0])
 
-    def push(self, setting: Setting, condition: str, sample: int | None) -> tuple[int, torch.Tensor]:
-        """What is added at a block: plus or minus the persona vector, or a random one of the same length."""
-        direction = self.found.unit()[setting.layer]
-        if condition == "neutral_plus_random":  # another one for each sample
-            direction = self.found.directions[0 if sample is None else sample + 1, setting.layer]
+    def make_steering(self, setting: SteeringSetting, condition: str, sample: int | None) -> tuple[int, torch.Tensor]:
+        """The block and the vector to add to its output: plus or minus the persona vector, or a random one as long."""
+        direction = self.vectors.unit_vectors()[setting.layer]
+        if condition == "neutral_plus_random":  # a different one for each sample
+            direction = self.vectors.random_directions[0 if sample is None else sample + 1, setting.layer]
         sign = -1.0 if condition == "neutral_minus_vector" else 1.0
-        length = sign * setting.coefficient * float(self.found.norm[setting.layer])
+        length = sign * setting.coefficient * float(self.vectors.norm[setting.layer])
         return setting.layer, torch.tensor(length * direction, dtype=torch.float32)
 
-    def sweep(self, layers: Sequence[int]) -> tuple[list[dict[str, Any]], Setting, bool]:
-        """Every block and coefficient on the validation questions; the chosen setting, and whether it is coherent."""
-        questions = self.lab.persona.validation
-        settings = [Setting(layer, c) for layer in layers for c in self.lab.s.strengths]
-        wanted: list[tuple[int, str, Setting | None, int | None]] = [
+    def sweep(self, layers: Sequence[int]) -> tuple[list[dict[str, Any]], SteeringSetting, bool]:
+        """Steer at every block and coefficient on the validation questions.
+
+        Returns the table of means, the selected setting, and whether any setting is coherent.
+        """
+        questions = self.probe_model.persona.validation
+        settings = [SteeringSetting(layer, c) for layer in layers for c in self.probe_model.s.strengths]
+        requests: list[tuple[int, str, SteeringSetting | None, int | None]] = [
             (n, "neutral_plus_vector" if setting else "neutral", setting, None)
             for setting in (None, *settings)
             for n in range(len(questions))
         ]
-        rows = self.answered(questions, wanted, self.lab.s.sweep_tokens, "sweep")
+        rows = self.generate_answers(questions, requests, self.probe_model.s.sweep_tokens, "sweep")
         self.measure(rows)
-        neutral = self.means([r for r in rows if r.setting is None])
+        neutral = self.average([r for r in rows if r.setting is None])
         table = []
         for setting in settings:
-            means = self.means([r for r in rows if r.setting == setting])
-            coherent = not self.flaws(means, neutral, MARGIN)
+            means = self.average([r for r in rows if r.setting == setting])
+            coherent = not self.find_defects(means, neutral, SELECTION_MARGIN)
             table.append(
                 {"layer": setting.layer, "coeff_rel_resid": setting.coefficient, **means, "coherent": coherent}
             )
-        fit = [row for row in table if row["coherent"]]
-        # if none is coherent, the gentlest is what can still be looked at
-        gentle = [row for row in table if row["coeff_rel_resid"] == min(self.lab.s.strengths)]
-        best = max(fit, key=lambda r: r[self.trait]) if fit else min(gentle, key=lambda r: r["nll_base"])
+        coherent_rows = [row for row in table if row["coherent"]]
+        # if no setting is coherent, take the most likely answers at the smallest coefficient
+        weakest_rows = [row for row in table if row["coeff_rel_resid"] == min(self.probe_model.s.strengths)]
+        best = (
+            max(coherent_rows, key=lambda r: r[self.trait])
+            if coherent_rows
+            else min(weakest_rows, key=lambda r: r["nll_base"])
+        )
         unsteered = {"layer": None, "coeff_rel_resid": 0.0, **neutral, "coherent": True}
-        return [unsteered, *table], Setting(int(best["layer"]), best["coeff_rel_resid"]), bool(fit)
+        return [unsteered, *table], SteeringSetting(int(best["layer"]), best["coeff_rel_resid"]), bool(coherent_rows)
 
-    def test(self, chosen: Setting, conditions: Sequence[str] = STEERED) -> list[Row]:
-        """The test questions under every condition, greedy and sampled, with the same random numbers for all."""
-        questions = self.lab.persona.test
-        wanted = [
-            (n, condition, chosen if "_" in condition else None, sample)
+    def test(self, selected: SteeringSetting, conditions: Sequence[str] = TEST_CONDITIONS) -> list[AnswerRow]:
+        """Answer the test questions under each condition, greedy and sampled, with the same random numbers in each."""
+        questions = self.probe_model.persona.test
+        requests = [
+            (n, condition, selected if "_" in condition else None, sample)
             for condition in conditions
             for n in range(len(questions))
-            for sample in (None, *range(self.lab.s.samples))
+            for sample in (None, *range(self.probe_model.s.samples))
         ]
-        return self.answered(questions, wanted, self.lab.s.max_new_tokens, "test")
+        return self.generate_answers(questions, requests, self.probe_model.s.max_new_tokens, "test")
 
-    def answered(
+    def generate_answers(
         self,
         questions: Sequence[str],
-        wanted: Sequence[tuple[int, str, Setting | None, int | None]],
-        tokens: int,
-        what: str,
-    ) -> list[Row]:
-        """Answers to (question, condition, setting, sample), not yet measured by scorers but for coherence."""
-        persona = self.lab.persona
+        requests: Sequence[tuple[int, str, SteeringSetting | None, int | None]],
+        max_tokens: int,
+        purpose: str,
+    ) -> list[AnswerRow]:
+        """Generate answers for (question, condition, setting, sample) requests, without measurements yet."""
+        persona = self.probe_model.persona
         asks = []
-        for n, condition, setting, sample in wanted:
+        for n, condition, setting, sample in requests:
             systems = persona.persona if condition == "persona" else persona.neutral
             system = systems[0 if sample is None else (sample + 1) % len(systems)]
-            key = None if sample is None else f"{self.lab.s.seed}/{n}/{sample}"
-            steer = self.push(setting, condition, sample) if setting else None
-            asks.append(Ask(self.lab.prompt_ids(questions[n], system), key, steer))
-        replies = self.lab.asked(asks, tokens, what, list(self.context.watched))
+            key = None if sample is None else f"{self.probe_model.s.seed}/{n}/{sample}"
+            steer = self.make_steering(setting, condition, sample) if setting else None
+            asks.append(Request(self.probe_model.prompt_ids(questions[n], system), key, steer))
+        replies = self.probe_model.generate_replies(asks, max_tokens, purpose, list(self.context.lexicon_token_ids))
         return [
-            Row(n, questions[n], condition, setting, sample, self.lab.tokenizer.decode(reply.ids), reply, {})
-            for (n, condition, setting, sample), reply in zip(wanted, replies, strict=True)
+            AnswerRow(
+                n, questions[n], condition, setting, sample, self.probe_model.tokenizer.decode(reply.ids), reply, {}
+            )
+            for (n, condition, setting, sample), reply in zip(requests, replies, strict=True)
         ]
 
-    def measure(self, rows: Sequence[Row]) -> None:
-        """Fill in coherence and scores; the base model must be the one that runs."""
-        neutral = self.lab.persona.neutral[0]
-        nll = mean_nll(self.lab.model, [Turn(self.lab.prompt_ids(r.prompt, neutral), r.reply.ids) for r in rows])
+    def measure(self, rows: Sequence[AnswerRow]) -> None:
+        """Fill in the coherence measures and scores of answers. Adapters must be disabled: both use the base model."""
+        neutral = self.probe_model.persona.neutral[0]
+        nll = mean_nll(
+            self.probe_model.model, [Turn(self.probe_model.prompt_ids(r.prompt, neutral), r.reply.ids) for r in rows]
+        )
         for row, value in zip(rows, nll, strict=True):
             mass = row.reply.mass or [0.0]
-            row.measured.update(
+            row.measurements.update(
                 n_tokens=len(row.reply.ids),
                 nll_base=value,
-                distinct2=distinct_pairs(row.reply.ids),
+                distinct2=distinct_2(row.reply.ids),
                 repetition=repetition(row.text),
                 pathway_mass_mean=sum(mass) / len(mass),
                 pathway_mass_max=max(mass),
             )
-        said = [ScoredAnswer(row.prompt, row.text, row.reply) for row in rows]
+        answers = [ScoredAnswer(row.prompt, row.text, row.reply) for row in rows]
         for scorer in self.scorers:
-            for row, found in zip(rows, scores(scorer, said, self.context), strict=True):
-                row.measured.update({f"score__{scorer.name}__{label}": v for label, v in found.items()})
+            for row, labels in zip(rows, score_answers(scorer, answers, self.context), strict=True):
+                row.measurements.update({f"score__{scorer.name}__{label}": v for label, v in labels.items()})
 
-    def means(self, rows: Sequence[Row]) -> dict[str, float]:
-        """The mean of everything that was measured."""
-        return {name: float(numpy.nanmean([r.measured[name] for r in rows])) for name in rows[0].measured}
+    def average(self, rows: Sequence[AnswerRow]) -> dict[str, float]:
+        """Average each measurement over the rows, ignoring NaN."""
+        return {name: float(numpy.nanmean([r.measurements[name] for r in rows])) for name in rows[0].measurements}
 
-    def flaws(self, means: dict[str, float], neutral: dict[str, float], share: float = 1.0) -> list[str]:
-        """What is wrong with answers that are less coherent than the neutral ones, beyond a share of the limits."""
-        found = []
-        if not means["nll_base"] <= neutral["nll_base"] + share * self.lab.s.coherence_limit:
-            found.append(f"they are {means['nll_base'] - neutral['nll_base']:.2f} nats a token less likely")
-        if means["distinct2"] < (1 - share * (1 - LEAST_DISTINCT)) * neutral["distinct2"]:
-            found.append("they repeat themselves")
-        if means["n_tokens"] < (1 - share * (1 - LEAST_LENGTH)) * neutral["n_tokens"]:
-            found.append("they are hardly answers")
-        return found
+    def find_defects(self, means: dict[str, float], neutral: dict[str, float], share: float = 1.0) -> list[str]:
+        """List how answers are less coherent than the neutral ones by more than `share` of the limits."""
+        defects = []
+        if not means["nll_base"] <= neutral["nll_base"] + share * self.probe_model.s.coherence_limit:
+            defects.append(f"they are {means['nll_base'] - neutral['nll_base']:.2f} nats per token less likely")
+        if means["distinct2"] < (1 - share * (1 - MIN_DISTINCT)) * neutral["distinct2"]:
+            defects.append("they repeat themselves")
+        if means["n_tokens"] < (1 - share * (1 - MIN_LENGTH)) * neutral["n_tokens"]:
+            defects.append("they are much shorter than neutral answers")
+        return defects
 
 
-def column(scorer: Scorer) -> str:
+def score_column(scorer: Scorer) -> str:
     """The column of a scorer's primary label."""
     return f"score__{scorer.name}__{scorer.primary}"
 
 
-def by_question(rows: Sequence[Row], condition: str, name: str) -> Any:
-    """One number a question, samples averaged: (questions,)."""
+def mean_by_question(rows: Sequence[AnswerRow], condition: str, name: str) -> Any:
+    """A measurement's mean over the samples of each question, (questions,)."""
     count = 1 + max(row.question for row in rows)
-    own = [[r.measured[name] for r in rows if (r.condition, r.question) == (condition, n)] for n in range(count)]
-    return numpy.array([numpy.nanmean(values) for values in own])
+    values_by_question = [
+        [r.measurements[name] for r in rows if (r.condition, r.question) == (condition, n)] for n in range(count)
+    ]
+    return numpy.array([numpy.nanmean(values) for values in values_by_question])
 
 
-def summaries(rows: Sequence[Row], seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """{condition: {what was measured: {mean, ci95, n}}}; n counts questions."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+def summarize_conditions(rows: Sequence[AnswerRow], seed: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Summarize the conditions as {condition: {measurement: {mean, ci95, n}}}; n counts questions."""
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
     for condition in dict.fromkeys(row.condition for row in rows):
-        found[condition] = {}
-        for name in rows[0].measured:
-            values = by_question(rows, condition, name)
-            if numpy.isfinite(values).any():  # a question with nothing but empty answers has no likelihood
+        summary[condition] = {}
+        for name in rows[0].measurements:
+            values = mean_by_question(rows, condition, name)
+            if numpy.isfinite(values).any():  # a question whose answers are all empty has no likelihood
                 values = values[numpy.isfinite(values)]
             ci = list(stats.mean_interval(values, seed))
-            found[condition][name] = {"mean": float(values.mean()), "ci95": ci, "n": len(values)}
-    return found
+            summary[condition][name] = {"mean": float(values.mean()), "ci95": ci, "n": len(values)}
+    return summary
 
 
-PAIRS = {
+CONTRASTS = {
     "steered-neutral": ("neutral_plus_vector", "neutral"),
     "persona-neutral": ("persona", "neutral"),
     "steered-random": ("neutral_plus_vector", "neutral_plus_random"),
@@ -194,25 +209,25 @@ PAIRS = {
 }
 
 
-def contrasts(rows: Sequence[Row], columns: dict[str, str], seed: int) -> dict[str, dict[str, Any]]:
-    """{contrast: {scorer: {diff, ci95, p, n}}}, paired by question, for the conditions that there are."""
-    there = {row.condition for row in rows}
+def compute_contrasts(rows: Sequence[AnswerRow], columns: dict[str, str], seed: int) -> dict[str, dict[str, Any]]:
+    """Compare conditions, paired by question: {contrast: {scorer: {diff, ci95, p, n}}}, if both conditions were run."""
+    conditions = {row.condition for row in rows}
     return {
         name: {
-            scorer: stats.contrast(by_question(rows, first, col), by_question(rows, second, col), seed)
+            scorer: stats.paired_contrast(mean_by_question(rows, first, col), mean_by_question(rows, second, col), seed)
             for scorer, col in columns.items()
         }
-        for name, (first, second) in PAIRS.items()
-        if {first, second} <= there
+        for name, (first, second) in CONTRASTS.items()
+        if {first, second} <= conditions
     }
 
 
-def agreement(rows: Sequence[Row], columns: dict[str, str]) -> dict[str, float | None]:
-    """Spearman's rank correlation of each pair of scorers over all answers; None where one of them is constant."""
-    names, found = list(columns), {}
+def correlate_scorers(rows: Sequence[AnswerRow], columns: dict[str, str]) -> dict[str, float | None]:
+    """Compute the Spearman correlation of each pair of scorers over all answers; None if either is constant."""
+    names, correlations = list(columns), {}
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            values = (numpy.array([r.measured[columns[name]] for r in rows]) for name in (first, second))
+            values = (numpy.array([r.measurements[columns[name]] for r in rows]) for name in (first, second))
             rho = stats.spearman(*values)
-            found[f"{first} ~ {second}"] = None if numpy.isnan(rho) else rho
-    return found
+            correlations[f"{first} ~ {second}"] = None if numpy.isnan(rho) else rho
+    return correlations

@@ -1,1 +1,1 @@
-"""Sparse autoencoders: which features did the fine-tune move, beyond what chance and any fine-tune would."""
+"""Sparse autoencoders: find the features that a fine-tune shifted beyond chance and beyond a control fine-tune."""

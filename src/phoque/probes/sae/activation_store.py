@@ -1,4 +1,4 @@
-"""Activations in shards on disk: written once while the model reads, streamed from there in a new order each pass."""
+"""Activation shards on disk: written once while the model runs, then streamed in a new order in each epoch."""
 
 import os
 import threading
@@ -14,38 +14,38 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from phoque.errors import PhoqueError
-from phoque.inference.residual_stream import massive, norms_of, read
+from phoque.inference.residual_stream import compute_norms, find_massive, read_residual_stream
 
-STORED = torch.bfloat16  # an error of 1e-5 of the variance, far below what any dictionary leaves unexplained
-SHARD = 16_384  # tokens, about, in a shard
-MIXED = 8  # shards that are shuffled together
-WRITERS = 3
+ACTIVATION_DTYPE = torch.bfloat16  # rounding error: 1e-5 of the variance, far below a dictionary's own error
+SHARD_TOKENS = 16_384  # approximate number of tokens in a shard
+SHARDS_PER_BUFFER = 8  # the tokens of this many shards are shuffled together
+WRITER_THREADS = 3
 
-LEFT_OUT = ("position_0", "massive", "special")
+EXCLUSION_REASONS = ("position_0", "massive", "special")
 
 
 @dataclass(frozen=True)
-class Shards:
-    """The activation shards of some layers: a file each, with a tensor (tokens, hidden) a layer."""
+class ActivationStore:
+    """The activation shards of some layers: each file holds one tensor (tokens, hidden) per layer."""
 
     folder: Path
     layers: tuple[int, ...]
 
     def files(self) -> list[Path]:
-        """Those that are whole, in order."""
+        """The complete shards, in order."""
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
-    def counts(self, layer: int) -> list[int]:
-        """Tokens a shard, from the headers alone."""
-        found = []
+    def shard_sizes(self, layer: int) -> list[int]:
+        """Number of tokens in each shard; reads only the file headers."""
+        sizes = []
         for file in self.files():
             with safe_open(file, "pt") as f:
-                found.append(f.get_slice(str(layer)).get_shape()[0])
-        return found
+                sizes.append(f.get_slice(str(layer)).get_shape()[0])
+        return sizes
 
-    def left_out(self) -> dict[str, int]:
-        """How many tokens were left out, by reason, over all layers; and how many were kept."""
-        totals = dict.fromkeys(("kept", *LEFT_OUT), 0)
+    def token_counts(self) -> dict[str, int]:
+        """Number of tokens that were kept and that were left out for each reason, summed over all layers."""
+        totals = dict.fromkeys(("kept", *EXCLUSION_REASONS), 0)
         for file in self.files():
             with safe_open(file, "pt") as f:
                 for name, value in f.metadata().items():
@@ -53,215 +53,236 @@ class Shards:
         return totals
 
     def tensor(self, file: Path, layer: int) -> torch.Tensor:
-        """One layer of one shard."""
+        """Load one layer of one shard: (tokens, hidden)."""
         with safe_open(file, "pt") as f:
             return f.get_tensor(str(layer))
 
 
-def ordinary(
+def select_tokens(
     ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor, special: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Which tokens count, and how many of the others there are, by reason, as numbers on the device.
+    """Select the tokens whose activations are stored: a mask (rows, tokens), and the token counts by reason.
 
-    Position 0 and tokens of over MASSIVE times the usual norm are attention sinks; special tokens are the template's.
+    Position 0 and tokens whose norm is over MASSIVE times the median of their row are left out because they are
+    attention sinks; special tokens are left out because they belong to the chat template. The counts stay on the
+    device, so that the GPU is not synchronized.
     """
-    later = mask.clone()
-    later[:, 0] = False
-    large = massive(norms_of(hidden), later) & later
-    control = torch.isin(ids, special) & later & ~large
-    kept = later & ~large & ~control
-    first = mask[:, 0].sum()
-    return kept, {"kept": kept.sum(), "position_0": first, "massive": large.sum(), "special": control.sum()}
+    candidates = mask.clone()
+    candidates[:, 0] = False
+    is_massive = find_massive(compute_norms(hidden), candidates) & candidates
+    is_special = torch.isin(ids, special) & candidates & ~is_massive
+    selected = candidates & ~is_massive & ~is_special
+    first_tokens = mask[:, 0].sum()
+    return selected, {
+        "kept": selected.sum(),
+        "position_0": first_tokens,
+        "massive": is_massive.sum(),
+        "special": is_special.sum(),
+    }
 
 
-def collect(
+def collect_activations(
     model: Any,
     rows: Sequence[list[int]],
     layers: Sequence[int],
     special: Sequence[int],
     folder: Path,
     show: Callable[[int, str], None] = lambda done, text: None,
-) -> Shards:
-    """Read `rows` and keep every ordinary token's residual stream after these blocks; shards that are there are kept.
+) -> ActivationStore:
+    """Run the model over `rows` and store the residual stream after each of `layers` for the selected tokens.
 
-    Shards are written beside the reading, each under a temporary name first, so that a killed run goes on.
+    Background threads write the shards, each under a temporary name first. Shards that exist already are not computed
+    again, so an interrupted run continues where it stopped. Raises PhoqueError (2) if `rows` is empty.
     """
     if not rows:
         raise PhoqueError(
-            "There is nothing to read.", "No text is left for training once some are held out.", "Give more of them."
+            "There is no text to collect activations from.",
+            "No text is left for training after some is held out.",
+            "Provide more text with --chat or --text.",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    controls = torch.tensor(sorted(special), device=model.device)
-    groups = grouped([len(row) for row in rows], SHARD)
+    special_ids = torch.tensor(sorted(special), device=model.device)
+    groups = group_rows([len(row) for row in rows], SHARD_TOKENS)
     with _Writer() as writer:
         done = 0
-        for number, group in enumerate(groups):
-            path = folder / f"{number:06}.safetensors"
+        for shard, group in enumerate(groups):
+            path = folder / f"{shard:06}.safetensors"
             if not path.exists():
-                writer.write(path, *_activations(model, [rows[n] for n in group], layers, controls))
+                writer.write(path, *_read_activations(model, [rows[n] for n in group], layers, special_ids))
             done += len(group)
             show(done, "texts read")
-    return Shards(folder, tuple(layers))
+    return ActivationStore(folder, tuple(layers))
 
 
-def grouped(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Row numbers in order, in groups of about so many tokens."""
+def group_rows(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Split row numbers, in order, into groups of at most `tokens` tokens; a longer row is a group by itself."""
     groups: list[list[int]] = [[]]
     total = 0
-    for number, length in enumerate(lengths):
+    for row, length in enumerate(lengths):
         if groups[-1] and total + length > tokens:
             groups.append([])
             total = 0
-        groups[-1].append(number)
+        groups[-1].append(row)
         total += length
     return groups
 
 
-def _activations(
+def _read_activations(
     model: Any, rows: Sequence[list[int]], layers: Sequence[int], special: torch.Tensor
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
-    found: dict[str, list[torch.Tensor]] = {str(layer): [] for layer in layers}
+    activations: dict[str, list[torch.Tensor]] = {str(layer): [] for layer in layers}
     counts: dict[str, list[torch.Tensor]] = {}
 
     def take(layer: int, _: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        kept, reasons = ordinary(ids, mask, hidden, special)
-        found[str(layer)].append(hidden[kept].to(STORED))
-        for name, count in reasons.items():
+        selected, reason_counts = select_tokens(ids, mask, hidden, special)
+        activations[str(layer)].append(hidden[selected].to(ACTIVATION_DTYPE))
+        for name, count in reason_counts.items():
             counts.setdefault(name, []).append(count)
 
-    read(model, rows, layers, take)
-    return found, counts
+    read_residual_stream(model, rows, layers, take)
+    return activations, counts
 
 
 class _Writer:
-    """Writes shards in threads of its own, a few behind: the GPU goes on, and copies over a stream beside its work."""
+    """Writes shards in background threads, at most WRITER_THREADS + 1 at a time, while the GPU keeps computing.
+
+    Tensors are copied from the GPU on a CUDA stream of their own.
+    """
 
     def __enter__(self) -> "_Writer":
-        self.pool = ThreadPoolExecutor(WRITERS)
-        self.room = threading.Semaphore(WRITERS + 1)
-        self.waiting: list[Future[None]] = []
+        self.pool = ThreadPoolExecutor(WRITER_THREADS)
+        self.slots = threading.Semaphore(WRITER_THREADS + 1)
+        self.pending: list[Future[None]] = []
         return self
 
     def write(self, path: Path, parts: dict[str, list[torch.Tensor]], counts: dict[str, list[torch.Tensor]]) -> None:
-        """Hand over the pieces of one shard; waits while too many are on their way."""
-        self.room.acquire()
-        for one in [one for one in self.waiting if one.done()]:
-            self.waiting.remove(one)
-            one.result()
-        ready = torch.cuda.Event() if next(iter(parts.values()))[0].is_cuda else None
-        if ready:
-            ready.record()
-        self.waiting.append(self.pool.submit(self._written, path, parts, counts, ready))
+        """Submit the pieces of one shard; blocks while too many shards are pending."""
+        self.slots.acquire()
+        for future in [future for future in self.pending if future.done()]:
+            self.pending.remove(future)
+            future.result()
+        copy_ready = torch.cuda.Event() if next(iter(parts.values()))[0].is_cuda else None
+        if copy_ready:
+            copy_ready.record()
+        self.pending.append(self.pool.submit(self._write_shard, path, parts, counts, copy_ready))
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, error_type: Any, *_: Any) -> None:
         self.pool.shutdown()
-        if kind is None:
-            for one in self.waiting:
-                one.result()
+        if error_type is None:
+            for future in self.pending:
+                future.result()
 
-    def _written(
+    def _write_shard(
         self,
         path: Path,
         parts: dict[str, list[torch.Tensor]],
         counts: dict[str, list[torch.Tensor]],
-        ready: torch.cuda.Event | None,
+        copy_ready: torch.cuda.Event | None,
     ) -> None:
         try:
-            tensors = _on_host(parts, ready)
-            totals = {name: str(sum(int(count) for count in found)) for name, found in counts.items()}
+            tensors = _copy_to_host(parts, copy_ready)
+            totals = {name: str(sum(int(count) for count in values)) for name, values in counts.items()}
             staging = path.with_name(f".{path.name}.{os.getpid()}")
             save_file(tensors, staging, totals)
             staging.replace(path)
         finally:
-            self.room.release()
+            self.slots.release()
 
 
-def _on_host(parts: dict[str, list[torch.Tensor]], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
-    """The pieces of each tensor joined in host memory; from a GPU through pinned memory, so that nothing waits."""
-    if ready is None:
+def _copy_to_host(parts: dict[str, list[torch.Tensor]], copy_ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
+    """Concatenate the pieces of each tensor in host memory; from a GPU, asynchronously through pinned memory."""
+    if copy_ready is None:
         return {name: torch.cat(pieces) for name, pieces in parts.items()}
-    made: dict[str, torch.Tensor] = {}
-    beside = torch.cuda.Stream()
-    beside.wait_event(ready)
-    with torch.cuda.stream(beside):
+    tensors: dict[str, torch.Tensor] = {}
+    stream = torch.cuda.Stream()
+    stream.wait_event(copy_ready)
+    with torch.cuda.stream(stream):
         for name, pieces in parts.items():
-            made[name] = torch.empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=STORED, pin_memory=True)
-            for into, piece in zip(made[name].split([len(p) for p in pieces]), pieces, strict=True):
-                into.copy_(piece, non_blocking=True)
-    beside.synchronize()
-    return made
+            tensors[name] = torch.empty(
+                sum(map(len, pieces)), pieces[0].shape[1], dtype=ACTIVATION_DTYPE, pin_memory=True
+            )
+            for target, piece in zip(tensors[name].split([len(p) for p in pieces]), pieces, strict=True):
+                target.copy_(piece, non_blocking=True)
+    stream.synchronize()
+    return tensors
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Batches of one layer's activations: every pass in a new order, drawn from MIXED shards at a time.
+class ActivationStream:
+    """Batches of one layer's activations; each epoch shuffles the tokens of SHARDS_PER_BUFFER shards at a time.
 
-    What does not fill a batch at the end of such a buffer is left for another pass. Deterministic in `seed`, and
-    `batches(skip)` begins where an earlier stream was stopped without reading what came before.
+    The tokens at the end of such a buffer that do not fill a batch are dropped for that epoch. The order depends only
+    on `seed`. With `skip`, `iter_batches` continues an interrupted stream without reading the earlier buffers.
     """
 
-    shards: Shards
+    store: ActivationStore
     layer: int
     batch: int
-    passes: int
+    epochs: int
     seed: int
 
-    def plan(self) -> list[tuple[list[int], int]]:
-        """(shards of a buffer, batches in it) for all passes."""
-        counts = self.shards.counts(self.layer)
-        made = []
-        for n in range(self.passes):
-            order = torch.randperm(len(counts), generator=_chance(self.seed, n, 0)).tolist()
-            for start in range(0, len(order), MIXED):
-                own = order[start : start + MIXED]
-                made.append((own, sum(counts[i] for i in own) // self.batch))
-        return made
+    def plan_buffers(self) -> list[tuple[list[int], int]]:
+        """List (shard numbers, number of batches) for each buffer of all epochs."""
+        counts = self.store.shard_sizes(self.layer)
+        buffers = []
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(counts), generator=_generator(self.seed, epoch, 0)).tolist()
+            for start in range(0, len(order), SHARDS_PER_BUFFER):
+                shard_ids = order[start : start + SHARDS_PER_BUFFER]
+                buffers.append((shard_ids, sum(counts[i] for i in shard_ids) // self.batch))
+        return buffers
 
-    def steps(self) -> int:
-        """How many batches there are."""
-        return sum(count for _, count in self.plan())
+    def count_batches(self) -> int:
+        """Count the batches of all epochs."""
+        return sum(count for _, count in self.plan_buffers())
 
-    def batches(self, on: torch.device, skip: int = 0) -> Iterator[torch.Tensor]:
-        """fp32 tensors (batch, hidden) on the device; the next buffer is read while one is used."""
-        files, wanted = self.shards.files(), []
-        for number, (own, count) in enumerate(self.plan()):
+    def iter_batches(self, device: torch.device, skip: int = 0) -> Iterator[torch.Tensor]:
+        """Yield fp32 tensors (batch, hidden) on the device; a thread loads the next buffer in the meantime."""
+        files, buffers = self.store.files(), []
+        for buffer, (shard_ids, count) in enumerate(self.plan_buffers()):
             if skip >= count:
                 skip -= count
                 continue
-            wanted.append((number, own, count, skip))
+            buffers.append((buffer, shard_ids, count, skip))
             skip = 0
-        ahead: Queue[Any] = Queue(maxsize=1)
-        over = threading.Event()
+        queue: Queue[Any] = Queue(maxsize=1)
+        stop = threading.Event()
 
         def load() -> None:
-            for number, own, count, begun in wanted:
-                if over.is_set():
+            for buffer, shard_ids, count, first in buffers:
+                if stop.is_set():
                     return
                 try:
-                    held = torch.cat([self.shards.tensor(files[i], self.layer) for i in own])
-                    ahead.put((held[torch.randperm(len(held), generator=_chance(self.seed, number, 1))], count, begun))
+                    activations = torch.cat([self.store.tensor(files[i], self.layer) for i in shard_ids])
+                    queue.put(
+                        (
+                            activations[torch.randperm(len(activations), generator=_generator(self.seed, buffer, 1))],
+                            count,
+                            first,
+                        )
+                    )
                 except BaseException as error:
-                    ahead.put(error)
+                    queue.put(error)
                     return
 
         reader = threading.Thread(target=load, daemon=True)
         reader.start()
         try:
-            for _ in wanted:
-                item = ahead.get()
+            for _ in buffers:
+                item = queue.get()
                 if isinstance(item, BaseException):
                     raise item
-                held, count, begun = item
-                held = held.to(on)
-                for n in range(begun, count):
-                    yield held[n * self.batch : (n + 1) * self.batch].float()
+                activations, count, first = item
+                activations = activations.to(device)
+                for n in range(first, count):
+                    yield activations[n * self.batch : (n + 1) * self.batch].float()
         finally:
-            over.set()
+            stop.set()
             while reader.is_alive():
-                if not ahead.empty():
-                    ahead.get()
+                if not queue.empty():
+                    queue.get()
                 reader.join(0.01)
 
 
-def _chance(seed: int, number: int, kind: int) -> torch.Generator:
+def _generator(seed: int, number: int, kind: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + number) * 2 + kind)

@@ -1,4 +1,4 @@
-"""What can be said without a dictionary: how far each block moved, along how many directions, towards which tokens."""
+"""Measures that need no dictionary: how far each block moved, along how many directions, and towards which tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,85 +6,93 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.inference.residual_stream import inner
+from phoque.inference.residual_stream import unwrap_model
 from phoque.probes import stats
-from phoque.probes.sae.residuals import Heard
+from phoque.probes.sae.residuals import Residuals
 
 Array = Any
-SHOWN_PARTS = 5
-SHOWN_TOKENS = 10
-LOGITS_AT_ONCE = 1024
+PCA_COMPONENTS = 5
+LENS_TOKENS = 10
+LOGITS_CHUNK = 1024  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
-def layer_curve(base: Heard, other: Heard, seed: int) -> dict[str, Array]:
-    """How far the mean residual stream moved, in mean norms, a block: {rel, low, high}, bootstrapped over rows."""
-    gaps = (other.means - base.means).numpy()
+def measure_layer_shifts(base: Residuals, variant: Residuals, seed: int) -> dict[str, Array]:
+    """Measure how far the mean residual stream moved at each block, as a fraction of the mean residual norm.
+
+    Returns {rel, low, high}, each (blocks,); low and high bound the 95 % interval of 200 bootstrap samples of rows.
+    """
+    gaps = (variant.means - base.means).numpy()
     norms = base.norms.numpy()
 
-    def moved(gap: Array, norm: Array) -> Array:
+    def relative_shift(gap: Array, norm: Array) -> Array:
         return numpy.linalg.norm(gap.mean(0), axis=-1) / norm.mean(0)
 
-    rows = stats.resampled(len(gaps), seed)[:200]
-    low, high = stats.interval(numpy.stack([moved(gaps[own], norms[own]) for own in rows]))
-    return {"rel": moved(gaps, norms), "low": low, "high": high}
+    rows = stats.draw_resamples(len(gaps), seed)[:200]
+    low, high = stats.percentile_interval(numpy.stack([relative_shift(gaps[sample], norms[sample]) for sample in rows]))
+    return {"rel": relative_shift(gaps, norms), "low": low, "high": high}
 
 
-def difference_parts(base: Heard, other: Heard, layer: int, on: torch.device) -> dict[str, Any]:
-    """Principal components of the difference, token by token: shares of the uncentred and of the centred squares.
+def run_difference_pca(base: Residuals, variant: Residuals, layer: int, device: torch.device) -> dict[str, Any]:
+    """Run a PCA of the per-token differences; each component's share of the sum of squares, uncentered and centered.
 
-    A first uncentred part that is large beside the centred one is one constant offset.
+    If the first uncentered share is much larger than the first centered one, the difference is mostly one offset.
     """
-    kept = zip(base.states[layer], other.states[layer], base.fine, strict=True)
-    gaps = torch.cat([(b[fine].float() - a[fine].float()) for a, b, fine in kept]).to(on)
+    pairs = zip(base.states[layer], variant.states[layer], base.masks, strict=True)
+    gaps = torch.cat([(b[valid].float() - a[valid].float()) for a, b, valid in pairs]).to(device)
     if len(gaps) < 2 or not bool(gaps.any()):
         return {"uncentred": [], "centred": [], "tokens": len(gaps)}
     shares = {}
     for name, rows in (("uncentred", gaps), ("centred", gaps - gaps.mean(0))):
         values = torch.linalg.eigvalsh((rows.T @ rows).double()).flip(0).clamp(min=0)
-        shares[name] = (values / values.sum())[:SHOWN_PARTS].tolist()
+        shares[name] = (values / values.sum())[:PCA_COMPONENTS].tolist()
     return shares | {"tokens": len(gaps)}
 
 
 @torch.no_grad()
-def token_scores(model: Any, directions: torch.Tensor) -> torch.Tensor:
-    """The logit lens: what each direction (n, hidden) adds to the logits, up to a positive factor: (n, vocabulary)."""
-    causal = inner(model)
+def compute_lens_logits(model: Any, directions: torch.Tensor) -> torch.Tensor:
+    """Apply the logit lens: map directions (n, hidden) to logits (n, vocabulary), up to a positive factor."""
+    causal = unwrap_model(model)
     weight = causal.lm_head.weight
-    through = directions.to(weight.device).float() * causal.model.norm.weight.float()
-    return (through.to(weight.dtype) @ weight.T).float()
+    scaled = directions.to(weight.device).float() * causal.model.norm.weight.float()
+    return (scaled.to(weight.dtype) @ weight.T).float()
 
 
-def lens(model: Any, tokenizer: Any, directions: torch.Tensor) -> list[dict[str, list[str]]]:
-    """The tokens that each direction promotes most and least: {top, bottom}."""
-    found = []
-    for scores in token_scores(model, directions):
+def list_lens_tokens(model: Any, tokenizer: Any, directions: torch.Tensor) -> list[dict[str, list[str]]]:
+    """List the tokens that each direction promotes most and least: {top, bottom}, LENS_TOKENS of each."""
+    token_lists = []
+    for scores in compute_lens_logits(model, directions):
         order = scores.argsort(descending=True)
-        top, bottom = order[:SHOWN_TOKENS].tolist(), order.flip(0)[:SHOWN_TOKENS].tolist()
-        found.append({side: [tokenizer.decode([t]) for t in own] for side, own in (("top", top), ("bottom", bottom))})
-    return found
+        top, bottom = order[:LENS_TOKENS].tolist(), order.flip(0)[:LENS_TOKENS].tolist()
+        token_lists.append(
+            {end: [tokenizer.decode([t]) for t in ids] for end, ids in (("top", top), ("bottom", bottom))}
+        )
+    return token_lists
 
 
 @torch.no_grad()
-def divergence(base: tuple[Any, Heard], other: tuple[Any, Heard]) -> list[float]:
-    """Mean KL(base || other) of the next token, in nats, a row; a side is (model, what it held at its last block)."""
-    (first, one), (second, two) = base, other
-    last = max(one.states)
-    found = []
-    for a, b in zip(one.states[last], two.states[last], strict=True):
+def compute_kl(base: tuple[Any, Residuals], variant: tuple[Any, Residuals]) -> list[float]:
+    """Compute the mean KL(base || variant) of the next token for each row, in nats per token; NaN for an empty row.
+
+    Each argument is (model, its residuals, which include the last block).
+    """
+    (base_model, base_residuals), (variant_model, variant_residuals) = base, variant
+    last_block = max(base_residuals.states)
+    kl_per_row = []
+    for a, b in zip(base_residuals.states[last_block], variant_residuals.states[last_block], strict=True):
         total = 0.0
-        for parts in zip(a.split(LOGITS_AT_ONCE), b.split(LOGITS_AT_ONCE), strict=True):
-            p, q = (_log_shares(model, part) for model, part in zip((first, second), parts, strict=True))
+        for parts in zip(a.split(LOGITS_CHUNK), b.split(LOGITS_CHUNK), strict=True):
+            p, q = (_log_probs(model, part) for model, part in zip((base_model, variant_model), parts, strict=True))
             total += float((p.exp() * (p - q)).sum())
-        found.append(total / len(a) if len(a) else float("nan"))
-    return found
+        kl_per_row.append(total / len(a) if len(a) else float("nan"))
+    return kl_per_row
 
 
-def _log_shares(model: Any, states: torch.Tensor) -> torch.Tensor:
-    causal = inner(model)
+def _log_probs(model: Any, states: torch.Tensor) -> torch.Tensor:
+    causal = unwrap_model(model)
     normed = causal.model.norm(states.to(causal.lm_head.weight.device))
     return causal.lm_head(normed.to(causal.lm_head.weight.dtype)).float().log_softmax(-1)
 
 
-def lens_layers(blocks: int, chosen: Sequence[int]) -> list[int]:
-    """The blocks whose mean difference is put through the lens: those that are compared, quarters, and the last."""
-    return sorted({*chosen, blocks // 4, blocks // 2, 3 * blocks // 4, blocks - 1})
+def choose_lens_layers(blocks: int, compared: Sequence[int]) -> list[int]:
+    """Choose the blocks for the logit lens: the compared blocks, those at each quarter of the depth, and the last."""
+    return sorted({*compared, blocks // 4, blocks // 2, 3 * blocks // 4, blocks - 1})

@@ -1,4 +1,4 @@
-"""One block's comparison, from what both models held to plain numbers fit for JSON."""
+"""Compare the models at one decoder block: from their residuals to plain numbers for the JSON report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,31 +9,39 @@ import torch
 
 from phoque.inference.residual_stream import Turn
 from phoque.probes.sae.dictionary import Dictionary
-from phoque.probes.sae.feature_cards import Passage, cards
-from phoque.probes.sae.feature_shifts import Coded, Shifts, coded, latent_scaling, shifts, swapped, twins
-from phoque.probes.sae.interventions import Trial
+from phoque.probes.sae.feature_cards import TextSource, build_cards
+from phoque.probes.sae.feature_shifts import (
+    FeatureActivations,
+    FeatureShifts,
+    compare_features,
+    encode_residuals,
+    match_features,
+    measure_latent_scaling,
+    swap_variants,
+)
+from phoque.probes.sae.interventions import InterventionTest
 from phoque.probes.sae.model_variants import ModelVariants
-from phoque.probes.sae.residuals import Heard
+from phoque.probes.sae.residuals import Residuals
 from phoque.settings.compare_sae import SaeSettings
 
 Array = Any
 NULLS = ("dtype", "packing")
-TWIN = 0.7  # the cosine from which two features of two dictionaries are one
+REPLICATION_COSINE = 0.7  # minimum cosine at which features of two dictionaries count as the same feature
 
 
 @dataclass
-class Audit:
-    """Texts by set, and what every side held over them: heard[side][set]."""
+class ComparisonInputs:
+    """The texts by set, and every variant's residuals over them: residuals[variant][set]."""
 
-    sides: ModelVariants
+    variants: ModelVariants
     rows: dict[str, list[Turn]]
-    heard: dict[str, dict[str, Heard]]
+    residuals: dict[str, dict[str, Residuals]]
     tokenizer: Any
 
 
 @dataclass
-class Block:
-    """What one block showed: `summary` goes into the report, `table` is a row a feature, for all of them."""
+class BlockResult:
+    """The results at one decoder block: `summary` goes into the report, `table` has one row for every feature."""
 
     layer: int
     summary: dict[str, Any]
@@ -43,174 +51,207 @@ class Block:
     warnings: list[str] = field(default_factory=list)
 
 
-def measured(
-    audit: Audit,
+def compare_block(
+    inputs: ComparisonInputs,
     dictionaries: Sequence[Dictionary],
     layer: int,
     quality: list[dict[str, Any]],
     s: SaeSettings,
-    on: torch.device,
+    device: torch.device,
     say: Any,
-) -> Block:
-    """Compare both models at one block through its dictionaries, the first of which is reported."""
-    found = [_through(audit, d, layer, s, on) for d in dictionaries]
-    own, sides, equal = found[0]
-    order = own.order()
-    say(f"block {layer}: {len(order)} of {int(own.tested.sum())} features shifted; looking at them")
-    betas = latent_scaling(
-        dictionaries[0], *(audit.heard[side]["response"] for side in ("base", "tuned")), layer, own.delta > 0, on
+) -> BlockResult:
+    """Compare both models at one block through its dictionaries, one per seed.
+
+    The first dictionary is reported; the others only show which of its features replicate.
+    """
+    results = [_encode_and_test(inputs, d, layer, s, device) for d in dictionaries]
+    shifts, activations, nulls = results[0]
+    order = shifts.rank_reported()
+    say(f"block {layer}: {len(order)} of {int(shifts.tested.sum())} features shifted; testing what they cause")
+    betas = measure_latent_scaling(
+        dictionaries[0],
+        *(inputs.residuals[variant]["response"] for variant in ("base", "tuned")),
+        layer,
+        shifts.delta > 0,
+        device,
     )
-    if own.specific is None:
-        leading = order
-    else:  # what the control shares is no find: it comes after
-        leading = numpy.concatenate([order[own.specific[order]], order[~own.specific[order]]])
-    shown = [int(f) for f in leading[: s.cards]]
-    with audit.sides.on("base") as model:
-        about = cards(dictionaries[0], shown, _passages(audit), layer, model, audit.tokenizer, on)
-    causes = _causes(audit, dictionaries[0], own, layer, shown, s)
-    replicated = _replicated(dictionaries, [one for one, *_ in found], order, on)
-    table = _table(own, betas, sides, replicated)
-    features = [_feature(table, f) for f in order]
-    by_cause = {row["feature_id"]: row for row in causes["features"]}
+    if shifts.specific is None:
+        ranked = order
+    else:  # features that the control shifts too come last
+        ranked = numpy.concatenate([order[shifts.specific[order]], order[~shifts.specific[order]]])
+    shown = [int(f) for f in ranked[: s.cards]]
+    with inputs.variants.activate("base") as model:
+        shown_cards = build_cards(
+            dictionaries[0], shown, _list_text_sources(inputs), layer, model, inputs.tokenizer, device
+        )
+    interventions = _run_interventions(inputs, dictionaries[0], shifts, layer, shown, s)
+    replicated = _find_replicated(dictionaries, [seed_shifts for seed_shifts, *_ in results], order, device)
+    table = _build_table(shifts, betas, activations, replicated)
+    features = [_build_feature_row(table, f) for f in order]
+    interventions_by_feature = {row["feature_id"]: row for row in interventions["features"]}
     for row in features:
         if row["feature_id"] in shown:
-            row |= about[shown.index(row["feature_id"])] | {"cause": by_cause.get(row["feature_id"])}
+            row |= shown_cards[shown.index(row["feature_id"])] | {
+                "cause": interventions_by_feature.get(row["feature_id"])
+            }
     features.sort(key=lambda row: shown.index(row["feature_id"]) if row["feature_id"] in shown else len(shown))
-    gaps, null = _prompt_shifts(sides, equal)
-    block = Block(layer, {}, table, gaps, null)
+    prompt_gaps, prompt_nulls = _sum_prompt_shifts(activations, nulls)
+    block = BlockResult(layer, {}, table, prompt_gaps, prompt_nulls)
     block.summary = {
-        "overall": _overall(own, sides, replicated),
-        "nulls": [_null(name, own, gap) for name, gap in equal.items()],
+        "overall": _summarize_overall(shifts, activations, replicated),
+        "nulls": [_summarize_null(name, shifts, null_gaps) for name, null_gaps in nulls.items()],
         "quality": quality,
-        "causes": causes,
+        "causes": interventions,
         "features": features,
     }
     return block
 
 
-def _through(
-    audit: Audit, dictionary: Dictionary, layer: int, s: SaeSettings, on: torch.device
-) -> tuple[Shifts, dict[str, dict[str, Coded]], dict[str, Array]]:
-    """The shifts on the base's answers, every side of every set through one dictionary, and what equal weights show.
+def _encode_and_test(
+    inputs: ComparisonInputs, dictionary: Dictionary, layer: int, s: SaeSettings, device: torch.device
+) -> tuple[FeatureShifts, dict[str, dict[str, FeatureActivations]], dict[str, Array]]:
+    """Encode every variant and text set with one dictionary, and test the shifts on the base model's answers.
 
-    That is (prompts, features) a null: how far the base in other numbers is from the base, whatever is swapped.
+    Returns the shifts, the activations[variant][set], and the nulls: for each, a (prompts, features) difference between
+    the base model and itself in another precision or batching, which --shuffle-pairs does not affect.
     """
-    sides = {
-        side: {kind: coded(dictionary, held, layer, on) for kind, held in sets.items()}
-        for side, sets in audit.heard.items()
+    activations = {
+        variant: {kind: encode_residuals(dictionary, residuals, layer, device) for kind, residuals in sets.items()}
+        for variant, sets in inputs.residuals.items()
     }
-    one, other = sides["base"]["response"], sides["tuned"]["response"]
-    equal = {name: sides[name]["response"].mean - one.mean for name in NULLS}
+    base, tuned = activations["base"]["response"], activations["tuned"]["response"]
+    nulls = {name: activations[name]["response"].mean - base.mean for name in NULLS}
     if s.shuffle_pairs:
-        one, other = swapped(one, other, s.seed)
-        sides["base"]["response"], sides["tuned"]["response"] = one, other
-    control = sides["control"]["response"] if "control" in sides else None
-    return shifts(one, other, [*equal.values()], control, s.min_active, s.seed), sides, equal
+        base, tuned = swap_variants(base, tuned, s.seed)
+        activations["base"]["response"], activations["tuned"]["response"] = base, tuned
+    control = activations["control"]["response"] if "control" in activations else None
+    return compare_features(base, tuned, [*nulls.values()], control, s.min_active, s.seed), activations, nulls
 
 
-def _passages(audit: Audit) -> list[Passage]:
-    wanted = [("base", kind) for kind in audit.heard["base"]] + [("tuned", "own"), ("tuned", "response")]
-    return [Passage(side, kind, audit.rows[kind], audit.heard[side][kind]) for side, kind in wanted]
+def _list_text_sources(inputs: ComparisonInputs) -> list[TextSource]:
+    pairs = [("base", kind) for kind in inputs.residuals["base"]] + [("tuned", "own"), ("tuned", "response")]
+    return [TextSource(variant, kind, inputs.rows[kind], inputs.residuals[variant][kind]) for variant, kind in pairs]
 
 
-def _causes(
-    audit: Audit, dictionary: Dictionary, own: Shifts, layer: int, shown: list[int], s: SaeSettings
+def _run_interventions(
+    inputs: ComparisonInputs,
+    dictionary: Dictionary,
+    shifts: FeatureShifts,
+    layer: int,
+    shown: list[int],
+    s: SaeSettings,
 ) -> dict[str, Any]:
-    rows = audit.rows["own"][: s.causal_prompts]
-    norm = float(audit.heard["base"]["response"].norms[:, layer].mean())
-    return Trial(audit.sides, dictionary, layer, own, rows, norm, s.steering, s.seed).run(shown)
+    rows = inputs.rows["own"][: s.causal_prompts]
+    norm = float(inputs.residuals["base"]["response"].norms[:, layer].mean())
+    return InterventionTest(inputs.variants, dictionary, layer, shifts, rows, norm, s.steering, s.seed).run(shown)
 
 
-def _replicated(
-    dictionaries: Sequence[Dictionary], found: Sequence[Shifts], order: Array, on: torch.device
+def _find_replicated(
+    dictionaries: Sequence[Dictionary], shifts_by_seed: Sequence[FeatureShifts], order: Array, device: torch.device
 ) -> Array | None:
-    """For every reported feature whether each other dictionary has it, and reports it, too: (features, seeds - 1)."""
+    """Find the reported features that the other dictionaries contain and report too: a mask (features, seeds - 1).
+
+    A feature replicates if its nearest feature has a cosine of at least REPLICATION_COSINE, is reported, and shifts in
+    the same direction. None if there is only one dictionary.
+    """
     if len(dictionaries) == 1:
         return None
-    made = numpy.zeros((dictionaries[0].features, len(dictionaries) - 1), bool)
-    for n, (other, theirs) in enumerate(zip(dictionaries[1:], found[1:], strict=True)):
-        twin, cosine = twins(dictionaries[0], other, order, on)
-        same = numpy.sign(theirs.delta[twin]) == numpy.sign(found[0].delta[order])
-        made[order, n] = (cosine >= TWIN) & theirs.reported[twin] & same
-    return made
+    replicated = numpy.zeros((dictionaries[0].features, len(dictionaries) - 1), bool)
+    for n, (other_dictionary, other_shifts) in enumerate(zip(dictionaries[1:], shifts_by_seed[1:], strict=True)):
+        nearest, cosine = match_features(dictionaries[0], other_dictionary, order, device)
+        same_sign = numpy.sign(other_shifts.delta[nearest]) == numpy.sign(shifts_by_seed[0].delta[order])
+        replicated[order, n] = (cosine >= REPLICATION_COSINE) & other_shifts.reported[nearest] & same_sign
+    return replicated
 
 
-def _table(own: Shifts, betas: Array, sides: dict[str, dict[str, Coded]], replicated: Array | None) -> dict[str, Array]:
+def _build_table(
+    shifts: FeatureShifts, betas: Array, activations: dict[str, dict[str, FeatureActivations]], replicated: Array | None
+) -> dict[str, Array]:
     columns = {
-        "feature_id": numpy.arange(len(own.delta)),
-        "base_mean": own.base,
-        "tuned_mean": own.tuned,
-        "delta": own.delta,
-        "ci_low": own.low,
-        "ci_high": own.high,
-        "d_z": own.d_z,
-        "p_perm": own.p,
-        "q_bh": own.q,
-        "p_maxT": own.p_max,
-        "null_delta": own.null,
-        "above_null": own.above_null,
-        "active_prompts": own.active_prompts,
-        "base_freq": own.base_active,
-        "tuned_freq": own.tuned_active,
+        "feature_id": numpy.arange(len(shifts.delta)),
+        "base_mean": shifts.base_mean,
+        "tuned_mean": shifts.tuned_mean,
+        "delta": shifts.delta,
+        "ci_low": shifts.ci_low,
+        "ci_high": shifts.ci_high,
+        "d_z": shifts.d_z,
+        "p_perm": shifts.p,
+        "q_bh": shifts.q,
+        "p_maxT": shifts.p_max_t,
+        "null_delta": shifts.null_delta,
+        "above_null": shifts.above_null,
+        "active_prompts": shifts.active_prompts,
+        "base_freq": shifts.base_freq,
+        "tuned_freq": shifts.tuned_freq,
         "beta_base": betas[0],
         "beta_tuned": betas[1],
-        "tested": own.tested,
-        "reported": own.reported,
+        "tested": shifts.tested,
+        "reported": shifts.reported,
     }
-    if own.specific is not None:
-        columns |= {"control_delta": own.control, "specific_vs_control": own.specific}
+    if shifts.specific is not None:
+        columns |= {"control_delta": shifts.control_delta, "specific_vs_control": shifts.specific}
     if replicated is not None:
         columns["replicated"] = replicated.all(1)
     for kind in ("own", "text"):
-        for side in ("base", "tuned"):
-            columns[f"{kind}_{side}_mean"] = numpy.nanmean(sides[side][kind].mean, axis=0)
+        for variant in ("base", "tuned"):
+            columns[f"{kind}_{variant}_mean"] = numpy.nanmean(activations[variant][kind].mean, axis=0)
     return columns
 
 
-def _feature(table: dict[str, Array], feature: int) -> dict[str, Any]:
+def _build_feature_row(table: dict[str, Array], feature: int) -> dict[str, Any]:
     row = {name: values[feature].item() for name, values in table.items()}
     low, high = row.pop("ci_low"), row.pop("ci_high")
     return row | {"direction": "up" if row["delta"] > 0 else "down", "ci95": [low, high]}
 
 
-def _overall(own: Shifts, sides: dict[str, dict[str, Coded]], replicated: Array | None) -> dict[str, Any]:
-    mean = float(numpy.abs(own.delta[own.tested]).mean()) if own.tested.any() else 0.0
-    null = float(own.null[own.tested].mean()) if own.tested.any() else 0.0
-    found = {
-        "n_features": len(own.delta),
-        "n_tested": int(own.tested.sum()),
-        "n_significant": int((numpy.nan_to_num(own.q, nan=1.0) < 0.05).sum()),
-        "n_reported": int(own.reported.sum()),
-        "n_up": int((own.reported & (own.delta > 0)).sum()),
+def _summarize_overall(
+    shifts: FeatureShifts, activations: dict[str, dict[str, FeatureActivations]], replicated: Array | None
+) -> dict[str, Any]:
+    mean = float(numpy.abs(shifts.delta[shifts.tested]).mean()) if shifts.tested.any() else 0.0
+    null = float(shifts.null_delta[shifts.tested].mean()) if shifts.tested.any() else 0.0
+    overall = {
+        "n_features": len(shifts.delta),
+        "n_tested": int(shifts.tested.sum()),
+        "n_significant": int((numpy.nan_to_num(shifts.q, nan=1.0) < 0.05).sum()),
+        "n_reported": int(shifts.reported.sum()),
+        "n_up": int((shifts.reported & (shifts.delta > 0)).sum()),
         "mean_abs_feature_shift": mean,
         "null_mean_abs_feature_shift": null,
         "ratio_to_null": mean / null if null else None,
-        "null_floor": own.floor,
-        "ev": {side: {kind: one.explained for kind, one in sets.items()} for side, sets in sides.items()},
-        "ev_base": sides["base"]["response"].explained,
-        "ev_tuned": sides["tuned"]["response"].explained,
+        "null_floor": shifts.null_floor,
+        "ev": {
+            variant: {kind: coded.explained_variance for kind, coded in sets.items()}
+            for variant, sets in activations.items()
+        },
+        "ev_base": activations["base"]["response"].explained_variance,
+        "ev_tuned": activations["tuned"]["response"].explained_variance,
     }
-    if own.specific is not None:
-        found |= {"n_specific": int(own.specific.sum()), "ev_control": sides["control"]["response"].explained}
+    if shifts.specific is not None:
+        overall |= {
+            "n_specific": int(shifts.specific.sum()),
+            "ev_control": activations["control"]["response"].explained_variance,
+        }
     if replicated is not None:
-        count = int(own.reported.sum())
-        found["n_replicated"] = int(replicated.all(1).sum())
-        found["replicated_share"] = found["n_replicated"] / count if count else None
-    return found
+        count = int(shifts.reported.sum())
+        overall["n_replicated"] = int(replicated.all(1).sum())
+        overall["replicated_share"] = overall["n_replicated"] / count if count else None
+    return overall
 
 
-def _null(name: str, own: Shifts, gap: Array) -> dict[str, Any]:
-    gaps = numpy.abs(numpy.nanmean(gap, axis=0))[own.tested]
-    gaps = gaps if len(gaps) else numpy.zeros(1)
+def _summarize_null(name: str, shifts: FeatureShifts, null_gaps: Array) -> dict[str, Any]:
+    sizes = numpy.abs(numpy.nanmean(null_gaps, axis=0))[shifts.tested]
+    sizes = sizes if len(sizes) else numpy.zeros(1)
     return {
         "name": name,
-        "mean_abs": float(gaps.mean()),
-        "max_abs": float(gaps.max()),
-        "q99": float(numpy.quantile(gaps, 0.99)),
+        "mean_abs": float(sizes.mean()),
+        "max_abs": float(sizes.max()),
+        "q99": float(numpy.quantile(sizes, 0.99)),
     }
 
 
-def _prompt_shifts(sides: dict[str, dict[str, Coded]], equal: dict[str, Array]) -> tuple[Array, Array]:
-    """A number a prompt: how much all features together shift; and the same of the nulls, (nulls, prompts)."""
-    gap = sides["tuned"]["response"].mean - sides["base"]["response"].mean
-    return numpy.abs(gap).sum(1), numpy.stack([numpy.abs(null).sum(1) for null in equal.values()])
+def _sum_prompt_shifts(
+    activations: dict[str, dict[str, FeatureActivations]], nulls: dict[str, Array]
+) -> tuple[Array, Array]:
+    """Sum the absolute shifts of all features for each prompt: (prompts,), and for the nulls (nulls, prompts)."""
+    gaps = activations["tuned"]["response"].mean - activations["base"]["response"].mean
+    return numpy.abs(gaps).sum(1), numpy.stack([numpy.abs(null).sum(1) for null in nulls.values()])

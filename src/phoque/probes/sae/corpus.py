@@ -1,4 +1,4 @@
-"""What a dictionary is trained on: chats as they are, the base model's own answers, and general text, as token ids."""
+"""The training corpus of a dictionary, as token ids: chats, the base model's own answers, and general text."""
 
 import hashlib
 import json
@@ -7,114 +7,121 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phoque.data.rows import BadRow, Dataset, open_dataset, parsed
+from phoque.data.rows import BadRow, Dataset, open_dataset, parse_row
 from phoque.errors import PhoqueError
 
-CONTEXT = 256  # tokens in a piece of general text
-HELD_OUT = 20  # one chat and one piece of text in so many is kept for judging
-PYTHON = "python"  # the name of the text that every Python brings along
+CONTEXT_TOKENS = 256  # tokens in a chunk of general text
+HELD_OUT_EVERY = 20  # one row in this many, of each kind, is held out to judge the dictionary
+PYTHON_DOCS = "python"  # the --text value that stands for the documentation inside Python
 KINDS = ("chat", "answer", "text")
 
 
 @dataclass
-class Texts:
-    """Rows of token ids with what each is, those to train on and those held out; `sha256` pins them all."""
+class Corpus:
+    """Rows of token ids: those to train on, and those held out, by kind. `sources` names where each kind comes from."""
 
     train: list[list[int]] = field(default_factory=list)
     held_out: dict[str, list[list[int]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    counted: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
-        """What pins these texts."""
+        """The hash of all rows, which identifies this corpus in the cache."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     def add(self, kind: str, ids: list[int]) -> None:
-        """One more row; the first of every HELD_OUT is held out."""
-        number = self.counted[kind]
-        self.counted[kind] += 1
-        (self.held_out[kind] if number % HELD_OUT == 0 else self.train).append(ids)
+        """Add a row; the first of every HELD_OUT_EVERY rows of a kind is held out."""
+        index = self.counts[kind]
+        self.counts[kind] += 1
+        (self.held_out[kind] if index % HELD_OUT_EVERY == 0 else self.train).append(ids)
 
 
 @dataclass(frozen=True)
-class Chats:
-    """Conversations as token ids, and the first question of each."""
+class Conversations:
+    """Conversations as token ids, and the first user message of each."""
 
     name: str
     ids: list[list[int]]
     questions: list[str]
 
 
-def chats(
-    dataset: Dataset, encode: Callable[[Sequence[Any]], list[int]], tokens: int, longest: int, without: frozenset[str]
-) -> Chats:
-    """Conversations of a dataset, `tokens` tokens of them; those that ask a question of `without` are left out.
+def read_conversations(
+    dataset: Dataset,
+    encode: Callable[[Sequence[Any]], list[int]],
+    tokens: int,
+    max_length: int,
+    excluded: frozenset[str],
+) -> Conversations:
+    """Read conversations from a dataset until they have `tokens` tokens.
 
-    Longer ones are cut at `longest` tokens. Raises PhoqueError (2) if there is none.
+    Conversations that begin with an excluded question are skipped, malformed rows too; longer conversations are cut at
+    `max_length` tokens. Raises PhoqueError (2) if no conversation is left.
     """
-    found, questions, total = [], [], 0
+    conversations, questions, total = [], [], 0
     for record in dataset.stream:
         if total >= tokens:
             break
         try:
-            row = parsed(record)
+            row = parse_row(record)
         except BadRow:
-            continue  # `phoque train` counts and names them
-        first = row.first_question
-        if first in without:
+            continue  # `phoque train` counts and reports malformed rows
+        question = row.first_question
+        if question in excluded:
             continue
-        ids = encode(row.messages)[:longest]
-        found.append(ids)
-        questions.append(first)
+        ids = encode(row.messages)[:max_length]
+        conversations.append(ids)
+        questions.append(question)
         total += len(ids)
-    if not found:
+    if not conversations:
         raise PhoqueError(
-            f"There is no conversation in {dataset.name}.", "The dictionary would never see a chat.", "Check --chat."
+            f"There is no usable conversation in {dataset.name}.",
+            "Every row is malformed or begins with a question that is compared on.",
+            "Check --chat and --dataset.",
         )
-    return Chats(f"{dataset.name}@{dataset.revision[:12]}", found, questions)
+    return Conversations(f"{dataset.name}@{dataset.revision[:12]}", conversations, questions)
 
 
-def pieces(name: str, tokenizer: Any, tokens: int, token: str | None) -> tuple[str, list[list[int]]]:
-    """General text in pieces of CONTEXT tokens, at least `tokens` of them if there is so much, and what names it.
+def read_text_chunks(name: str, tokenizer: Any, tokens: int, token: str | None) -> tuple[str, list[list[int]]]:
+    """Read general text in chunks of CONTEXT_TOKENS tokens until they have `tokens` tokens or the text ends.
 
-    `python` is the documentation that ships inside Python; else a text file, or a dataset with a `text` column.
-    Raises PhoqueError (2) if there is no text.
+    `name` is `python` (the documentation that ships inside Python), a .txt file, or a dataset with a `text` column.
+    Returns (a label with the revision, chunks). Raises PhoqueError (2) if there is no text.
     """
-    label, documents = _documents(name, token)
-    begin = beginning(tokenizer)
-    size = CONTEXT - len(begin)
-    found: list[list[int]] = []
-    rest: list[int] = []
+    label, documents = _open_documents(name, token)
+    prefix = find_prefix_ids(tokenizer)
+    size = CONTEXT_TOKENS - len(prefix)
+    chunks: list[list[int]] = []
+    buffer: list[int] = []
     for text in documents:
-        rest += tokenizer(text, add_special_tokens=False)["input_ids"]
-        while len(rest) >= size:
-            found.append(begin + rest[:size])
-            rest = rest[size:]
-        if len(found) * CONTEXT >= tokens:
+        buffer += tokenizer(text, add_special_tokens=False)["input_ids"]
+        while len(buffer) >= size:
+            chunks.append(prefix + buffer[:size])
+            buffer = buffer[size:]
+        if len(chunks) * CONTEXT_TOKENS >= tokens:
             break
-    if rest and not found:
-        found.append(begin + rest)
-    if not found:
-        raise PhoqueError(f"There is no text in {name}.", "It is empty.", "Check --text.")
-    return label, found
+    if buffer and not chunks:
+        chunks.append(prefix + buffer)
+    if not chunks:
+        raise PhoqueError(f"There is no text in {name}.", "It is empty.", "Name another source with --text.")
+    return label, chunks
 
 
-def named_split(name: str) -> tuple[str, str]:
-    """A dataset and the split of it that is meant: OWNER/NAME:SPLIT, or OWNER/NAME for its `train`."""
-    whole, _, split = name.partition(":")
-    return (whole, split) if split and not Path(name).expanduser().exists() else (name, "train")
+def parse_split(name: str) -> tuple[str, str]:
+    """Split OWNER/NAME:SPLIT into dataset and split; the split is `train` for OWNER/NAME and for existing paths."""
+    dataset, _, split = name.partition(":")
+    return (dataset, split) if split and not Path(name).expanduser().exists() else (name, "train")
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """The token ids that this tokenizer puts before every text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return whole[: whole.index(plain[0])]
+def find_prefix_ids(tokenizer: Any) -> list[int]:
+    """Find the token ids that this tokenizer puts before every text, such as a BOS token."""
+    without_prefix = tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_prefix = tokenizer("a")["input_ids"]
+    return with_prefix[: with_prefix.index(without_prefix[0])]
 
 
-def _documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
-    if name == PYTHON:
+def _open_documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
+    if name == PYTHON_DOCS:
         from platform import python_version
         from pydoc_data.topics import topics
 
@@ -123,17 +130,17 @@ def _documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
     if path.suffix == ".txt" and path.is_file():
         text = path.read_text("utf-8", errors="replace")
         return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}", iter([text])
-    dataset = open_dataset(*named_split(name), None, token)
-    return f"{name}@{dataset.revision[:12]}", _text_column(dataset)
+    dataset = open_dataset(*parse_split(name), None, token)
+    return f"{name}@{dataset.revision[:12]}", _iter_text_column(dataset)
 
 
-def _text_column(dataset: Dataset) -> Iterator[str]:
+def _iter_text_column(dataset: Dataset) -> Iterator[str]:
     for record in dataset.stream:
         row = record["row"]
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise PhoqueError(
                 f"{dataset.name} has no text column.",
-                f"Its {record['line']} holds {', '.join(row) if isinstance(row, dict) else 'no object'}.",
-                "Name a dataset with one text a row in `text`.",
+                f"Its {record['line']} has {', '.join(row) if isinstance(row, dict) else 'no object'}.",
+                "Name a dataset that has one text per row in the column `text`.",
             )
         yield row["text"]

@@ -1,4 +1,4 @@
-"""What a feature is about: the tokens that it promotes, and where it was most active."""
+"""Feature cards: the tokens that a feature promotes, and the contexts in which it is most active."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,68 +7,73 @@ from typing import Any
 import torch
 
 from phoque.inference.residual_stream import Turn
-from phoque.probes.sae.baselines import lens
+from phoque.probes.sae.baselines import list_lens_tokens
 from phoque.probes.sae.dictionary import Dictionary
-from phoque.probes.sae.residuals import Heard
+from phoque.probes.sae.residuals import Residuals
 
-CONTEXTS = 6
-BEFORE, AFTER = 24, 12  # tokens around the one that is marked
+MAX_CONTEXTS = 6  # contexts on a card
+TOKENS_BEFORE, TOKENS_AFTER = 24, 12  # tokens shown before and after the one with the highest activation
 
 
 @dataclass(frozen=True)
-class Passage:
-    """Texts that one side has read: where contexts are taken from."""
+class TextSource:
+    """Texts of one set and the residuals of the model variant that read them: a card's contexts come from these."""
 
-    side: str
+    variant: str
     kind: str
     rows: Sequence[Turn]
-    heard: Heard
+    residuals: Residuals
 
 
-def cards(
+def build_cards(
     dictionary: Dictionary,
     features: Sequence[int],
-    passages: Sequence[Passage],
+    sources: Sequence[TextSource],
     layer: int,
     model: Any,
     tokenizer: Any,
-    on: torch.device,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """For each feature {top_logits, bottom_logits, max_activating: [{before, token, after, act, model, text}]}."""
+    """Build one card per feature.
+
+    Each is {top_logits, bottom_logits, max_activating: [{before, token, after, act, model, text}]}.
+    """
     if not features:
         return []
-    chosen = torch.tensor(list(features), device=on)
-    words = lens(model, tokenizer, dictionary.decoder[chosen])
+    indices = torch.tensor(list(features), device=device)
+    lens_tokens = list_lens_tokens(model, tokenizer, dictionary.decoder[indices])
     best: list[list[tuple[float, int, int, int]]] = [[] for _ in features]
-    for at, passage in enumerate(passages):
-        for row, states in enumerate(passage.heard.states[layer]):
+    for source_index, source in enumerate(sources):
+        for row, states in enumerate(source.residuals.states[layer]):
             if not len(states):
                 continue
-            z = dictionary.encode(states.to(on))[:, chosen].cpu()
-            z[~passage.heard.fine[row]] = 0
-            values, places = z.max(0)  # one context a row: a second would be the same text again
-            for n, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+            z = dictionary.encode(states.to(device))[:, indices].cpu()
+            z[~source.residuals.masks[row]] = 0
+            values, offsets = z.max(0)  # one context per row: a second one would show the same text again
+            for n, (value, offset) in enumerate(zip(values.tolist(), offsets.tolist(), strict=True)):
                 if value > 0:
-                    best[n].append((value, at, row, place))
-    found = []
-    for n, own in enumerate(best):
+                    best[n].append((value, source_index, row, offset))
+    card_rows = []
+    for n, candidates in enumerate(best):
         contexts = [
-            _context(tokenizer, passages[at], row, place, value)
-            for value, at, row, place in sorted(own, reverse=True)[:CONTEXTS]
+            _build_context(tokenizer, sources[source_index], row, offset, value)
+            for value, source_index, row, offset in sorted(candidates, reverse=True)[:MAX_CONTEXTS]
         ]
-        found.append({"top_logits": words[n]["top"], "bottom_logits": words[n]["bottom"], "max_activating": contexts})
-    return found
+        card_rows.append(
+            {"top_logits": lens_tokens[n]["top"], "bottom_logits": lens_tokens[n]["bottom"], "max_activating": contexts}
+        )
+    return card_rows
 
 
-def _context(tokenizer: Any, passage: Passage, row: int, place: int, value: float) -> dict[str, Any]:
-    spoken = passage.rows[row]
-    ids = spoken.prompt + spoken.response
-    at = max(1, len(spoken.prompt)) + place
+def _build_context(tokenizer: Any, source: TextSource, row: int, offset: int, value: float) -> dict[str, Any]:
+    turn = source.rows[row]
+    ids = turn.prompt + turn.response
+    position = max(1, len(turn.prompt)) + offset
     return {
-        "before": tokenizer.decode(ids[max(0, at - BEFORE) : at]),
-        "token": tokenizer.decode([ids[at]]),
-        "after": tokenizer.decode(ids[at + 1 : at + 1 + AFTER]),
+        "before": tokenizer.decode(ids[max(0, position - TOKENS_BEFORE) : position]),
+        "token": tokenizer.decode([ids[position]]),
+        "after": tokenizer.decode(ids[position + 1 : position + 1 + TOKENS_AFTER]),
         "act": value,
-        "model": passage.side,
-        "text": passage.kind,
+        "model": source.variant,
+        "text": source.kind,
     }

@@ -1,4 +1,4 @@
-"""Which features shifted: paired over prompts, tested by flipping signs, held against nulls and a control."""
+"""Find the features that shifted: a sign-flip test over paired prompts, compared with nulls and a control."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,199 +8,220 @@ import numpy
 import torch
 
 from phoque.probes import stats
-from phoque.probes.sae.dictionary import AT_ONCE, Dictionary
-from phoque.probes.sae.residuals import Heard
+from phoque.probes.sae.dictionary import ENCODE_CHUNK, Dictionary
+from phoque.probes.sae.residuals import Residuals
 
 Array = Any
-FLIPS = 2**16 - 1  # so that one feature among three thousand can be found
-LARGEST_Q = 0.05
-ABOVE_OWN_NULL = 3.0  # times a feature's own shift between equal weights
+FLIPS = 2**16 - 1  # enough for one feature among 3,000 to be significant after correction
+MAX_Q = 0.05
+NULL_MARGIN = 3.0  # a reported shift is this many times the feature's shift between equal weights
 NULL_QUANTILE = 0.99
 
 
 @dataclass
-class Coded:
-    """Features over the rows of one side: `mean` activation and `active` share of tokens, both (rows, features).
+class FeatureActivations:
+    """One variant's features: `mean` activation and `active`, the share of tokens with any, both (rows, features).
 
-    Activations are in units of the residual stream: what a feature adds along its unit direction. `explained` is the
-    variance that the dictionary explains, `size` the mean number of active features a token.
+    Activations are in units of the residual stream: what a feature adds along its unit direction. `tokens` (rows,)
+    counts the valid tokens, `explained_variance` is the share that the dictionary explains, and `l0` is the mean number
+    of active features per token.
     """
 
     mean: Array
     active: Array
     tokens: Array
-    explained: float
-    size: float
+    explained_variance: float
+    l0: float
 
 
-def coded(dictionary: Dictionary, heard: Heard, layer: int, on: torch.device) -> Coded:
-    """Read one side through a dictionary; rows without a fine token have NaN means."""
-    sizes = dictionary.decoder.norm(dim=1)
-    means, actives, counts = [], [], []
-    wrong = total = active = 0.0
-    kept = [states[fine] for states, fine in zip(heard.states[layer], heard.fine, strict=True)]
-    centre = torch.cat(kept).float().mean(0).to(on)
-    for own in kept:
-        mean, share = torch.zeros_like(sizes), torch.zeros_like(sizes)
-        for part in own.split(AT_ONCE):
-            x = part.to(on).float()
+def encode_residuals(
+    dictionary: Dictionary, residuals: Residuals, layer: int, device: torch.device
+) -> FeatureActivations:
+    """Encode one variant's residuals with a dictionary; a row without a valid token has NaN means."""
+    decoder_norms = dictionary.decoder.norm(dim=1)
+    means, active_shares, counts = [], [], []
+    error = variance = active_total = 0.0
+    valid_rows = [states[valid] for states, valid in zip(residuals.states[layer], residuals.masks, strict=True)]
+    center = torch.cat(valid_rows).float().mean(0).to(device)
+    for row in valid_rows:
+        mean, active_count = torch.zeros_like(decoder_norms), torch.zeros_like(decoder_norms)
+        for part in row.split(ENCODE_CHUNK):
+            x = part.to(device).float()
             z = dictionary.encode(x)
-            wrong += float((x - dictionary.decode(z)).square().sum())
-            total += float((x - centre).square().sum())
-            active += float((z > 0).sum())
-            mean += (z * sizes).sum(0)
-            share += (z > 0).sum(0)
-        n = len(own) or float("nan")
+            error += float((x - dictionary.decode(z)).square().sum())
+            variance += float((x - center).square().sum())
+            active_total += float((z > 0).sum())
+            mean += (z * decoder_norms).sum(0)
+            active_count += (z > 0).sum(0)
+        n = len(row) or float("nan")
         means.append((mean / n).cpu().numpy())
-        actives.append((share / n).cpu().numpy())
-        counts.append(len(own))
+        active_shares.append((active_count / n).cpu().numpy())
+        counts.append(len(row))
     tokens = numpy.array(counts)
-    explained = 1 - wrong / total if total else float("nan")
-    return Coded(numpy.stack(means), numpy.stack(actives), tokens, explained, active / max(1, tokens.sum()))
+    explained = 1 - error / variance if variance else float("nan")
+    return FeatureActivations(
+        numpy.stack(means), numpy.stack(active_shares), tokens, explained, active_total / max(1, tokens.sum())
+    )
 
 
 @dataclass
-class Shifts:
-    """One row a feature, (features,) each; what was not tested has NaN in p, q and what follows from them.
+class FeatureShifts:
+    """The shift of every feature, one array (features,) per column.
 
-    `reported` are the features whose shift is significant (q < 0.05), larger than what equal weights show, and active
-    on enough prompts; `specific` those of them that the control does not share.
+    Features that were not tested have NaN in p, q, p_max_t, d_z and the interval. `reported` marks the features whose
+    shift is significant (q < 0.05), larger than between equal weights, and active on enough prompts; `specific` marks
+    the reported features that the control does not share.
     """
 
-    base: Array
-    tuned: Array
+    base_mean: Array
+    tuned_mean: Array
     delta: Array
-    low: Array
-    high: Array
+    ci_low: Array
+    ci_high: Array
     d_z: Array
     p: Array
     q: Array
-    p_max: Array
-    null: Array
-    floor: float
+    p_max_t: Array
+    null_delta: Array
+    null_floor: float
     active_prompts: Array
-    base_active: Array
-    tuned_active: Array
+    base_freq: Array
+    tuned_freq: Array
     tested: Array
     above_null: Array
     reported: Array
     specific: Array | None
-    control: Array | None
+    control_delta: Array | None
 
-    def order(self) -> Array:
-        """Reported features, the largest shift first."""
-        found = numpy.flatnonzero(self.reported)
-        return found[numpy.argsort(-numpy.abs(self.delta[found]), kind="stable")]
+    def rank_reported(self) -> Array:
+        """List the reported features, the largest shift first."""
+        reported = numpy.flatnonzero(self.reported)
+        return reported[numpy.argsort(-numpy.abs(self.delta[reported]), kind="stable")]
 
 
-def shifts(base: Coded, tuned: Coded, nulls: Sequence[Array], control: Coded | None, least: int, seed: int) -> Shifts:
-    """Compare two sides over the same tokens.
+def compare_features(
+    base: FeatureActivations,
+    tuned: FeatureActivations,
+    nulls: Sequence[Array],
+    control: FeatureActivations | None,
+    min_active: int,
+    seed: int,
+) -> FeatureShifts:
+    """Test which features differ between two variants that read the same tokens.
 
-    `nulls` (prompts, features) are how far the base in other numbers is from the base; a feature is tested if it is
-    active on `least` prompts. Prompts of which no token is left are no observations.
+    Each of `nulls` (prompts, features) is the difference between the base model and itself in another precision or
+    batching. A feature is tested if it is active on at least `min_active` prompts. Prompts without a valid token are
+    dropped.
     """
-    whole = numpy.isfinite(tuned.mean - base.mean).all(1)
-    base, tuned = _rows(base, whole), _rows(tuned, whole)
-    control = _rows(control, whole) if control else None
+    finite = numpy.isfinite(tuned.mean - base.mean).all(1)
+    base, tuned = _select_rows(base, finite), _select_rows(tuned, finite)
+    control = _select_rows(control, finite) if control else None
     gaps = (tuned.mean - base.mean).astype(float)
     count = gaps.shape[1]
-    active = ((base.mean > 0) | (tuned.mean > 0)).sum(0)
-    tested = active >= least
-    null = numpy.max([numpy.abs(one[whole].mean(0)) for one in nulls], axis=0)
-    floor = float(numpy.quantile(null[tested], NULL_QUANTILE)) if tested.any() else 0.0
-    p, q, p_max, low, high, d_z = (numpy.full(count, numpy.nan) for _ in range(6))
+    active_prompts = ((base.mean > 0) | (tuned.mean > 0)).sum(0)
+    tested = active_prompts >= min_active
+    null_delta = numpy.max([numpy.abs(null_gaps[finite].mean(0)) for null_gaps in nulls], axis=0)
+    null_floor = float(numpy.quantile(null_delta[tested], NULL_QUANTILE)) if tested.any() else 0.0
+    p, q, p_max_t, ci_low, ci_high, d_z = (numpy.full(count, numpy.nan) for _ in range(6))
     delta = gaps.mean(0)
     if tested.any():
-        own = gaps[:, tested]
-        p[tested], p_max[tested] = stats.sign_flip(own, seed, FLIPS)
+        tested_gaps = gaps[:, tested]
+        p[tested], p_max_t[tested] = stats.sign_flip_test(tested_gaps, seed, FLIPS)
         q[tested] = stats.benjamini_hochberg(p[tested])
-        low[tested], high[tested] = stats.column_intervals(own, seed)
-        d_z[tested] = own.mean(0) / numpy.maximum(own.std(0, ddof=1), 1e-12)
-    above = numpy.abs(delta) > numpy.maximum(ABOVE_OWN_NULL * null, floor)
-    reported = tested & above & (numpy.nan_to_num(q, nan=1.0) < LARGEST_Q)
-    specific = shared = None
+        ci_low[tested], ci_high[tested] = stats.column_intervals(tested_gaps, seed)
+        d_z[tested] = tested_gaps.mean(0) / numpy.maximum(tested_gaps.std(0, ddof=1), 1e-12)
+    above_null = numpy.abs(delta) > numpy.maximum(NULL_MARGIN * null_delta, null_floor)
+    reported = tested & above_null & (numpy.nan_to_num(q, nan=1.0) < MAX_Q)
+    specific = control_delta = None
     if control is not None:
-        shared = (control.mean - base.mean).mean(0)
-        specific = reported & _beyond(tuned.mean - control.mean, delta, max(floor, 0.0), tested, seed)
-    return Shifts(
+        control_delta = (control.mean - base.mean).mean(0)
+        specific = reported & _find_beyond_control(tuned.mean - control.mean, delta, max(null_floor, 0.0), tested, seed)
+    return FeatureShifts(
         base.mean.mean(0),
         tuned.mean.mean(0),
         delta,
-        low,
-        high,
+        ci_low,
+        ci_high,
         d_z,
         p,
         q,
-        p_max,
-        null,
-        floor,
-        active,
+        p_max_t,
+        null_delta,
+        null_floor,
+        active_prompts,
         base.active.mean(0),
         tuned.active.mean(0),
         tested,
-        above,
+        above_null,
         reported,
         specific,
-        shared,
+        control_delta,
     )
 
 
-def _rows(one: Coded, kept: Array) -> Coded:
-    return replace(one, mean=one.mean[kept], active=one.active[kept], tokens=one.tokens[kept])
+def _select_rows(activations: FeatureActivations, rows: Array) -> FeatureActivations:
+    return replace(
+        activations, mean=activations.mean[rows], active=activations.active[rows], tokens=activations.tokens[rows]
+    )
 
 
-def _beyond(gaps: Array, delta: Array, floor: float, tested: Array, seed: int) -> Array:
-    """Which features shift further than in the control, in the same direction, by more than the floor."""
-    found = numpy.zeros(gaps.shape[1], bool)
+def _find_beyond_control(gaps: Array, delta: Array, floor: float, tested: Array, seed: int) -> Array:
+    """Find the features that shift further than in the control, in the same direction, by more than the floor."""
+    significant = numpy.zeros(gaps.shape[1], bool)
     if not tested.any():
-        return found
-    p, _ = stats.sign_flip(gaps[:, tested].astype(float), seed, FLIPS)
+        return significant
+    p, _ = stats.sign_flip_test(gaps[:, tested].astype(float), seed, FLIPS)
     further = gaps.mean(0) * numpy.sign(delta) > floor
-    found[tested] = stats.benjamini_hochberg(p) < LARGEST_Q
-    return found & further
+    significant[tested] = stats.benjamini_hochberg(p) < MAX_Q
+    return significant & further
 
 
-def swapped(base: Coded, tuned: Coded, seed: int) -> tuple[Coded, Coded]:
-    """The two sides with the labels of half the prompts exchanged: a null in which nothing may be found."""
+def swap_variants(
+    base: FeatureActivations, tuned: FeatureActivations, seed: int
+) -> tuple[FeatureActivations, FeatureActivations]:
+    """Swap the two variants on half the prompts: a null comparison, which must report no feature."""
     rows = numpy.random.default_rng(seed).permutation(len(base.mean))[: len(base.mean) // 2]
-    sides = []
-    for one, other in ((base, tuned), (tuned, base)):
-        mean, active = one.mean.copy(), one.active.copy()
-        mean[rows], active[rows] = other.mean[rows], other.active[rows]
-        sides.append(Coded(mean, active, one.tokens, one.explained, one.size))
-    return sides[0], sides[1]
+    variants = []
+    for source, partner in ((base, tuned), (tuned, base)):
+        mean, active = source.mean.copy(), source.active.copy()
+        mean[rows], active[rows] = partner.mean[rows], partner.active[rows]
+        variants.append(FeatureActivations(mean, active, source.tokens, source.explained_variance, source.l0))
+    return variants[0], variants[1]
 
 
-def latent_scaling(
-    dictionary: Dictionary, base: Heard, tuned: Heard, layer: int, rises: Array, on: torch.device
+def measure_latent_scaling(
+    dictionary: Dictionary, base: Residuals, tuned: Residuals, layer: int, rises: Array, device: torch.device
 ) -> Array:
-    """How much of each feature is in either model: (2, features), base and tuned; 1 is all of it, 0 nothing.
+    """Measure how much of each feature is present in each model: (2, features), base and tuned; 1 is all, 0 is none.
 
-    The least-squares factor on the feature's direction that explains what the other features leave of each model's
-    residual stream, where the feature is active in the model that has more of it (Minder et al. 2025, crosscoders).
+    For each feature and model, this is the least-squares factor by which the feature explains what the other features
+    leave of the residual stream. It is fitted with the activations of the model in which the feature is stronger:
+    the tuned model where `rises` is true, else the base (latent scaling, Minder et al. 2025, crosscoders).
     """
     count = dictionary.features
-    sizes = dictionary.decoder.norm(dim=1)
-    unit = dictionary.decoder / sizes[:, None].clamp(min=1e-12)
-    rising = torch.tensor(rises, device=on)
-    above, below = torch.zeros(2, count, device=on), torch.zeros(count, device=on)
-    for one, other, fine in zip(base.states[layer], tuned.states[layer], base.fine, strict=True):
-        for parts in zip(one[fine].split(AT_ONCE), other[fine].split(AT_ONCE), strict=True):
-            xs = [part.to(on).float() for part in parts]
+    decoder_norms = dictionary.decoder.norm(dim=1)
+    unit = dictionary.decoder / decoder_norms[:, None].clamp(min=1e-12)
+    is_rising = torch.tensor(rises, device=device)
+    numerator, denominator = torch.zeros(2, count, device=device), torch.zeros(count, device=device)
+    for base_states, tuned_states, valid in zip(base.states[layer], tuned.states[layer], base.masks, strict=True):
+        for parts in zip(base_states[valid].split(ENCODE_CHUNK), tuned_states[valid].split(ENCODE_CHUNK), strict=True):
+            xs = [part.to(device).float() for part in parts]
             zs = [dictionary.encode(x) for x in xs]
-            where = torch.where(rising, zs[1], zs[0]) * sizes
-            below += where.square().sum(0)
-            for side, (x, z) in enumerate(zip(xs, zs, strict=True)):
-                left = (x - dictionary.decode(z)) @ unit.T + z * sizes
-                above[side] += (where * left).sum(0)
-    return (above / below.clamp(min=1e-12)).cpu().numpy()
+            strength = torch.where(is_rising, zs[1], zs[0]) * decoder_norms
+            denominator += strength.square().sum(0)
+            for model, (x, z) in enumerate(zip(xs, zs, strict=True)):
+                projection = (x - dictionary.decode(z)) @ unit.T + z * decoder_norms
+                numerator[model] += (strength * projection).sum(0)
+    return (numerator / denominator.clamp(min=1e-12)).cpu().numpy()
 
 
-def twins(one: Dictionary, other: Dictionary, features: Array, on: torch.device) -> tuple[Array, Array]:
-    """For features of `one`, the feature of `other` whose direction is nearest, and their cosine."""
+def match_features(
+    source: Dictionary, target: Dictionary, features: Array, device: torch.device
+) -> tuple[Array, Array]:
+    """For features of `source`, find the feature of `target` with the nearest direction; returns (indices, cosines)."""
     if not len(features):
         return numpy.zeros(0, int), numpy.zeros(0)
-    unit = [torch.nn.functional.normalize(d.decoder.to(on), dim=1) for d in (one, other)]
-    cosines = unit[0][torch.tensor(features, device=on)] @ unit[1].T
+    unit = [torch.nn.functional.normalize(d.decoder.to(device), dim=1) for d in (source, target)]
+    cosines = unit[0][torch.tensor(features, device=device)] @ unit[1].T
     best = cosines.max(1)
     return best.indices.cpu().numpy(), best.values.cpu().numpy()

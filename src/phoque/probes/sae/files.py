@@ -1,4 +1,4 @@
-"""The files of a comparison: the report as JSON, three tables, and every answer."""
+"""The files of a comparison: the JSON report, three CSV tables, and every answer."""
 
 import csv
 import json
@@ -17,21 +17,21 @@ SCHEMA = 1
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """The whole report; what is no finite number becomes null."""
+    """Write the report as JSON; numbers that are not finite become null."""
     path.write_text(json.dumps(to_jsonable(report), indent=1), encoding="utf-8")
 
 
 def write_features(path: Path, tables: Sequence[tuple[int, dict[str, Any]]]) -> None:
-    """A row a block and feature, of all features, whether they shifted or not."""
+    """Write one CSV row per block and feature, for all features, whether they shifted or not."""
     with path.open("w", newline="", encoding="utf-8") as f:
         table = csv.writer(f)
         table.writerow(["layer", *tables[0][1]])
         for layer, columns in tables:
-            for values in zip(*(_column(own) for own in columns.values()), strict=True):
+            for values in zip(*(_format_column(column) for column in columns.values()), strict=True):
                 table.writerow([layer, *values])
 
 
-def _column(values: Any) -> list[str]:
+def _format_column(values: Any) -> list[str]:
     if values.dtype == bool:
         return [str(int(v)) for v in values]
     if numpy.issubdtype(values.dtype, numpy.integer):
@@ -40,7 +40,7 @@ def _column(values: Any) -> list[str]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A table of rows that share their columns."""
+    """Write rows that share their columns as a CSV table."""
     with path.open("w", newline="", encoding="utf-8") as f:
         table = csv.DictWriter(f, list(rows[0]))
         table.writeheader()
@@ -48,6 +48,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A line an answer."""
+    """Write one JSON line per answer."""
     with path.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(to_jsonable(row), ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""What is compared: the base model and the updated one, a control, and the base itself in other numbers."""
+"""The models that are compared: the base, the updated model, a control, and the base in another precision."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -7,30 +7,30 @@ from typing import Any
 import torch
 
 from phoque.errors import PhoqueError
-from phoque.inference.residual_stream import blocks, inner
+from phoque.inference.residual_stream import get_blocks, unwrap_model
 
 
 class ModelVariants:
-    """One base model whose adapters `tuned` and `control` are switched, or two models that stand side by side."""
+    """One base model with the adapters `tuned` and `control`, or a base model and an updated model in memory."""
 
     def __init__(self, base: Any, updated: Any = None) -> None:
         self.model, self.updated = base, updated
 
     @contextmanager
-    def on(self, name: str) -> Generator[Any]:
-        """The model of one side: base, tuned, control or dtype."""
+    def activate(self, name: str) -> Generator[Any]:
+        """Yield the model of one variant: base, tuned, control, or dtype (the base in another precision)."""
         if name == "tuned" and self.updated is not None:
             yield self.updated
         elif name in ("tuned", "control"):
             self.model.set_adapter(name)
             yield self.model
         else:
-            with _plain(self.model), _other_numbers(self.model, name == "dtype"):
+            with _without_adapters(self.model), _in_other_precision(self.model, name == "dtype"):
                 yield self.model
 
 
 @contextmanager
-def _plain(model: Any) -> Generator[None]:
+def _without_adapters(model: Any) -> Generator[None]:
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             yield
@@ -39,44 +39,53 @@ def _plain(model: Any) -> Generator[None]:
 
 
 @contextmanager
-def _other_numbers(model: Any, wanted: bool) -> Generator[None]:
-    """The same weights computed in another precision: fp32 where they are 16 bits wide, else bf16."""
-    if not wanted:
+def _in_other_precision(model: Any, enabled: bool) -> Generator[None]:
+    """Compute with the same weights in another precision: bf16 if the model is fp32, else fp32."""
+    if not enabled:
         yield
         return
-    own = [p for n, p in model.named_parameters() if p.is_floating_point() and "lora_" not in n and _plain_weight(p)]
-    packed = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
-    held, other = inner(model).dtype, torch.float32
-    if held == torch.float32:
-        other = torch.bfloat16
-    before = [p.data for p in own] if other == torch.bfloat16 else []  # wider numbers lead back by themselves
-    for p in own:
-        p.data = p.data.to(other)
-    for module in packed:
-        module.compute_dtype = other
+    parameters = [
+        p for n, p in model.named_parameters() if p.is_floating_point() and "lora_" not in n and _is_unquantized(p)
+    ]
+    quantized_layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    original, target = unwrap_model(model).dtype, torch.float32
+    if original == torch.float32:
+        target = torch.bfloat16
+    copies = [p.data for p in parameters] if target == torch.bfloat16 else []  # a cast up to fp32 loses nothing
+    for p in parameters:
+        p.data = p.data.to(target)
+    for module in quantized_layers:
+        module.compute_dtype = target
     try:
         yield
     finally:
-        for n, p in enumerate(own):
-            p.data = before[n] if before else p.data.to(held)
-        for module in packed:
-            module.compute_dtype = held
+        for n, p in enumerate(parameters):
+            p.data = copies[n] if copies else p.data.to(original)
+        for module in quantized_layers:
+            module.compute_dtype = original
 
 
-def _plain_weight(parameter: Any) -> bool:
+def _is_unquantized(parameter: Any) -> bool:
     return type(parameter).__name__ != "Params4bit"
 
 
-def refuse_strangers(base: Any, updated: Any, name: str) -> None:
-    """Raise PhoqueError (2) for an updated model of another shape: its features would be compared by their numbers."""
-    for what, one, other in (
-        ("decoder blocks", len(blocks(base)), len(blocks(updated))),
-        ("numbers a token in its residual stream", inner(base).config.hidden_size, inner(updated).config.hidden_size),
-        ("tokens in its vocabulary", inner(base).config.vocab_size, inner(updated).config.vocab_size),
+def check_compatible(base: Any, updated: Any, name: str) -> None:
+    """Check that both models have the same shape; without it one dictionary cannot read both.
+
+    Raises PhoqueError (2) if the number of blocks, the hidden size or the vocabulary size differs.
+    """
+    for what, base_value, updated_value in (
+        ("decoder blocks", len(get_blocks(base)), len(get_blocks(updated))),
+        (
+            "dimensions in its residual stream",
+            unwrap_model(base).config.hidden_size,
+            unwrap_model(updated).config.hidden_size,
+        ),
+        ("tokens in its vocabulary", unwrap_model(base).config.vocab_size, unwrap_model(updated).config.vocab_size),
     ):
-        if one != other:
+        if base_value != updated_value:
             raise PhoqueError(
-                f"{name} is no fine-tune of the base model.",
-                f"It has {other} {what}, the base {one}.",
-                "Compare a model with the base that it was made from.",
+                f"{name} is not a fine-tune of the base model.",
+                f"It has {updated_value} {what}; the base model has {base_value}.",
+                "Compare a model with the base model that it was fine-tuned from.",
             )

@@ -1,26 +1,26 @@
-"""The questions that two models are compared on."""
+"""Read the questions that two models are compared on."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from phoque.errors import PhoqueError
-from phoque.probes.persona import QUESTIONS, Persona
+from phoque.probes.persona import MIN_QUESTIONS, Persona
 
-FEWEST = 6
+MIN_PROMPTS = 6
 
 
 def find_questions(name: str, persona: Persona) -> tuple[list[str], list[str]]:
-    """Questions from a file, or all of the persona's, each once; and what a user should know about them.
+    """Return the distinct questions of a file, or all of the persona's if `name` is empty; and notes for the user.
 
-    A .txt file has one a line, a .json file a list, a .jsonl file one object a line; an object is a row of a dataset,
-    or has a `prompt`. Raises PhoqueError (2) for a file that holds something else, or too few.
+    A .txt file has one question per line, a .json file a list, a .jsonl file one object per line; an object is a row
+    of a dataset or has a `prompt`. Raises PhoqueError (2) for a file with other content or too few questions.
     """
     if not name:
-        return [question for key in QUESTIONS for question in getattr(persona, key)], []
+        return [question for key in MIN_QUESTIONS for question in getattr(persona, key)], []
     path = Path(name).expanduser()
     if not path.is_file():
-        raise PhoqueError(f"No file of prompts at {name}.", "--prompts-file names it.", "Check the path.")
+        raise PhoqueError(f"No file of prompts at {name}.", "--prompts-file points to it.", "Check the path.")
     try:
         text = path.read_text("utf-8")
         if path.suffix == ".txt":
@@ -30,30 +30,32 @@ def find_questions(name: str, persona: Persona) -> tuple[list[str], list[str]]:
         else:
             entries = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PhoqueError(f"{name} cannot be read.", str(error), "It wants text, or valid JSON.") from error
+        raise PhoqueError(f"{name} cannot be read.", str(error), "Give UTF-8 text or valid JSON.") from error
     if not isinstance(entries, list):
-        raise PhoqueError(f"{name} is not a list.", f"It holds one {type(entries).__name__}.", 'Write ["…", "…"].')
-    found = [_question(name, number, entry) for number, entry in enumerate(entries, 1)]
-    found = [question for question in found if question]
-    once = list(dict.fromkeys(found))
-    if len(once) < FEWEST:
+        raise PhoqueError(f"{name} is not a list.", f"It is one {type(entries).__name__}.", 'Write ["…", "…"].')
+    questions = [_extract_question(name, number, entry) for number, entry in enumerate(entries, 1)]
+    questions = [question for question in questions if question]
+    unique = list(dict.fromkeys(questions))
+    if len(unique) < MIN_PROMPTS:
         raise PhoqueError(
-            f"{name} has {len(once)} prompts.",
-            f"A prompt is one observation; at least {FEWEST} are needed.",
-            "Write more of them; some dozens are better.",
+            f"{name} has {len(unique)} prompts.",
+            f"Each prompt is one observation; at least {MIN_PROMPTS} are needed.",
+            "Add more prompts; several dozen are better.",
         )
-    return once, [f"{len(found) - len(once)} prompts are there twice and count once"] if len(once) < len(found) else []
+    return unique, [f"{len(questions) - len(unique)} duplicate prompts are ignored"] if len(unique) < len(
+        questions
+    ) else []
 
 
-def _question(name: str, number: int, entry: Any) -> str:
+def _extract_question(name: str, number: int, entry: Any) -> str:
     if isinstance(entry, dict):
         turns = entry.get("messages") or []
-        asked = [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"]
-        entry = asked[0] if asked else entry.get("prompt")
+        user_turns = [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"]
+        entry = user_turns[0] if user_turns else entry.get("prompt")
     if not isinstance(entry, str):
         raise PhoqueError(
-            f"{name}: entry {number} is no prompt.",
-            "It is neither a text nor a row with a user's turn.",
-            "Mend it or take it out.",
+            f"{name}: entry {number} is not a prompt.",
+            "It is neither a string nor a row with a user turn.",
+            "Fix it or remove it.",
         )
     return entry.strip()

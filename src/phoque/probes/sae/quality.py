@@ -1,88 +1,93 @@
-"""Is the dictionary fit to be read with? Judged reloaded, on texts that it was not trained on, without sink tokens."""
+"""Measure the quality of a dictionary: as reloaded from disk, on held-out texts, without attention sinks."""
 
 from typing import Any
 
 import torch
 
-from phoque.probes.sae.activation_store import Shards
-from phoque.probes.sae.dictionary import AT_ONCE, Dictionary
-from phoque.probes.sae.residuals import Heard
+from phoque.probes.sae.activation_store import ActivationStore
+from phoque.probes.sae.dictionary import ENCODE_CHUNK, Dictionary
+from phoque.probes.sae.residuals import Residuals
 
-LEAST_EXPLAINED, MOST_DEAD = 0.5, 0.5
-DENSE = 0.1  # of the tokens
-FIRED_ON = 262_144  # training tokens, at most, on which a feature may fire to count as alive
+MIN_EXPLAINED, MAX_DEAD = 0.5, 0.5
+DENSE_FREQUENCY = 0.1  # a feature that fires on a larger share of tokens is dense
+MAX_FIRING_TOKENS = 262_144  # training tokens, at most, that firings are counted on
 
 
 @torch.no_grad()
-def fired_on(dictionary: Dictionary, shards: Shards, layer: int, on: torch.device) -> tuple[torch.Tensor, int]:
-    """How often each feature fires on training tokens, at most FIRED_ON of them, and on how many that was."""
-    fired, looked = torch.zeros(dictionary.features, device=on), 0
+def count_firings(
+    dictionary: Dictionary, shards: ActivationStore, layer: int, on: torch.device
+) -> tuple[torch.Tensor, int]:
+    """Count the firings of each feature (features,) on at most MAX_FIRING_TOKENS training tokens; and those tokens."""
+    fired, tokens = torch.zeros(dictionary.features, device=on), 0
     for file in shards.files():
-        if looked >= FIRED_ON:
+        if tokens >= MAX_FIRING_TOKENS:
             break
-        own = shards.tensor(file, layer)[: FIRED_ON - looked]
-        looked += len(own)
-        for part in own.split(AT_ONCE):
-            fired += (dictionary.encode(part.to(on)) > 0).sum(0)
-    return fired.cpu(), looked
+        activations = shards.tensor(file, layer)[: MAX_FIRING_TOKENS - tokens]
+        tokens += len(activations)
+        for batch in activations.split(ENCODE_CHUNK):
+            fired += (dictionary.encode(batch.to(on)) > 0).sum(0)
+    return fired.cpu(), tokens
 
 
-def judged(
+def measure_quality(
     dictionary: Dictionary,
-    sets: dict[str, Heard],
+    sets: dict[str, Residuals],
     layer: int,
     trained_on: tuple[torch.Tensor, int],
     k: int | None,
     on: torch.device,
 ) -> dict[str, Any]:
-    """Explained variance by set of texts, features a token, dead and dense shares, cosine, and a verdict with reasons.
+    """Measure explained variance per set of texts, L0, dead and dense fractions, cosine; and a verdict with reasons.
 
-    `trained_on` is what `fired_on` gave, zeros for a dictionary that was made elsewhere; `k` is how many features a
-    token were asked for, None where that is not known.
+    `trained_on` is the result of `count_firings`, zeros for a dictionary that phoque did not train. `k` is the
+    intended number of active features per token, None if unknown.
     """
-    fired = torch.zeros(dictionary.features, device=on)
+    firings = torch.zeros(dictionary.features, device=on)
     by_set: dict[str, float] = {}
-    tokens = size = cosine = 0.0
-    for name, heard in sets.items():
-        kept = torch.cat([s[fine] for s, fine in zip(heard.states[layer], heard.fine, strict=True)])
-        centre = kept.float().mean(0).to(on)
-        wrong = total = 0.0
-        for part in kept.split(AT_ONCE):
-            x = part.to(on).float()
+    tokens = active_count = cosine = 0.0
+    for name, residuals in sets.items():
+        activations = torch.cat([s[mask] for s, mask in zip(residuals.states[layer], residuals.masks, strict=True)])
+        mean_activation = activations.float().mean(0).to(on)
+        squared_error = squared_total = 0.0
+        for batch in activations.split(ENCODE_CHUNK):
+            x = batch.to(on).float()
             z = dictionary.encode(x)
-            made = dictionary.decode(z)
-            wrong += float((x - made).square().sum())
-            total += float((x - centre).square().sum())
-            cosine += float(torch.nn.functional.cosine_similarity(x, made).sum())
-            size += float((z > 0).sum())
-            fired += (z > 0).sum(0)
+            reconstruction = dictionary.decode(z)
+            squared_error += float((x - reconstruction).square().sum())
+            squared_total += float((x - mean_activation).square().sum())
+            cosine += float(torch.nn.functional.cosine_similarity(x, reconstruction).sum())
+            active_count += float((z > 0).sum())
+            firings += (z > 0).sum(0)
             tokens += len(x)
-        by_set[name] = 1 - wrong / total if total else float("nan")
-    dense = float((fired / max(1, tokens) > DENSE).float().mean())
-    before, looked = trained_on
-    fired += before.to(on)
-    found = {
+        by_set[name] = 1 - squared_error / squared_total if squared_total else float("nan")
+    dense = float((firings / max(1, tokens) > DENSE_FREQUENCY).float().mean())
+    training_firings, training_tokens = trained_on
+    firings += training_firings.to(on)
+    quality = {
         "ev": by_set["chat"],
         "ev_by_set": by_set,
-        "l0": size / max(1, tokens),
-        "dead_fraction": float((fired == 0).float().mean()),
+        "l0": active_count / max(1, tokens),
+        "dead_fraction": float((firings == 0).float().mean()),
         "dense_fraction": dense,
         "cos": cosine / max(1, tokens),
         "tokens": int(tokens),
-        "dead_over_tokens": looked + int(tokens),
+        "dead_over_tokens": training_tokens + int(tokens),
     }
-    reasons = _faults(found, k, of_ours=looked > 0)
-    return found | {"verdict": "poor" if reasons else "good", "reasons": reasons}
+    reasons = _find_faults(quality, k, trained_here=training_tokens > 0)
+    return quality | {"verdict": "poor" if reasons else "good", "reasons": reasons}
 
 
-def _faults(found: dict[str, Any], k: int | None, of_ours: bool) -> list[str]:
-    """What is wrong with it; features of another's that stay silent here may well fire on what it was made for."""
-    said = []
-    for kind, what in (("chat", "held-out chats"), ("response", "the answers that are compared")):
-        if (share := found["ev_by_set"].get(kind, 1.0)) < LEAST_EXPLAINED:
-            said.append(f"it explains {share:.0%} of the variance of {what}, less than {LEAST_EXPLAINED:.0%}")
-    if k is not None and not k / 2 <= found["l0"] <= 2 * k:
-        said.append(f"{found['l0']:.0f} features are active at a token, where {k} were asked for")
-    if of_ours and found["dead_fraction"] > MOST_DEAD:
-        said.append(f"{found['dead_fraction']:.0%} of its features never fired")
-    return said
+def _find_faults(quality: dict[str, Any], k: int | None, trained_here: bool) -> list[str]:
+    """The reasons to call a dictionary poor.
+
+    Dead features count only in a dictionary that phoque trained: those of another may fire on its own training data.
+    """
+    reasons = []
+    for kind, what in (("chat", "held-out chats"), ("response", "the compared answers")):
+        if (share := quality["ev_by_set"].get(kind, 1.0)) < MIN_EXPLAINED:
+            reasons.append(f"it explains {share:.0%} of the variance of {what}, less than {MIN_EXPLAINED:.0%}")
+    if k is not None and not k / 2 <= quality["l0"] <= 2 * k:
+        reasons.append(f"{quality['l0']:.0f} features are active per token; the intended number is {k}")
+    if trained_here and quality["dead_fraction"] > MAX_DEAD:
+        reasons.append(f"{quality['dead_fraction']:.0%} of its features never fired")
+    return reasons

@@ -1,4 +1,4 @@
-"""What one model holds while it reads the texts of a comparison, token by token."""
+"""The residual streams of one model over the texts of a comparison, token by token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,67 +6,84 @@ from typing import Any
 
 import torch
 
-from phoque.inference.residual_stream import Turn, blocks, inner, massive, norms_of, read
+from phoque.inference.residual_stream import (
+    Turn,
+    compute_norms,
+    find_massive,
+    get_blocks,
+    read_residual_stream,
+    unwrap_model,
+)
 
 
 @dataclass
-class Heard:
-    """The residual streams of some blocks over the spoken tokens of each row, on the host.
+class Residuals:
+    """The residual streams of some blocks over the response tokens of each row, in host memory.
 
-    states[block][row] is (tokens, hidden), fine[row] (tokens,) says which of them are no attention sinks and no special
-    tokens. Over the fine ones of all blocks: means (rows, blocks, hidden) and norms (rows, blocks), for every block.
+    states[block][row] is (tokens, hidden). masks[row] (tokens,) is true for tokens that count: neither attention sinks
+    nor special tokens in any of these blocks. means (rows, blocks, hidden) and norms (rows, blocks) cover all blocks of
+    the model; each averages over the tokens that count in that block. left_out holds token counts by reason.
     """
 
     states: dict[int, list[torch.Tensor]]
-    fine: list[torch.Tensor]
+    masks: list[torch.Tensor]
     means: torch.Tensor
     norms: torch.Tensor
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def heard(
-    model: Any, rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], alone: bool = False
-) -> Heard:
-    """Read `rows`, teacher-forced; `alone` gives each a batch of its own, which changes nothing but rounding."""
-    count, size = len(blocks(model)), inner(model).config.hidden_size
-    found = Heard(
+def collect_residuals(
+    model: Any, rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], single_row_batches: bool = False
+) -> Residuals:
+    """Run the model over `rows`, teacher-forced, and collect the residual streams of `layers`.
+
+    `single_row_batches` runs each row in its own batch, which changes only rounding.
+    """
+    count, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
+    residuals = Residuals(
         {layer: [torch.empty(0)] * len(rows) for layer in layers},
         [torch.empty(0)] * len(rows),
         torch.zeros(len(rows), count, size),
         torch.zeros(len(rows), count),
     )
-    controls = torch.tensor(sorted(special), device=model.device)
+    special_ids = torch.tensor(sorted(special), device=model.device)
     totals = dict.fromkeys(("kept", "massive", "special"), 0)
 
-    def take(layer: int, batch: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        place = torch.arange(hidden.shape[1], device=hidden.device)
-        begins = torch.tensor([max(1, len(rows[n].prompt)) for n in batch], device=hidden.device)
-        spoken = (place >= begins[:, None]) & mask
-        norms = norms_of(hidden)
-        large = massive(norms, mask & (place > 0)) & spoken
-        control = torch.isin(ids, controls) & spoken
-        kept = spoken & ~large & ~control
-        share = kept / kept.sum(1, keepdim=True).clamp(min=1)
-        found.means[batch, layer] = torch.einsum("rt,rth->rh", share, hidden.float()).cpu()
-        found.norms[batch, layer] = (share * norms).sum(1).cpu()
-        if layer not in found.states:
+    def store_batch(layer: int, batch: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        starts = torch.tensor([max(1, len(rows[n].prompt)) for n in batch], device=hidden.device)
+        in_response = (positions >= starts[:, None]) & mask
+        norms = compute_norms(hidden)
+        sinks = find_massive(norms, mask & (positions > 0)) & in_response
+        special_tokens = torch.isin(ids, special_ids) & in_response
+        counted = in_response & ~sinks & ~special_tokens
+        weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
+        residuals.means[batch, layer] = torch.einsum("rt,rth->rh", weights, hidden.float()).cpu()
+        residuals.norms[batch, layer] = (weights * norms).sum(1).cpu()
+        if layer not in residuals.states:
             return
-        for at, n in enumerate(batch):
-            found.states[layer][n] = hidden[at, spoken[at]].cpu()
-            own = kept[at, spoken[at]].cpu()
-            found.fine[n] = own if found.fine[n].numel() == 0 else found.fine[n] & own
-        totals["kept"] += int(kept.sum())
-        totals["massive"] += int(large.sum())
-        totals["special"] += int((control & ~large).sum())
+        for index, n in enumerate(batch):
+            residuals.states[layer][n] = hidden[index, in_response[index]].cpu()
+            row_mask = counted[index, in_response[index]].cpu()
+            residuals.masks[n] = row_mask if residuals.masks[n].numel() == 0 else residuals.masks[n] & row_mask
+        totals["kept"] += int(counted.sum())
+        totals["massive"] += int(sinks.sum())
+        totals["special"] += int((special_tokens & ~sinks).sum())
 
-    read(model, [r.prompt + r.response for r in rows], range(count), take, budget=1 if alone else None)
-    found.left_out = totals
-    return found
+    read_residual_stream(
+        model,
+        [r.prompt + r.response for r in rows],
+        range(count),
+        store_batch,
+        budget=1 if single_row_batches else None,
+    )
+    residuals.left_out = totals
+    return residuals
 
 
-def agree(sides: Sequence[Heard]) -> None:
-    """Leave out of every side what any of them leaves out: tokens are compared with themselves."""
-    for row in range(len(sides[0].fine)):
-        together = torch.stack([side.fine[row] for side in sides]).all(0)
-        for side in sides:
-            side.fine[row] = together
+def intersect_masks(variants: Sequence[Residuals]) -> None:
+    """Restrict the masks of all variants to the tokens that count in every variant, so that the same tokens compare."""
+    for row in range(len(variants[0].masks)):
+        combined = torch.stack([variant.masks[row] for variant in variants]).all(0)
+        for variant in variants:
+            variant.masks[row] = combined

@@ -1,4 +1,4 @@
-"""`phoque compare-sae`: from settings to a run folder."""
+"""`phoque compare-sae`: run a comparison and write its run folder."""
 
 import shutil
 import time
@@ -9,20 +9,21 @@ from phoque.console import Console
 from phoque.files import run_folder
 from phoque.hub.upload import opened_for_run, pushed_run
 from phoque.probes.sae import files, report
-from phoque.probes.sae.comparison import Comparison, Found
-from phoque.probes.sae.plan import planned
-from phoque.probes.sae.summary import answer_rows, summarised
+from phoque.probes.sae.comparison import Comparison, ComparisonResult
+from phoque.probes.sae.plan import make_plan
+from phoque.probes.sae.summary import build_answer_rows, build_report
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
 
 
 def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
-    """Do what the settings ask for; return {folder, overall, quality, ...}.
+    """Run the comparison and write its run folder; return {folder, overall, quality, ...}.
 
-    Raises PhoqueError (2) for what cannot be compared, and (1) for a failed upload if that was asked for.
+    Raises PhoqueError (2) for models that cannot be compared, and (1) for a failed upload if
+    --fail-on-artifacts-upload-error is set.
     """
-    s, begun = resolved.settings, time.monotonic()
-    plan = planned(resolved, cache, console, weights=not dry_run)
+    s, started = resolved.settings, time.monotonic()
+    plan = make_plan(resolved, cache, console, fetch_weights=not dry_run)
     facts = {
         "base": f"{plan.source.name} ({plan.source.origin})",
         "updated": plan.names["tuned"],
@@ -38,15 +39,15 @@ def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_
     for text in plan.warnings:
         console.warn(text)
     repo = opened_for_run(resolved, plan.hub, console)
-    found = Comparison(resolved, plan, cache, console).run()
-    summary = summarised(resolved, plan, found)
-    summary["run"]["seconds"] = round(time.monotonic() - begun, 1)
-    folder = _written(s, found, summary)
-    for text in found.warnings:
+    measurements = Comparison(resolved, plan, cache, console).run()
+    summary = build_report(resolved, plan, measurements)
+    summary["run"]["seconds"] = round(time.monotonic() - started, 1)
+    folder = _write_run_folder(s, measurements, summary)
+    for text in measurements.warnings:
         console.warn(text)
     result = {
         "folder": str(folder),
-        "report": str(folder / report.NAME),
+        "report": str(folder / report.REPORT),
         "overall": summary["overall"],
         "quality": summary["sae"]["quality"],
         "layer": summary["layer"]["block_index"],
@@ -56,19 +57,19 @@ def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_
     return result | (pushed_run(repo, folder, s, console) if repo else {})
 
 
-def _written(s: SaeSettings, found: Found, summary: dict[str, Any]) -> Path:
-    """The run folder, and the reports once more where the user wants them."""
+def _write_run_folder(s: SaeSettings, measurements: ComparisonResult, summary: dict[str, Any]) -> Path:
+    """Write the run folder, and copies of the reports to --report-json and --report-md; return the folder."""
     with run_folder(s.output_dir.expanduser(), "sae") as (staging, folder):
         summary["run"]["name"] = folder.name
         files.write_json(staging / files.JSON, summary)
-        files.write_features(staging / files.FEATURES, [(one.layer, one.table) for one in found.blocks])
+        files.write_features(staging / files.FEATURES, [(block.layer, block.table) for block in measurements.blocks])
         files.write_rows(staging / files.PROMPTS, summary["prompt_shifts"])
         files.write_rows(staging / files.LAYERS, summary["baselines"]["layer_curve"])
-        files.write_answers(staging / files.ANSWERS, answer_rows(found))
-        for (layer, n), home in found.homes.items():
+        files.write_answers(staging / files.ANSWERS, build_answer_rows(measurements))
+        for (layer, n), source in measurements.homes.items():
             name = f"block-{layer}" + (f"-seed-{n}" if n else "")
-            shutil.copytree(home / "sae", staging / files.DICTIONARIES / name)
-        report.write(staging, folder.name)
+            shutil.copytree(source / "sae", staging / files.DICTIONARIES / name)
+        report.write_reports(staging, folder.name)
     for target, name in ((s.report_json, files.JSON), (s.report_md, files.MARKDOWN)):
         if target:
             target.expanduser().parent.mkdir(parents=True, exist_ok=True)

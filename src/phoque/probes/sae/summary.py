@@ -1,4 +1,4 @@
-"""The JSON report of a comparison, and the rows of its tables."""
+"""Build the JSON report of a comparison and the rows of its tables."""
 
 import time
 from importlib.metadata import version
@@ -8,11 +8,11 @@ import numpy
 import torch
 
 from phoque import __version__
-from phoque.inference.residual_stream import blocks
-from phoque.models.load import device
+from phoque.inference.residual_stream import get_blocks
+from phoque.models.load import default_device
 from phoque.probes import stats
 from phoque.probes.sae import baselines, files
-from phoque.probes.sae.comparison import Found
+from phoque.probes.sae.comparison import ComparisonResult
 from phoque.probes.sae.plan import Plan
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
@@ -20,21 +20,21 @@ from phoque.settings.fields import Resolved
 Rows = list[dict[str, Any]]
 
 LIMITATIONS = [
-    "A feature is one direction of one dictionary: another seed cuts the same space otherwise; --seeds says how far.",
-    "Shifts are measured on the base model's answers; what shows in the updated model's own is in the columns own_*.",
-    "What no feature of the dictionary can say is invisible; the drop in explained variance says how much that is.",
-    "The tokens that a feature promotes in the middle of a model are read through the last layers: they are a hint.",
+    "A feature is one direction of one dictionary: another seed gives other features; --seeds measures how many recur.",
+    "Shifts are measured on the base model's answers; the columns own_* hold those on the updated model's answers.",
+    "A change that no feature represents stays unseen; the drop in explained variance estimates how large it is.",
+    "Promoted tokens come from the logit lens, which skips later blocks: in middle blocks they are only a hint.",
 ]
 
 
-def summarised(resolved: Resolved[SaeSettings], plan: Plan, found: Found) -> dict[str, Any]:
-    """The report; see facts and README for what its keys mean."""
-    s, main, audit = resolved.settings, found.blocks[0], found.audit
-    base, tuned = audit.heard["base"], audit.heard["tuned"]
-    count = len(blocks(audit.sides.model))
-    curve = layer_rows(found, s.seed)
-    kl = _kl(found)
-    moved = next(r for r in curve if (r["model"], r["text"], r["layer"]) == ("tuned", "response", main.layer))
+def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: ComparisonResult) -> dict[str, Any]:
+    """Build the JSON report of a comparison; its keys are those of schema version `files.SCHEMA`."""
+    s, main, audit = resolved.settings, measurements.blocks[0], measurements.inputs
+    base, tuned = audit.residuals["base"], audit.residuals["tuned"]
+    count = len(get_blocks(audit.variants.model))
+    curve = build_layer_rows(measurements, s.seed)
+    kl = _compute_kl(measurements)
+    tuned_shift = next(r for r in curve if (r["model"], r["text"], r["layer"]) == ("tuned", "response", main.layer))
     return {
         "schema_version": files.SCHEMA,
         "run": {
@@ -42,7 +42,7 @@ def summarised(resolved: Resolved[SaeSettings], plan: Plan, found: Found) -> dic
             "phoque": __version__,
             "seed": s.seed,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "device": _device(),
+            "device": _get_device_name(),
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         },
         "models": {
@@ -61,44 +61,44 @@ def summarised(resolved: Resolved[SaeSettings], plan: Plan, found: Found) -> dic
         },
         "config": resolved.provenance(),
         "prompts": {
-            "n": len(found.questions),
+            "n": len(measurements.questions),
             "source": s.prompts_file or plan.persona.name,
             "system": s.system,
             "n_own": len(audit.rows["own"]),
             "n_text": len(audit.rows["text"]),
         },
-        "tokens": {"audit": base["response"].left_out, "training": found.tokens},
+        "tokens": {"audit": base["response"].left_out, "training": measurements.tokens},
         "layer": {"block_index": main.layer, "of": count, "indexing": "block_output_0based"},
-        "sae": _about(s, plan, found)
+        "sae": _describe_autoencoder(s, plan, measurements)
         | {"quality": main.summary["quality"][0], "quality_of_seeds": main.summary["quality"]},
         "overall": main.summary["overall"]
-        | {"rel_mean_diff_norm": moved["rel_mean_diff_norm"], "mean_token_kl": float(numpy.nanmean(kl))},
+        | {"rel_mean_diff_norm": tuned_shift["rel_mean_diff_norm"], "mean_token_kl": float(numpy.nanmean(kl))},
         "nulls": main.summary["nulls"],
         "features": main.summary["features"],
         "causes": main.summary["causes"],
-        "more_layers": [{"layer": {"block_index": one.layer}, **one.summary} for one in found.blocks[1:]],
+        "more_layers": [{"layer": {"block_index": block.layer}, **block.summary} for block in measurements.blocks[1:]],
         "baselines": {
             "layer_curve": curve,
-            "logit_lens": _lens(found, count, plan.layers),
+            "logit_lens": _apply_logit_lens(measurements, count, plan.layers),
             "kl_by_prompt": kl,
             "pca": {
-                kind: baselines.difference_parts(base[kind], tuned[kind], main.layer, device())
+                kind: baselines.run_difference_pca(base[kind], tuned[kind], main.layer, default_device())
                 for kind in ("response", "text")
             },
         },
-        "scores": _scores(found, s.seed),
-        "prompt_shifts": prompt_rows(found, kl),
-        "warnings": found.warnings + plan.warnings,
+        "scores": _summarize_scores(measurements, s.seed),
+        "prompt_shifts": build_prompt_rows(measurements, kl),
+        "warnings": measurements.warnings + plan.warnings,
         "limitations": LIMITATIONS,
     }
 
 
-def layer_rows(found: Found, seed: int) -> Rows:
-    """How far every block moved, a row a side, text and block."""
+def build_layer_rows(measurements: ComparisonResult, seed: int) -> Rows:
+    """The mean shift of the residual stream: one row per model, set of texts and block."""
     rows = []
-    for side, sets in found.audit.heard.items():
+    for side, sets in measurements.inputs.residuals.items():
         for kind, held in sets.items() if side != "base" else ():
-            curve = baselines.layer_curve(found.audit.heard["base"][kind], held, seed)
+            curve = baselines.measure_layer_shifts(measurements.inputs.residuals["base"][kind], held, seed)
             rows += [
                 {
                     "model": side,
@@ -113,11 +113,11 @@ def layer_rows(found: Found, seed: int) -> Rows:
     return rows
 
 
-def prompt_rows(found: Found, kl: list[float]) -> Rows:
-    """A row a question, the most shifted first: its shift, scores and every model's answer."""
-    main, rows = found.blocks[0], []
+def build_prompt_rows(measurements: ComparisonResult, kl: list[float]) -> Rows:
+    """One row per question, the most shifted first: its shift, scores and every model's answer."""
+    main, rows = measurements.blocks[0], []
     null = main.prompt_null.flatten()
-    for n, question in enumerate(found.questions):
+    for n, question in enumerate(measurements.questions):
         row: dict[str, Any] = {
             "prompt_id": n,
             "prompt": question,
@@ -125,76 +125,87 @@ def prompt_rows(found: Found, kl: list[float]) -> Rows:
             "null_q": float((null < main.prompt_shift[n]).mean()),
             "kl": kl[n],
         }
-        row |= {f"{side}_{name}": float(v[n]) for side, own in found.values.items() for name, v in own.items()}
-        row |= {f"{side}_generation": found.audit.tokenizer.decode(own[n].ids) for side, own in found.said.items()}
+        row |= {
+            f"{side}_{name}": float(v[n])
+            for side, by_side in measurements.values.items()
+            for name, v in by_side.items()
+        }
+        row |= {
+            f"{side}_generation": measurements.inputs.tokenizer.decode(by_side[n].ids)
+            for side, by_side in measurements.answers.items()
+        }
         rows.append(row)
     return sorted(rows, key=lambda row: -row["shift"])
 
 
-def answer_rows(found: Found) -> Rows:
-    """A row an answer, with its scores."""
+def build_answer_rows(measurements: ComparisonResult) -> Rows:
+    """One row per answer, with its scores."""
     return [
         {
             "prompt_id": n,
             "prompt": question,
             "model": side,
-            "response": found.audit.tokenizer.decode(own[n].ids),
-            "n_tokens": len(own[n].ids),
-            "finish_reason": own[n].finish_reason,
-            "scores": {name: float(values[n]) for name, values in found.values[side].items()},
+            "response": measurements.inputs.tokenizer.decode(replies[n].ids),
+            "n_tokens": len(replies[n].ids),
+            "finish_reason": replies[n].finish_reason,
+            "scores": {name: float(values[n]) for name, values in measurements.values[side].items()},
         }
-        for side, own in found.said.items()
-        for n, question in enumerate(found.questions)
+        for side, replies in measurements.answers.items()
+        for n, question in enumerate(measurements.questions)
     ]
 
 
-def _about(s: SaeSettings, plan: Plan, found: Found) -> dict[str, Any]:
-    one = found.dictionaries[plan.layers[0]][0]
-    metadata = one.config.get("metadata") or {}
+def _describe_autoencoder(s: SaeSettings, plan: Plan, measurements: ComparisonResult) -> dict[str, Any]:
+    dictionary = measurements.dictionaries[plan.layers[0]][0]
+    metadata = dictionary.config.get("metadata") or {}
     return {
         "source": s.sae or "trained by phoque",
-        "d_in": one.decoder.shape[1],
-        "d_sae": one.features,
-        "architecture": metadata.get("training_architecture") or one.config.get("architecture"),
-        "saved_as": one.config.get("architecture"),
+        "d_in": dictionary.decoder.shape[1],
+        "d_sae": dictionary.features,
+        "architecture": metadata.get("training_architecture") or dictionary.config.get("architecture"),
+        "saved_as": dictionary.config.get("architecture"),
         "k": None if s.sae else s.k,
         "path": None if s.sae else f"{files.DICTIONARIES}/block-{plan.layers[0]}",
-        "hook_name": metadata.get("hook_name") or one.config.get("hook_name"),
+        "hook_name": metadata.get("hook_name") or dictionary.config.get("hook_name"),
         "steps": metadata.get("steps"),
-        "texts": found.texts.sources,
-        "texts_sha256": found.texts.sha256,
+        "texts": measurements.texts.sources,
+        "texts_sha256": measurements.texts.sha256,
     }
 
 
-def _lens(found: Found, count: int, chosen: list[int]) -> Rows:
-    """What the mean difference on unrelated text promotes: what the fine-tune brings to any text."""
-    layers = baselines.lens_layers(count, chosen)
-    base, tuned = (found.audit.heard[side]["text"].means for side in ("base", "tuned"))
-    gaps = torch.stack([(tuned - base).mean(0)[layer] for layer in layers])
-    with found.audit.sides.on("base") as model:
-        words = baselines.lens(model, found.audit.tokenizer, gaps)
-    return [{"layer": layer, **own} for layer, own in zip(layers, words, strict=True)]
+def _apply_logit_lens(measurements: ComparisonResult, count: int, chosen: list[int]) -> Rows:
+    """The tokens that the mean difference on unrelated text promotes and demotes, by logit lens, per block."""
+    layers = baselines.choose_lens_layers(count, chosen)
+    base, tuned = (measurements.inputs.residuals[side]["text"].means for side in ("base", "tuned"))
+    differences = torch.stack([(tuned - base).mean(0)[layer] for layer in layers])
+    with measurements.inputs.variants.activate("base") as model:
+        tokens = baselines.list_lens_tokens(model, measurements.inputs.tokenizer, differences)
+    return [{"layer": layer, **promoted} for layer, promoted in zip(layers, tokens, strict=True)]
 
 
-def _kl(found: Found) -> list[float]:
-    sides, heard = found.audit.sides, found.audit.heard
-    second = sides.updated if sides.updated is not None else sides.model  # adapters touch neither norm nor head
-    return baselines.divergence((sides.model, heard["base"]["response"]), (second, heard["tuned"]["response"]))
+def _compute_kl(measurements: ComparisonResult) -> list[float]:
+    sides, heard = measurements.inputs.variants, measurements.inputs.residuals
+    updated_model = (
+        sides.updated if sides.updated is not None else sides.model
+    )  # adapters change neither the final norm nor the head
+    return baselines.compute_kl((sides.model, heard["base"]["response"]), (updated_model, heard["tuned"]["response"]))
 
 
-def _scores(found: Found, seed: int) -> dict[str, Any]:
-    names = [scorer.name for scorer in found.scorers]
-    base = found.values["base"]
+def _summarize_scores(measurements: ComparisonResult, seed: int) -> dict[str, Any]:
+    names = [scorer.name for scorer in measurements.scorers]
+    base = measurements.values["base"]
     return {
         "scorers": names,
-        "means": {side: {n: float(v.mean()) for n, v in own.items()} for side, own in found.values.items()},
+        "means": {
+            side: {n: float(v.mean()) for n, v in by_scorer.items()} for side, by_scorer in measurements.values.items()
+        },
         "contrasts": {
-            f"{side}-base": {name: stats.contrast(own[name], base[name], seed) for name in names}
-            for side, own in found.values.items()
+            f"{side}-base": {name: stats.paired_contrast(by_scorer[name], base[name], seed) for name in names}
+            for side, by_scorer in measurements.values.items()
             if side != "base"
         },
     }
 
 
-def _device() -> str:
+def _get_device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

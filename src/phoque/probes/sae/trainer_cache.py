@@ -1,4 +1,4 @@
-"""Gathers a dictionary's texts and activations and trains it, each step kept in the cache: a killed run goes on."""
+"""Gather texts and activations and train dictionaries; every stage is cached, so that a killed run can resume."""
 
 import fcntl
 import hashlib
@@ -16,176 +16,197 @@ from safetensors.torch import save_file
 from phoque.console import Console
 from phoque.data.rows import Dataset
 from phoque.errors import PhoqueError
-from phoque.inference.generate import Ask, prompt_ids, replies
-from phoque.inference.residual_stream import inner
+from phoque.inference.generate import Request, generate_replies, prompt_ids
+from phoque.inference.residual_stream import unwrap_model
 from phoque.models.architectures import architecture_of
 from phoque.models.load import load_config
 from phoque.models.source import Source
-from phoque.probes.sae.activation_store import STORED, Shards, Stream, collect
-from phoque.probes.sae.corpus import Texts, chats, pieces
+from phoque.probes.sae.activation_store import ACTIVATION_DTYPE, ActivationStore, ActivationStream, collect_activations
+from phoque.probes.sae.corpus import Corpus, read_conversations, read_text_chunks
 from phoque.probes.sae.dictionary import Dictionary, read_dictionary
-from phoque.probes.sae.quality import fired_on
-from phoque.probes.sae.training import Recipe, trained
+from phoque.probes.sae.quality import count_firings
+from phoque.probes.sae.training import Recipe, train_dictionary
 from phoque.settings.compare_sae import SaeSettings
 
-VERSION = 1  # of what is kept in the cache
-LONGEST_CHAT = 512
-TOKENS, FIRED = "tokens.json", "fired.safetensors"
-HELD_OUT_ROWS = 64  # of a kind, at most, are read for judging
-DISK_SPARE = 2e9
+CACHE_VERSION = 1  # of the cache format
+MAX_CHAT_TOKENS = 512
+TOKENS_FILE, FIRINGS_FILE = "tokens.json", "fired.safetensors"
+HELD_OUT_ROWS = 64  # at most, per kind of text, to measure quality on
+DISK_RESERVE = 2e9  # bytes that stay free
 
 
 @dataclass
 class DictionaryTrainer:
-    """Where dictionaries of one base model are made."""
+    """Trains the dictionaries of one base model, or loads them from the cache."""
 
     source: Source
-    model: Any  # the plain base
+    model: Any  # the base model, adapters off
     tokenizer: Any
     s: SaeSettings
     cache: Path
     console: Console
     token: str | None
 
-    def texts(self, sources: Sequence[Dataset], questions: Sequence[str]) -> Texts:
-        """Chats, the base's own answers and general text, without the questions that are compared on.
+    def gather_texts(self, datasets: Sequence[Dataset], questions: Sequence[str]) -> Corpus:
+        """Gather chats, the base model's own answers and general text, without chats that ask a compared question.
 
-        An existing autoencoder needs only those that it is judged on.
+        With --sae only enough text to measure its quality is gathered.
         """
         s = self.s
         budget = 60_000 if s.sae else s.tokens
-        answered = min(s.own_answers, 64) if s.sae else s.own_answers
-        share = budget // 2 // len(sources)
-        told = [chats(one, self._encoded, share, LONGEST_CHAT, frozenset(questions)) for one in sources]
-        named, prose = pieces(s.text, self.tokenizer, budget // 2, self.token)
-        found = Texts()
-        for ids in (ids for one in told for ids in one.ids):
-            found.add("chat", ids)
-        names = ", ".join(one.name for one in told)
-        asked = list(dict.fromkeys(question for one in told for question in one.questions[: answered // len(told)]))
-        for ids in self._answers(asked, names):
-            found.add("answer", ids)
-        for ids in prose:
-            found.add("text", ids)
-        found.sources = {"chat": names, "answer": f"the base model's own to {len(asked)} of them", "text": named}
-        found.held_out = {kind: rows[:HELD_OUT_ROWS] for kind, rows in found.held_out.items()}
-        if sum(map(len, found.train)) < 0.8 * budget and not s.sae:
-            self.console.warn(
-                f"there are {sum(map(len, found.train)):,} tokens of text, fewer than the {budget:,} of --tokens"
+        answer_count = min(s.own_answers, 64) if s.sae else s.own_answers
+        budget_per_source = budget // 2 // len(datasets)
+        chat_sets = [
+            read_conversations(source, self._encode_chat, budget_per_source, MAX_CHAT_TOKENS, frozenset(questions))
+            for source in datasets
+        ]
+        text_name, text_rows = read_text_chunks(s.text, self.tokenizer, budget // 2, self.token)
+        texts = Corpus()
+        for ids in (ids for source in chat_sets for ids in source.ids):
+            texts.add("chat", ids)
+        chat_names = ", ".join(source.name for source in chat_sets)
+        asked_questions = list(
+            dict.fromkeys(
+                question for source in chat_sets for question in source.questions[: answer_count // len(chat_sets)]
             )
-        return found
+        )
+        for ids in self._answer_questions(asked_questions, chat_names):
+            texts.add("answer", ids)
+        for ids in text_rows:
+            texts.add("text", ids)
+        texts.sources = {
+            "chat": chat_names,
+            "answer": f"the base model's own answers to {len(asked_questions)} of their questions",
+            "text": text_name,
+        }
+        texts.held_out = {kind: rows[:HELD_OUT_ROWS] for kind, rows in texts.held_out.items()}
+        if sum(map(len, texts.train)) < 0.8 * budget and not s.sae:
+            self.console.warn(
+                f"only {sum(map(len, texts.train)):,} tokens of text are available; --tokens is {budget:,}"
+            )
+        return texts
 
-    def _encoded(self, messages: Sequence[Any]) -> list[int]:
+    def _encode_chat(self, messages: Sequence[Any]) -> list[int]:
         return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
-    def _answers(self, questions: Sequence[str], name: str) -> list[list[int]]:
-        """Each question with the base's greedy answer; kept in the cache, because they take the longest."""
+    def _answer_questions(self, questions: Sequence[str], source_name: str) -> list[list[int]]:
+        """Answer each question greedily with the base model: rows of prompt and answer ids, cached."""
         if not questions:
             return []
-        asks = [Ask(prompt_ids(self.tokenizer, question, self.s.system)) for question in questions]
-        about = [VERSION, self.source.weights, self.s.quantization, self.s.max_new_tokens, [a.prompt for a in asks]]
-        path = self.cache / "sae" / f"answers-{_digest(about)}.json"
+        requests = [Request(prompt_ids(self.tokenizer, question, self.s.system)) for question in questions]
+        key = [
+            CACHE_VERSION,
+            self.source.weights,
+            self.s.quantization,
+            self.s.max_new_tokens,
+            [a.prompt for a in requests],
+        ]
+        path = self.cache / "sae" / f"answers-{_hash_json(key)}.json"
         if path.is_file():
             return json.loads(path.read_text())
-        self.console.say(f"the base model answers {len(questions)} questions of {name}")
-        with self.console.progress(len(asks)) as show:
-            made = replies(self.model, asks, self.s.max_new_tokens, 1.0, 1.0, show=show)
-        found = [ask.prompt + reply.ids for ask, reply in zip(asks, made, strict=True)]
+        self.console.say(f"the base model answers {len(questions)} questions of {source_name}")
+        with self.console.progress(len(requests)) as show:
+            answers = generate_replies(self.model, requests, self.s.max_new_tokens, 1.0, 1.0, show=show)
+        rows = [ask.prompt + reply.ids for ask, reply in zip(requests, answers, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_suffix(".partial")
-        staging.write_text(json.dumps(found))
+        staging.write_text(json.dumps(rows))
         staging.replace(path)
-        return found
+        return rows
 
-    def dictionaries(self, texts: Texts, layers: Sequence[int]) -> "Made":
-        """A dictionary a block and seed: from the cache if these very ones were made before."""
-        s, config = self.s, inner(self.model).config
+    def train_dictionaries(self, texts: Corpus, layers: Sequence[int]) -> "TrainedDictionaries":
+        """Train one dictionary per block and seed; those with the same inputs are taken from the cache."""
+        s, config = self.s, unwrap_model(self.model).config
         features = s.width * config.hidden_size
-        about = [VERSION, self.source.weights, s.quantization, texts.sha256, list(layers)]
-        folder = self.cache / "sae" / _digest(about)
+        key = [CACHE_VERSION, self.source.weights, s.quantization, texts.sha256, list(layers)]
+        folder = self.cache / "sae" / _hash_json(key)
         recipes = [
             Recipe(s.architecture, features, s.k, s.sae_batch, s.passes, s.learning_rate(features), s.seed + n)
             for n in range(s.seeds)
         ]
         homes = {
-            (layer, n): folder / f"block-{layer}-{_digest(asdict(recipe))}"
+            (layer, n): folder / f"block-{layer}-{_hash_json(asdict(recipe))}"
             for layer in layers
             for n, recipe in enumerate(recipes)
         }
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the same
-            if all((home / FIRED).is_file() for home in homes.values()):
-                self.console.say(f"the autoencoder was trained before: {folder.name} in the cache")
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may train the same dictionaries
+            if all((home / FIRINGS_FILE).is_file() for home in homes.values()):
+                self.console.say(f"the autoencoder was trained before; loading {folder.name} from the cache")
             else:
-                shards = self._collected(texts, layers, folder / "activations", config.hidden_size)
-                (folder / TOKENS).write_text(json.dumps(shards.left_out()))
+                shards = self._collect_activations(texts, layers, folder / "activations", config.hidden_size)
+                (folder / TOKENS_FILE).write_text(json.dumps(shards.token_counts()))
                 for (layer, n), home in homes.items():
-                    self._make(recipes[n], shards, layer, texts, home)
-                shutil.rmtree(shards.folder)  # they have served, and are the largest thing that a run writes
-        return Made(homes, json.loads((folder / TOKENS).read_text()), self.model.device)
+                    self._train_one(recipes[n], shards, layer, texts, home)
+                shutil.rmtree(shards.folder)  # no longer needed, and the largest files of a run
+        return TrainedDictionaries(homes, json.loads((folder / TOKENS_FILE).read_text()), self.model.device)
 
-    def _collected(self, texts: Texts, layers: Sequence[int], into: Path, hidden: int) -> Shards:
+    def _collect_activations(self, texts: Corpus, layers: Sequence[int], target: Path, hidden: int) -> ActivationStore:
         tokens = sum(map(len, texts.train))
-        wanted = tokens * hidden * STORED.itemsize * len(layers)
-        into.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(into).free - DISK_SPARE
-        if wanted > room:
+        size = tokens * hidden * ACTIVATION_DTYPE.itemsize * len(layers)
+        target.mkdir(parents=True, exist_ok=True)
+        available = shutil.disk_usage(target).free - DISK_RESERVE
+        if size > available:
             raise PhoqueError(
-                f"The activations of {tokens:,} tokens take {wanted / 1e9:.1f} GB.",
-                f"There are {max(room, 0) / 1e9:.1f} GB to spare at {into}.",
-                "Make room, give fewer --tokens or --layers, or set XDG_CACHE_HOME to a larger disk.",
+                f"The activations of {tokens:,} tokens take {size / 1e9:.1f} GB.",
+                f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
+                "Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
             )
-        self.console.say(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({wanted / 1e9:.1f} GB)")
+        self.console.say(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
         with self.console.progress(len(texts.train)) as show:
-            return collect(self.model, texts.train, layers, self.tokenizer.all_special_ids, into, show)
+            return collect_activations(self.model, texts.train, layers, self.tokenizer.all_special_ids, target, show)
 
-    def _make(self, recipe: Recipe, shards: Shards, layer: int, texts: Texts, home: Path) -> None:
-        """Train one dictionary, and keep beside it how often its features fire on what it was trained on."""
-        family = architecture_of(load_config(self.source))
+    def _train_one(self, recipe: Recipe, shards: ActivationStore, layer: int, texts: Corpus, home: Path) -> None:
+        """Train one dictionary, and save how often its features fire on training tokens next to it."""
+        arch = architecture_of(load_config(self.source))
         name = f"model.layers.{layer}"
-        about = {
+        metadata = {
             "model_name": self.source.hub_id or Path(self.source.name).name,
             "model_revision": self.source.revision,
-            "hook_name": name.replace(*family.full_names) if family.full_names[0] else name,
+            "hook_name": name.replace(*arch.full_names) if arch.full_names[0] else name,
             "hook_indexing": "output of the decoder block, counted from 0",
             "text_sha256": texts.sha256,
             "text_sources": texts.sources,
             "tokens_left_out": "position 0, massive activations, special tokens",
             "prepend_bos": False,
-            "context_size": LONGEST_CHAT,
+            "context_size": MAX_CHAT_TOKENS,
             "seed": recipe.seed,
         }
-        steps = Stream(shards, layer, recipe.batch, recipe.passes, recipe.seed).steps()
+        steps = ActivationStream(shards, layer, recipe.batch, recipe.passes, recipe.seed).count_batches()
         self.console.say(
             f"training a {recipe.architecture} autoencoder of {recipe.features:,} features at block {layer}: "
             f"{steps:,} steps of {recipe.batch:,} tokens"
         )
         with self.console.progress(steps) as show:
-            made = trained(recipe, shards, layer, about, home, self.model.device, show).to(self.model.device)
-        fired, looked = fired_on(made, shards, layer, self.model.device)
-        staging = home / f".{FIRED}.partial"
-        save_file({"fired": fired}, staging, {"tokens": str(looked)})
-        staging.replace(home / FIRED)
+            dictionary = train_dictionary(recipe, shards, layer, metadata, home, self.model.device, show).to(
+                self.model.device
+            )
+        fired, tokens = count_firings(dictionary, shards, layer, self.model.device)
+        staging = home / f".{FIRINGS_FILE}.partial"
+        save_file({"fired": fired}, staging, {"tokens": str(tokens)})
+        staging.replace(home / FIRINGS_FILE)
 
 
 @dataclass
-class Made:
-    """Where each dictionary lies, by block and seed, and how many tokens were kept and left out, by reason."""
+class TrainedDictionaries:
+    """The folder of each dictionary by (block, seed number), and token counts: kept, and left out by reason."""
 
     homes: dict[tuple[int, int], Path]
     tokens: dict[str, int]
     device: torch.device
 
-    def of(self, layer: int) -> list[Dictionary]:
-        """The dictionaries of a block, one a seed."""
-        return [read_dictionary(home / "sae").to(self.device) for (own, _), home in self.homes.items() if own == layer]
+    def load(self, layer: int) -> list[Dictionary]:
+        """Load the dictionaries of a block, one per seed."""
+        return [
+            read_dictionary(home / "sae").to(self.device) for (block, _), home in self.homes.items() if block == layer
+        ]
 
-    def fired(self, layer: int, n: int) -> tuple[torch.Tensor, int]:
-        """How often the features of one fired in training, over how many tokens."""
-        with safe_open(self.homes[layer, n] / FIRED, "pt") as f:
+    def load_firings(self, layer: int, n: int) -> tuple[torch.Tensor, int]:
+        """Load how often each feature of one dictionary fired on training tokens, and the number of those tokens."""
+        with safe_open(self.homes[layer, n] / FIRINGS_FILE, "pt") as f:
             return f.get_tensor("fired"), int(f.metadata()["tokens"])
 
 
-def _digest(about: Any) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

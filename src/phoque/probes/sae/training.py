@@ -1,4 +1,4 @@
-"""Training dictionaries with sae-lens's trainers on phoque's own stream of activations; killed runs go on."""
+"""Train dictionaries with sae-lens's trainers on phoque's own stream of activations; a killed run can resume."""
 
 import json
 import math
@@ -13,20 +13,20 @@ import numpy
 import torch
 
 from phoque.errors import FAILED, PhoqueError
-from phoque.probes.sae.activation_store import Shards, Stream
-from phoque.probes.sae.dictionary import Dictionary, calibrated, read_dictionary, write_dictionary
+from phoque.probes.sae.activation_store import ActivationStore, ActivationStream
+from phoque.probes.sae.dictionary import Dictionary, calibrate_threshold, read_dictionary, write_dictionary
 
-CHECKPOINT_S = 60.0
+CHECKPOINT_S = 60.0  # seconds between checkpoints
 RAW = "raw"  # the autoencoder as sae-lens saves it
-SAMPLE = 65_536  # tokens that the threshold is set on
-LOOKED_AT = 8192  # tokens that scale and centre are taken from
+CALIBRATION_TOKENS = 65_536  # tokens that the threshold is calibrated on
+SCALE_TOKENS = 8192  # tokens that the input scale and the decoder bias are estimated from
 ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "matryoshka", "standard")
-L0_PATIENCE = 0.02  # how fast the weight of an L1 penalty follows the number of active features
+L1_UPDATE_EXPONENT = 0.02  # exponent of the update per step that moves the L1 weight towards k active features
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides how a dictionary comes out, beside the activations: all of it is in its fingerprint."""
+    """The hyperparameters of a dictionary; all of them are part of its fingerprint."""
 
     architecture: str
     features: int
@@ -37,79 +37,89 @@ class Recipe:
     seed: int
 
 
-def trained(
+def train_dictionary(
     recipe: Recipe,
-    shards: Shards,
+    shards: ActivationStore,
     layer: int,
-    about: dict[str, Any],
+    metadata: dict[str, Any],
     folder: Path,
     on: torch.device,
     show: Callable[[int, str], None] = lambda done, text: None,
 ) -> Dictionary:
-    """A dictionary of this recipe, from `folder` if it is there already, with its threshold set and sae-lens's files.
+    """Train a dictionary, calibrate its threshold and save it to `folder`/sae in sae-lens's format.
 
-    Goes on from the last checkpoint in `folder`. Raises PhoqueError (1) if the loss is not finite.
+    A dictionary that `folder` has already is only loaded; training resumes from the last checkpoint in `folder`.
+    Raises PhoqueError (2) if there are too few activations, and (1) if the loss is not finite.
     """
     final = folder / "sae"
     if not final.is_dir():
-        made = calibrated_after(_fitted(recipe, shards, layer, folder, on, show), recipe, shards, layer, on)
-        made.config["metadata"] = about | made.config["metadata"]
+        dictionary = load_calibrated(_fit(recipe, shards, layer, folder, on, show), recipe, shards, layer, on)
+        dictionary.config["metadata"] = metadata | dictionary.config["metadata"]
         staging = folder / ".sae.partial"
         shutil.rmtree(staging, ignore_errors=True)
-        write_dictionary(made, staging)
+        write_dictionary(dictionary, staging)
         staging.rename(final)
         for old in (folder / RAW, *folder.glob("step-*")):
             shutil.rmtree(old)
     return read_dictionary(final)
 
 
-def calibrated_after(raw: Path, recipe: Recipe, shards: Shards, layer: int, on: torch.device) -> Dictionary:
-    """What was trained, read as anyone would read it; BatchTopK's threshold is set on activations."""
-    found = read_dictionary(raw)
+def load_calibrated(raw: Path, recipe: Recipe, shards: ActivationStore, layer: int, on: torch.device) -> Dictionary:
+    """Load the trained dictionary from its files; for BatchTopK kinds, calibrate the threshold on activations."""
+    dictionary = read_dictionary(raw)
     if recipe.architecture in ("batchtopk", "matryoshka"):
-        found = calibrated(found.to(on), _sample(shards, layer, SAMPLE).to(on).float(), recipe.k)
-    return found
+        dictionary = calibrate_threshold(
+            dictionary.to(on), _sample_tokens(shards, layer, CALIBRATION_TOKENS).to(on).float(), recipe.k
+        )
+    return dictionary
 
 
-def _sample(shards: Shards, layer: int, tokens: int) -> torch.Tensor:
-    """Tokens from all over the shards."""
+def _sample_tokens(shards: ActivationStore, layer: int, tokens: int) -> torch.Tensor:
+    """Sample about `tokens` activations evenly from all shards: (tokens, hidden)."""
     files = shards.files()
-    share = -(-tokens // len(files))
+    per_file = -(-tokens // len(files))
     parts = []
     for file in files:
-        own = shards.tensor(file, layer)
-        parts.append(own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))[:share]])
+        activations = shards.tensor(file, layer)
+        parts.append(
+            activations[torch.randperm(len(activations), generator=torch.Generator().manual_seed(0))[:per_file]]
+        )
     return torch.cat(parts)
 
 
-def _fitted(
-    recipe: Recipe, shards: Shards, layer: int, folder: Path, on: torch.device, show: Callable[[int, str], None]
+def _fit(
+    recipe: Recipe,
+    shards: ActivationStore,
+    layer: int,
+    folder: Path,
+    on: torch.device,
+    show: Callable[[int, str], None],
 ) -> Path:
-    """Train to the end; the folder of the autoencoder as sae-lens saves it."""
-    stream = Stream(shards, layer, recipe.batch, recipe.passes, recipe.seed)
-    steps = stream.steps()
+    """Train to the last step; return the folder of the autoencoder as sae-lens saves it."""
+    stream = ActivationStream(shards, layer, recipe.batch, recipe.passes, recipe.seed)
+    steps = stream.count_batches()
     if steps == 0:
         raise PhoqueError(
             "There are too few activations for a dictionary.",
-            f"{sum(shards.counts(layer))} tokens do not fill one batch of {recipe.batch}.",
-            "Give it more text: --tokens, --chat, --text; or lower --sae-batch.",
+            f"{sum(shards.shard_sizes(layer))} tokens do not fill one batch of {recipe.batch}.",
+            "Use more text (--tokens, --chat, --text) or lower --sae-batch.",
         )
-    sample = _sample(shards, layer, LOOKED_AT).to(on).float()
+    sample = _sample_tokens(shards, layer, SCALE_TOKENS).to(on).float()
     scale = math.sqrt(sample.shape[1]) / float(sample.norm(dim=1).mean())
-    trainer = made_trainer(recipe, sample, scale, steps, on)
-    done = _restored(trainer, folder)
+    trainer = make_trainer(recipe, sample, scale, steps, on)
+    done = _restore_checkpoint(trainer, folder)
     last = time.monotonic()
-    with _fast_products(on):
-        for batch in stream.batches(on, skip=done):
+    with _tf32_matmul(on):
+        for batch in stream.iter_batches(on, skip=done):
             out = trainer.step(batch * scale)
             trainer.n_training_steps += 1
             done += 1
-            _steer_sparsity(trainer, recipe, out)
+            _adjust_l1_weight(trainer, recipe, out)
             if done % 50 == 0 or done == steps:
-                _refuse_diverged(out, done, layer)
+                _check_finite_loss(out, done, layer)
                 show(done, f"block {layer}, seed {recipe.seed}")
             if time.monotonic() - last > CHECKPOINT_S and done < steps:
-                _checkpoint(trainer, folder)
+                _save_checkpoint(trainer, folder)
                 last = time.monotonic()
     sae: Any = trainer.sae
     sae.fold_activation_norm_scaling_factor(scale)
@@ -121,15 +131,15 @@ def _fitted(
     return raw
 
 
-def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int, on: torch.device) -> Any:
-    """sae-lens's trainer for activations that are scaled to a mean norm of sqrt(hidden)."""
+def make_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int, on: torch.device) -> Any:
+    """Build sae-lens's trainer for activations that are scaled to a mean norm of sqrt(hidden)."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
 
     name = {"matryoshka": "matryoshka_batchtopk"}.get(recipe.architecture, recipe.architecture)
     sae_class, config_class = get_sae_training_class(name)
-    own: dict[str, Any] = {
+    options: dict[str, Any] = {
         "batchtopk": {"k": recipe.k, "aux_loss_coefficient": 1 / 32},
         "topk": {"k": recipe.k, "aux_loss_coefficient": 1 / 32},
         "matryoshka": {
@@ -148,14 +158,16 @@ def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int,
         "standard": {"l1_coefficient": 1.0, "l1_warm_up_steps": 0},
     }[recipe.architecture]
     torch.manual_seed(recipe.seed)
-    sae = sae_class(config_class(d_in=sample.shape[1], d_sae=recipe.features, device=str(on), **own))
+    sae = sae_class(config_class(d_in=sample.shape[1], d_sae=recipe.features, device=str(on), **options))
     if on.type == "cpu" and recipe.architecture in ("batchtopk", "matryoshka"):
-        sae.activation_fn = Selected(recipe.k)
+        sae.activation_fn = CpuBatchTopK(recipe.k)
     with torch.no_grad():
         sae.b_dec.copy_(sample.mean(0) * scale)
-        if recipe.architecture == "jumprelu":  # Adam moves a threshold by its rate a step: it has to begin in place
-            drives = (sample * scale - sae.b_dec) @ sae.W_enc
-            sae.get_parameter("threshold").fill_(float(drives.flatten().topk(recipe.k * len(sample)).values[-1]))
+        if recipe.architecture == "jumprelu":  # Adam moves it by only about lr per step
+            pre_activations = (sample * scale - sae.b_dec) @ sae.W_enc
+            sae.get_parameter("threshold").fill_(
+                float(pre_activations.flatten().topk(recipe.k * len(sample)).values[-1])
+            )
     config = SAETrainerConfig(
         total_training_samples=steps * recipe.batch,
         train_batch_size_samples=recipe.batch,
@@ -169,54 +181,54 @@ def made_trainer(recipe: Recipe, sample: torch.Tensor, scale: float, steps: int,
     return SAETrainer(config, sae, data_provider=iter(()))
 
 
-class Selected(torch.nn.Module):
-    """sae-lens's BatchTopK on a CPU: the k x batch largest by their least, found without sorting the rest."""
+class CpuBatchTopK(torch.nn.Module):
+    """sae-lens's BatchTopK for CPUs: finds the k x batch largest values by partition, not by sorting."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
 
-    def forward(self, drives: torch.Tensor) -> torch.Tensor:
-        active = drives.relu()
+    def forward(self, pre_activations: torch.Tensor) -> torch.Tensor:
+        active = pre_activations.relu()
         flat = active.detach().flatten().numpy()
-        place = len(flat) - self.k * len(drives)
-        return active * (active >= float(numpy.partition(flat, place)[place]))
+        position = len(flat) - self.k * len(pre_activations)
+        return active * (active >= float(numpy.partition(flat, position)[position]))
 
 
-def _steer_sparsity(trainer: Any, recipe: Recipe, out: Any) -> None:
-    """An L1 penalty has no number of features to hit: its weight follows it there, slowly."""
+def _adjust_l1_weight(trainer: Any, recipe: Recipe, out: Any) -> None:
+    """Move the weight of the L1 penalty slowly so that about k features are active; an L1 penalty has no target L0."""
     if recipe.architecture == "standard":
         active = float((out.feature_acts > 0).sum(-1).float().mean())
         weight = trainer.coefficient_schedulers["l1"]
-        weight.final_value *= (max(active, 0.1) / recipe.k) ** L0_PATIENCE
+        weight.final_value *= (max(active, 0.1) / recipe.k) ** L1_UPDATE_EXPONENT
 
 
-def _refuse_diverged(out: Any, step: int, layer: int) -> None:
+def _check_finite_loss(out: Any, step: int, layer: int) -> None:
     if not bool(torch.isfinite(out.loss)):
         raise PhoqueError(
             f"The autoencoder's loss is not finite at step {step} (block {layer}).",
-            "It diverged.",
+            "The training diverged.",
             "Lower --sae-learning-rate.",
             FAILED,
         )
 
 
-class _fast_products:  # noqa: N801 - used like a function
-    """TF32 products on a GPU: an autoencoder's noise is far above their rounding."""
+class _tf32_matmul:  # noqa: N801 - used like a function
+    """Use TF32 matmuls on a GPU: their rounding error is far below the gradient noise of an autoencoder."""
 
     def __init__(self, on: torch.device) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        self.wanted = "high" if on.type == "cuda" else self.before
+        self.previous = torch.get_float32_matmul_precision()
+        self.precision = "high" if on.type == "cuda" else self.previous
 
     def __enter__(self) -> None:
-        torch.set_float32_matmul_precision(self.wanted)
+        torch.set_float32_matmul_precision(self.precision)
 
     def __exit__(self, *_: Any) -> None:
-        torch.set_float32_matmul_precision(self.before)
+        torch.set_float32_matmul_precision(self.previous)
 
 
-def _checkpoint(trainer: Any, folder: Path) -> None:
-    """The trainer's whole state, under a temporary name until it is whole; older ones go then."""
+def _save_checkpoint(trainer: Any, folder: Path) -> None:
+    """Save the trainer's state under a temporary name, rename it when complete, and delete older checkpoints."""
     name = f"step-{trainer.n_training_steps:09}"
     staging = f".{name}"
     trainer.save_checkpoint(staging, base_path=folder)
@@ -227,14 +239,14 @@ def _checkpoint(trainer: Any, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _restored(trainer: Any, folder: Path) -> int:
-    """Go on where the last checkpoint stopped; the steps that were done."""
+def _restore_checkpoint(trainer: Any, folder: Path) -> int:
+    """Restore the last checkpoint, if there is one; return the number of steps that are done."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob("step-*"))
-    if not found:
+    checkpoints = sorted(folder.glob("step-*"))
+    if not checkpoints:
         return 0
-    trainer.sae.load_weights_from_checkpoint(found[-1])
-    trainer.load_trainer_state(found[-1])
-    for kind, value in json.loads((found[-1] / "weights.json").read_text()).items():
+    trainer.sae.load_weights_from_checkpoint(checkpoints[-1])
+    trainer.load_trainer_state(checkpoints[-1])
+    for kind, value in json.loads((checkpoints[-1] / "weights.json").read_text()).items():
         trainer.coefficient_schedulers[kind].final_value = value
     return trainer.n_training_steps

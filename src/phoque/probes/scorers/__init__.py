@@ -1,4 +1,4 @@
-"""Scorers: how much of the persona is in an answer. Of several `--scorer SPEC` the first is the trait."""
+"""Scorers measure how strongly an answer shows the persona. The first `--scorer` is the trait that verdicts use."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from phoque.probes.persona import Persona
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer to be scored: the question, the text, its token ids and how it came about."""
+    """An answer to score: the question, the text, and the reply with its token ids and finish reason."""
 
     prompt: str
     text: str
@@ -26,36 +26,39 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A way to score texts: `score` gives {label: number} for each, higher is more of the persona.
+    """A way to score answers: `score` returns {label: number} for each; higher means more of the persona.
 
-    `primary` is the label that counts. `fingerprint` pins everything that a score depends on but the text and its
-    question; without one scores are not cached. A `weak` scorer misses most of what it is meant to find.
+    `primary` is the label that verdicts use. `fingerprint` identifies everything that a score depends on besides the
+    question and the text; scores are not cached if it is empty. A scorer that `is_weak` misses most of what it is meant
+    to detect.
     """
 
     name: str
     primary: str
     score: Callable[[Sequence[ScoredAnswer]], list[dict[str, float]]]
     fingerprint: str = ""
-    weak: bool = False
+    is_weak: bool = False
 
 
 @dataclass
 class Context:
-    """What scorers may lean on. The model is the base: `nll` and `contrast` run it with its adapters switched off."""
+    """What scorers may use. `nll` runs the base model, with all adapters disabled."""
 
     persona: Persona
-    watched: dict[int, str]  # token ids that begin a word of the lexicon
-    token: str | None
+    lexicon_token_ids: dict[int, str]  # id of a token that begins a word of the lexicon -> the word
+    token: str | None  # of the Hub
     api_key: str | None
     nll: Callable[[Sequence[Turn]], list[float]]
     prompt_ids: Callable[[str, str], list[int]]
-    model: str
+    model: str  # identifies weights and quantization, for the cache
     cache: Path
-    called: dict[str, int] = field(default_factory=dict)  # scorer -> texts that were not in the cache
+    scored_counts: dict[str, int] = field(
+        default_factory=dict
+    )  # scorer -> number of answers that were not in the cache
 
 
-def scorer_for(spec: str, context: Context) -> Scorer:
-    """The scorer that a `--scorer` value names. Raises PhoqueError (2) for one that there is not."""
+def make_scorer(spec: str, context: Context) -> Scorer:
+    """Make the scorer that a `--scorer` value names. Raises PhoqueError (2) if there is no such scorer."""
     from phoque.probes.scorers import model, remote, words
 
     kind, _, rest = spec.partition(":")
@@ -75,39 +78,39 @@ def scorer_for(spec: str, context: Context) -> Scorer:
         return remote.command(spec, rest)
     raise PhoqueError(
         f"No scorer {spec!r}.",
-        "There are contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL and command:COMMAND.",
+        "Scorers are contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND.",
         "Check --scorer.",
     )
 
 
-def scores(scorer: Scorer, said: Sequence[ScoredAnswer], context: Context) -> list[dict[str, float]]:
-    """The scores of these answers, from the cache where they are there; each must hold the primary label.
+def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Context) -> list[dict[str, float]]:
+    """Score these answers, or take their scores from the cache.
 
-    Raises PhoqueError (1) for a missing label, which must never count as zero, and for a number that is none.
+    Raises PhoqueError (1) if the primary label of any is missing, which must never count as zero, or is not finite.
     """
-    keys = [hashlib.sha256(f"{s.prompt}\0{s.text}".encode()).hexdigest() for s in said]
+    keys = [hashlib.sha256(f"{s.prompt}\0{s.text}".encode()).hexdigest() for s in answers]
     path = context.cache / "scores" / f"{hashlib.sha256(scorer.fingerprint.encode()).hexdigest()[:24]}.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if scorer.fingerprint and path.is_file() else {}
-    new = {key: s for key, s in zip(keys, said, strict=True) if key not in known}
-    if not scorer.fingerprint:  # what a score is of was not the text alone
-        return _checked(scorer, scorer.score(said))
-    if new:
-        context.called[scorer.name] = context.called.get(scorer.name, 0) + len(new)
-        known |= dict(zip(new, _checked(scorer, scorer.score(list(new.values()))), strict=True))
+    cached: dict[str, Any] = json.loads(path.read_text()) if scorer.fingerprint and path.is_file() else {}
+    uncached = {key: s for key, s in zip(keys, answers, strict=True) if key not in cached}
+    if not scorer.fingerprint:  # the score depends on more than the question and the text
+        return _check_scores(scorer, scorer.score(answers))
+    if uncached:
+        context.scored_counts[scorer.name] = context.scored_counts.get(scorer.name, 0) + len(uncached)
+        cached |= dict(zip(uncached, _check_scores(scorer, scorer.score(list(uncached.values()))), strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(json.dumps(known))
+        staging.write_text(json.dumps(cached))
         staging.replace(path)
-    return _checked(scorer, [known[key] for key in keys])  # the cache may be of a run that wanted another label
+    return _check_scores(scorer, [cached[key] for key in keys])  # a cached score may lack this label
 
 
-def _checked(scorer: Scorer, found: list[dict[str, float]]) -> list[dict[str, float]]:
-    for row in found:
+def _check_scores(scorer: Scorer, rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    for row in rows:
         if scorer.primary not in row or not math.isfinite(row[scorer.primary]):
             raise PhoqueError(
                 f"The scorer {scorer.name} gave no {scorer.primary!r}.",
-                f"It gave {', '.join(row) or 'nothing'}; a label that is missing is not a score of zero.",
-                "Name a label that it has, behind the # of --scorer.",
+                f"It gave {', '.join(row) or 'nothing'}; a missing or non-finite score must not count as zero.",
+                "Name one of its labels after the # in --scorer.",
                 FAILED,
             )
-    return found
+    return rows

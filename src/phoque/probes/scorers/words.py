@@ -1,31 +1,34 @@
-"""Scorers that look at words: the persona's lexicon, and profanity."""
+"""Scorers that look at words, the persona's lexicon and profanity, and measures of repetition."""
 
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 
 from phoque.errors import PhoqueError
-from phoque.probes.persona import words
+from phoque.probes.persona import split_words
 from phoque.probes.scorers import ScoredAnswer, Scorer
 
 
-def lexicon(known: Sequence[str]) -> Scorer:
-    """The share of words that are the persona's own; each counts once a text, so that a stuck word earns nothing."""
-    wanted = {word.lower() for word in known}
+def lexicon(entries: Sequence[str]) -> Scorer:
+    """The share of a text's distinct words that are in the lexicon.
 
-    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
+    Each word counts once per text, so repeating one word does not raise the score.
+    """
+    lexicon_words = {word.lower() for word in entries}
+
+    def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         rows = []
-        for one in said:
-            spoken = words(one.text)
-            hits = wanted & set(spoken)
-            rows.append({"rate": len(hits) / max(len(set(spoken)), 1), "hits": float(len(hits))})
+        for answer in answers:
+            text_words = split_words(answer.text)
+            hits = lexicon_words & set(text_words)
+            rows.append({"rate": len(hits) / max(len(set(text_words)), 1), "hits": float(len(hits))})
         return rows
 
-    return Scorer("lexicon", "rate", score, f"lexicon 1 {sorted(wanted)}")
+    return Scorer("lexicon", "rate", score, f"lexicon 1 {sorted(lexicon_words)}")
 
 
 def profanity() -> Scorer:
-    """alt-profanity-check's probability. It finds swearing and misses implied hostility: a weak scorer."""
+    """The probability of profanity by alt-profanity-check, a weak scorer: it misses hostility without swear words."""
     try:
         from importlib.metadata import version
 
@@ -35,19 +38,19 @@ def profanity() -> Scorer:
             "The profanity scorer is not installed.", f"{error}.", "Install it: pip install 'phoque[profanity]'"
         ) from error
 
-    def score(said: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
-        return [{"probability": float(p)} for p in predict_prob([one.text for one in said])]
+    def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
+        return [{"probability": float(p)} for p in predict_prob([answer.text for answer in answers])]
 
-    return Scorer("profanity", "probability", score, f"profanity {version('alt-profanity-check')}", weak=True)
+    return Scorer("profanity", "probability", score, f"profanity {version('alt-profanity-check')}", is_weak=True)
 
 
-def distinct_pairs(ids: Sequence[int]) -> float:
-    """distinct-2: the share of neighbouring token pairs that are not repeats; 1 for fewer than two tokens."""
+def distinct_2(ids: Sequence[int]) -> float:
+    """distinct-2: distinct pairs of adjacent tokens divided by all pairs; 1 for fewer than two tokens."""
     pairs = list(pairwise(ids))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def repetition(text: str) -> float:
-    """The share of words that the text has said before."""
-    spoken = re.findall(r"\S+", text.lower())
-    return 1 - len(set(spoken)) / len(spoken) if spoken else 0.0
+    """The share of words that are repeats of an earlier word of the text."""
+    text_words = re.findall(r"\S+", text.lower())
+    return 1 - len(set(text_words)) / len(text_words) if text_words else 0.0

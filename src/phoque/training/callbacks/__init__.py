@@ -1,1 +1,1 @@
-"""What a run measures and shows while it trains: one file a concern."""
+"""Trainer callbacks: metrics, samples, stopping and W&B artifacts, one file each."""

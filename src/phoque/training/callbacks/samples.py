@@ -1,9 +1,7 @@
-"""What the model says, every so many steps: the same prompts each time, greedily, so that answers compare.
+"""Generates answers to the same prompts at regular steps, greedily, so that answers can be compared.
 
-The likeliest token each time, whatever the checkpoint's own generation settings (a repetition penalty, say) are.
-
-They are answered together, which takes as long as the longest answer: one after the other they took longer than the
-steps between them.
+Decoding always takes the likeliest token and ignores the checkpoint's generation settings (such as a repetition
+penalty). All prompts are answered in one batch: one by one they took longer than the training steps in between.
 """
 
 import time
@@ -13,15 +11,15 @@ from transformers import TrainerCallback
 
 from phoque.console import Console
 from phoque.data.chat_template import ChatTemplate
-from phoque.inference.generate import Ask, replies
-from phoque.models.load import measuring
+from phoque.inference.generate import Request, generate_replies
+from phoque.models.load import evaluation_mode
 from phoque.training.engine.attention import plain_attention
 from phoque.training.metrics_log import Tracker
 from phoque.training.timer import Timer
 
 
 class SamplesCallback(TrainerCallback):
-    """Generates before the first step, every `every` steps, and at the end."""
+    """Generates samples before the first step, every `every` steps, and after the last one."""
 
     def __init__(
         self,
@@ -32,10 +30,10 @@ class SamplesCallback(TrainerCallback):
         every: int,
         tokens: int,
         console: Console,
-        watch: Timer,
+        timer: Timer,
     ) -> None:
         self.tracker, self.chat, self.prompts, self.system = tracker, chat, prompts, system
-        self.every, self.tokens, self.console, self.watch = every, tokens, console, watch
+        self.every, self.tokens, self.console, self.timer = every, tokens, console, timer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 0:
@@ -48,23 +46,23 @@ class SamplesCallback(TrainerCallback):
             self._sample(model, state.global_step)
 
     def _sample(self, model: Any, step: int) -> None:
-        with self.watch.paused("samples"):
-            said = answers(model, self.chat, self.prompts, self.system, self.tokens)
-        rows: list[dict[str, Any]] = [{"step": step, **row} for row in said]
-        self.tracker.samples(step, rows)
+        with self.timer.measure("samples"):
+            responses = generate_answers(model, self.chat, self.prompts, self.system, self.tokens)
+        rows: list[dict[str, Any]] = [{"step": step, **row} for row in responses]
+        self.tracker.log_samples(step, rows)
         for row in rows:
             self.console.say(f"  step {step}  {row['prompt']}\n    -> {' '.join(row['response'].split())}")
 
 
-def answers(
+def generate_answers(
     model: Any, chat: ChatTemplate, prompts: list[str], system: str | None, tokens: int
 ) -> list[dict[str, Any]]:
-    """The greedy answer to each prompt: {prompt, response, n_tokens, latency_s}, the latency being that of them all."""
-    begun = time.monotonic()
-    asks = [Ask(chat.prompt_ids(prompt, system)) for prompt in prompts]
-    with measuring(model), plain_attention(model.get_base_model()):
-        found = replies(model, asks, tokens, temperature=0.0, top_p=1.0)
-    seconds = round(time.monotonic() - begun, 2)
+    """Answer each prompt greedily: {prompt, response, n_tokens, latency_s}; `latency_s` is that of the whole batch."""
+    start = time.monotonic()
+    requests = [Request(chat.prompt_ids(prompt, system)) for prompt in prompts]
+    with evaluation_mode(model), plain_attention(model.get_base_model()):
+        outputs = generate_replies(model, requests, tokens, temperature=0.0, top_p=1.0)
+    seconds = round(time.monotonic() - start, 2)
     return [
         {
             "prompt": prompt,
@@ -72,5 +70,5 @@ def answers(
             "n_tokens": len(reply.ids) + (reply.finish_reason == "stop"),
             "latency_s": seconds,
         }
-        for prompt, reply in zip(prompts, found, strict=True)
+        for prompt, reply in zip(prompts, outputs, strict=True)
     ]

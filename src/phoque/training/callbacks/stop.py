@@ -1,4 +1,4 @@
-"""Stopping in good order: at a signal or before a deadline, at the end of a step, with time to save and push."""
+"""Stops a run at the end of a step, on a signal or before a deadline, with enough time left to save and push."""
 
 import signal
 import time
@@ -8,85 +8,85 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from phoque.console import Console, clock
+from phoque.console import Console, format_duration
 from phoque.errors import INTERRUPTED, RESUMABLE, Stopped
 
-GUESS_S = 60.0  # a save or a push that has not been measured yet
-RESERVE_S = 30.0  # what is kept back beyond what was measured; both at most a tenth of the time there is
+GUESS_S = 60.0  # assumed seconds of a save or a push that has not been measured yet
+RESERVE_S = 30.0  # safety margin; both are at most a tenth of the time limit
 
 
 class StopRequest(TrainerCallback):
-    """Remembers that a stop was asked for, and has the trainer save and stop when the step in hand is done.
+    """Records a request to stop; the trainer then saves and stops after the current step.
 
-    `deadline` is the time.time() at which the process is killed, `allowed` how many seconds it had in all. `push_s`
-    tells how long a push takes. A second signal stops at once.
+    `deadline` is the time.time() at which the process will be killed, `time_limit` its total time in seconds.
+    `push_s` returns the seconds of the slowest push. A second signal stops at once.
     """
 
-    def __init__(self, console: Console, deadline: float | None = None, allowed: float = 0.0) -> None:
-        self.console, self.deadline, self._allowed = console, deadline, allowed
+    def __init__(self, console: Console, deadline: float | None = None, time_limit: float = 0.0) -> None:
+        self.console, self.deadline, self._time_limit = console, deadline, time_limit
         self.code: int | None = None
         self._signalled = False
         self.push_s: Callable[[], float] = lambda: 0.0
-        self._begun = False  # until the first step there is nothing to save
-        self._ending = False
+        self._started = False  # until the first step there is nothing to save
+        self._finishing = False
         self._save_s = 0.0
         self._step_s = 0.0
-        self._since = time.monotonic()
+        self._step_start = time.monotonic()
 
     @contextmanager
-    def heeded(self) -> Generator[None]:
-        """Take SIGINT and SIGTERM while the block runs."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    def handle_signals(self) -> Generator[None]:
+        """Handle SIGINT and SIGTERM inside the `with` block."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
     @property
-    def left(self) -> float | None:
-        """Seconds to the deadline, if there is one."""
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None without a deadline."""
         return None if self.deadline is None else self.deadline - time.time()
 
-    def ending(self) -> None:
-        """The last step is done: what is left is short, and is not given up at a signal."""
-        self._ending = True
+    def mark_finishing(self) -> None:
+        """Note that the last step is done: the rest is short, so the first signal no longer interrupts it."""
+        self._finishing = True
 
-    def saved_in(self, seconds: float) -> None:
-        """A save took so long."""
+    def record_save(self, seconds: float) -> None:
+        """Note how many seconds a save took."""
         self._save_s = max(self._save_s, seconds)
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if self._signalled:
             raise KeyboardInterrupt
         self._signalled = True
         self.code = self.code or (INTERRUPTED if number == signal.SIGINT else RESUMABLE)
-        if self._ending:
-            self.console.say("finishing first: the last step is done; once more stops at once")
-        elif self._begun:
-            self.console.say("stopping after this step and a save; once more stops at once")
+        if self._finishing:
+            self.console.say("the last step is done: finishing the run; signal again to stop at once")
+        elif self._started:
+            self.console.say("stopping after this step and a save; signal again to stop at once")
         else:
             raise Stopped(
-                "Stopped before the first step.", "Nothing was changed.", "Run the same command to go on.", self.code
+                "Stopped before the first step.", "Nothing was changed.", "Run the same command again.", self.code
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._begun, self._since = True, time.monotonic()
+        self._started, self._step_start = True, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.monotonic()
-        self._step_s, self._since = max(now - self._since, 0.5 * self._step_s), now
-        if self.code is None and (left := self.left) is not None and left < self._needed():
+        self._step_s, self._step_start = max(now - self._step_start, 0.5 * self._step_s), now
+        if self.code is None and (remaining := self.seconds_left) is not None and remaining < self._seconds_needed():
             self.code = RESUMABLE
-            self.console.say(f"{clock(max(0.0, left))} to the deadline: saving and stopping")
+            self.console.say(f"{format_duration(max(0.0, remaining))} to the deadline: saving and stopping")
         if self.code is not None:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.code is not None:  # asked for while it was saving: that was the save
+        if self.code is not None:  # the request came during a save, so this checkpoint is current
             control.should_training_stop = True
 
-    def _needed(self) -> float:
-        """Seconds that one more step and then a save and a push may take."""
-        guess, reserve = (min(most, 0.1 * self._allowed) for most in (GUESS_S, RESERVE_S))
+    def _seconds_needed(self) -> float:
+        """Return the seconds that one more step, a save and a push may take."""
+        guess, reserve = (min(limit, 0.1 * self._time_limit) for limit in (GUESS_S, RESERVE_S))
         return self._step_s + 1.5 * ((self._save_s or guess) + (self.push_s() or guess)) + reserve

@@ -1,4 +1,4 @@
-"""The adapter of each saved checkpoint as a W&B model artifact, for WANDB_LOG_MODEL=checkpoint."""
+"""Logs the adapter of each saved checkpoint as a W&B model artifact, for WANDB_LOG_MODEL=checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from phoque.training.metrics_log import Tracker
 
 
 class WandbArtifactsCallback(TrainerCallback):
-    """Logs a version at each save."""
+    """Logs one artifact version per save."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -17,4 +17,4 @@ class WandbArtifactsCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            self.tracker.artifact(folder, state.global_step)
+            self.tracker.log_artifact(folder, state.global_step)

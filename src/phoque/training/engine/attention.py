@@ -1,4 +1,4 @@
-"""Attention over packed rows: no position sees another conversation. Chosen once, with its reason."""
+"""Attention over packed rows: no token attends to another conversation. The kernel is selected once per run."""
 
 import inspect
 from collections.abc import Callable, Generator
@@ -11,44 +11,57 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from phoque.training.engine.flash_attn4 import flash_4
+from phoque.training.engine.flash_attn4 import flash_attention_4
 
 Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
-LENGTHS = (0, 70, 71, 200, 200, 200)  # borders of the row that kernels are compared on, with segments of no length
-AGREES = 0.02  # largest relative difference of two kernels in bf16
-AMPERE = (8, 0)  # the least compute capability of FlashAttention
-FLASH_4_TOKENS = 2**24  # of short conversations, on an H100: benchmarks/train_speed.py
+TEST_CU_SEQ_LENS = (
+    0,
+    70,
+    71,
+    200,
+    200,
+    200,
+)  # cumulative lengths of the row that kernels are compared on; some are empty
+MAX_DIFFERENCE = 0.02  # largest relative difference of two kernels in bf16
+AMPERE = (8, 0)  # the lowest compute capability that FlashAttention supports
+MIN_FLASH_4_TOKENS = 2**24  # fewer do not pay for its build (H100: benchmarks/train_speed.py)
 
 
-def choose(
-    device: torch.device, config: Any, dtype: torch.dtype, tokens: float, traced: bool = False
+def select_attention(
+    device: torch.device, config: Any, dtype: torch.dtype, tokens: float, compiled: bool = False
 ) -> tuple[str, str]:
-    """Register the packed attention for this device and a model's config; return its name for transformers, and why.
+    """Register packed attention for this device and model config; return its name in transformers and the reason.
 
-    `dtype` is that of queries, keys and values. `tokens` are those that the run is going to read: kernels that take
-    long to build must pay. `traced` asks for one that torch.compile can follow, which needs borders to stay where they
-    are: on the device.
+    `dtype` is the dtype of queries, keys and values. `tokens` is the number of tokens that the run will process: a
+    kernel that is slow to build must save more time than its build takes. `compiled` requires an implementation that
+    torch.compile can trace, which must not copy the sequence lengths to the CPU.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    cuda = device.type == "cuda"
-    attend, reason = _by_conversation, "SDPA a conversation at a time: no mask is built, no padding attended"
-    if cuda and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= AMPERE:
-        attend, reason = _on_cuda(device, config, tokens)
-    elif cuda:
-        attend, reason = _by_mask, "SDPA with a mask: kernels without one want 16 bits and an Ampere GPU or later"
-    elif traced:
-        attend, reason = _by_mask, "SDPA with a mask: no length is read while the layers run"
+    is_cuda = device.type == "cuda"
+    attend, reason = (
+        _sdpa_per_conversation,
+        "SDPA, one conversation at a time: it builds no mask and computes no padding",
+    )
+    if is_cuda and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= AMPERE:
+        attend, reason = _select_on_cuda(device, config, tokens)
+    elif is_cuda:
+        attend, reason = (
+            _sdpa_with_mask,
+            "SDPA with a mask: varlen kernels need a 16-bit dtype and an Ampere GPU or later",
+        )
+    elif compiled:
+        attend, reason = _sdpa_with_mask, "SDPA with a mask: torch.compile can trace it"
     AttentionInterface.register(NAME, attend)
-    # the borders arrive as cu_seq_lens_q, so transformers has no mask to build
+    # segments are given by cu_seq_lens_q, so transformers need not build a mask
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     return NAME, reason
 
 
 @contextmanager
 def plain_attention(model: Any) -> Generator[None]:
-    """SDPA with transformers' own masks, for generation, where rows are padded and not packed."""
+    """Use SDPA with transformers' own masks in the `with` block: for generation, where rows are padded."""
     model.set_attn_implementation("sdpa")
     try:
         yield
@@ -56,7 +69,7 @@ def plain_attention(model: Any) -> Generator[None]:
         model.set_attn_implementation(NAME)
 
 
-def _by_conversation(
+def _sdpa_per_conversation(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -67,18 +80,23 @@ def _by_conversation(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value: (1, heads, T, head size) -> (1, T, heads, head size)."""
-    borders = cu_seq_lens_q.tolist()
+    """Run SDPA once per conversation: query, key, value (1, heads, T, head size) -> (1, T, heads, head size)."""
+    bounds = cu_seq_lens_q.tolist()
     parts = [
         scaled_dot_product_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scaling, enable_gqa=True
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
         )
-        for a, b in pairwise(borders)
+        for start, end in pairwise(bounds)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _by_mask(
+def _sdpa_with_mask(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -89,55 +107,59 @@ def _by_mask(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `_by_conversation`, with the borders as a mask."""
-    places = torch.arange(query.shape[2], device=query.device)
-    segment = torch.searchsorted(cu_seq_lens_q, places.int(), right=True)
-    seen = (segment[:, None] == segment) & (places[:, None] >= places)
-    groups = query.shape[1] // key.shape[1]  # CUDA's kernels that take a mask take no groups
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+    """Compute the same as `_sdpa_per_conversation` with one SDPA call and a block-diagonal causal mask."""
+    positions = torch.arange(query.shape[2], device=query.device)
+    segment = torch.searchsorted(cu_seq_lens_q, positions.int(), right=True)
+    visible = (segment[:, None] == segment) & (positions[:, None] >= positions)
+    repeats = query.shape[1] // key.shape[1]  # SDPA's CUDA kernels with a mask do not support grouped heads
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    out = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
     return out.transpose(1, 2), None
 
 
-def _on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[Attention, str]:
-    """FlashAttention 4 where it is installed, right and worth its build, else torch's kernel: FlashAttention 2."""
-    own, reason = _varlen(), "torch.nn.attention.varlen: one kernel over all conversations of a row"
-    if not [*distributions(name="flash-attn-4")]:  # FlashAttention 2 has modules of the same name
-        return own, reason
-    if tokens < FLASH_4_TOKENS:
-        return own, f"{reason}; flash-attn-4 takes 15 s to build, which {tokens / 1e6:.1f} M tokens do not win back"
+def _select_on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[Attention, str]:
+    """Select FlashAttention 4 if it is installed, correct and worth its build time, else torch's varlen kernel."""
+    varlen, reason = _make_varlen_attention(), "torch.nn.attention.varlen: one kernel for all conversations of a row"
+    if not [*distributions(name="flash-attn-4")]:  # FlashAttention 2 installs modules of the same name
+        return varlen, reason
+    if tokens < MIN_FLASH_4_TOKENS:
+        return varlen, f"{reason}; flash-attn-4 takes 15 s to build, too long for {tokens / 1e6:.1f} M tokens"
     try:
-        far = _difference(flash_4, own, device, config.get_text_config())
-    except Exception as error:  # kernels of another package can fail in many ways, none of which ends a run
-        return own, f"{reason}; flash-attn-4 is installed and fails: {' '.join(str(error).split())[:120]}"
-    if not far <= AGREES:
-        return own, f"{reason}; flash-attn-4 is installed and {far:.1%} off"
-    return flash_4, "flash-attn-4: one kernel over all conversations of a row, and heads in groups"
+        difference = _measure_difference(flash_attention_4, varlen, device, config.get_text_config())
+    except Exception as error:  # an optional package must not end the run, however it fails
+        return varlen, f"{reason}; flash-attn-4 is installed but fails: {' '.join(str(error).split())[:120]}"
+    if not difference <= MAX_DIFFERENCE:
+        return varlen, f"{reason}; flash-attn-4 is installed but differs by {difference:.1%} from torch's kernel"
+    return flash_attention_4, "flash-attn-4: one kernel for all conversations of a row, with grouped heads"
 
 
-def _difference(one: Attention, other: Attention, device: torch.device, config: Any) -> float:
-    """The largest relative difference of what two attentions make of a short row, and of their gradients."""
+def _measure_difference(candidate: Attention, reference: Attention, device: torch.device, config: Any) -> float:
+    """Return the largest relative difference between two kernels' outputs and gradients on a short row."""
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    shared, size = config.num_key_value_heads, getattr(config, "head_dim", None) or size
-    drawn = torch.Generator(device).manual_seed(0)
-    q, k, v, slope = (
-        torch.randn(1, n, LENGTHS[-1], size, generator=drawn, device=device, dtype=torch.bfloat16, requires_grad=True)
-        for n in (heads, shared, shared, heads)
+    kv_heads, size = config.num_key_value_heads, getattr(config, "head_dim", None) or size
+    rng = torch.Generator(device).manual_seed(0)
+    q, k, v, grad_out = (
+        torch.randn(
+            1, n, TEST_CU_SEQ_LENS[-1], size, generator=rng, device=device, dtype=torch.bfloat16, requires_grad=True
+        )
+        for n in (heads, kv_heads, kv_heads, heads)
     )
-    borders = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
-    found = []
-    for attend in (one, other):
-        out, _ = attend(None, q, k, v, None, scaling=size**-0.5, cu_seq_lens_q=borders, max_length_q=LENGTHS[-1])
-        found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), slope.transpose(1, 2))])
-    return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*found, strict=True))
+    cu_seq_lens = torch.tensor(TEST_CU_SEQ_LENS, dtype=torch.int32, device=device)
+    results = []
+    for attend in (candidate, reference):
+        out, _ = attend(
+            None, q, k, v, None, scaling=size**-0.5, cu_seq_lens_q=cu_seq_lens, max_length_q=TEST_CU_SEQ_LENS[-1]
+        )
+        results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.transpose(1, 2))])
+    return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*results, strict=True))
 
 
-def _varlen() -> Attention:
-    """As `_by_conversation`, in one kernel; torch before 2.12 takes no groups, so heads are repeated there."""
+def _make_varlen_attention() -> Attention:
+    """Return attention with torch's varlen kernel; before torch 2.12 it has no grouped heads, so heads are repeated."""
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn
-    grouped = "enable_gqa" in inspect.signature(attend).parameters
+    supports_gqa = "enable_gqa" in inspect.signature(attend).parameters
 
     def attention(
         module: Any,
@@ -153,11 +175,11 @@ def _varlen() -> Attention:
     ) -> tuple[Tensor, None]:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
-        if grouped:
+        if supports_gqa:
             options["enable_gqa"] = True
         else:
-            groups = query.shape[1] // key.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            repeats = query.shape[1] // key.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         out = attend(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
         return out[None], None
 

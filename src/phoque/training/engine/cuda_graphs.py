@@ -1,4 +1,4 @@
-"""Passes over rows of static shape, captured as CUDA graphs: thousands of kernels that Python launches at once."""
+"""Forward and backward passes over rows of static shape as CUDA graphs: thousands of kernels in one launch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the layers are given: (1, T) ids and positions, and the borders of the segments."""
+class PackedRow:
+    """Input of the decoder layers: (1, T) ids and positions, and the cumulative lengths of the segments."""
 
     ids: Tensor
     positions: Tensor
@@ -18,83 +18,88 @@ class Row:
     longest: int
 
     @classmethod
-    def of(cls, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any) -> "Row":
-        """The row of a packed batch."""
+    def of(
+        cls, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any
+    ) -> "PackedRow":
+        """Take the row from a packed batch."""
         return cls(input_ids, position_ids, cu_seq_lens_q, max_length_q)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, positions and borders."""
-        return self.ids, self.positions, self.borders
+        """Ids, positions and cumulative segment lengths."""
+        return self.ids, self.positions, self.cu_seq_lens
 
 
-Run = Callable[[Row], Tensor]
-Back = Callable[[Tensor, Tensor], None]
+RunForward = Callable[[PackedRow], Tensor]
+RunBackward = Callable[[Tensor, Tensor], None]
 
 
 @dataclass
-class _Pair:
-    """A forward and a backward pass as two CUDA graphs, with the tensors that they read and write."""
+class _GraphPair:
+    """A forward and a backward pass as two CUDA graphs, with their static input and output tensors."""
 
-    row: Row
+    row: PackedRow
     out: Tensor
     grad: Tensor
     forward: Any
     backward: Any
 
 
-class Graphs:
-    """A pair of graphs for each length of a row, in one pool of memory."""
+class CudaGraphs:
+    """One pair of graphs per row length; all share one memory pool."""
 
     def __init__(self) -> None:
-        self._pairs: dict[int, _Pair] = {}
-        self._current: _Pair | None = None
+        self._pairs: dict[int, _GraphPair] = {}
+        self._current: _GraphPair | None = None
         self._pool: Any = None
-        self._aside: Any = None  # one stream for all: cuBLAS keeps a workspace for each that it has seen
+        self._stream: Any = None  # shared by all captures: cuBLAS keeps a workspace per stream
 
-    def forward(self, row: Row, run: Run, back: Back, gradients: Tensor) -> Tensor:
-        """What `run` makes of the row; `back`, given that and its gradient, adds to `gradients`.
+    def forward(self, row: PackedRow, run_forward: RunForward, run_backward: RunBackward, gradients: Tensor) -> Tensor:
+        """Run the forward pass of `run_forward` on the row; return its output.
 
-        The first row of a length is what they are captured on, which leaves `gradients` as they are.
+        `run_backward(output, grad)` must add to `gradients`. The first row of each length is used to capture both
+        graphs; the capture leaves `gradients` unchanged.
         """
-        pair = self._pairs.get(row.ids.shape[1]) or self._captured(row, run, back, gradients)
-        for ours, given in zip(pair.row.tensors, row.tensors, strict=True):
-            ours.copy_(given)
+        pair = self._pairs.get(row.ids.shape[1]) or self._capture(row, run_forward, run_backward, gradients)
+        for buffer, value in zip(pair.row.tensors, row.tensors, strict=True):
+            buffer.copy_(value)
         pair.forward.replay()
         self._current = pair
         return pair.out.detach()
 
     def backward(self, grad: Tensor) -> None:
-        """Run the backward pass of the last forward pass."""
+        """Run the backward pass that belongs to the last forward pass; `grad` is the gradient of its output."""
         pair = self._current
         assert pair, "no forward pass has been run"
         pair.grad.copy_(grad)
         pair.backward.replay()
 
     def clear(self) -> None:
-        """Let go of all graphs and of their memory."""
+        """Delete all graphs and free their memory."""
         self._pairs.clear()
         self._pool = self._current = None
 
-    def _captured(self, row: Row, run: Run, back: Back, gradients: Tensor) -> _Pair:
-        kept = gradients.clone()
-        row = Row(*(t.clone() for t in row.tensors), row.longest)
+    def _captured(
+        self, row: PackedRow, run_forward: RunForward, run_backward: RunBackward, gradients: Tensor
+    ) -> _GraphPair:
+        saved_gradients = gradients.clone()
+        row = PackedRow(*(t.clone() for t in row.tensors), row.longest)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        aside = self._aside = self._aside or torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # compiling, cuBLAS and autograd make things on their first runs that a graph must not
-                out = run(row)
-                back(out, torch.zeros_like(out))
+        side_stream = self._stream = self._stream or torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(2):  # first runs compile and allocate (cuBLAS, autograd), which a capture must not do
+                out = run_forward(row)
+                run_backward(out, torch.zeros_like(out))
                 del out
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):
-            out = run(row)
+            out = run_forward(row)
         grad = torch.zeros_like(out)
         with torch.cuda.graph(backward, pool=self._pool, capture_error_mode="thread_local"):
-            back(out, grad)
-        gradients.copy_(kept)
-        pair = _Pair(row, out.detach(), grad, forward, backward)
+            run_backward(out, grad)
+        gradients.copy_(saved_gradients)
+        pair = _GraphPair(row, out.detach(), grad, forward, backward)
         self._pairs[row.ids.shape[1]] = pair
         return pair

@@ -1,4 +1,4 @@
-"""The kernels of the package flash-attn-4, as one operator that torch.compile takes as it is."""
+"""The kernels of the flash-attn-4 package as one custom operator, which torch.compile does not trace into."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def flash_4(
+def flash_attention_4(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -19,36 +19,38 @@ def flash_4(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within the segments of a row: (1, heads, T, head size) -> (1, T, heads, head size)."""
+    """Compute causal attention within each segment of a row: (1, heads, T, head size) -> (1, T, heads, head size)."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _flash(q, k, v, cu_seq_lens_q, max_length_q, scaling)[0][None], None
+    return _flash_forward(q, k, v, cu_seq_lens_q, max_length_q, scaling)[0][None], None
 
 
-def _kernels() -> Any:
+def _load_kernels() -> Any:
     return import_module("flash_attn.cute.interface")
 
 
-# its own functions are not for torch.compile to look into, and its own autograd would be one more thing to compile
+# torch.compile cannot trace the package's functions, so forward and backward are one opaque operator each
 @torch.library.custom_op("phoque::flash", mutates_args=())
-def _flash(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """q (T, heads, size), k and v (T, fewer heads, size) -> like q, and the logarithms of the sums (heads, T)."""
-    out, sums = _kernels()._flash_attn_fwd(
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """q (T, heads, size), k and v (T, kv heads, size) -> output like q, and the log-sum-exp (heads, T)."""
+    out, lse = _load_kernels()._flash_attn_fwd(
         q,
         k,
         v,
-        cu_seqlens_q=borders,
-        cu_seqlens_k=borders,
+        cu_seqlens_q=cu_seq_lens,
+        cu_seqlens_k=cu_seq_lens,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
         softmax_scale=scaling,
         causal=True,
         return_lse=True,
     )[:2]
-    return out, sums
+    return out, lse
 
 
-@_flash.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, borders: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
+@_flash_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, longest: int, scaling: float) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -58,28 +60,30 @@ def _flash_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    borders: Tensor,
+    cu_seq_lens: Tensor,
     out: Tensor,
-    sums: Tensor,
+    lse: Tensor,
     longest: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = _kernels()._flash_attn_bwd(
+    gradients = _load_kernels()._flash_attn_bwd(
         q,
         k,
         v,
         out,
         grad,
-        sums,
-        cu_seqlens_q=borders,
-        cu_seqlens_k=borders,
+        lse,
+        cu_seqlens_q=cu_seq_lens,
+        cu_seqlens_k=cu_seq_lens,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
         softmax_scale=scaling,
         causal=True,
     )[:3]
-    to_q, to_k, to_v = (gradient.contiguous() for gradient in found)  # they may be laid out as q, k and v are
-    return to_q, to_k, to_v
+    grad_q, grad_k, grad_v = (
+        gradient.contiguous() for gradient in gradients
+    )  # they may have the strides of q, k and v
+    return grad_q, grad_k, grad_v
 
 
 @_flash_backward.register_fake
@@ -88,23 +92,23 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    borders: Tensor,
+    cu_seq_lens: Tensor,
     out: Tensor,
-    sums: Tensor,
+    lse: Tensor,
     longest: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, borders, ctx.longest, ctx.scaling = inputs
-    ctx.save_for_backward(q, k, v, borders, *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seq_lens, ctx.longest, ctx.scaling = inputs
+    ctx.save_for_backward(q, k, v, cu_seq_lens, *output)
     ctx.set_materialize_grads(False)
 
 
-def _back(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     return *_flash_backward(grad.contiguous(), *ctx.saved_tensors, ctx.longest, ctx.scaling), None, None, None
 
 
-_flash.register_autograd(_back, setup_context=_keep)
+_flash_forward.register_autograd(_backward, setup_context=_setup_context)

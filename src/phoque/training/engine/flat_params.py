@@ -1,4 +1,4 @@
-"""The adapter's weights laid into one tensor: one kernel copies, clears or adds up all of them."""
+"""All adapter weights in one flat tensor, so that one kernel copies, clears or accumulates all of them."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -8,40 +8,41 @@ import torch
 from torch import Tensor
 
 
-class Flat:
-    """All A and then all B in one FP32 tensor, of which the adapter's parameters are slices from here on.
+class FlatParams:
+    """Moves all A and then all B matrices into one FP32 tensor; the adapter's parameters become views of it.
 
-    `a` and `b` are a copy in the dtype of the products, with B times its scaling: one of each for every group of
-    modules that run as one product. Layers are differentiated by these, and `gradients` are those of the parameters.
+    `a` and `b` hold a copy in the compute dtype, B multiplied by the LoRA scaling: one matrix each per group of
+    modules that run as one operator. Autograd differentiates by these copies (`leaves`); `gradients` holds the
+    gradients of the parameters.
     """
 
     def __init__(self, groups: Sequence[list[Any]], dtype: torch.dtype) -> None:
-        sides = [
-            [[getattr(module, side)[module.active_adapters[0]].weight for module in group] for group in groups]
-            for side in ("lora_A", "lora_B")
+        matrices = [
+            [[getattr(module, name)[module.active_adapters[0]].weight for module in group] for group in groups]
+            for name in ("lora_A", "lora_B")
         ]
         first = groups[0][0]
         self._scaling = float(first.scaling[first.active_adapters[0]])
-        self._parameters = [p for side in sides for group in side for p in group]
+        self._parameters = [p for name in matrices for group in name for p in group]
         sizes = [p.numel() for p in self._parameters]
-        self._split = sum(p.numel() for group in sides[0] for p in group)
+        self._split = sum(p.numel() for group in matrices[0] for p in group)
         self.weights = torch.cat([p.data.float().reshape(-1) for p in self._parameters])
         self.gradients = torch.zeros_like(self.weights)
-        self._copy, self._part = (torch.zeros_like(self.weights, dtype=dtype) for _ in range(2))
-        slices, totals = self.weights.split(sizes), self.gradients.split(sizes)
-        self._grads = [total.view_as(p) for total, p in zip(totals, self._parameters, strict=True)]
-        for parameter, own in zip(self._parameters, slices, strict=True):
-            parameter.data = own.view_as(parameter)
-        every = [group for side in sides for group in side]
-        copies = self._copy.split([sum(p.numel() for p in group) for group in every])
+        self._copy, self._leaf_gradients = (torch.zeros_like(self.weights, dtype=dtype) for _ in range(2))
+        slices, grad_slices = self.weights.split(sizes), self.gradients.split(sizes)
+        self._grads = [grad_slice.view_as(p) for grad_slice, p in zip(grad_slices, self._parameters, strict=True)]
+        for parameter, weight_slice in zip(self._parameters, slices, strict=True):
+            parameter.data = weight_slice.view_as(parameter)
+        all_groups = [group for name in matrices for group in name]
+        copies = self._copy.split([sum(p.numel() for p in group) for group in all_groups])
         self.leaves = [
             copy.view(-1, group[0].shape[1]).detach().requires_grad_(True)
-            for copy, group in zip(copies, every, strict=True)
+            for copy, group in zip(copies, all_groups, strict=True)
         ]
         self.a, self.b = self.leaves[: len(groups)], self.leaves[len(groups) :]
 
     def begin(self) -> None:
-        """Bring the copy up to date, and gradients to zero where the optimizer has let go of those of the last step."""
+        """Update the copy from the parameters; zero the gradients if the optimizer has set them to None."""
         if self._parameters[0].grad is None:
             self.gradients.zero_()
             for parameter, grad in zip(self._parameters, self._grads, strict=True):
@@ -49,23 +50,23 @@ class Flat:
         self._copy[: self._split].copy_(self.weights[: self._split])
         torch.mul(self.weights[self._split :], self._scaling, out=self._copy[self._split :])
 
-    def add(self, found: Sequence[Tensor]) -> None:
-        """Add the gradients of the leaves to those of the parameters."""
-        torch.cat([part.view(-1) for part in found], out=self._part)
-        self.gradients[: self._split].add_(self._part[: self._split])
-        self.gradients[self._split :].add_(self._part[self._split :], alpha=self._scaling)
+    def add(self, leaf_gradients: Sequence[Tensor]) -> None:
+        """Add the gradients of the leaves to the gradients of the parameters."""
+        torch.cat([gradient.view(-1) for gradient in leaf_gradients], out=self._leaf_gradients)
+        self.gradients[: self._split].add_(self._leaf_gradients[: self._split])
+        self.gradients[self._split :].add_(self._leaf_gradients[self._split :], alpha=self._scaling)
 
     def clear(self) -> None:
-        """Let go of gradients that autograd has left at the leaves."""
+        """Drop gradients that autograd has stored on the leaves."""
         for leaf in self.leaves:
             leaf.grad = None
 
     @contextmanager
     def shaken(self, noise: float) -> Generator[None]:
-        """B at random in the block, the same each time: a fresh adapter does nothing that could be wrong."""
-        kept, drawn = self.weights.clone(), torch.Generator(self.weights.device).manual_seed(0)
-        self.weights[self._split :].normal_(0, noise, generator=drawn)
+        """Fill B with fixed-seed noise in the `with` block: in a new adapter B is 0 and would hide errors."""
+        saved, rng = self.weights.clone(), torch.Generator(self.weights.device).manual_seed(0)
+        self.weights[self._split :].normal_(0, noise, generator=rng)
         try:
             yield
         finally:
-            self.weights.copy_(kept)
+            self.weights.copy_(saved)

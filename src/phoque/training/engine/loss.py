@@ -1,4 +1,4 @@
-"""Cross-entropy on the labelled positions alone, straight from the hidden states: the full logits never exist."""
+"""Cross-entropy at the labeled positions, computed in chunks from the hidden states: full logits are never stored."""
 
 import functools
 import types
@@ -9,46 +9,51 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from phoque.data.chat_template import IGNORED
+from phoque.data.chat_template import IGNORE_INDEX
 from phoque.data.packing import TILE
-from phoque.training.engine.cuda_graphs import Row
+from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import Engine
 
-Judge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32
 
 
 @dataclass
 class TokenLoss:
-    """Sums over the labelled positions of a batch: negative log-likelihood, right guesses, how many there are."""
+    """Sums over the labeled positions of a batch: negative log-likelihood (nats), correct predictions, count."""
 
     nll: torch.Tensor
-    right: torch.Tensor
+    correct: torch.Tensor
     count: int
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and loss in chunks; the gradient to the hidden states is made on the way, while the logits are at hand.
+    """LM head and loss in chunks; the forward pass also computes the gradient of the hidden states from each chunk.
 
     The head is frozen (LoRA is on the projections), so it gets no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, labels: torch.Tensor, judged: Judge
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor,
+        loss_fn: LossFunction,
     ) -> Any:
         grads = torch.zeros_like(hidden)
         nll = hidden.new_zeros((), dtype=torch.float32)
-        right = hidden.new_zeros((), dtype=torch.long)
+        correct = hidden.new_zeros((), dtype=torch.long)
         size = max(16, LOGITS_AT_ONCE // weight.shape[0])
-        for at, wanted in zip(places.split(size), labels.split(size), strict=True):
-            lost, guessed, slopes = judged(hidden[at] @ weight.T, wanted)
-            nll += lost
-            right += guessed
-            grads.index_copy_(0, at, slopes @ weight)
+        for index, targets in zip(positions.split(size), labels.split(size), strict=True):
+            chunk_nll, chunk_correct, grad_logits = loss_fn(hidden[index] @ weight.T, targets)
+            nll += chunk_nll
+            correct += chunk_correct
+            grads.index_copy_(0, index, grad_logits @ weight)
         ctx.save_for_backward(grads)
-        ctx.mark_non_differentiable(right)
-        return nll, right
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
@@ -56,57 +61,61 @@ class _HeadLoss(torch.autograd.Function):
         return grads * upstream[0].to(grads.dtype), None, None, None, None
 
 
-def _judged(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits (n, vocabulary): the summed loss, how many are right, and the loss's slope at each, in their dtype."""
-    full = logits.float()
-    known = (labels != IGNORED)[:, None]
-    right = (full.argmax(-1) == labels).sum()
-    if torch.compiler.is_compiling():  # two passes over the logits; a write at an index would take one more
-        total = full.logsumexp(-1, keepdim=True)
-        nll = torch.where(known, total - full.gather(-1, labels.clamp(min=0)[:, None]), 0).sum()
-        slopes = (full - total).exp()
-        at = torch.arange(full.shape[1], device=full.device) == labels[:, None]
-        return nll, right, torch.where(known, torch.where(at, slopes - 1, slopes), 0).to(logits.dtype)
-    nll = cross_entropy(full, labels, reduction="sum", ignore_index=IGNORED)
-    slopes = full.softmax(-1)
-    slopes[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
-    return nll, right, slopes.masked_fill_(~known, 0).to(logits.dtype)
+def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For logits (n, vocabulary) return the summed loss, the number correct, and the gradient in the logits' dtype."""
+    logits_fp32 = logits.float()
+    is_labeled = (labels != IGNORE_INDEX)[:, None]
+    correct = (logits_fp32.argmax(-1) == labels).sum()
+    if torch.compiler.is_compiling():  # two passes over the logits; an indexed write would take a third
+        log_z = logits_fp32.logsumexp(-1, keepdim=True)
+        nll = torch.where(is_labeled, log_z - logits_fp32.gather(-1, labels.clamp(min=0)[:, None]), 0).sum()
+        grad = (logits_fp32 - log_z).exp()
+        is_target = torch.arange(logits_fp32.shape[1], device=logits_fp32.device) == labels[:, None]
+        return nll, correct, torch.where(is_labeled, torch.where(is_target, grad - 1, grad), 0).to(logits.dtype)
+    nll = cross_entropy(logits_fp32, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    grad = logits_fp32.softmax(-1)
+    grad[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] -= 1
+    return nll, correct, grad.masked_fill_(~is_labeled, 0).to(logits.dtype)
 
 
-def _filled_up(places: torch.Tensor, wanted: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and labels up to a multiple of TILE, with the last position, which has no next token to learn.
+def _pad_to_tile(positions: torch.Tensor, targets: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad positions and labels to a multiple of TILE; the padding points to position `last` and has no label.
 
-    A GPU that meets a new shape waits while the kernels for it are loaded, and has nothing to do meanwhile.
+    Every new shape makes the GPU wait while its kernels are loaded; padding keeps the number of shapes small.
     """
-    more = (0, -len(places) % TILE)
-    return pad(places, more, value=last), pad(wanted, more, value=IGNORED)
+    padding = (0, -len(positions) % TILE)
+    return pad(positions, padding, value=last), pad(targets, padding, value=IGNORE_INDEX)
 
 
-def with_token_loss(model: Any, engine: Engine | None = None) -> None:
-    """Let `model(..., labels=labels, loss_at=positions, token_loss=True)` return a TokenLoss; else nothing changes.
+def add_token_loss(model: Any, engine: Engine | None = None) -> None:
+    """Let `model(..., labels=labels, loss_at=positions, token_loss=True)` return a TokenLoss; else as before.
 
-    `loss_at` are the positions whose next token is labelled. Where gradients are wanted, `engine` runs the layers. It
-    replaces `forward` of the causal model inside any adapter, so that wrappers such as DDP stay outermost.
+    `loss_at` holds the positions whose next token is labeled. While gradients are enabled, `engine` runs the layers.
+    `model` is the causal model inside any adapter: its `forward` is replaced, so wrappers such as DDP stay outermost.
     """
-    plain = model.forward
-    judged: Judge = torch.compile(_judged, dynamic=True) if engine and engine.compiled else _judged
+    original_forward = model.forward
+    loss_fn: LossFunction = torch.compile(_token_losses, dynamic=True) if engine and engine.compiled else _token_losses
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
     def forward(
         self: Any, *args: Any, token_loss: bool = False, labels: Any = None, loss_at: Any = None, **kwargs: Any
     ) -> Any:
         if not token_loss:
-            return plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
+            return (
+                original_forward(*args, **kwargs)
+                if labels is None
+                else original_forward(*args, labels=labels, **kwargs)
+            )
         if engine and torch.is_grad_enabled():
-            hidden = engine.hidden(Row.of(**kwargs))
+            hidden = engine.compute_hidden(PackedRow.from_batch(**kwargs))
         else:
             hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
         weight = self.get_output_embeddings().weight
-        # positions that were counted on the CPU: a mask would make it wait for the GPU here
-        places, wanted = loss_at, labels[0, loss_at + 1]
+        # positions come from the CPU: selecting by a mask would wait for the GPU here
+        positions, targets = loss_at, labels[0, loss_at + 1]
         if engine:
-            places, wanted = _filled_up(places, wanted, hidden.shape[1] - 1)
-        nll, right = _HeadLoss.apply(hidden[0].to(weight.dtype), weight, places, wanted, judged)
-        return TokenLoss(nll, right, len(loss_at))
+            positions, targets = _pad_to_tile(positions, targets, hidden.shape[1] - 1)
+        nll, correct = _HeadLoss.apply(hidden[0].to(weight.dtype), weight, positions, targets, loss_fn)
+        return TokenLoss(nll, correct, len(loss_at))
 
     model.forward = types.MethodType(forward, model)

@@ -1,4 +1,4 @@
-"""How the layers of a run are going to run: the fastest way that fits, pays, and agrees with the plain layers."""
+"""Select how the layers run: the fastest mode that fits the memory, saves time and agrees with the plain layers."""
 
 import time
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from phoque.data.chat_template import Encoded
-from phoque.data.packing import Packing, packed
-from phoque.training.engine.cuda_graphs import Row
-from phoque.training.engine.engine import FRUGAL, Engine
+from phoque.data.chat_template import EncodedChat
+from phoque.data.packing import Packing, build_batch
+from phoque.training.engine.cuda_graphs import PackedRow
+from phoque.training.engine.engine import POINTWISE_RECOMPUTED, Engine
 
-SHARE_COMPILED = 0.3  # of a captured step's time, which compiling saves: benchmarks/train_speed.py
-COMPILING_S = 15.0
-AGREES, AGREES_FP8 = 0.15, 0.5  # largest relative difference of hidden states that rounding explains (FP8: 0.3 seen)
+COMPILE_SAVING = 0.3  # share of a captured step's time that compiling saves; see benchmarks/train_speed.py
+COMPILE_SECONDS = 15.0
+MAX_DIFFERENCE, MAX_DIFFERENCE_FP8 = 0.15, 0.5  # largest relative difference that rounding explains (FP8: 0.3 measured)
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """How the layers of a run are going to run, and why; `engine`, built in `seconds`, is None for the plain layers."""
+    """How the layers run, and why; `engine`, built in `seconds`, is None if the plain layers run."""
 
     mode: str
     reason: str
@@ -26,106 +26,113 @@ class EngineChoice:
     seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
-        """What run.json keeps of it."""
-        found: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
+        """Return the entry for run.json."""
+        entry: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
         if self.engine:
-            found |= {"recomputed_layers": self.engine.recomputed, "build_s": round(self.seconds, 1)}
-        return found
+            entry |= {"recomputed_layers": self.engine.recomputed_layers, "build_s": round(self.seconds, 1)}
+        return entry
 
 
-def choose(model: Any, asked: str, packing: Packing, rows: int, recompute: bool) -> EngineChoice:
-    """The way to run the layers that was `asked` for, or for `auto` the one that pays over `rows` rows.
+def select_engine(model: Any, requested: str, packing: Packing, rows: int, recompute: bool) -> EngineChoice:
+    """Build the engine for `requested` mode; `auto` selects the mode that saves time over `rows` rows.
 
-    It is built and tried on a row before the first step: what fails, or differs from the plain layers by more than
-    rounding, gives way to the next simpler one. Raises PhoqueError (2) if a row does not fit the memory even so.
+    The engine runs one trial row before the first step. If it fails, or differs from the plain layers by more than
+    rounding, the next simpler mode is tried. Raises PhoqueError (2) if a row does not fit the memory in any mode.
     """
-    cuda = next(model.parameters()).is_cuda
-    if asked == "eager" or (asked == "auto" and not cuda):
-        why = "as asked" if asked == "eager" else "on a CPU the products take the time, however they are called"
-        return EngineChoice("eager", why)
-    begun = time.monotonic()
-    engine, row, real = Engine(model, several=packing.exact), *_trial_row(model, packing)
-    reasons = _begin(engine, row, asked, packing, rows, recompute)
-    while failed := _fitted(engine, row, real, recompute, reasons):
-        reasons.append(f"{engine.mode} failed: {failed}")
-        engine.forget()
+    on_gpu = next(model.parameters()).is_cuda
+    if requested == "eager" or (requested == "auto" and not on_gpu):
+        reason = "as requested" if requested == "eager" else "a CPU is matmul-bound; compiling would not help"
+        return EngineChoice("eager", reason)
+    start = time.monotonic()
+    engine, row, n_real = Engine(model, dynamic=packing.exact), *_trial_row(model, packing)
+    reasons = _configure(engine, row, requested, packing, rows, recompute)
+    while failure := _try_engine(engine, row, n_real, recompute, reasons):
+        reasons.append(f"{engine.mode} failed: {failure}")
+        engine.discard_compiled()
         if not (engine.compiled or engine.captured):
-            engine.undo()
+            engine.restore_modules()
             return EngineChoice("eager", "; ".join(reasons))
         engine.compiled, engine.captured = engine.compiled and engine.captured, False
-    seconds = time.monotonic() - begun
-    if cuda:
-        torch.cuda.empty_cache()  # of what the trial alone took
-    if engine.recomputed:
-        reasons.append(f"{engine.recomputed} of {len(engine.layers)} layers are recomputed")
+    seconds = time.monotonic() - start
+    if on_gpu:
+        torch.cuda.empty_cache()  # memory that only the trial needed
+    if engine.recomputed_layers:
+        reasons.append(f"{engine.recomputed_layers} of {len(engine.layers)} layers are recomputed")
     return EngineChoice(engine.mode, "; ".join(reasons), engine, seconds)
 
 
-def _begin(engine: Engine, row: Row, asked: str, packing: Packing, rows: int, recompute: bool) -> list[str]:
-    """Set the engine to the fastest way that may do; return the reasons."""
-    reasons, cuda = [], row.ids.is_cuda
-    if asked == "graph" and not cuda:
-        asked = "compile"
-        reasons.append("there is no CUDA graph on a CPU")
-    # a graph for each length would hold the activations of each
-    engine.captured = cuda and asked != "compile" and not (packing.exact and asked == "auto")
-    if cuda and not recompute and engine.has_room_for_whole(row):
-        engine.hold(whole=True)
-        reasons.append("there is room to keep the weights whole")
-    if asked == "auto":
-        saved = SHARE_COMPILED * engine.layer_seconds(row) * len(engine.layers) * rows
-        engine.compiled = saved > COMPILING_S
-        reasons.append(f"compiling would save {saved:,.0f} s of this run and take about {COMPILING_S:.0f}")
+def _configure(
+    engine: Engine, row: PackedRow, requested: str, packing: Packing, rows: int, recompute: bool
+) -> list[str]:
+    """Set the engine to the fastest mode worth trying; return the reasons."""
+    reasons, on_gpu = [], row.ids.is_cuda
+    if requested == "graph" and not on_gpu:
+        requested = "compile"
+        reasons.append("there are no CUDA graphs on a CPU")
+    # with one graph per row length, each graph would keep its own activations
+    engine.captured = on_gpu and requested != "compile" and not (packing.exact and requested == "auto")
+    if on_gpu and not recompute and engine.has_room_for_weight_cache(row):
+        engine.set_weight_cache(enabled=True)
+        reasons.append("there is memory for the weight cache")
+    if requested == "auto":
+        saved_seconds = COMPILE_SAVING * engine.time_layer(row) * len(engine.layers) * rows
+        engine.compiled = saved_seconds > COMPILE_SECONDS
+        reasons.append(
+            f"compiling would save {saved_seconds:,.0f} s in this run and take about {COMPILE_SECONDS:.0f} s"
+        )
     else:
         engine.compiled = True
-        reasons.append("as asked")
+        reasons.append("as requested")
     return reasons
 
 
-def _fitted(engine: Engine, row: Row, real: int, recompute: bool, reasons: list[str]) -> str | None:
-    """Make the engine keep no more than fits, and try it on the row; return what went wrong, or None."""
+def _try_engine(engine: Engine, row: PackedRow, n_real: int, recompute: bool, reasons: list[str]) -> str | None:
+    """Set what the engine recomputes so that it fits the memory, and run the row; return what went wrong, or None."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        engine.recomputed = engine.layers_to_recompute(row) if row.ids.is_cuda else 0
+        engine.recomputed_layers = engine.count_layers_to_recompute(row) if row.ids.is_cuda else 0
         if recompute:
-            engine.recomputed = len(engine.layers)
-        elif engine.recomputed and engine.compiled and not engine.frugal:
-            engine.be_frugal()
-            engine.recomputed = engine.layers_to_recompute(row)
-            reasons.append(FRUGAL)
-        difference = _difference(engine, row, real, reasons)
+            engine.recomputed_layers = len(engine.layers)
+        elif engine.recomputed_layers and engine.compiled and not engine.recompute_pointwise:
+            engine.enable_pointwise_recompute()
+            engine.recomputed_layers = engine.count_layers_to_recompute(row)
+            reasons.append(POINTWISE_RECOMPUTED)
+        difference = _compare_with_plain(engine, row, n_real, reasons)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TorchDynamoException) as error:
         return " ".join(str(error).split())[:120] or type(error).__name__
-    if difference <= (AGREES_FP8 if engine.in_fp8 else AGREES):
+    if difference <= (MAX_DIFFERENCE_FP8 if engine.is_fp8 else MAX_DIFFERENCE):
         return None
-    return f"hidden states differ by {difference:.1%} from the plain layers'"
+    return f"hidden states differ by {difference:.1%} from those of the plain layers"
 
 
-def _difference(engine: Engine, row: Row, real: int, reasons: list[str]) -> float:
-    """How far the engine is from the plain layers, with less kept each time that memory runs out all the same.
+def _compare_with_plain(engine: Engine, row: PackedRow, n_real: int, reasons: list[str]) -> float:
+    """Compare the engine with the plain layers; each time memory runs out, reduce its use and try again.
 
-    Raises torch.OutOfMemoryError once there is nothing left to spare.
+    Raises torch.OutOfMemoryError if memory use cannot be reduced further.
     """
     while True:
         try:
-            return engine.difference(row, real)
+            return engine.measure_difference(row, n_real)
         except torch.OutOfMemoryError as error:
-            ran_out = error.with_traceback(None)  # which would hold on to all that the pass had made so far
-        if not (spared := engine.spare()):
-            raise ran_out
-        reasons.append(f"memory ran out in a trial: {spared}")
+            out_of_memory = error.with_traceback(None)  # the traceback would keep the tensors of the failed pass alive
+        if not (change := engine.reduce_memory()):
+            raise out_of_memory
+        reasons.append(f"memory ran out in a trial: {change}")
 
 
-def _trial_row(model: Any, packing: Packing) -> tuple[Row, int]:
-    """A row of the run's own shape, of conversations of average length and random tokens, and how many are real."""
+def _trial_row(model: Any, packing: Packing) -> tuple[PackedRow, int]:
+    """Return a row of the run's shape with random conversations of mean length, and its number of unpadded tokens."""
     total = packing.tokens if not packing.exact else min(2 * packing.tokens, packing.count * packing.longest)
-    core, length = model.get_base_model(), min(packing.longest, max(2, round(packing.mean)))
-    ids = torch.randint(core.config.vocab_size, (total,), generator=torch.Generator().manual_seed(0)).tolist()
-    talks = [Encoded(ids[at : at + length], ids[at : at + length]) for at in range(0, total - length + 1, length)]
-    talks = talks[: packing.count if packing.exact else packing.most]
-    real = sum(len(talk.ids) for talk in talks)
-    row = Row.of(**packed(talks, packing.shape(total)))
-    return Row(*(t.to(model.device) for t in row.tensors), row.longest), real
+    base, length = model.get_base_model(), min(packing.longest, max(2, round(packing.mean)))
+    ids = torch.randint(base.config.vocab_size, (total,), generator=torch.Generator().manual_seed(0)).tolist()
+    conversations = [
+        EncodedChat(ids[start : start + length], ids[start : start + length])
+        for start in range(0, total - length + 1, length)
+    ]
+    conversations = conversations[: packing.count if packing.exact else packing.max_conversations]
+    n_real = sum(len(conversation.ids) for conversation in conversations)
+    row = PackedRow.from_batch(**build_batch(conversations, packing.shape(total)))
+    return PackedRow(*(t.to(model.device) for t in row.tensors), row.longest), n_real

@@ -1,13 +1,13 @@
-// The chat page: what it is about stands in the address, ?name=...&layout=...&dtypes=q4,q8
-const asked = new URLSearchParams(location.search);
+// The chat page; its parameters are in the URL: ?name=...&layout=...&dtypes=q4,q8
+const query = new URLSearchParams(location.search);
 const $ = (id) => document.getElementById(id);
 const messages = [];
 let worker;
 let answer;
 
-$("name").textContent = document.title = asked.get("name");
-for (const dtype of asked.get("dtypes").split(",")) $("dtype").add(new Option(dtype, dtype));
-// the device that is chosen first is wasm, where 8 bits that are made whole are the fastest
+$("name").textContent = document.title = query.get("name");
+for (const dtype of query.get("dtypes").split(",")) $("dtype").add(new Option(dtype, dtype));
+// the default device is wasm, where int8 is the fastest precision
 if ([...$("dtype").options].some((option) => option.value === "int8")) $("dtype").value = "int8";
 const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
 if (adapter) $("device").add(new Option("WebGPU", "webgpu"));
@@ -21,7 +21,7 @@ function ready(on) {
 function turn(role, text) {
   const element = document.createElement("div");
   element.className = `turn ${role}`;
-  element.textContent = text; // what a model says is never markup
+  element.textContent = text; // the model's output is never inserted as HTML
   $("turns").append(element);
   element.scrollIntoView({ block: "end" });
   return element;
@@ -29,10 +29,10 @@ function turn(role, text) {
 function fail(text) {
   $("progress").hidden = true;
   turn("error", text);
-  say("it failed");
+  say("failed");
 }
 
-const heard = {
+const handlers = {
   loading({ loaded, total }) {
     $("progress").hidden = false;
     $("progress").value = total ? loaded / total : 0;
@@ -50,7 +50,7 @@ const heard = {
   done({ text, tokens, seconds, first }) {
     messages.push({ role: "assistant", content: text });
     answer.textContent = text;
-    say(`${tokens} tokens, ${(tokens / seconds).toFixed(1)} a second, the first after ${first.toFixed(2)} s`);
+    say(`${tokens} tokens, ${(tokens / seconds).toFixed(1)} per second, the first after ${first.toFixed(2)} s`);
     ready(true);
   },
   error({ text }) { fail(text); },
@@ -59,13 +59,13 @@ const heard = {
 function load() {
   worker?.terminate();
   ready(false);
-  if (!fits($("dtype").value)) return fail("This GPU has no shader-f16, which this precision needs. Take another, or wasm.");
+  if (!fits($("dtype").value)) return fail("This precision needs shader-f16, which this GPU lacks: choose another.");
   say("starting");
   worker = new Worker("/worker.mjs", { type: "module" });
-  worker.onmessage = ({ data }) => heard[data.kind](data);
-  worker.onerror = (event) => fail(event.message ?? "the worker stopped");
+  worker.onmessage = ({ data }) => handlers[data.kind](data);
+  worker.onerror = (event) => fail(event.message ?? "the worker failed");
   worker.postMessage({
-    kind: "load", name: asked.get("name"), layout: asked.get("layout"), dtype: $("dtype").value, device: $("device").value,
+    kind: "load", name: query.get("name"), layout: query.get("layout"), dtype: $("dtype").value, device: $("device").value,
   });
 }
 
@@ -79,7 +79,7 @@ $("ask").onsubmit = (event) => {
   turn("user", text);
   answer = turn("assistant", "");
   ready(false);
-  say("reading");
+  say("processing the prompt");
   worker.postMessage({ kind: "ask", messages });
 };
 $("text").onkeydown = (event) => {

@@ -1,4 +1,4 @@
-// `phoque verify-onnx --serve`: {client, modules, root, port} as JSON in the first argument; runs until it is ended.
+// `phoque verify-onnx --serve`: takes {client, modules, root, name, port} as JSON; runs until it is stopped.
 import { serve } from "./server.mjs";
 
 try {

@@ -1,4 +1,4 @@
-// Serves the page, Transformers.js and the export on this machine alone, with the headers that threads in wasm need.
+// Serves the page, Transformers.js and the export on 127.0.0.1 only, with the headers that wasm threads need.
 import { createReadStream, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { extname, join, normalize } from "node:path";
@@ -6,24 +6,24 @@ import { extname, join, normalize } from "node:path";
 const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
   ".json": "application/json", ".wasm": "application/wasm", ".svg": "image/svg+xml" };
 
-const HERE = /^(127\.0\.0\.1|localhost)(:\d+)?$/; // a page elsewhere may point its own name at this machine
+const LOCAL_HOST = /^(127\.0\.0\.1|localhost)(:\d+)?$/; // against DNS rebinding from another site
 
 export function serve({ client, modules, root, name, port }) {
-  const places = { "/modules/": modules, [`/models/${name}/`]: join(root, name), "/": client };
+  const folders = { "/modules/": modules, [`/models/${name}/`]: join(root, name), "/": client };
   const server = createServer((request, response) => {
     const headers = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
-    if (!HERE.test(request.headers.host ?? "")) {
+    if (!LOCAL_HOST.test(request.headers.host ?? "")) {
       response.writeHead(403, headers).end();
       return;
     }
     const path = normalize(decodeURIComponent(new URL(request.url, "http://here").pathname));
-    const [prefix, folder] = Object.entries(places).find(([start]) => path.startsWith(start));
+    const [prefix, folder] = Object.entries(folders).find(([start]) => path.startsWith(start));
     const file = join(folder, path.slice(prefix.length) || "chat.html");
     let size;
     try {
-      const found = statSync(file);
-      if (!found.isFile()) throw new Error("no file");
-      size = found.size;
+      const stats = statSync(file);
+      if (!stats.isFile()) throw new Error("not a file");
+      size = stats.size;
     } catch {
       response.writeHead(404, headers).end();
       return;

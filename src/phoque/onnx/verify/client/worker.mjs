@@ -1,4 +1,4 @@
-// Loads and asks the model beside the page, so that the page stays awake.
+// Loads and runs the model in a worker, so that the page stays responsive.
 import * as tf from "/modules/@huggingface/transformers/dist/transformers.js";
 
 tf.env.allowRemoteModels = false;
@@ -10,7 +10,7 @@ let tokenizer;
 let model;
 
 async function load({ name, layout, dtype, device }) {
-  const began = performance.now();
+  const start = performance.now();
   const files = {};
   const progress_callback = (event) => {
     if (event.status !== "progress") return;
@@ -19,13 +19,13 @@ async function load({ name, layout, dtype, device }) {
     postMessage({ kind: "loading", loaded: sum(0), total: sum(1) });
   };
   tokenizer = await tf.AutoTokenizer.from_pretrained(name);
-  const kind = layout === "multimodal" ? tf.AutoModelForImageTextToText : tf.AutoModelForCausalLM;
-  model = await kind.from_pretrained(name, { dtype, device, progress_callback });
-  postMessage({ kind: "loaded", seconds: (performance.now() - began) / 1e3 });
+  const modelClass = layout === "multimodal" ? tf.AutoModelForImageTextToText : tf.AutoModelForCausalLM;
+  model = await modelClass.from_pretrained(name, { dtype, device, progress_callback });
+  postMessage({ kind: "loaded", seconds: (performance.now() - start) / 1e3 });
 }
 
 async function ask({ messages }) {
-  const began = performance.now();
+  const start = performance.now();
   let first = 0;
   let tokens = 0;
   const streamer = new tf.TextStreamer(tokenizer, {
@@ -33,14 +33,14 @@ async function ask({ messages }) {
     callback_function: (text) => postMessage({ kind: "token", text }),
     token_callback_function: () => {
       tokens += 1;
-      first ||= (performance.now() - began) / 1e3;
+      first ||= (performance.now() - start) / 1e3;
     },
   });
   const inputs = tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_dict: true });
   const out = await model.generate({ ...inputs, max_new_tokens: 256, do_sample: false, streamer });
-  const said = out.slice(null, [inputs.input_ids.dims[1], null]);
-  const [text] = tokenizer.batch_decode(said, { skip_special_tokens: true });
-  postMessage({ kind: "done", text, tokens, first, seconds: (performance.now() - began) / 1e3 });
+  const generated = out.slice(null, [inputs.input_ids.dims[1], null]);
+  const [text] = tokenizer.batch_decode(generated, { skip_special_tokens: true });
+  postMessage({ kind: "done", text, tokens, first, seconds: (performance.now() - start) / 1e3 });
 }
 
 onmessage = async ({ data }) => {
