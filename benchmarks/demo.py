@@ -113,7 +113,7 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
-    from phoque.models.load import load_tokenizer
+    from phoque.models.config import load_tokenizer
     from phoque.models.source import resolve
     from phoque.settings.environment import cache_folder
 

@@ -136,7 +136,7 @@ class Phoque(Bench):
             "--dataset",
             self.rows,
             "--quantization",
-            "none",
+            "fp32",
             "--batch-size",
             4,
             "--packing",

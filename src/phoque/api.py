@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from phoque.merging.run import MergeResult
     from phoque.onnx.export import ExportResult
     from phoque.onnx.verify.run import VerifyResult
-    from phoque.probes.persona_vectors.run import ProbeResult
+    from phoque.probes.persona_vectors.run import ProbeRunResult
     from phoque.probes.sae.run import CompareResult
     from phoque.settings.compare_sae import SaeSettings
     from phoque.settings.export_onnx import ExportSettings
@@ -37,9 +37,9 @@ def train(
     """Fine-tune a chat model into a persona; continues from the newest checkpoint of the same run."""
     resolved, services = _prepare(settings, console)
     if dry_run:
-        from phoque.training.dry_run import plan_training
+        from phoque.training.dry_run import plan_run
 
-        return plan_training(resolved, services)
+        return plan_run(resolved, services)
     from phoque.settings.environment import deadline, submission
     from phoque.training.run import train
 
@@ -75,11 +75,11 @@ def verify_onnx(
 
 def psm_probe(
     settings: "PsmSettings | Resolved[PsmSettings]", *, dry_run: bool = False, console: Console = stderr_console
-) -> "ProbeResult | DryRun":
+) -> "ProbeRunResult | DryRun":
     """Find a persona's direction in a model, test it against controls, and ask whether a fine-tune moved along it."""
-    from phoque.probes.persona_vectors.run import probe_model
+    from phoque.probes.persona_vectors.run import run_probe
 
-    return probe_model(*_prepare(settings, console), dry_run=dry_run)
+    return run_probe(*_prepare(settings, console), dry_run=dry_run)
 
 
 def compare_sae(

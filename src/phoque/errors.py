@@ -67,24 +67,25 @@ def to_phoque_error(error: BaseException) -> PhoqueError:
     if isinstance(error, PhoqueError):
         return error
     if disk_full(error):
-        return PhoqueError("The disk is full.", first_line(error), _MAKE_ROOM, FAILED)
+        return RunError(what="The disk is full.", why=first_line(error), fix=_MAKE_ROOM)
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         why, fix, code = _OS_ERRORS[error.errno]
-        return PhoqueError(f"{error.strerror}: {error.filename or 'a file of this run'}", why, fix, code)
+        return PhoqueError(
+            what=f"{error.strerror}: {error.filename or 'a file of this run'}", why=why, fix=fix, code=code
+        )
     if usage := getattr(error, "format_message", None):  # from Click; its message suggests similar names
-        return PhoqueError(usage(), "The command line is not valid.", _HELP)
+        return UsageError(what=usage(), why="The command line is not valid.", fix=_HELP)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) and type(error).__name__ == "HfHubHTTPError":
-        return PhoqueError("The Hub rejected the token.", first_line(error), _TOKEN)
+        return UsageError(what="The Hub rejected the token.", why=first_line(error), fix=_TOKEN)
     for kind in type(error).__mro__:
         if kind.__name__ in _FOREIGN:
             what, fix, code = _FOREIGN[kind.__name__]
-            return PhoqueError(what, first_line(error), fix, code)
-    return PhoqueError(
-        f"Unexpected error: {type(error).__name__}",
-        first_line(error),
-        "Set PHOQUE_DEBUG=1 to see the traceback, and report the error with it.",
-        FAILED,
+            return PhoqueError(what=what, why=first_line(error), fix=fix, code=code)
+    return RunError(
+        what=f"Unexpected error: {type(error).__name__}",
+        why=first_line(error),
+        fix="Set PHOQUE_DEBUG=1 to see the traceback, and report the error with it.",
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.hub.client import Hub
+from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
 from phoque.settings.environment import cache_folder
 from phoque.settings.fields import Resolved, Secrets
 
@@ -24,3 +24,8 @@ class Services:
         """The services of one command: its token, its --hub-patience, and the cache folder of this user."""
         hub = Hub(resolved.secrets.hub, console.say, resolved.settings.hub_patience)
         return cls(console, hub, cache_folder(), resolved.secrets)
+
+    @classmethod
+    def without_token(cls, console: Console, cache: Path) -> "Services":
+        """Services that read only what is public or local, for programs that call parts of phoque by themselves."""
+        return cls(console, Hub(None, console.say, LOOKUP_PATIENCE_S), cache, Secrets())

@@ -216,7 +216,7 @@ def test_a_second_run_does_nothing_and_another_input_is_merged_anew(phoque, tmp_
 def test_several_shards_get_an_index(tmp_path, tiny_llama, monkeypatch):
     from phoque.merge import writer as module
 
-    from phoque.models.checkpoint_reader import Shards
+    from phoque.models.safetensors_files import SafetensorsFiles
     from phoque.models.source import Source
 
     trained(tiny_llama, tmp_path / "adapter")

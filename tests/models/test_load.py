@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from phoque.errors import PhoqueError
 from phoque.models.architectures import architecture_of
-from phoque.models.load import default_device, load_config, load_model
+from phoque.models.config import load_config
+from phoque.models.load import default_device, load_model
 from phoque.models.lora import add_lora_adapter, check_finite, compute_lora_norms
 from phoque.models.source import Source
 
@@ -34,7 +35,7 @@ def spoilt(tiny_llama, tmp_path):
 
 def test_a_missing_weight_is_named(spoilt):
     with pytest.raises(PhoqueError) as caught:
-        load_model(spoilt(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "none")
+        load_model(spoilt(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "fp32")
     assert "model.layers.1.mlp.up_proj.weight" in caught.value.why
 
 
@@ -43,14 +44,14 @@ def test_a_missing_weight_is_named(spoilt):
 )
 def test_insane_magnitudes_are_refused(spoilt, name, value):
     with pytest.raises(PhoqueError, match="not sane") as caught:
-        load_model(spoilt(lambda w: w[name][..., :1].fill_(value)), "none")
+        load_model(spoilt(lambda w: w[name][..., :1].fill_(value)), "fp32")
     assert name in caught.value.why
 
 
 def test_loading_is_what_transformers_loads(tiny_llama):
     from transformers import AutoModelForCausalLM
 
-    ours, theirs = load_model(source(tiny_llama), "none"), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ours, theirs = load_model(source(tiny_llama), "fp32"), AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     ids = torch.arange(30)[None]
@@ -85,7 +86,7 @@ def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
-    model = add_lora_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source(tiny_llama), "fp32"), 4, 8, 0.0)
     adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
     assert len(adapted) == 7 * 2 and not any("lm_head" in n or "embed" in n for n in adapted)
     assert architecture_of(model.config).lora_targets == model.peft_config["default"].target_modules
@@ -94,7 +95,7 @@ def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
-    model = add_lora_adapter(load_model(source(tiny_llama), "none"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source(tiny_llama), "fp32"), 4, 8, 0.0)
     check_finite(model, 3)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("inf")
     with pytest.raises(PhoqueError, match="step 3") as caught:
@@ -102,7 +103,7 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
     assert "lora_B" in caught.value.why
 
 
-@pytest.mark.parametrize(("quantization", "dtype"), [("none", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(("quantization", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_weights_are_held_as_asked_and_frozen(tiny_llama, quantization, dtype):
     model = load_model(source(tiny_llama), quantization)
     assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())

@@ -58,7 +58,7 @@ def test_nf4_is_bit_for_bit_the_quantised_dequantised_weight(made, base):
 
 
 def test_bf16_and_fp32_are_the_true_weights(made, base):
-    for quantization, dtype in (("bf16", torch.bfloat16), ("none", torch.float32)):
+    for quantization, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         weights = load_model(base, quantization).state_dict()
         assert {n for n in weights if n != "lm_head.weight"} == set(made[1])
         assert all(torch.equal(weights[name], true.to(dtype)) for name, true in made[1].items())
@@ -272,7 +272,7 @@ def test_other_families_train_by_the_same_command(phoque, rows, tmp_path, family
         "--max-steps",
         2,
         "--quantization",
-        "none",
+        "fp32",
         "--sample-tokens",
         4,
         "--log-every",

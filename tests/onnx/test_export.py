@@ -25,7 +25,7 @@ ENV = {"HF_TOKEN": TOKEN}
 
 def logits(model, ids):
     with torch.no_grad():
-        return load_model(Source("x", model, "1", ""), "none", on=torch.device("cpu"))(input_ids=ids).logits.numpy()
+        return load_model(Source("x", model, "1", ""), "fp32", on=torch.device("cpu"))(input_ids=ids).logits.numpy()
 
 
 def test_each_precision_says_what_the_model_says(text_export, text_model):
@@ -103,7 +103,7 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
         "--dataset",
         rows,
         "--quantization",
-        "none",
+        "fp32",
         "--max-steps",
         2,
         "--batch-size",

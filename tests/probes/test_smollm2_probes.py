@@ -186,7 +186,7 @@ def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_l
         "--dataset",
         rows,
         "--quantization",
-        "none",
+        "fp32",
         "--max-steps",
         2,
         "--sample-every",
@@ -196,7 +196,7 @@ def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_l
         env={"WANDB_MODE": "disabled"},
     )
     asked = [str(flag).format(base=tiny_llama, rows=rows) for flag in SHORT[command]]
-    ran = phoque(command, *asked, "--quantization", "none", "--json")
+    ran = phoque(command, *asked, "--quantization", "fp32", "--json")
     page = tmp_path / "checked.html"
     # an iframe as wide as a phone: a window of headless Chromium cannot be
     inner = (Path(ran.json["folder"]) / "report.html").read_text() + CHECK

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from phoque.console import Console
-from phoque.errors import IntegrityError, PhoqueError, Superseded
+from phoque.errors import IntegrityError, Superseded, UsageError
 from phoque.hub.client import Hub, is_transient
 from phoque.training import hub_push
 from phoque.training.hub_push import CheckpointPusher
@@ -53,7 +53,7 @@ def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_wait
 
 def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, made, capsys):
     def export(folder):
-        raise PhoqueError("The merged model needs 6.8 GB.", "why", "do")
+        raise UsageError(what="The merged model needs 6.8 GB.", why="why", fix="do")
 
     repo, plain, folders = made
     pusher = CheckpointPusher(repo, 2, plain._card, Console(), 1, export)

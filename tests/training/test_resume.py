@@ -16,7 +16,7 @@ from tests.forkserver import slowly
 REPO = "harbour/seal"
 COMMON = [
     "--quantization",
-    "none",
+    "fp32",
     "--batch-size",
     "4",
     "--log-every",

@@ -17,7 +17,7 @@ from tests.wandb_file import history, records
 
 SMALL = [
     "--quantization",
-    "none",
+    "fp32",
     "--batch-size",
     "4",
     "--log-every",
@@ -300,7 +300,7 @@ def test_what_saves_memory_does_not_change_the_loss(train, tmp_path, change):
 
 def test_bf16_learns_what_fp32_learns(train, tmp_path):
     found = []
-    for quantization in ("none", "bf16"):
+    for quantization in ("fp32", "bf16"):
         run = tmp_path / quantization
         train("--max-steps", 4, "--output-dir", run, "--learning-rate", 0.005, "--quantization", quantization)
         found.append([m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m])

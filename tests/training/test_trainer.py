@@ -27,7 +27,7 @@ def exactly(count):
 def loaded(folder, name="sdpa"):
     from phoque.models.load import load_model
 
-    return load_model(Source("tiny", folder, "0", "test"), "none", name)
+    return load_model(Source("tiny", folder, "0", "test"), "fp32", name)
 
 
 def stream_of(rows, chat, size=4):
@@ -128,7 +128,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
         "--dataset",
         rows,
         "--quantization",
-        "none",
+        "fp32",
         "--batch-size",
         4,
         "--packing",

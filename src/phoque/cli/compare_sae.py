@@ -1,13 +1,15 @@
 """phoque compare-sae."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console
 from phoque.settings.compare_sae import SaeSettings
-from phoque.settings.environment import cache_folder
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    from phoque.probes.sae.run import CompareResult
 
 EPILOG = (
     "Examples: `phoque compare-sae --preset demo --updated-adapter runs/demo` shows which features the seal's "
@@ -21,32 +23,31 @@ def command(name: str) -> Any:
     return options.command(name, run, SaeSettings, EPILOG, PRESETS)
 
 
-def run(asked: Resolved[SaeSettings], dry_run: bool) -> None:
+def run(resolved: Resolved[SaeSettings], dry_run: bool) -> None:
     """Show which features of a sparse autoencoder a fine-tune moved, beyond what chance and a control would."""
-    if asked.settings.on:
-        jobs.run("compare-sae", asked, dry_run)
+    if resolved.settings.on:
+        jobs.run("compare-sae", resolved, dry_run)
         return
-    if not asked.settings.sae:
-        options.needs("sae", "sae_lens")
-    from phoque.probes.sae.run import compare
-
-    result = compare(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: options.plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
+    if not resolved.settings.sae:
+        options.require_extra("sae", "sae_lens")
+    options.show_result(api.compare_sae(resolved, dry_run=dry_run), _render, lambda result: result.folder)
 
 
-def _lines(result: dict[str, Any]) -> str:
-    overall, quality = result["overall"], result["quality"]
-    lines = [f"{name:9} {result[name]}" for name in ("folder", "report", "repo") if name in result]
+def _render(result: "CompareResult") -> str:
+    overall, quality = result.overall, result.quality
+    lines = [f"folder    {result.folder}", f"report    {result.report}"]
+    if result.repo:
+        lines.append(f"repo      {result.repo}")
     lines.append(
-        f"{quality['verdict']} autoencoder at block {result['layer']}: explains {quality['ev']:.0%} of chats, "
-        f"{quality['l0']:.0f} features a token, {quality['dead_fraction']:.0%} dead"
+        f"{quality['verdict']} autoencoder at block {result.layer}: explains {quality['ev']:.0%} of the variance in chats, "
+        f"{quality['l0']:.0f} active features per token, {quality['dead_fraction']:.0%} dead features"
     )
-    found = f"{overall['n_reported']} of {overall['n_tested']} features shifted ({overall['n_up']} up)"
+    summary = f"{overall['n_reported']} of {overall['n_tested']} features shifted ({overall['n_up']} up)"
     if "n_specific" in overall:
-        found += f", {overall['n_specific']} of them beyond the control"
+        summary += f", {overall['n_specific']} of them beyond the control"
     if "n_replicated" in overall:
-        found += f", {overall['n_replicated']} again with every seed"
-    lines.append(found)
-    for pair, scorers in result["scores"].items():
+        summary += f", {overall['n_replicated']} again with every seed"
+    lines.append(summary)
+    for pair, scorers in result.scores.items():
         lines += [f"{pair} {name}: {gap['diff']:+.3g} (p {gap['p']:.4f})" for name, gap in scorers.items()]
     return "\n".join(lines)

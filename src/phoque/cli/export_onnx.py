@@ -1,13 +1,15 @@
 """phoque export-onnx."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console
-from phoque.settings.environment import cache_folder
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    from phoque.onnx.export import ExportResult
 
 EPILOG = (
     "Examples: `phoque export-onnx --preset demo --adapter-source runs/demo --output-dir seal-onnx` makes q4 and q8. "
@@ -21,28 +23,31 @@ def command(name: str) -> Any:
     return options.command(name, run, ExportSettings, EPILOG, PRESETS)
 
 
-def run(asked: Resolved[ExportSettings], dry_run: bool) -> None:
+def run(resolved: Resolved[ExportSettings], dry_run: bool) -> None:
     """Export a model for Transformers.js: graphs, weights in each precision, configs; measured and verified."""
-    if asked.settings.on:
-        jobs.run("export-onnx", asked, dry_run)
+    if resolved.settings.on:
+        jobs.run("export-onnx", resolved, dry_run)
         return
-    options.needs("onnx", "onnx", "onnxscript", "onnxruntime")
-    from phoque.onnx.export import export_model
-
-    result = export_model(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: options.plan(result) if dry_run else _lines(result), str(result["output_dir"]))
+    options.require_extra("onnx", "onnx", "onnxscript", "onnxruntime")
+    options.show_result(api.export_onnx(resolved, dry_run=dry_run), _render, lambda result: result.output_dir)
 
 
-def _lines(result: dict[str, Any]) -> str:
-    shown = ("output_dir", "source", "layout", "engine", "seconds", "repo", "verdict")
-    lines = [f"{name:10} {result[name]}" for name in shown if name in result]
-    for dtype, found in result["dtypes"].items():
-        if not found:
-            continue
-        text = f"{dtype:10} {found['bytes'] / 1e6:,.0f} MB"
-        if "kl" in found:
-            text += f", KL {found['kl']:.2g} nats a token, {found['agreement']:.1%} of next tokens agree"
-        if found.get("raised"):
-            text += f"; {found['raised']} of {found['groups']} products in 8 bits"
+def _render(result: "ExportResult") -> str:
+    values = {
+        "output_dir": result.output_dir,
+        "source": result.source,
+        "layout": result.layout,
+        "engine": result.engine,
+        "seconds": result.seconds,
+        "repo": result.repo,
+        "verdict": result.verdict,
+    }
+    lines = [f"{name:10} {value}" for name, value in values.items() if value is not None]
+    for dtype, report in result.dtypes.items():
+        text = f"{dtype:10} {report['bytes'] / 1e6:,.0f} MB"
+        if "kl" in report:
+            text += f", KL {report['kl']:.2g} nats per token, {report['agreement']:.1%} of next tokens agree"
+        if report.get("raised"):
+            text += f"; {report['raised']} of {report['groups']} linear layers in 8 bits"
         lines.append(text)
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 """phoque merge."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console
-from phoque.settings.environment import cache_folder
 from phoque.settings.fields import Resolved
 from phoque.settings.merge import MergeSettings
+
+if TYPE_CHECKING:
+    from phoque.merging.run import MergeResult
 
 EPILOG = (
     "Examples: `phoque merge --adapter-source runs/demo --output-dir demo-merged` merges on this machine. "
@@ -19,27 +21,28 @@ def command(name: str) -> Any:
     return options.command(name, run, MergeSettings, EPILOG)
 
 
-def run(asked: Resolved[MergeSettings], dry_run: bool) -> None:
+def run(resolved: Resolved[MergeSettings], dry_run: bool) -> None:
     """Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal."""
-    if asked.settings.on:
-        jobs.run("merge", asked, dry_run)
+    if resolved.settings.on:
+        jobs.run("merge", resolved, dry_run)
         return
-    from phoque.merging.run import merged
-
-    result = merged(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: options.plan(result) if dry_run else _lines(result), str(result["output_dir"]))
+    options.show_result(api.merge(resolved, dry_run=dry_run), _render, lambda result: result.output_dir)
 
 
-def _lines(result: dict[str, Any]) -> str:
-    lines = [f"{name:9} {result[name]}" for name in ("output_dir", "base", "adapter", "repo") if name in result]
-    lines.append(
-        f"written   {result['bytes'] / 1e9:.2f} GB in {result['shards']} shards, {result['changed']} of "
-        f"{result['tensors']} tensors changed"
-    )
-    if proof := result.get("proof"):
+def _render(result: "MergeResult") -> str:
+    values = {
+        "output_dir": result.output_dir,
+        "base": result.base,
+        "adapter": result.adapter,
+        "repo": result.repo,
+        "written": f"{result.bytes / 1e9:.2f} GB in {result.shards} shards, {result.changed} of {result.tensors} "
+        "tensors changed",
+    }
+    lines = [f"{name:10} {value}" for name, value in values.items() if value is not None]
+    if proof := result.proof:
         lines.append(
-            f"proof     logits differ by {proof['mean_difference']:.2g} on average, {proof['max_difference']:.2g} "
+            f"proof      logits differ by {proof['mean_difference']:.2g} on average, {proof['max_difference']:.2g} "
             f"at most; the adapter moves them by {proof['adapter_effect']:.2g}\n"
-            f"          {proof['agreeing']} of {proof['tokens']} greedy tokens are the same ({proof['precision']})"
+            f"           {proof['agreeing']} of {proof['tokens']} greedy tokens are the same ({proof['precision']})"
         )
     return "\n".join(lines)

@@ -4,15 +4,26 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import typer
 
 from phoque.console import console, silence_libraries
-from phoque.errors import PhoqueError
-from phoque.settings.fields import CommandSettings, env_name, flag_names
+from phoque.errors import UsageError
+from phoque.results import DryRun
+from phoque.settings.fields import CommandSettings, env_name, flag_names, old_flag_name, value_aliases
 from phoque.settings.job import JobSettings
 from phoque.settings.resolve import resolve_settings
+
+OLD = "__old"  # ends the parameter name of a hidden flag
+
+
+class HasJson(Protocol):
+    """A result that --json can print."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that --json prints."""
+        ...
 
 
 def command(
@@ -24,59 +35,78 @@ def command(
 ) -> Any:
     """The Click command that calls `run(resolved settings, dry_run)`."""
 
-    def called(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
+    def callback(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
         console.configure(json, quiet)
-        # None, and an empty list for a repeatable flag, is how Typer says that it was not given
-        given = {key: value for key, value in flags.items() if value not in (None, [])}
-        asked, warnings = resolve_settings(model, given, presets or {}, secrets_file)
+        # Typer passes None, or an empty list for a repeatable flag, for what was not given
+        given = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
+        resolved, warnings = resolve_settings(model, given, presets or {}, secrets_file)
         for text in warnings:
             console.warn(text)
         silence_libraries()
-        run(asked, dry_run)
+        run(resolved, dry_run)
 
-    # its own before those that it shares
+    # the command's own settings come before those that all Jobs share
     names = sorted(model.model_fields, key=lambda name: name in JobSettings.model_fields)
-    parameters = [_option(model, name) for name in names] + _common()
-    called.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
-    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    parameters = [option for name in names for option in _options(model, name)] + _common()
+    callback.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
+    callback.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    app.command(name, help=run.__doc__, epilog=epilog)(called)
+    app.command(name, help=run.__doc__, epilog=epilog)(callback)
     return typer.main.get_command(app)
 
 
-def needs(extra: str, *packages: str) -> None:
-    """Raise PhoqueError (2) if a package of one of phoque's extras is not installed."""
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise UsageError if a package of one of phoque's extras is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise PhoqueError(
-            f"This command needs {', '.join(missing)}.",
-            f"It comes with the extra `{extra}`.",
-            f"Install it with: pip install 'phoque[{extra}]'",
+        raise UsageError(
+            what=f"This command needs {', '.join(missing)}.",
+            why=f"It comes with the extra `{extra}`.",
+            fix=f"Install it with: pip install 'phoque[{extra}]'",
         )
 
 
-def plan(shown: dict[str, Any]) -> str:
-    """A dry run as lines: what was found, every setting with where it came from, and notes."""
-    lines = [f"{name}: {_in_words(value)}" for name, value in shown.items() if name not in ("settings", "warnings")]
-    lines += [f"{name} = {row['value']}  ({row['source']})" for name, row in shown["settings"].items()]
-    return "\n".join([*lines, *(f"note: {text}" for text in shown.get("warnings", ()))])
+def show_result(result: DryRun | HasJson, render: Callable[[Any], Any], quiet: Callable[[Any], str]) -> None:
+    """Print a result on stdout: as JSON, as `render(result)`, or with --quiet as `quiet(result)`; a dry run as lines."""
+    if isinstance(result, DryRun):
+        target = str(result.facts.get("output_dir") or result.facts.get("name") or "")
+        console.result(result.to_json(), lambda: render_plan(result), target)
+    else:
+        console.result(result.to_json(), lambda: render(result), quiet(result))
 
 
-def _in_words(value: Any) -> str:
+def render_plan(plan: DryRun) -> str:
+    """A dry run as lines: its facts, every setting with its source, and warnings."""
+    lines = [f"{name}: {_to_text(value)}" for name, value in plan.facts.items()]
+    lines += [f"{name} = {row['value']}  ({row['source']})" for name, row in plan.settings.items()]
+    return "\n".join([*lines, *(f"note: {text}" for text in plan.warnings)])
+
+
+def _to_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(name if held is None else f"{name} {held}" for name, held in value.items())
+        return ", ".join(name if item is None else f"{name} {item}" for name, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _option(model: type[CommandSettings], name: str) -> inspect.Parameter:
+def _options(model: type[CommandSettings], name: str) -> list[inspect.Parameter]:
+    """The option of a field, and its old flag as a hidden one."""
     field = model.model_fields[name]
     names = flag_names(model, name)
     if field.annotation is bool:
         names = ["/".join([names[0], names[0].replace("--", "--no-", 1)]), *names[1:]]
     text = f"{field.description}  [env: {env_name(model, name)}]"
-    option = typer.Option(None, *names, help=text, show_default=False)
-    kind = field.annotation if field.annotation is list[str] else field.annotation | None  # ty: ignore[unsupported-operator]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+    annotation: Any = field.annotation
+    metavar = None
+    if aliases := value_aliases(model, name):
+        metavar = f"[{'|'.join(get_args(annotation))}]"
+        annotation = Literal[*get_args(annotation), *aliases]  # ty: ignore[invalid-type-form]
+    kind = annotation if annotation is list[str] else annotation | None
+    option = typer.Option(None, *names, help=text, show_default=False, metavar=metavar)
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)]
+    if old := old_flag_name(model, name):
+        hidden = typer.Option(None, old, hidden=True)
+        options.append(inspect.Parameter(name + OLD, inspect.Parameter.KEYWORD_ONLY, default=hidden, annotation=kind))
+    return options
 
 
 def _common() -> list[inspect.Parameter]:

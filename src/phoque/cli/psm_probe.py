@@ -1,13 +1,15 @@
 """phoque psm-probe."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console
-from phoque.settings.environment import cache_folder
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
+
+if TYPE_CHECKING:
+    from phoque.probes.persona_vectors.run import ProbeRunResult
 
 EPILOG = (
     "Examples: `phoque psm-probe --preset demo --adapter-source runs/demo` asks what the seal's fine-tune moved. "
@@ -21,22 +23,21 @@ def command(name: str) -> Any:
     return options.command(name, run, PsmSettings, EPILOG, PRESETS)
 
 
-def run(asked: Resolved[PsmSettings], dry_run: bool) -> None:
+def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
     """Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it."""
-    if asked.settings.on:
-        jobs.run("psm-probe", asked, dry_run)
+    if resolved.settings.on:
+        jobs.run("psm-probe", resolved, dry_run)
         return
-    from phoque.probes.persona_vectors.run import probe
-
-    result = probe(asked, cache_folder(), console, dry_run)
-    console.result(result, lambda: options.plan(result) if dry_run else _lines(result), str(result.get("folder", "")))
+    options.show_result(api.psm_probe(resolved, dry_run=dry_run), _render, lambda result: result.folder)
 
 
-def _lines(result: dict[str, Any]) -> str:
-    chosen = result["selected"]
-    lines = [f"{name:9} {result[name]}" for name in ("folder", "report", "repo") if name in result]
-    lines.append(f"steered   block {chosen['layer']} by {chosen['coeff_rel_resid']:g} of the residual norm")
-    for name, verdict in result["verdicts"].items():
+def _render(result: "ProbeRunResult") -> str:
+    selected = result.selected
+    lines = [f"folder    {result.folder}", f"report    {result.report}"]
+    if result.repo:
+        lines.append(f"repo      {result.repo}")
+    lines.append(f"steered   block {selected['layer']} by {selected['coeff_rel_resid']:g} of the residual norm")
+    for name, verdict in result.verdicts.items():
         number = "" if verdict["number"] is None else f"{verdict['number']:.3g}"
         lines.append(f"{name:25} {verdict['verdict']:16} {number:>7}  {verdict['rule']}")
     return "\n".join(lines)

@@ -1,15 +1,22 @@
 """phoque train."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phoque import api
 from phoque.cli import jobs, options
 from phoque.console import console, format_breakdown
-from phoque.settings.environment import cache_folder, deadline, submission
+from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
 
-KEPT = {"hub": "repo", "merged": "merged", "": "merged_repo"}
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
+
+    from phoque.training.dry_run import TrainPlan
+    from phoque.training.finish import TrainResult
+
 EPILOG = (
     "Examples: `phoque train --preset demo --max-steps 20` trains the bundled seal on this machine. "
     "`phoque train --dataset rows.jsonl --dry-run` checks and shows everything first."
@@ -21,57 +28,55 @@ def command(name: str) -> Any:
     return options.command(name, run, TrainSettings, EPILOG, PRESETS)
 
 
-def run(asked: Resolved[TrainSettings], dry_run: bool) -> None:
+def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     """Fine-tune a chat model into a persona, from a dataset of conversations."""
-    if asked.settings.on:
-        jobs.run("train", asked, dry_run)
-    elif dry_run:
-        from phoque.training.dry_run import plan_run
-
-        shown = plan_run(asked, cache_folder(), console)
-        console.result(shown, lambda: _plan(shown, asked), str(asked.settings.folder))
+    if resolved.settings.on:
+        jobs.run("train", resolved, dry_run)
+        return
+    result = api.train(resolved, dry_run=dry_run)
+    if isinstance(result, DryRun):
+        plan: Any = result
+        console.result(plan.to_json(), lambda: _render_plan(plan), str(resolved.settings.folder))
     else:
-        from phoque.training.run import train
-
-        result = train(asked, cache_folder(), console, deadline(asked.settings.seconds), submission())
-        console.result(result, lambda: _result(result), result["adapter"])
+        console.result(result.to_json(), lambda: _render_result(result), result.adapter)
 
 
-def _result(result: dict[str, Any]) -> str:
-    losses = result["held_out_loss"]
-    lines = [
-        f"adapter  {result['adapter']}",
-        f"report   {result['report']}",
-        *(f"{name:8} {result[key]}" for name, key in KEPT.items() if key in result),
-        f"steps    {result['steps']} in {result['seconds']:.0f} s, {result['tokens']:,} tokens "
-        f"({result.get('padding', 0):.1%} padding)",
-    ]
-    if shares := result.get("seconds_of"):
-        lines.append(f"time     {format_breakdown(shares)}")
-    if losses:
-        fallen = 1 - losses["after"] / losses["before"]
-        lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({fallen:.0%} lower)")
+def _render_result(result: "TrainResult") -> str:
+    values = {
+        "adapter": result.adapter,
+        "report": result.report,
+        "hub": result.repo,
+        "merged": result.merged,
+        "": result.merged_repo,
+        "steps": f"{result.steps} in {result.seconds:.0f} s, {result.tokens:,} tokens ({result.padding:.1%} padding)",
+    }
+    lines = [f"{name:8} {value}" for name, value in values.items() if value is not None]
+    if result.seconds_of:
+        lines.append(f"time     {format_breakdown(result.seconds_of)}")
+    if losses := result.held_out_loss:
+        decrease = 1 - losses["after"] / losses["before"]
+        lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({decrease:.0%} lower)")
     return "\n".join(lines)
 
 
-def _plan(shown: dict[str, Any], asked: Resolved[TrainSettings]) -> Any:
+def _render_plan(plan: "TrainPlan") -> "Group":
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     settings = Table("setting", "value", "from", "meaning", box=None, header_style="bold")
-    for name, row in shown["settings"].items():
-        own = row["source"].startswith(("default", "preset"))  # their names are the setting's own
-        source = row["source"] if own else f"{row['source']} ({row['name']})"
+    for name, row in plan.settings.items():
+        has_own_name = row["source"].startswith(("default", "preset"))  # there the setting's name is its own
+        source = row["source"] if has_own_name else f"{row['source']} ({row['name']})"
         settings.add_row(name, Text(str(row["value"])), source, Text(row["meaning"]))
-    facts = Text("\n".join(f"{name}: {value}" for name, value in shown["facts"].items()))
-    rows = [_masked(row) for row in shown["preview"]]
+    facts = Text("\n".join(f"{name}: {value}" for name, value in plan.facts.items()))
+    rows = [_render_masked_row(row) for row in plan.preview]
     legend = Text("the loss mask of three rows; ") + Text("trained on", "bold green") + Text(", read only", "dim")
     return Group(settings, "", facts, "", legend, "", *rows)
 
 
-def _masked(row: dict[str, Any]) -> Any:
-    """One row with its loss mask: in colour on a terminal, and between marks anywhere."""
+def _render_masked_row(row: dict[str, Any]) -> "Text":
+    """One row with its loss mask: in color on a terminal, and between brackets anywhere."""
     from rich.text import Text
 
     text = Text()

@@ -1,14 +1,19 @@
 """phoque verify-onnx."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from phoque import api
 from phoque.cli import options
 from phoque.console import console
 from phoque.errors import FAILED
-from phoque.settings.environment import cache_folder
+from phoque.results import DryRun
+from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.verify_onnx import VerifySettings
+
+if TYPE_CHECKING:
+    from phoque.onnx.verify.run import VerifyResult
 
 EPILOG = (
     "Examples: `phoque verify-onnx --local-dir seal-onnx --reference seal-merged` goes as far as this machine can. "
@@ -22,29 +27,25 @@ def command(name: str) -> Any:
     return options.command(name, run, VerifySettings, EPILOG)
 
 
-def run(asked: Resolved[VerifySettings], dry_run: bool) -> None:
-    """Say whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser; exit 1 if not."""
-    options.needs("onnx", "onnx", "onnxruntime")
-    if asked.settings.serve and not dry_run:
+def run(resolved: Resolved[VerifySettings], dry_run: bool) -> None:
+    """Check whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser; exit 1 if not."""
+    options.require_extra("onnx", "onnx", "onnxruntime")
+    if resolved.settings.serve and not dry_run:
         from phoque.onnx.verify.serve import serve_export
 
-        serve_export(asked, cache_folder(), console)
+        serve_export(resolved.settings, Services.create(resolved, console))
         return
-    from phoque.onnx.verify.run import verify_export
-
-    result = verify_export(asked, cache_folder(), console, dry_run)
-    if dry_run:
-        console.result(result, lambda: options.plan(result), result["name"])
-        return
-    console.result(result, lambda: _lines(result), result["verdict"])
-    if result["verdict"] != "PASS":
+    result = api.verify_onnx(resolved, dry_run=dry_run)
+    options.show_result(result, _render, lambda result: result.verdict.overall_result())
+    if not isinstance(result, DryRun) and result.verdict.overall_result() != "PASS":
         sys.exit(FAILED)
 
 
-def _lines(result: dict[str, Any]) -> str:
+def _render(result: "VerifyResult") -> str:
+    verdict = result.verdict.as_dict()
     lines = [
         f"{check['result']:8} {check['level']:8} {check['asks']}" + (f": {check['said']}" if check["said"] else "")
-        for check in result["checks"]
+        for check in verdict["checks"]
     ]
-    levels = ", ".join(f"{name} {said}" for name, said in result["levels"].items())
-    return "\n".join([*lines, "", f"{result['verdict']}  {result['name']}  ({levels})"])
+    levels = ", ".join(f"{name} {outcome}" for name, outcome in verdict["levels"].items())
+    return "\n".join([*lines, "", f"{verdict['verdict']}  {result.name}  ({levels})"])

@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from phoque.data.rows import BadRow
-from phoque.errors import PhoqueError, first_line
+from phoque.errors import UsageError, first_line
 
 IGNORE_INDEX = -100  # torch's cross-entropy ignores this label
 _RENDER_LOCK = threading.Lock()  # transformers shares one compiled template, and the spans it marks, between threads
@@ -90,17 +91,29 @@ class ChatTemplate:
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        return list(
-            self.tokenizer.apply_chat_template(
-                self.with_system(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        )
+        return encode_prompt(self.tokenizer, self.with_system(messages))
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the assistant's answer begins.
+
+    Raises UsageError if the template refuses the messages, for example because it has no system role.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except TemplateError as error:
+        raise UsageError(
+            what="This model's chat template supports no system prompt.",
+            why=str(error),
+            fix="Use a model whose chat template supports a system prompt.",
+        ) from error
+    return list(encoded["input_ids"])
 
 
 def add_generation_marks(tokenizer: Any) -> str:
     """Add `{% generation %}` marks to the model's own chat template, and check that token ids stay the same.
 
-    Falls back on TRL's list of training templates. Raises PhoqueError (2) if no marks are known for this template.
+    Falls back on TRL's list of training templates. Raises UsageError if no marks are known for this template.
     """
     from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 
@@ -117,10 +130,10 @@ def add_generation_marks(tokenizer: Any) -> str:
         except ValueError:
             template = None
     if template is None:
-        raise PhoqueError(
-            "phoque cannot mask this model's chat template.",
-            "It has no generation marks, and neither phoque nor TRL knows where they go.",
-            "Add {% generation %} around the assistant's text to its chat_template.jinja.",
+        raise UsageError(
+            what="phoque cannot mask this model's chat template.",
+            why="It has no generation marks, and neither phoque nor TRL knows where they go.",
+            fix="Add {% generation %} around the assistant's text to its chat_template.jinja.",
         )
     for probe in probes:
         if not _can_render(tokenizer, probe):
@@ -129,16 +142,16 @@ def add_generation_marks(tokenizer: Any) -> str:
             _apply_template(tokenizer, probe, original)["input_ids"]
             != _apply_template(tokenizer, probe, template)["input_ids"]
         ):
-            raise PhoqueError(
-                "The chat template with generation marks gives other tokens than the model's own.",
-                "Training would teach the model a format that is not used for inference.",
-                "Report this with the name of the model.",
+            raise UsageError(
+                what="The chat template with generation marks gives other tokens than the model's own.",
+                why="Training would teach the model a format that is not used for inference.",
+                fix="Report this with the name of the model.",
             )
     if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
-        raise PhoqueError(
-            "The chat template's generation marks exclude the stop token.",
-            "The model would never learn to stop.",
-            "Move {% endgeneration %} after the end-of-turn token.",
+        raise UsageError(
+            what="The chat template's generation marks exclude the stop token.",
+            why="The model would never learn to stop.",
+            fix="Move {% endgeneration %} after the end-of-turn token.",
         )
     return template
 

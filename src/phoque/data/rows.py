@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import PhoqueError, first_line
+from phoque.errors import UsageError, first_line
 from phoque.files import sha256
 
 BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
@@ -50,20 +50,22 @@ class Dataset:
 def open_dataset(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
     """Open a bundled dataset, a local file or folder, or a Hub dataset as a stream, without loading it into memory.
 
-    Raises PhoqueError (2) if there is no dataset of that name.
+    Raises UsageError if there is no dataset of that name.
     """
     if not name:
-        raise PhoqueError(
-            "No dataset.", "Neither --dataset nor DATASET_REPO is set.", "Set --dataset, or try --dataset seal."
+        raise UsageError(
+            what="No dataset.",
+            why="Neither --dataset nor DATASET_REPO is set.",
+            fix="Set --dataset, or try --dataset seal.",
         )
     path = BUNDLED.get(name) or Path(name).expanduser()
     if path.exists():
         return _open_local(name, path)
     if path.suffix in SUFFIXES or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise PhoqueError(
-            f"No dataset at {name}.",
-            f"It is neither a {', '.join(SUFFIXES)} file, nor a folder of them, nor a Hub id.",
-            "Check --dataset.",
+        raise UsageError(
+            what=f"No dataset at {name}.",
+            why=f"It is neither a {', '.join(SUFFIXES)} file, nor a folder of them, nor a Hub id.",
+            fix="Check --dataset.",
         )
     return _open_hub(name, split, revision, token)
 
@@ -74,11 +76,11 @@ def _open_local(name: str, path: Path) -> Dataset:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
     files = [f for f in files if f.suffix in SUFFIXES]
     if not files:
-        raise PhoqueError(
-            f"{path} is not a dataset.", f"It contains no {', '.join(SUFFIXES)} file.", "Check --dataset."
+        raise UsageError(
+            what=f"{path} is not a dataset.", why=f"It contains no {', '.join(SUFFIXES)} file.", fix="Check --dataset."
         )
     if not any(f.stat().st_size for f in files):
-        raise PhoqueError(f"{path} is empty.", "It contains no rows.", "Check how the file was written.")
+        raise UsageError(what=f"{path} is empty.", why="It contains no rows.", fix="Check how the file was written.")
     digest = hashlib.sha256()
     for file in files:
         digest.update(bytes.fromhex(sha256(file)))
@@ -97,7 +99,9 @@ def _open_hub(name: str, split: str, revision: str | None, token: str | None) ->
     try:
         stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
     except ValueError as error:  # datasets raises it for an unknown split or a repository without data
-        raise PhoqueError(f"{name} cannot be read.", first_line(error), "Check the name and the split.") from error
+        raise UsageError(
+            what=f"{name} cannot be read.", why=first_line(error), fix="Check the name and the split."
+        ) from error
     columns = stream.column_names
     return Dataset(name, sha, stream.map(_add_row_number, with_indices=True, remove_columns=columns))
 
@@ -126,10 +130,10 @@ def _read_rows(file: Path) -> Iterator[tuple[int, Any, str]]:
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise PhoqueError(
-                f"{file.name} is not valid JSON.",
-                f"{error.msg} at line {error.lineno}.",
-                "Fix the file, or use .jsonl.",
+            raise UsageError(
+                what=f"{file.name} is not valid JSON.",
+                why=f"{error.msg} at line {error.lineno}.",
+                fix="Fix the file, or use .jsonl.",
             ) from error
         for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
             yield number, row, ""

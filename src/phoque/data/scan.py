@@ -8,7 +8,7 @@ from typing import Any
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.rows import BadRow, Dataset, Row, detect_schema, parse_row
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
 MAX_LISTED_LINES = 3  # listed per reason for bad rows
@@ -80,7 +80,7 @@ def histogram(values: list[float], bins: int = 20) -> dict[str, list[float]]:
 def scan_dataset(dataset: Dataset, chat: ChatTemplate, held_out_rows: int, max_bad: float) -> DatasetScan:
     """Read up to MAX_SCANNED_ROWS rows once, in order.
 
-    Raises PhoqueError (2) if the share of bad rows is above `max_bad`, or all rows are bad.
+    Raises UsageError if the share of bad rows is above `max_bad`, or all rows are bad.
     """
     scan = DatasetScan()
     digest = hashlib.sha256()
@@ -134,14 +134,16 @@ def _count_good(scan: DatasetScan, raw: dict[str, Any], row: Row, encoded: Encod
 
 def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
     if not scan.rows:
-        raise PhoqueError(f"{name} is empty.", "It contains no rows.", "Check how the dataset was written.")
+        raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how the dataset was written.")
     bad = scan.rows - scan.good
     reasons = "; ".join(f"{n} x {r} (first: {', '.join(scan.bad[r])})" for r, n in scan.bad_counts.most_common(5))
     if not scan.good:
-        raise PhoqueError(f"No row of {name} can be trained on.", reasons, "Fix the rows; see the data guide.")
+        raise UsageError(
+            what=f"No row of {name} can be trained on.", why=reasons, fix="Fix the rows; see the data guide."
+        )
     if bad > max_bad * scan.rows:
-        raise PhoqueError(
-            f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; the limit is {max_bad:.0%}).",
-            reasons,
-            "Fix the rows, or raise the limit with --max-bad-rows.",
+        raise UsageError(
+            what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; the limit is {max_bad:.0%}).",
+            why=reasons,
+            fix="Fix the rows, or raise the limit with --max-bad-rows.",
         )

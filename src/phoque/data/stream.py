@@ -12,7 +12,7 @@ import torch
 from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.packing import Packing, build_batch
 from phoque.data.rows import BadRow, Dataset, parse_row
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.prefetch import Prefetcher
 
 SHUFFLE_WINDOW = 50_000  # rows per shuffle window
@@ -169,10 +169,10 @@ class _Reader:
                 self._read += 1
                 yield encoded, self._position.epoch
             if is_whole_pass and self._read == read:  # only for a whole pass: a resumed one may have no row left
-                raise PhoqueError(
-                    "A whole pass over the data gave no row to train on.",
-                    "Every row is held out or unusable; rows with equal messages are held out together.",
-                    "Add more distinct rows, or set --held-out-rows 0.",
+                raise UsageError(
+                    what="A whole pass over the data gave no row to train on.",
+                    why="Every row is held out or unusable; rows with equal messages are held out together.",
+                    fix="Add more distinct rows, or set --held-out-rows 0.",
                 )
             self._position = _Position(self._position.epoch + 1)
 
@@ -194,8 +194,8 @@ class _Reader:
         self._bad += 1
         seen = self._read + self._bad
         if seen >= 1000 and self._bad > self._max_bad * seen:
-            raise PhoqueError(
-                f"{self._bad} of the {seen} rows read so far are unusable.",
-                "The rows after the scanned part of the dataset have a larger share of bad rows.",
-                "Fix the rows, or raise the limit with --max-bad-rows.",
+            raise UsageError(
+                what=f"{self._bad} of the {seen} rows read so far are unusable.",
+                why="The rows after the scanned part of the dataset have a larger share of bad rows.",
+                fix="Fix the rows, or raise the limit with --max-bad-rows.",
             )

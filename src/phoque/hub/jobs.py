@@ -10,7 +10,7 @@ from typing import Any
 
 from phoque import __version__
 from phoque.console import Console
-from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError, PublicRepoError
+from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError, PublicRepoError, UsageError
 from phoque.hub.client import Hub, describe_error, is_transient
 from phoque.settings.fields import PREFIX, Resolved, Secrets, env_name, flag_names
 
@@ -40,7 +40,7 @@ class Job:
 def build_job(command: str, resolved: Resolved[Any]) -> Job:
     """Build the Job that runs a command with these settings: non-default values as flags, secrets as Job secrets.
 
-    Raises PhoqueError (2) for settings that refer to this machine, and for a missing token or output repository.
+    Raises UsageError for settings that refer to this machine, and for a missing token or output repository.
     """
     from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
 
@@ -48,25 +48,27 @@ def build_job(command: str, resolved: Resolved[Any]) -> Job:
     for name in s.reads:
         value = getattr(s, name)
         if value and Path(value).expanduser().exists():
-            raise PhoqueError(
-                f"{flag_names(type(s), name)[0]} {value} is on this machine only.",
-                "A Job cannot read local files.",
-                "Upload it to a private repository on the Hub, and give that repository instead.",
+            raise UsageError(
+                what=f"{flag_names(type(s), name)[0]} {value} is on this machine only.",
+                why="A Job cannot read local files.",
+                fix="Upload it to a private repository on the Hub, and give that repository instead.",
             )
     for name in LOCAL_PATHS:
         if getattr(s, name, None):
-            raise PhoqueError(
-                f"{flag_names(type(s), name)[0]} names a path on this machine.",
-                "A Job's disk is deleted when the Job ends.",
-                f"Leave it out: the output of a Job is kept in the repository of {flag_names(type(s), s.keeps)[0]}.",
+            raise UsageError(
+                what=f"{flag_names(type(s), name)[0]} names a path on this machine.",
+                why="A Job's disk is deleted when the Job ends.",
+                fix=f"Leave it out: the output of a Job is kept in the repository of {flag_names(type(s), s.keeps)[0]}.",
             )
     if resolved.secrets.hf_token is None:
-        raise PhoqueError("There is no Hub token.", "Jobs need one.", "Set HF_TOKEN, or run `hf auth login`.")
+        raise UsageError(
+            what="There is no Hub token.", why="Jobs need one.", fix="Set HF_TOKEN, or run `hf auth login`."
+        )
     if not getattr(s, s.keeps):
-        raise PhoqueError(
-            "A Job needs a Hub repository for its output.",
-            "The Job's disk is deleted when it ends.",
-            f"Give one with {flag_names(type(s), s.keeps)[0]}; it is created private.",
+        raise UsageError(
+            what="A Job needs a Hub repository for its output.",
+            why="The Job's disk is deleted when it ends.",
+            fix=f"Give one with {flag_names(type(s), s.keeps)[0]}; it is created private.",
         )
     keys = {name: getattr(resolved.secrets, name) for name in Secrets.model_fields}
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
@@ -101,7 +103,7 @@ def _is_default(source: str) -> bool:
 def pip_requirement(extra: str = "") -> str:
     """Return the pip requirement of the running phoque: its release, or the commit it was installed from (PEP 610).
 
-    `extra` is the optional dependency group that the command needs, or empty. Raises PhoqueError (2) if phoque was
+    `extra` is the optional dependency group that the command needs, or empty. Raises UsageError if phoque was
     installed from a local folder or file, which a Job cannot read.
     """
     from importlib.metadata import distribution
@@ -112,10 +114,10 @@ def pip_requirement(extra: str = "") -> str:
         return f"{name}=={__version__}"
     if vcs := origin.get("vcs_info"):
         return f"{name} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
-    raise PhoqueError(
-        "A Job cannot install this copy of phoque.",
-        "It was installed from a folder or a file on this machine.",
-        f"Give the package to install, such as --package phoque=={__version__} or --package git+https://...",
+    raise UsageError(
+        what="A Job cannot install this copy of phoque.",
+        why="It was installed from a folder or a file on this machine.",
+        fix=f"Give the package to install, such as --package phoque=={__version__} or --package git+https://...",
     )
 
 
@@ -182,21 +184,21 @@ def run_job(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console
             console.say(f"attempt {attempt} of {attempts} stopped before its end ({message}); submitting it again")
     final = code if code in (FAILED, USAGE) else RESUMABLE if stage == "ERROR" and resumable else FAILED
     raise PhoqueError(
-        f"Job {submitted.id} ended as {stage}.",
-        f"{message or 'It gave no message'}; its log is at {submitted.url}.",
-        "Run the same command again: it resumes from the newest checkpoint on the Hub."
+        what=f"Job {submitted.id} ended as {stage}.",
+        why=f"{message or 'It gave no message'}; its log is at {submitted.url}.",
+        fix="Run the same command again: it resumes from the newest checkpoint on the Hub."
         if final == RESUMABLE
         else "Read the last lines of its log. If it ran out of time, set a longer --timeout.",
-        final,
+        code=final,
     )
 
 
 def _not_followed_error(job_id: str, why: str, code: int) -> PhoqueError:
     return PhoqueError(
-        f"Job {job_id} is no longer followed; it keeps running.",
-        f"{why}To follow it: hf jobs logs --follow {job_id}",
-        f"To stop it: hf jobs cancel {job_id}",
-        code,
+        what=f"Job {job_id} is no longer followed; it keeps running.",
+        why=f"{why}To follow it: hf jobs logs --follow {job_id}",
+        fix=f"To stop it: hf jobs cancel {job_id}",
+        code=code,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import IntegrityError, PhoqueError, PublicRepoError
+from phoque.errors import IntegrityError, PublicRepoError, UsageError
 from phoque.files import sha256
 from phoque.hub.client import Hub
 
@@ -50,7 +50,7 @@ class Repo:
     def open(self, public: bool, warn: Callable[[str], None]) -> None:
         """Create the repository if it does not exist, private unless `public`, and check that the token can write.
 
-        Raises PhoqueError (2) if it exists and is public, but `public` is not set.
+        Raises UsageError if it exists and is public, but `public` is not set.
         """
 
         def create() -> None:
@@ -94,7 +94,7 @@ class Repo:
 
         One commit adds the files and deletes the `stale` files and folders. If the repository is in that state
         already, as after a lost reply, no commit is created. Afterwards the tree is read back and every hash compared.
-        Each retry builds its operations again. Raises PhoqueError (2) if another run has made a fresh start.
+        Each retry builds its operations again. Raises UsageError if another run has made a fresh start.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -103,10 +103,10 @@ class Repo:
         def push_once() -> str:
             before = self.snapshot()
             if self._marker is not None and MARKER not in local and _marker_id(before) != self._marker:
-                raise PhoqueError(
-                    f"{self.name} was restarted by another run.",
-                    "A fresh start has deleted the checkpoints that this run continues.",
-                    "Stop one of the two runs, or give one of them another --hub-model-id.",
+                raise UsageError(
+                    what=f"{self.name} was restarted by another run.",
+                    why="A fresh start has deleted the checkpoints that this run continues.",
+                    fix="Stop one of the two runs, or give one of them another --hub-model-id.",
                 )
             missing = [path for path, file in local.items() if not file.matches(before.files.get(path))]
             deletions = stale(before)
@@ -178,7 +178,7 @@ class _FileHashes:
         self._sha256: str | None = None
         self._sha1: str | None = None
 
-    def same_as(self, remote: Any) -> bool:
+    def matches(self, remote: Any) -> bool:
         """Whether a tree entry has the same content: by SHA-256 for LFS files, else by git's blob SHA-1."""
         if remote is None or remote.size != self._size:
             return False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phoque.errors import PhoqueError
+from phoque.data.chat_template import encode_prompt
 from phoque.inference.cuda_decoder import BatchDecoder
 from phoque.inference.residual_stream import Steering, pad_rows, unwrap_model
 
@@ -136,21 +136,10 @@ class _Batch:
 def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
     """Encode a question up to the start of the answer; with an empty `system` the template decides on a system prompt.
 
-    Raises PhoqueError (2) for a template without a system role.
+    Raises UsageError for a template without a system role.
     """
-    from jinja2 import TemplateError
-
     turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": question})
-    try:
-        encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except TemplateError as error:
-        raise PhoqueError(
-            "This model's chat template supports no system prompt.",
-            str(error),
-            "Use a model whose chat template supports a system prompt.",
-        ) from error
-    return list(encoded["input_ids"])
+    return encode_prompt(tokenizer, [*turns, {"role": "user", "content": question}])
 
 
 def find_end_tokens(model: Any) -> set[int]:

@@ -1,4 +1,4 @@
-"""The mean negative log-likelihood of given responses under a model."""
+"""The likelihood of given texts under a model: mean NLL of responses, and KL between two models' predictions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,3 +33,8 @@ def mean_nll(model: Any, rows: Sequence[Turn]) -> list[float]:
             if len(row_losses):
                 means[n] = row_losses.mean().item()
     return means
+
+
+def sum_kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """KL(expected || actual) in nats, summed over tokens; both are log-probabilities (tokens, vocabulary)."""
+    return float((expected.exp() * (expected - actual)).sum())

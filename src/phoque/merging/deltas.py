@@ -2,17 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, UsageError
 from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.lora import WEIGHTS
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 
 @dataclass
@@ -45,7 +42,7 @@ def read_deltas(adapter: Path, reader: CheckpointReader) -> dict[str, WeightDelt
     """
     from peft import LoraConfig
 
-    lora = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
+    lora: Any = LoraConfig.from_pretrained(str(adapter))  # its fields are typed wider than they are after loading
     _check_kind(lora)
     deltas: dict[str, WeightDelta] = {}
     weights = load_file(adapter / WEIGHTS)
@@ -76,7 +73,7 @@ def read_deltas(adapter: Path, reader: CheckpointReader) -> dict[str, WeightDelt
     return deltas
 
 
-def _check_kind(lora: "LoraConfig") -> None:
+def _check_kind(lora: Any) -> None:
     unsupported = {
         f"a {lora.peft_type.value} adapter": lora.peft_type.value != "LORA",
         "lora_bias": lora.lora_bias,
@@ -87,10 +84,10 @@ def _check_kind(lora: "LoraConfig") -> None:
     }
     for kind, is_used in unsupported.items():
         if is_used:
-            raise PhoqueError(
-                f"phoque does not merge {kind}.",
-                "It is not of the form W + scale * B A on the published base model.",
-                "Merge it with the library that created it.",
+            raise UsageError(
+                what=f"phoque does not merge {kind}.",
+                why="It is not of the form W + scale * B A on the published base model.",
+                fix="Merge it with the library that created it.",
             )
 
 
@@ -119,7 +116,7 @@ def _stored_name(name: str, reader: CheckpointReader) -> str | None:
     return next((form for form in (name, name.removeprefix("model.")) if form in reader.stored), None)
 
 
-def _lora_scale(lora: "LoraConfig", module: str) -> float:
+def _lora_scale(lora: Any, module: str) -> float:
     from peft.utils.other import get_pattern_key
 
     rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, module), lora.r)
@@ -142,8 +139,8 @@ def _check_delta(key: str, delta: WeightDelta, shape: tuple[int, ...], adapter: 
 
 
 def _does_not_fit(name: str, reason: str, adapter: Path) -> PhoqueError:
-    return PhoqueError(
-        f"The adapter in {adapter} does not fit the base.",
-        f"{name}: {reason}.",
-        "Set --base-model to the model that it was trained on.",
+    return UsageError(
+        what=f"The adapter in {adapter} does not fit the base.",
+        why=f"{name}: {reason}.",
+        fix="Set --base-model to the model that it was trained on.",
     )

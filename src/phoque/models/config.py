@@ -1,6 +1,6 @@
 """A model's config and tokenizer, as transformers reads them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phoque.errors import UsageError, first_line
 from phoque.models.architectures import architecture_of
@@ -31,7 +31,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, mistral_format=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False)
     if not tokenizer.chat_template:
         raise UsageError(
             what=f"{source.name} has no chat template.",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.models.safetensors_files import StoredTensor
 
 SCALE_SUFFIX, ACTIVATION_SCALE_SUFFIX = "_scale_inv", "activation_scale"
@@ -54,14 +54,14 @@ class Fp8Linear(torch.nn.Linear):
 
 
 def declares_fp8(config: Any) -> bool:
-    """Whether a model config declares FP8. Raises PhoqueError (2) for any other quantization."""
+    """Whether a model config declares FP8. Raises UsageError for any other quantization."""
     quantization = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     if method not in (None, "fp8"):
-        raise PhoqueError(
-            f"The checkpoint is quantized with {method}.",
-            "phoque reads FP8, BF16, FP16 and FP32.",
-            "Use a copy in one of these.",
+        raise UsageError(
+            what=f"The checkpoint is quantized with {method}.",
+            why="phoque reads FP8, BF16, FP16 and FP32.",
+            fix="Use a copy in one of these.",
         )
     return method == "fp8"
 
@@ -81,30 +81,30 @@ def is_scale(name: str) -> bool:
 def find_scales(tensors: dict[str, StoredTensor], names: Iterable[str], declared: bool) -> dict[str, str]:
     """Return {weight name: scale name} of the FP8 weights among `names`.
 
-    Raises PhoqueError (2) for an FP8 weight without a scale, a scale whose weight is not FP8, and a checkpoint without
+    Raises UsageError for an FP8 weight without a scale, a scale whose weight is not FP8, and a checkpoint without
     FP8 weights whose config declares FP8 (`declared`): in each case the weights would differ from the published ones.
     """
     names = set(names)
     quantized = {name for name in names if tensors[name].dtype in FP8_DTYPES}
     for name in sorted(quantized):
         if name + SCALE_SUFFIX not in tensors:
-            raise PhoqueError(
-                f"{name} is FP8 but has no scale.",
-                f"{name + SCALE_SUFFIX} is missing.",
-                "Download the checkpoint again.",
+            raise UsageError(
+                what=f"{name} is FP8 but has no scale.",
+                why=f"{name + SCALE_SUFFIX} is missing.",
+                fix="Download the checkpoint again.",
             )
     for name in sorted(tensors):
         if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in names - quantized:
-            raise PhoqueError(
-                f"{name} is a scale, but its weight is not FP8.",
-                "The shards come from two different checkpoints.",
-                "Download the checkpoint again.",
+            raise UsageError(
+                what=f"{name} is a scale, but its weight is not FP8.",
+                why="The shards come from two different checkpoints.",
+                fix="Download the checkpoint again.",
             )
     if declared and not quantized:
-        raise PhoqueError(
-            "The config declares FP8, but no weight is FP8.",
-            "The config and the weights come from two different checkpoints.",
-            "Remove quantization_config from config.json, or download the checkpoint again.",
+        raise UsageError(
+            what="The config declares FP8, but no weight is FP8.",
+            why="The config and the weights come from two different checkpoints.",
+            fix="Remove quantization_config from config.json, or download the checkpoint again.",
         )
     return {name: name + SCALE_SUFFIX for name in quantized}
 
@@ -125,10 +125,10 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: GroupSize | Non
 
 
 def check_fp8_support(on: torch.device) -> None:
-    """Raise PhoqueError (2) on a GPU without FP8 units (Ampere and older)."""
+    """Raise UsageError on a GPU without FP8 units (Ampere and older)."""
     if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 9):
-        raise PhoqueError(
-            f"{torch.cuda.get_device_name(on)} has no FP8 units.",
-            "FP8 needs compute capability 8.9 or higher (L4, L40S, H100 and later).",
-            "Use --quantization nf4, or another GPU.",
+        raise UsageError(
+            what=f"{torch.cuda.get_device_name(on)} has no FP8 units.",
+            why="FP8 needs compute capability 8.9 or higher (L4, L40S, H100 and later).",
+            fix="Use --quantization nf4, or another GPU.",
         )

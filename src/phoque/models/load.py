@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -32,7 +32,7 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
     """Load the frozen text model in `nf4`, `fp8`, `bf16` or `none` (fp32) on one device, by default `default_device()`.
 
     One pass over the checkpoint: each tensor is read, dequantized if it is FP8, cast, quantized and assigned. Names and
-    shapes are checked from the headers first. Raises PhoqueError (2) when a weight is missing, unexpected, of a wrong
+    shapes are checked from the headers first. Raises UsageError when a weight is missing, unexpected, of a wrong
     shape, NaN, or of a magnitude that trained weights do not have.
     """
     on = on or default_device()
@@ -50,7 +50,7 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
         _load_weights(model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype)
     if tied:
         model.tie_weights()
-    model.is_loaded_in_4bit = quantization == "nf4"  # peft and TRL read this attribute
+    cast(Any, model).is_loaded_in_4bit = quantization == "nf4"  # peft and TRL read this attribute
     model.name_or_path = source.name
     if (source.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig

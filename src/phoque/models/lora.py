@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError, UsageError
 from phoque.models.architectures import Architecture, architecture_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -47,7 +47,7 @@ def save_adapter(model: Any, folder: Path, architecture: Architecture) -> None:
 def load_adapter(model: Any, folder: Path, architecture: Architecture) -> None:
     """Load saved weights, under the names of the full or the text model, into the adapter that `model` already has.
 
-    Raises PhoqueError (2) naming the first tensor that is missing, unexpected or of the wrong shape: peft itself only
+    Raises UsageError naming the first tensor that is missing, unexpected or of the wrong shape: peft itself only
     warns, and an adapter under the wrong names has no effect.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -57,11 +57,11 @@ def load_adapter(model: Any, folder: Path, architecture: Architecture) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     if differing := sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k)):
         first = differing[0]
-        raise PhoqueError(
-            f"The adapter in {folder} does not fit {model.base_model.model.name_or_path}.",
-            f"{first}: the model needs {expected.get(first, 'no such tensor')}, the adapter has "
+        raise UsageError(
+            what=f"The adapter in {folder} does not fit {model.base_model.model.name_or_path}.",
+            why=f"{first}: the model needs {expected.get(first, 'no such tensor')}, the adapter has "
             f"{shapes.get(first, 'none')} ({len(differing)} tensors differ).",
-            "Use the base model and the rank that the adapter was trained with.",
+            fix="Use the base model and the rank that the adapter was trained with.",
         )
     set_peft_model_state_dict(model, saved)
 
@@ -70,7 +70,7 @@ def attach_adapter(model: Any, folder: Path, architecture: Architecture, name: s
     """Add a saved adapter to `model` under `name`, with peft, and return the model in evaluation mode.
 
     `model` is the text model, or one that has adapters already; `architecture` is that of the full model. Raises
-    PhoqueError (2) if the adapter changes modules that the model does not have.
+    UsageError if the adapter changes modules that the model does not have.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -83,10 +83,10 @@ def attach_adapter(model: Any, folder: Path, architecture: Architecture, name: s
     # full names: the model that the adapter was trained on may have other names, and a vision tower
     config.target_modules = sorted(modules & names)
     if missing := sorted(modules - names):
-        raise PhoqueError(
-            f"The adapter in {folder} does not fit {bare.name_or_path}.",
-            f"It changes {missing[0]}, which the model does not have ({len(missing)} such modules).",
-            "Use the base model that the adapter was trained on.",
+        raise UsageError(
+            what=f"The adapter in {folder} does not fit {bare.name_or_path}.",
+            why=f"It changes {missing[0]}, which the model does not have ({len(missing)} such modules).",
+            fix="Use the base model that the adapter was trained on.",
         )
     if bare is model:
         model = get_peft_model(model, config, adapter_name=name)
@@ -124,14 +124,13 @@ def compute_lora_norms(model: Any) -> dict[str, float]:
 
 
 def check_finite(model: Any, step: int) -> None:
-    """Raise PhoqueError (1) if any trained weight is NaN or infinite."""
+    """Raise RunError if any trained weight is NaN or infinite."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     flags = torch.stack([torch.isfinite(p.detach()).all() for _, p in trained])
     if not bool(flags.all()):
         first = next(name for (name, _), is_finite in zip(trained, flags.tolist(), strict=True) if not is_finite)
-        raise PhoqueError(
-            f"The adapter is not finite at step {step}; nothing of it was saved.",
-            f"The first such tensor is {first}.",
-            "Run the same command with a lower --learning-rate; it resumes from the last checkpoint.",
-            FAILED,
+        raise RunError(
+            what=f"The adapter is not finite at step {step}; nothing of it was saved.",
+            why=f"The first such tensor is {first}.",
+            fix="Run the same command with a lower --learning-rate; it resumes from the last checkpoint.",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phoque.errors import UsageError, first_line
 from phoque.files import atomic_folder, lock, sha256
-from phoque.hub.client import START_PATIENCE_S, Hub
+from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
 from phoque.hub.refs import hub_id
 from phoque.services import Services
 
@@ -109,7 +109,7 @@ def _download(name: str, revision: str | None, services: Services, weights: bool
     from huggingface_hub import hf_hub_download
 
     token, say = services.secrets.hub, services.console.say
-    hub = Hub(token, say, START_PATIENCE_S)
+    hub = Hub(token, say, LOOKUP_PATIENCE_S)
 
     def download(file: str) -> Path:
         return Path(hub.retry(file, lambda: hf_hub_download(name, file, revision=sha, token=token)))
@@ -169,7 +169,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(

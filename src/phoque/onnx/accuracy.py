@@ -12,8 +12,10 @@ import torch
 
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.rows import BadRow, open_dataset, parse_row
-from phoque.errors import PhoqueError
-from phoque.models.load import load_model, load_tokenizer
+from phoque.errors import UsageError
+from phoque.inference.likelihood import sum_kl
+from phoque.models.config import load_tokenizer
+from phoque.models.load import load_model
 from phoque.models.source import Source
 from phoque.onnx.session import OnnxChatModel
 
@@ -27,7 +29,7 @@ def load_chats(source: Source, dataset: str, split: str, token: str | None) -> t
     """Return the calibration and the held-out conversations of a dataset, each as token ids [1, length].
 
     Conversations are sorted by a hash of their messages and then split, so their order in the dataset does not matter.
-    Of a long dataset only the first rows are read. Raises PhoqueError (2) if no conversation is usable.
+    Of a long dataset only the first rows are read. Raises UsageError if no conversation is usable.
     """
     template = ChatTemplate(load_tokenizer(source), "", MAX_CHAT_TOKENS)
     encoded: list[tuple[str, torch.Tensor]] = []
@@ -42,10 +44,10 @@ def load_chats(source: Source, dataset: str, split: str, token: str | None) -> t
         if sum(ids.shape[1] for _, ids in encoded) >= 2 * CALIBRATION_TOKENS:
             break
     if not encoded:
-        raise PhoqueError(
-            f"No conversation in {dataset} can be used.",
-            f"Every row is malformed or longer than {MAX_CHAT_TOKENS} tokens.",
-            "Check --chats, or export what needs no conversations: --no-accuracy --dtype fp32.",
+        raise UsageError(
+            what=f"No conversation in {dataset} can be used.",
+            why=f"Every row is malformed or longer than {MAX_CHAT_TOKENS} tokens.",
+            fix="Check --chats, or export what needs no conversations: --no-accuracy --dtype fp32.",
         )
     ordered = [ids for _, ids in sorted(encoded, key=lambda pair: pair[0])]
     held_out = _take_tokens(ordered, HELD_OUT_TOKENS)
@@ -64,16 +66,16 @@ def _take_tokens(all_ids: Ids, tokens: int) -> Ids:
 
 
 @torch.no_grad()
-def compute_reference(source: Source, held_out: Ids) -> list[np.ndarray]:
+def compute_reference(source: Source, held_out: Ids) -> Ids:
     """Return the checkpoint's log-probabilities [length, vocabulary] per conversation, computed in fp32 on the CPU."""
-    model = load_model(source, "none", on=torch.device("cpu"))
-    log_probs = [model(input_ids=ids).logits[0].log_softmax(-1).numpy() for ids in held_out]
+    model = load_model(source, "fp32", on=torch.device("cpu"))
+    log_probs = [model(input_ids=ids).logits[0].log_softmax(-1) for ids in held_out]
     del model
     gc.collect()
     return log_probs
 
 
-def measure_export(folder: Path, dtype: str, held_out: Ids, expected: list[np.ndarray]) -> dict[str, float]:
+def measure_export(folder: Path, dtype: str, held_out: Ids, expected: Ids) -> dict[str, float]:
     """Return {kl, agreement, tokens} of an export in one precision; `expected` are the checkpoint's log-probabilities.
 
     `kl` is KL(checkpoint || export) in nats per token. `agreement` is the share of tokens for which both predict the
@@ -82,15 +84,15 @@ def measure_export(folder: Path, dtype: str, held_out: Ids, expected: list[np.nd
     return measure_accuracy(OnnxChatModel(folder, dtype).run, held_out, expected)
 
 
-def measure_accuracy(run: Callable[[np.ndarray], Any], held_out: Ids, expected: list[np.ndarray]) -> dict[str, float]:
+def measure_accuracy(run: Callable[[np.ndarray], Any], held_out: Ids, expected: Ids) -> dict[str, float]:
     """Return {kl, agreement, tokens} of `run`: ids [1, length] -> (logits [1, length, vocabulary], ...).
 
     `expected` has the log-probabilities [length, vocabulary] for each conversation.
     """
     kl_sum, agreed, tokens = 0.0, 0, 0
     for ids, target in zip(held_out, expected, strict=True):
-        predicted = torch.from_numpy(run(ids.numpy())[0][0].astype(np.float32)).log_softmax(-1).numpy()
-        kl_sum += float((np.exp(target) * (target - predicted)).sum())
+        predicted = torch.from_numpy(run(ids.numpy())[0][0].astype(np.float32)).log_softmax(-1)
+        kl_sum += sum_kl(target, predicted)
         agreed += int((target.argmax(-1) == predicted.argmax(-1)).sum())
         tokens += len(target)
     return {"kl": max(0.0, kl_sum / tokens), "agreement": agreed / tokens, "tokens": tokens}

@@ -10,16 +10,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from phoque.models.architectures import architecture_of
-from phoque.models.checkpoint_reader import Shards
-from phoque.models.fp8 import declares_fp8, dequantize, group_size_of, scales_of
-from phoque.models.load import HEAD, check_magnitudes, load_config
-from phoque.models.source import Source
+from phoque.models.checkpoint_reader import EMBEDDINGS, HEAD, CheckpointReader
 
 Factors = dict[str, list[tuple[int, torch.Tensor]]]  # by parameter: (dimension, factor for each index along it)
 MAX_CHUNK_BYTES = 2_000_000_000  # bytes; a browser loads a file into an ArrayBuffer, which is limited to 2 GiB
 PAGE_BYTES = 4096  # bytes; tensors are aligned to pages, so that ONNX Runtime can memory-map them
-EMBEDDINGS = "model.embed_tokens.weight"
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
@@ -30,16 +25,13 @@ DTYPES = {
 class Weights:
     """A checkpoint's tensors in fp32, by the names of the text model (`read`) or the stored names (`read_stored`)."""
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.config = source, load_config(source)
-        self._shards = Shards(source.folder)
-        architecture = architecture_of(self.config)
-        keys = {text: key for key in self._shards.tensors if (text := architecture.text_key(key))}
-        self._scales = scales_of(self._shards.tensors, list(self._shards.tensors), declares_fp8(self.config))
-        self.tied = self.config.get_text_config().tie_word_embeddings or HEAD not in keys
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.reader, self.source, self.config = reader, reader.source, reader.config
+        names = dict(reader.text_weights)
+        self.tied = reader.text_config.tie_word_embeddings or HEAD not in names
         if self.tied:
-            keys[HEAD] = keys[EMBEDDINGS]
-        self._keys = keys
+            names[HEAD] = names[EMBEDDINGS]
+        self._names = names
         self._factors: Factors = {}
 
     def with_factors(self, factors: Factors) -> "Weights":
@@ -50,32 +42,27 @@ class Weights:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a parameter of the text model, in fp32."""
-        return apply_factors(self.read_stored(self._keys[name]), self._factors.get(name, []))
+        return apply_factors(self.read_stored(self._names[name]), self._factors.get(name, []))
 
     def read_stored(self, key: str) -> torch.Tensor:
-        """Return a tensor in fp32 by its stored name. Raises PhoqueError (2) for NaN or implausibly large values."""
-        stored = self._shards.read(key)
-        tensor = stored.float()
-        if key in self._scales:
-            tensor = dequantize(stored, self._shards.read(self._scales[key]), group_size_of(self.config))
-        check_magnitudes({key: tensor.abs().max() if tensor.dim() > 1 else tensor.sum() * 0})
-        return tensor
+        """Return a tensor in fp32 by its stored name. Raises UsageError for NaN or implausibly large values."""
+        return self.reader.read_full(key)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter of the text model, read from the file header."""
-        return self._shards.tensors[self._keys[name]].shape
+        return self.reader.stored[self._names[name]].shape
 
     @property
     def fp32_bytes(self) -> int:
         """Size of the text model in fp32, in bytes."""
-        return 4 * sum(prod(self._shards.tensors[key].shape) for key in set(self._keys.values()))
+        return 4 * sum(prod(self.reader.stored[key].shape) for key in set(self._names.values()))
 
     def stored_names(self, prefix: str) -> dict[str, str]:
         """Map the parameter names within a module to their stored names, which may or may not start with `model.`."""
         return {
-            key.removeprefix("model.").removeprefix(prefix): key
-            for key in self._shards.tensors
-            if key.removeprefix("model.").startswith(prefix) and key not in self._scales.values()
+            name.removeprefix("model.").removeprefix(prefix): name
+            for name in self.reader.weights
+            if name.removeprefix("model.").startswith(prefix)
         }
 
 

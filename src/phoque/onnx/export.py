@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ from typing import Any
 import torch
 
 from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
-from phoque.files import sha256
-from phoque.hub.client import Hub
-from phoque.hub.repo import CARD, Repo
-from phoque.merging.run import find_adapter, find_base, merge_into
+from phoque.errors import RunError, UsageError
+from phoque.files import atomic_folder, sha256
+from phoque.hub.repo import CARD, Repo, Snapshot
+from phoque.merging.run import merge_into
 from phoque.model_cards import render_onnx_card
-from phoque.models.load import default_device, load_model, load_tokenizer
-from phoque.models.source import INDEX, Source, resolve, wanted_files
+from phoque.models.adapter_source import find_adapter, find_base
+from phoque.models.architectures import ARCHITECTURES
+from phoque.models.checkpoint_reader import CheckpointReader
+from phoque.models.config import load_tokenizer
+from phoque.models.load import default_device, load_model
+from phoque.models.source import INDEX, Source, find_model, select_files
 from phoque.onnx import accuracy
 from phoque.onnx.component import Component, Weights
 from phoque.onnx.graph.decoder import decoder_component, embeddings_component
@@ -30,7 +33,9 @@ from phoque.onnx.quantize import mixed_precision
 from phoque.onnx.quantize.block_format import Quantizer, make_8_bit_quantizer
 from phoque.onnx.quantize.smoothquant import smooth_activations
 from phoque.onnx.session import SUFFIXES
-from phoque.onnx.transformers_js import SESSIONS, layout_of, write_side_files
+from phoque.onnx.transformers_js import SESSIONS, write_side_files
+from phoque.results import DryRun
+from phoque.services import Services
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
@@ -55,115 +60,132 @@ class Export:
     fuse: bool
 
 
-def export_model(resolved: Resolved[ExportSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
-    """Export a model as the settings say; return {output_dir, layout, dtypes, verdict, ...}.
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """An export: its folder, and for each precision its size and its distance from the checkpoint (KL, agreement)."""
 
-    The folder is written under a temporary name and renamed at the end. Raises PhoqueError (1) if the export does not
+    output_dir: str
+    source: str
+    layout: str
+    engine: str
+    dtypes: dict[str, dict[str, Any]]
+    seconds: float = 0.0
+    bytes: int = 0
+    verdict: str = ""
+    repo: str | None = None
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json and export.json; `repo` and `commit` are left out if nothing was pushed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def export_model(resolved: Resolved[ExportSettings], services: Services, *, dry_run: bool) -> ExportResult | DryRun:
+    """Export a model as the settings say, measure each precision, verify the export and push it.
+
+    The folder is written under a temporary name and renamed at the end. Raises RunError if the export does not
     verify, unless --no-verify-strict is given.
     """
-    s = resolved.settings
-    hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
+    s, console = resolved.settings, services.console
     export_dir = s.output_dir or Path(f"{_default_name(s)}-onnx")
     _check_output_dir(export_dir)
-    repo = Repo(hub, s.push_repo_id) if s.push_repo_id else None
-    source = find_source(resolved, hub, cache, console, dry_run)
+    repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
+    source = find_source(resolved, services, dry_run=dry_run)
     layout = _choose_layout(source, s.layout)
-    result: dict[str, Any] = {
-        "output_dir": str(export_dir),
-        "source": source.name,
-        "layout": layout,
-        "engine": s.engine,
-    }
     if dry_run:
-        return result | {"dtypes": dict.fromkeys(s.dtype), "settings": resolved.provenance()}
+        facts = {"output_dir": str(export_dir), "source": source.name, "layout": layout, "engine": s.engine}
+        return DryRun(facts | {"dtypes": dict.fromkeys(s.dtype)}, resolved.provenance())
     if repo:
         repo.open(s.public, console.warn)
-    staging = export_dir.with_name(f".{export_dir.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "onnx").mkdir(parents=True)
     started = time.monotonic()
-    try:
-        result["dtypes"] = dtype_reports = _write_export(source, layout, staging, resolved, console)
-        result["seconds"] = round(time.monotonic() - started, 1)
-        result["bytes"] = sum(f.stat().st_size for f in (staging / "onnx").iterdir())
+    with atomic_folder(export_dir) as staging:
+        (staging / "onnx").mkdir()
+        result = ExportResult(
+            output_dir=str(export_dir),
+            source=source.name,
+            layout=layout,
+            engine=s.engine,
+            dtypes=_write_export(source, layout, staging, s, services),
+        )
+        size = sum(f.stat().st_size for f in (staging / "onnx").iterdir())
+        result = replace(result, seconds=round(time.monotonic() - started, 1), bytes=size)
         _write_record(staging, source, result)
-        result["verdict"] = _verify_export(staging, source, list(dtype_reports), s, console)
-        (staging / CARD).write_text(render_onnx_card(source, result, s.push_repo_id))
-        shutil.rmtree(export_dir, ignore_errors=True)
-        staging.rename(export_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    if repo:
-        files = {str(f.relative_to(export_dir)): f for f in export_dir.rglob("*") if f.is_file()}
+        result = replace(result, verdict=_verify_export(staging, source, list(result.dtypes), s, services))
+        (staging / CARD).write_text(render_onnx_card(source, result.to_json(), s.push_repo_id))
+    if repo is None:
+        return result
+    files = {str(f.relative_to(export_dir)): f for f in export_dir.rglob("*") if f.is_file()}
+
+    def find_stale(snapshot: Snapshot) -> list[str]:
         # a browser could load graphs of an earlier export that this config.json does not declare, and would fail
-        find_stale = lambda snapshot: [
-            path for path in snapshot.files if path.startswith("onnx/") and path not in files
-        ]
-        result |= {"repo": repo.name, "commit": repo.push(files, "ONNX export", find_stale)}
-    return result
+        return [path for path in snapshot.files if path.startswith("onnx/") and path not in files]
+
+    return replace(result, repo=repo.name, commit=repo.push(files, "ONNX export", find_stale))
 
 
-def find_source(resolved: Resolved[ExportSettings], hub: Hub, cache: Path, console: Console, dry_run: bool) -> Source:
+def find_source(resolved: Resolved[ExportSettings], services: Services, *, dry_run: bool) -> Source:
     """Return the model to export: an adapter is merged now; a merged model is a folder, or a repository on the Hub.
 
     That repository may be a model or a dataset repository. With a base and nothing else the base itself is exported.
-    Raises PhoqueError (2) if no source is given, or both --adapter-source and --merged-dir are.
+    Raises UsageError if no source is given, or both --adapter-source and --merged-dir are.
     """
     s = resolved.settings
     if s.adapter_source and s.merged_dir:
-        raise PhoqueError(
-            "Two sources are given.", "--adapter-source and --merged-dir exclude each other.", "Give one of them."
+        raise UsageError(
+            what="Two sources are given.",
+            why="--adapter-source and --merged-dir exclude each other.",
+            fix="Give one of them.",
         )
     if s.adapter_source:
-        adapter, commit = find_adapter(s.adapter_source, s.adapter_revision, hub, cache)
-        base = find_base(adapter, s.base, s.revision, resolved.secrets, cache, console, weights=not dry_run)
+        adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
+        base = find_base(adapter.folder, s.base, s.revision, services, weights=not dry_run)
         if dry_run:
             return base
         # without --merged-out-dir the merged model is cached under base revision and adapter hash, for later exports
-        key = sha256(adapter / "adapter_model.safetensors")[:16]
-        target = s.merged_out_dir or cache / "merged" / f"{base.revision[:16]}-{key}"
+        key = sha256(adapter.folder / "adapter_model.safetensors")[:16]
+        target = s.merged_out_dir or services.cache / "merged" / f"{base.revision[:16]}-{key}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        merge_into(base, adapter, target, "bf16", console, prove=False)
-        return Source(f"{base.name} with {s.adapter_source}{commit}", target, base.revision, "merged")
+        merge_into(base, adapter.folder, target, dtype="bf16", console=services.console, verify=False)
+        return Source(f"{base.name} with {adapter.label}", target, base.revision, "merged")
     if s.merged_dir:
-        return _resolve_merged_model(s, resolved.secrets.hub, hub, cache, console, dry_run)
+        return _find_merged_model(s, services, dry_run)
     if s.base or resolved.origins["preset"].source != "default":  # the base without an adapter
         name = s.base or PRESETS[s.preset]["base_model"]
-        return resolve(name, s.revision, resolved.secrets.hub, cache, console.say, not dry_run)
-    raise PhoqueError(
-        "There is nothing to export.",
-        "Neither an adapter nor a merged model is given.",
-        "Give one with --adapter-source or --merged-dir.",
+        return find_model(name, s.revision, services, weights=not dry_run)
+    raise UsageError(
+        what="There is nothing to export.",
+        why="Neither an adapter nor a merged model is given.",
+        fix="Give one with --adapter-source or --merged-dir.",
     )
 
 
-def _resolve_merged_model(
-    s: ExportSettings, token: str | None, hub: Hub, cache: Path, console: Console, dry_run: bool
-) -> Source:
+def _find_merged_model(s: ExportSettings, services: Services, dry_run: bool) -> Source:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        source = resolve(s.merged_dir, s.merged_revision, token, cache, console.say, not dry_run)
+        source = find_model(s.merged_dir, s.merged_revision, services, weights=not dry_run)
     except RepositoryNotFoundError:
-        return _fetch_from_dataset(s, hub, cache, dry_run)
+        return _fetch_from_dataset(s, services, dry_run)
     if s.merged_out_dir and source.on_hub and not dry_run:
         shutil.copytree(source.folder, s.merged_out_dir, dirs_exist_ok=True)
         return Source(source.name, s.merged_out_dir, source.revision, source.origin)
     return source
 
 
-def _fetch_from_dataset(s: ExportSettings, hub: Hub, cache: Path, dry_run: bool) -> Source:
+def _fetch_from_dataset(s: ExportSettings, services: Services, dry_run: bool) -> Source:
     """Download a merged model from a dataset repository at a pinned commit; the hash of every file is checked."""
-    repo = Repo(hub, s.merged_dir, "dataset")
+    repo = Repo(services.hub, s.merged_dir, "dataset")
     commit = repo.snapshot(s.merged_revision)
-    folder = s.merged_out_dir or cache / "merged" / f"{repo.name.replace('/', '--')}-{commit.sha[:12]}"
+    folder = s.merged_out_dir or services.cache / "merged" / f"{repo.name.replace('/', '--')}-{commit.sha[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     index = None
     if INDEX in commit.files:
         index = json.loads(repo.fetch(commit, INDEX, folder).read_text())
     if "config.json" not in commit.files:
-        raise PhoqueError(f"{repo.name} contains no model.", "Its root has no config.json.", "Check --merged-dir.")
-    for path in wanted_files(commit.files, index):
+        raise UsageError(
+            what=f"{repo.name} contains no model.", why="Its root has no config.json.", fix="Check --merged-dir."
+        )
+    for path in select_files(commit.files, index):
         if dry_run and path.endswith(".safetensors"):
             continue
         repo.fetch(commit, path, folder)
@@ -177,40 +199,46 @@ def _default_name(s: ExportSettings) -> str:
 
 def _check_output_dir(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise PhoqueError(f"{folder} is a file.", "The export needs a folder.", "Choose another --output-dir.")
+        raise UsageError(
+            what=f"{folder} is a file.", why="The export needs a folder.", fix="Choose another --output-dir."
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise PhoqueError(
-            f"{folder} is not empty and contains no export.", "The files would be lost.", "Choose another --output-dir."
+        raise UsageError(
+            what=f"{folder} is not empty and contains no export.",
+            why="The files would be lost.",
+            fix="Choose another --output-dir.",
         )
 
 
 def _choose_layout(source: Source, layout: str) -> str:
     config = json.loads((source.folder / "config.json").read_text())
-    has_vision = config["model_type"] == "mistral3" and "vision_config" in config
+    has_vision = ARCHITECTURES[config["model_type"]].vision_layout and "vision_config" in config
     if layout == "multimodal" and not has_vision:
-        raise PhoqueError(
-            f"{source.name} has no vision tower.", f"Its type is {config['model_type']}.", "Use --layout text or auto."
+        raise UsageError(
+            what=f"{source.name} has no vision tower.",
+            why=f"Its type is {config['model_type']}.",
+            fix="Use --layout text or auto.",
         )
-    return layout_of(config, has_vision) if layout == "auto" else layout
+    if layout != "auto":
+        return layout
+    return "multimodal" if has_vision else "text"
 
 
-def _write_export(
-    source: Source, layout: str, folder: Path, resolved: Resolved[ExportSettings], console: Console
-) -> dict[str, Any]:
+def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, services: Services) -> dict[str, Any]:
     """Write the export; return for each precision its size in bytes, and KL and agreement with the checkpoint."""
-    s = resolved.settings
+    console = services.console
     reports: dict[str, dict[str, Any]] = {dtype: {} for dtype in s.dtype}
     load_tokenizer(source)  # raises an error for a model without a chat template before anything expensive runs
     calibration: accuracy.Ids = []
     held_out: accuracy.Ids = []
     if s.accuracy or set(QUANTIZED_DTYPES) & set(s.dtype):
-        calibration, held_out = accuracy.load_chats(source, s.chats, s.chats_split, resolved.secrets.hub)
+        calibration, held_out = accuracy.load_chats(source, s.chats, s.chats_split, services.secrets.hub)
     if s.engine == "optimum":
         from phoque.onnx.optimum import export_with_optimum
 
         chunks = export_with_optimum(source, folder, layout, s.dtype, s.onnx_export_python, console)
     else:
-        export = Export(Weights(source), layout, s.dtype, folder, s.fuse)
+        export = Export(Weights(CheckpointReader(source)), layout, s.dtype, folder, s.fuse)
         if "int8" in s.dtype and export.weights.fp32_bytes > MAX_WASM_BYTES:
             console.warn(
                 f"int8 takes {export.weights.fp32_bytes / 1e9:.1f} GB of memory once it is loaded, and a wasm page "
@@ -246,7 +274,7 @@ def _calibrate(
         return export.weights, None
     console.say("smoothing the activations")
     target_device = default_device()
-    model = load_model(export.weights.source, "none" if target_device.type == "cpu" else "bf16", on=target_device)
+    model = load_model(export.weights.source, "fp32" if target_device.type == "cpu" else "bf16", on=target_device)
     weights = smooth_activations(export.weights, model, calibration)
     if not four_bit_dtypes:
         return weights, None
@@ -335,10 +363,10 @@ def _list_components(
     return components
 
 
-def _write_record(folder: Path, source: Source, result: dict[str, Any]) -> None:
+def _write_record(folder: Path, source: Source, result: ExportResult) -> None:
     from phoque import __version__
 
-    summary = {name: result[name] for name in ("layout", "engine", "dtypes", "bytes")}
+    summary = {name: getattr(result, name) for name in ("layout", "engine", "dtypes", "bytes")}
     digests = {f"onnx/{file.name}": sha256(file) for file in sorted((folder / "onnx").iterdir())}
     record = {
         "schema_version": 1,
@@ -350,18 +378,17 @@ def _write_record(folder: Path, source: Source, result: dict[str, Any]) -> None:
     (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
-def _verify_export(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, console: Console) -> str:
+def _verify_export(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, services: Services) -> str:
     from phoque.onnx.verify.run import verify_folder
 
-    verdict = verify_folder(folder, dtypes, "ort", console, source)
+    verdict = verify_folder(folder, dtypes, "ort", source, services)
     failures = verdict.failed_checks()
     for check in failures:
-        console.warn(f"{check.level}: {check.said}")
+        services.console.warn(f"{check.level}: {check.said}")
     if failures and s.verify_strict:
-        raise PhoqueError(
-            "The export does not verify; it was deleted.",
-            f"{failures[0].level}: {failures[0].said}",
-            "Report it with the model's config.json, or keep the export with --no-verify-strict.",
-            FAILED,
+        raise RunError(
+            what="The export does not verify; it was deleted.",
+            why=f"{failures[0].level}: {failures[0].said}",
+            fix="Report it with the model's config.json, or keep the export with --no-verify-strict.",
         )
     return "FAIL" if failures else "PASS"

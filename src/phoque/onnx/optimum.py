@@ -17,11 +17,11 @@ from typing import Any
 import onnx_ir as ir
 
 from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError, UsageError
+from phoque.models.architectures import ARCHITECTURES
 from phoque.models.source import Source
 from phoque.onnx.graph.decoder import strip_metadata
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types that both phoque and transformers 4.57 support
 REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6")
 EXPORT_SCRIPT = """
 import sys
@@ -35,7 +35,7 @@ def export_with_optimum(
 ) -> dict[str, int]:
     """Write onnx/model.onnx and its external data with optimum-onnx; return the number of data files per .onnx file.
 
-    Raises PhoqueError (2) for a model that optimum-onnx would export wrongly, (1) if optimum-onnx fails.
+    Raises UsageError for a model that optimum-onnx would export wrongly, (1) if optimum-onnx fails.
     """
     config = json.loads((source.folder / "config.json").read_text())
     _check_supported(config, layout, dtypes)
@@ -49,11 +49,10 @@ def export_with_optimum(
             text=True,
         )
         if process.returncode or not (output_dir / "model.onnx").is_file():
-            raise PhoqueError(
-                "optimum-onnx failed.",
-                (process.stderr.strip().splitlines() or ["It printed no error."])[-1][:300],
-                "Use --engine transformers, or check --onnx-export-python.",
-                FAILED,
+            raise RunError(
+                what="optimum-onnx failed.",
+                why=(process.stderr.strip().splitlines() or ["It printed no error."])[-1][:300],
+                fix="Use --engine transformers, or check --onnx-export-python.",
             )
         model = ir.load(output_dir / "model.onnx")
         _set_cache_shapes(model, config)
@@ -64,19 +63,20 @@ def export_with_optimum(
 def _check_supported(config: dict[str, Any], layout: str, dtypes: list[str]) -> None:
     model_type, rope = config["model_type"], config.get("rope_parameters") or {}
     reason = None
-    if model_type not in MODEL_TYPES or layout != "text":
+    supported = [name for name, architecture in ARCHITECTURES.items() if architecture.in_optimum]
+    if model_type not in supported or layout != "text":
         reason = (
-            f"it does not support {model_type} with layout {layout}: it knows the text models {', '.join(MODEL_TYPES)}"
+            f"it does not support {model_type} with layout {layout}: it knows the text models {', '.join(supported)}"
         )
     elif rope.get("rope_type", "default") != "default":
         reason = f"it would ignore the rotary scaling {rope['rope_type']!r}"
     elif dtypes != ["fp32"]:
         reason = "it is a cross-check and exports fp32 only"
     if reason:
-        raise PhoqueError(
-            "The engine optimum cannot do this export.",
-            f"{reason[0].upper()}{reason[1:]}.",
-            "Use --engine transformers" + ("." if "fp32" not in reason else ", or --dtype fp32."),
+        raise UsageError(
+            what="The engine optimum cannot do this export.",
+            why=f"{reason[0].upper()}{reason[1:]}.",
+            fix="Use --engine transformers" + ("." if "fp32" not in reason else ", or --dtype fp32."),
         )
 
 
@@ -102,10 +102,10 @@ def _interpreter_command(python: Path | None) -> list[str]:
         return [str(python)]
     uv = shutil.which("uv")
     if uv is None:
-        raise PhoqueError(
-            "There is no Python environment with optimum-onnx.",
-            "phoque creates one with uv, and uv is not on PATH.",
-            "Install uv, or give the interpreter of an environment that has optimum-onnx with --onnx-export-python.",
+        raise UsageError(
+            what="There is no Python environment with optimum-onnx.",
+            why="phoque creates one with uv, and uv is not on PATH.",
+            fix="Install uv, or give the interpreter of an environment that has optimum-onnx with --onnx-export-python.",
         )
     same_torch = f"torch=={version('torch').split('+')[0]}"  # likely in the cache of uv
     with_options = [word for requirement in (*REQUIREMENTS, same_torch) for word in ("--with", requirement)]

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from phoque.merging.writer import TOKENIZER_FILES
+from phoque.models.architectures import ARCHITECTURES
 from phoque.onnx.session import SUFFIXES
 
 DTYPE_PREFERENCE = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # the first of these in the export is the default
 IMAGE_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 SESSIONS = {"text": ("model",), "multimodal": ("embed_tokens", "decoder_model_merged", "vision_encoder")}
-
-
-def layout_of(config: dict[str, Any], has_vision: bool) -> str:
-    """Return `multimodal` for a Mistral3 with a vision tower, else `text`."""
-    return "multimodal" if config["model_type"] == "mistral3" and has_vision else "text"
 
 
 def write_side_files(source: Path, folder: Path, layout: str, chunks: dict[str, int], dtypes: list[str]) -> None:
@@ -42,7 +38,11 @@ def _build_config(source_config: dict[str, Any], layout: str) -> dict[str, Any]:
         special_tokens = {
             name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config
         }
-        config = special_tokens | config["text_config"] | {"architectures": ["Ministral3ForCausalLM"]}
+        config = (
+            special_tokens
+            | config["text_config"]
+            | {"architectures": [ARCHITECTURES[config["text_config"]["model_type"]].transformers_js_class]}
+        )
         config.setdefault("tie_word_embeddings", source_config.get("tie_word_embeddings", False))
     for section in (config, config.get("text_config", {})):
         section.pop("quantization_config", None)

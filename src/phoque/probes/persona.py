@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.data.rows import Row
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 
 BUNDLED = {"seal": "seal.toml"}
 CONDITIONS = ("neutral", "persona", "placebo")
@@ -48,19 +48,21 @@ class Persona:
 def load_persona(name: str) -> Persona:
     """Load a bundled persona by its name, or a persona from a .toml file.
 
-    Raises PhoqueError (2) for a list that is missing, empty, too short or misspelled, and for a question in two lists.
+    Raises UsageError for a list that is missing, empty, too short or misspelled, and for a question in two lists.
     """
     path = Path(name).expanduser()
     text = files("phoque").joinpath("assets", BUNDLED[name]).read_text("utf-8") if name in BUNDLED else _read_text(path)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise PhoqueError(f"{name} is not valid TOML.", str(error), _SEE_README) from error
+        raise UsageError(what=f"{name} is not valid TOML.", why=str(error), fix=_SEE_README) from error
     allowed = Persona.__dataclass_fields__
     for key in data:
         if key not in allowed:
-            raise PhoqueError(
-                f"{name} has an unknown list {key!r}.", f"The allowed keys are {', '.join(allowed)}.", _SEE_README
+            raise UsageError(
+                what=f"{name} has an unknown list {key!r}.",
+                why=f"The allowed keys are {', '.join(allowed)}.",
+                fix=_SEE_README,
             )
     for key in allowed:
         _check_list(name, key, data.get(key))
@@ -73,7 +75,7 @@ def persona_from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Perso
     """Replace the persona prompts and the lexicon of `persona` by those of the data that an adapter was trained on.
 
     The prompts are the three most frequent system prompts. The lexicon is the words that are far more frequent in the
-    answers than in the questions. Raises PhoqueError (2) if no row has a system prompt.
+    answers than in the questions. Raises UsageError if no row has a system prompt.
     """
     system_counts: Counter[str] = Counter()
     answer_counts: Counter[str] = Counter()
@@ -88,10 +90,10 @@ def persona_from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Perso
                 )
     prompts = tuple(text for text, count in system_counts.most_common(3) if count)
     if not prompts:
-        raise PhoqueError(
-            f"No row of {name} has a system prompt.",
-            "Without one, no prompt can ask the base model for the persona.",
-            "Write a persona file and pass it with --persona.",
+        raise UsageError(
+            what=f"No row of {name} has a system prompt.",
+            why="Without one, no prompt can ask the base model for the persona.",
+            fix="Write a persona file and pass it with --persona.",
         )
     n_answer_words, n_question_words = sum(answer_counts.values()), sum(question_counts.values())
     lift = {
@@ -112,37 +114,41 @@ def split_words(text: str) -> list[str]:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise PhoqueError(
-            f"No persona file at {path}.",
-            f"It is not a bundled persona ({', '.join(BUNDLED)}) either.",
-            "Check --persona.",
+        raise UsageError(
+            what=f"No persona file at {path}.",
+            why=f"It is not a bundled persona ({', '.join(BUNDLED)}) either.",
+            fix="Check --persona.",
         )
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise PhoqueError(f"{path} is not text.", str(error), _SEE_README) from error
+        raise UsageError(what=f"{path} is not text.", why=str(error), fix=_SEE_README) from error
 
 
 def _check_list(name: str, key: str, value: object) -> None:
     if key == "name":
         if not isinstance(value, str) or not value.strip():
-            raise PhoqueError(f"{name} has no name.", 'It needs a line such as name = "harbour seal".', _SEE_README)
+            raise UsageError(
+                what=f"{name} has no name.", why='It needs a line such as name = "harbour seal".', fix=_SEE_README
+            )
         return
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise PhoqueError(
-            f"{name}: {key} is not a list of texts.",
-            "It is missing, no list, or has an empty or non-text entry.",
-            _SEE_README,
+        raise UsageError(
+            what=f"{name}: {key} is not a list of texts.",
+            why="It is missing, no list, or has an empty or non-text entry.",
+            fix=_SEE_README,
         )
     minimum = MIN_QUESTIONS.get(key, 1)
     if len(value) < minimum:
-        raise PhoqueError(f"{name}: {key} has {len(value)} entries.", f"At least {minimum} are required.", _SEE_README)
+        raise UsageError(
+            what=f"{name}: {key} has {len(value)} entries.", why=f"At least {minimum} are required.", fix=_SEE_README
+        )
     if len(set(value)) < len(value):
         duplicate = next(text for text, count in Counter(value).items() if count > 1)
-        raise PhoqueError(
-            f"{name}: {key} holds {duplicate!r} twice.",
-            "A repeated text would be counted twice.",
-            "Remove one of them.",
+        raise UsageError(
+            what=f"{name}: {key} holds {duplicate!r} twice.",
+            why="A repeated text would be counted twice.",
+            fix="Remove one of them.",
         )
 
 
@@ -152,10 +158,10 @@ def _check_disjoint(name: str, data: dict[str, list[str]]) -> None:
     for key in MIN_QUESTIONS:
         for text in data[key]:
             if text in seen_in:
-                raise PhoqueError(
-                    f"{name}: {text!r} is in {seen_in[text]} and in {key}.",
-                    "A vector would be tested on a question that it was extracted from or selected on.",
-                    "Keep it in one of the two lists.",
+                raise UsageError(
+                    what=f"{name}: {text!r} is in {seen_in[text]} and in {key}.",
+                    why="A vector would be tested on a question that it was extracted from or selected on.",
+                    fix="Keep it in one of the two lists.",
                 )
             seen_in[text] = key
 

@@ -85,11 +85,9 @@ def sign_flip_test(differences: Array, seed: int = 0, flips: int = FLIPS) -> tup
 
 def benjamini_hochberg(p: Array) -> Array:
     """Benjamini-Hochberg (1995) q-values of `p` (n,): the false discovery rate if each p up to this one is rejected."""
-    order = numpy.argsort(p)
-    scaled = p[order] * len(p) / numpy.arange(1, len(p) + 1)
-    q = numpy.empty(len(p))
-    q[order] = numpy.minimum(numpy.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return q
+    from scipy.stats import false_discovery_control
+
+    return false_discovery_control(p, method="bh")
 
 
 def column_intervals(values: Array, seed: int = 0) -> tuple[Array, Array]:
@@ -147,15 +145,8 @@ def draw_natural_directions(rows: Array, count: int, seed: int = 0) -> Array:
 
 def spearman(a: Array, b: Array) -> float:
     """Spearman's rank correlation, ties at their mean rank; NaN if either array is constant."""
-    return float(_pearson(_ranks(a), _ranks(b)))
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Array) -> Array:
-    _, inverse, counts = numpy.unique(values, return_inverse=True, return_counts=True)
-    return (numpy.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def _pearson(a: Array, b: Array) -> float:
-    if a.std() == 0 or b.std() == 0:
+    if numpy.ptp(a) == 0 or numpy.ptp(b) == 0:
         return float("nan")
-    return float(((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std()))
+    return float(spearmanr(a, b).statistic)

@@ -11,16 +11,20 @@ class ArtifactSettings(JobSettings):
 
     artifacts_repo_id: str | None = setting(
         None,
-        "Push the run folder to this Hub repository, which is created as private.",
+        "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
         env="ARTIFACTS_REPO_ID",
         pattern=REPO,
     )
     artifacts_repo_type: Literal["dataset", "model"] = setting(
-        "dataset", "Type of the Hub repository for the run folder.", env="ARTIFACTS_REPO_TYPE"
+        "dataset", "Create --artifacts-repo-id as a repository of this type.", env="ARTIFACTS_REPO_TYPE"
     )
     artifacts_path_in_repo: str = setting(
-        "runs", "Folder in that repository in which each run gets its own folder.", env="ARTIFACTS_PATH_IN_REPO"
+        "runs",
+        "Upload each run into a folder of its own below this path in --artifacts-repo-id.",
+        env="ARTIFACTS_PATH_IN_REPO",
     )
     fail_on_artifacts_upload_error: bool = setting(
-        False, "Exit with code 1 if the upload fails, instead of a warning.", env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR"
+        False,
+        "Exit with code 1 if the upload to --artifacts-repo-id fails. Without it, a failed upload is a warning.",
+        env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR",
     )

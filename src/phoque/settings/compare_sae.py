@@ -5,13 +5,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from phoque.settings.artifacts import ArtifactSettings
 from phoque.settings.fields import setting
-from phoque.settings.job import REPO, JobSettings
 
 WHOLE = r"^$|^\s*\d+(\s*,\s*\d+)*\s*$"
 
 
-class SaeSettings(JobSettings):
+class SaeSettings(ArtifactSettings):
     """The settings of one SAE comparison."""
 
     keeps: ClassVar = "artifacts_repo_id"
@@ -82,6 +82,8 @@ class SaeSettings(JobSettings):
         "",
         "Train the SAE on these conversations: a Hub dataset (OWNER/NAME or OWNER/NAME:SPLIT), a file, "
         "or `seal` (bundled).",
+        flag="chats",
+        old_flag="chat",
     )
     text: str = setting(
         "python",
@@ -113,9 +115,13 @@ class SaeSettings(JobSettings):
         "Give the SAE this many times as many features as the model's hidden size (the expansion factor).",
         ge=1,
         le=256,
+        flag="expansion-factor",
+        old_flag="width",
     )
     k: int = setting(64, "Train the SAE to have about this many active features per token.", ge=1)
-    passes: int = setting(2, "Train the SAE for this many epochs over the collected activations.", ge=1)
+    passes: int = setting(
+        2, "Train the SAE for this many epochs over the collected activations.", ge=1, flag="epochs", old_flag="passes"
+    )
     sae_batch: int = setting(4096, "Train the SAE on this many tokens per optimizer step.", ge=16)
     sae_learning_rate: float | None = setting(
         None, "Train the SAE with this learning rate. Without it, 3e-3 x sqrt(2304 / number of features).", gt=0
@@ -123,8 +129,10 @@ class SaeSettings(JobSettings):
     seeds: int = setting(
         1, "Train this many SAEs with different seeds; the additional ones show which features replicate.", ge=1, le=8
     )
-    quantization: Literal["nf4", "bf16", "none"] = setting(
-        "bf16", "Store the models' weights in this precision. nf4 needs the least memory; none means fp32."
+    quantization: Literal["nf4", "bf16", "fp32"] = setting(
+        "bf16",
+        "Store the models' weights in this precision. nf4 needs the least memory.",
+        value_aliases={"none": "fp32"},
     )
     scorer: list[str] = setting(
         ["contrast", "lexicon"],
@@ -151,24 +159,11 @@ class SaeSettings(JobSettings):
     )
     report_json: Path | None = setting(None, "Also write the JSON report to this file.")
     report_md: Path | None = setting(None, "Also write the Markdown report to this file.")
-    artifacts_repo_id: str | None = setting(
-        None,
-        "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
-        env="ARTIFACTS_REPO_ID",
-        pattern=REPO,
-    )
-    artifacts_repo_type: Literal["dataset", "model"] = setting(
-        "dataset", "Create --artifacts-repo-id as a repository of this type.", env="ARTIFACTS_REPO_TYPE"
-    )
+
     artifacts_path_in_repo: str = setting(
         "sae-runs",
         "Upload each run into a folder of its own below this path in --artifacts-repo-id.",
         env="ARTIFACTS_PATH_IN_REPO",
-    )
-    fail_on_artifacts_upload_error: bool = setting(
-        False,
-        "Exit with code 1 if the upload to --artifacts-repo-id fails. Without it, a failed upload is a warning.",
-        env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR",
     )
 
     @model_validator(mode="after")

@@ -89,6 +89,8 @@ class ExportSettings(JobSettings):
         "In q4 and q4f16, raise layers from 4 to 8 bits until the KL divergence from the original is at "
         "most this (nats per token).",
         ge=0,
+        flag="max-kl",
+        old_flag="largest-kl",
     )
     least_agreement: float = setting(
         0.91,
@@ -96,6 +98,8 @@ class ExportSettings(JobSettings):
         "next tokens is unchanged.",
         ge=0,
         le=1,
+        flag="min-agreement",
+        old_flag="least-agreement",
     )
     accuracy: bool = setting(
         True,

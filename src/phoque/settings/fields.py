@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "PHOQUE_"
@@ -25,6 +25,18 @@ class CommandSettings(BaseSettings):
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
         # `resolved` reads each source by itself, to know where a value came from.
         return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_value_aliases(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value_aliases(cls, name).get(value, value)
+            if name in cls.model_fields and isinstance(value, str)
+            else value
+            for name, value in values.items()
+        }
 
 
 class Secrets(CommandSettings):
@@ -79,21 +91,58 @@ class Resolved(Generic[S]):
         return rows
 
 
-def setting(default: Any, meaning: str, env: str | None = None, flag: str | None = None, **limits: Any) -> Any:
-    """A field with its meaning; `env` is its name in the spec where that is not PHOQUE_<FIELD>, `flag` its own flag."""
-    extra: Any = {"flag": flag} if flag else None
-    return Field(default, description=meaning, validation_alias=env, json_schema_extra=extra, **limits)
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    env: str | None = None,
+    flag: str | None = None,
+    old_flag: str | None = None,
+    value_aliases: dict[str, str] | None = None,
+    **limits: Any,
+) -> Any:
+    """A field with its help text.
+
+    `env` is its environment variable where that is not PHOQUE_<FIELD>, `flag` its flag where that is not its name.
+    `old_flag` and the variable of that name, and the values in `value_aliases`, are still accepted, and are hidden.
+    """
+    extra: Any = {"flag": flag, "old_flag": old_flag, "value_aliases": value_aliases}
+    variable: Any = env
+    if flag and old_flag:
+        variable = AliasChoices(*(PREFIX + name.upper().replace("-", "_") for name in (flag, old_flag)))
+    return Field(default, description=meaning, validation_alias=variable, json_schema_extra=extra, **limits)
+
+
+def env_names(model: type[BaseSettings], name: str) -> list[str]:
+    """The environment variables that set a field, the one to document first."""
+    alias = model.model_fields[name].validation_alias
+    if isinstance(alias, AliasChoices):
+        return [str(choice) for choice in alias.choices]
+    return [alias] if isinstance(alias, str) else [PREFIX + name.upper()]
 
 
 def env_name(model: type[BaseSettings], name: str) -> str:
     """The environment variable that sets a field."""
-    alias = model.model_fields[name].validation_alias
-    return alias if isinstance(alias, str) else PREFIX + name.upper()
+    return env_names(model, name)[0]
 
 
 def flag_names(model: type[BaseSettings], name: str) -> list[str]:
-    """A field's flags: its own name, and the spec's name in kebab case where that differs."""
+    """A field's flags: its own, and its environment variable in kebab case where that differs."""
+    variable = env_name(model, name).removeprefix(PREFIX).lower().replace("_", "-")
+    return [f"--{flag}" for flag in dict.fromkeys([_extra(model, name, "flag") or name.replace("_", "-"), variable])]
+
+
+def old_flag_name(model: type[BaseSettings], name: str) -> str | None:
+    """The flag that a field had before; it works and is not shown."""
+    flag = _extra(model, name, "old_flag")
+    return f"--{flag}" if flag else None
+
+
+def value_aliases(model: type[BaseSettings], name: str) -> dict[str, str]:
+    """Values that are accepted for others, such as `none` for `fp32`."""
+    return _extra(model, name, "value_aliases") or {}
+
+
+def _extra(model: type[BaseSettings], name: str, key: str) -> Any:
     extra = model.model_fields[name].json_schema_extra
-    own = extra["flag"] if isinstance(extra, dict) else name.replace("_", "-")
-    spec = env_name(model, name).removeprefix(PREFIX).lower().replace("_", "-")
-    return [f"--{flag}" for flag in dict.fromkeys([own, spec])]
+    return extra.get(key) if isinstance(extra, dict) else None

@@ -29,6 +29,8 @@ class JobSettings(CommandSettings):
         300,
         "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
         ge=0,
+        flag="retry-timeout",
+        old_flag="hub-patience",
     )
     timeout: str | None = setting(
         None,

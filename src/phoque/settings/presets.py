@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 40,
         "samples": 1,
         "dataset": "seal",
-        "quantization": "none",
+        "quantization": "fp32",
         "max_steps": 60,
         "batch_size": 4,
         "packing": "exact",  # a CPU pads nothing

@@ -5,13 +5,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from phoque.settings.artifacts import ArtifactSettings
 from phoque.settings.fields import setting
-from phoque.settings.job import REPO, JobSettings
 
 NUMBERS = r"^\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*\s*$"
 
 
-class PsmSettings(JobSettings):
+class PsmSettings(ArtifactSettings):
     """The settings of one persona vector probe."""
 
     keeps: ClassVar = "artifacts_repo_id"
@@ -60,8 +60,10 @@ class PsmSettings(JobSettings):
     output_dir: Path = setting(
         Path("runs/psm"), "Create the folder of each run, psm_<time>, in this folder.", env="OUTPUT_DIR"
     )
-    quantization: Literal["nf4", "bf16", "none"] = setting(
-        "bf16", "Store the model's weights in this precision. nf4 needs the least memory; none means fp32."
+    quantization: Literal["nf4", "bf16", "fp32"] = setting(
+        "bf16",
+        "Store the model's weights in this precision. nf4 needs the least memory.",
+        value_aliases={"none": "fp32"},
     )
     scorer: list[str] = setting(
         ["contrast", "lexicon"],
@@ -107,25 +109,6 @@ class PsmSettings(JobSettings):
     seed: int = setting(0, "Seed the sampling, the bootstrap and the permutation tests.", ge=0)
     shuffle_labels: bool = setting(
         False, "Swap the labels of half the pairs, as a null run: every verdict must then be no."
-    )
-    artifacts_repo_id: str | None = setting(
-        None,
-        "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
-        env="ARTIFACTS_REPO_ID",
-        pattern=REPO,
-    )
-    artifacts_repo_type: Literal["dataset", "model"] = setting(
-        "dataset", "Create --artifacts-repo-id as a repository of this type.", env="ARTIFACTS_REPO_TYPE"
-    )
-    artifacts_path_in_repo: str = setting(
-        "runs",
-        "Upload each run into a folder of its own below this path in --artifacts-repo-id.",
-        env="ARTIFACTS_PATH_IN_REPO",
-    )
-    fail_on_artifacts_upload_error: bool = setting(
-        False,
-        "Exit with code 1 if the upload to --artifacts-repo-id fails. Without it, a failed upload is a warning.",
-        env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR",
     )
 
     @model_validator(mode="after")

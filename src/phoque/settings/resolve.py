@@ -9,10 +9,20 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, UsageError
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.export_onnx import ExportSettings
-from phoque.settings.fields import PREFIX, CommandSettings, Origin, Resolved, S, Secrets, env_name, flag_names
+from phoque.settings.fields import (
+    PREFIX,
+    CommandSettings,
+    Origin,
+    Resolved,
+    S,
+    Secrets,
+    env_name,
+    env_names,
+    flag_names,
+)
 from phoque.settings.merge import MergeSettings
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
@@ -29,12 +39,12 @@ def resolve_settings(
 ) -> tuple[Resolved[S], list[str]]:
     """The settings of one command, and warnings about the secrets file.
 
-    Raises PhoqueError (2) for a misspelt PHOQUE_* name, an unknown preset or a value of the wrong kind.
+    Raises UsageError for a misspelt PHOQUE_* name, an unknown preset or a value of the wrong kind.
     """
     warnings: list[str] = []
     file = env_file or Path(ENV_FILE)
     if env_file and not file.is_file():
-        raise PhoqueError(f"No such secrets file: {file}", "--secrets-file names it.", "Check the path.")
+        raise UsageError(what=f"No such secrets file: {file}", why="--secrets-file names it.", fix="Check the path.")
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
     warnings += _unknown_names(model, file)
@@ -47,8 +57,8 @@ def resolve_settings(
     if presets:
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), next(iter(presets)))
         if chosen not in presets:
-            raise PhoqueError(
-                f"No preset {chosen!r}.", f"phoque knows {', '.join(presets)}.", _nearest(chosen, presets)
+            raise UsageError(
+                what=f"No preset {chosen!r}.", why=f"phoque knows {', '.join(presets)}.", fix=_nearest(chosen, presets)
             )
         own = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
         layers.append((f"preset {chosen}", own))
@@ -81,21 +91,21 @@ def _name_in(model: type[BaseSettings], source: str, name: str) -> str:
 
 
 def _read(model: type[BaseSettings], source: EnvSettingsSource) -> dict[str, Any]:
-    """What a source holds, keyed by field name. Raises PhoqueError (2) for a list that is not one."""
+    """What a source holds, keyed by field name. Raises UsageError for a list that is not one."""
     try:
         return _by_field(model, source())
     except SettingsError as error:
         name = next((name for name in model.model_fields if f'"{name}"' in str(error)), "")
-        raise PhoqueError(
-            f"{env_name(model, name) if name else 'A setting'} cannot be read.",
-            "It takes several values, and those are read as JSON.",
-            'Write them as ["one", "two"].',
+        raise UsageError(
+            what=f"{env_name(model, name) if name else 'A setting'} cannot be read.",
+            why="It takes several values, and those are read as JSON.",
+            fix='Write them as ["one", "two"].',
         ) from None
 
 
 def _by_field(model: type[BaseSettings], found: dict[str, Any]) -> dict[str, Any]:
     """Values keyed by field name; pydantic-settings keys them by alias where there is one."""
-    by_alias = {env_name(model, name): name for name in model.model_fields}
+    by_alias = {variable: name for name in model.model_fields for variable in env_names(model, name)}
     keyed = {by_alias.get(key, key): value for key, value in found.items()}
     return {name: value for name, value in keyed.items() if name in model.model_fields}
 
@@ -122,17 +132,19 @@ def _secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
 def _unknown_names(model: type[CommandSettings], file: Path) -> list[str]:
     """Warnings about names in the environment that are nearly a setting's, but for those that can only be meant as one.
 
-    Raises PhoqueError (2) for these: with the prefix, or in the secrets file and nearly a setting's.
+    Raises UsageError for these: with the prefix, or in the secrets file and nearly a setting's.
     """
     from dotenv import dotenv_values
 
-    known = {env_name(m, name) for m in {model, *MODELS, Secrets} for name in m.model_fields} | OTHER_NAMES
+    known = {v for m in {model, *MODELS, Secrets} for name in m.model_fields for v in env_names(m, name)} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
     warnings = []
     for name in {**os.environ, **in_file}.keys() - known:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
         if name.upper().startswith(PREFIX) or (near and name in in_file):
-            raise PhoqueError(f"Unknown setting {name}.", "No setting has that name.", _nearest(name.upper(), known))
+            raise UsageError(
+                what=f"Unknown setting {name}.", why="No setting has that name.", fix=_nearest(name.upper(), known)
+            )
         if near:
             warnings.append(f"{name} is set, which is no setting of phoque's; did you mean {near[0]}?")
     return sorted(warnings)
@@ -149,10 +161,10 @@ def _settings_error(model: type[BaseSettings], error: ValidationError, origins: 
     key = str(problem["loc"][0]) if problem["loc"] else ""
     name = next(iter(_by_field(model, {key: None})), None)
     if name is None:
-        return PhoqueError("These settings do not go together.", said, "See `phoque COMMAND --help`.")
+        return UsageError(what="These settings do not go together.", why=said, fix="See `phoque COMMAND --help`.")
     origin = origins[name]
-    return PhoqueError(
-        f"{origin.name} has a value that cannot be used (from: {origin.source}).",
-        said,
-        f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}",
+    return UsageError(
+        what=f"{origin.name} has a value that cannot be used (from: {origin.source}).",
+        why=said,
+        fix=f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}",
     )

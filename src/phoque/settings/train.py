@@ -72,10 +72,10 @@ class TrainSettings(JobSettings):
     lora_dropout: float = setting(
         0.0, "Apply dropout with this probability to the adapter's input during training.", ge=0, lt=1
     )
-    quantization: Literal["nf4", "fp8", "bf16", "none"] = setting(
+    quantization: Literal["nf4", "fp8", "bf16", "fp32"] = setting(
         "nf4",
-        "Store the frozen base weights in this precision. nf4 needs the least memory, fp8 a GPU with FP8 "
-        "units; none means fp32.",
+        "Store the frozen base weights in this precision. nf4 needs the least memory, fp8 a GPU with FP8 units.",
+        value_aliases={"none": "fp32"},
     )
     engine_mode: Literal["auto", "eager", "compile", "graph"] = setting(
         "auto",

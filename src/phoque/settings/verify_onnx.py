@@ -43,4 +43,6 @@ class VerifySettings(CommandSettings):
         300,
         "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
         ge=0,
+        flag="retry-timeout",
+        old_flag="hub-patience",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from phoque.errors import FAILED, PhoqueError, first_line
+from phoque.errors import RunError, first_line
 from phoque.files import sha256
 
 MANIFEST = "MANIFEST.json"
@@ -120,7 +120,7 @@ def import_trainer_checkpoint(folder: Path, used: dict[str, Any], warn: Callable
 def find_newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint that verifies, or None if there are no checkpoints.
 
-    Raises PhoqueError (1) if there are checkpoints but none verifies: starting at step 0 would lose them.
+    Raises RunError if there are checkpoints but none verifies: starting at step 0 would lose them.
     """
     candidates = list_checkpoints(run)
     for checkpoint in candidates:
@@ -129,11 +129,10 @@ def find_newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
             return checkpoint
         warn(f"{checkpoint} is skipped: {reason}")
     if candidates:
-        raise PhoqueError(
-            f"None of the {len(candidates)} checkpoints in {run} is whole.",
-            f"The newest: {find_defect(candidates[0])}.",
-            "Restore one, or start over with --fresh-start.",
-            FAILED,
+        raise RunError(
+            what=f"None of the {len(candidates)} checkpoints in {run} is whole.",
+            why=f"The newest: {find_defect(candidates[0])}.",
+            fix="Restore one, or start over with --fresh-start.",
         )
     return None
 

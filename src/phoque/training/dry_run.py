@@ -1,37 +1,54 @@
 """The dry run: every setting and its source, estimated size and memory, and three rows with their loss mask."""
 
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from phoque.console import Console
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
 from phoque.errors import PublicRepoError
+from phoque.results import DryRun
+from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import sort_checkpoints
-from phoque.training.prepare import Prepared, hub_repo, packing_of, prepare
+from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare
 
 GB = 1e9
-BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "none": 4.0}  # per projection weight; nf4 with double quantization
+BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "fp32": 4.0}  # per projection weight; nf4 with double quantization
 
 
-def plan_run(resolved: Resolved[TrainSettings], cache: Path, console: Console) -> dict[str, Any]:
-    """Return {settings, facts, parameters, memory_gb, data, preview} of a run. Writes only to phoque's cache."""
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan(DryRun):
+    """The plan of a run, with parameter counts, the memory estimate in GB, the data scan, and masked example rows."""
+
+    parameters: dict[str, int]
+    memory_gb: dict[str, float]
+    data: dict[str, Any]
+    preview: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """{settings, facts, parameters, memory_gb, data, preview}."""
+        return {
+            name: getattr(self, name) for name in ("settings", "facts", "parameters", "memory_gb", "data", "preview")
+        }
+
+
+def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan:
+    """Show what a run would do. Writes only to phoque's cache."""
     s = resolved.settings
-    ready = prepare(resolved, cache, console, weights=False)
+    ready = prepare(resolved, services, weights=False)
     counts = count_parameters(ready.config, s.lora_rank)
-    return {
-        "settings": resolved.provenance(),
-        "facts": _list_facts(s, ready, counts) | count_system_tokens(ready.chat) | _describe_repo(resolved, console),
-        "parameters": counts,
-        "memory_gb": estimate_memory(ready, s, counts),
-        "data": ready.scan.summary(),
-        "preview": [preview_row(ready.chat, row, encoded) for row, encoded in ready.scan.preview],
-    }
+    return TrainPlan(
+        facts=_list_facts(s, ready, counts) | count_system_tokens(ready.chat) | _describe_repo(s, services),
+        settings=resolved.provenance(),
+        parameters=counts,
+        memory_gb=estimate_memory(ready, s, counts),
+        data=ready.scan.summary(),
+        preview=[preview_row(ready.chat, row, encoded) for row, encoded in ready.scan.preview],
+    )
 
 
 def count_parameters(config: Any, rank: int) -> dict[str, int]:
@@ -51,9 +68,9 @@ def count_parameters(config: Any, rank: int) -> dict[str, int]:
 def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> dict[str, float]:
     """Estimate the GB of weights, of the adapter with its Adam states, and of the activations of one forward pass."""
     config = ready.config.get_text_config()
-    rows = packing_of(s, ready.scan, static=False)
+    rows = packing_for(s, ready.scan, static=False)
     tokens = rows.count * rows.mean if rows.exact else rows.tokens
-    width = BYTES["none" if s.quantization == "none" else "bf16"]
+    width = BYTES["fp32" if s.quantization == "fp32" else "bf16"]
     projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
     # What a decoder layer keeps for its backward pass, in units of hidden and intermediate activations: the inputs of
     # two norms and seven projections, the rotated heads, and LoRA's copies of its inputs; recomputed when checkpointed.
@@ -91,18 +108,18 @@ def preview_row(chat: ChatTemplate, row: Row, encoded: EncodedChat) -> dict[str,
     return {"source": row.source, "tokens": len(encoded.ids), "trained": encoded.trained_tokens, "parts": parts}
 
 
-def _describe_repo(resolved: Resolved[TrainSettings], console: Console) -> dict[str, str]:
+def _describe_repo(s: TrainSettings, services: Services) -> dict[str, str]:
     """Describe the run's Hub repository; sends GET requests only."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    repo = hub_repo(resolved, console)
+    repo = open_run_repo(s, services)
     if repo is None:
         return {}
     try:
         state = repo.snapshot()
     except RepositoryNotFoundError:
-        return {"Hub repository": f"{repo.name} will be created, {'PUBLIC' if resolved.settings.public else 'private'}"}
-    if not (private := repo.private()) and not resolved.settings.public:
+        return {"Hub repository": f"{repo.name} will be created, {'PUBLIC' if s.public else 'private'}"}
+    if not (private := repo.private()) and not s.public:
         raise PublicRepoError(repo.name)
     names = ", ".join(sort_checkpoints(state.checkpoint_folders())) or "no checkpoint"
     return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'} and holds {names}"}
@@ -111,7 +128,7 @@ def _describe_repo(resolved: Resolved[TrainSettings], console: Console) -> dict[
 def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
     if s.packing == "exact":
         return "exactly this many rows, whatever their length"
-    rows = packing_of(s, ready.scan, static=True)
+    rows = packing_for(s, ready.scan, static=True)
     return f"bin-packed into {s.accumulation} x {rows.tokens:,} tokens"
 
 

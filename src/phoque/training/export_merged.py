@@ -1,43 +1,44 @@
 """Merges adapters during and after training, for EXPORT_MERGED_MODEL and EXPORT_INFERENCE_ON_SAVE."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from phoque.errors import FAILED, RESUMABLE, PhoqueError
-from phoque.hub.client import describe_error, is_transient
+from phoque.errors import PhoqueError
+from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
-from phoque.merging.run import merge_into, push_merged
+from phoque.merging.run import MergeResult, merge_into, push_merged
 from phoque.training import checkpoints
-from phoque.training.prepare import Run
+from phoque.training.finish import TrainResult, push_error
+from phoque.training.run_state import Run
 
 FOLDER, TEMPORARY = "merged", ".merged"
 DTYPE = "bf16"
 
 
-def merge_final(run: Run) -> dict[str, Any]:
-    """Merge the final adapter into the run folder, verify the result, and push it if a repository is set.
+def merge_final(run: Run, result: TrainResult) -> TrainResult:
+    """Merge the final adapter into the run folder, verify the merged model, and push it if a repository is set.
 
-    Raises PhoqueError (1) if the verification fails; if the push fails, the error says where the merged model is.
+    Raises RunError if the verification fails; if the push fails, the error says where the merged model is.
     """
-    output = run.folder / FOLDER
-    result = merge_into(run.ready.source, run.folder / "adapter", output, DTYPE, run.console, prove=True)
+    folder = run.folder / FOLDER
+    merged = _merge(run, run.folder / "adapter", folder, verify=True)
+    result = replace(result, merged=str(folder), proof=merged.proof)
     repo = _merged_repo(run)
     if repo is None:
-        return {"merged": str(output), "proof": result["proof"]}
+        return result
     try:
         repo.open(run.settings.public, run.console.warn)
-        push_merged(repo, output)
+        push_merged(repo, folder)
     except PhoqueError:
         raise
     except Exception as error:
-        raise PhoqueError(
-            f"The merged model is complete, but it was not pushed to {repo.name}.",
-            f"{describe_error(error)}. It is in {output}.",
-            "Run the same command again, without --fresh-start: it only pushes.",
-            RESUMABLE if is_transient(error) else FAILED,
+        raise push_error(error)(
+            what=f"The merged model is complete, but it was not pushed to {repo.name}.",
+            why=f"{describe_error(error)}. It is in {folder}.",
+            fix="Run the same command again, without --fresh-start: it only pushes.",
         ) from error
-    return {"merged": str(output), "proof": result["proof"], "merged_repo": repo.name}
+    return replace(result, merged_repo=repo.name)
 
 
 def merge_checkpoint(run: Run, checkpoint: Path) -> None:
@@ -50,7 +51,7 @@ def merge_checkpoint(run: Run, checkpoint: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
     try:
         repo.open(run.settings.public, run.console.warn)
-        merge_into(run.ready.source, checkpoint, output, DTYPE, run.console, prove=False)
+        _merge(run, checkpoint, output, verify=False)
         push_merged(repo, output, f"Merged model of step {step}")
         run.console.say(f"the merged model of step {step} is in {repo.name}")
     finally:
@@ -59,4 +60,8 @@ def merge_checkpoint(run: Run, checkpoint: Path) -> None:
 
 def _merged_repo(run: Run) -> Repo | None:
     name = run.settings.merged_repo
-    return Repo(run.hub, name) if name and run.hub else None
+    return Repo(run.services.hub, name) if name and run.services.secrets.hub else None
+
+
+def _merge(run: Run, adapter: Path, folder: Path, *, verify: bool) -> MergeResult:
+    return merge_into(run.prepared.source, adapter, folder, dtype=DTYPE, console=run.console, verify=verify)

@@ -7,7 +7,7 @@ from typing import Any
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.rows import Dataset
 from phoque.data.scan import DatasetScan
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.models.source import Source
 from phoque.settings.train import TrainSettings
 
@@ -51,25 +51,25 @@ def compute_fingerprint(
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
-    """Raise PhoqueError (2) if the run on disk differs from this one in any part that is not `allowed`; list them."""
+    """Raise UsageError if the run on disk differs from this one in any part that is not `allowed`; list them."""
     for name in allowed:
         if name not in new or name in UNCHANGEABLE:
             matches = difflib.get_close_matches(name, new, 1, 0.6)
-            raise PhoqueError(
-                f"--allow-change {name} is not possible.",
-                "A run cannot be resumed with another value."
+            raise UsageError(
+                what=f"--allow-change {name} is not possible.",
+                why="A run cannot be resumed with another value."
                 if name in UNCHANGEABLE
                 else "No part of a run has that name.",
-                f"Did you mean {matches[0]}?"
+                fix=f"Did you mean {matches[0]}?"
                 if matches and name not in UNCHANGEABLE
                 else f"Parts: {', '.join(sorted(new))}.",
             )
     old = OLD_DEFAULTS | old
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
-        raise PhoqueError(
-            "The run folder or repository holds a different run.",
-            "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in differing),
-            "Use the old values, allow a change with --allow-change NAME, use another --output-dir and --hub-model-id, "
+        raise UsageError(
+            what="The run folder or repository holds a different run.",
+            why="; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in differing),
+            fix="Use the old values, allow a change with --allow-change NAME, use another --output-dir and --hub-model-id, "
             "or delete the old run with --fresh-start.",
         )

@@ -11,8 +11,8 @@ from phoque.data.rows import Dataset, open_dataset
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
 from phoque.hub.repo import Repo
-from phoque.models.load import load_config, load_tokenizer
-from phoque.models.source import Source, resolve
+from phoque.models.config import load_config, load_tokenizer
+from phoque.models.source import Source, find_model
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
@@ -40,7 +40,7 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             what="No base model was given.", why="--base-model is empty.", fix="Give one, or use a --preset."
         )
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub)
-    source = resolve(s.base_model, s.revision, services, weights=weights)
+    source = find_model(s.base_model, s.revision, services, weights=weights)
     config = load_config(source)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length)
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.errors import FAILED, IntegrityError, PhoqueError, first_line
+from phoque.errors import IntegrityError, PhoqueError, RunError, UsageError, first_line
 from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
@@ -126,11 +126,10 @@ class _Remote:
             self._console.warn(f"{name} in {self.repo.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
         if folders and above < 0:
-            raise PhoqueError(
-                f"None of the {len(folders)} checkpoints in {self.repo.name} is whole.",
-                f"The last one tried: {reason}.",
-                "Restore one from the repository's history, or start again with --fresh-start.",
-                FAILED,
+            raise RunError(
+                what=f"None of the {len(folders)} checkpoints in {self.repo.name} is whole.",
+                why=f"The last one tried: {reason}.",
+                fix="Restore one from the repository's history, or start again with --fresh-start.",
             )
         return None
 
@@ -204,8 +203,10 @@ def _start_fresh(
         places = " and ".join([str(run)] * bool(local) + ([remote.repo.name] if on_hub and remote else []))
         console.say(f"a fresh start deletes {', '.join(names)} in {places}")
         if not s.yes and console.can_ask() and not console.confirm("Delete them and start at step 0?"):
-            raise PhoqueError(
-                "Nothing was started.", "The fresh start was declined.", "Leave out --fresh-start to continue the run."
+            raise UsageError(
+                what="Nothing was started.",
+                why="The fresh start was declined.",
+                fix="Leave out --fresh-start to continue the run.",
             )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     marker = {"id": secrets.token_hex(6), "at": now, "asked": _learning_settings(s), "submission": submission}
@@ -251,10 +252,10 @@ def _read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:
 
 
 def _two_runs_error(run: Path, repo: str, here: str, there: str) -> PhoqueError:
-    return PhoqueError(
-        f"{run} and {repo} hold two different runs.",
-        f"The one here started at {here}, the one on the Hub at {there}.",
-        "Choose another --output-dir to continue the one on the Hub, or another --hub-model-id.",
+    return UsageError(
+        what=f"{run} and {repo} hold two different runs.",
+        why=f"The one here started at {here}, the one on the Hub at {there}.",
+        fix="Choose another --output-dir to continue the one on the Hub, or another --hub-model-id.",
     )
 
 

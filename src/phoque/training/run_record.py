@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque import __version__
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.models.architectures import architecture_of
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
@@ -39,7 +39,7 @@ def delete_run(run: Path) -> None:
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
-    """Read run.json; return None if there is none. Raises PhoqueError (2) if it cannot be read."""
+    """Read run.json; return None if there is none. Raises UsageError if it cannot be read."""
     path = run / RECORD
     if not path.is_file():
         return None
@@ -49,10 +49,10 @@ def read_record(run: Path) -> dict[str, Any] | None:
             raise ValueError("run_id or fingerprint is missing")
         return record
     except (ValueError, TypeError) as error:
-        raise PhoqueError(
-            f"{path} cannot be read.",
-            f"It is not a valid run record: {str(error)[:80]}.",
-            "Delete it (the newest checkpoint holds a copy), or start over with --fresh-start.",
+        raise UsageError(
+            what=f"{path} cannot be read.",
+            why=f"It is not a valid run record: {str(error)[:80]}.",
+            fix="Delete it (the newest checkpoint holds a copy), or start over with --fresh-start.",
         ) from error
 
 

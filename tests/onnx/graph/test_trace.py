@@ -36,7 +36,7 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tm
     for node in part.model.graph:
         if node.op_type == "GroupQueryAttention":
             assert [user.op_type for user, _ in node.outputs[0].uses()] == ["MatMul"]
-    model = load_model(source, "none", on=torch.device("cpu"))
+    model = load_model(source, "fp32", on=torch.device("cpu"))
     chat = OnnxChatModel(tmp_path / "out", "fp32")
     ids = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))
     for first in (0, 1000):

@@ -32,7 +32,7 @@ def chats(count=12):
 
 def test_an_even_model_says_the_same_and_rounds_better(loud):
     def opened():
-        return load_model(loud, "none", on=torch.device("cpu"))
+        return load_model(loud, "fp32", on=torch.device("cpu"))
 
     model, whole = opened(), Weights(loud)
     before = [_compute_log_probs(model, ids) for ids in chats()]

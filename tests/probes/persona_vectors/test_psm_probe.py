@@ -30,7 +30,7 @@ lexicon = ["hrmph"]
 """
 SHORT = [
     "--quantization",
-    "none",
+    "fp32",
     "--extraction-tokens",
     "6",
     "--sweep-tokens",
@@ -213,7 +213,7 @@ def adapter(phoque, tiny_llama, rows):
         "--dataset",
         rows,
         "--quantization",
-        "none",
+        "fp32",
         "--max-steps",
         6,
         "--batch-size",

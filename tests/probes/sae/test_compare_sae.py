@@ -20,7 +20,7 @@ from tests.hub.test_jobs import Container
 PROSE = "The gulls came at noon and took the herring, one by one. The tide was late; the old seal said nothing. "
 SHORT = [
     "--quantization",
-    "none",
+    "fp32",
     "--tokens",
     "6000",
     "--own-answers",
@@ -123,7 +123,7 @@ def adapter(phoque, base, rows):
         "--dataset",
         rows,
         "--quantization",
-        "none",
+        "fp32",
         "--max-steps",
         6,
         "--batch-size",

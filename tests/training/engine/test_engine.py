@@ -50,7 +50,7 @@ def family(folder, name):
     return folder
 
 
-def adapted_model(folder, quantization="none", traced=True, dropout=0.0, seed=3):
+def adapted_model(folder, quantization="fp32", traced=True, dropout=0.0, seed=3):
     name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0, traced)
     torch.manual_seed(seed)
     model = add_lora_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
@@ -78,14 +78,14 @@ def weights_of(hidden):
     return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7)).to(hidden.dtype)
 
 
-def plain(folder, quantization="none", dtype=None, seed=3):
+def plain(folder, quantization="fp32", dtype=None, seed=3):
     """Hidden states and gradients of the plain layers on unpadded rows; `dtype` computes in another precision."""
     model = adapted_model(folder, quantization, traced=False, seed=seed)
     if dtype:
         model = model.to(dtype)
     batch = build_batch(talks())
     inputs = {k: batch[k] for k in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
-    with torch.autocast("cpu", torch.bfloat16, quantization != "none" and dtype is None):  # as the trainer does
+    with torch.autocast("cpu", torch.bfloat16, quantization != "fp32" and dtype is None):  # as the trainer does
         hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
     (hidden * weights_of(hidden)).sum().backward()
     return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -169,7 +169,7 @@ def test_fp8_holds_the_checkpoint_as_it_was_published(mistral3):
 
 
 def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
-    engine = Engine(adapted_model(mistral3, "none"))
+    engine = Engine(adapted_model(mistral3, "fp32"))
     _, once = fast(engine)
     hidden = engine.compute_hidden(static_row())[:, : sum(LENGTHS)]
     (hidden * weights_of(hidden)).sum().backward()
@@ -181,7 +181,7 @@ def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
 
 
 def test_recomputed_layers_change_nothing(mistral3):
-    engine = Engine(adapted_model(mistral3, "none"))
+    engine = Engine(adapted_model(mistral3, "fp32"))
     found = fast(engine)
     engine.recomputed_layers = len(engine.layers)
     assert far(fast(engine), found) < 1e-6
@@ -210,7 +210,7 @@ def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
 
 
 def test_an_optimizer_and_a_checkpoint_still_reach_the_weights(mistral3, tmp_path):
-    model = adapted_model(mistral3, "none")
+    model = adapted_model(mistral3, "fp32")
     engine, kind = Engine(model), architecture_of(model.config)
     save_adapter(model, tmp_path / "before", kind)
     before, _ = fast(engine)
@@ -222,7 +222,7 @@ def test_an_optimizer_and_a_checkpoint_still_reach_the_weights(mistral3, tmp_pat
 
 
 def test_dropout_is_drawn_anew_and_leaves_the_frozen_products_alone(mistral3):
-    engine = Engine(adapted_model(mistral3, "none", dropout=0.5))
+    engine = Engine(adapted_model(mistral3, "fp32", dropout=0.5))
     first, second = fast(engine)[0], fast(engine)[0]
     assert not torch.equal(first, second)
     engine.model.eval()
@@ -239,7 +239,7 @@ def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
             return real(x, dropped, a, sign * b, weight)
 
         monkeypatch.setattr(module, "apply_lora_linear", signed)
-        model = adapted_model(mistral3, "none", traced=False, dropout=0.3)
+        model = adapted_model(mistral3, "fp32", traced=False, dropout=0.3)
         found[sign] = select_engine(model, "compile", PACKING, 10, False).mode
         assert all(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout))
         monkeypatch.undo()
@@ -251,7 +251,7 @@ def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
 
     real = module.apply_lora_linear
     monkeypatch.setattr(module, "apply_lora_linear", lambda x, *rest: tuple(1.5 * part for part in real(x, *rest)))
-    model = adapted_model(mistral3, "none", traced=False)
+    model = adapted_model(mistral3, "fp32", traced=False)
     chosen = select_engine(model, "compile", PACKING, 10, False)
     assert chosen.mode == "eager" and chosen.engine is None
     assert re.search(r"compiled failed: hidden states differ by \d+.*fused linear layers failed: hidden", chosen.reason)
@@ -263,7 +263,7 @@ def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, 
 
     real = module.apply_lora_linear
     monkeypatch.setattr(module, "apply_lora_linear", lambda x, dropped, a, b, weight: real(x, dropped, a, -b, weight))
-    model = adapted_model(mistral3, "none", traced=False)
+    model = adapted_model(mistral3, "fp32", traced=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
@@ -296,7 +296,7 @@ def short_of_memory(monkeypatch, times):
 
 def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, monkeypatch):
     freed = short_of_memory(monkeypatch, 3)
-    chosen = select_engine(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+    chosen = select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, False)
     assert chosen.mode == "compiled" and chosen.engine.recomputed_layers == 2 and freed == [True] * 3
     assert f"ran out in a trial: {POINTWISE_RECOMPUTED}; memory ran out in a trial: more layers" in chosen.reason
     assert chosen.reason.endswith("2 of 3 layers are recomputed")
@@ -306,7 +306,7 @@ def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, mon
 def test_memory_that_runs_out_whatever_is_spared_is_said(mistral3, monkeypatch):
     short_of_memory(monkeypatch, 9)
     with pytest.raises(torch.OutOfMemoryError):
-        select_engine(adapted_model(mistral3, "none"), "compile", PACKING, 10, False)
+        select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, False)
 
 
 def test_whole_weights_go_before_layers_are_recomputed(mistral3):
@@ -320,7 +320,7 @@ def test_whole_weights_go_before_layers_are_recomputed(mistral3):
     assert [engine.reduce_memory() for _ in range(5)] == [POINTWISE_RECOMPUTED, *["more layers are recomputed"] * 3, ""]
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "fp8"])
+@pytest.mark.parametrize("quantization", ["fp32", "nf4", "fp8"])
 def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_path, quantization):
     rows = write_rows(tmp_path / "rows.jsonl", [row(n) for n in range(80)])
     found = {}
@@ -355,12 +355,12 @@ def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_pat
         record = json.loads((run / "run.json").read_text())
         assert record["engine"]["mode"] == {"eager": "eager", "compile": "compiled"}[mode]
     losses, compiled = ([loss for loss, _ in found[mode]] for mode in ("eager", "compile"))
-    assert compiled == pytest.approx(losses, abs=1e-4 if quantization == "none" else 0.02)
+    assert compiled == pytest.approx(losses, abs=1e-4 if quantization == "fp32" else 0.02)
     assert [t for _, t in found["eager"]] == [t for _, t in found["compile"]] and losses[-1] < losses[0]
 
 
 def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
-    chosen = select_engine(adapted_model(mistral3, "none"), "graph", PACKING, 10, True)
+    chosen = select_engine(adapted_model(mistral3, "fp32"), "graph", PACKING, 10, True)
     assert chosen.mode == "compiled" and "no CUDA graphs on a CPU" in chosen.reason
     assert chosen.record()["recomputed_layers"] == len(chosen.engine.layers)
     assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
@@ -372,7 +372,7 @@ def test_layers_compile_once_for_all_of_them_and_for_every_length(mistral3):
     for several, graphs in ((False, 4), (True, 2)):
         torch.compiler.reset()
         counters.clear()
-        engine = Engine(adapted_model(mistral3, "none"), compiled=True, dynamic=several)
+        engine = Engine(adapted_model(mistral3, "fp32"), compiled=True, dynamic=several)
         for tokens in (128, 160, 192, 224):
             row = PackedRow.from_batch(**build_batch(talks(), Shape(tokens, 12, 40)))
             engine.compute_hidden(row).sum().backward()
@@ -388,7 +388,7 @@ def test_compiled_exact_steps_of_a_stopped_run_goes_on_as_it_was(phoque, mistral
         "--dataset",
         rows,
         "--quantization",
-        "none",
+        "fp32",
         "--batch-size",
         8,
         "--packing",

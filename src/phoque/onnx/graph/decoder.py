@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from phoque.models.load import HEAD
+from phoque.models.checkpoint_reader import HEAD
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
 from phoque.onnx.graph.trace import PackedParameter, TracedDecoder
 from phoque.onnx.quantize.block_format import Quantizer, can_quantize, choose_group_size

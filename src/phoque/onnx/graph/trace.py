@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError
 
 FIRST_MARK = 100  # fp16 represents integers up to 2,048 exactly
 TRACED_LAYERS = 3  # layers: the first, the one to repeat, the last
@@ -50,7 +50,7 @@ def trace_decoder(config: Any, dtype: torch.dtype, provider: Provider) -> Traced
     """Trace a text model: inputs_embeds, attention_mask, position_ids and cache in, logits and cache out.
 
     `provider` is the ONNX Runtime provider whose fused operators are used, cpu or webgpu, or None for plain operators.
-    Raises PhoqueError (1) if the exporter changed a parameter so that it cannot be identified, or layers differ.
+    Raises RunError if the exporter changed a parameter so that it cannot be identified, or layers differ.
     """
     layer_types = getattr(config, "layer_types", None)
     is_uniform = not layer_types or len(set(layer_types)) == 1
@@ -166,11 +166,10 @@ def _read_recipes(model: ir.Model, names: list[str]) -> dict[str, tuple[PackedPa
         - {"model.embed_tokens.weight"}
     )
     if missing:
-        raise PhoqueError(
-            "The exporter changed a weight of this architecture in an unknown way.",
-            f"The weight {missing[0]} is not in the graph, neither as it is, nor transposed, nor packed with others.",
-            "Report it with the model's config.json and the version of transformers.",
-            FAILED,
+        raise RunError(
+            what="The exporter changed a weight of this architecture in an unknown way.",
+            why=f"The weight {missing[0]} is not in the graph, neither as it is, nor transposed, nor packed with others.",
+            fix="Report it with the model's config.json and the version of transformers.",
         )
     return recipes
 
@@ -185,16 +184,15 @@ def _read_watermarks(array: np.ndarray, names: list[str]) -> Generator[PackedPar
 
 
 def _repeat_middle_layer(traced: TracedDecoder, layers: int) -> TracedDecoder:
-    """Repeat the middle layer until the graph has `layers` layers. Raises PhoqueError (1) if traced layers differ."""
+    """Repeat the middle layer until the graph has `layers` layers. Raises RunError if traced layers differ."""
     graph = traced.model.graph
     layer_of = _find_layers(traced)
     middle, last = ([n for n in graph if layer_of[n.outputs[0]] == layer] for layer in (1, 2))
     if [_signature_of(n) for n in middle] != [_signature_of(n) for n in last]:
-        raise PhoqueError(
-            "The layers of this model do not export to the same operators.",
-            "The exporter fused the second and the third layer differently.",
-            "Report it with the model's config.json.",
-            FAILED,
+        raise RunError(
+            what="The layers of this model do not export to the same operators.",
+            why="The exporter fused the second and the third layer differently.",
+            fix="Report it with the model's config.json.",
         )
     counterparts = {  # maps each value of the first layer that the middle one reads to its counterpart in the middle layer
         source: target

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.onnx.component import DTYPES, Component, Weights
 from phoque.onnx.graph.decoder import strip_metadata
 from phoque.onnx.graph.trace import silence_exporter
@@ -50,14 +50,14 @@ class VisionEncoder(torch.nn.Module):
 def vision_component(weights: Weights, dtype: torch.dtype, quantize: bool) -> Component:
     """Build the session `vision_encoder`, computed in `dtype`; `quantize` stores its linear layers in 8 bits.
 
-    Raises PhoqueError (2) for a model whose image features do not come from the last layer of its tower.
+    Raises UsageError for a model whose image features do not come from the last layer of its tower.
     """
     config = weights.config
     if config.vision_feature_layer != -1:
-        raise PhoqueError(
-            "phoque cannot export the vision encoder of this model.",
-            f"Its image features come from layer {config.vision_feature_layer}, not from the last layer (-1).",
-            "Export the text model alone with --layout text.",
+        raise UsageError(
+            what="phoque cannot export the vision encoder of this model.",
+            why=f"Its image features come from layer {config.vision_feature_layer}, not from the last layer (-1).",
+            fix="Export the text model alone with --layout text.",
         )
     encoder = VisionEncoder(config, dtype).eval().requires_grad_(False)
     for module, prefix in ((encoder.tower, TOWER), (encoder.projector, PROJECTOR)):

@@ -12,7 +12,7 @@ import torch
 
 from phoque.onnx.accuracy import Ids
 from phoque.onnx.quantize.block_format import QuantizedMatrix, choose_group_size, pack_codes, split_groups
-from phoque.onnx.quantize.linear_groups import LINEAR_GROUPS, replace_weight
+from phoque.onnx.quantize.linear_groups import linear_groups, replace_weight
 
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of the mean of that diagonal
 SCALE_CANDIDATES = 20  # number of ranges that the scale search tries, from the full range to half of it
@@ -32,11 +32,12 @@ def quantize_model(model: Any, chats: Ids, show: Callable[[int, str], None]) -> 
         prefix = f"model.layers.{number}."
         with ExitStack() as stack:
             hessians = [
-                stack.enter_context(_accumulate_hessian(layer.get_submodule(group[0]))) for group in LINEAR_GROUPS
+                stack.enter_context(_accumulate_hessian(layer.get_submodule(group[0])))
+                for group in linear_groups(model)
             ]
             for hidden, kwargs in layer_inputs:
                 layer(hidden, **kwargs)
-        for group, hessian in zip(LINEAR_GROUPS, hessians, strict=True):
+        for group, hessian in zip(linear_groups(model), hessians, strict=True):
             for name in group:
                 matrices[prefix + name] = quantize_matrix(layer.get_submodule(name).weight, hessian[0])
                 replace_weight(model, prefix + name, matrices[prefix + name])

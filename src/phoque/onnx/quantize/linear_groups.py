@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
+from phoque.models.architectures import architecture_of
 from phoque.onnx.quantize.block_format import QuantizedMatrix
 
-LINEAR_GROUPS = (  # linear layers that read the same activations; the graph fuses a group into one, so it has one bit width
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+
+def linear_groups(model: Any) -> tuple[tuple[str, ...], ...]:
+    """The linear layers of one decoder block; a group reads the same input, is fused into one, and has one bit width."""
+    return architecture_of(model.config).linear_groups
 
 
 def linear_groups_of(model: Any) -> list[tuple[str, ...]]:
@@ -21,7 +20,7 @@ def linear_groups_of(model: Any) -> list[tuple[str, ...]]:
     return [
         tuple(f"model.layers.{number}.{name}" for name in group)
         for number in range(model.config.num_hidden_layers)
-        for group in LINEAR_GROUPS
+        for group in linear_groups(model)
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from phoque.inference.likelihood import sum_kl
 from phoque.onnx.accuracy import Ids
 from phoque.onnx.component import Weights
 from phoque.onnx.quantize.block_format import Quantizer, round_to_nearest, split_groups
@@ -83,7 +84,7 @@ def _measure_accuracy(model: Any, chats: Ids, expected: Ids) -> tuple[float, flo
     kl, agreed, tokens = 0.0, 0, 0
     for ids, target in zip(chats, expected, strict=True):
         log_probs = _compute_log_probs(model, ids)
-        kl += (target.exp() * (target - log_probs)).sum().item()
+        kl += sum_kl(target, log_probs)
         agreed += int((target.argmax(-1) == log_probs.argmax(-1)).sum())
         tokens += len(target)
     return kl / tokens, agreed / tokens

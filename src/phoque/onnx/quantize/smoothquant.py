@@ -5,16 +5,11 @@ from typing import Any
 
 import torch
 
+from phoque.models.architectures import architecture_of
 from phoque.onnx.accuracy import Ids
 from phoque.onnx.component import Factors, Weights, apply_factors
 from phoque.onnx.quantize.linear_groups import hook_linear_inputs, linear_groups_of
 
-SMOOTH_SOURCES = (  # module whose output each linear group reads: it is divided by the factors that the group is multiplied by
-    "input_layernorm",
-    "self_attn.v_proj",
-    "post_attention_layernorm",
-    "mlp.up_proj",
-)
 SMOOTHING = 0.6  # migration strength (alpha): 0 leaves all outliers in the activations, 1 moves them to the weights
 CALIBRATION_TOKENS = 2000
 MAX_FACTOR = 64.0  # largest factor of a channel, and the inverse of the smallest: fp16 values stay in range
@@ -30,7 +25,9 @@ def smooth_activations(weights: Weights, model: Any, chats: Ids) -> Weights:
     sample, config = _take_tokens(chats, CALIBRATION_TOKENS), model.config
     factors: Factors = {}
     channel_rms = _measure_channel_rms(model, [group[0] for group in linear_groups_of(model)], sample)
-    for group, source in zip(linear_groups_of(model), SMOOTH_SOURCES * config.num_hidden_layers, strict=True):
+    for group, source in zip(
+        linear_groups_of(model), architecture_of(config).smooth_sources * config.num_hidden_layers, strict=True
+    ):
         group_weights = [model.get_submodule(name).weight.float() for name in group]
         source_name = f"{group[0].rpartition('.')[0].rpartition('.')[0]}.{source}"
         rms, weight_max = (

@@ -21,6 +21,11 @@ class Check:
     asks: str
     result: str
     said: str
+    id: str = ""  # for checks that later levels depend on
+
+    def to_json(self) -> dict[str, str]:
+        """{level, asks, result, said}."""
+        return {"level": self.level, "asks": self.asks, "result": self.result, "said": self.said}
 
 
 @dataclass
@@ -32,15 +37,15 @@ class Verdict:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def check(self, level: str, asks: str) -> Generator[list[str]]:
+    def check(self, level: str, asks: str, id: str = "") -> Generator[list[str]]:
         """Run the `with` body as one check: CheckFailed fails it; strings appended to the yielded list are reported."""
         notes: list[str] = []
         try:
             yield notes
         except CheckFailed as problem:
-            self.checks.append(Check(level, asks, FAIL, str(problem)))
+            self.checks.append(Check(level, asks, FAIL, str(problem), id))
         else:
-            self.checks.append(Check(level, asks, PASS, "; ".join(notes)))
+            self.checks.append(Check(level, asks, PASS, "; ".join(notes), id))
 
     def skip(self, level: str, asks: str, why: str) -> None:
         """Record that a check did not run, and why."""
@@ -49,6 +54,10 @@ class Verdict:
     def failed_checks(self) -> list[Check]:
         """Return the checks that failed."""
         return [check for check in self.checks if check.result == FAIL]
+
+    def has_failed(self, *ids: str) -> bool:
+        """Whether one of the checks with these ids failed."""
+        return any(check.id in ids for check in self.failed_checks())
 
     def level(self, name: str) -> str:
         """Return FAIL if a check of this level failed, NOT RUN if none of its checks ran, else PASS."""
@@ -65,7 +74,7 @@ class Verdict:
             "schema_version": 1,
             "verdict": self.overall_result(),
             "levels": {name: self.level(name) for name in LEVELS},
-            "checks": [vars(check) for check in self.checks],
+            "checks": [check.to_json() for check in self.checks],
             "numbers": self.numbers,
         }
 

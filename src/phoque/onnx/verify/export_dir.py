@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.files import sha256
 from phoque.hub.repo import Repo
 from phoque.onnx.verify.checks import CheckFailed
@@ -18,8 +18,10 @@ class LocalExport:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise PhoqueError(
-                f"There is no folder {folder}.", "--local-dir must be an existing folder.", "Check the path."
+            raise UsageError(
+                what=f"There is no folder {folder}.",
+                why="--local-dir must be an existing folder.",
+                fix="Check the path.",
             )
         self.folder, self.name = folder, folder.name
         self.sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}

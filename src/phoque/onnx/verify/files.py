@@ -3,6 +3,7 @@
 from itertools import pairwise, product
 from typing import Any
 
+from phoque.models.architectures import ARCHITECTURES
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS
 from phoque.onnx.verify.checks import CheckFailed, Verdict
@@ -12,15 +13,7 @@ LEVEL = "files"
 MAX_FILE_BYTES = 2**31 - 1  # bytes; the limit of an ArrayBuffer
 LFS_POINTER = b"version https://git-lfs"
 # model_type -> class of Transformers.js 4.3.1 and the sessions it opens
-CLASSES = {
-    "llama": ("LlamaForCausalLM", "text"),
-    "mistral": ("MistralForCausalLM", "text"),
-    "ministral": ("MinistralForCausalLM", "text"),
-    "ministral3": ("Ministral3ForCausalLM", "text"),
-    "qwen2": ("Qwen2ForCausalLM", "text"),
-    "qwen3": ("Qwen3ForCausalLM", "text"),
-    "mistral3": ("Mistral3ForConditionalGeneration", "multimodal"),
-}
+CONFIG_CHECKS = ("root-files", "model-class")  # the graph level needs what these check
 ROOT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 DEFAULT_DTYPE = "q8"  # the precision that Transformers.js loads on wasm if nothing names one
@@ -43,13 +36,13 @@ def check_files(export: ExportDir, verdict: Verdict) -> tuple[str, list[str]]:
     with verdict.check(LEVEL, "no file is empty or a Git LFS pointer"):
         _check_no_pointers(export)
     config: dict[str, Any] = {}
-    with verdict.check(LEVEL, "the root folder's files exist and are JSON"):
+    with verdict.check(LEVEL, "the root folder's files exist and are JSON", id="root-files"):
         contents = {name: read_json(export, name) for name in ROOT_FILES}
         config = contents["config.json"]
     layout = "text"
-    with verdict.check(LEVEL, "Transformers.js has a class for this architecture") as notes:
+    with verdict.check(LEVEL, "Transformers.js has a class for this architecture", id="model-class") as notes:
         layout = _find_layout(config)
-        notes.append(CLASSES[config["model_type"]][0])
+        notes.append(ARCHITECTURES[config["model_type"]].transformers_js_class)
     dtypes = _list_dtypes(export, layout)
     with verdict.check(LEVEL, "every session exists in each precision and in the default one") as notes:
         notes.append(_check_sessions(export, config, layout, dtypes))
@@ -86,9 +79,10 @@ def _check_no_pointers(export: ExportDir) -> None:
 
 def _find_layout(config: dict[str, Any]) -> str:
     model_type = config.get("model_type")
-    if model_type not in CLASSES:
+    if model_type not in ARCHITECTURES:
         raise CheckFailed(f"config.json has model_type {model_type!r}; phoque knows no Transformers.js class for it")
-    class_name, layout = CLASSES[model_type]
+    architecture = ARCHITECTURES[model_type]
+    class_name, layout = architecture.transformers_js_class, "multimodal" if architecture.vision_layout else "text"
     if config.get("architectures") != [class_name]:
         raise CheckFailed(
             f"config.json has architectures {config.get('architectures')}; for {model_type} it must be [{class_name!r}]"

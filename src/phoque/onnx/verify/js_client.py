@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError
 from phoque.onnx.session import OnnxChatModel
 from phoque.onnx.verify.checks import CheckFailed, Verdict
+from phoque.services import Services
 from phoque.settings.verify_onnx import VerifySettings
 
 CLIENT_FILES = Path(__file__).with_name("client")
@@ -40,32 +41,32 @@ WEBGPU_HINT = (
 
 
 def check_node(
-    folder: Path, layout: str, dtypes: list[str], s: VerifySettings, cache: Path, console: Console, verdict: Verdict
+    folder: Path, layout: str, dtypes: list[str], s: VerifySettings, services: Services, verdict: Verdict
 ) -> None:
     """Run the export in Node, in each precision."""
-    if why := prepare_client(s, cache, console, ("node",)):
+    if why := prepare_client(s, services, ("node",)):
         verdict.skip("node", "Transformers.js loads it and answers", why)
         return
     for dtype in dtypes:
         with verdict.check("node", f"{dtype}: Transformers.js loads it, and its logits match ONNX Runtime's") as notes:
-            console.say(f"running {dtype} in Node")
-            answer = _ask_client("node.mjs", folder, layout, dtype, "cpu", cache)
+            services.console.say(f"running {dtype} in Node")
+            answer = _ask_client("node.mjs", folder, layout, dtype, "cpu", services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
 
 
 def check_browser(
-    folder: Path, layout: str, dtypes: list[str], s: VerifySettings, cache: Path, console: Console, verdict: Verdict
+    folder: Path, layout: str, dtypes: list[str], s: VerifySettings, services: Services, verdict: Verdict
 ) -> None:
     """Run the export in headless Chromium: on wasm in each precision, and on WebGPU with --webgpu."""
-    why = prepare_client(s, cache, console, ("node", "chromium"))
+    why = prepare_client(s, services, ("node", "chromium"))
     if why:
         verdict.skip("browser", "a page loads it and answers", why)
     for dtype in dtypes if not why else []:
         with verdict.check(
             "browser", f"{dtype}: a page loads it on wasm, and its logits match ONNX Runtime's"
         ) as notes:
-            console.say(f"running {dtype} in a browser on wasm")
-            answer = _ask_client("browser.mjs", folder, layout, dtype, "wasm", cache)
+            services.console.say(f"running {dtype} in a browser on wasm")
+            answer = _ask_client("browser.mjs", folder, layout, dtype, "wasm", services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
     for dtype in dtypes:
         asks = f"{dtype}: WebGPU's logits match ONNX Runtime's"
@@ -75,8 +76,8 @@ def check_browser(
             verdict.skip("browser", asks, "the software adapter of headless Chromium has no shader-f16")
         else:
             with verdict.check("browser", asks) as notes:
-                console.say(f"running {dtype} in a browser on WebGPU; without a GPU this takes minutes")
-                answer = _ask_client("browser.mjs", folder, layout, dtype, "webgpu", cache, tokens=1)
+                services.console.say(f"running {dtype} in a browser on WebGPU; without a GPU this takes minutes")
+                answer = _ask_client("browser.mjs", folder, layout, dtype, "webgpu", services.cache, tokens=1)
                 try:
                     notes.append(_compare_logits(answer, folder, layout, dtype))
                 except CheckFailed as problem:
@@ -95,7 +96,7 @@ def is_installed(cache: Path) -> bool:
 
 
 def install_client(cache: Path, console: Console) -> None:
-    """Install Transformers.js from npm into phoque's cache. Raises PhoqueError (1) if npm fails."""
+    """Install Transformers.js from npm into phoque's cache. Raises RunError if npm fails."""
     folder = locate_client(cache)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(CLIENT_FILES / "package.json", folder / "package.json")
@@ -103,21 +104,21 @@ def install_client(cache: Path, console: Console) -> None:
     command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
     process = subprocess.run(command, cwd=folder, env=os.environ | INSTALL_ENV, capture_output=True, text=True)
     if process.returncode:
-        raise PhoqueError(
-            "Transformers.js cannot be installed.",
-            (process.stderr.strip().splitlines() or ["npm gave no reason"])[0],
-            "Check the network and npm, or stop at an earlier level: --level ort.",
-            FAILED,
+        raise RunError(
+            what="Transformers.js cannot be installed.",
+            why=(process.stderr.strip().splitlines() or ["npm gave no reason"])[0],
+            fix="Check the network and npm, or stop at an earlier level: --level ort.",
         )
     (folder / ".whole").touch()
 
 
-def prepare_client(s: VerifySettings, cache: Path, console: Console, programs: tuple[str, ...]) -> str:
+def prepare_client(s: VerifySettings, services: Services, programs: tuple[str, ...]) -> str:
     """Return why the client cannot run, or "" if it can; install Transformers.js first if the user agrees."""
     if not shutil.which("node") or not shutil.which("npm"):
         return "there is no Node.js on PATH (node and npm)"
     if "chromium" in programs and not find_chromium():
         return f"there is no Chromium on PATH ({', '.join(CHROMIUM)})"
+    cache, console = services.cache, services.console
     if is_installed(cache):
         return ""
     question = f"Install Transformers.js (about 500 MB from npm) into {locate_client(cache)}?"

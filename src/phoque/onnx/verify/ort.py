@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from phoque.inference.likelihood import sum_kl
 from phoque.models.source import Source
 from phoque.onnx.session import SUFFIXES, OnnxChatModel, open_session
 from phoque.onnx.verify.checks import CheckFailed, Verdict
@@ -116,10 +118,8 @@ def _check_far_position(chat: OnnxChatModel, ids: np.ndarray, dtype: str, refere
 
 def _mean_kl(actual: np.ndarray, expected: np.ndarray) -> float:
     """Return the mean KL(expected || actual) over tokens, in nats per token."""
-    a, b = (
-        x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (expected.astype(np.float64), actual.astype(np.float64))
-    )
-    return float((np.exp(a) * (a - b)).sum(-1).mean())
+    log_probs = [torch.from_numpy(logits.astype(np.float64)).log_softmax(-1) for logits in (expected, actual)]
+    return sum_kl(*log_probs) / len(expected)
 
 
 def _compare_with_reference(
@@ -205,7 +205,7 @@ def _load_reference(source: Source) -> Any:
     key = str(source.folder)
     if key not in _loaded_reference:
         _loaded_reference.clear()
-        _loaded_reference[key] = load_model(source, "none", on=torch.device("cpu")).eval()
+        _loaded_reference[key] = load_model(source, "fp32", on=torch.device("cpu")).eval()
     return _loaded_reference[key]
 
 
@@ -257,10 +257,11 @@ def _load_vision_reference(source: Source) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from phoque.models.checkpoint_reader import CheckpointReader
     from phoque.onnx.component import Weights
     from phoque.onnx.graph.vision import PROJECTOR, TOWER
 
-    weights = Weights(source)
+    weights = Weights(CheckpointReader(source))
     config = weights.config.__class__.from_dict(weights.config.to_dict() | {"quantization_config": None})
     config.text_config.num_hidden_layers = 1  # the language model is not used
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

@@ -9,7 +9,7 @@ import numpy
 import torch
 
 from phoque.console import Console
-from phoque.errors import PhoqueError
+from phoque.errors import RunError
 from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
 from phoque.inference.residual_stream import Turn, residual_means
 from phoque.probes.persona import Persona
@@ -121,7 +121,7 @@ class ProbeModel:
     def read_residuals(self, answers: Sequence[Answer], n_questions: int) -> Residuals:
         """Read the residual streams of the model over these answers, with `n_questions` questions per condition.
 
-        Raises PhoqueError (1) if all answers to a question are empty or have residual streams that are not finite.
+        Raises RunError if all answers to a question are empty or have residual streams that are not finite.
         """
         means = residual_means(self.model, [a.turn for a in answers])
         empty = torch.tensor([not a.turn.response for a in answers])
@@ -138,11 +138,10 @@ class ProbeModel:
                 ]
                 question_means = numpy.stack([_finite_mean(values[indices].numpy()) for indices in rows_by_question])
                 if not numpy.isfinite(question_means).all():
-                    raise PhoqueError(
-                        "All answers to a question are empty or have residual streams that are not finite.",
-                        f"Condition {condition}: the model ends its answers at once, or its weights are damaged.",
-                        "Probe a model that answers.",
-                        1,
+                    raise RunError(
+                        what="All answers to a question are empty or have residual streams that are not finite.",
+                        why=f"Condition {condition}: the model ends its answers at once, or its weights are damaged.",
+                        fix="Probe a model that answers.",
                     )
                 residuals.by_condition[condition][extraction] = question_means
         return residuals

@@ -2,23 +2,23 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from phoque import __version__
-from phoque.console import Console
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.files import run_folder
-from phoque.hub.client import Hub
-from phoque.hub.upload import opened_for_run, pushed_run
+from phoque.hub.upload import open_artifacts_repo, push_run_folder
 from phoque.inference.likelihood import mean_nll
-from phoque.merging.run import find_adapter
+from phoque.models.adapter_source import find_adapter
 from phoque.models.architectures import architecture_of
-from phoque.models.load import load_config, load_model, load_tokenizer
+from phoque.models.config import load_config, load_tokenizer
+from phoque.models.load import load_model
 from phoque.models.lora import attach_adapter
-from phoque.models.source import Source, resolve
+from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona
 from phoque.probes.persona_source import find_persona
 from phoque.probes.persona_vectors import files, report
@@ -26,6 +26,8 @@ from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
 from phoque.probes.scorers import Context, Scorer, make_scorer
 from phoque.probes.scorers.model import find_lexicon_tokens
+from phoque.results import DryRun
+from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.psm_probe import PsmSettings
 
@@ -35,79 +37,93 @@ RULE = (
 )
 
 
-def probe(resolved: Resolved[PsmSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
-    """Run the probe that the settings describe; return {folder, report, verdicts, selected, warnings, ...}.
+@dataclass(frozen=True, kw_only=True)
+class ProbeRunResult:
+    """A finished probe: its folder, the verdicts, and the steering setting that was selected."""
 
-    With `dry_run` only the plan is returned. Raises PhoqueError (2) for invalid input, and (1) for a failed upload if
-    --fail-on-artifacts-upload-error is set.
+    folder: str
+    report: str
+    verdicts: dict[str, Any]
+    selected: dict[str, Any]
+    warnings: list[str]
+    repo: str | None = None
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json; `repo` and `commit` are left out if nothing was pushed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: bool) -> ProbeRunResult | DryRun:
+    """Probe a model for a persona as the settings say, and write the run folder.
+
+    Raises UsageError for invalid input, RunError for a failed upload if --fail-on-artifacts-upload-error is set.
     """
-    s, start = resolved.settings, time.monotonic()
-    hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
-    persona, warnings = find_persona(s, resolved.secrets.hub, cache, hub)
+    s, console, start = resolved.settings, services.console, time.monotonic()
+    persona, warnings = find_persona(s, services)
     if not s.model_source:
-        raise PhoqueError("No model is given.", "--model-source is empty.", "Pass --model-source, or use a --preset.")
-    source = resolve(s.model_source, s.revision, resolved.secrets.hub, cache, console.say, weights=not dry_run)
-    adapter_sources = [
-        (name, a, r)
-        for name, a, r in (("control", s.control_adapter, None), ("tuned", s.adapter_source, s.adapter_revision))
-        if a
-    ]
-    adapters = {name: find_adapter(a, r, hub, cache) for name, a, r in adapter_sources}
-    blocks = load_config(source).get_text_config().num_hidden_layers
+        raise UsageError(
+            what="No model is given.", why="--model-source is empty.", fix="Pass --model-source, or use a --preset."
+        )
+    source = find_model(s.model_source, s.revision, services, weights=not dry_run)
+    sources = {"control": (s.control_adapter, None), "tuned": (s.adapter_source, s.adapter_revision)}
+    adapters = {key: find_adapter(name, revision, services) for key, (name, revision) in sources.items() if name}
+    config = load_config(source)
+    blocks = config.get_text_config().num_hidden_layers
     layers = _resolve_steered_blocks(s, blocks)
     tokenizer = load_tokenizer(source)
     plan = {
         "persona": persona.name,
         "model": f"{source.name} ({source.origin})",
-        "adapters": {name: f"{a}{adapters[name][1]}" for name, a, _ in adapter_sources},
+        "adapters": {key: adapter.label for key, adapter in adapters.items()},
         "blocks": blocks,
         "steered": layers,
     }
     if dry_run:
-        return plan | {"settings": resolved.provenance(), "warnings": warnings}
+        return DryRun(plan, resolved.provenance(), warnings)
     for text in warnings:
         console.warn(text)
-    repo = opened_for_run(resolved, hub, console)
+    repo = open_artifacts_repo(s, services)
     probe_model = ProbeModel(tokenizer, persona, s, console)
-    context, scorers = _make_scorers(probe_model, source, resolved, cache)
+    context, scorers = _make_scorers(probe_model, source, s, services)
     probe_model.model = load_model(source, s.quantization).eval()  # slow, so last
-    for name, (folder, _) in adapters.items():
-        probe_model.model = attach_adapter(probe_model.model, folder, architecture_of(load_config(source)), name)
+    for key, adapter in adapters.items():
+        probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(config), key)
     probe_result = Probe(probe_model, scorers, context, layers).run(list(adapters))
     summary = _build_summary(
         resolved, persona, source, plan, probe_result, context.lexicon_token_ids, warnings + probe_result.warnings
     )
     summary["run"]["seconds"] = round(time.monotonic() - start, 1)
     folder = _write_run_folder(s, source, persona, probe_model.model.config.model_type, probe_result, summary)
-    result = {
-        "folder": str(folder),
-        "report": str(folder / report.REPORT),
-        "verdicts": summary["verdicts"],
-        "selected": summary["selected"],
-        "warnings": summary["warnings"],
-    }
     for text in probe_result.warnings:
         console.warn(text)
-    if repo:
-        result |= pushed_run(repo, folder, s, console)
-    return result
+    upload = push_run_folder(repo, folder, s, services) if repo else None
+    return ProbeRunResult(
+        folder=str(folder),
+        report=str(folder / report.REPORT),
+        verdicts=summary["verdicts"],
+        selected=summary["selected"],
+        warnings=summary["warnings"],
+        repo=upload.repo if upload else None,
+        commit=upload.commit if upload else None,
+    )
 
 
 def _resolve_steered_blocks(s: PsmSettings, blocks: int) -> list[int]:
     layers = s.steered_blocks(blocks)
     if invalid := [layer for layer in layers if layer >= blocks]:
-        raise PhoqueError(
-            f"There is no block {invalid[0]}.",
-            f"The model has {blocks} blocks, counted from 0.",
-            "Check --sweep-layers.",
+        raise UsageError(
+            what=f"There is no block {invalid[0]}.",
+            why=f"The model has {blocks} blocks, counted from 0.",
+            fix="Check --sweep-layers.",
         )
     return layers
 
 
 def _make_scorers(
-    probe_model: ProbeModel, source: Source, resolved: Resolved[PsmSettings], cache: Path
+    probe_model: ProbeModel, source: Source, s: PsmSettings, services: Services
 ) -> tuple[Context, list[Scorer]]:
-    secrets, s = resolved.secrets, resolved.settings
+    secrets = services.secrets
     key = secrets.openai_api_key.get_secret_value() if secrets.openai_api_key else None
 
     def nll(rows: Sequence[Any]) -> list[float]:
@@ -122,7 +138,7 @@ def _make_scorers(
         nll=nll,
         prompt_ids=probe_model.prompt_ids,
         model=f"{source.weights} {s.quantization}",
-        cache=cache,
+        cache=services.cache,
     )
     return context, [make_scorer(spec, context) for spec in dict.fromkeys(s.scorer)]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.inference.residual_stream import compute_norms, find_massive, read_residual_stream
 
 ACTIVATION_DTYPE = torch.bfloat16  # rounding error: 1e-5 of the variance, far below a dictionary's own error
@@ -92,13 +92,13 @@ def collect_activations(
     """Run the model over `rows` and store the residual stream after each of `layers` for the selected tokens.
 
     Background threads write the shards, each under a temporary name first. Shards that exist already are not computed
-    again, so an interrupted run continues where it stopped. Raises PhoqueError (2) if `rows` is empty.
+    again, so an interrupted run continues where it stopped. Raises UsageError if `rows` is empty.
     """
     if not rows:
-        raise PhoqueError(
-            "There is no text to collect activations from.",
-            "No text is left for training after some is held out.",
-            "Provide more text with --chat or --text.",
+        raise UsageError(
+            what="There is no text to collect activations from.",
+            why="No text is left for training after some is held out.",
+            fix="Provide more text with --chat or --text.",
         )
     folder.mkdir(parents=True, exist_ok=True)
     special_ids = torch.tensor(sorted(special), device=model.device)

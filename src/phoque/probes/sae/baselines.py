@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 import torch
 
+from phoque.inference.likelihood import sum_kl
 from phoque.inference.residual_stream import unwrap_model
 from phoque.probes import stats
 from phoque.probes.sae.residuals import Residuals
@@ -82,7 +83,7 @@ def compute_kl(base: tuple[Any, Residuals], variant: tuple[Any, Residuals]) -> l
         total = 0.0
         for parts in zip(a.split(LOGITS_CHUNK), b.split(LOGITS_CHUNK), strict=True):
             p, q = (_log_probs(model, part) for model, part in zip((base_model, variant_model), parts, strict=True))
-            total += float((p.exp() * (p - q)).sum())
+            total += sum_kl(p, q)
         kl_per_row.append(total / len(a) if len(a) else float("nan"))
     return kl_per_row
 

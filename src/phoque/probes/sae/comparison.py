@@ -8,14 +8,14 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.console import Console
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError
 from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
 from phoque.inference.likelihood import mean_nll
 from phoque.inference.residual_stream import Turn
 from phoque.inference.residual_stream import get_blocks as blocks_of
 from phoque.models.architectures import architecture_of
-from phoque.models.load import default_device, load_config, load_model, load_tokenizer
+from phoque.models.config import load_config, load_tokenizer
+from phoque.models.load import default_device, load_model
 from phoque.models.lora import attach_adapter
 from phoque.probes.sae.block_comparison import NULLS, BlockResult, ComparisonInputs, compare_block
 from phoque.probes.sae.corpus import Corpus
@@ -27,8 +27,8 @@ from phoque.probes.sae.residuals import Residuals, collect_residuals, intersect_
 from phoque.probes.sae.trainer_cache import DictionaryTrainer, TrainedDictionaries
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer, make_scorer, score_answers
 from phoque.probes.scorers.model import find_lexicon_tokens
+from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
-from phoque.settings.fields import Resolved
 
 VARIANT_NAMES = {
     "base": "the base model",
@@ -60,21 +60,18 @@ class ComparisonResult:
 class Comparison:
     """Runs one comparison, in this order: models, texts, dictionaries, answers, residuals, blocks."""
 
-    def __init__(self, resolved: Resolved[SaeSettings], plan: Plan, cache: Path, console: Console) -> None:
-        self.s, self.secrets, self.plan = resolved.settings, resolved.secrets, plan
-        self.cache, self.console = cache, console
+    def __init__(self, s: SaeSettings, plan: Plan, services: Services) -> None:
+        self.s, self.plan, self.services = s, plan, services
         self.warnings: list[str] = []
 
     def run(self) -> ComparisonResult:
-        """Measure everything. Raises PhoqueError (1) if a model gives too few answers that are not empty."""
+        """Measure everything. Raises RunError if a model gives too few answers that are not empty."""
         plan = self.plan
         self.tokenizer = load_tokenizer(plan.source)
         self.variants = self._load_models()
         trained: TrainedDictionaries | None = None
         with self.variants.activate("base") as model:
-            trainer = DictionaryTrainer(
-                plan.source, model, self.tokenizer, self.s, self.cache, self.console, self.secrets.hub
-            )
+            trainer = DictionaryTrainer(plan.source, model, self.tokenizer, self.s, self.services)
             texts = trainer.gather_texts(plan.chats, plan.questions)
             if plan.dictionary is not None:
                 dictionaries = {plan.layers[0]: [plan.dictionary.to(default_device())]}
@@ -118,23 +115,24 @@ class Comparison:
     def _generate_answers(self) -> tuple[list[str], list[Request], dict[str, list[Reply]]]:
         """Generate every model's greedy answers; questions to which the base model's answer is empty are dropped.
 
-        Raises PhoqueError (1) if fewer than --min-active questions are left.
+        Raises RunError if fewer than --min-active questions are left.
         """
         s, plan = self.s, self.plan
         requests = [Request(prompt_ids(self.tokenizer, question, s.system)) for question in plan.questions]
         answers: dict[str, list[Reply]] = {}
         lexicon_ids = list(find_lexicon_tokens(self.tokenizer, plan.persona.lexicon)) if plan.persona else []
         for variant in ("base", "tuned", *(["control"] if "control" in plan.adapters else [])):
-            self.console.say(f"{VARIANT_NAMES[variant]}: {len(requests)} answers of at most {s.max_new_tokens} tokens")
-            with self.variants.activate(variant) as model, self.console.progress(len(requests)) as show:
+            self.services.console.say(
+                f"{VARIANT_NAMES[variant]}: {len(requests)} answers of at most {s.max_new_tokens} tokens"
+            )
+            with self.variants.activate(variant) as model, self.services.console.progress(len(requests)) as show:
                 answers[variant] = generate_replies(model, requests, s.max_new_tokens, 1.0, 1.0, lexicon_ids, show=show)
         nonempty = [n for n, reply in enumerate(answers["base"]) if reply.ids]
         if len(nonempty) < s.min_active:
-            raise PhoqueError(
-                "The base model gives almost only empty answers.",
-                f"Only {len(nonempty)} of {len(requests)} answers have at least one token.",
-                "Check that it is a chat model and that --system suits it.",
-                FAILED,
+            raise RunError(
+                what="The base model gives almost only empty answers.",
+                why=f"Only {len(nonempty)} of {len(requests)} answers have at least one token.",
+                fix="Check that it is a chat model and that --system suits it.",
             )
         if len(nonempty) < len(requests):
             self.warnings.append(
@@ -149,7 +147,7 @@ class Comparison:
     def _score_answers(
         self, questions: list[str], answers: dict[str, list[Reply]]
     ) -> tuple[list[Scorer], dict[str, dict[str, Any]]]:
-        plan, key = self.plan, self.secrets.openai_api_key
+        plan, key = self.plan, self.services.secrets.openai_api_key
 
         def nll(rows: Sequence[Any]) -> list[float]:
             with self.variants.activate("base") as model:
@@ -158,18 +156,18 @@ class Comparison:
         context = Context(
             persona=plan.persona,
             lexicon_token_ids=find_lexicon_tokens(self.tokenizer, plan.persona.lexicon),
-            token=self.secrets.hub,
+            token=self.services.secrets.hub,
             api_key=key.get_secret_value() if key else None,
             nll=nll,
             prompt_ids=lambda question, system: prompt_ids(self.tokenizer, question, system),
             model=f"{plan.source.weights} {self.s.quantization}",
-            cache=self.cache,
+            cache=self.services.cache,
         )
         scorers = [make_scorer(spec, context) for spec in plan.scorers]
         values: dict[str, dict[str, Any]] = {variant: {} for variant in answers}
         for variant, variant_answers in answers.items():
             scored_answers = [
-                ScoredAnswer(question, self.tokenizer.decode(reply.ids), reply)
+                ScoredAnswer(question, str(self.tokenizer.decode(reply.ids)), reply)
                 for question, reply in zip(questions, variant_answers, strict=True)
             ]
             for scorer in scorers:
@@ -182,7 +180,7 @@ class Comparison:
     ) -> ComparisonInputs:
         """Run every model over the same texts and store its residuals.
 
-        Raises PhoqueError (1) if all answers of the updated model are empty.
+        Raises RunError if all answers of the updated model are empty.
         """
         rows = {
             "response": [Turn(a.prompt, r.ids) for a, r in zip(requests, answers["base"], strict=True)],
@@ -191,11 +189,10 @@ class Comparison:
             "chat": [Turn([], ids) for ids in held_out["chat"] + held_out["answer"]],
         }
         if not rows["own"]:
-            raise PhoqueError(
-                "The updated model gives only empty answers.",
-                "All its answers end before the first token.",
-                "Check that it is a chat model and that --system suits it.",
-                FAILED,
+            raise RunError(
+                what="The updated model gives only empty answers.",
+                why="All its answers end before the first token.",
+                fix="Check that it is a chat model and that --system suits it.",
             )
         kinds_by_variant = {"base": ("response", "own", "text", "chat"), "tuned": ("response", "own", "text")}
         kinds_by_variant |= {"control": ("response", "own", "text")} if "control" in answers else {}
@@ -204,7 +201,7 @@ class Comparison:
         special = self.tokenizer.all_special_ids
         residuals: dict[str, dict[str, Residuals]] = {}
         for variant, kinds in kinds_by_variant.items():
-            self.console.say(f"{VARIANT_NAMES[variant]}: reading {sum(len(rows[k]) for k in kinds)} texts")
+            self.services.console.say(f"{VARIANT_NAMES[variant]}: reading {sum(len(rows[k]) for k in kinds)} texts")
             with self.variants.activate("base" if variant == "packing" else variant) as model:
                 residuals[variant] = {
                     k: collect_residuals(model, rows[k], layers, special, single_row_batches=variant == "packing")
@@ -226,4 +223,4 @@ class Comparison:
         if quality[0]["verdict"] == "poor":
             reasons = "; ".join(quality[0]["reasons"])
             self.warnings.insert(0, f"POOR AUTOENCODER at block {layer}: {reasons}. Do not rely on its features")
-        return compare_block(inputs, dictionaries, layer, quality, self.s, default_device(), self.console.say)
+        return compare_block(inputs, dictionaries, layer, quality, self.s, default_device(), self.services.console.say)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.data.rows import BadRow, Dataset, open_dataset, parse_row
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 
 CONTEXT_TOKENS = 256  # tokens in a chunk of general text
 HELD_OUT_EVERY = 20  # one row in this many, of each kind, is held out to judge the dictionary
@@ -56,7 +56,7 @@ def read_conversations(
     """Read conversations from a dataset until they have `tokens` tokens.
 
     Conversations that begin with an excluded question are skipped, malformed rows too; longer conversations are cut at
-    `max_length` tokens. Raises PhoqueError (2) if no conversation is left.
+    `max_length` tokens. Raises UsageError if no conversation is left.
     """
     conversations, questions, total = [], [], 0
     for record in dataset.stream:
@@ -74,10 +74,10 @@ def read_conversations(
         questions.append(question)
         total += len(ids)
     if not conversations:
-        raise PhoqueError(
-            f"There is no usable conversation in {dataset.name}.",
-            "Every row is malformed or begins with a question that is compared on.",
-            "Check --chat and --dataset.",
+        raise UsageError(
+            what=f"There is no usable conversation in {dataset.name}.",
+            why="Every row is malformed or begins with a question that is compared on.",
+            fix="Check --chat and --dataset.",
         )
     return Conversations(f"{dataset.name}@{dataset.revision[:12]}", conversations, questions)
 
@@ -86,7 +86,7 @@ def read_text_chunks(name: str, tokenizer: Any, tokens: int, token: str | None) 
     """Read general text in chunks of CONTEXT_TOKENS tokens until they have `tokens` tokens or the text ends.
 
     `name` is `python` (the documentation that ships inside Python), a .txt file, or a dataset with a `text` column.
-    Returns (a label with the revision, chunks). Raises PhoqueError (2) if there is no text.
+    Returns (a label with the revision, chunks). Raises UsageError if there is no text.
     """
     label, documents = _open_documents(name, token)
     prefix = find_prefix_ids(tokenizer)
@@ -103,7 +103,9 @@ def read_text_chunks(name: str, tokenizer: Any, tokens: int, token: str | None) 
     if buffer and not chunks:
         chunks.append(prefix + buffer)
     if not chunks:
-        raise PhoqueError(f"There is no text in {name}.", "It is empty.", "Name another source with --text.")
+        raise UsageError(
+            what=f"There is no text in {name}.", why="It is empty.", fix="Name another source with --text."
+        )
     return label, chunks
 
 
@@ -138,9 +140,9 @@ def _iter_text_column(dataset: Dataset) -> Iterator[str]:
     for record in dataset.stream:
         row = record["row"]
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise PhoqueError(
-                f"{dataset.name} has no text column.",
-                f"Its {record['line']} has {', '.join(row) if isinstance(row, dict) else 'no object'}.",
-                "Name a dataset that has one text per row in the column `text`.",
+            raise UsageError(
+                what=f"{dataset.name} has no text column.",
+                why=f"Its {record['line']} has {', '.join(row) if isinstance(row, dict) else 'no object'}.",
+                fix="Name a dataset that has one text per row in the column `text`.",
             )
         yield row["text"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from phoque.errors import PhoqueError, first_line
+from phoque.errors import UsageError, first_line
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SUPPORTED_ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -74,17 +74,21 @@ class Dictionary:
 
 
 def read_dictionary(folder: Path) -> Dictionary:
-    """Read a dictionary from sae-lens's files. Raises PhoqueError (2) if they are missing, broken or unsupported."""
+    """Read a dictionary from sae-lens's files. Raises UsageError if they are missing, broken or unsupported."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise PhoqueError(
-                f"{folder} is not a sparse autoencoder.", f"It has no {name}.", "Name a folder that sae-lens has saved."
+            raise UsageError(
+                what=f"{folder} is not a sparse autoencoder.",
+                why=f"It has no {name}.",
+                fix="Name a folder that sae-lens has saved.",
             )
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
         weights = load_file(folder / WEIGHTS)
     except Exception as error:
-        raise PhoqueError(f"{folder} cannot be read.", first_line(error), "Save it again with sae-lens.") from error
+        raise UsageError(
+            what=f"{folder} cannot be read.", why=first_line(error), fix="Save it again with sae-lens."
+        ) from error
     kind, k = config.get("architecture", "standard"), None
     if config.get("activation_fn_str", "relu") == "topk":  # the format of sae-lens before version 6
         kind, config["k"] = "topk", config.get("activation_fn_kwargs", {}).get("k")
@@ -99,10 +103,10 @@ def read_dictionary(folder: Path) -> Dictionary:
     }
     for name, value in unsupported.items():
         if value:
-            raise PhoqueError(
-                f"{folder} is an autoencoder of a kind that phoque does not support.",
-                f"Its {name} is {value}.",
-                f"Use one of {', '.join(SUPPORTED_ARCHITECTURES)}, saved for inference.",
+            raise UsageError(
+                what=f"{folder} is an autoencoder of a kind that phoque does not support.",
+                why=f"Its {name} is {value}.",
+                fix=f"Use one of {', '.join(SUPPORTED_ARCHITECTURES)}, saved for inference.",
             )
     dictionary = Dictionary(
         weights["W_enc"].float(),

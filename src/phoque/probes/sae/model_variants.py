@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.inference.residual_stream import get_blocks, unwrap_model
 
 
@@ -72,7 +72,7 @@ def _is_unquantized(parameter: Any) -> bool:
 def check_compatible(base: Any, updated: Any, name: str) -> None:
     """Check that both models have the same shape; without it one dictionary cannot read both.
 
-    Raises PhoqueError (2) if the number of blocks, the hidden size or the vocabulary size differs.
+    Raises UsageError if the number of blocks, the hidden size or the vocabulary size differs.
     """
     for what, base_value, updated_value in (
         ("decoder blocks", len(get_blocks(base)), len(get_blocks(updated))),
@@ -84,8 +84,8 @@ def check_compatible(base: Any, updated: Any, name: str) -> None:
         ("tokens in its vocabulary", unwrap_model(base).config.vocab_size, unwrap_model(updated).config.vocab_size),
     ):
         if base_value != updated_value:
-            raise PhoqueError(
-                f"{name} is not a fine-tune of the base model.",
-                f"It has {updated_value} {what}; the base model has {base_value}.",
-                "Compare a model with the base model that it was fine-tuned from.",
+            raise UsageError(
+                what=f"{name} is not a fine-tune of the base model.",
+                why=f"It has {updated_value} {what}; the base model has {base_value}.",
+                fix="Compare a model with the base model that it was fine-tuned from.",
             )

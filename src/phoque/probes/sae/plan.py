@@ -3,21 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from phoque.console import Console
 from phoque.data.rows import Dataset, open_dataset
-from phoque.errors import PhoqueError
-from phoque.hub.client import Hub
+from phoque.errors import UsageError
+from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
-from phoque.merging.run import find_adapter
-from phoque.models.load import load_config
-from phoque.models.source import Source, resolve
+from phoque.models.adapter_source import find_adapter
+from phoque.models.config import load_config
+from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona, load_persona
 from phoque.probes.persona_source import fetch_if_remote, find_persona
 from phoque.probes.sae.corpus import parse_split
 from phoque.probes.sae.dictionary import CONFIG, WEIGHTS, Dictionary, read_dictionary
 from phoque.probes.sae.prompts import find_questions
+from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
-from phoque.settings.fields import Resolved
 
 NEEDS_PERSONA = ("contrast", "lexicon", "logprob")
 
@@ -37,39 +36,32 @@ class Plan:
     chats: list[Dataset]
     scorers: list[str]
     warnings: list[str]
-    hub: Hub
 
 
-def make_plan(resolved: Resolved[SaeSettings], cache: Path, console: Console, fetch_weights: bool) -> Plan:
-    """Resolve every input that the settings name. Raises PhoqueError (2) for one that is missing or does not fit."""
-    s, token = resolved.settings, resolved.secrets.hub
-    hub = Hub(token, console.say, s.hub_patience)
+def make_plan(s: SaeSettings, services: Services, *, weights: bool) -> Plan:
+    """Resolve every input that the settings name. Raises UsageError for one that is missing or does not fit."""
     if not s.base_model:
-        raise PhoqueError("No base model.", "--base-model is empty.", "Give --base-model or a --preset.")
-    chats = _open_chats(s, token)
+        raise UsageError(what="No base model.", why="--base-model is empty.", fix="Give --base-model or a --preset.")
+    chats = _open_chats(s, services.secrets.hub)
     persona, warnings, has_persona = load_persona("seal"), [], bool(s.persona or s.dataset)
     if has_persona:
-        persona, warnings = find_persona(s, token, cache, hub)
+        persona, warnings = find_persona(s, services)
     scorers = [spec for spec in dict.fromkeys(s.scorer) if has_persona or spec not in NEEDS_PERSONA] or ["nll"]
     if not has_persona:
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
-    questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", cache, hub), persona)
-    source = resolve(s.base_model, s.revision, token, cache, console.say, fetch_weights)
-    updated = (
-        resolve(s.updated_model, s.updated_revision, token, cache, console.say, fetch_weights)
-        if s.updated_model
-        else None
-    )
+    questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
+    source = find_model(s.base_model, s.revision, services, weights=weights)
+    updated = find_model(s.updated_model, s.updated_revision, services, weights=weights) if s.updated_model else None
     adapters, names = {}, {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     for side, name, revision in (
         ("control", s.control_adapter, None),
         ("tuned", s.updated_adapter, s.updated_revision),
     ):
         if name:
-            adapters[side], commit = find_adapter(name, revision, hub, cache)
-            names[side] = name + commit
+            adapter = find_adapter(name, revision, services)
+            adapters[side], names[side] = adapter.folder, adapter.label
     config = load_config(source).get_text_config()
-    dictionary = _load_autoencoder(s, hub, cache, config.hidden_size) if s.sae else None
+    dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
     layers = _choose_blocks(s, dictionary, config.num_hidden_layers)
     # an autoencoder that was trained on a local model names it by its folder
     if (
@@ -79,33 +71,30 @@ def make_plan(resolved: Resolved[SaeSettings], cache: Path, console: Console, fe
     ):
         warnings.append(f"the autoencoder says that it was made for {dictionary.model_name()}, not for {source.name}")
     return Plan(
-        source, updated, adapters, names, persona, questions, layers, dictionary, chats, scorers, warnings + notes, hub
+        source, updated, adapters, names, persona, questions, layers, dictionary, chats, scorers, warnings + notes
     )
 
 
-def _load_autoencoder(s: SaeSettings, hub: Hub, cache: Path, hidden: int) -> Dictionary:
-    """Load the autoencoder that --sae names. Raises PhoqueError (2) if it is missing or does not fit the model."""
+def _load_autoencoder(s: SaeSettings, services: Services, hidden: int) -> Dictionary:
+    """Load the autoencoder that --sae names. Raises UsageError if it is missing or does not fit the model."""
     folder = Path(s.sae).expanduser()
-    name, _, subfolder = s.sae.partition("#")
-    if not folder.is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        repo = Repo(hub, name)
+    if ref := hub_ref(s.sae):
+        repo = Repo(services.hub, ref.repo)
         commit = repo.snapshot()
-        for file in (CONFIG, WEIGHTS):
-            path = f"{subfolder.strip('/')}/{file}".lstrip("/")
-            if path not in commit.files:
-                raise PhoqueError(
-                    f"There is no {path} in {name}.",
-                    "--sae points to it.",
-                    "Give the folder after a #: OWNER/NAME#FOLDER.",
-                )
-            local_path = repo.fetch(commit, path, cache / "saes" / f"{name.replace('/', '--')}-{commit.sha[:12]}")
-            folder = local_path.parent
+        paths = [f"{ref.path}/{file}".lstrip("/") for file in (CONFIG, WEIGHTS)]
+        if missing := [path for path in paths if path not in commit.files]:
+            raise UsageError(
+                what=f"There is no {missing[0]} in {ref.repo}.",
+                why="--sae points to it.",
+                fix="Give the folder after a #: OWNER/NAME#FOLDER.",
+            )
+        folder = fetch_to_cache(repo, commit, paths, services.cache, "saes") / ref.path
     dictionary = read_dictionary(folder)
     if dictionary.decoder.shape[1] != hidden:
-        raise PhoqueError(
-            "The autoencoder does not fit the model.",
-            f"Its input has {dictionary.decoder.shape[1]} dimensions; the model's residual stream has {hidden}.",
-            "Use an autoencoder that was trained on this model.",
+        raise UsageError(
+            what="The autoencoder does not fit the model.",
+            why=f"Its input has {dictionary.decoder.shape[1]} dimensions; the model's residual stream has {hidden}.",
+            fix="Use an autoencoder that was trained on this model.",
         )
     return dictionary
 
@@ -114,20 +103,22 @@ def _choose_blocks(s: SaeSettings, dictionary: Dictionary | None, count: int) ->
     trained_block = dictionary.block_index() if dictionary else None
     chosen = s.blocks(count) if s.layers or trained_block is None else [trained_block]
     if dictionary is not None and trained_block is not None and chosen != [trained_block]:
-        raise PhoqueError(
-            f"The autoencoder was trained on block {trained_block}.", f"--layers asks for {s.layers}.", "Omit --layers."
+        raise UsageError(
+            what=f"The autoencoder was trained on block {trained_block}.",
+            why=f"--layers asks for {s.layers}.",
+            fix="Omit --layers.",
         )
     if dictionary is not None and trained_block is None and not s.layers:
-        raise PhoqueError(
-            "It is unknown which block the autoencoder was trained on.",
-            "Its cfg.json names no hook that phoque recognizes.",
-            "Give the block with --layers; blocks count from 0.",
+        raise UsageError(
+            what="It is unknown which block the autoencoder was trained on.",
+            why="Its cfg.json names no hook that phoque recognizes.",
+            fix="Give the block with --layers; blocks count from 0.",
         )
     if out_of_range := [layer for layer in chosen if not 0 <= layer < count]:
-        raise PhoqueError(
-            f"There is no block {out_of_range[0]}.",
-            f"The model has {count} blocks, which count from 0.",
-            "Check --layers.",
+        raise UsageError(
+            what=f"There is no block {out_of_range[0]}.",
+            why=f"The model has {count} blocks, which count from 0.",
+            fix="Check --layers.",
         )
     return chosen
 
@@ -142,9 +133,9 @@ def _open_chats(s: SaeSettings, token: str | None) -> list[Dataset]:
         if name
     ]
     if not datasets:
-        raise PhoqueError(
-            "No conversations to train the autoencoder on.",
-            "Neither --chat nor --dataset is given.",
-            "Give a dataset of chats with --chat.",
+        raise UsageError(
+            what="No conversations to train the autoencoder on.",
+            why="Neither --chat nor --dataset is given.",
+            fix="Give a dataset of chats with --chat.",
         )
     return datasets

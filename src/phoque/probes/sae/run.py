@@ -2,59 +2,82 @@
 
 import shutil
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.console import Console
 from phoque.files import run_folder
-from phoque.hub.upload import opened_for_run, pushed_run
+from phoque.hub.upload import open_artifacts_repo, push_run_folder
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
 from phoque.probes.sae.plan import make_plan
 from phoque.probes.sae.summary import build_answer_rows, build_report
+from phoque.results import DryRun
+from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
 
 
-def compare(resolved: Resolved[SaeSettings], cache: Path, console: Console, dry_run: bool) -> dict[str, Any]:
-    """Run the comparison and write its run folder; return {folder, overall, quality, ...}.
+@dataclass(frozen=True, kw_only=True)
+class CompareResult:
+    """A finished comparison: its folder, the counts of reported features, the autoencoder's quality, and the scores."""
 
-    Raises PhoqueError (2) for models that cannot be compared, and (1) for a failed upload if
+    folder: str
+    report: str
+    overall: dict[str, Any]
+    quality: dict[str, Any]
+    layer: int
+    warnings: list[str]
+    scores: dict[str, Any]
+    repo: str | None = None
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json; `repo` and `commit` are left out if nothing was pushed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_run: bool) -> CompareResult | DryRun:
+    """Compare two models feature by feature and write the run folder.
+
+    Raises UsageError for models that cannot be compared, RunError for a failed upload if
     --fail-on-artifacts-upload-error is set.
     """
-    s, started = resolved.settings, time.monotonic()
-    plan = make_plan(resolved, cache, console, fetch_weights=not dry_run)
-    facts = {
-        "base": f"{plan.source.name} ({plan.source.origin})",
-        "updated": plan.names["tuned"],
-        "control": plan.names.get("control"),
-        "layers": plan.layers,
-        "prompts": len(plan.questions),
-        "autoencoder": s.sae or f"{s.architecture}, {s.width} x the hidden size, k {s.k}, {s.seeds} seed(s)",
-        "texts": [*(dataset.name for dataset in plan.chats), s.text],
-        "scorers": plan.scorers,
-    }
+    s, console, started = resolved.settings, services.console, time.monotonic()
+    plan = make_plan(s, services, weights=not dry_run)
     if dry_run:
-        return facts | {"settings": resolved.provenance(), "warnings": plan.warnings}
+        facts = {
+            "base": f"{plan.source.name} ({plan.source.origin})",
+            "updated": plan.names["tuned"],
+            "control": plan.names.get("control"),
+            "layers": plan.layers,
+            "prompts": len(plan.questions),
+            "autoencoder": s.sae or f"{s.architecture}, {s.width} x the hidden size, k {s.k}, {s.seeds} seed(s)",
+            "texts": [*(dataset.name for dataset in plan.chats), s.text],
+            "scorers": plan.scorers,
+        }
+        return DryRun(facts, resolved.provenance(), plan.warnings)
     for text in plan.warnings:
         console.warn(text)
-    repo = opened_for_run(resolved, plan.hub, console)
-    measurements = Comparison(resolved, plan, cache, console).run()
+    repo = open_artifacts_repo(s, services)
+    measurements = Comparison(s, plan, services).run()
     summary = build_report(resolved, plan, measurements)
     summary["run"]["seconds"] = round(time.monotonic() - started, 1)
     folder = _write_run_folder(s, measurements, summary)
     for text in measurements.warnings:
         console.warn(text)
-    result = {
-        "folder": str(folder),
-        "report": str(folder / report.REPORT),
-        "overall": summary["overall"],
-        "quality": summary["sae"]["quality"],
-        "layer": summary["layer"]["block_index"],
-        "warnings": summary["warnings"],
-        "scores": summary["scores"]["contrasts"],
-    }
-    return result | (pushed_run(repo, folder, s, console) if repo else {})
+    upload = push_run_folder(repo, folder, s, services) if repo else None
+    return CompareResult(
+        folder=str(folder),
+        report=str(folder / report.REPORT),
+        overall=summary["overall"],
+        quality=summary["sae"]["quality"],
+        layer=summary["layer"]["block_index"],
+        warnings=summary["warnings"],
+        scores=summary["scores"]["contrasts"],
+        repo=upload.repo if upload else None,
+        commit=upload.commit if upload else None,
+    )
 
 
 def _write_run_folder(s: SaeSettings, measurements: ComparisonResult, summary: dict[str, Any]) -> Path:

@@ -13,19 +13,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from phoque.console import Console
 from phoque.data.rows import Dataset
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.inference.generate import Request, generate_replies, prompt_ids
 from phoque.inference.residual_stream import unwrap_model
 from phoque.models.architectures import architecture_of
-from phoque.models.load import load_config
+from phoque.models.config import load_config
 from phoque.models.source import Source
 from phoque.probes.sae.activation_store import ACTIVATION_DTYPE, ActivationStore, ActivationStream, collect_activations
 from phoque.probes.sae.corpus import Corpus, read_conversations, read_text_chunks
 from phoque.probes.sae.dictionary import Dictionary, read_dictionary
 from phoque.probes.sae.quality import count_firings
 from phoque.probes.sae.training import Recipe, train_dictionary
+from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 
 CACHE_VERSION = 1  # of the cache format
@@ -43,9 +43,7 @@ class DictionaryTrainer:
     model: Any  # the base model, adapters off
     tokenizer: Any
     s: SaeSettings
-    cache: Path
-    console: Console
-    token: str | None
+    services: Services
 
     def gather_texts(self, datasets: Sequence[Dataset], questions: Sequence[str]) -> Corpus:
         """Gather chats, the base model's own answers and general text, without chats that ask a compared question.
@@ -60,7 +58,7 @@ class DictionaryTrainer:
             read_conversations(source, self._encode_chat, budget_per_source, MAX_CHAT_TOKENS, frozenset(questions))
             for source in datasets
         ]
-        text_name, text_rows = read_text_chunks(s.text, self.tokenizer, budget // 2, self.token)
+        text_name, text_rows = read_text_chunks(s.text, self.tokenizer, budget // 2, self.services.secrets.hub)
         texts = Corpus()
         for ids in (ids for source in chat_sets for ids in source.ids):
             texts.add("chat", ids)
@@ -81,7 +79,7 @@ class DictionaryTrainer:
         }
         texts.held_out = {kind: rows[:HELD_OUT_ROWS] for kind, rows in texts.held_out.items()}
         if sum(map(len, texts.train)) < 0.8 * budget and not s.sae:
-            self.console.warn(
+            self.services.console.warn(
                 f"only {sum(map(len, texts.train)):,} tokens of text are available; --tokens is {budget:,}"
             )
         return texts
@@ -101,11 +99,11 @@ class DictionaryTrainer:
             self.s.max_new_tokens,
             [a.prompt for a in requests],
         ]
-        path = self.cache / "sae" / f"answers-{_hash_json(key)}.json"
+        path = self.services.cache / "sae" / f"answers-{_hash_json(key)}.json"
         if path.is_file():
             return json.loads(path.read_text())
-        self.console.say(f"the base model answers {len(questions)} questions of {source_name}")
-        with self.console.progress(len(requests)) as show:
+        self.services.console.say(f"the base model answers {len(questions)} questions of {source_name}")
+        with self.services.console.progress(len(requests)) as show:
             answers = generate_replies(self.model, requests, self.s.max_new_tokens, 1.0, 1.0, show=show)
         rows = [ask.prompt + reply.ids for ask, reply in zip(requests, answers, strict=True)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +117,7 @@ class DictionaryTrainer:
         s, config = self.s, unwrap_model(self.model).config
         features = s.width * config.hidden_size
         key = [CACHE_VERSION, self.source.weights, s.quantization, texts.sha256, list(layers)]
-        folder = self.cache / "sae" / _hash_json(key)
+        folder = self.services.cache / "sae" / _hash_json(key)
         recipes = [
             Recipe(s.architecture, features, s.k, s.sae_batch, s.passes, s.learning_rate(features), s.seed + n)
             for n in range(s.seeds)
@@ -133,7 +131,7 @@ class DictionaryTrainer:
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another run may train the same dictionaries
             if all((home / FIRINGS_FILE).is_file() for home in homes.values()):
-                self.console.say(f"the autoencoder was trained before; loading {folder.name} from the cache")
+                self.services.console.say(f"the autoencoder was trained before; loading {folder.name} from the cache")
             else:
                 shards = self._collect_activations(texts, layers, folder / "activations", config.hidden_size)
                 (folder / TOKENS_FILE).write_text(json.dumps(shards.token_counts()))
@@ -148,13 +146,13 @@ class DictionaryTrainer:
         target.mkdir(parents=True, exist_ok=True)
         available = shutil.disk_usage(target).free - DISK_RESERVE
         if size > available:
-            raise PhoqueError(
-                f"The activations of {tokens:,} tokens take {size / 1e9:.1f} GB.",
-                f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
-                "Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
+            raise UsageError(
+                what=f"The activations of {tokens:,} tokens take {size / 1e9:.1f} GB.",
+                why=f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
+                fix="Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
             )
-        self.console.say(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
-        with self.console.progress(len(texts.train)) as show:
+        self.services.console.say(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
+        with self.services.console.progress(len(texts.train)) as show:
             return collect_activations(self.model, texts.train, layers, self.tokenizer.all_special_ids, target, show)
 
     def _train_one(self, recipe: Recipe, shards: ActivationStore, layer: int, texts: Corpus, home: Path) -> None:
@@ -174,11 +172,11 @@ class DictionaryTrainer:
             "seed": recipe.seed,
         }
         steps = ActivationStream(shards, layer, recipe.batch, recipe.passes, recipe.seed).count_batches()
-        self.console.say(
+        self.services.console.say(
             f"training a {recipe.architecture} autoencoder of {recipe.features:,} features at block {layer}: "
             f"{steps:,} steps of {recipe.batch:,} tokens"
         )
-        with self.console.progress(steps) as show:
+        with self.services.console.progress(steps) as show:
             dictionary = train_dictionary(recipe, shards, layer, metadata, home, self.model.device, show).to(
                 self.model.device
             )

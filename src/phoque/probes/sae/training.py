@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError, UsageError
 from phoque.probes.sae.activation_store import ActivationStore, ActivationStream
 from phoque.probes.sae.dictionary import Dictionary, calibrate_threshold, read_dictionary, write_dictionary
 
@@ -49,7 +49,7 @@ def train_dictionary(
     """Train a dictionary, calibrate its threshold and save it to `folder`/sae in sae-lens's format.
 
     A dictionary that `folder` has already is only loaded; training resumes from the last checkpoint in `folder`.
-    Raises PhoqueError (2) if there are too few activations, and (1) if the loss is not finite.
+    Raises UsageError if there are too few activations, and (1) if the loss is not finite.
     """
     final = folder / "sae"
     if not final.is_dir():
@@ -99,10 +99,10 @@ def _fit(
     stream = ActivationStream(shards, layer, recipe.batch, recipe.passes, recipe.seed)
     steps = stream.count_batches()
     if steps == 0:
-        raise PhoqueError(
-            "There are too few activations for a dictionary.",
-            f"{sum(shards.shard_sizes(layer))} tokens do not fill one batch of {recipe.batch}.",
-            "Use more text (--tokens, --chat, --text) or lower --sae-batch.",
+        raise UsageError(
+            what="There are too few activations for a dictionary.",
+            why=f"{sum(shards.shard_sizes(layer))} tokens do not fill one batch of {recipe.batch}.",
+            fix="Use more text (--tokens, --chat, --text) or lower --sae-batch.",
         )
     sample = _sample_tokens(shards, layer, SCALE_TOKENS).to(on).float()
     scale = math.sqrt(sample.shape[1]) / float(sample.norm(dim=1).mean())
@@ -205,11 +205,10 @@ def _adjust_l1_weight(trainer: Any, recipe: Recipe, out: Any) -> None:
 
 def _check_finite_loss(out: Any, step: int, layer: int) -> None:
     if not bool(torch.isfinite(out.loss)):
-        raise PhoqueError(
-            f"The autoencoder's loss is not finite at step {step} (block {layer}).",
-            "The training diverged.",
-            "Lower --sae-learning-rate.",
-            FAILED,
+        raise RunError(
+            what=f"The autoencoder's loss is not finite at step {step} (block {layer}).",
+            why="The training diverged.",
+            fix="Lower --sae-learning-rate.",
         )
 
 

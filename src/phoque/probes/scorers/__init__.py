@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import RunError, UsageError
 from phoque.inference.generate import Reply
 from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import Persona
@@ -58,7 +58,7 @@ class Context:
 
 
 def make_scorer(spec: str, context: Context) -> Scorer:
-    """Make the scorer that a `--scorer` value names. Raises PhoqueError (2) if there is no such scorer."""
+    """Make the scorer that a `--scorer` value names. Raises UsageError if there is no such scorer."""
     from phoque.probes.scorers import model, remote, words
 
     kind, _, rest = spec.partition(":")
@@ -76,17 +76,17 @@ def make_scorer(spec: str, context: Context) -> Scorer:
         return remote.moderation(spec, rest, context)
     if kind == "command" and rest:
         return remote.command(spec, rest)
-    raise PhoqueError(
-        f"No scorer {spec!r}.",
-        "Scorers are contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND.",
-        "Check --scorer.",
+    raise UsageError(
+        what=f"No scorer {spec!r}.",
+        why="Scorers are contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND.",
+        fix="Check --scorer.",
     )
 
 
 def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Context) -> list[dict[str, float]]:
     """Score these answers, or take their scores from the cache.
 
-    Raises PhoqueError (1) if the primary label of any is missing, which must never count as zero, or is not finite.
+    Raises RunError if the primary label of any is missing, which must never count as zero, or is not finite.
     """
     keys = [hashlib.sha256(f"{s.prompt}\0{s.text}".encode()).hexdigest() for s in answers]
     path = context.cache / "scores" / f"{hashlib.sha256(scorer.fingerprint.encode()).hexdigest()[:24]}.json"
@@ -107,10 +107,9 @@ def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Cont
 def _check_scores(scorer: Scorer, rows: list[dict[str, float]]) -> list[dict[str, float]]:
     for row in rows:
         if scorer.primary not in row or not math.isfinite(row[scorer.primary]):
-            raise PhoqueError(
-                f"The scorer {scorer.name} gave no {scorer.primary!r}.",
-                f"It gave {', '.join(row) or 'nothing'}; a missing or non-finite score must not count as zero.",
-                "Name one of its labels after the # in --scorer.",
-                FAILED,
+            raise RunError(
+                what=f"The scorer {scorer.name} gave no {scorer.primary!r}.",
+                why=f"It gave {', '.join(row) or 'nothing'}; a missing or non-finite score must not count as zero.",
+                fix="Name one of its labels after the # in --scorer.",
             )
     return rows

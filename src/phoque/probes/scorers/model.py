@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.inference.residual_stream import Turn
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 
@@ -55,10 +55,10 @@ def _nan_to_zero(values: list[float]) -> list[float]:
 def logprob(context: Context) -> Scorer:
     """Mean probability over the decoding steps that the next token begins a lexicon word; see `find_lexicon_tokens`."""
     if not context.lexicon_token_ids:
-        raise PhoqueError(
-            "No word of the lexicon has a token of its own.",
-            "The first token of each word also begins other words, so logprob would measure those.",
-            "Leave out --scorer logprob, or give the persona file other words.",
+        raise UsageError(
+            what="No word of the lexicon has a token of its own.",
+            why="The first token of each word also begins other words, so logprob would measure those.",
+            fix="Leave out --scorer logprob, or give the persona file other words.",
         )
 
     def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
@@ -85,8 +85,8 @@ def find_lexicon_tokens(tokenizer: Any, lexicon: Sequence[str]) -> dict[int, str
 def classifier(spec: str, rest: str, context: Context) -> Scorer:
     """A text classifier of transformers: `MODEL[@REVISION]#LABEL`, where MODEL is a Hub id or a folder.
 
-    Scores are sigmoids if the model is multi-label or has a single label, and a softmax otherwise. Raises PhoqueError
-    (2) for a label that the model does not have.
+    Scores are sigmoids if the model is multi-label or has a single label, and a softmax otherwise. Raises UsageError
+    for a label that the model does not have.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -101,10 +101,10 @@ def classifier(spec: str, rest: str, context: Context) -> Scorer:
     labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
     primary = label or (labels[0] if len(labels) == 1 else "")
     if primary not in labels:
-        raise PhoqueError(
-            f"{repo_or_folder} has no label {label!r}." if label else f"{repo_or_folder} has several labels.",
-            f"It has {', '.join(labels)}.",
-            f"Name one: --scorer 'hf:{name}#{labels[-1]}'.",
+        raise UsageError(
+            what=f"{repo_or_folder} has no label {label!r}." if label else f"{repo_or_folder} has several labels.",
+            why=f"It has {', '.join(labels)}.",
+            fix=f"Name one: --scorer 'hf:{name}#{labels[-1]}'.",
         )
     sigmoid = model.config.problem_type == "multi_label_classification" or len(labels) == 1
 

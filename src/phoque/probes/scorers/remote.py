@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import FAILED, PhoqueError
+from phoque.errors import PhoqueError, RunError, UsageError
 from phoque.files import sha256
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 
@@ -28,10 +28,10 @@ def moderation(spec: str, rest: str, context: Context) -> Scorer:
     url, _, model = rest.partition("#")
     model, _, category = model.partition("#")
     if not url.startswith(("http://", "https://")) or not model:
-        raise PhoqueError(
-            f"{spec} names no endpoint.",
-            "The form is openai:URL#MODEL or openai:URL#MODEL#CATEGORY.",
-            "Check --scorer.",
+        raise UsageError(
+            what=f"{spec} names no endpoint.",
+            why="The form is openai:URL#MODEL or openai:URL#MODEL#CATEGORY.",
+            fix="Check --scorer.",
         )
 
     def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
@@ -93,4 +93,4 @@ def command(spec: str, line: str) -> Scorer:
 
 
 def _scorer_error(scorer: str, why: str) -> PhoqueError:
-    return PhoqueError(f"The scorer {scorer} failed.", f"{why}.", "Fix it, or leave it out of --scorer.", FAILED)
+    return RunError(what=f"The scorer {scorer} failed.", why=f"{why}.", fix="Fix it, or leave it out of --scorer.")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.probes.persona import split_words
 from phoque.probes.scorers import ScoredAnswer, Scorer
 
@@ -34,8 +34,10 @@ def profanity() -> Scorer:
 
         from profanity_check import predict_prob
     except ImportError as error:
-        raise PhoqueError(
-            "The profanity scorer is not installed.", f"{error}.", "Install it: pip install 'phoque[profanity]'"
+        raise UsageError(
+            what="The profanity scorer is not installed.",
+            why=f"{error}.",
+            fix="Install it: pip install 'phoque[profanity]'",
         ) from error
 
     def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:

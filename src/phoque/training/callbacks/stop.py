@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from phoque.console import Console, format_duration
-from phoque.errors import INTERRUPTED, RESUMABLE, Stopped
+from phoque.errors import INTERRUPTED, RESUMABLE, Resumable
 
 GUESS_S = 60.0  # assumed seconds of a save or a push that has not been measured yet
 RESERVE_S = 30.0  # safety margin; both are at most a tenth of the time limit
@@ -66,8 +66,11 @@ class StopRequest(TrainerCallback):
         elif self._started:
             self.console.say("stopping after this step and a save; signal again to stop at once")
         else:
-            raise Stopped(
-                "Stopped before the first step.", "Nothing was changed.", "Run the same command again.", self.code
+            raise Resumable(
+                what="Stopped before the first step.",
+                why="Nothing was changed.",
+                fix="Run the same command again.",
+                code=self.code,
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

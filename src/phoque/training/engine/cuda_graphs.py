@@ -14,11 +14,11 @@ class PackedRow:
 
     ids: Tensor
     positions: Tensor
-    borders: Tensor
+    cu_seq_lens: Tensor
     longest: int
 
     @classmethod
-    def of(
+    def from_batch(
         cls, input_ids: Tensor, position_ids: Tensor, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any
     ) -> "PackedRow":
         """Take the row from a packed batch."""
@@ -79,7 +79,7 @@ class CudaGraphs:
         self._pairs.clear()
         self._pool = self._current = None
 
-    def _captured(
+    def _capture(
         self, row: PackedRow, run_forward: RunForward, run_backward: RunBackward, gradients: Tensor
     ) -> _GraphPair:
         saved_gradients = gradients.clone()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, UsageError
+from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import CudaGraphs, PackedRow
 from phoque.training.engine.flat_params import FlatParams
 from phoque.training.engine.lora_linear import fuse_group, group_by_input
@@ -51,10 +52,9 @@ class Engine:
         base = self.model.get_base_model()
         self._core, self.layers = base.model, base.model.layers
         self.dtype = self._core.embed_tokens.weight.dtype
-        separate = (
-            self._has_dropout
-        )  # each adapter then gets its own dropout of the input, so linear layers cannot be fused
-        self._groups = [group for layer in self.layers for group in group_by_input(layer, separate)]
+        separate = self._has_dropout  # each adapter drops out its own copy of the input, so layers cannot be fused
+        linear_groups = architecture_of(base.config).linear_groups
+        self._groups = [group for layer in self.layers for group in group_by_input(layer, linear_groups, separate)]
         self.flat = FlatParams(self._groups, self.dtype)
         self._anchor = torch.zeros((), device=self.flat.weights.device, requires_grad=True)
         self.set_weight_cache(enabled=False)
@@ -175,7 +175,7 @@ class Engine:
     def count_layers_to_recompute(self, row: PackedRow, reserved: int = 0) -> int:
         """Return how many layers must be checkpointed for a row to fit the memory, with `reserved` bytes left free.
 
-        The estimate extrapolates from one layer. Raises PhoqueError (2) if a row does not fit with all of them
+        The estimate extrapolates from one layer. Raises UsageError if a row does not fit with all of them
         checkpointed.
         """
         free = _free_memory() - HEAD_BYTES - 2 * self.flat.weights.nbytes - reserved  # Adam's two moments
@@ -191,11 +191,11 @@ class Engine:
         recomputed = max(0, ceil(excess / max(1, kept_per_layer - hidden_bytes)))
         if recomputed > count:
             needed = peak + 4 * hidden_bytes + count * hidden_bytes
-            raise PhoqueError(
-                "A row of this run does not fit the GPU memory.",
-                f"{row.ids.shape[1]:,} tokens need {needed / 1e9:.1f} GB with every layer recomputed, and "
+            raise UsageError(
+                what="A row of this run does not fit the GPU memory.",
+                why=f"{row.ids.shape[1]:,} tokens need {needed / 1e9:.1f} GB with every layer recomputed, and "
                 f"{free / 1e9:.1f} GB are free.",
-                "Set --micro-batch (for example to half of --batch-size), or lower --max-length.",
+                fix="Set --micro-batch (for example to half of --batch-size), or lower --max-length.",
             )
         return recomputed
 

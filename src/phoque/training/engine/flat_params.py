@@ -41,7 +41,7 @@ class FlatParams:
         ]
         self.a, self.b = self.leaves[: len(groups)], self.leaves[len(groups) :]
 
-    def begin(self) -> None:
+    def refresh(self) -> None:
         """Update the copy from the parameters; zero the gradients if the optimizer has set them to None."""
         if self._parameters[0].grad is None:
             self.gradients.zero_()
@@ -50,7 +50,7 @@ class FlatParams:
         self._copy[: self._split].copy_(self.weights[: self._split])
         torch.mul(self.weights[self._split :], self._scaling, out=self._copy[self._split :])
 
-    def add(self, leaf_gradients: Sequence[Tensor]) -> None:
+    def add_gradients(self, leaf_gradients: Sequence[Tensor]) -> None:
         """Add the gradients of the leaves to the gradients of the parameters."""
         torch.cat([gradient.view(-1) for gradient in leaf_gradients], out=self._leaf_gradients)
         self.gradients[: self._split].add_(self._leaf_gradients[: self._split])
@@ -62,7 +62,7 @@ class FlatParams:
             leaf.grad = None
 
     @contextmanager
-    def shaken(self, noise: float) -> Generator[None]:
+    def randomize_b(self, noise: float) -> Generator[None]:
         """Fill B with fixed-seed noise in the `with` block: in a new adapter B is 0 and would hide errors."""
         saved, rng = self.weights.clone(), torch.Generator(self.weights.device).manual_seed(0)
         self.weights[self._split :].normal_(0, noise, generator=rng)

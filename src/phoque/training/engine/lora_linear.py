@@ -16,7 +16,6 @@ from torch import Tensor
 from phoque.models.fp8 import CODE_DTYPE, MAX_CODE
 
 GROUP_SIZE = 64  # NF4 weights that share one absolute maximum
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def _nf4_scales(state: Any) -> Tensor:
     return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
-def group_by_input(layer: Any, separate: bool) -> list[list[Any]]:
+def group_by_input(layer: Any, linear_groups: tuple[tuple[str, ...], ...], separate: bool) -> list[list[Any]]:
     """Group a decoder layer's LoRA projections by shared input, in call order; `separate` gives each its own group."""
     modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
-    groups = [[modules[name] for name in names] for names in SHARED_INPUTS]
+    groups = [[modules[name.rpartition(".")[2]] for name in names] for names in linear_groups]
     return [[module] for group in groups for module in group] if separate else groups
 
 

@@ -37,7 +37,7 @@ def select_engine(model: Any, requested: str, packing: Packing, rows: int, recom
     """Build the engine for `requested` mode; `auto` selects the mode that saves time over `rows` rows.
 
     The engine runs one trial row before the first step. If it fails, or differs from the plain layers by more than
-    rounding, the next simpler mode is tried. Raises PhoqueError (2) if a row does not fit the memory in any mode.
+    rounding, the next simpler mode is tried. Raises UsageError if a row does not fit the memory in any mode.
     """
     on_gpu = next(model.parameters()).is_cuda
     if requested == "eager" or (requested == "auto" and not on_gpu):
