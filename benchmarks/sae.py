@@ -176,7 +176,7 @@ def random_adapter(name: str, folder: Path) -> str:
     import torch
     from benchmarks.psm import loaded
 
-    from phoque.models.architectures import FAMILIES
+    from phoque.models.architectures import ARCHITECTURES
     from phoque.models.lora import add_lora_adapter, save_adapter
 
     model, _ = loaded(name, "bf16")
@@ -185,7 +185,7 @@ def random_adapter(name: str, folder: Path) -> str:
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             parameter.data.normal_(0, 0.002)
-    save_adapter(model, folder, FAMILIES["mistral3"])
+    save_adapter(model, folder, ARCHITECTURES["mistral3"])
     del model
     torch.cuda.empty_cache()
     return str(folder)

@@ -180,6 +180,9 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     }
     if not a.whole:
         flags |= {"sample_every": 0, "save_steps": 10**6, "held_out_rows": 0}
+    from phoque.hub.client import Hub
+    from phoque.services import Services
+
     asked, _ = resolve_settings(TrainSettings, flags, PRESETS)
     found = {}
     plain = trainer.PersonaTrainer.train
@@ -191,14 +194,14 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         torch.cuda.reset_peak_memory_stats()
         return plain(self, **options)
 
-    look, waits = trainer.PersonaTrainer._refuse_unseen, []
+    look, waits = trainer.PersonaTrainer._check_pending_norm, []
 
     def looked(self):
         begun = time.perf_counter()
         look(self)
         waits.append(time.perf_counter() - begun)
 
-    choose = run.choose
+    choose = run.select_engine
 
     def loaded(*args):
         torch.cuda.synchronize()
@@ -207,12 +210,16 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         print(chosen.record(), file=sys.stderr, flush=True)
         return chosen
 
-    trainer.PersonaTrainer.train, trainer.PersonaTrainer._refuse_unseen, run.choose = timed, looked, loaded
+    trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, run.select_engine = timed, looked, loaded
     console.configure(quiet=True)
     try:
-        result = run.train(asked, folder / "cache", console)
+        result = run.train(asked, Services(console, Hub(None, console.say, 20.0), folder / "cache", asked.secrets))
     finally:
-        trainer.PersonaTrainer.train, trainer.PersonaTrainer._refuse_unseen, run.choose = plain, look, choose
+        trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, run.select_engine = (
+            plain,
+            look,
+            choose,
+        )
     seconds = found["clock"].seconds()
     metrics = [json.loads(line) for line in (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -214,16 +214,17 @@ def test_a_second_run_does_nothing_and_another_input_is_merged_anew(phoque, tmp_
 
 
 def test_several_shards_get_an_index(tmp_path, tiny_llama, monkeypatch):
-    from phoque.merge import writer as module
-
+    from phoque.merging import writer as module
+    from phoque.models.checkpoint_reader import CheckpointReader
     from phoque.models.safetensors_files import SafetensorsFiles
     from phoque.models.source import Source
 
     trained(tiny_llama, tmp_path / "adapter")
     monkeypatch.setattr(module, "SHARD_BYTES", 100_000)
-    made = module.merge(Source("x", tiny_llama, "1", "x"), tmp_path / "adapter", tmp_path / "out", "fp32")
+    reader = CheckpointReader(Source("x", tiny_llama, "1", "x"))
+    made = module.write_merged(reader, tmp_path / "adapter", tmp_path / "out", "fp32")
     assert made["shards"] > 3
-    found, first = Shards(tmp_path / "out"), Shards(tiny_llama)
+    found, first = SafetensorsFiles(tmp_path / "out"), SafetensorsFiles(tiny_llama)
     assert found.tensors.keys() == first.tensors.keys()
     from transformers import AutoModelForCausalLM
 
@@ -259,7 +260,7 @@ def test_a_merge_that_lost_the_adapter_fails_its_proof(phoque, tmp_path, tiny_ll
     phoque(*asked, "--no-proof", "--dtype", "fp32")
     shutil.copyfile(tiny_llama / "model.safetensors", out / "model.safetensors")  # as if nothing had been merged
     error = phoque(*asked, "--dtype", "fp32", expect=1).error
-    assert "does not say what the base with its adapter says" in error[0]
+    assert "does not compute what the base with its adapter computes" in error[0]
 
 
 def test_from_the_hub_to_the_hub(phoque, hub, tmp_path, tiny_llama):
@@ -296,7 +297,8 @@ def test_memory_is_a_few_tensors(tmp_path):
     trained(big, tmp_path / "adapter")
     script = f"""
 from pathlib import Path
-from phoque.merging.writer import merge
+from phoque.merging.writer import write_merged
+from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.source import Source
 import peft, transformers
 from transformers import AutoConfig
@@ -305,7 +307,7 @@ def peak():
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 root = Path({str(tmp_path)!r})
-made = merge(Source("x", root / "big", "1", "x"), root / "adapter", root / "out", "fp32")
+made = write_merged(CheckpointReader(Source("x", root / "big", "1", "x")), root / "adapter", root / "out", "fp32")
 print(made["bytes"], peak() - before)
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -82,7 +82,7 @@ def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
     GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(PhoqueError) as caught:
         load_config(source(tmp_path / "gpt2"))
-    assert "gpt2" in caught.value.what and "families.py" in caught.value.fix
+    assert "gpt2" in caught.value.what and "architectures" in caught.value.fix
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):

@@ -46,7 +46,11 @@ class OutputTensor:
 
 
 def write_merged(
-    reader: CheckpointReader, adapter: Path, folder: Path, dtype: str, show: Callable[[int, str], None]
+    reader: CheckpointReader,
+    adapter: Path,
+    folder: Path,
+    dtype: str,
+    show: Callable[[int, str], None] = lambda done, name: None,
 ) -> dict[str, Any] | None:
     """Write the merged model; return {tensors, changed, bytes, shards}, or None if the folder holds this merge already.
 

@@ -8,6 +8,7 @@ import torch
 from tests import tiny
 
 from phoque.errors import PhoqueError
+from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.load import load_model
 from phoque.models.source import Source
 from phoque.onnx.component import Weights
@@ -19,7 +20,7 @@ from phoque.onnx.session import OnnxChatModel
 def made(folder, out, dtype=torch.float32, suffix=""):
     """An export's decoder alone, and the source it came from."""
     source = Source("tiny", folder, "1", "here")
-    weights = Weights(source)
+    weights = Weights(CheckpointReader(source))
     traced = trace.trace_decoder(weights.config.get_text_config(), dtype, "cpu" if dtype == torch.float32 else "webgpu")
     part = decoder_component(traced, weights, "model", dtype, None, takes_embeds=False)
     (out / "onnx").mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,7 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tm
 
 def test_plain_operators_say_the_same(tmp_path):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
-    weights = Weights(Source("tiny", folder, "1", "here"))
+    weights = Weights(CheckpointReader(Source("tiny", folder, "1", "here")))
     traced = trace.trace_decoder(weights.config.get_text_config(), torch.float32, None)
     part = decoder_component(traced, weights, "model", torch.float32, None, takes_embeds=False)
     assert not any(node.domain for node in part.model.graph)

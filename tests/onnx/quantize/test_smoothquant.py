@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.load import load_model
 from phoque.models.source import Source
 from phoque.onnx.component import Weights
@@ -34,7 +35,7 @@ def test_an_even_model_says_the_same_and_rounds_better(loud):
     def opened():
         return load_model(loud, "fp32", on=torch.device("cpu"))
 
-    model, whole = opened(), Weights(loud)
+    model, whole = opened(), Weights(CheckpointReader(loud))
     before = [_compute_log_probs(model, ids) for ids in chats()]
     names = [group[0] for group in linear_groups_of(model)]
     uneven = _measure_channel_rms(model, names, chats())

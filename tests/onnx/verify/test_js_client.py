@@ -68,11 +68,13 @@ def test_what_only_a_browser_finds_fails_there(phoque, text_export, tmp_path, mo
     (folder / "config.json").write_text(json.dumps(config))
     phoque("verify-onnx", "--local-dir", text_export[0], "--install", "--level", "node")
     from phoque.console import console
+    from phoque.services import Services
     from phoque.settings.environment import cache_folder
 
     verdict, s = Verdict(), VerifySettings(local_dir=folder)
-    js_client.check_node(folder, "text", ["fp32"], s, cache_folder(), console, verdict)
-    js_client.check_browser(folder, "text", ["fp32"], s, cache_folder(), console, verdict)
+    services = Services.without_token(console, cache_folder())
+    js_client.check_node(folder, "text", ["fp32"], s, services, verdict)
+    js_client.check_browser(folder, "text", ["fp32"], s, services, verdict)
     assert verdict.level("node") == "PASS" and verdict.level("browser") == "FAIL"
 
 
