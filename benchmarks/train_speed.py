@@ -213,7 +213,9 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, run.select_engine = timed, looked, loaded
     console.configure(quiet=True)
     try:
-        result = run.train(asked, Services(console, Hub(None, console.say, 20.0), folder / "cache", asked.secrets))
+        result = run.train(
+            asked, Services(console, Hub(None, console.say, 20.0), folder / "cache", asked.secrets)
+        ).to_json()
     finally:
         trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, run.select_engine = (
             plain,

@@ -134,7 +134,7 @@ def test_the_token_of_hf_auth_login_is_found(home):
 
         code = (
             "from phoque.settings.resolve import resolve_settings\nfrom phoque.settings.train import TrainSettings\n"
-            "r, _ = resolved(TrainSettings, {}, {})\n"
+            "r, _ = resolve_settings(TrainSettings, {}, {})\n"
             "print(r.origins['hf_token'].source, r.secrets.hf_token.get_secret_value())"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
