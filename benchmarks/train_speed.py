@@ -244,7 +244,7 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
 
     from phoque.models.load import default_device
 
-    default_device()  # what it tells torch about memory must come before the first of it is taken, as it does in the command
+    default_device()  # sets torch's allocator options before the first allocation, as the command does
     found = {}
     for asked in a.runs.split(","):
         quantization, mode, count, steps, log_every, *rest = asked.split(":")

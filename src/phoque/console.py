@@ -45,7 +45,7 @@ class Console:
             )
 
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
-        """Print the command's result to stdout: `data` with --json, `quiet` with --quiet, else the return of `human()`."""
+        """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
         if self.json:
             print(json.dumps(data, ensure_ascii=False, default=str), file=self._out)
         elif self.quiet:
@@ -69,7 +69,7 @@ class Console:
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Generator[Callable[[int, str], None]]:
-        """Yield `update(done, text)`, which shows a progress bar on a terminal, else a line every LOG_EVERY_S seconds."""
+        """Yield `update(done, text)`, which shows a bar on a terminal, else a line every LOG_EVERY_S seconds."""
         if self.quiet:
             yield lambda done, text: None
         elif sys.stderr.isatty():

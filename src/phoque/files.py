@@ -39,7 +39,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
-    """Yield an empty folder beside `path`; it replaces `path` if the block ends without error, and is deleted if not."""
+    """Yield an empty folder beside `path`; it replaces `path` if the block ends without error, else it is deleted."""
     staging = path.with_name(f".{path.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -52,7 +52,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
 
 
 def lock(path: Path) -> AbstractContextManager[Any]:
-    """A lock between processes on the file `path`, held while the block runs; the second process waits for the first."""
+    """A lock between processes on the file `path`, held while the block runs; a second process waits for the first."""
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)

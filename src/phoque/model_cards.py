@@ -86,7 +86,8 @@ def render_merged_card(base: Source, record: dict[str, Any]) -> str:
     if proof_record:
         summary = (
             f"logits differ by {proof_record['mean_difference']:.2g} on average; the adapter changes them by "
-            f"{proof_record['adapter_effect']:.2g}; {proof_record['agreeing']} of {proof_record['tokens']} greedy tokens are the same"
+            f"{proof_record['adapter_effect']:.2g}; {proof_record['agreeing']} of {proof_record['tokens']} "
+            "greedy tokens are the same"
         )
     request, result = record["asked"], record["made"]
     return MERGED_CARD.format(

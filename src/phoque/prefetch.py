@@ -13,8 +13,8 @@ class Prefetcher(Generic[T]):
     """Yields the items of an iterator in order, computed in a thread at most `depth` items ahead of their use.
 
     An exception of the iterator is raised where its item would have come. `waited` is the time in seconds for which the
-    caller waited because no item was ready. A thread is enough, and needs no copy of the data: reading files, tokenizing
-    and packing hold Python's lock for a few milliseconds per item, and a GPU step leaves it free for most of its time.
+    caller waited because no item was ready. A thread is enough, and needs no copy of the data: reading files,
+    tokenizing and packing hold Python's lock for a few milliseconds per item, and a GPU step leaves it free mostly.
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:

@@ -39,8 +39,8 @@ def _render(result: "CompareResult") -> str:
     if result.repo:
         lines.append(f"repo      {result.repo}")
     lines.append(
-        f"{quality['verdict']} autoencoder at block {result.layer}: explains {quality['ev']:.0%} of the variance in chats, "
-        f"{quality['l0']:.0f} active features per token, {quality['dead_fraction']:.0%} dead features"
+        f"{quality['verdict']} autoencoder at block {result.layer}: explains {quality['ev']:.0%} of the variance "
+        f"in chats, {quality['l0']:.0f} active features per token, {quality['dead_fraction']:.0%} dead features"
     )
     summary = f"{overall['n_reported']} of {overall['n_tested']} features shifted ({overall['n_up']} up)"
     if "n_specific" in overall:

@@ -67,7 +67,7 @@ def require_extra(extra: str, *packages: str) -> None:
 
 
 def show_result(result: DryRun | HasJson, render: Callable[[Any], Any], quiet: Callable[[Any], str]) -> None:
-    """Print a result on stdout: as JSON, as `render(result)`, or with --quiet as `quiet(result)`; a dry run as lines."""
+    """Print a result on stdout: as JSON, as `render(result)`, or with --quiet `quiet(result)`; a dry run as lines."""
     if isinstance(result, DryRun):
         target = str(result.facts.get("output_dir") or result.facts.get("name") or "")
         console.result(result.to_json(), lambda: render_plan(result), target)

@@ -143,7 +143,7 @@ def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
         )
     if bad > max_bad * scan.rows:
         raise UsageError(
-            what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; the limit is {max_bad:.0%}).",
+            what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; limit {max_bad:.0%}).",
             why=reasons,
             fix="Fix the rows, or raise the limit with --max-bad-rows.",
         )

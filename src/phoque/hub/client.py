@@ -1,4 +1,4 @@
-"""The Hub client and its retry rule: an action that failed transiently runs again from its start, after longer waits."""
+"""The Hub client and its retry rule: an action that fails transiently runs again from its start, after a wait."""
 
 import time
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def build_job(command: str, resolved: Resolved[Any]) -> Job:
             raise UsageError(
                 what=f"{flag_names(type(s), name)[0]} names a path on this machine.",
                 why="A Job's disk is deleted when the Job ends.",
-                fix=f"Leave it out: the output of a Job is kept in the repository of {flag_names(type(s), s.keeps)[0]}.",
+                fix=f"Leave it out: a Job keeps its output in the repository of {flag_names(type(s), s.keeps)[0]}.",
             )
     if resolved.secrets.hf_token is None:
         raise UsageError(

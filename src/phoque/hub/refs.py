@@ -1,7 +1,7 @@
-"""Is a name a Hub repository or a path on this machine? One rule for every command, and one way to fetch into the cache.
+"""Is a name a Hub repository or a path on this machine? One rule for every command; and fetching into the cache.
 
-A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, and no file or folder of that name
-exists here. A file or folder inside a repository is written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split
+A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, and no file or folder has that
+name here. A file or folder inside a repository is written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split
 OWNER/NAME:SPLIT.
 """
 

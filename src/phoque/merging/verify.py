@@ -30,9 +30,9 @@ MAX_DIFFERENCE_OF_NO_OP = 1e-3  # mean difference that is allowed for an adapter
 def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) -> dict[str, Any]:
     """Compare on conversations of the bundled seal: {max_difference, mean_difference, adapter_effect, agreeing, ...}.
 
-    The two models are loaded one after the other, text only: in bf16 for a bf16 merge on a GPU, else in fp32. Differences
-    are of logits; `adapter_effect` is the mean difference between base and base + adapter; `agreeing` of `tokens` greedy
-    tokens are the same; `holds` is the verdict.
+    The two models are loaded one after the other, text only: in bf16 for a bf16 merge on a GPU, else in fp32.
+    Differences are of logits; `adapter_effect` is the mean difference between base and base + adapter; `agreeing` of
+    `tokens` greedy tokens are the same; `holds` is the verdict.
     """
     precision = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "fp32"
     chat = ChatTemplate(load_tokenizer(base), "", 2048)

@@ -1,4 +1,4 @@
-"""Adapter name -> folder on this machine: a folder, a run folder, or a Hub repository at one commit; and its base model."""
+"""Adapter name -> folder on this machine: a folder, a run folder, or a Hub repository at one commit; and its base."""
 
 import json
 from dataclasses import dataclass

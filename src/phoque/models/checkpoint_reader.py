@@ -1,4 +1,4 @@
-"""A checkpoint, opened once: its config, its architecture, its tensors and their scales. Load, merge and export use it."""
+"""A checkpoint, opened once: its config, architecture, tensors and scales. Load, merge and export use it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -48,7 +48,7 @@ class CheckpointReader:
 
     @cached_property
     def scales(self) -> dict[str, str]:
-        """The stored name of the scale of each FP8 weight. Raises UsageError for a scale or weight without the other."""
+        """The stored name of the scale of each FP8 weight. Raises UsageError for one without the other."""
         return find_scales(self.stored, self.weights, declares_fp8(self.config))
 
     def read(self, name: str) -> torch.Tensor:

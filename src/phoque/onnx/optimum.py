@@ -105,7 +105,7 @@ def _interpreter_command(python: Path | None) -> list[str]:
         raise UsageError(
             what="There is no Python environment with optimum-onnx.",
             why="phoque creates one with uv, and uv is not on PATH.",
-            fix="Install uv, or give the interpreter of an environment that has optimum-onnx with --onnx-export-python.",
+            fix="Install uv, or name an interpreter that has optimum-onnx with --onnx-export-python.",
         )
     same_torch = f"torch=={version('torch').split('+')[0]}"  # likely in the cache of uv
     with_options = [word for requirement in (*REQUIREMENTS, same_torch) for word in ("--with", requirement)]

@@ -184,5 +184,5 @@ class SaeSettings(ArtifactSettings):
         return [count // 2]
 
     def learning_rate(self, features: int) -> float:
-        """Learning rate of an SAE with this many features: 3e-3 at 2,304, falling with the square root of their number."""
+        """Learning rate of an SAE with this many features: 3e-3 at 2,304, scaled by 1 / sqrt(number)."""
         return self.sae_learning_rate or 3e-3 * (2304 / features) ** 0.5

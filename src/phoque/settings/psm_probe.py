@@ -129,7 +129,7 @@ class PsmSettings(ArtifactSettings):
         return [float(part) for part in self.coefficients.split(",")]
 
     def steered_blocks(self, count: int) -> list[int]:
-        """Indices of the blocks to steer in a model of `count` blocks: --sweep-layers, or five from 30% to 80% of the depth."""
+        """Indices of the blocks to steer in a model of `count` blocks: --sweep-layers, or five from 30% to 80%."""
         if self.sweep_layers:
             return sorted({int(float(part)) for part in self.sweep_layers.split(",")})
         return sorted({round(share * (count - 1)) for share in (0.3, 0.425, 0.55, 0.675, 0.8)})

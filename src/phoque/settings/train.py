@@ -171,7 +171,7 @@ class TrainSettings(JobSettings):
 
     @property
     def merged_repo(self) -> str | None:
-        """Hub repository of merged models: --merged-hub-model-id, or <--hub-model-id>-merged; None if neither is set."""
+        """Hub repository of merged models: --merged-hub-model-id, or <--hub-model-id>-merged, or None."""
         return self.merged_hub_model_id or (f"{self.hub_model_id}-merged" if self.hub_model_id else None)
 
     @property

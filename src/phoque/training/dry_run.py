@@ -140,6 +140,6 @@ def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> di
         "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f} (an estimate)",
         "data": f"{ready.scan.good} rows of {ready.scan.mean_length:.0f} tokens; a step is "
-        f"{s.batch_size} rows, about {s.batch_size * ready.scan.mean_length:,.0f} tokens ({_describe_packing(s, ready)})",
+        f"{s.batch_size} rows, {s.batch_size * ready.scan.mean_length:,.0f} tokens, {_describe_packing(s, ready)}",
         "run folder": str(s.folder),
     }

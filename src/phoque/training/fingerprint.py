@@ -70,6 +70,7 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str])
         raise UsageError(
             what="The run folder or repository holds a different run.",
             why="; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in differing),
-            fix="Use the old values, allow a change with --allow-change NAME, use another --output-dir and --hub-model-id, "
+            fix="Use the old values, allow the change with --allow-change NAME, "
+            "choose another --output-dir and --hub-model-id "
             "or delete the old run with --fresh-start.",
         )

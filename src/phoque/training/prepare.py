@@ -73,7 +73,8 @@ def _report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console:
     console.say(f"data {dataset.name}: {scan.good} rows ({sources}), {len(scan.held_out)} held out")
     epochs = s.max_steps * s.batch_size / max(1, scan.good - len(scan.held_out))
     console.say(
-        f"  {summary['tokens']['mean']:.0f} tokens per row, {scan.trained_tokens / sum(scan.lengths):.0%} of them trained on; "
+        f"  {summary['tokens']['mean']:.0f} tokens per row, "
+        f"{scan.trained_tokens / sum(scan.lengths):.0%} of them trained on; "
         f"{s.max_steps} steps of {s.batch_size} conversations are {epochs:.1f} epochs"
     )
     if s.packing == "budget":

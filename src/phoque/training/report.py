@@ -45,7 +45,8 @@ def _render_header(record: dict[str, Any]) -> str:
     base = html.escape(f"{record['base']['name']} ({record['base']['origin']})")
     data = html.escape(record["data"]["name"])
     times_html = f'<div class="dim">{format_breakdown(result["seconds_of"])}</div>' if "seconds_of" in result else ""
-    return f'<h1>phoque train</h1><div class="dim">{base}, tuned on {data}</div><div class="tiles">{tiles_html}</div>{times_html}'
+    heading = f'<h1>phoque train</h1><div class="dim">{base}, tuned on {data}</div>'
+    return f'{heading}<div class="tiles">{tiles_html}</div>{times_html}'
 
 
 def _render_curves(metrics: list[dict[str, Any]]) -> str:

@@ -33,10 +33,10 @@ def find_start(
 ) -> StartState:
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
 
-    `identity` is the fingerprint of the run, `epoch` holds the rows and batch size that give plain Trainer's checkpoints
-    a position in the data, `submission` is shared by all attempts of one Job. Raises UsageError if the newest state is
-    another run's, RunError if there are checkpoints and none is whole, and the Hub's error if it cannot be reached: an
-    error is never taken for an empty repository.
+    `identity` is the fingerprint of the run, `epoch` holds the rows and batch size that give plain Trainer's
+    checkpoints a position in the data, `submission` is shared by all attempts of one Job. Raises UsageError if the
+    newest state is another run's, RunError if there are checkpoints and none is whole, and the Hub's error if it cannot
+    be reached: an error is never taken for an empty repository.
     """
     remote = _Remote(repo, run / DOWNLOADS, console) if repo else None
     local = _read_record_or_none(run, s)

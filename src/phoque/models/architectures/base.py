@@ -13,12 +13,12 @@ class Architecture:
 
     - `model_type`: the value in a config that this record is for.
     - `lora_targets`: a regular expression for whole module names, the linear layers that LoRA adapts.
-    - `text_keys`: (pattern, replacement) pairs from a checkpoint's key to the text-only model's; a key that matches none
-      is not part of the text model.
+    - `text_keys`: (pattern, replacement) pairs from a checkpoint's key to the text-only model's; a key that matches
+      none is not part of the text model.
     - `full_names`: (text, full): what the text model's layers are called there and in the full model.
     - `auto_class`: the class of transformers that loads the full model.
-    - `linear_groups`: linear layers of a decoder block, together where they read the same input: these run as one matrix
-      product in training and share their bits in an export.
+    - `linear_groups`: linear layers of a decoder block, together where they read the same input: these run as one
+      matrix product in training and share their bits in an export.
     - `smooth_sources`: for each linear group the module whose output channels SmoothQuant may divide, because the group
       alone reads them (https://arxiv.org/abs/2211.10438).
     - `transformers_js_class`: the class of Transformers.js that runs an export of the full model.

@@ -168,7 +168,7 @@ def _read_recipes(model: ir.Model, names: list[str]) -> dict[str, tuple[PackedPa
     if missing:
         raise RunError(
             what="The exporter changed a weight of this architecture in an unknown way.",
-            why=f"The weight {missing[0]} is not in the graph, neither as it is, nor transposed, nor packed with others.",
+            why=f"The weight {missing[0]} is not in the graph: not as it is, not transposed, not packed with others.",
             fix="Report it with the model's config.json and the version of transformers.",
         )
     return recipes
@@ -194,7 +194,7 @@ def _repeat_middle_layer(traced: TracedDecoder, layers: int) -> TracedDecoder:
             why="The exporter fused the second and the third layer differently.",
             fix="Report it with the model's config.json.",
         )
-    counterparts = {  # maps each value of the first layer that the middle one reads to its counterpart in the middle layer
+    counterparts = {  # value of the first layer that the middle one reads -> its counterpart in the middle layer
         source: target
         for middle_node, last_node in zip(middle, last, strict=True)
         for source, target in zip(middle_node.inputs, last_node.inputs, strict=True)

@@ -11,7 +11,7 @@ from phoque.onnx.quantize.block_format import QuantizedMatrix
 
 
 def linear_groups(model: Any) -> tuple[tuple[str, ...], ...]:
-    """The linear layers of one decoder block; a group reads the same input, is fused into one, and has one bit width."""
+    """The linear layers of one decoder block; a group reads one input, is fused into one, and has one bit width."""
     return architecture_of(model.config).linear_groups
 
 

@@ -52,7 +52,7 @@ class HubExport:
         """Download a file on first use; return its path. Raises CheckFailed if it is larger than MAX_FETCH_BYTES."""
         if self.sizes[path] > MAX_FETCH_BYTES:
             raise CheckFailed(
-                f"{path} has {self.sizes[path] >> 20} MB: it contains its weights, so it is not downloaded to be checked"
+                f"{path} has {self.sizes[path] >> 20} MB: it contains its weights, so it is not downloaded"
             )
         return self._download(path)
 

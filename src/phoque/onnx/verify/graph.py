@@ -174,7 +174,7 @@ def _check_operators(model: Any, dtype: str) -> str:
             attributes = {a.name: a.i for a in node.attribute}
             if attributes.get("bits") not in (4, 8) or attributes.get("block_size") not in (16, 32, 64, 128):
                 raise CheckFailed(
-                    f"MatMulNBits with {attributes.get('bits')} bits, groups of {attributes.get('block_size')}: no kernel"
+                    f"MatMulNBits with {attributes.get('bits')} bits by {attributes.get('block_size')} has no kernel"
                 )
     return "WebGPU needs shader-f16 for it" if dtype in ("fp16", "q4f16") else ""
 

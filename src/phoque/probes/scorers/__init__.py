@@ -78,7 +78,7 @@ def make_scorer(spec: str, context: Context) -> Scorer:
         return remote.command(spec, rest)
     raise UsageError(
         what=f"No scorer {spec!r}.",
-        why="Scorers are contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND.",
+        why="Scorers: contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND.",
         fix="Check --scorer.",
     )
 
