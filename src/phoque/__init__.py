@@ -11,8 +11,9 @@ Each command is also a function that takes its settings model:
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["compare_sae", "export_onnx", "merge", "psm_probe", "train", "verify_onnx"]
+from phoque.version import __version__
+
+__all__ = ["__version__", "compare_sae", "export_onnx", "merge", "psm_probe", "train", "verify_onnx"]
 
 if TYPE_CHECKING:
     from phoque.api import compare_sae, export_onnx, merge, psm_probe, train, verify_onnx

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from phoque import __version__
 from phoque.models.source import Source
+from phoque.version import __version__
 
 ADAPTER_CARD = """---
 {base_model}library_name: peft

@@ -1,4 +1,4 @@
-"""What every command can return besides its own result: the plan of a dry run."""
+"""What results have in common: the plan of a dry run, and the versions of the libraries that made a result."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,3 +15,10 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """The facts, then `settings`, then `warnings`."""
         return self.facts | {"settings": self.settings} | ({"warnings": self.warnings} if self.warnings else {})
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """The installed version of each library."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in names}

@@ -8,8 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from phoque import __version__
 from phoque.errors import INTERRUPTED, to_phoque_error
+from phoque.version import __version__
 
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",

@@ -8,11 +8,11 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from phoque import __version__
 from phoque.console import Console
 from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError, PublicRepoError, UsageError
 from phoque.hub.client import Hub, describe_error, is_transient
 from phoque.settings.fields import PREFIX, Resolved, Secrets, env_name, flag_names
+from phoque.version import __version__
 
 NOT_PASSED = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that are not passed to the Job
 LOCAL_PATHS = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # settings that name local paths

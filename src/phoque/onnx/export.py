@@ -364,7 +364,7 @@ def _list_components(
 
 
 def _write_record(folder: Path, source: Source, result: ExportResult) -> None:
-    from phoque import __version__
+    from phoque.version import __version__
 
     summary = {name: getattr(result, name) for name in ("layout", "engine", "dtypes", "bytes")}
     digests = {f"onnx/{file.name}": sha256(file) for file in sorted((folder / "onnx").iterdir())}

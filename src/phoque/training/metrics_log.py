@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phoque.errors import first_line
+from phoque.files import write_atomically
 from phoque.settings.fields import Secrets
 from phoque.settings.train import TrainSettings
 
@@ -144,9 +145,7 @@ def delete_after(run: Path, step: int) -> None:
     for name in (METRICS, SAMPLES):
         path = run / name
         rows = [row for row in _read_complete(path) if row["step"] <= step]
-        staging = path.with_name(f".{name}")
-        staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        staging.replace(path)
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _read_complete(path: Path) -> list[dict[str, Any]]:

@@ -5,18 +5,18 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from phoque import __version__
 from phoque.errors import UsageError
+from phoque.files import write_atomically
 from phoque.models.architectures import architecture_of
+from phoque.results import library_versions
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.metrics_log import METRICS, SAMPLES
-
-if TYPE_CHECKING:
-    from phoque.training.prepare import Prepared
+from phoque.training.prepare import Prepared
+from phoque.version import __version__
 
 RECORD = checkpoints.RECORD
 
@@ -63,14 +63,12 @@ def derive_run_id(repo: str, start: str) -> str:
 
 def create_record(
     resolved: Resolved[TrainSettings],
-    prepared: "Prepared",
+    prepared: Prepared,
     fingerprint: dict[str, Any],
     run_id: str,
     marker: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Create the record of a new run: settings with sources, fingerprint, versions, base and data; no secrets."""
-    from importlib.metadata import version
-
     libraries = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
     return {
         "phoque": __version__,
@@ -79,7 +77,7 @@ def create_record(
         "fingerprint": fingerprint,
         "run_id": run_id,
         "fresh_start": marker,
-        "versions": {name: version(name) for name in libraries},
+        "versions": library_versions(*libraries),
         "base": {
             "name": prepared.source.name,
             "hub_id": prepared.source.hub_id,
@@ -96,6 +94,4 @@ def write_record(run: Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
     if (run / RECORD).is_file() and (run / RECORD).read_text() == text:
         return
-    staging = run / f".{RECORD}"
-    staging.write_text(text)
-    staging.rename(run / RECORD)
+    write_atomically(run / RECORD, text)

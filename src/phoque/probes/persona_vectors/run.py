@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from phoque import __version__
+from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.errors import UsageError
 from phoque.files import run_folder
-from phoque.hub.upload import open_artifacts_repo, push_run_folder
 from phoque.inference.likelihood import mean_nll
 from phoque.models.adapter_source import find_adapter
 from phoque.models.architectures import architecture_of
@@ -26,10 +25,11 @@ from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
 from phoque.probes.scorers import Context, Scorer, make_scorer
 from phoque.probes.scorers.model import find_lexicon_tokens
-from phoque.results import DryRun
+from phoque.results import DryRun, library_versions
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.psm_probe import PsmSettings
+from phoque.version import __version__
 
 RULE = (
     "highest trait on the validation questions among settings within the coherence limits; "
@@ -152,9 +152,7 @@ def _build_summary(
     lexicon_token_ids: dict[int, str],
     warnings: list[str],
 ) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    versions = library_versions("torch", "transformers", "peft", "numpy")
     selected = result.selected
     return {
         "schema_version": files.SCHEMA,

@@ -1,12 +1,10 @@
 """Activation shards on disk: written once while the model runs, then streamed in a new order in each epoch."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
@@ -14,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from phoque.errors import UsageError
+from phoque.files import atomic_file
 from phoque.inference.residual_stream import compute_norms, find_massive, read_residual_stream
+from phoque.prefetch import Prefetcher
 
 ACTIVATION_DTYPE = torch.bfloat16  # rounding error: 1e-5 of the variance, far below a dictionary's own error
 SHARD_TOKENS = 16_384  # approximate number of tokens in a shard
@@ -182,9 +182,8 @@ class _Writer:
         try:
             tensors = _copy_to_host(parts, copy_ready)
             totals = {name: str(sum(int(count) for count in values)) for name, values in counts.items()}
-            staging = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(tensors, staging, totals)
-            staging.replace(path)
+            with atomic_file(path) as staging:
+                save_file(tensors, staging, totals)
         finally:
             self.slots.release()
 
@@ -245,43 +244,18 @@ class ActivationStream:
                 continue
             buffers.append((buffer, shard_ids, count, skip))
             skip = 0
-        queue: Queue[Any] = Queue(maxsize=1)
-        stop = threading.Event()
 
-        def load() -> None:
+        def load_buffers() -> Iterator[tuple[torch.Tensor, int, int]]:
             for buffer, shard_ids, count, first in buffers:
-                if stop.is_set():
-                    return
-                try:
-                    activations = torch.cat([self.store.tensor(files[i], self.layer) for i in shard_ids])
-                    queue.put(
-                        (
-                            activations[torch.randperm(len(activations), generator=_generator(self.seed, buffer, 1))],
-                            count,
-                            first,
-                        )
-                    )
-                except BaseException as error:
-                    queue.put(error)
-                    return
+                activations = torch.cat([self.store.tensor(files[i], self.layer) for i in shard_ids])
+                order = torch.randperm(len(activations), generator=_generator(self.seed, buffer, 1))
+                yield activations[order], count, first
 
-        reader = threading.Thread(target=load, daemon=True)
-        reader.start()
-        try:
-            for _ in buffers:
-                item = queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                activations, count, first = item
+        with Prefetcher(load_buffers(), depth=1) as loaded:
+            for activations, count, first in loaded:
                 activations = activations.to(device)
                 for n in range(first, count):
                     yield activations[n * self.batch : (n + 1) * self.batch].float()
-        finally:
-            stop.set()
-            while reader.is_alive():
-                if not queue.empty():
-                    queue.get()
-                reader.join(0.01)
 
 
 def _generator(seed: int, number: int, kind: int) -> torch.Generator:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.files import run_folder
-from phoque.hub.upload import open_artifacts_repo, push_run_folder
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
 from phoque.probes.sae.plan import make_plan

@@ -1,21 +1,21 @@
 """Build the JSON report of a comparison and the rows of its tables."""
 
 import time
-from importlib.metadata import version
 from typing import Any
 
 import numpy
 import torch
 
-from phoque import __version__
 from phoque.inference.residual_stream import get_blocks
 from phoque.models.load import default_device
 from phoque.probes import stats
 from phoque.probes.sae import baselines, files
 from phoque.probes.sae.comparison import ComparisonResult
 from phoque.probes.sae.plan import Plan
+from phoque.results import library_versions
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
+from phoque.version import __version__
 
 Rows = list[dict[str, Any]]
 
@@ -43,7 +43,7 @@ def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: Comp
             "seed": s.seed,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "device": _get_device_name(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
+            "versions": library_versions("torch", "transformers", "peft", "numpy"),
         },
         "models": {
             "base": {

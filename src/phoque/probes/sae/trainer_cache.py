@@ -1,6 +1,5 @@
 """Gather texts and activations and train dictionaries; every stage is cached, so that a killed run can resume."""
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 
 from phoque.data.rows import Dataset
 from phoque.errors import UsageError
+from phoque.files import atomic_file, lock, write_atomically
 from phoque.inference.generate import Request, generate_replies, prompt_ids
 from phoque.inference.residual_stream import unwrap_model
 from phoque.models.architectures import architecture_of
@@ -106,10 +106,7 @@ class DictionaryTrainer:
         with self.services.console.progress(len(requests)) as show:
             answers = generate_replies(self.model, requests, self.s.max_new_tokens, 1.0, 1.0, show=show)
         rows = [ask.prompt + reply.ids for ask, reply in zip(requests, answers, strict=True)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(".partial")
-        staging.write_text(json.dumps(rows))
-        staging.replace(path)
+        write_atomically(path, json.dumps(rows))
         return rows
 
     def train_dictionaries(self, texts: Corpus, layers: Sequence[int]) -> "TrainedDictionaries":
@@ -128,8 +125,7 @@ class DictionaryTrainer:
             for n, recipe in enumerate(recipes)
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may train the same dictionaries
+        with lock(folder / ".lock"):  # another run may train the same dictionaries
             if all((home / FIRINGS_FILE).is_file() for home in homes.values()):
                 self.services.console.say(f"the autoencoder was trained before; loading {folder.name} from the cache")
             else:
@@ -181,9 +177,8 @@ class DictionaryTrainer:
                 self.model.device
             )
         fired, tokens = count_firings(dictionary, shards, layer, self.model.device)
-        staging = home / f".{FIRINGS_FILE}.partial"
-        save_file({"fired": fired}, staging, {"tokens": str(tokens)})
-        staging.replace(home / FIRINGS_FILE)
+        with atomic_file(home / FIRINGS_FILE) as staging:
+            save_file({"fired": fired}, staging, {"tokens": str(tokens)})
 
 
 @dataclass

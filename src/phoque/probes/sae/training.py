@@ -13,6 +13,7 @@ import numpy
 import torch
 
 from phoque.errors import RunError, UsageError
+from phoque.files import atomic_folder
 from phoque.probes.sae.activation_store import ActivationStore, ActivationStream
 from phoque.probes.sae.dictionary import Dictionary, calibrate_threshold, read_dictionary, write_dictionary
 
@@ -55,10 +56,8 @@ def train_dictionary(
     if not final.is_dir():
         dictionary = load_calibrated(_fit(recipe, shards, layer, folder, on, show), recipe, shards, layer, on)
         dictionary.config["metadata"] = metadata | dictionary.config["metadata"]
-        staging = folder / ".sae.partial"
-        shutil.rmtree(staging, ignore_errors=True)
-        write_dictionary(dictionary, staging)
-        staging.rename(final)
+        with atomic_folder(final) as staging:
+            write_dictionary(dictionary, staging)
         for old in (folder / RAW, *folder.glob("step-*")):
             shutil.rmtree(old)
     return read_dictionary(final)

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phoque.errors import RunError, UsageError
+from phoque.files import write_atomically
 from phoque.inference.generate import Reply
 from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import Persona
@@ -97,10 +97,7 @@ def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Cont
     if uncached:
         context.scored_counts[scorer.name] = context.scored_counts.get(scorer.name, 0) + len(uncached)
         cached |= dict(zip(uncached, _check_scores(scorer, scorer.score(list(uncached.values()))), strict=True))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(json.dumps(cached))
-        staging.replace(path)
+        write_atomically(path, json.dumps(cached))
     return _check_scores(scorer, [cached[key] for key in keys])  # a cached score may lack this label
 
 

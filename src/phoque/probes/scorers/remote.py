@@ -3,20 +3,21 @@
 import json
 import shlex
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from phoque.errors import PhoqueError, RunError, UsageError
+from phoque.errors import PhoqueError, RunError, UsageError, first_line
 from phoque.files import sha256
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 BATCH_SIZE = 32
 MAX_ATTEMPTS = 4
 TIMEOUT_S = 60
+TRANSIENT_STATUS_CODES = (408, 429, 500, 502, 503, 504)
 MAX_LABEL = "max"  # label of the largest score of all categories
 
 
@@ -51,23 +52,40 @@ def moderation(spec: str, rest: str, context: Context) -> Scorer:
 
 
 def _post(url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-            if key:  # never sent on to a host that this one redirects to
-                request.add_unredirected_header("Authorization", f"Bearer {key}")
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            if attempt == MAX_ATTEMPTS or error.code not in (408, 429, 500, 502, 503, 504):
-                raise _scorer_error(url, f"It returned HTTP status {error.code}") from error
-            retry_after = error.headers.get("Retry-After", "")
-            time.sleep(float(retry_after) if retry_after.isdigit() else 2.0**attempt / 2)
-        except (OSError, ValueError) as error:
-            if attempt == MAX_ATTEMPTS:
-                raise _scorer_error(url, str(error)) from error
-            time.sleep(2.0**attempt / 2)
-    raise AssertionError("the last attempt returns or raises")
+    """POST JSON and return the answer; tries again after transient failures, at most MAX_ATTEMPTS times.
+
+    httpx drops the Authorization header where the endpoint redirects to another host.
+    """
+    import httpx
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def post() -> dict[str, Any]:
+        response = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
+        response.raise_for_status()
+        return response.json()
+
+    def is_transient(error: BaseException) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code in TRANSIENT_STATUS_CODES
+        return isinstance(error, (httpx.HTTPError, ValueError))
+
+    def get_wait(state: "RetryCallState") -> float:
+        error = state.outcome.exception() if state.outcome else None
+        response = error.response if isinstance(error, httpx.HTTPStatusError) else None
+        retry_after = response.headers.get("Retry-After", "") if response is not None else ""
+        return float(retry_after) if retry_after.isdigit() else 2.0**state.attempt_number / 2
+
+    retrying = Retrying(
+        stop=stop_after_attempt(MAX_ATTEMPTS), wait=get_wait, retry=retry_if_exception(is_transient), reraise=True
+    )
+    try:
+        return retrying(post)
+    except httpx.HTTPStatusError as error:
+        raise _scorer_error(url, f"It returned HTTP status {error.response.status_code}") from error
+    except (httpx.HTTPError, ValueError) as error:
+        raise _scorer_error(url, first_line(error)) from error
 
 
 def command(spec: str, line: str) -> Scorer:
