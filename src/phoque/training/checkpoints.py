@@ -14,6 +14,7 @@ import torch
 
 from phoque.errors import RunError, first_line
 from phoque.files import sha256
+from phoque.training.fingerprint import update_record
 
 MANIFEST = "MANIFEST.json"
 STAGING = ".saving"
@@ -73,7 +74,7 @@ def sort_checkpoints(names: Iterable[str]) -> list[str]:
 def read_record_in(folder: Path) -> dict[str, Any] | None:
     """Read the run record stored in a checkpoint; None if plain Trainer wrote the checkpoint."""
     path = folder / RECORD
-    return json.loads(path.read_text()) if path.is_file() else None
+    return update_record(json.loads(path.read_text())) if path.is_file() else None
 
 
 def is_phoque_checkpoint(folder: Path) -> bool:

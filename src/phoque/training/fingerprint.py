@@ -30,7 +30,24 @@ FINGERPRINT_SETTINGS = (
     "held_out_rows",
 )
 OLD_DEFAULTS = {"packing": "exact"}  # defaults of runs that are older than the setting
+OLD_VALUES = {"quantization": {"none": "fp32"}}  # what values of older records are called now
 UNCHANGEABLE = ("base_model", "lora_rank", "processes")  # with another value the checkpoint cannot be loaded
+
+
+def use_current_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings, or fingerprint, with values that were renamed since they were written."""
+    return {
+        name: OLD_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+
+
+def update_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A run.json of any version with the current values in its fingerprint and in its fresh-start marker."""
+    record = record | {"fingerprint": use_current_values(record["fingerprint"])}
+    if marker := record.get("fresh_start"):
+        record["fresh_start"] = marker | {"asked": use_current_values(marker["asked"])}
+    return record
 
 
 def compute_fingerprint(

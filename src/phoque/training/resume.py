@@ -12,7 +12,7 @@ from phoque.errors import IntegrityError, PhoqueError, RunError, UsageError, fir
 from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
-from phoque.training.fingerprint import FINGERPRINT_SETTINGS, check_same_run
+from phoque.training.fingerprint import FINGERPRINT_SETTINGS, check_same_run, update_record, use_current_values
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_record, write_record
 from phoque.training.run_state import StartState
@@ -70,9 +70,11 @@ class _Remote:
         self.snapshot: Snapshot = repo.snapshot()
         repo.pin(self.snapshot)
         self.marker = self._read_json(MARKER)
+        if self.marker:
+            self.marker["asked"] = use_current_values(self.marker["asked"])
         # an adapter from before the last fresh start is not this run's
         final = self._read_json(RECORD)
-        self.final = final if final and _fresh_start_id(final) == _marker_id(self.marker) else None
+        self.final = update_record(final) if final and _fresh_start_id(final) == _marker_id(self.marker) else None
 
     def _read_json(self, path: str) -> dict[str, Any] | None:
         if path not in self.snapshot.files:

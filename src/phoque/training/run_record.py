@@ -14,6 +14,7 @@ from phoque.results import library_versions
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
+from phoque.training.fingerprint import update_record
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.prepare import Prepared
 from phoque.version import __version__
@@ -47,7 +48,7 @@ def read_record(run: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
         if not {"run_id", "fingerprint"} <= set(record):
             raise ValueError("run_id or fingerprint is missing")
-        return record
+        return update_record(record)
     except (ValueError, TypeError) as error:
         raise UsageError(
             what=f"{path} cannot be read.",
