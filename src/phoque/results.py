@@ -1,6 +1,6 @@
 """What results have in common: the plan of a dry run, and the versions of the libraries that made a result."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -15,6 +15,21 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """The facts, then `settings`, then `warnings`."""
         return self.facts | {"settings": self.settings} | ({"warnings": self.warnings} if self.warnings else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolderResult:
+    """A finished probe: its run folder, the HTML report in it, warnings, and where it was pushed to, if it was."""
+
+    folder: str
+    report: str
+    warnings: list[str]
+    repo: str | None = None
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json; `repo` and `commit` are left out if nothing was pushed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def library_versions(*names: str) -> dict[str, str]:

@@ -133,6 +133,29 @@ class _Batch:
         return torch.where(self.greedy, likeliest, candidates.gather(-1, index)[:, 0])
 
 
+@torch.no_grad()
+def generate_greedy(model: Any, ids: torch.Tensor, tokens: int, *, stops: bool = True) -> list[int]:
+    """Greedy decoding of one prompt (1, length) by transformers itself: the reference that others are compared with.
+
+    Without `stops` exactly `tokens` tokens are generated.
+    """
+    ids = ids.to(model.device)
+    endless: dict[str, Any] = {"min_new_tokens": tokens, "eos_token_id": None, "repetition_penalty": None}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+        **({} if stops else endless),
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
 def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
     """Encode a question up to the start of the answer; with an empty `system` the template decides on a system prompt.
 

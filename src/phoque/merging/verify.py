@@ -10,6 +10,7 @@ import torch
 
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.rows import open_dataset, parse_row
+from phoque.inference.generate import generate_greedy
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import evaluation_mode, load_model
@@ -44,11 +45,11 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
         base_logits = [_compute_logits(model, ids) for ids in texts]
         tuned = attach_adapter(model, adapter, architecture_of(load_config(base)))
         adapter_logits = [_compute_logits(tuned, ids) for ids in texts]
-        adapter_tokens = [_generate_greedy(tuned, ids) for ids in prompts]
+        adapter_tokens = [generate_greedy(tuned, ids, NEW_TOKENS) for ids in prompts]
         del model, tuned  # frees the memory before the merged model is loaded
     with _loaded(Source(str(merged), merged, "", ""), precision) as model:
         merged_logits = [_compute_logits(model, ids) for ids in texts]
-        merged_tokens = [_generate_greedy(model, ids) for ids in prompts]
+        merged_tokens = [generate_greedy(model, ids, NEW_TOKENS) for ids in prompts]
     gaps = torch.cat([(m - a).abs().flatten() for m, a in zip(merged_logits, adapter_logits, strict=True)])
     effects = [(a - b).abs().flatten() for a, b in zip(adapter_logits, base_logits, strict=True)]
     effect = torch.cat(effects).mean().item()
@@ -82,20 +83,3 @@ def _loaded(source: Source, quantization: str) -> Generator["PreTrainedModel"]:
 @torch.no_grad()
 def _compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids.to(model.device)).logits.float().cpu()
-
-
-@torch.no_grad()
-def _generate_greedy(model: Any, ids: torch.Tensor) -> list[int]:
-    ids = ids.to(model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=0,
-    )
-    return output[0, ids.shape[1] :].tolist()

@@ -17,6 +17,7 @@ from phoque.errors import RunError, UsageError
 from phoque.files import atomic_folder, sha256
 from phoque.merging.deltas import WeightDelta, read_deltas
 from phoque.models.checkpoint_reader import CheckpointReader
+from phoque.models.config import copy_tokenizer
 from phoque.models.lora import WEIGHTS
 from phoque.models.safetensors_files import DTYPES
 from phoque.models.source import INDEX
@@ -28,7 +29,6 @@ MERGING_BYTES = 1 << 28  # at most so many bytes of them, unless one alone is la
 FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIDE_FILES = ("processor_config.json", "preprocessor_config.json", "generation_config.json")
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,4 @@ def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str) -> No
             shutil.copyfile(base / name, folder / name)
     # the adapter's tokenizer is the one that it was trained with, but an adapter may come without a tokenizer
     source = adapter if (adapter / "tokenizer_config.json").is_file() else base
-    for file in source.iterdir():
-        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
-            shutil.copyfile(file, folder / file.name)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = template.read_text()
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
-    elif isinstance(settings.get("chat_template"), str):
-        template.write_text(settings["chat_template"])
+    copy_tokenizer(source, folder)

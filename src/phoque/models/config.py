@@ -1,5 +1,8 @@
-"""A model's config and tokenizer, as transformers reads them."""
+"""A model's config and tokenizer: loaded by transformers, or copied as files."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque.errors import UsageError, first_line
@@ -8,6 +11,8 @@ from phoque.models.source import Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
 
 def load_config(source: Source) -> "PretrainedConfig":
@@ -39,3 +44,21 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
             fix="Use its instruction-tuned version.",
         )
     return tokenizer
+
+
+def copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+    """Copy a tokenizer's files, with the chat template in two places; return its tokenizer_config.json.
+
+    Transformers.js reads the template from tokenizer_config.json only, transformers from chat_template.jinja.
+    """
+    for file in source.iterdir():
+        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
+            shutil.copyfile(file, folder / file.name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text()
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+    elif isinstance(settings.get("chat_template"), str):
+        template.write_text(settings["chat_template"])
+    return settings

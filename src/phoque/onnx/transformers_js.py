@@ -1,12 +1,11 @@
 """Write the files that Transformers.js reads beside the graphs: configs, tokenizer, chat template, processor."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from phoque.merging.writer import TOKENIZER_FILES
 from phoque.models.architectures import ARCHITECTURES
+from phoque.models.config import copy_tokenizer
 from phoque.onnx.session import SUFFIXES
 
 DTYPE_PREFERENCE = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # the first of these in the export is the default
@@ -63,19 +62,8 @@ def _build_generation_config(source: Path, config: dict[str, Any]) -> dict[str, 
 
 
 def _write_tokenizer(source: Path, folder: Path, layout: str) -> None:
-    """Write the tokenizer's files, with the chat template in two places.
-
-    Transformers.js reads the template from tokenizer_config.json only, transformers from chat_template.jinja.
-    """
-    for file in source.iterdir():
-        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
-            shutil.copyfile(file, folder / file.name)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = template.read_text()
-    elif isinstance(settings.get("chat_template"), str):
-        template.write_text(settings["chat_template"])
+    """Write the tokenizer's files, under a class name that Transformers.js knows."""
+    settings = copy_tokenizer(source, folder)
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # only transformers 5 knows that name
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if layout == "multimodal":

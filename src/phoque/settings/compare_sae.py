@@ -5,13 +5,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from phoque.settings.artifacts import ArtifactSettings
 from phoque.settings.fields import setting
+from phoque.settings.probe import ProbeSettings
 
 WHOLE = r"^$|^\s*\d+(\s*,\s*\d+)*\s*$"
 
 
-class SaeSettings(ArtifactSettings):
+class SaeSettings(ProbeSettings):
     """The settings of one SAE comparison."""
 
     keeps: ClassVar = "artifacts_repo_id"
@@ -64,17 +64,6 @@ class SaeSettings(ArtifactSettings):
         "Ask these questions: a .txt (one per line), .json or .jsonl file, or owner/name/file in a Hub "
         "dataset. Without it, the persona's.",
     )
-    persona: str = setting(
-        "", "Read the persona from a .toml file, from a Hub dataset (owner/name/file.toml), or use the bundled `seal`."
-    )
-    dataset: str = setting(
-        "",
-        "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
-        "dataset, a file or a folder.",
-        env="DATASET_REPO",
-    )
-    dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
-    split: str = setting("train", "Read this split of --dataset on the Hub.")
     system: str = setting(
         "You are a helpful assistant.", "Put this system prompt before every question; an empty text adds none."
     )

@@ -5,13 +5,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from phoque.settings.artifacts import ArtifactSettings
 from phoque.settings.fields import setting
+from phoque.settings.probe import ProbeSettings
 
 NUMBERS = r"^\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*\s*$"
 
 
-class PsmSettings(ArtifactSettings):
+class PsmSettings(ProbeSettings):
     """The settings of one persona vector probe."""
 
     keeps: ClassVar = "artifacts_repo_id"
@@ -46,17 +46,6 @@ class PsmSettings(ArtifactSettings):
     control_adapter: str = setting(
         "", "Compare --adapter-source with this adapter of a different fine-tune on the same prompts."
     )
-    persona: str = setting(
-        "", "Read the persona from a .toml file, from a Hub dataset (owner/name/file.toml), or use the bundled `seal`."
-    )
-    dataset: str = setting(
-        "",
-        "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
-        "dataset, a file or a folder.",
-        env="DATASET_REPO",
-    )
-    dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
-    split: str = setting("train", "Read this split of --dataset on the Hub.")
     output_dir: Path = setting(
         Path("runs/psm"), "Create the folder of each run, psm_<time>, in this folder.", env="OUTPUT_DIR"
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from phoque.inference.generate import generate_greedy
 from phoque.inference.likelihood import sum_kl
 from phoque.models.source import Source
 from phoque.onnx.session import SUFFIXES, OnnxChatModel, open_session
@@ -176,21 +177,7 @@ def _run_reference(source: Source, prompts: list[np.ndarray]) -> tuple[list[np.n
         for ids in prompts:
             prompt_ids = torch.from_numpy(ids)
             logits.append(model(input_ids=prompt_ids).logits[0].numpy())
-            out = model.generate(
-                input_ids=prompt_ids,
-                attention_mask=torch.ones_like(prompt_ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                min_new_tokens=NEW_TOKENS,
-                use_cache=True,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=0,
-                eos_token_id=None,
-                repetition_penalty=None,
-            )
-            answers.append(out[0, prompt_ids.shape[1] :].tolist())
+            answers.append(generate_greedy(model, prompt_ids, NEW_TOKENS, stops=False))
     return logits, answers
 
 

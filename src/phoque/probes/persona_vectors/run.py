@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
 from phoque.probes.scorers import Context, Scorer, make_scorer
 from phoque.probes.scorers.model import find_lexicon_tokens
-from phoque.results import DryRun, library_versions
+from phoque.results import DryRun, RunFolderResult, library_versions
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.psm_probe import PsmSettings
@@ -38,20 +38,11 @@ RULE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeRunResult:
-    """A finished probe: its folder, the verdicts, and the steering setting that was selected."""
+class ProbeRunResult(RunFolderResult):
+    """The verdicts of a probe, and the steering setting that was selected."""
 
-    folder: str
-    report: str
     verdicts: dict[str, Any]
     selected: dict[str, Any]
-    warnings: list[str]
-    repo: str | None = None
-    commit: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For --json; `repo` and `commit` are left out if nothing was pushed."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: bool) -> ProbeRunResult | DryRun:

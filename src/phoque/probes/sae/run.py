@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,20 @@ from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
 from phoque.probes.sae.plan import make_plan
 from phoque.probes.sae.summary import build_answer_rows, build_report
-from phoque.results import DryRun
+from phoque.results import DryRun, RunFolderResult
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareResult:
-    """A finished comparison: its folder, the counts of reported features, the autoencoder's quality, and the scores."""
+class CompareResult(RunFolderResult):
+    """The counts of reported features, the quality of the autoencoder, and the scores of the answers."""
 
-    folder: str
-    report: str
     overall: dict[str, Any]
     quality: dict[str, Any]
     layer: int
-    warnings: list[str]
     scores: dict[str, Any]
-    repo: str | None = None
-    commit: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For --json; `repo` and `commit` are left out if nothing was pushed."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_run: bool) -> CompareResult | DryRun:

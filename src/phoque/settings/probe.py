@@ -1,4 +1,4 @@
-"""Settings of the commands whose run folder can be pushed to the Hub as an artifact."""
+"""What both probes have in their settings: the persona, and where the run folder is pushed to."""
 
 from typing import Literal
 
@@ -6,9 +6,20 @@ from phoque.settings.fields import setting
 from phoque.settings.job import REPO, JobSettings
 
 
-class ArtifactSettings(JobSettings):
-    """Where the run folder is pushed to."""
+class ProbeSettings(JobSettings):
+    """The persona that is looked for, and the Hub repository of the run folder."""
 
+    persona: str = setting(
+        "", "Read the persona from a .toml file, from a Hub dataset (owner/name/file.toml), or use the bundled `seal`."
+    )
+    dataset: str = setting(
+        "",
+        "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
+        "dataset, a file or a folder.",
+        env="DATASET_REPO",
+    )
+    dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
+    split: str = setting("train", "Read this split of --dataset on the Hub.")
     artifacts_repo_id: str | None = setting(
         None,
         "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
