@@ -12,6 +12,7 @@ test-all: test
 lint:
     uv run ruff format --check .
     uv run ruff check .
+    uv run lint-imports
 
 types:
     uv run ty check

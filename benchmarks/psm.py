@@ -1,11 +1,11 @@
-"""psm-probe's generation and reading beside the predecessor's way, and the whole probe.
+"""psm-probe's generation and reading beside the baseline script's way, and the whole probe.
 
     uv run python benchmarks/psm.py              SmolLM2 on this machine's CPU
     python benchmarks/psm.py --ministral         the shape of Ministral 3 3B with random weights, on a GPU, and the
                                                  whole default probe of it
 
-The workload is the spec's: the last prompt token's residual streams of 12 questions under two system prompts, then 6
-questions under three conditions (neutral, persona, neutral + vector), 120 new tokens each, greedy. The predecessor asks
+The workload is the baseline script's: the last prompt token's residual streams of 12 questions under two system prompts, then 6
+questions under three conditions (neutral, persona, neutral + vector), 120 new tokens each, greedy. The baseline script asks
 one prompt at a time, with transformers' generate and a hook that steers the last position; phoque asks all of them
 together. Both steer the same positions with the same vector, and their answers are compared token for token.
 """
@@ -55,7 +55,7 @@ def prompts(tokenizer, systems, questions):
 
 
 def one_at_a_time(model, reading, speaking, layer):
-    """The predecessor: a forward pass a prompt, and a generate a prompt, steered by a hook at every step."""
+    """The baseline script: a forward pass a prompt, and a generate a prompt, steered by a hook at every step."""
     import torch
 
     streams = []

@@ -426,7 +426,7 @@ UNSLOTH = {
 PEERS = {
     "16:1:1": "TRL, padding-free, checkpointing",
     "16:0:1": "TRL, padded, checkpointing",
-    "1:0:1": "the spec's recipe: TRL, 1 x 16, checkpointing",
+    "1:0:1": "the baseline script's recipe: TRL, 1 x 16, checkpointing",
 }
 
 

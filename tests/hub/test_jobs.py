@@ -166,7 +166,7 @@ def test_what_cannot_run_as_a_job_is_said_here(cluster, phoque, rows, change, wo
 
 
 def test_the_script_for_hf_jobs_uv_run_is_phoque_train(tmp_path, cluster, tiny_llama, rows):
-    """jobs/train.py, as `hf jobs uv run` runs it: a process with the environment of the spec's README."""
+    """jobs/train.py, as `hf jobs uv run` runs it: a process with the environment of the baseline scripts' README."""
     script = Path(__file__).parents[2] / "jobs" / "train.py"
     header = script.read_text().split("# ///")[1]
     assert "[tool.hf-jobs]" in header and "phoque" in header and "HF_TOKEN" in header

@@ -375,7 +375,7 @@ def test_the_pictures_of_the_card_are_there_and_it_warns(probed):
 
 
 def test_the_script_for_hf_jobs_uv_run_is_phoque_psm_probe(hub, tiny_llama, persona, tmp_path):
-    """jobs/psm_probe.py with the environment of the spec's README."""
+    """jobs/psm_probe.py with the environment of the baseline scripts' README."""
     hub.add("models", "harbour/tiny", {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
     script = Path(__file__).parents[3] / "jobs" / "psm_probe.py"
     assert "[tool.hf-jobs]" in script.read_text().split("# ///")[1]
