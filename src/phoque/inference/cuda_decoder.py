@@ -6,12 +6,15 @@ several times as long as running them.
 
 import warnings
 from functools import cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from phoque.inference.residual_stream import get_blocks, unwrap_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MASK_ALIGNMENT = 8  # attention kernels need a mask whose length is a multiple of this
 MIN_STEPS_TO_CAPTURE = 4  # steps that must remain for a capture, which takes as long as two or three steps
@@ -25,7 +28,7 @@ class BatchDecoder:
     manager it frees the memory of its graphs at the end.
     """
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor, tokens: int) -> None:
+    def __init__(self, model: "PreTrainedModel", ids: Tensor, mask: Tensor, tokens: int) -> None:
         self._model, self._prompt = unwrap_model(model), (ids, mask)
         rows, prompt_length = ids.shape
         max_length = -(-(prompt_length + tokens) // MASK_ALIGNMENT) * MASK_ALIGNMENT

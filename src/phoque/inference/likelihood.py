@@ -1,17 +1,20 @@
 """The likelihood of given texts under a model: mean NLL of responses, and KL between two models' predictions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from phoque.inference.residual_stream import TOKENS_AT_ONCE, Turn, make_batches, pad_rows, unwrap_model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 SCORED_AT_ONCE = 1024  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
 @torch.no_grad()
-def mean_nll(model: Any, rows: Sequence[Turn]) -> list[float]:
+def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn]) -> list[float]:
     """Mean NLL of each row's response after its prompt, teacher-forced, in nats per token; NaN if it is empty."""
     means = [float("nan")] * len(rows)
     for batch in make_batches([len(r.prompt) + len(r.response) for r in rows], TOKENS_AT_ONCE[model.device.type]):

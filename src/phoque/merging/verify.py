@@ -81,5 +81,5 @@ def _loaded(source: Source, quantization: str) -> Generator["PreTrainedModel"]:
 
 
 @torch.no_grad()
-def _compute_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _compute_logits(model: "PreTrainedModel", ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids.to(model.device)).logits.float().cpu()

@@ -137,7 +137,7 @@ def _load_weights(
     check_magnitudes(largest)
 
 
-def _set_parameter(model: Any, name: str, tensor: torch.Tensor, on: torch.device) -> None:
+def _set_parameter(model: "PreTrainedModel", name: str, tensor: torch.Tensor, on: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf == "weight" and type(module).__name__ == "Linear4bit":
@@ -151,7 +151,7 @@ def _set_parameter(model: Any, name: str, tensor: torch.Tensor, on: torch.device
 
 
 @contextmanager
-def evaluation_mode(model: Any) -> Generator[None]:
+def evaluation_mode(model: "PreTrainedModel") -> Generator[None]:
     """Evaluation mode that keeps the model trainable.
 
     bitsandbytes 0.50 on the CPU repacks an NF4 weight in place at the first forward pass in evaluation mode, and the

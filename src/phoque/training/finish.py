@@ -23,6 +23,8 @@ from phoque.training.run_state import Run
 from phoque.training.timer import Timer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from phoque.training.hub_push import CheckpointPusher
 
 
@@ -62,7 +64,7 @@ class TrainResult:
         return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
 
 
-def finish(run: Run, model: Any, stream: TrainStream, timer: Timer) -> TrainResult:
+def finish(run: Run, model: "PreTrainedModel", stream: TrainStream, timer: Timer) -> TrainResult:
     """Write the adapter with its card, the record with the result, and the report."""
     folder, record = run.folder, run.record
     step = record["fingerprint"]["max_steps"]

@@ -12,13 +12,16 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from phoque.errors import RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FIRST_MARK = 100  # fp16 represents integers up to 2,048 exactly
 TRACED_LAYERS = 3  # layers: the first, the one to repeat, the last
@@ -95,7 +98,9 @@ def _make_watermark(number: int, shape: torch.Size, dtype: torch.dtype) -> torch
     return column.expand(shape)
 
 
-def _run_exporter(model: Any, config: Any, dtype: torch.dtype, layers: int, provider: Provider) -> ir.Model:
+def _run_exporter(
+    model: "PreTrainedModel", config: Any, dtype: torch.dtype, layers: int, provider: Provider
+) -> ir.Model:
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 

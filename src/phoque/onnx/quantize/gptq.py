@@ -6,7 +6,7 @@ that, by a search that weights errors by the activations.
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,13 +14,18 @@ from phoque.onnx.accuracy import Ids
 from phoque.onnx.quantize.block_format import QuantizedMatrix, choose_group_size, pack_codes, split_groups
 from phoque.onnx.quantize.linear_groups import linear_groups, replace_weight
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of the mean of that diagonal
 SCALE_CANDIDATES = 20  # number of ranges that the scale search tries, from the full range to half of it
 COLUMN_BATCH = 128  # columns that are quantized between two updates of all later columns
 
 
 @torch.no_grad()
-def quantize_model(model: Any, chats: Ids, show: Callable[[int, str], None]) -> dict[str, QuantizedMatrix]:
+def quantize_model(
+    model: "PreTrainedModel", chats: Ids, show: Callable[[int, str], None]
+) -> dict[str, QuantizedMatrix]:
     """Quantize the linear layers of a model to 4 bits in place; return them by name.
 
     Each decoder layer is calibrated on the outputs of the quantized layers before it for `chats`, which are token ids
@@ -107,7 +112,7 @@ class _StopForward(Exception):
     """Stops the forward pass of the model once the inputs of its first layer are captured."""
 
 
-def _capture_layer_inputs(model: Any, chats: Ids) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+def _capture_layer_inputs(model: "PreTrainedModel", chats: Ids) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yield the inputs of the first layer per conversation: hidden states, and keyword arguments such as the mask."""
     first_layer, captured = model.model.layers[0], {}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,9 @@ from phoque.errors import UsageError
 from phoque.files import atomic_file
 from phoque.inference.residual_stream import compute_norms, find_massive, read_residual_stream
 from phoque.prefetch import Prefetcher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ACTIVATION_DTYPE = torch.bfloat16  # rounding error: 1e-5 of the variance, far below a dictionary's own error
 SHARD_TOKENS = 16_384  # approximate number of tokens in a shard
@@ -82,7 +85,7 @@ def select_tokens(
 
 
 def collect_activations(
-    model: Any,
+    model: "PreTrainedModel",
     rows: Sequence[list[int]],
     layers: Sequence[int],
     special: Sequence[int],
@@ -128,7 +131,7 @@ def group_rows(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def _read_activations(
-    model: Any, rows: Sequence[list[int]], layers: Sequence[int], special: torch.Tensor
+    model: "PreTrainedModel", rows: Sequence[list[int]], layers: Sequence[int], special: torch.Tensor
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
     activations: dict[str, list[torch.Tensor]] = {str(layer): [] for layer in layers}
     counts: dict[str, list[torch.Tensor]] = {}

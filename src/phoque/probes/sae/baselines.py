@@ -1,7 +1,7 @@
 """Measures that need no dictionary: how far each block moved, along how many directions, and towards which tokens."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -10,6 +10,9 @@ from phoque.inference.likelihood import sum_kl
 from phoque.inference.residual_stream import unwrap_model
 from phoque.probes import stats
 from phoque.probes.sae.residuals import Residuals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Array = Any
 PCA_COMPONENTS = 5
@@ -50,7 +53,7 @@ def run_difference_pca(base: Residuals, variant: Residuals, layer: int, device: 
 
 
 @torch.no_grad()
-def compute_lens_logits(model: Any, directions: torch.Tensor) -> torch.Tensor:
+def compute_lens_logits(model: "PreTrainedModel", directions: torch.Tensor) -> torch.Tensor:
     """Apply the logit lens: map directions (n, hidden) to logits (n, vocabulary), up to a positive factor."""
     causal = unwrap_model(model)
     weight = causal.lm_head.weight
@@ -58,7 +61,7 @@ def compute_lens_logits(model: Any, directions: torch.Tensor) -> torch.Tensor:
     return (scaled.to(weight.dtype) @ weight.T).float()
 
 
-def list_lens_tokens(model: Any, tokenizer: Any, directions: torch.Tensor) -> list[dict[str, list[str]]]:
+def list_lens_tokens(model: "PreTrainedModel", tokenizer: Any, directions: torch.Tensor) -> list[dict[str, list[str]]]:
     """List the tokens that each direction promotes most and least: {top, bottom}, LENS_TOKENS of each."""
     token_lists = []
     for scores in compute_lens_logits(model, directions):
@@ -88,7 +91,7 @@ def compute_kl(base: tuple[Any, Residuals], variant: tuple[Any, Residuals]) -> l
     return kl_per_row
 
 
-def _log_probs(model: Any, states: torch.Tensor) -> torch.Tensor:
+def _log_probs(model: "PreTrainedModel", states: torch.Tensor) -> torch.Tensor:
     causal = unwrap_model(model)
     normed = causal.model.norm(states.to(causal.lm_head.weight.device))
     return causal.lm_head(normed.to(causal.lm_head.weight.dtype)).float().log_softmax(-1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,9 @@ from phoque.inference.residual_stream import Turn
 from phoque.probes.sae.baselines import list_lens_tokens
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.residuals import Residuals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_CONTEXTS = 6  # contexts on a card
 TOKENS_BEFORE, TOKENS_AFTER = 24, 12  # tokens shown before and after the one with the highest activation
@@ -30,7 +33,7 @@ def build_cards(
     features: Sequence[int],
     sources: Sequence[TextSource],
     layer: int,
-    model: Any,
+    model: "PreTrainedModel",
     tokenizer: Any,
     device: torch.device,
 ) -> list[dict[str, Any]]:

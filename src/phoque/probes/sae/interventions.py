@@ -8,7 +8,7 @@ were tested but did not shift.
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -19,6 +19,9 @@ from phoque.probes import stats
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.feature_shifts import FeatureShifts
 from phoque.probes.sae.model_variants import ModelVariants
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Array = Any
 RANDOM_TRIALS = 8  # features, or groups of features, that did not shift and are tested for comparison
@@ -104,7 +107,7 @@ class InterventionTest:
             "holds": bool(result["p"] < 0.05 and result["diff"] > 0 and gains.mean() > max(*random_means, 0.0)),
         }
 
-    def _measure_steered_nll(self, model: Any, features: Sequence[int]) -> Array:
+    def _measure_steered_nll(self, model: "PreTrainedModel", features: Sequence[int]) -> Array:
         """Measure the NLL of the tuned answers under the base model while it is steered along the features.
 
         The features are weighted by their shifts; the sum is scaled to `strength` times the residual norm.
@@ -118,13 +121,15 @@ class InterventionTest:
         with steering.activate(model):
             return numpy.array(mean_nll(model, self.rows))
 
-    def _measure_ablated_nll(self, model: Any, features: Sequence[int]) -> Array:
+    def _measure_ablated_nll(self, model: "PreTrainedModel", features: Sequence[int]) -> Array:
         with ablate_features(model, self.dictionary, self.layer, features):
             return numpy.array(mean_nll(model, self.rows))
 
 
 @contextmanager
-def ablate_features(model: Any, dictionary: Dictionary, layer: int, features: Sequence[int]) -> Generator[None]:
+def ablate_features(
+    model: "PreTrainedModel", dictionary: Dictionary, layer: int, features: Sequence[int]
+) -> Generator[None]:
     """Subtract the contribution of these features from the residual stream, at every token but the first."""
     indices = torch.tensor([int(f) for f in features], device=dictionary.decoder.device)
 

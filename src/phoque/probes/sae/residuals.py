@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,9 @@ from phoque.inference.residual_stream import (
     read_residual_stream,
     unwrap_model,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -33,7 +36,11 @@ class Residuals:
 
 
 def collect_residuals(
-    model: Any, rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], single_row_batches: bool = False
+    model: "PreTrainedModel",
+    rows: Sequence[Turn],
+    layers: Sequence[int],
+    special: Sequence[int],
+    single_row_batches: bool = False,
 ) -> Residuals:
     """Run the model over `rows`, teacher-forced, and collect the residual streams of `layers`.
 

@@ -5,13 +5,16 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from phoque.training.engine.flash_attn4 import flash_attention_4
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
@@ -60,7 +63,7 @@ def select_attention(
 
 
 @contextmanager
-def plain_attention(model: Any) -> Generator[None]:
+def plain_attention(model: "PreTrainedModel") -> Generator[None]:
     """Use SDPA with transformers' own masks in the `with` block: for generation, where rows are padded."""
     model.set_attn_implementation("sdpa")
     try:

@@ -4,7 +4,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy, pad
@@ -13,6 +13,9 @@ from phoque.data.chat_template import IGNORE_INDEX
 from phoque.data.packing import TILE
 from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32
@@ -87,7 +90,7 @@ def _pad_to_tile(positions: torch.Tensor, targets: torch.Tensor, last: int) -> t
     return pad(positions, padding, value=last), pad(targets, padding, value=IGNORE_INDEX)
 
 
-def add_token_loss(model: Any, engine: Engine | None = None) -> None:
+def add_token_loss(model: "PreTrainedModel", engine: Engine | None = None) -> None:
     """Let `model(..., labels=labels, loss_at=positions, token_loss=True)` return a TokenLoss; else as before.
 
     `loss_at` holds the positions whose next token is labeled. While gradients are enabled, `engine` runs the layers.
