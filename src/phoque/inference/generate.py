@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from phoque.data.chat_template import encode_prompt
 from phoque.inference.cuda_decoder import BatchDecoder
 from phoque.inference.residual_stream import Steering, pad_rows, unwrap_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = {"cuda": 256, "cpu": 64}
 TOP_P_CANDIDATES = (
@@ -156,7 +159,7 @@ def generate_greedy(model: Any, ids: torch.Tensor, tokens: int, *, stops: bool =
     return output[0, ids.shape[1] :].tolist()
 
 
-def prompt_ids(tokenizer: Any, question: str, system: str) -> list[int]:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", question: str, system: str) -> list[int]:
     """Encode a question up to the start of the answer; with an empty `system` the template decides on a system prompt.
 
     Raises UsageError for a template without a system role.

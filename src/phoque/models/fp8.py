@@ -5,12 +5,15 @@ used here. Scales are FP32 or BF16, one per matrix or one per group (a rectangle
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from phoque.errors import UsageError
 from phoque.models.safetensors_files import StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SCALE_SUFFIX, ACTIVATION_SCALE_SUFFIX = "_scale_inv", "activation_scale"
 CODE_DTYPE, MAX_CODE = torch.float8_e4m3fn, 448.0
@@ -53,7 +56,7 @@ class Fp8Linear(torch.nn.Linear):
         self.register_buffer("scale", scales.contiguous(), persistent=False)
 
 
-def declares_fp8(config: Any) -> bool:
+def declares_fp8(config: "PretrainedConfig") -> bool:
     """Whether a model config declares FP8. Raises UsageError for any other quantization."""
     quantization = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -66,7 +69,7 @@ def declares_fp8(config: Any) -> bool:
     return method == "fp8"
 
 
-def group_size_of(config: Any) -> GroupSize | None:
+def group_size_of(config: "PretrainedConfig") -> GroupSize | None:
     """Return the (rows, columns) of a weight that share one scale, or None if the FP8 config does not say."""
     quantization = getattr(config, "quantization_config", None) or {}
     size = quantization.get("weight_block_size") if isinstance(quantization, dict) else quantization.weight_block_size

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import sort_checkpoints
 from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GB = 1e9
 BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "fp32": 4.0}  # per projection weight; nf4 with double quantization
@@ -51,7 +54,7 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     )
 
 
-def count_parameters(config: Any, rank: int) -> dict[str, int]:
+def count_parameters(config: "PretrainedConfig", rank: int) -> dict[str, int]:
     """Count the parameters of the text model and its adapter on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
 """Turn the traced decoder into a session of Transformers.js: names, sizes, embeddings, head and quantized weights."""
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,9 @@ from phoque.models.checkpoint_reader import HEAD
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
 from phoque.onnx.graph.trace import PackedParameter, TracedDecoder
 from phoque.onnx.quantize.block_format import Quantizer, can_quantize, choose_group_size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SLICE_END = 2**31 - 1  # the end of a Slice that goes to the end of the axis
 
@@ -150,7 +153,7 @@ def _get_scalar(value: ir.Value | None) -> float | None:
     return float(tensor.numpy().flat[0]) if tensor is not None and tensor.size == 1 else None
 
 
-def _rename_inputs_outputs(graph: ir.Graph, config: Any, dtype: torch.dtype) -> None:
+def _rename_inputs_outputs(graph: ir.Graph, config: "PretrainedConfig", dtype: torch.dtype) -> None:
     """Rename inputs and outputs to Transformers.js's names, in layer order, and give them static sizes where possible.
 
     Transformers.js sets every symbolic size of an empty cache but batch_size to 0, so heads and head_dim are numbers.

@@ -21,7 +21,7 @@ import torch
 from phoque.errors import RunError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FIRST_MARK = 100  # fp16 represents integers up to 2,048 exactly
 TRACED_LAYERS = 3  # layers: the first, the one to repeat, the last
@@ -49,7 +49,7 @@ class TracedDecoder:
         return TracedDecoder(self.model.clone(), dict(self.recipes))
 
 
-def trace_decoder(config: Any, dtype: torch.dtype, provider: Provider) -> TracedDecoder:
+def trace_decoder(config: "PretrainedConfig", dtype: torch.dtype, provider: Provider) -> TracedDecoder:
     """Trace a text model: inputs_embeds, attention_mask, position_ids and cache in, logits and cache out.
 
     `provider` is the ONNX Runtime provider whose fused operators are used, cpu or webgpu, or None for plain operators.
@@ -66,7 +66,7 @@ def trace_decoder(config: Any, dtype: torch.dtype, provider: Provider) -> Traced
     return _repeat_middle_layer(traced, layers) if traced_layers < layers else traced
 
 
-def _build_skeleton(config: Any, dtype: torch.dtype, layers: int) -> tuple[Any, list[str]]:
+def _build_skeleton(config: "PretrainedConfig", dtype: torch.dtype, layers: int) -> tuple[Any, list[str]]:
     """Build the model with `layers` layers, watermarks as weights and a vocabulary of 8; return it and the names."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -99,7 +99,7 @@ def _make_watermark(number: int, shape: torch.Size, dtype: torch.dtype) -> torch
 
 
 def _run_exporter(
-    model: "PreTrainedModel", config: Any, dtype: torch.dtype, layers: int, provider: Provider
+    model: "PreTrainedModel", config: "PretrainedConfig", dtype: torch.dtype, layers: int, provider: Provider
 ) -> ir.Model:
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -14,6 +14,9 @@ from phoque.inference.generate import Reply, Request, generate_replies, prompt_i
 from phoque.inference.residual_stream import Turn, residual_means
 from phoque.probes.persona import Persona
 from phoque.settings.psm_probe import PsmSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXTRACTIONS = ("response_avg", "prompt_last")
 
@@ -51,7 +54,9 @@ class ProbeModel:
 
     model: Any
 
-    def __init__(self, tokenizer: Any, persona: Persona, settings: PsmSettings, console: Console) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", persona: Persona, settings: PsmSettings, console: Console
+    ) -> None:
         self.tokenizer, self.persona, self.s, self.console = tokenizer, persona, settings, console
 
     def prompt_ids(self, question: str, system: str) -> list[int]:

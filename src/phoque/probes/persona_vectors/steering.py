@@ -129,7 +129,14 @@ class Steerer:
         replies = self.probe_model.generate_replies(asks, max_tokens, purpose, list(self.context.lexicon_token_ids))
         return [
             AnswerRow(
-                n, questions[n], condition, setting, sample, self.probe_model.tokenizer.decode(reply.ids), reply, {}
+                n,
+                questions[n],
+                condition,
+                setting,
+                sample,
+                str(self.probe_model.tokenizer.decode(reply.ids)),
+                reply,
+                {},
             )
             for (n, condition, setting, sample), reply in zip(requests, replies, strict=True)
         ]

@@ -12,7 +12,7 @@ from phoque.probes import stats
 from phoque.probes.sae.residuals import Residuals
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Array = Any
 PCA_COMPONENTS = 5
@@ -61,14 +61,16 @@ def compute_lens_logits(model: "PreTrainedModel", directions: torch.Tensor) -> t
     return (scaled.to(weight.dtype) @ weight.T).float()
 
 
-def list_lens_tokens(model: "PreTrainedModel", tokenizer: Any, directions: torch.Tensor) -> list[dict[str, list[str]]]:
+def list_lens_tokens(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directions: torch.Tensor
+) -> list[dict[str, list[str]]]:
     """List the tokens that each direction promotes most and least: {top, bottom}, LENS_TOKENS of each."""
     token_lists = []
     for scores in compute_lens_logits(model, directions):
         order = scores.argsort(descending=True)
         top, bottom = order[:LENS_TOKENS].tolist(), order.flip(0)[:LENS_TOKENS].tolist()
         token_lists.append(
-            {end: [tokenizer.decode([t]) for t in ids] for end, ids in (("top", top), ("bottom", bottom))}
+            {end: [str(tokenizer.decode([t])) for t in ids] for end, ids in (("top", top), ("bottom", bottom))}
         )
     return token_lists
 

@@ -5,10 +5,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phoque.data.rows import BadRow, Dataset, open_dataset, parse_row
 from phoque.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTEXT_TOKENS = 256  # tokens in a chunk of general text
 HELD_OUT_EVERY = 20  # one row in this many, of each kind, is held out to judge the dictionary
@@ -82,7 +85,9 @@ def read_conversations(
     return Conversations(f"{dataset.name}@{dataset.revision[:12]}", conversations, questions)
 
 
-def read_text_chunks(name: str, tokenizer: Any, tokens: int, token: str | None) -> tuple[str, list[list[int]]]:
+def read_text_chunks(
+    name: str, tokenizer: "PreTrainedTokenizerBase", tokens: int, token: str | None
+) -> tuple[str, list[list[int]]]:
     """Read general text in chunks of CONTEXT_TOKENS tokens until they have `tokens` tokens or the text ends.
 
     `name` is `python` (the documentation that ships inside Python), a .txt file, or a dataset with a `text` column.
@@ -115,7 +120,7 @@ def parse_split(name: str) -> tuple[str, str]:
     return (dataset, split) if split and not Path(name).expanduser().exists() else (name, "train")
 
 
-def find_prefix_ids(tokenizer: Any) -> list[int]:
+def find_prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Find the token ids that this tokenizer puts before every text, such as a BOS token."""
     without_prefix = tokenizer("a", add_special_tokens=False)["input_ids"]
     with_prefix = tokenizer("a")["input_ids"]

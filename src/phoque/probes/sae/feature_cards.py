@@ -12,7 +12,7 @@ from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.residuals import Residuals
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_CONTEXTS = 6  # contexts on a card
 TOKENS_BEFORE, TOKENS_AFTER = 24, 12  # tokens shown before and after the one with the highest activation
@@ -34,7 +34,7 @@ def build_cards(
     sources: Sequence[TextSource],
     layer: int,
     model: "PreTrainedModel",
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Build one card per feature.
@@ -68,7 +68,9 @@ def build_cards(
     return card_rows
 
 
-def _build_context(tokenizer: Any, source: TextSource, row: int, offset: int, value: float) -> dict[str, Any]:
+def _build_context(
+    tokenizer: "PreTrainedTokenizerBase", source: TextSource, row: int, offset: int, value: float
+) -> dict[str, Any]:
     turn = source.rows[row]
     ids = turn.prompt + turn.response
     position = max(1, len(turn.prompt)) + offset

@@ -4,13 +4,16 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phoque.errors import UsageError
 from phoque.inference.residual_stream import Turn
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def nll(context: Context) -> Scorer:
@@ -67,7 +70,7 @@ def logprob(context: Context) -> Scorer:
     return Scorer("logprob", "mass", score)
 
 
-def find_lexicon_tokens(tokenizer: Any, lexicon: Sequence[str]) -> dict[int, str]:
+def find_lexicon_tokens(tokenizer: "PreTrainedTokenizerBase", lexicon: Sequence[str]) -> dict[int, str]:
     """Map the ids of tokens that begin a word of the lexicon, with or without a leading space or capital, to the word.
 
     A first token shorter than three letters or than half of the word begins many other words too, so it is left out.
@@ -76,7 +79,7 @@ def find_lexicon_tokens(tokenizer: Any, lexicon: Sequence[str]) -> dict[int, str
     for word in lexicon:
         for form in (f" {word}", word, f" {word.capitalize()}", word.capitalize()):
             first = tokenizer.encode(form, add_special_tokens=False)[0]
-            piece = tokenizer.decode([first]).strip().lower()
+            piece = str(tokenizer.decode([first])).strip().lower()
             if len(piece) >= max(3, len(word) / 2) and word.lower().startswith(piece):
                 word_by_token[first] = word
     return word_by_token

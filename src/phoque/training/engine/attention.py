@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from phoque.training.engine.flash_attn4 import flash_attention_4
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
@@ -32,7 +32,7 @@ MIN_FLASH_4_TOKENS = 2**24  # fewer do not pay for its build (H100: benchmarks/t
 
 
 def select_attention(
-    device: torch.device, config: Any, dtype: torch.dtype, tokens: float, compiled: bool = False
+    device: torch.device, config: "PretrainedConfig", dtype: torch.dtype, tokens: float, compiled: bool = False
 ) -> tuple[str, str]:
     """Register packed attention for this device and model config; return its name in transformers and the reason.
 
@@ -120,7 +120,7 @@ def _sdpa_with_mask(
     return out.transpose(1, 2), None
 
 
-def _select_on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[Attention, str]:
+def _select_on_cuda(device: torch.device, config: "PretrainedConfig", tokens: float) -> tuple[Attention, str]:
     """Select FlashAttention 4 if it is installed, correct and worth its build time, else torch's varlen kernel."""
     varlen, reason = _make_varlen_attention(), "torch.nn.attention.varlen: one kernel for all conversations of a row"
     if not [*distributions(name="flash-attn-4")]:  # FlashAttention 2 installs modules of the same name
@@ -136,7 +136,9 @@ def _select_on_cuda(device: torch.device, config: Any, tokens: float) -> tuple[A
     return flash_attention_4, "flash-attn-4: one kernel for all conversations of a row, with grouped heads"
 
 
-def _measure_difference(candidate: Attention, reference: Attention, device: torch.device, config: Any) -> float:
+def _measure_difference(
+    candidate: Attention, reference: Attention, device: torch.device, config: "PretrainedConfig"
+) -> float:
     """Return the largest relative difference between two kernels' outputs and gradients on a short row."""
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     kv_heads, size = config.num_key_value_heads, getattr(config, "head_dim", None) or size
