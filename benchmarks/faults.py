@@ -448,7 +448,8 @@ def fresh_start_twice(b: Bench) -> None:
     b.new_machine()
     ended = b.run(**env)
     need(
-        b.stopped is None or re.search(r"going on from step [1-9]", ended.text) is not None, "it wiped its own progress"
+        b.stopped is None or re.search(r"continuing from step [1-9]", ended.text) is not None,
+        "it wiped its own progress",
     )
     need(
         b.stopped is not None or "checkpoint-" in str(list((b.place / "run-restored").glob("*"))),

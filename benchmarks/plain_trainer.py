@@ -1,4 +1,4 @@
-"""The peer of benchmarks/faults.py: what the baseline scripts' README describes, with transformers' own Trainer alone."""
+"""The peer of benchmarks/faults.py: the baseline scripts' way, with transformers' own Trainer alone."""
 
 import argparse
 import os

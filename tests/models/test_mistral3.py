@@ -247,7 +247,7 @@ def test_the_command_trains_it_and_goes_on(phoque, made, rows, tmp_path):
     (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "result"}))
     shutil.rmtree(run / "checkpoint-6")
     again = phoque("train", *common, "--max-steps", 6)
-    assert "going on from step 4" in again.err
+    assert "continuing from step 4" in again.err
     assert again.json["held_out_loss"]["after"] == ran.json["held_out_loss"]["after"]
     after = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(after[k], whole[k]) for k in whole)

@@ -50,7 +50,7 @@ def test_a_run_is_pushed_and_restored_through_xet(tmp_path, tiny_llama, rows):
         weights = [b for p, b in hub.files(REPO).items() if p.endswith(".safetensors")]
         assert len(weights) == 3 and all(blob.content is None for blob in weights)  # they lie in the xet store alone
         hub.put(REPO, {p: None for p in hub.files(REPO) if "/" not in p and p != ".gitattributes"})
-        assert "going on from step 6" in train(tmp_path / "two").stderr
+        assert "continuing from step 6" in train(tmp_path / "two").stderr
         made = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
         assert same(*made)
     finally:

@@ -97,7 +97,7 @@ def test_everything_is_on_the_hub_in_one_commit_a_checkpoint(train, hub, whole, 
     for commit in hub.repos["models", REPO].commits:
         assert not any(re.search(r"training_args|\.env", path) for path in commit.files)
         if commit.title == "Step 3":
-            assert "under way: step 3 of 12" in commit.files["README.md"].content.decode()
+            assert "in progress: step 3 of 12" in commit.files["README.md"].content.decode()
 
 
 def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, whole, tmp_path):
@@ -115,7 +115,7 @@ def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, w
     os.kill(process.pid, signal.SIGKILL)
     process.ended()
     ran = train("--output-dir", tmp_path / "two")
-    begun = int(re.search(r"going on from step (\d+)", ran.err)[1])
+    begun = int(re.search(r"continuing from step (\d+)", ran.err)[1])
     assert begun >= 6 and f"fetching checkpoint-{begun} from {REPO}" in ran.err
     assert same(on_hub(hub), whole) and steps(tmp_path / "two") == list(range(13))
     records = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two")]
@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, whole, tmp_p
     train("--output-dir", tmp_path / "one", "--save-steps", 6)
     damaged(hub, how)
     ran = train("--output-dir", tmp_path / "two", "--save-steps", 6)
-    assert "checkpoint-12 in harbour/seal is left out" in ran.err and "going on from step 6" in ran.err
+    assert "checkpoint-12 in harbour/seal is left out" in ran.err and "continuing from step 6" in ran.err
     assert same(on_hub(hub), whole) and steps(tmp_path / "two") == list(range(13))
 
 
@@ -232,7 +232,7 @@ def test_a_restore_outlives_a_fault(train, hub, whole, tmp_path, match, kind, ti
     damaged(hub, "none")
     fault = hub.faults.add(match, kind, times=times)
     ran = train("--output-dir", tmp_path / "two")
-    assert fault.struck >= times and "going on from step 12" in ran.err and same(on_hub(hub), whole)
+    assert fault.struck >= times and "continuing from step 12" in ran.err and same(on_hub(hub), whole)
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,12 @@ def test_another_command_is_refused_and_a_change_can_be_allowed(train, hub, tmp_
     assert "learning_rate was 0.01, is 0.02" in error[1] and "max_steps was 6, is 12" in error[1]
     error = train("--output-dir", tmp_path / "two", "--allow-change", "learning_rat", expect=2).error
     assert "learning_rate" in error[2]
-    assert "cannot go on" in train("--output-dir", tmp_path / "two", "--allow-change", "lora_rank", expect=2).error[1]
+    assert (
+        "cannot be resumed" in train("--output-dir", tmp_path / "two", "--allow-change", "lora_rank", expect=2).error[1]
+    )
     allowed = ["--allow-change", "max_steps", "--allow-change", "learning_rate"]
     ran = train("--output-dir", tmp_path / "two", "--learning-rate", 0.02, *allowed)
-    assert "going on from step 6 of 12" in ran.err and steps(tmp_path / "two") == list(range(13))
+    assert "continuing from step 6 of 12" in ran.err and steps(tmp_path / "two") == list(range(13))
     rates = [json.loads(x).get("learning_rate") for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     from transformers import get_cosine_schedule_with_warmup
 
@@ -291,7 +293,7 @@ def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked
     wiped = next(c for c in hub.repos["models", REPO].commits if c.title.startswith("Fresh start"))
     assert not [p for p in wiped.files if p.startswith("checkpoint-")] and "fresh_start.json" in wiped.files
     ran = train("--output-dir", tmp_path / "two", "--save-steps", 2, env=env)
-    assert "going on with it" in ran.err and "going on from step" in ran.err
+    assert "continuing it" in ran.err and "continuing from step" in ran.err
     assert titles(hub).count(wiped.title) == 1 and same(on_hub(hub), whole)
     new = json.loads((tmp_path / "two" / "run.json").read_text())["run_id"]
     assert new != old and new == json.loads((tmp_path / "one" / "run.json").read_text())["run_id"]
@@ -315,13 +317,13 @@ def test_a_checkpoint_of_plain_trainer_is_accepted_with_a_warning(train, hub, tm
     assert f"{name}/training_args.bin" in files
     hub.add("models", REPO, files)
     ran = train("--output-dir", tmp_path / "run", "--max-steps", 8)
-    assert "made by plain Trainer" in ran.err and "going on from step 4 of 8" in ran.err
+    assert "made by plain Trainer" in ran.err and "continuing from step 4 of 8" in ran.err
     assert not list((tmp_path / "run").rglob("training_args.bin"))
     assert not any("/resolve/" in path and path.endswith("training_args.bin") for _, path in hub.log)
     # and from a folder
     local = tmp_path / "local"
     shutil.copytree(plain, local / "checkpoint-4")
-    assert "going on from step 4 of 8" in train("--output-dir", local, "--max-steps", 8, repo=None).err
+    assert "continuing from step 4 of 8" in train("--output-dir", local, "--max-steps", 8, repo=None).err
     # and not when a part is missing, which plain Trainer would not notice
     hub.put(REPO, {p: None for p in hub.files(REPO) if not p.startswith(name)})
     hub.put(REPO, {f"{name}/optimizer.pt": None})
@@ -335,7 +337,7 @@ def plain_trainer(tmp_path, base):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from phoque.models.architectures import LLAMA_PROJECTIONS
+    from phoque.models.architectures.base import LLAMA_PROJECTIONS
 
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
@@ -450,7 +452,10 @@ def test_a_merged_model_that_cannot_be_pushed_is_said_to_be_here(train, hub, tmp
     hub.faults.add("POST /api/models/harbour/seal-merged/commit", 503, times=10**6)
     env = {"EXPORT_MERGED_MODEL": "1"}
     error = train("--output-dir", tmp_path / "run", "--hub-patience", 2, expect=75, env=env).error
-    assert "not in harbour/seal-merged" in error[0] and (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    assert (
+        "not pushed to harbour/seal-merged" in error[0]
+        and (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+    )
     hub.faults.clear()
     train("--output-dir", tmp_path / "run", env=env)
     assert "model.safetensors" in hub.files("harbour/seal-merged")

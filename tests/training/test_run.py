@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
     assert ended.code == code and "Traceback" not in ended.err
     assert not (cut / "adapter").exists()
     ran = train(*common, "--output-dir", cut)
-    assert "going on from step" in ran.err
+    assert "continuing from step" in ran.err
     first, second = adapter(whole), adapter(cut)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     kept = [[(m["step"], m.get("loss")) for m in lines(run / "metrics.jsonl")] for run in (whole, cut)]
@@ -187,7 +187,7 @@ def test_ctrl_c_in_the_middle_of_a_save_loses_nothing(start, tmp_path, tiny_llam
     again = start(*common)
     again.until(lambda: get_step(list_checkpoints(run)[0]) >= get_step(newest) + 2)
     os.kill(again.pid, signal.SIGKILL)
-    assert "going on from step" in again.ended().err
+    assert "continuing from step" in again.ended().err
 
 
 def test_a_finished_run_is_left_alone(train, tmp_path):
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_stops(train, tmp_pa
         f.seek(100)
         f.write(b"gull")
     ran = train("--max-steps", 6, "--save-steps", 2, "--output-dir", run)
-    assert "optimizer.pt is damaged" in ran.err and "going on from step 4" in ran.err
+    assert "optimizer.pt is damaged" in ran.err and "continuing from step 4" in ran.err
     assert all(torch.equal(v, whole[k]) for k, v in adapter(run).items())
     (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "result"}))
     for checkpoint in run.glob("checkpoint-*"):
@@ -310,6 +310,7 @@ def test_bf16_learns_what_fp32_learns(train, tmp_path):
 def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_llama, rows, tmp_path):
     from phoque.console import Console
     from phoque.errors import PhoqueError
+    from phoque.services import Services
     from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
     from phoque.training import run
@@ -320,7 +321,8 @@ def test_out_of_memory_says_how_much_and_names_three_changes(monkeypatch, tiny_l
     monkeypatch.setattr(run, "_train", burst)
     flags = {"base_model": str(tiny_llama), "dataset": str(rows), "output_dir": tmp_path / "run"}
     with pytest.raises(PhoqueError, match="GB were in use") as caught:
-        run.train(resolve_settings(TrainSettings, flags, {})[0], tmp_path, Console())
+        resolved, _ = resolve_settings(TrainSettings, flags, {})
+        run.train(resolved, Services.create(resolved, Console()))
     assert caught.value.code == 1
     assert all(
         flag in caught.value.fix for flag in ("--micro-batch 8", "--gradient-checkpointing", "--max-length 1024")

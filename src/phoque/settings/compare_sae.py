@@ -73,6 +73,7 @@ class SaeSettings(ProbeSettings):
         "or `seal` (bundled).",
         flag="chats",
         old_flag="chat",
+        env="PHOQUE_CHAT",
     )
     text: str = setting(
         "python",
@@ -109,7 +110,12 @@ class SaeSettings(ProbeSettings):
     )
     k: int = setting(64, "Train the SAE to have about this many active features per token.", ge=1)
     passes: int = setting(
-        2, "Train the SAE for this many epochs over the collected activations.", ge=1, flag="epochs", old_flag="passes"
+        2,
+        "Train the SAE for this many epochs over the collected activations.",
+        ge=1,
+        flag="epochs",
+        old_flag="passes",
+        env="PHOQUE_PASSES",
     )
     sae_batch: int = setting(4096, "Train the SAE on this many tokens per optimizer step.", ge=16)
     sae_learning_rate: float | None = setting(

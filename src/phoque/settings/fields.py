@@ -108,7 +108,7 @@ def setting(
     """
     extra: Any = {"flag": flag, "old_flag": old_flag, "value_aliases": value_aliases}
     variable: Any = env
-    if flag and old_flag:
+    if flag and old_flag and env is None:
         variable = AliasChoices(*(PREFIX + name.upper().replace("-", "_") for name in (flag, old_flag)))
     return Field(default, description=meaning, validation_alias=variable, json_schema_extra=extra, **limits)
 
@@ -129,7 +129,8 @@ def env_name(model: type[BaseSettings], name: str) -> str:
 def flag_names(model: type[BaseSettings], name: str) -> list[str]:
     """A field's flags: its own, and its environment variable in kebab case where that differs."""
     variable = env_name(model, name).removeprefix(PREFIX).lower().replace("_", "-")
-    return [f"--{flag}" for flag in dict.fromkeys([_extra(model, name, "flag") or name.replace("_", "-"), variable])]
+    flags = dict.fromkeys([_extra(model, name, "flag") or name.replace("_", "-"), variable])
+    return [f"--{flag}" for flag in flags if flag != _extra(model, name, "old_flag")]
 
 
 def old_flag_name(model: type[BaseSettings], name: str) -> str | None:

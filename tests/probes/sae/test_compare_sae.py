@@ -490,7 +490,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(compared, base, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "--updated-model or --updated-adapter"),
+        ([], "--updated-model and --updated-adapter"),
         (["--updated-model", "a", "--updated-adapter", "b"], "both"),
         (["--updated-model", "{base}", "--layers", "7"], "There is no block 7"),
         (["--updated-model", "{base}", "--layers", "one"], "layers"),

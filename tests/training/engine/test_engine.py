@@ -417,6 +417,6 @@ def test_compiled_exact_steps_of_a_stopped_run_goes_on_as_it_was(phoque, mistral
     del record["result"]
     (tmp_path / "cut" / "run.json").write_text(json.dumps(record))
     resumed = phoque(*asked, "--output-dir", tmp_path / "cut", env=env)
-    assert "going on from step 3" in resumed.err
+    assert "continuing from step 3" in resumed.err
     first, second = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first)

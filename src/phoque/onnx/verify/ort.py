@@ -103,7 +103,7 @@ def _check_cache(chat: OnnxChatModel, ids: np.ndarray, expected: np.ndarray, dty
 
 
 def _check_far_position(chat: OnnxChatModel, ids: np.ndarray, dtype: str, reference: Source | None) -> str:
-    logits = _run_logits(chat, ids, at=FAR_POSITION)
+    logits = _run_logits(chat, ids, first_position=FAR_POSITION)
     if reference is None:
         return "no NaN; no --reference to compare with"
     expected = _run_reference_logits(reference, ids, FAR_POSITION)
