@@ -7,7 +7,8 @@
 The workload is the baseline script's: the last prompt token's residual streams of 12 questions under two system
 prompts, then 6 questions under three conditions (neutral, persona, neutral + vector), 120 new tokens each, greedy. The
 baseline script runs one prompt at a time, with transformers' generate and a hook that steers the last position; phoque
-runs all of them in one batch. Both steer the same positions with the same vector, and their answers are compared token for token.
+runs all of them in one batch. Both steer the same positions with the same vector, and their answers are compared
+token by token.
 """
 
 import argparse

@@ -159,18 +159,9 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
 @pytest.mark.parametrize("kind", ["models", "datasets"])
 def test_a_merged_model_on_the_hub_in_either_kind_of_repository(phoque, hub, text_model, tmp_path, kind):
     hub.add(kind, "harbour/merged", {f.name: f.read_bytes() for f in text_model.iterdir()})
-    asked = [
-        "export-onnx",
-        "--merged-dir",
-        "harbour/merged",
-        "--dtype",
-        "fp32",
-        "--no-accuracy",
-        "--output-dir",
-        "x",
-        "--merged-out-dir",
-        "kept",
-    ]
+    asked = (
+        "export-onnx --merged-dir harbour/merged --dtype fp32 --no-accuracy --output-dir x --merged-out-dir kept"
+    ).split()
     commands = hub.log
     assert phoque(*asked, "--dry-run", "--json", env=ENV).json["layout"] == "text"
     assert not (tmp_path / "x").exists() and {command for command, _ in commands} <= {"GET", "HEAD"}
@@ -249,16 +240,7 @@ def test_what_cannot_be_exported_is_said(phoque, text_model, seeing_model, tmp_p
 
 def test_it_runs_as_a_job(cluster, phoque, text_model):  # noqa: F811
     cluster.add("models", "harbour/merged", {f.name: f.read_bytes() for f in text_model.iterdir()})
-    asked = [
-        "export-onnx",
-        "--merged-dir",
-        "harbour/merged",
-        "--dtype",
-        "fp32",
-        "--no-accuracy",
-        "--push-repo-id",
-        "harbour/out",
-    ]
+    asked = "export-onnx --merged-dir harbour/merged --dtype fp32 --no-accuracy --push-repo-id harbour/out".split()
     ran = phoque(*asked, *ON, "--timeout", "10m", "--json", env=SECRETS)
     assert ran.json["stage"] == "COMPLETED" and "onnx/model.onnx" in cluster.files("harbour/out")
 

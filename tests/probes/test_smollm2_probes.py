@@ -109,19 +109,10 @@ def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adap
     assert {null[name]["verdict"] for name in ("separable", "specific", "causal")} == {"no"}
 
 
-CHROMIUM = [
-    "chromium",
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--hide-scrollbars",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=2000",
-]
+CHROMIUM = (
+    "chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
+    "--disable-background-networking --disable-component-update --disable-sync --virtual-time-budget=2000"
+).split()
 # the page says of itself whether anything sticks out, and whether it asked the network for anything
 CHECK = """<script>onload = () => {
   const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll")

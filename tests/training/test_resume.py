@@ -14,24 +14,10 @@ from tests.fakehub import READ_ONLY, TOKEN
 from tests.forkserver import slowly
 
 REPO = "harbour/seal"
-COMMON = [
-    "--quantization",
-    "fp32",
-    "--batch-size",
-    "4",
-    "--log-every",
-    "1",
-    "--sample-every",
-    "0",
-    "--norms-every",
-    "100",
-    "--learning-rate",
-    "0.01",
-    "--lora-dropout",
-    "0.1",
-    "--hub-patience",
-    "20",
-]
+COMMON = (
+    "--quantization fp32 --batch-size 4 --log-every 1 --sample-every 0 --norms-every 100 --learning-rate 0.01 "
+    "--lora-dropout 0.1 --hub-patience 20"
+).split()
 
 
 @pytest.fixture

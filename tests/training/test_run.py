@@ -15,18 +15,7 @@ from tests.conftest import row, write_rows
 from tests.forkserver import slowly
 from tests.wandb_file import history, records
 
-SMALL = [
-    "--quantization",
-    "fp32",
-    "--batch-size",
-    "4",
-    "--log-every",
-    "1",
-    "--sample-tokens",
-    "6",
-    "--norms-every",
-    "2",
-]
+SMALL = "--quantization fp32 --batch-size 4 --log-every 1 --sample-tokens 6 --norms-every 2".split()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def command(name: str) -> Any:
 
 
 def run(resolved: Resolved[SaeSettings], dry_run: bool) -> None:
-    """Show which features of a sparse autoencoder a fine-tune moved, beyond what chance and a control would."""
+    """Show which sparse autoencoder features a fine-tune moved, beyond chance and a control."""
     if resolved.settings.on:
         jobs.run("compare-sae", resolved, dry_run)
         return

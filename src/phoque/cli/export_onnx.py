@@ -24,7 +24,7 @@ def command(name: str) -> Any:
 
 
 def run(resolved: Resolved[ExportSettings], dry_run: bool) -> None:
-    """Export a model for Transformers.js: graphs, weights in each precision, configs; measured and verified."""
+    """Export a model for Transformers.js in several precisions, measure each, and verify the export."""
     if resolved.settings.on:
         jobs.run("export-onnx", resolved, dry_run)
         return

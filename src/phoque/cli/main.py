@@ -1,4 +1,4 @@
-"""The root: a lazy table of commands. `phoque --help` imports neither torch nor a command's own module."""
+"""The root command: a lazy table, so that `phoque --help` imports neither torch nor any command's module."""
 
 import importlib
 import os
@@ -13,11 +13,11 @@ from phoque.version import __version__
 
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",
-    "merge": "Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal.",
-    "export-onnx": "Export a model for Transformers.js: graphs, configs, weights in each precision; verified.",
-    "verify-onnx": "Say whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser.",
-    "compare-sae": "Show which features a fine-tune moved, beyond what chance and a control would.",
-    "psm-probe": "Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it.",
+    "merge": "Merge an adapter into its base model, and check that the merged model computes the same.",
+    "export-onnx": "Export a model for Transformers.js in several precisions, and verify the export.",
+    "verify-onnx": "Check whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser.",
+    "compare-sae": "Show which sparse autoencoder features a fine-tune moved, beyond chance and a control.",
+    "psm-probe": "Find a persona's direction in a model, test it with controls, measure a fine-tune along it.",
 }
 
 
@@ -47,8 +47,8 @@ def _summary(name: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _versions(wanted: bool) -> None:
-    if not wanted:
+def _print_versions(is_requested: bool) -> None:
+    if not is_requested:
         return
     from importlib.metadata import version
 
@@ -68,7 +68,7 @@ app = typer.Typer(
 
 @app.callback(epilog="Start here: phoque train --preset demo --max-steps 20")
 def root(
-    version: bool = typer.Option(False, "--version", help="Show the versions that matter.", callback=_versions),
+    version: bool = typer.Option(False, "--version", help="Show the versions that matter.", callback=_print_versions),
 ) -> None:
     """Fine-tune a small chat model into a persona, prove what changed inside it, ship it to a browser."""
 
@@ -85,6 +85,6 @@ def main() -> None:
             raise
         from phoque.console import console
 
-        known = to_phoque_error(error)
-        console.error(known)
-        sys.exit(known.code)
+        phoque_error = to_phoque_error(error)
+        console.error(phoque_error)
+        sys.exit(phoque_error.code)

@@ -22,7 +22,7 @@ def command(name: str) -> Any:
 
 
 def run(resolved: Resolved[MergeSettings], dry_run: bool) -> None:
-    """Merge an adapter into its base: a standalone model, written tensor by tensor and proven equal."""
+    """Merge an adapter into its base model, and check that the merged model computes the same."""
     if resolved.settings.on:
         jobs.run("merge", resolved, dry_run)
         return

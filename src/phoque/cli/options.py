@@ -38,8 +38,8 @@ def command(
     def callback(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
         console.configure(json, quiet)
         # Typer passes None, or an empty list for a repeatable flag, for what was not given
-        given = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
-        resolved, warnings = resolve_settings(model, given, presets or {}, secrets_file)
+        values = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
+        resolved, warnings = resolve_settings(model, values, presets or {}, secrets_file)
         for text in warnings:
             console.warn(text)
         silence_libraries()

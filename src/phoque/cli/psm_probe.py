@@ -24,7 +24,7 @@ def command(name: str) -> Any:
 
 
 def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
-    """Find a persona's direction in a model, test it against controls, ask if a fine-tune moved along it."""
+    """Find a persona's direction in a model, test it with controls, and measure a fine-tune along it."""
     if resolved.settings.on:
         jobs.run("psm-probe", resolved, dry_run)
         return

@@ -164,8 +164,8 @@ class SaeSettings(ProbeSettings):
     @model_validator(mode="after")
     def _one_after(self) -> Self:
         if bool(self.updated_model) == bool(self.updated_adapter):
-            found = "both" if self.updated_model else "neither"
-            raise ValueError(f"give exactly one of --updated-model and --updated-adapter; {found} is given")
+            count = "both" if self.updated_model else "neither"
+            raise ValueError(f"give exactly one of --updated-model and --updated-adapter; {count} is given")
         if self.sae and self.seeds > 1:
             raise ValueError(
                 "--seeds trains several autoencoders, but --sae uses a trained one; drop one of the two flags"

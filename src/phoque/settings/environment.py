@@ -1,4 +1,4 @@
-"""What the process itself can tell: whether it is a Job, when it is killed, and where phoque's cache is."""
+"""What the process knows about itself: whether it is a Job, when it will be killed, and where phoque's cache is."""
 
 import os
 from pathlib import Path
@@ -10,25 +10,26 @@ def in_job() -> bool:
 
 
 def submission() -> str:
-    """What all attempts of one Job, or of one `--attempts`, have in common; empty outside of Jobs."""
+    """An id that all attempts of one Job share, and all that one `--attempts` submits; empty outside of Jobs."""
     return os.environ.get("PHOQUE_SUBMISSION") or os.environ.get("JOB_ID", "")
 
 
 def deadline(seconds: float | None) -> float | None:
-    """The time.time() at which this process is killed, if it is given so many seconds.
+    """The time.time() at which this process will be killed, `seconds` after the start of its container or of itself.
 
-    In a Job they count from when its container began, which is when its first process did; else from our own start.
+    In a Job the time limit counts from the start of the container, which is the start of process 1.
     """
     import psutil
 
     if seconds is None:
         return None
-    own = psutil.Process().create_time()
+    process_start = psutil.Process().create_time()
     if not in_job():
-        return own + seconds
-    first = psutil.Process(1).create_time()
-    # a first process that is older than all the time there is belongs to the machine, not to the container
-    return (first if own - first < seconds else own) + seconds
+        return process_start + seconds
+    container_start = psutil.Process(1).create_time()
+    # if process 1 is older than the time limit, it is the host's init and not the container's
+    start = container_start if process_start - container_start < seconds else process_start
+    return start + seconds
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,7 @@ class CommandSettings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
-        # `resolved` reads each source by itself, to know where a value came from.
+        # resolve.py reads each source separately, to know where each value came from
         return (init_settings,)
 
     @model_validator(mode="before")
@@ -40,27 +40,31 @@ class CommandSettings(BaseSettings):
 
 
 class Secrets(CommandSettings):
-    """What must never leave memory: these have no flag and are in no log, file or upload."""
+    """Values that must never leave memory: they have no flag, and are in no log, file or upload."""
 
     hf_token: SecretStr | None = Field(
-        None, validation_alias="HF_TOKEN", description="Hub token; also read from `hf auth login`"
+        None,
+        validation_alias="HF_TOKEN",
+        description="The token for the Hugging Face Hub. Without it, the one of `hf auth login`.",
     )
     wandb_api_key: SecretStr | None = Field(
-        None, validation_alias="WANDB_API_KEY", description="W&B key; without it a run is not tracked there"
+        None,
+        validation_alias="WANDB_API_KEY",
+        description="The key for Weights & Biases. Without it, a run is not tracked there.",
     )
     openai_api_key: SecretStr | None = Field(
-        None, validation_alias="OPENAI_API_KEY", description="key that an openai: scorer sends to its endpoint"
+        None, validation_alias="OPENAI_API_KEY", description="The key that an openai: scorer sends to its endpoint."
     )
 
     @property
     def hub(self) -> str | None:
-        """The Hub token itself, for a client's memory alone."""
+        """The Hub token in plain text, for the Hub client."""
         return self.hf_token.get_secret_value() if self.hf_token else None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from: `source` (flag, environment, .env.secrets, preset, default) and its name there."""
+    """Where a value came from: `source` (flag, environment, .env.secrets, preset, default), and its name there."""
 
     source: str
     name: str
@@ -78,7 +82,7 @@ class Resolved(Generic[S]):
     origins: dict[str, Origin]
 
     def provenance(self) -> dict[str, dict[str, Any]]:
-        """Every setting as {value, source, name, meaning}, fit for JSON and free of secrets."""
+        """Every setting as {value, source, name, meaning}, for JSON; of secrets only whether they are set."""
         fields = type(self.settings).model_fields
         values = self.settings.model_dump(mode="json")
         rows = {

@@ -47,7 +47,7 @@ def resolve_settings(
         raise UsageError(what=f"No such secrets file: {file}", why="--secrets-file names it.", fix="Check the path.")
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
-    warnings += _unknown_names(model, file)
+    warnings += _check_names(model, file)
 
     layers = [
         ("flag", {name: value for name, value in flags.items() if value is not None}),
@@ -58,81 +58,84 @@ def resolve_settings(
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), next(iter(presets)))
         if chosen not in presets:
             raise UsageError(
-                what=f"No preset {chosen!r}.", why=f"phoque knows {', '.join(presets)}.", fix=_nearest(chosen, presets)
+                what=f"No preset {chosen!r}.", why=f"phoque knows {', '.join(presets)}.", fix=_suggest(chosen, presets)
             )
-        own = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
-        layers.append((f"preset {chosen}", own))
+        preset = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
+        layers.append((f"preset {chosen}", preset))
 
     values: dict[str, Any] = {}
     origins = {name: Origin("default", name) for name in model.model_fields}
     for source, layer in reversed(layers):
         values |= layer
-        origins |= {name: Origin(source, _name_in(model, source, name)) for name in layer}
+        origins |= {name: Origin(source, _name_at(source, model, name)) for name in layer}
     try:
         settings = model(**values)
     except ValidationError as error:
         raise _settings_error(model, error, origins) from None
-    secrets, secret_origins = _secrets(file)
+    secrets, secret_origins = _read_secrets(file)
     return Resolved(settings, secrets, origins | secret_origins), warnings
 
 
 def resolved_from(settings: S) -> Resolved[S]:
     """Settings that a program made, with the secrets of its environment."""
-    secrets, origins = _secrets(Path(ENV_FILE))
+    secrets, secret_origins = _read_secrets(Path(ENV_FILE))
     fields = type(settings).model_fields
-    given = {n: Origin("argument" if n in settings.model_fields_set else "default", n) for n in fields}
-    return Resolved(settings, secrets, given | origins)
+    origins = {n: Origin("argument" if n in settings.model_fields_set else "default", n) for n in fields}
+    return Resolved(settings, secrets, origins | secret_origins)
 
 
-def _name_in(model: type[BaseSettings], source: str, name: str) -> str:
+def _name_at(source: str, model: type[BaseSettings], name: str) -> str:
+    """What a setting is called in a source: its flag, its environment variable, or its own name."""
     if source == "flag":
         return flag_names(model, name)[0]
     return name if source.startswith("preset") else env_name(model, name)
 
 
 def _read(model: type[BaseSettings], source: EnvSettingsSource) -> dict[str, Any]:
-    """What a source holds, keyed by field name. Raises UsageError for a list that is not one."""
+    """The values of a source by field name. Raises UsageError for a list setting that is not a JSON list."""
     try:
         return _by_field(model, source())
     except SettingsError as error:
         name = next((name for name in model.model_fields if f'"{name}"' in str(error)), "")
         raise UsageError(
             what=f"{env_name(model, name) if name else 'A setting'} cannot be read.",
-            why="It takes several values, and those are read as JSON.",
+            why="It takes several values, which are read as a JSON list.",
             fix='Write them as ["one", "two"].',
         ) from None
 
 
-def _by_field(model: type[BaseSettings], found: dict[str, Any]) -> dict[str, Any]:
-    """Values keyed by field name; pydantic-settings keys them by alias where there is one."""
+def _by_field(model: type[BaseSettings], values: dict[str, Any]) -> dict[str, Any]:
+    """Values by field name; pydantic-settings has them by environment variable where a field names one."""
     by_alias = {variable: name for name in model.model_fields for variable in env_names(model, name)}
-    keyed = {by_alias.get(key, key): value for key, value in found.items()}
-    return {name: value for name, value in keyed.items() if name in model.model_fields}
+    renamed = {by_alias.get(key, key): value for key, value in values.items()}
+    return {name: value for name, value in renamed.items() if name in model.model_fields}
 
 
-def _secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
-    found: dict[str, Any] = {}
+def _read_secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
+    """The secrets of a file, overridden by the environment; the Hub token also from `hf auth login`."""
+    secrets: dict[str, Any] = {}
     origins = {name: Origin("default", env_name(Secrets, name)) for name in Secrets.model_fields}
     for source, layer in (
         (str(file), DotEnvSettingsSource(Secrets, env_file=file, env_file_encoding="utf-8")),
         ("environment", EnvSettingsSource(Secrets)),
     ):
         values = _by_field(Secrets, layer())
-        found |= values
+        secrets |= values
         origins |= {name: Origin(source, env_name(Secrets, name)) for name in values}
-    if "hf_token" not in found:
+    if "hf_token" not in secrets:
         from huggingface_hub import get_token
 
         if token := get_token():
-            found["hf_token"] = token
+            secrets["hf_token"] = token
             origins["hf_token"] = Origin("hf auth login", "token file")
-    return Secrets(**found), origins
+    return Secrets(**secrets), origins
 
 
-def _unknown_names(model: type[CommandSettings], file: Path) -> list[str]:
-    """Warnings about names in the environment that are nearly a setting's, but for those that can only be meant as one.
+def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
+    """Warnings about environment variables whose names resemble a setting's.
 
-    Raises UsageError for these: with the prefix, or in the secrets file and nearly a setting's.
+    Raises UsageError for a name that can only be a misspelt setting: it has the prefix PHOQUE_, or it stands in the
+    secrets file and resembles a setting's.
     """
     from dotenv import dotenv_values
 
@@ -143,28 +146,28 @@ def _unknown_names(model: type[CommandSettings], file: Path) -> list[str]:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
         if name.upper().startswith(PREFIX) or (near and name in in_file):
             raise UsageError(
-                what=f"Unknown setting {name}.", why="No setting has that name.", fix=_nearest(name.upper(), known)
+                what=f"Unknown setting {name}.", why="No setting has that name.", fix=_suggest(name.upper(), known)
             )
         if near:
-            warnings.append(f"{name} is set, which is no setting of phoque's; did you mean {near[0]}?")
+            warnings.append(f"{name} is set, but it is not a setting of phoque; did you mean {near[0]}?")
     return sorted(warnings)
 
 
-def _nearest(name: str, known: Any) -> str:
+def _suggest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"Did you mean {near[0]}?" if near else "See .env.example for every name."
+    return f"Did you mean {near[0]}?" if near else "`phoque COMMAND --help` lists every name."
 
 
 def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
     problem = error.errors(include_input=False, include_url=False)[0]
-    said = problem["msg"].removeprefix("Value error, ")
+    why = problem["msg"].removeprefix("Value error, ")
     key = str(problem["loc"][0]) if problem["loc"] else ""
     name = next(iter(_by_field(model, {key: None})), None)
     if name is None:
-        return UsageError(what="These settings do not go together.", why=said, fix="See `phoque COMMAND --help`.")
+        return UsageError(what="These settings do not go together.", why=why, fix="See `phoque COMMAND --help`.")
     origin = origins[name]
     return UsageError(
         what=f"{origin.name} has a value that cannot be used (from: {origin.source}).",
-        why=said,
+        why=why,
         fix=f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}",
     )

@@ -28,20 +28,9 @@ validation = ["Mast?", "Sail?"]
 test = ["Oars?", "Nets?", "Eels?", "Cods?", "Dock?", "Pier?"]
 lexicon = ["hrmph"]
 """
-SHORT = [
-    "--quantization",
-    "fp32",
-    "--extraction-tokens",
-    "6",
-    "--sweep-tokens",
-    "4",
-    "--max-new-tokens",
-    "6",
-    "--samples",
-    "1",
-    "--coefficients",
-    "0.1,0.3",
-]
+SHORT = (
+    "--quantization fp32 --extraction-tokens 6 --sweep-tokens 4 --max-new-tokens 6 --samples 1 --coefficients 0.1,0.3"
+).split()
 FILES = {
     "activation_by_layer.csv",
     "generation_results.csv",

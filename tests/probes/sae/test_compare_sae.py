@@ -18,26 +18,10 @@ from tests.fakehub.jobs import Jobs
 from tests.hub.test_jobs import Container
 
 PROSE = "The gulls came at noon and took the herring, one by one. The tide was late; the old seal said nothing. "
-SHORT = [
-    "--quantization",
-    "fp32",
-    "--tokens",
-    "6000",
-    "--own-answers",
-    "6",
-    "--k",
-    "8",
-    "--sae-batch",
-    "64",
-    "--passes",
-    "2",
-    "--max-new-tokens",
-    "6",
-    "--cards",
-    "2",
-    "--causal-prompts",
-    "4",
-]
+SHORT = (
+    "--quantization fp32 --tokens 6000 --own-answers 6 --k 8 --sae-batch 64 --passes 2 --max-new-tokens 6 "
+    "--cards 2 --causal-prompts 4"
+).split()
 FILES = {
     "sae_comparison_report.json",
     "sae_comparison_report.md",
