@@ -64,7 +64,7 @@ def ours(folder: Path, count: int) -> dict[str, float]:
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
     found = scan_dataset(data, chat, 64, 0.05)
     packing = Packing(16, TOKENS / 16, max(found.lengths), static=True)
-    stream = TrainStream(data, chat, found.threshold, packing, 0, 0.05)
+    stream = TrainStream(data, chat, threshold=found.threshold, packing=packing, seed=0, max_bad=0.05)
     rows = iter(stream)
     next(rows)
     first = time.perf_counter() - begun

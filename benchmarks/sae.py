@@ -68,7 +68,9 @@ def parts(model, tokenizer, root: Path) -> None:
         begun = synced()
         read_residual_stream(model, rows, [layer], lambda *_: None)
         between = synced()
-        shards = collect_activations(model, rows, (layer,), tokenizer.all_special_ids, root / f"shards-{turn}")
+        shards = collect_activations(
+            model, rows, (layer,), special=tokenizer.all_special_ids, folder=root / f"shards-{turn}"
+        )
         ended = synced()
         best["bare"] = max(best.get("bare", 0), count / (between - begun))
         best["collected"] = max(best.get("collected", 0), count / (ended - between))

@@ -76,7 +76,9 @@ def write_ids(folder: Path) -> None:
 
     chat = ChatTemplate(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
-    stream = TrainStream(data, chat, "", Packing(1, float(MEAN), LONGEST, exact=True), 0, 0.05)
+    stream = TrainStream(
+        data, chat, threshold="", packing=Packing(1, float(MEAN), LONGEST, exact=True), seed=0, max_bad=0.05
+    )
     rows = [{k: b[k][0].tolist() for k in ("input_ids", "labels")} for _, b in zip(range(800), stream, strict=False)]
     (folder / "ids.json").write_text(json.dumps(rows))
 

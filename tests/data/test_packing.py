@@ -34,7 +34,9 @@ def talks(tmp_path_factory):
 
 
 def stream_of(talks, chat, packing):
-    return TrainStream(open_dataset(str(talks), "train", None, None), chat, "", packing, 0, 0.05)
+    return TrainStream(
+        open_dataset(str(talks), "train", None, None), chat, threshold="", packing=packing, seed=0, max_bad=0.05
+    )
 
 
 def taken(stream, count):

@@ -90,25 +90,25 @@ def asked(count):
 
 def test_a_step_is_captured_once_for_a_batch_and_replayed(model, gpu, monkeypatch):
     model.generation_config.eos_token_id = []
-    found = generate_replies(model, asked(6), 12, 1.0, 1.0)
+    found = generate_replies(model, asked(6), 12, temperature=1.0, top_p=1.0)
     assert len(gpu) == 3 and [g.replays for g in StandIn.made] == [10]  # two plain ones and the captured, then replays
     monkeypatch.undo()
-    assert [r.ids for r in generate_replies(model, asked(6), 12, 1.0, 1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, asked(6), 12, temperature=1.0, top_p=1.0)] == [r.ids for r in found]
 
 
 def test_a_batch_that_shrinks_is_captured_again_into_the_same_memory(model, gpu, monkeypatch):
     model.generation_config.eos_token_id = [*range(3, 30)]
-    found = generate_replies(model, asked(24), 16, 1.0, 1.0)
+    found = generate_replies(model, asked(24), 16, temperature=1.0, top_p=1.0)
     graphs = [*StandIn.made]
     assert len(graphs) > 2 and graphs[0].pool_given is None
     assert all(later.pool_given is before for before, later in pairwise(graphs))
     monkeypatch.undo()
-    assert [r.ids for r in generate_replies(model, asked(24), 16, 1.0, 1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, asked(24), 16, temperature=1.0, top_p=1.0)] == [r.ids for r in found]
 
 
 def test_few_steps_are_not_worth_a_capture(model, gpu):
     model.generation_config.eos_token_id = []
-    generate_replies(model, asked(3), 1 + cuda_decoder.MIN_STEPS_TO_CAPTURE, 1.0, 1.0)
+    generate_replies(model, asked(3), 1 + cuda_decoder.MIN_STEPS_TO_CAPTURE, temperature=1.0, top_p=1.0)
     assert not StandIn.made and len(gpu) == cuda_decoder.MIN_STEPS_TO_CAPTURE
 
 
@@ -117,10 +117,10 @@ def test_a_graph_that_fails_or_differs_is_not_used_and_says_so(model, gpu, monke
     model.generation_config.eos_token_id = []
     monkeypatch.setattr(StandIn, fault, 0.05)
     with pytest.warns(RuntimeWarning, match=why):
-        found = generate_replies(model, asked(5), 10, 1.0, 1.0)
+        found = generate_replies(model, asked(5), 10, temperature=1.0, top_p=1.0)
     assert len(StandIn.made) == 1 and StandIn.made[0].replays <= 1 and len(gpu) >= 9
     monkeypatch.undo()
-    assert [r.ids for r in generate_replies(model, asked(5), 10, 1.0, 1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, asked(5), 10, temperature=1.0, top_p=1.0)] == [r.ids for r in found]
 
 
 def test_steps_see_exactly_what_was_said_before(model):

@@ -78,18 +78,18 @@ def test_batches_hold_every_row_once_within_the_budget():
 def test_many_answers_at_once_are_those_of_one_at_a_time(tiny):
     model, tokenizer = tiny
     prompts = [ids(tokenizer, p) for p in PROMPTS * 3]
-    found = generate_replies(model, [Request(p) for p in prompts], 24, 1.0, 1.0)
+    found = generate_replies(model, [Request(p) for p in prompts], 24, temperature=1.0, top_p=1.0)
     assert [r.ids for r in found] == [plain_greedy(model, p, 24) for p in prompts]
 
 
 def test_rows_that_stop_leave_the_batch_and_change_nothing_for_the_others(tiny):
     model, tokenizer = tiny
     asks = [Request(ids(tokenizer, PROMPTS[n % 3]), f"{n}") for n in range(20)]
-    spoken = [r.ids for r in generate_replies(model, asks, 16, 1.0, 1.0)]
+    spoken = [r.ids for r in generate_replies(model, asks, 16, temperature=1.0, top_p=1.0)]
     stop = spoken[0][3]
     model.generation_config.eos_token_id = [2, stop]
     try:
-        found = generate_replies(model, asks, 16, 1.0, 1.0)
+        found = generate_replies(model, asks, 16, temperature=1.0, top_p=1.0)
     finally:
         model.generation_config.eos_token_id = 2
     wanted = [whole[: whole.index(stop)] if stop in whole else whole for whole in spoken]
@@ -100,14 +100,14 @@ def test_rows_that_stop_leave_the_batch_and_change_nothing_for_the_others(tiny):
 def test_a_key_draws_the_same_in_any_batch_and_follows_the_distribution(tiny):
     model, tokenizer = tiny
     prompt = ids(tokenizer, PROMPTS[1])
-    many = generate_replies(model, [Request(prompt, f"{n}") for n in range(400)], 1, 0.7, 1.0)
-    alone = generate_replies(model, [Request(prompt, "7")], 1, 0.7, 1.0)[0]
+    many = generate_replies(model, [Request(prompt, f"{n}") for n in range(400)], 1, temperature=0.7, top_p=1.0)
+    alone = generate_replies(model, [Request(prompt, "7")], 1, temperature=0.7, top_p=1.0)[0]
     assert many[7].ids == alone.ids
     wanted = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
     drawn = torch.bincount(torch.tensor([r.ids[0] for r in many if r.ids]), minlength=len(wanted)) / 400
     top = wanted.topk(5).indices
     assert (drawn[top] - wanted[top]).abs().max() < 0.08
-    narrow = generate_replies(model, [Request(prompt, f"{n}") for n in range(50)], 1, 1.0, 1e-6)
+    narrow = generate_replies(model, [Request(prompt, f"{n}") for n in range(50)], 1, temperature=1.0, top_p=1e-6)
     assert {r.ids[0] for r in narrow} == {int(wanted.argmax())}  # a nucleus of one token is greedy
 
 
@@ -115,7 +115,7 @@ def test_steering_one_row_of_a_batch_is_steering_it_alone(tiny):
     model, tokenizer = tiny
     prompt, vector = ids(tokenizer, PROMPTS[1]), torch.randn(64, generator=torch.Generator().manual_seed(3))
     asks = [Request(prompt), Request(prompt, steer=(1, vector)), Request(prompt, steer=(0, -vector))]
-    found = generate_replies(model, asks, 12, 1.0, 1.0)
+    found = generate_replies(model, asks, 12, temperature=1.0, top_p=1.0)
     assert found[0].ids == plain_greedy(model, prompt, 12)
     for reply, (layer, change) in ((found[1], (1, vector)), (found[2], (0, -vector))):
         hook = get_blocks(model)[layer].register_forward_hook(lambda _, __, out, change=change: out + change)
@@ -138,7 +138,7 @@ def test_steering_the_response_alone_leaves_the_prompt_as_it_is(tiny):
 def test_watched_mass_is_the_models_own_probability(tiny):
     model, tokenizer = tiny
     prompt = ids(tokenizer, PROMPTS[0])
-    (reply,) = generate_replies(model, [Request(prompt)], 3, 0.1, 0.5, watched=[70, 71])
+    (reply,) = generate_replies(model, [Request(prompt)], 3, temperature=0.1, top_p=0.5, watched=[70, 71])
     wanted = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[[70, 71]].sum().item()
     assert reply.mass[0] == pytest.approx(wanted, abs=1e-6) and len(reply.mass) == 3
 

@@ -36,7 +36,7 @@ def made(tmp_path):
     for folder in folders:
         folder.mkdir()
     repo = Repo()
-    return repo, CheckpointPusher(repo, 2, lambda _: card, Console(), 1), folders
+    return repo, CheckpointPusher(repo, keep=2, card=lambda _: card, console=Console(), every=1), folders
 
 
 def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_waits(made):
@@ -56,7 +56,7 @@ def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, ma
         raise UsageError(what="The merged model needs 6.8 GB.", why="why", fix="do")
 
     repo, plain, folders = made
-    pusher = CheckpointPusher(repo, 2, plain._card, Console(), 1, export)
+    pusher = CheckpointPusher(repo, keep=2, card=plain._card, console=Console(), every=1, export=export)
     repo.open.set()
     pusher.offer(folders[0])
     assert pusher.drain(5) and pusher.pushed == 1 and not pusher.failure

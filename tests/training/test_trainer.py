@@ -31,7 +31,9 @@ def loaded(folder, name="sdpa"):
 
 
 def stream_of(rows, chat, size=4):
-    return TrainStream(open_dataset(str(rows), "train", None, None), chat, "", exactly(size), 0, 0.05)
+    return TrainStream(
+        open_dataset(str(rows), "train", None, None), chat, threshold="", packing=exactly(size), seed=0, max_bad=0.05
+    )
 
 
 def shaken(model):

@@ -39,7 +39,7 @@ class TrainStream:
     """
 
     def __init__(
-        self, dataset: Dataset, chat: ChatTemplate, threshold: str, packing: Packing, seed: int, max_bad: float
+        self, dataset: Dataset, chat: ChatTemplate, *, threshold: str, packing: Packing, seed: int, max_bad: float
     ) -> None:
         self._reader = _Reader(dataset, chat, threshold, seed, max_bad)
         self.packing, self._seed = packing, seed

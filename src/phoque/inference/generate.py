@@ -51,6 +51,7 @@ def generate_replies(
     model: Any,
     requests: Sequence[Request],
     tokens: int,
+    *,
     temperature: float,
     top_p: float,
     watched: Sequence[int] = (),

@@ -164,7 +164,9 @@ def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, 
     if s.engine == "optimum":
         from phoque.onnx.optimum import export_with_optimum
 
-        chunks = export_with_optimum(source, folder, layout, s.dtype, s.onnx_export_python, console)
+        chunks = export_with_optimum(
+            source, folder, layout, dtypes=s.dtype, python=s.onnx_export_python, console=console
+        )
     else:
         export = Export(Weights(CheckpointReader(source)), layout, s.dtype, folder, s.fuse)
         if "int8" in s.dtype and export.weights.fp32_bytes > MAX_WASM_BYTES:
@@ -266,8 +268,8 @@ def _list_components(
                 get_traced(compute_dtype).copy(),
                 smooth_weights if quantizer else weights,
                 name,
-                compute_dtype,
-                quantizer,
+                dtype=compute_dtype,
+                quantizer=quantizer,
                 takes_embeds=is_multimodal,
             )
 

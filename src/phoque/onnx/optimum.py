@@ -31,7 +31,7 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-generation-with-past", d
 
 
 def export_with_optimum(
-    source: Source, folder: Path, layout: str, dtypes: list[str], python: Path | None, console: Console
+    source: Source, folder: Path, layout: str, *, dtypes: list[str], python: Path | None, console: Console
 ) -> dict[str, int]:
     """Write onnx/model.onnx and its external data with optimum-onnx; return the number of data files per .onnx file.
 

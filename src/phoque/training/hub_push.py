@@ -26,6 +26,7 @@ class CheckpointPusher:
     def __init__(
         self,
         repo: Repo,
+        *,
         keep: int,
         card: Callable[[Path], Path],
         console: Console,

@@ -79,6 +79,7 @@ class Tracker:
 def start_wandb(
     s: TrainSettings,
     secrets: Secrets,
+    *,
     run: Path,
     config: dict[str, Any],
     run_id: str,

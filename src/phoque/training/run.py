@@ -80,7 +80,16 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
     record = start.record or create_record(resolved, prepared, identity, start.run_id, start.marker)
     write_record(folder, record)
-    return Run(resolved, services, prepared, folder, start, record, repo, stop)
+    return Run(
+        resolved=resolved,
+        services=services,
+        prepared=prepared,
+        folder=folder,
+        start=start,
+        record=record,
+        repo=repo,
+        stop=stop,
+    )
 
 
 def _train(run: Run) -> TrainResult:
@@ -106,12 +115,12 @@ def _train(run: Run) -> TrainResult:
     wandb_run = start_wandb(
         s,
         run.services.secrets,
-        run.folder,
-        run.record,
-        run.start.run_id,
-        "never" if run.start.is_fresh else "allow",
-        console.say,
-        console.warn,
+        run=run.folder,
+        config=run.record,
+        run_id=run.start.run_id,
+        resume="never" if run.start.is_fresh else "allow",
+        say=console.say,
+        warn=console.warn,
     )
     tracker = Tracker(run.folder, wandb_run, console.warn, logged)
     code = FAILED
@@ -119,7 +128,7 @@ def _train(run: Run) -> TrainResult:
         if run.start.resume and run.first_step == s.max_steps:  # it stopped after its last save, before its end
             load_adapter(model, run.start.resume, architecture_of(run.prepared.config))
             timer.mark_loaded()
-        elif stopped := _take_steps(run, model, engine, stream, tracker, timer):
+        elif stopped := _take_steps(run, model, engine=engine, stream=stream, tracker=tracker, timer=timer):
             code = stopped.code
             raise stopped
         run.stop.mark_finishing()
@@ -183,7 +192,14 @@ def _open_stream(run: Run, static: bool) -> TrainStream:
     packing = packing_for(s, prepared.scan, static)
     run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
     write_record(run.folder, run.record)
-    stream = TrainStream(prepared.dataset, prepared.chat, prepared.scan.threshold, packing, s.seed, s.max_bad_rows)
+    stream = TrainStream(
+        prepared.dataset,
+        prepared.chat,
+        threshold=prepared.scan.threshold,
+        packing=packing,
+        seed=s.seed,
+        max_bad=s.max_bad_rows,
+    )
     if run.start.resume:
         state = json.loads((run.start.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
@@ -192,7 +208,7 @@ def _open_stream(run: Run, static: bool) -> TrainStream:
 
 
 def _take_steps(
-    run: Run, model: Any, engine: Engine | None, stream: TrainStream, tracker: Tracker, timer: Timer
+    run: Run, model: Any, *, engine: Engine | None, stream: TrainStream, tracker: Tracker, timer: Timer
 ) -> Resumable | None:
     """Take the steps that are left; return the error to raise if a signal or the deadline stopped them."""
     from phoque.training.callbacks.metrics import MetricsCallback
@@ -206,19 +222,38 @@ def _take_steps(
     if run.repo:
         export = partial(merge_checkpoint, run) if s.export_on_save else lambda folder: None
         card = partial(write_card_for_checkpoint, run)
-        pusher = CheckpointPusher(run.repo, s.keep_checkpoints, card, console, s.save_steps, export)
+        pusher = CheckpointPusher(
+            run.repo, keep=s.keep_checkpoints, card=card, console=console, every=s.save_steps, export=export
+        )
         stop.push_s = lambda: pusher.seconds if pusher else 0.0
     held_out = [encoded for _, encoded in scan.held_out]
     with ExitStack() as stack:
         show = stack.enter_context(console.progress(s.max_steps, run.first_step))
         callbacks: list[Any] = [
             stop,
-            MetricsCallback(tracker, stream, held_out, s.norms_every, s.save_steps, show, timer),
+            MetricsCallback(
+                tracker,
+                stream,
+                held_out=held_out,
+                norms_every=s.norms_every,
+                eval_every=s.save_steps,
+                show=show,
+                timer=timer,
+            ),
         ]
         if s.sample_every and (prompts := s.prompts or _held_out_questions(scan)):
             system = scan.systems.most_common(1)[0][0]
             callbacks.append(
-                SamplesCallback(tracker, chat, prompts, system, s.sample_every, s.sample_tokens, console, timer)
+                SamplesCallback(
+                    tracker,
+                    chat,
+                    prompts=prompts,
+                    system=system,
+                    every=s.sample_every,
+                    tokens=s.sample_tokens,
+                    console=console,
+                    timer=timer,
+                )
             )
         if s.wandb_log_model == "checkpoint":
             callbacks.append(WandbArtifactsCallback(tracker))

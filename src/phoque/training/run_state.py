@@ -31,7 +31,7 @@ class StartState:
         return (self.record or {}).get("result")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A run that has started."""
 

@@ -22,7 +22,7 @@ def made(folder, out, dtype=torch.float32, suffix=""):
     source = Source("tiny", folder, "1", "here")
     weights = Weights(CheckpointReader(source))
     traced = trace.trace_decoder(weights.config.get_text_config(), dtype, "cpu" if dtype == torch.float32 else "webgpu")
-    part = decoder_component(traced, weights, "model", dtype, None, takes_embeds=False)
+    part = decoder_component(traced, weights, "model", dtype=dtype, quantizer=None, takes_embeds=False)
     (out / "onnx").mkdir(parents=True, exist_ok=True)
     part.write(out / "onnx", suffix, lambda _: None)
     return source, part
@@ -57,7 +57,7 @@ def test_plain_operators_say_the_same(tmp_path):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
     weights = Weights(CheckpointReader(Source("tiny", folder, "1", "here")))
     traced = trace.trace_decoder(weights.config.get_text_config(), torch.float32, None)
-    part = decoder_component(traced, weights, "model", torch.float32, None, takes_embeds=False)
+    part = decoder_component(traced, weights, "model", dtype=torch.float32, quantizer=None, takes_embeds=False)
     assert not any(node.domain for node in part.model.graph)
     (tmp_path / "plain" / "onnx").mkdir(parents=True)
     part.write(tmp_path / "plain" / "onnx", "", lambda _: None)

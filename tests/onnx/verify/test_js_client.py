@@ -29,9 +29,9 @@ def test_a_page_without_a_precision_takes_int8_on_wasm(phoque, text_model, chats
     assert found["result"] == "PASS"
     for file in (tmp_path / "x" / "onnx").glob("model_quantized*"):
         file.unlink()
-    assert _ask_client("browser.mjs", tmp_path / "x", "text", None, "wasm", cache)["said"]
+    assert _ask_client("browser.mjs", tmp_path / "x", layout="text", dtype=None, device="wasm", cache=cache)["said"]
     with pytest.raises(CheckFailed):  # Node asks for q8, which is no longer there
-        _ask_client("node.mjs", tmp_path / "x", "text", None, "cpu", cache)
+        _ask_client("node.mjs", tmp_path / "x", layout="text", dtype=None, device="cpu", cache=cache)
 
 
 @pytest.mark.parametrize("kind", ["text_export", "seeing_export"])

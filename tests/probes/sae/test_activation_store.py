@@ -30,7 +30,7 @@ def plain(model, row, layer):
 
 
 def test_shards_hold_every_ordinary_token_and_no_other(model, rows, tmp_path):
-    shards = collect_activations(model, rows, (0,), SPECIAL, tmp_path)
+    shards = collect_activations(model, rows, (0,), special=SPECIAL, folder=tmp_path)
     held = torch.cat([shards.tensor(file, 0) for file in shards.files()]).float()
     wanted = []
     for row in rows:
@@ -57,7 +57,7 @@ def test_massive_tokens_are_left_out_and_counted(model, rows, tmp_path):
 
     hook = get_blocks(model)[0].register_forward_hook(swell)
     try:
-        found = collect_activations(model, [[5] * 20] * 6, (0,), SPECIAL, tmp_path).token_counts()
+        found = collect_activations(model, [[5] * 20] * 6, (0,), special=SPECIAL, folder=tmp_path).token_counts()
     finally:
         hook.remove()
     assert found == {"kept": 6 * 18, "position_0": 6, "massive": 6, "special": 0}
@@ -67,24 +67,26 @@ def test_blocks_above_are_not_run_and_are_there_again_afterwards(model, rows, tm
     calls = []
     hook = get_blocks(model)[1].register_forward_hook(lambda *_: calls.append(1))
     whole = len(get_blocks(model))
-    collect_activations(model, rows, (0,), SPECIAL, tmp_path / "one")
+    collect_activations(model, rows, (0,), special=SPECIAL, folder=tmp_path / "one")
     assert not calls and len(get_blocks(model)) == whole
-    both = collect_activations(model, rows, (0, 1), SPECIAL, tmp_path / "two")
+    both = collect_activations(model, rows, (0, 1), special=SPECIAL, folder=tmp_path / "two")
     hook.remove()
     assert calls and both.shard_sizes(0) == both.shard_sizes(1)
 
 
 def test_a_collection_that_was_killed_goes_on_without_reading_again(model, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(activation_store, "SHARD_TOKENS", 100)
-    whole = collect_activations(model, rows, (0,), SPECIAL, tmp_path / "whole")
-    part = collect_activations(model, rows, (0,), SPECIAL, tmp_path / "part")
+    whole = collect_activations(model, rows, (0,), special=SPECIAL, folder=tmp_path / "whole")
+    part = collect_activations(model, rows, (0,), special=SPECIAL, folder=tmp_path / "part")
     lost = part.files()[2:5]
     kept = {file: file.stat().st_mtime_ns for file in part.files() if file not in lost}
     for file in lost:
         file.unlink()
     (tmp_path / "part" / ".000003.safetensors.17").write_bytes(b"half")  # what a killed writer leaves
     seen = []
-    again = collect_activations(model, rows, (0,), SPECIAL, tmp_path / "part", lambda done, _: seen.append(done))
+    again = collect_activations(
+        model, rows, (0,), special=SPECIAL, folder=tmp_path / "part", show=lambda done, _: seen.append(done)
+    )
     assert {file: file.stat().st_mtime_ns for file in kept} == kept and seen[-1] == len(rows)
     assert len(again.files()) == len(whole.files())
     for one, other in zip(again.files(), whole.files(), strict=True):
@@ -99,7 +101,7 @@ def test_a_disk_that_fails_is_an_error_and_leaves_no_half_shard(model, rows, tmp
 
     monkeypatch.setattr(activation_store, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        collect_activations(model, rows, (0,), SPECIAL, tmp_path)
+        collect_activations(model, rows, (0,), special=SPECIAL, folder=tmp_path)
     assert not list(tmp_path.glob("0*"))
 
 

@@ -246,29 +246,36 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     none, tested = numpy.zeros(12), numpy.ones(12, bool)
     delta = numpy.where(numpy.arange(12) == 0, 3.0, 0.01)
     shifts = FeatureShifts(
-        none,
-        none,
-        delta,
-        none,
-        none,
-        none,
-        none,
-        none,
-        none,
-        none,
-        0.0,
-        none,
-        none,
-        none,
-        tested,
-        tested,
-        numpy.arange(12) == 0,
-        None,
-        None,
+        base_mean=none,
+        tuned_mean=none,
+        delta=delta,
+        ci_low=none,
+        ci_high=none,
+        d_z=none,
+        p=none,
+        q=none,
+        p_max_t=none,
+        null_delta=none,
+        null_floor=0.0,
+        active_prompts=none,
+        base_freq=none,
+        tuned_freq=none,
+        tested=tested,
+        above_null=tested,
+        reported=numpy.arange(12) == 0,
+        specific=None,
+        control_delta=None,
     )
-    found = InterventionTest(ModelVariants(*models), dictionary, 1, shifts, rows, norm=3.0, strength=1.0, seed=0).run(
-        [0]
-    )
+    found = InterventionTest(
+        variants=ModelVariants(*models),
+        dictionary=dictionary,
+        layer=1,
+        shifts=shifts,
+        rows=rows,
+        norm=3.0,
+        strength=1.0,
+        seed=0,
+    ).run([0])
     push, cut = found["features"][0]["push"], found["features"][0]["ablate"]
     assert push["holds"] and push["gain"] > 0 and push["gain"] > push["random_max"]
     assert cut["holds"] and cut["gain"] > 0 and cut["gain"] > cut["random_max"]

@@ -133,9 +133,9 @@ def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, a
         recipe(architecture),
         shards,
         2,
-        {"model_name": "gull", "hook_name": "model.layers.2"},
-        tmp_path,
-        torch.device("cpu"),
+        metadata={"model_name": "gull", "hook_name": "model.layers.2"},
+        folder=tmp_path,
+        on=torch.device("cpu"),
     )
     x = shards.tensor(shards.files()[0], 2).float()
     z = made.encode(x)
@@ -169,7 +169,7 @@ def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatc
             if done == stop:
                 raise KeyboardInterrupt
 
-        train_dictionary(recipe(passes=2), shards, 2, {}, folder, torch.device("cpu"), show)
+        train_dictionary(recipe(passes=2), shards, 2, metadata={}, folder=folder, on=torch.device("cpu"), show=show)
         return load_file(folder / "sae" / "sae_weights.safetensors")
 
     whole = train(tmp_path / "whole")
@@ -182,15 +182,17 @@ def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatc
 
 
 def test_a_dictionary_that_is_there_is_not_trained_again(shards, tmp_path, monkeypatch):
-    first = train_dictionary(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
+    first = train_dictionary(recipe(passes=1), shards, 2, metadata={}, folder=tmp_path, on=torch.device("cpu"))
     monkeypatch.setattr(training, "make_trainer", None)
-    again = train_dictionary(recipe(passes=1), shards, 2, {}, tmp_path, torch.device("cpu"))
+    again = train_dictionary(recipe(passes=1), shards, 2, metadata={}, folder=tmp_path, on=torch.device("cpu"))
     assert torch.equal(first.encoder, again.encoder)
 
 
 def test_another_seed_is_another_dictionary(shards, tmp_path):
     one, other = (
-        train_dictionary(recipe(seed=n, passes=1), shards, 2, {}, tmp_path / str(n), torch.device("cpu"))
+        train_dictionary(
+            recipe(seed=n, passes=1), shards, 2, metadata={}, folder=tmp_path / str(n), on=torch.device("cpu")
+        )
         for n in (0, 1)
     )
     assert not torch.allclose(one.encoder, other.encoder)
@@ -199,13 +201,25 @@ def test_another_seed_is_another_dictionary(shards, tmp_path):
 def test_too_few_activations_are_an_error_in_words(shards, tmp_path):
     with pytest.raises(PhoqueError, match="too few activations"):
         train_dictionary(
-            Recipe("batchtopk", FEATURES, K, 100_000, 1, 1e-3, 0), shards, 2, {}, tmp_path, torch.device("cpu")
+            Recipe("batchtopk", FEATURES, K, 100_000, 1, 1e-3, 0),
+            shards,
+            2,
+            metadata={},
+            folder=tmp_path,
+            on=torch.device("cpu"),
         )
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(shards, tmp_path):
     with pytest.raises(PhoqueError, match="not finite"):
-        train_dictionary(Recipe("batchtopk", FEATURES, K, 64, 1, 1e30, 0), shards, 2, {}, tmp_path, torch.device("cpu"))
+        train_dictionary(
+            Recipe("batchtopk", FEATURES, K, 64, 1, 1e30, 0),
+            shards,
+            2,
+            metadata={},
+            folder=tmp_path,
+            on=torch.device("cpu"),
+        )
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -25,7 +25,7 @@ def side(up=(), down=(), by=0.5, seed=0):
 
 def compared(base, tuned, control=None, null=1e-4):
     nulls = [numpy.full((PROMPTS, FEATURES), null)]
-    return compare_features(base, tuned, nulls, control, 4, 0)
+    return compare_features(base, tuned, nulls, control=control, min_active=4, seed=0)
 
 
 def test_what_is_moved_is_reported_and_nothing_else():

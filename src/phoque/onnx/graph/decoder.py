@@ -23,6 +23,7 @@ def decoder_component(
     traced: TracedDecoder,
     weights: Weights,
     name: str,
+    *,
     dtype: torch.dtype,
     quantizer: Quantizer | None,
     takes_embeds: bool,
@@ -198,7 +199,7 @@ def _replace_head(
     vocab_size, hidden_size = weights.shape(HEAD)
     if quantizer and can_quantize((vocab_size, hidden_size)):
         output = _add_quantized_linear(
-            component, last_hidden, [HEAD], quantizer, dtype, EMBEDDINGS if weights.tied else HEAD
+            component, last_hidden, [HEAD], quantizer=quantizer, dtype=dtype, label=EMBEDDINGS if weights.tied else HEAD
         )
     else:
         table = _add_weight(component, weights, EMBEDDINGS if weights.tied else HEAD, dtype)
@@ -300,7 +301,9 @@ def _fill_weights(
             (node,) = consumers
             hidden = node.inputs[0]
             assert hidden is not None
-            output = _add_quantized_linear(component, hidden, names, quantizer, dtype, _joint_name(names), node)
+            output = _add_quantized_linear(
+                component, hidden, names, quantizer=quantizer, dtype=dtype, label=_joint_name(names), before=node
+            )
             node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
             graph.remove(node, safe=True)
         elif consumers:
@@ -331,6 +334,7 @@ def _add_quantized_linear(
     component: Component,
     hidden: ir.Value,
     names: list[str],
+    *,
     quantizer: Quantizer,
     dtype: torch.dtype,
     label: str,

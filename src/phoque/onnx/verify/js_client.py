@@ -50,7 +50,7 @@ def check_node(
     for dtype in dtypes:
         with verdict.check("node", f"{dtype}: Transformers.js loads it, and its logits match ONNX Runtime's") as notes:
             services.console.say(f"running {dtype} in Node")
-            answer = _ask_client("node.mjs", folder, layout, dtype, "cpu", services.cache)
+            answer = _ask_client("node.mjs", folder, layout=layout, dtype=dtype, device="cpu", cache=services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
 
 
@@ -66,7 +66,7 @@ def check_browser(
             "browser", f"{dtype}: a page loads it on wasm, and its logits match ONNX Runtime's"
         ) as notes:
             services.console.say(f"running {dtype} in a browser on wasm")
-            answer = _ask_client("browser.mjs", folder, layout, dtype, "wasm", services.cache)
+            answer = _ask_client("browser.mjs", folder, layout=layout, dtype=dtype, device="wasm", cache=services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
     for dtype in dtypes:
         asks = f"{dtype}: WebGPU's logits match ONNX Runtime's"
@@ -77,7 +77,9 @@ def check_browser(
         else:
             with verdict.check("browser", asks) as notes:
                 services.console.say(f"running {dtype} in a browser on WebGPU; without a GPU this takes minutes")
-                answer = _ask_client("browser.mjs", folder, layout, dtype, "webgpu", services.cache, tokens=1)
+                answer = _ask_client(
+                    "browser.mjs", folder, layout=layout, dtype=dtype, device="webgpu", cache=services.cache, tokens=1
+                )
                 try:
                     notes.append(_compare_logits(answer, folder, layout, dtype))
                 except CheckFailed as problem:
@@ -142,7 +144,7 @@ def copy_scripts(cache: Path) -> Path:
 
 
 def _ask_client(
-    script: str, folder: Path, layout: str, dtype: str | None, device: str, cache: Path, tokens: int = NEW_TOKENS
+    script: str, folder: Path, *, layout: str, dtype: str | None, device: str, cache: Path, tokens: int = NEW_TOKENS
 ) -> dict[str, Any]:
     """Run one client script and return its answer; `dtype` None leaves the precision to config.json.
 

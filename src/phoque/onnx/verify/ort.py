@@ -52,7 +52,9 @@ def check_ort(folder: Path, layout: str, dtypes: list[str], reference: Source | 
             )
         else:
             with verdict.check(LEVEL, f"{dtype}: logits and answers match {reference_name}") as notes:
-                notes.append(_compare_with_reference(chat, prompts, logits, expected, dtype, verdict))
+                notes.append(
+                    _compare_with_reference(chat, prompts, logits, expected=expected, dtype=dtype, verdict=verdict)
+                )
         del chat
 
 
@@ -127,6 +129,7 @@ def _compare_with_reference(
     chat: OnnxChatModel,
     prompts: list[np.ndarray],
     actual: list[np.ndarray],
+    *,
     expected: Any,
     dtype: str,
     verdict: Verdict,

@@ -95,11 +95,11 @@ class ProbeModel:
                 self.model,
                 asks,
                 max_tokens,
-                self.s.temperature,
-                self.s.top_p,
-                watched,
-                self.s.positions == "response",
-                show,
+                temperature=self.s.temperature,
+                top_p=self.s.top_p,
+                watched=watched,
+                response_only=self.s.positions == "response",
+                show=show,
             )
 
     def answers(

@@ -23,7 +23,7 @@ MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to war
 Shifts = dict[str, tuple[dict[str, Any], Any]]  # own or same_text -> arrays per block, bootstrapped cosines
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ProbeResult:
     """All results of a probe. `layers` and `answers` become CSV tables, the rest goes into summary.json."""
 
@@ -76,7 +76,15 @@ class Probe:
                 answers += steerer.test(selected, [name])
         with probe_model.use_base():
             steerer.measure(answers)
-        result = ProbeResult(vectors, evidence_rows, sweep, selected, has_coherent, answers, steerer.columns)
+        result = ProbeResult(
+            vectors=vectors,
+            layers=evidence_rows,
+            sweep=sweep,
+            selected=selected,
+            has_coherent=has_coherent,
+            answers=answers,
+            columns=steerer.columns,
+        )
         result.token_counts = {"kept": sum(extraction.kept), "massive": sum(extraction.massive)}
         self._judge(result, steerer, shifts)
         self._add_warnings(result)
@@ -143,11 +151,11 @@ class Probe:
         result.verdicts = decide_verdicts(
             evidence,
             result.contrasts,
-            steerer.find_defects(steered, neutral),
-            steered["nll_base"] - neutral["nll_base"],
-            result.trait,
-            result.mean_shifts.get("tuned", {}).get("own"),
-            lead,
+            defects=steerer.find_defects(steered, neutral),
+            nll_rise=steered["nll_base"] - neutral["nll_base"],
+            trait=result.trait,
+            shift=result.mean_shifts.get("tuned", {}).get("own"),
+            lead=lead,
         )
 
     def _add_warnings(self, result: ProbeResult) -> None:

@@ -82,7 +82,13 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
         probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(config), key)
     probe_result = Probe(probe_model, scorers, context, layers).run(list(adapters))
     summary = _build_summary(
-        resolved, persona, source, plan, probe_result, context.lexicon_token_ids, warnings + probe_result.warnings
+        resolved,
+        persona,
+        source=source,
+        plan=plan,
+        result=probe_result,
+        lexicon_token_ids=context.lexicon_token_ids,
+        warnings=warnings + probe_result.warnings,
     )
     summary["run"]["seconds"] = round(time.monotonic() - start, 1)
     folder = _write_run_folder(s, source, persona, probe_model.model.config.model_type, probe_result, summary)
@@ -137,6 +143,7 @@ def _make_scorers(
 def _build_summary(
     resolved: Resolved[PsmSettings],
     persona: Persona,
+    *,
     source: Source,
     plan: dict[str, Any],
     result: ProbeResult,

@@ -33,7 +33,7 @@ class SteeringSetting:
     coefficient: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AnswerRow:
     """One steered or unsteered answer and its measurements: a row of generation_results.csv."""
 
@@ -129,14 +129,14 @@ class Steerer:
         replies = self.probe_model.generate_replies(asks, max_tokens, purpose, list(self.context.lexicon_token_ids))
         return [
             AnswerRow(
-                n,
-                questions[n],
-                condition,
-                setting,
-                sample,
-                str(self.probe_model.tokenizer.decode(reply.ids)),
-                reply,
-                {},
+                question=n,
+                prompt=questions[n],
+                condition=condition,
+                setting=setting,
+                sample=sample,
+                text=str(self.probe_model.tokenizer.decode(reply.ids)),
+                reply=reply,
+                measurements={},
             )
             for (n, condition, setting, sample), reply in zip(requests, replies, strict=True)
         ]

@@ -10,6 +10,7 @@ ALPHA = 0.05
 def decide_verdicts(
     evidence: dict[str, Any],
     contrasts: dict[str, dict[str, Any]],
+    *,
     defects: list[str],
     nll_rise: float,
     trait: str,

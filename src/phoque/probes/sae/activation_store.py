@@ -88,6 +88,7 @@ def collect_activations(
     model: "PreTrainedModel",
     rows: Sequence[list[int]],
     layers: Sequence[int],
+    *,
     special: Sequence[int],
     folder: Path,
     show: Callable[[int, str], None] = lambda done, text: None,

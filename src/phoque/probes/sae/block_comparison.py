@@ -55,6 +55,7 @@ def compare_block(
     inputs: ComparisonInputs,
     dictionaries: Sequence[Dictionary],
     layer: int,
+    *,
     quality: list[dict[str, Any]],
     s: SaeSettings,
     device: torch.device,
@@ -70,10 +71,11 @@ def compare_block(
     say(f"block {layer}: {len(order)} of {int(shifts.tested.sum())} features shifted; testing what they cause")
     betas = measure_latent_scaling(
         dictionaries[0],
-        *(inputs.residuals[variant]["response"] for variant in ("base", "tuned")),
-        layer,
-        shifts.delta > 0,
-        device,
+        inputs.residuals["base"]["response"],
+        inputs.residuals["tuned"]["response"],
+        layer=layer,
+        rises=shifts.delta > 0,
+        device=device,
     )
     if shifts.specific is None:
         ranked = order
@@ -82,9 +84,15 @@ def compare_block(
     shown = [int(f) for f in ranked[: s.cards]]
     with inputs.variants.activate("base") as model:
         shown_cards = build_cards(
-            dictionaries[0], shown, _list_text_sources(inputs), layer, model, inputs.tokenizer, device
+            dictionaries[0],
+            shown,
+            sources=_list_text_sources(inputs),
+            layer=layer,
+            model=model,
+            tokenizer=inputs.tokenizer,
+            device=device,
         )
-    interventions = _run_interventions(inputs, dictionaries[0], shifts, layer, shown, s)
+    interventions = _run_interventions(inputs, dictionaries[0], shifts, layer=layer, shown=shown, s=s)
     replicated = _find_replicated(dictionaries, [seed_shifts for seed_shifts, *_ in results], order, device)
     table = _build_table(shifts, betas, activations, replicated)
     features = [_build_feature_row(table, f) for f in order]
@@ -125,7 +133,11 @@ def _encode_and_test(
         base, tuned = swap_variants(base, tuned, s.seed)
         activations["base"]["response"], activations["tuned"]["response"] = base, tuned
     control = activations["control"]["response"] if "control" in activations else None
-    return compare_features(base, tuned, [*nulls.values()], control, s.min_active, s.seed), activations, nulls
+    return (
+        compare_features(base, tuned, [*nulls.values()], control=control, min_active=s.min_active, seed=s.seed),
+        activations,
+        nulls,
+    )
 
 
 def _list_text_sources(inputs: ComparisonInputs) -> list[TextSource]:
@@ -137,13 +149,23 @@ def _run_interventions(
     inputs: ComparisonInputs,
     dictionary: Dictionary,
     shifts: FeatureShifts,
+    *,
     layer: int,
     shown: list[int],
     s: SaeSettings,
 ) -> dict[str, Any]:
     rows = inputs.rows["own"][: s.causal_prompts]
     norm = float(inputs.residuals["base"]["response"].norms[:, layer].mean())
-    return InterventionTest(inputs.variants, dictionary, layer, shifts, rows, norm, s.steering, s.seed).run(shown)
+    return InterventionTest(
+        variants=inputs.variants,
+        dictionary=dictionary,
+        layer=layer,
+        shifts=shifts,
+        rows=rows,
+        norm=norm,
+        strength=s.steering,
+        seed=s.seed,
+    ).run(shown)
 
 
 def _find_replicated(

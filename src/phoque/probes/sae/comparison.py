@@ -40,7 +40,7 @@ VARIANT_NAMES = {
 FEW_PROMPTS = 12  # a comparison of fewer prompts gets a warning
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ComparisonResult:
     """Everything that was measured; `values[variant][scorer]` holds one score per question."""
 
@@ -89,17 +89,17 @@ class Comparison:
         if self.s.shuffle_pairs:
             self.warnings.insert(0, "a null run: the base and updated models are swapped on half the prompts")
         return ComparisonResult(
-            questions,
-            answers,
-            scorers,
-            values,
-            inputs,
-            blocks,
-            texts,
-            dictionaries,
-            trained.homes if trained else {},
-            trained.tokens if trained else None,
-            self.warnings,
+            questions=questions,
+            answers=answers,
+            scorers=scorers,
+            values=values,
+            inputs=inputs,
+            blocks=blocks,
+            texts=texts,
+            dictionaries=dictionaries,
+            homes=trained.homes if trained else {},
+            tokens=trained.tokens if trained else None,
+            warnings=self.warnings,
         )
 
     def _load_models(self) -> ModelVariants:
@@ -126,7 +126,9 @@ class Comparison:
                 f"{VARIANT_NAMES[variant]}: {len(requests)} answers of at most {s.max_new_tokens} tokens"
             )
             with self.variants.activate(variant) as model, self.services.console.progress(len(requests)) as show:
-                answers[variant] = generate_replies(model, requests, s.max_new_tokens, 1.0, 1.0, lexicon_ids, show=show)
+                answers[variant] = generate_replies(
+                    model, requests, s.max_new_tokens, temperature=1.0, top_p=1.0, watched=lexicon_ids, show=show
+                )
         nonempty = [n for n, reply in enumerate(answers["base"]) if reply.ids]
         if len(nonempty) < s.min_active:
             raise RunError(
@@ -219,8 +221,16 @@ class Comparison:
         quality = []
         for n, dictionary in enumerate(dictionaries):
             fired = trained.load_firings(layer, n) if trained else (torch.zeros(dictionary.features), 0)
-            quality.append(measure_quality(dictionary, sets, layer, fired, target_k, default_device()))
+            quality.append(measure_quality(dictionary, sets, layer, trained_on=fired, k=target_k, on=default_device()))
         if quality[0]["verdict"] == "poor":
             reasons = "; ".join(quality[0]["reasons"])
             self.warnings.insert(0, f"POOR AUTOENCODER at block {layer}: {reasons}. Do not rely on its features")
-        return compare_block(inputs, dictionaries, layer, quality, self.s, default_device(), self.services.console.say)
+        return compare_block(
+            inputs,
+            dictionaries,
+            layer,
+            quality=quality,
+            s=self.s,
+            device=default_device(),
+            say=self.services.console.say,
+        )

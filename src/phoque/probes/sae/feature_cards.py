@@ -31,6 +31,7 @@ class TextSource:
 def build_cards(
     dictionary: Dictionary,
     features: Sequence[int],
+    *,
     sources: Sequence[TextSource],
     layer: int,
     model: "PreTrainedModel",

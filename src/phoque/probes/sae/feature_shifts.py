@@ -64,7 +64,7 @@ def encode_residuals(
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FeatureShifts:
     """The shift of every feature, one array (features,) per column.
 
@@ -103,6 +103,7 @@ def compare_features(
     base: FeatureActivations,
     tuned: FeatureActivations,
     nulls: Sequence[Array],
+    *,
     control: FeatureActivations | None,
     min_active: int,
     seed: int,
@@ -137,25 +138,25 @@ def compare_features(
         control_delta = (control.mean - base.mean).mean(0)
         specific = reported & _find_beyond_control(tuned.mean - control.mean, delta, max(null_floor, 0.0), tested, seed)
     return FeatureShifts(
-        base.mean.mean(0),
-        tuned.mean.mean(0),
-        delta,
-        ci_low,
-        ci_high,
-        d_z,
-        p,
-        q,
-        p_max_t,
-        null_delta,
-        null_floor,
-        active_prompts,
-        base.active.mean(0),
-        tuned.active.mean(0),
-        tested,
-        above_null,
-        reported,
-        specific,
-        control_delta,
+        base_mean=base.mean.mean(0),
+        tuned_mean=tuned.mean.mean(0),
+        delta=delta,
+        ci_low=ci_low,
+        ci_high=ci_high,
+        d_z=d_z,
+        p=p,
+        q=q,
+        p_max_t=p_max_t,
+        null_delta=null_delta,
+        null_floor=null_floor,
+        active_prompts=active_prompts,
+        base_freq=base.active.mean(0),
+        tuned_freq=tuned.active.mean(0),
+        tested=tested,
+        above_null=above_null,
+        reported=reported,
+        specific=specific,
+        control_delta=control_delta,
     )
 
 
@@ -190,7 +191,7 @@ def swap_variants(
 
 
 def measure_latent_scaling(
-    dictionary: Dictionary, base: Residuals, tuned: Residuals, layer: int, rises: Array, device: torch.device
+    dictionary: Dictionary, base: Residuals, tuned: Residuals, *, layer: int, rises: Array, device: torch.device
 ) -> Array:
     """Measure how much of each feature is present in each model: (2, features), base and tuned; 1 is all, 0 is none.
 

@@ -27,7 +27,7 @@ Array = Any
 RANDOM_TRIALS = 8  # features, or groups of features, that did not shift and are tested for comparison
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InterventionTest:
     """One block's dictionary and feature shifts, and the tuned model's answers, whose likelihood is the outcome."""
 

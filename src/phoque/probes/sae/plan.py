@@ -21,7 +21,7 @@ from phoque.settings.compare_sae import SaeSettings
 NEEDS_PERSONA = ("contrast", "lexicon", "logprob")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plan:
     """The resolved inputs of a comparison. `dictionary` is the autoencoder of --sae, None if one is trained."""
 
@@ -71,7 +71,17 @@ def make_plan(s: SaeSettings, services: Services, *, weights: bool) -> Plan:
     ):
         warnings.append(f"the autoencoder says that it was made for {dictionary.model_name()}, not for {source.name}")
     return Plan(
-        source, updated, adapters, names, persona, questions, layers, dictionary, chats, scorers, warnings + notes
+        source=source,
+        updated=updated,
+        adapters=adapters,
+        names=names,
+        persona=persona,
+        questions=questions,
+        layers=layers,
+        dictionary=dictionary,
+        chats=chats,
+        scorers=scorers,
+        warnings=warnings + notes,
     )
 
 

@@ -33,6 +33,7 @@ def measure_quality(
     dictionary: Dictionary,
     sets: dict[str, Residuals],
     layer: int,
+    *,
     trained_on: tuple[torch.Tensor, int],
     k: int | None,
     on: torch.device,

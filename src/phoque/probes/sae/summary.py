@@ -96,12 +96,12 @@ def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: Comp
 def build_layer_rows(measurements: ComparisonResult, seed: int) -> Rows:
     """The mean shift of the residual stream: one row per model, set of texts and block."""
     rows = []
-    for side, sets in measurements.inputs.residuals.items():
-        for kind, held in sets.items() if side != "base" else ():
-            curve = baselines.measure_layer_shifts(measurements.inputs.residuals["base"][kind], held, seed)
+    for variant, sets in measurements.inputs.residuals.items():
+        for kind, states in sets.items() if variant != "base" else ():
+            curve = baselines.measure_layer_shifts(measurements.inputs.residuals["base"][kind], states, seed)
             rows += [
                 {
-                    "model": side,
+                    "model": variant,
                     "text": kind,
                     "layer": n,
                     "rel_mean_diff_norm": float(curve["rel"][n]),
@@ -184,11 +184,11 @@ def _apply_logit_lens(measurements: ComparisonResult, count: int, chosen: list[i
 
 
 def _compute_kl(measurements: ComparisonResult) -> list[float]:
-    sides, heard = measurements.inputs.variants, measurements.inputs.residuals
-    updated_model = (
-        sides.updated if sides.updated is not None else sides.model
-    )  # adapters change neither the final norm nor the head
-    return baselines.compute_kl((sides.model, heard["base"]["response"]), (updated_model, heard["tuned"]["response"]))
+    variants, residuals = measurements.inputs.variants, measurements.inputs.residuals
+    # adapters change neither the final norm nor the head, so the base model stands for a model with an adapter
+    updated_model = variants.model if variants.updated is None else variants.updated
+    base, tuned = residuals["base"]["response"], residuals["tuned"]["response"]
+    return baselines.compute_kl((variants.model, base), (updated_model, tuned))
 
 
 def _summarize_scores(measurements: ComparisonResult, seed: int) -> dict[str, Any]:
@@ -197,12 +197,13 @@ def _summarize_scores(measurements: ComparisonResult, seed: int) -> dict[str, An
     return {
         "scorers": names,
         "means": {
-            side: {n: float(v.mean()) for n, v in by_scorer.items()} for side, by_scorer in measurements.values.items()
+            variant: {n: float(v.mean()) for n, v in by_scorer.items()}
+            for variant, by_scorer in measurements.values.items()
         },
         "contrasts": {
-            f"{side}-base": {name: stats.paired_contrast(by_scorer[name], base[name], seed) for name in names}
-            for side, by_scorer in measurements.values.items()
-            if side != "base"
+            f"{variant}-base": {name: stats.paired_contrast(by_scorer[name], base[name], seed) for name in names}
+            for variant, by_scorer in measurements.values.items()
+            if variant != "base"
         },
     }
 

@@ -104,7 +104,9 @@ class DictionaryTrainer:
             return json.loads(path.read_text())
         self.services.console.say(f"the base model answers {len(questions)} questions of {source_name}")
         with self.services.console.progress(len(requests)) as show:
-            answers = generate_replies(self.model, requests, self.s.max_new_tokens, 1.0, 1.0, show=show)
+            answers = generate_replies(
+                self.model, requests, self.s.max_new_tokens, temperature=1.0, top_p=1.0, show=show
+            )
         rows = [ask.prompt + reply.ids for ask, reply in zip(requests, answers, strict=True)]
         write_atomically(path, json.dumps(rows))
         return rows
@@ -149,7 +151,9 @@ class DictionaryTrainer:
             )
         self.services.console.say(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
         with self.services.console.progress(len(texts.train)) as show:
-            return collect_activations(self.model, texts.train, layers, self.tokenizer.all_special_ids, target, show)
+            return collect_activations(
+                self.model, texts.train, layers, special=self.tokenizer.all_special_ids, folder=target, show=show
+            )
 
     def _train_one(self, recipe: Recipe, shards: ActivationStore, layer: int, texts: Corpus, home: Path) -> None:
         """Train one dictionary, and save how often its features fire on training tokens next to it."""
@@ -173,9 +177,9 @@ class DictionaryTrainer:
             f"{steps:,} steps of {recipe.batch:,} tokens"
         )
         with self.services.console.progress(steps) as show:
-            dictionary = train_dictionary(recipe, shards, layer, metadata, home, self.model.device, show).to(
-                self.model.device
-            )
+            dictionary = train_dictionary(
+                recipe, shards, layer, metadata=metadata, folder=home, on=self.model.device, show=show
+            ).to(self.model.device)
         fired, tokens = count_firings(dictionary, shards, layer, self.model.device)
         with atomic_file(home / FIRINGS_FILE) as staging:
             save_file({"fired": fired}, staging, {"tokens": str(tokens)})

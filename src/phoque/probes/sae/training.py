@@ -42,6 +42,7 @@ def train_dictionary(
     recipe: Recipe,
     shards: ActivationStore,
     layer: int,
+    *,
     metadata: dict[str, Any],
     folder: Path,
     on: torch.device,

@@ -25,6 +25,7 @@ class MetricsCallback(TrainerCallback):
         self,
         tracker: Tracker,
         stream: TrainStream,
+        *,
         held_out: list[EncodedChat],
         norms_every: int,
         eval_every: int,

@@ -25,6 +25,7 @@ class SamplesCallback(TrainerCallback):
         self,
         tracker: Tracker,
         chat: ChatTemplate,
+        *,
         prompts: list[str],
         system: str | None,
         every: int,

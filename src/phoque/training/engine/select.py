@@ -45,7 +45,7 @@ def select_engine(model: Any, requested: str, packing: Packing, rows: int, recom
         return EngineChoice("eager", reason)
     start = time.monotonic()
     engine, row, n_real = Engine(model, dynamic=packing.exact), *_trial_row(model, packing)
-    reasons = _configure(engine, row, requested, packing, rows, recompute)
+    reasons = _configure(engine, row, requested=requested, packing=packing, rows=rows, recompute=recompute)
     while failure := _try_engine(engine, row, n_real, recompute, reasons):
         reasons.append(f"{engine.mode} failed: {failure}")
         engine.discard_compiled()
@@ -62,7 +62,7 @@ def select_engine(model: Any, requested: str, packing: Packing, rows: int, recom
 
 
 def _configure(
-    engine: Engine, row: PackedRow, requested: str, packing: Packing, rows: int, recompute: bool
+    engine: Engine, row: PackedRow, *, requested: str, packing: Packing, rows: int, recompute: bool
 ) -> list[str]:
     """Set the engine to the fastest mode worth trying; return the reasons."""
     reasons, on_gpu = [], row.ids.is_cuda
