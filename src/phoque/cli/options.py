@@ -45,8 +45,10 @@ def command(
         silence_libraries()
         run(resolved, dry_run)
 
-    # the command's own settings come before those that all Jobs share
-    names = sorted(model.model_fields, key=lambda name: name in JobSettings.model_fields)
+    # the command's own settings come first, then those that it shares with some commands, then those of all Jobs
+    shared = [name for name in model.model_fields if name not in model.__annotations__]
+    names = [*model.__annotations__, *sorted(shared, key=lambda name: name in JobSettings.model_fields)]
+    names = [name for name in names if name in model.model_fields]  # without class variables
     parameters = [option for name in names for option in _options(model, name)] + _common()
     callback.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
