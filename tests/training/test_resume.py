@@ -102,7 +102,7 @@ def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, w
     process.ended()
     ran = train("--output-dir", tmp_path / "two")
     begun = int(re.search(r"continuing from step (\d+)", ran.err)[1])
-    assert begun >= 6 and f"fetching checkpoint-{begun} from {REPO}" in ran.err
+    assert begun >= 6 and f"downloading checkpoint-{begun} from {REPO}" in ran.err
     assert same(on_hub(hub), whole) and steps(tmp_path / "two") == list(range(13))
     records = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two")]
     assert records[0]["run_id"] == records[1]["run_id"]
