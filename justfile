@@ -7,7 +7,8 @@ test:
     uv run pytest
 
 test-all: test
-    uv run pytest -m slow
+    uv run pytest -m thorough
+    uv run pytest -m slow -n 0
 
 lint:
     uv run ruff format --check .

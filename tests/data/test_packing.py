@@ -69,6 +69,7 @@ def test_a_budget_is_what_so_many_conversations_take_and_at_least_the_longest():
     assert Packing(2, 20.0, 900).tokens == 912
 
 
+@pytest.mark.thorough
 def test_a_pass_has_every_conversation_once_under_five_percent_padding_in_one_shape(talks, chat):
     lengths = [len(chat.encode(json.loads(line)["messages"]).ids) for line in talks.read_text().splitlines()]
     packing = Packing(16, sum(lengths) / 300, max(lengths), static=True)

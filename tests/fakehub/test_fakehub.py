@@ -92,6 +92,7 @@ def test_who_may_do_what(api, hub):
     api.create_repo(REPO, private=True, exist_ok=True)
 
 
+@pytest.mark.thorough
 def test_datasets_streams_a_private_repository(hub, rows, phoque, tiny_llama):
     hub.add("datasets", "harbour/gulls", {"data/train.jsonl": rows.read_bytes()})
     asked = ["train", "--base-model", tiny_llama, "--dataset", "harbour/gulls", "--dry-run", "--json"]

@@ -63,6 +63,7 @@ def test_no_access_is_three_lines(phoque, filled):
     ("env", "code", "words"),
     [({"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "network"), ({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE")],
 )
+@pytest.mark.thorough
 def test_no_network_is_three_lines(env, code, words):
     # in a process of its own: the client reads these when it is imported
     command = [sys.executable, "-m", "phoque", *ASKED]

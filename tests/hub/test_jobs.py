@@ -79,6 +79,7 @@ def test_a_dry_run_shows_the_job_and_only_reads(cluster, phoque):
     assert "a10g-large" in shown.out and "without --timeout" in shown.err
 
 
+@pytest.mark.thorough
 def test_a_job_that_times_out_is_submitted_again_until_it_is_done(cluster, phoque, tmp_path, tiny_llama, rows):
     more = ["--max-steps", 48, "--save-steps", 6]
     phoque("train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, *more, "--output-dir", tmp_path / "whole")
@@ -165,6 +166,7 @@ def test_what_cannot_run_as_a_job_is_said_here(cluster, phoque, rows, change, wo
     assert words in " ".join(phoque(*ASKED, *more, *change, env=SECRETS, expect=2).error)
 
 
+@pytest.mark.thorough
 def test_the_script_for_hf_jobs_uv_run_is_phoque_train(tmp_path, cluster, tiny_llama, rows):
     """jobs/train.py, as `hf jobs uv run` runs it: a process with the environment of the baseline scripts' README."""
     script = Path(__file__).parents[2] / "jobs" / "train.py"

@@ -130,6 +130,7 @@ def renamed(folder, pattern, to):
 
 
 @pytest.mark.parametrize("names", ["full", "text only", "unsloth", "unsloth, old"])
+@pytest.mark.thorough
 def test_a_full_mistral3_stays_full_whatever_the_adapter_calls_it(phoque, tmp_path, fp8, names):
     from transformers import AutoModelForImageTextToText
 
@@ -185,6 +186,7 @@ def test_an_adapter_that_does_not_fit_is_named(phoque, tmp_path, tiny_llama):
     assert "no such" in phoque(*asked, "--base-model", other, expect=2).error[1]
 
 
+@pytest.mark.thorough
 def test_a_second_run_does_nothing_and_another_input_is_merged_anew(phoque, tmp_path, tiny_llama):
     trained(tiny_llama, tmp_path / "adapter")
     asked = [
@@ -232,6 +234,7 @@ def test_several_shards_get_an_index(tmp_path, tiny_llama, monkeypatch):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+@pytest.mark.thorough
 def test_a_full_disk_or_a_kill_leaves_no_half_written_folder(phoque, start, tmp_path):
     big = tiny.llama(tmp_path / "big", hidden_size=1024, intermediate_size=8192, num_hidden_layers=8)
     trained(big, tmp_path / "adapter")
@@ -291,6 +294,7 @@ def test_from_the_hub_to_the_hub(phoque, hub, tmp_path, tiny_llama):
     assert "holds no adapter" in missing[0]
 
 
+@pytest.mark.thorough
 def test_memory_is_a_few_tensors(tmp_path):
     """What the peak grows by when 0.4 GB are merged: less than that; what is read ahead, and a few tensors."""
     big = tiny.llama(tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)

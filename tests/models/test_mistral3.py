@@ -216,6 +216,7 @@ def test_the_last_block_of_scales_may_be_cut_off():
     assert torch.equal(dequantize(weight, scale, (128, 128)), wanted)
 
 
+@pytest.mark.thorough
 def test_the_command_trains_it_and_goes_on(phoque, made, rows, tmp_path):
     run = tmp_path / "run"
     common = [
@@ -254,6 +255,7 @@ def test_the_command_trains_it_and_goes_on(phoque, made, rows, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "ministral3"])
+@pytest.mark.thorough
 def test_other_families_train_by_the_same_command(phoque, rows, tmp_path, family):
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,9 +1,12 @@
 """Tiny exports, each made once a session by the command; the models are opinionated, so that a damage is heard."""
 
+import json
+import os
 import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 from tests import tiny
 from tests.conftest import Running, isolate, write_rows
 from tests.conftest import row as a_row
@@ -57,27 +60,43 @@ def seeing_model(tmp_path_factory):
     return folder
 
 
-def exported(forkserver, home, served, source, into, chats, dtypes, *more):
+def export(forkserver, home, served, source, folder, chats, dtypes):
+    """Run export-onnx into `folder`; return the folder and what --json printed."""
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, home, served.url)
         words = [word for dtype in dtypes for word in ("--dtype", dtype)]
         ran = Running(
             forkserver,
-            ["export-onnx", "--merged-dir", source, "--output-dir", into, "--chats", chats, *words, *more, "--json"],
+            ["export-onnx", "--merged-dir", source, "--output-dir", folder, "--chats", chats, *words, "--json"],
             {},
         ).ended()
     assert ran.code == 0, ran.err
-    return into, ran.json
+    return ran.json
+
+
+def export_once(tmp_path_factory, name, make):
+    """`make(folder)` in the first worker that needs it; the others wait for its result and use it too."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, result = root / name, root / f"{name}.json"
+    with FileLock(root / f"{name}.lock"):
+        if not result.is_file():
+            result.write_text(json.dumps(make(folder)))
+    return folder, json.loads(result.read_text())
 
 
 @pytest.fixture(scope="session")
 def text_export(forkserver, home, served, tmp_path_factory, text_model, chats):
-    return exported(forkserver, home, served, text_model, tmp_path_factory.mktemp("x") / "text", chats, TEXT)
+    return export_once(
+        tmp_path_factory, "text", lambda folder: export(forkserver, home, served, text_model, folder, chats, TEXT)
+    )
 
 
 @pytest.fixture(scope="session")
 def seeing_export(forkserver, home, served, tmp_path_factory, seeing_model, chats):
-    return exported(forkserver, home, served, seeing_model, tmp_path_factory.mktemp("x") / "seeing", chats, SEEING)
+    return export_once(
+        tmp_path_factory, "seeing", lambda folder: export(forkserver, home, served, seeing_model, folder, chats, SEEING)
+    )
 
 
 @pytest.fixture

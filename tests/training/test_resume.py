@@ -133,6 +133,7 @@ def test_a_finished_run_is_known_on_a_new_machine_and_nothing_is_trained(train, 
         ("POST /api/repos/create", 503, {}),
     ],
 )
+@pytest.mark.thorough
 def test_a_push_outlives_a_fault(train, hub, whole, tmp_path, match, kind, options):
     fault = hub.faults.add(match, kind, **options)
     train("--output-dir", tmp_path / "run", "--save-steps", 6)
@@ -140,6 +141,7 @@ def test_a_push_outlives_a_fault(train, hub, whole, tmp_path, match, kind, optio
     assert len([t for t in titles(hub) if t == "Adapter"]) == 1  # a lost reply makes no second commit
 
 
+@pytest.mark.thorough
 def test_a_hub_that_stays_down_costs_the_exit_code_and_nothing_else(train, hub, whole, tmp_path):
     down = hub.faults.add("POST .*/commit/", 503, times=10**6)
     run = tmp_path / "run"
@@ -184,6 +186,7 @@ def damaged(hub, how: str, name: str = "checkpoint-12") -> None:
 
 
 @pytest.mark.parametrize("how", ["no manifest", "no optimizer", "truncated", "bit flip", "empty"])
+@pytest.mark.thorough
 def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, whole, tmp_path, how):
     train("--output-dir", tmp_path / "one", "--save-steps", 6)
     damaged(hub, how)
@@ -213,6 +216,7 @@ def test_when_none_is_whole_it_stops_loudly(train, hub, tmp_path):
         ("GET /cdn/", "corrupt", 1),
     ],
 )
+@pytest.mark.thorough
 def test_a_restore_outlives_a_fault(train, hub, whole, tmp_path, match, kind, times):
     train("--output-dir", tmp_path / "one")
     damaged(hub, "none")
@@ -224,6 +228,7 @@ def test_a_restore_outlives_a_fault(train, hub, whole, tmp_path, match, kind, ti
 @pytest.mark.parametrize(
     ("match", "kind", "code"), [("GET .*/tree/", 503, 1), ("HEAD .*/resolve/", 500, 1), ("GET /api/models/", 403, 2)]
 )
+@pytest.mark.thorough
 def test_an_error_is_never_no_checkpoint(train, hub, tmp_path, match, kind, code):
     train("--output-dir", tmp_path / "one")
     damaged(hub, "none")
@@ -265,6 +270,7 @@ def test_another_command_is_refused_and_a_change_can_be_allowed(train, hub, tmp_
     assert rates[7:] == pytest.approx([0.02 * plan(step - 1) for step in range(7, 13)])  # the new plan, from there on
 
 
+@pytest.mark.thorough
 def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked, hub, whole, tmp_path):
     train("--output-dir", tmp_path / "old", "--max-steps", 6)
     old = json.loads((tmp_path / "old" / "run.json").read_text())["run_id"]
@@ -288,6 +294,7 @@ def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked
     assert titles(hub).count(wiped.title) == 2 and same(on_hub(hub), whole)
 
 
+@pytest.mark.thorough
 def test_a_fresh_start_that_is_cut_off_begins_again(train, hub, whole, tmp_path):
     train("--output-dir", tmp_path / "old", "--max-steps", 6)
     hub.faults.add("POST .*/commit/", "lost")
@@ -296,6 +303,7 @@ def test_a_fresh_start_that_is_cut_off_begins_again(train, hub, whole, tmp_path)
 
 
 @pytest.mark.parametrize("last", [True, False])
+@pytest.mark.thorough
 def test_a_checkpoint_of_plain_trainer_is_accepted_with_a_warning(train, hub, tmp_path, tiny_llama, last):
     plain = plain_trainer(tmp_path, tiny_llama)
     name = "last-checkpoint" if last else "checkpoint-4"
@@ -344,6 +352,7 @@ def plain_trainer(tmp_path, base):
     return tmp_path / "plain" / "checkpoint-4"
 
 
+@pytest.mark.thorough
 def test_sigterm_while_it_pushes_saves_pushes_and_exits_75(start, train, asked, hub, whole, tmp_path):
     hub.faults.add("POST .*/commit/", "slow", times=100, seconds=0.6)
     process = start(
@@ -368,6 +377,7 @@ def test_sigterm_while_it_pushes_saves_pushes_and_exits_75(start, train, asked, 
     assert same(on_hub(hub), whole)
 
 
+@pytest.mark.thorough
 def test_if_pushes_are_slower_than_saves_the_newest_wins_and_the_last_goes(train, hub, whole, tmp_path):
     hub.faults.add("POST .*/commit/", "slow", times=100, seconds=0.7)
     train("--output-dir", tmp_path / "run", "--save-steps", 1)
@@ -397,6 +407,7 @@ def test_the_run_that_is_begun_elsewhere_is_shown_in_a_dry_run_that_only_reads(t
     assert {command for command, _ in hub.log} <= {"GET", "HEAD"}
 
 
+@pytest.mark.thorough
 def test_a_deadline_is_kept(train, hub, whole, tmp_path, asked):
     write_rows(tmp_path / "many.jsonl", [row(n) for n in range(400)])
     more = ["--dataset", tmp_path / "many.jsonl", "--max-steps", 5000, "--save-steps", 50, "--timeout", "8s"]
@@ -418,6 +429,7 @@ def test_no_token_shows_anywhere(train, hub, tmp_path):
 
 
 @pytest.mark.parametrize("each", [False, True])
+@pytest.mark.thorough
 def test_merged_models_are_pushed_at_the_end_and_at_each_save(train, hub, tmp_path, each):
     env = {"EXPORT_MERGED_MODEL": "1"} | ({"EXPORT_INFERENCE_ON_SAVE": "1"} if each else {})
     ran = train("--output-dir", tmp_path / "run", "--save-steps", 6, "--json", env=env)
@@ -447,6 +459,7 @@ def test_a_merged_model_that_cannot_be_pushed_is_said_to_be_here(train, hub, tmp
     assert "model.safetensors" in hub.files("harbour/seal-merged")
 
 
+@pytest.mark.thorough
 def test_a_later_attempt_of_the_submission_that_finished_does_not_begin_again(train, hub, whole, tmp_path):
     env = {"FORCE_FRESH_START": "1", "JOB_ID": "a1"}
     train("--output-dir", tmp_path / "one", env=env)

@@ -278,6 +278,7 @@ def test_nf4_trains_on_the_cpu_and_measuring_changes_nothing(train, tmp_path):
 
 
 @pytest.mark.parametrize("change", [["--micro-batch", 1], ["--gradient-checkpointing"]])
+@pytest.mark.thorough
 def test_what_saves_memory_does_not_change_the_loss(train, tmp_path, change):
     found = []
     for name, more in (("plain", []), ("changed", change)):
@@ -438,6 +439,7 @@ def test_wandb_offline_has_the_same_numbers(train, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.thorough
 def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_path, tiny_llama, rows, number):
     run, env = tmp_path / "run", {"WANDB_MODE": "offline"}
     common = ["--max-steps", 30, "--save-steps", 7, "--sample-every", 5, "--output-dir", run]
@@ -456,6 +458,7 @@ def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_p
         assert steps == list(range(1, 31))
 
 
+@pytest.mark.thorough
 def test_a_fresh_start_asks_on_a_terminal_and_yes_does_not(tmp_path, tiny_llama, rows, train):
     run = tmp_path / "run"
     train("--max-steps", 2, "--output-dir", run)

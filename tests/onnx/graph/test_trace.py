@@ -28,6 +28,7 @@ def made(folder, out, dtype=torch.float32, suffix=""):
     return source, part
 
 
+@pytest.mark.thorough
 def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tmp_path):
     source, part = made(any_model, tmp_path / "out")
     kinds = Counter(node.op_type for node in part.model.graph)
@@ -53,6 +54,7 @@ def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tm
             assert chat.run(ids.numpy(), None, 3)[0].shape[1] == 3
 
 
+@pytest.mark.thorough
 def test_plain_operators_say_the_same(tmp_path):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
     weights = Weights(CheckpointReader(Source("tiny", folder, "1", "here")))
@@ -67,6 +69,7 @@ def test_plain_operators_say_the_same(tmp_path):
     assert np.abs(first - second).max() < 1e-4 * np.abs(first).max()
 
 
+@pytest.mark.thorough
 def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
     _, repeated = made(folder, tmp_path / "repeated")
@@ -81,12 +84,14 @@ def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
     assert np.array_equal(first, second)
 
 
+@pytest.mark.thorough
 def test_no_path_of_this_machine_is_in_the_file(tmp_path):
     made(tiny.llama(tmp_path / "m"), tmp_path / "out")
     content = (tmp_path / "out" / "onnx" / "model.onnx").read_bytes()
     assert b"site-packages" not in content and str(tmp_path).encode() not in content and b".py" not in content
 
 
+@pytest.mark.thorough
 def test_a_weight_that_the_exporter_folds_away_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "_read_watermarks", lambda array, names: iter(()))
     with pytest.raises(PhoqueError) as refused:

@@ -31,6 +31,7 @@ def chats(count=12):
     return [torch.randint(3, 250, (1, 30), generator=generator) for _ in range(count)]
 
 
+@pytest.mark.thorough
 def test_an_even_model_says_the_same_and_rounds_better(loud):
     def opened():
         return load_model(loud, "fp32", on=torch.device("cpu"))

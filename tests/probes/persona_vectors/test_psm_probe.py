@@ -154,6 +154,7 @@ def test_the_vectors_are_safe_to_load_and_agree_in_every_format(probed):
     numpy.testing.assert_allclose(tensor.data, wanted.numpy(), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_two_runs_with_one_seed_are_identical(probed):
     first, second = (run_of(probed("--output-dir", "out")) for _ in range(2))
     assert first != second
@@ -363,6 +364,7 @@ def test_the_pictures_of_the_card_are_there_and_it_warns(probed):
     assert "Content warning" in card and "layers.png" in card and "keep it private" in card
 
 
+@pytest.mark.thorough
 def test_the_script_for_hf_jobs_uv_run_is_phoque_psm_probe(hub, tiny_llama, persona, tmp_path):
     """jobs/psm_probe.py with the environment of the baseline scripts' README."""
     hub.add("models", "harbour/tiny", {p.name: p.read_bytes() for p in tiny_llama.iterdir()})

@@ -176,6 +176,7 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(compared, adapter, base)
     assert report["config"]["seed"]["source"] == "default" and TOKEN not in (run / "report.html").read_text()
 
 
+@pytest.mark.thorough
 def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(compared, base, tmp_path):
     """Equal weights in another precision report nothing; one dictionary direction added at its block comes first."""
     same = changed(base, tmp_path / "same", lambda model: None, torch.bfloat16)
@@ -289,6 +290,7 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     assert float((seen[0][0, 0] @ decoder[0]).abs()) > 0.5
 
 
+@pytest.mark.thorough
 def test_an_adapter_and_its_merged_model_give_the_same_shifts(compared, phoque, adapter, base):
     phoque("merge", "--adapter-source", adapter, "--base-model", base, "--output-dir", "merged", "--dtype", "fp32")
     plain, merged = (compared(*what) for what in (["--updated-adapter", adapter], ["--updated-model", "merged"]))
@@ -302,6 +304,7 @@ def test_an_adapter_and_its_merged_model_give_the_same_shifts(compared, phoque, 
     )
 
 
+@pytest.mark.thorough
 def test_two_blocks_and_two_seeds_come_from_one_reading(compared, adapter):
     ran = compared("--updated-adapter", adapter, "--layers", "0,2", "--seeds", "2")
     report = report_of(ran)
@@ -317,6 +320,7 @@ def test_two_blocks_and_two_seeds_come_from_one_reading(compared, adapter):
     assert {r["layer"] for r in table(run_of(ran) / "feature_shifts.csv")} == {"0", "2"}
 
 
+@pytest.mark.thorough
 def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(compared, start, adapter, texts, base, home, monkeypatch):
     asked = [
         "compare-sae",
@@ -383,6 +387,7 @@ def test_mistral3_is_compared_text_only(phoque, texts, tmp_path):
     assert report_of(ran)["overall"]["n_reported"] == 0 and report_of(ran)["overall"]["mean_token_kl"] < 1e-9
 
 
+@pytest.mark.thorough
 def test_a_poor_autoencoder_is_said_first(compared, adapter):
     short = [*SHORT, "--sae-learning-rate", "1e-7", "--passes", "1"]
     ran = compared("--updated-adapter", adapter, short=short)
@@ -390,6 +395,7 @@ def test_a_poor_autoencoder_is_said_first(compared, adapter):
     assert "POOR AUTOENCODER" in (run_of(ran) / "sae_comparison_report.md").read_text().split("## ")[0]
 
 
+@pytest.mark.thorough
 def test_reading_with_a_dictionary_imports_no_sae_lens(compared, adapter, texts, base):
     sae = run_of(compared("--updated-adapter", adapter)) / "sae" / "block-1"
     code = "import sys; from phoque.cli.main import main\ntry: main()\nfinally: print('sae_lens' in sys.modules)"
@@ -412,6 +418,7 @@ def test_reading_with_a_dictionary_imports_no_sae_lens(compared, adapter, texts,
     assert done.stderr.rstrip().endswith("False")
 
 
+@pytest.mark.thorough
 def test_a_dictionary_comes_from_the_hub_and_a_run_goes_there(hub, compared, adapter):
     sae = run_of(compared("--updated-adapter", adapter)) / "sae" / "block-1"
     hub.add("models", "harbour/sae", {f"block-1/{f.name}": f.read_bytes() for f in sae.iterdir()})
@@ -433,6 +440,7 @@ def test_a_dictionary_comes_from_the_hub_and_a_run_goes_there(hub, compared, ada
     assert "block-9/cfg.json" in missing.error[0]
 
 
+@pytest.mark.thorough
 def test_it_runs_as_a_job_with_the_extra_that_it_needs(hub, forkserver, phoque, base, texts, tmp_path, adapter):
     hub.add("models", "harbour/base", {p.name: p.read_bytes() for p in base.iterdir()})
     hub.add("models", "harbour/seal", {p.name: p.read_bytes() for p in Path(adapter, "adapter").iterdir()})

@@ -126,6 +126,7 @@ def recipe(architecture="batchtopk", seed=0, passes=6):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.thorough
 def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, architecture):
     from sae_lens import SAE
 

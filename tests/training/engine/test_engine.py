@@ -113,6 +113,7 @@ def test_own_products_give_the_plain_hidden_states_and_gradients(name, tmp_path)
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("quantization", ["nf4", "bf16", "fp8"])
+@pytest.mark.thorough
 def test_quantised_products_are_as_near_to_fp32_as_the_plain_ones(mistral3, quantization, whole):
     ours, theirs = [], []
     for seed in range(3, 7):  # the largest of fourteen distances is a matter of luck in one adapter
@@ -321,6 +322,7 @@ def test_whole_weights_go_before_layers_are_recomputed(mistral3):
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "nf4", "fp8"])
+@pytest.mark.thorough
 def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_path, quantization):
     rows = write_rows(tmp_path / "rows.jsonl", [row(n) for n in range(80)])
     found = {}
@@ -366,6 +368,7 @@ def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
     assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
 
 
+@pytest.mark.thorough
 def test_layers_compile_once_for_all_of_them_and_for_every_length(mistral3):
     from torch._dynamo.utils import counters
 
@@ -379,6 +382,7 @@ def test_layers_compile_once_for_all_of_them_and_for_every_length(mistral3):
         assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.thorough
 def test_compiled_exact_steps_of_a_stopped_run_goes_on_as_it_was(phoque, mistral3, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [answer(n, "gull " * (1 + n * 7 % 60)) for n in range(80)])
     asked = [
