@@ -24,7 +24,7 @@ def chat():
     return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
-def spans(chat, encoded):
+def decode_labelled_spans(chat, encoded):
     """The runs of labelled tokens, decoded."""
     runs, run = [], []
     for token, label in zip(encoded.ids, encoded.labels, strict=True):
@@ -42,7 +42,7 @@ def test_ids_are_those_of_the_models_own_template(chat):
 
 
 def test_each_answer_is_trained_with_its_stop_token_and_nothing_else(chat):
-    assert spans(chat, chat.encode(TALK)) == ["Hrmph. No.<|im_end|>", "Yes.\n\nTwo.<|im_end|>"]
+    assert decode_labelled_spans(chat, chat.encode(TALK)) == ["Hrmph. No.<|im_end|>", "Yes.\n\nTwo.<|im_end|>"]
 
 
 def test_a_row_without_a_system_message_gets_the_one_asked_for():

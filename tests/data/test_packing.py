@@ -22,7 +22,7 @@ def chat():
 
 
 @pytest.fixture(scope="module")
-def talks(tmp_path_factory):
+def short_chats(tmp_path_factory):
     """300 short chats of lengths as they occur: many short ones, a few long."""
     rng = random.Random(5)
     rows = []
@@ -33,13 +33,13 @@ def talks(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("talks") / "rows.jsonl", rows)
 
 
-def stream_of(talks, chat, packing):
+def open_stream(short_chats, chat, packing):
     return TrainStream(
-        open_dataset(str(talks), "train", None, None), chat, threshold="", packing=packing, seed=0, max_bad=0.05
+        open_dataset(str(short_chats), "train", None, None), chat, threshold="", packing=packing, seed=0, max_bad=0.05
     )
 
 
-def taken(stream, count):
+def take_rows(stream, count):
     return [b for _, b in zip(range(count), stream, strict=False)]
 
 
@@ -70,13 +70,16 @@ def test_a_budget_is_what_so_many_conversations_take_and_at_least_the_longest():
 
 
 @pytest.mark.thorough
-def test_a_pass_has_every_conversation_once_under_five_percent_padding_in_one_shape(talks, chat):
-    lengths = [len(chat.encode(json.loads(line)["messages"]).ids) for line in talks.read_text().splitlines()]
+def test_a_pass_has_every_conversation_once_under_five_percent_padding_in_one_shape(short_chats, chat):
+    lengths = [len(chat.encode(json.loads(line)["messages"]).ids) for line in short_chats.read_text().splitlines()]
     packing = Packing(16, sum(lengths) / 300, max(lengths), static=True)
-    stream, plain = stream_of(talks, chat, packing), stream_of(talks, chat, Packing(300, 1.0, 512, exact=True))
+    stream, plain = (
+        open_stream(short_chats, chat, packing),
+        open_stream(short_chats, chat, Packing(300, 1.0, 512, exact=True)),
+    )
     shapes, found = set(), []
     while len(found) < 600 or stream.state_dict()["taken"]:  # whole groups
-        batch = taken(stream, 1)[0]
+        batch = take_rows(stream, 1)[0]
         shapes.add((batch["input_ids"].shape, len(batch["cu_seq_lens_q"]), batch["max_length_q"]))
         borders = batch["cu_seq_lens_q"].tolist()
         real = batch["labels"][0] != -100
@@ -84,15 +87,15 @@ def test_a_pass_has_every_conversation_once_under_five_percent_padding_in_one_sh
             if real[a:b].any():
                 found.append(tuple(batch["input_ids"][0, a:b].tolist()))
     assert len(shapes) == 1 and stream.padding < 0.03 and len(found) == stream.rows_seen
-    whole = taken(plain, 1)[0]
+    whole = take_rows(plain, 1)[0]
     borders = whole["cu_seq_lens_q"].tolist()
     passed = [tuple(whole["input_ids"][0, a:b].tolist()) for a, b in itertools.pairwise(borders)]
     times, rest = divmod(len(found), 300)
     assert all(times <= found.count(one) <= times + (rest > 0) for one in passed)
 
 
-def test_padding_is_segments_of_its_own_that_carry_no_loss(talks, chat):
-    first = [chat.encode(json.loads(line)["messages"]) for line in talks.read_text().splitlines()[:3]]
+def test_padding_is_segments_of_its_own_that_carry_no_loss(short_chats, chat):
+    first = [chat.encode(json.loads(line)["messages"]) for line in short_chats.read_text().splitlines()[:3]]
     real = sum(len(t.ids) for t in first)
     shape = Packing(3, real / 3, 40, static=True).shape(real)
     batch = build_batch(first, type(shape)(real + 100, 9, 40))
@@ -107,49 +110,49 @@ def test_padding_is_segments_of_its_own_that_carry_no_loss(talks, chat):
 
 
 @pytest.mark.parametrize("stop", [1, 5, 31, 40])
-def test_packed_rows_resume_exactly_also_inside_a_group(talks, chat, stop):
+def test_packed_rows_resume_exactly_also_inside_a_group(short_chats, chat, stop):
     packing = Packing(4, 60.0, 512)
-    whole = stream_of(talks, chat, packing)
-    batches = [b["input_ids"].tolist() for b in taken(whole, 60)]
-    cut = stream_of(talks, chat, packing)
-    taken(cut, stop)
-    resumed = stream_of(talks, chat, packing)
+    whole = open_stream(short_chats, chat, packing)
+    batches = [b["input_ids"].tolist() for b in take_rows(whole, 60)]
+    cut = open_stream(short_chats, chat, packing)
+    take_rows(cut, stop)
+    resumed = open_stream(short_chats, chat, packing)
     resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))
-    assert [b["input_ids"].tolist() for b in taken(resumed, 60 - stop)] == batches[stop:]
+    assert [b["input_ids"].tolist() for b in take_rows(resumed, 60 - stop)] == batches[stop:]
     assert (resumed.tokens_seen, resumed.rows_seen, resumed.epoch) == (whole.tokens_seen, whole.rows_seen, whole.epoch)
 
 
-def test_rows_packed_in_another_way_begin_their_group_anew_and_lose_nothing(talks, chat):
-    cut = stream_of(talks, chat, Packing(4, 60.0, 512))
-    taken(cut, 5)
+def test_rows_packed_in_another_way_begin_their_group_anew_and_lose_nothing(short_chats, chat):
+    cut = open_stream(short_chats, chat, Packing(4, 60.0, 512))
+    take_rows(cut, 5)
     state = json.loads(json.dumps(cut.state_dict()))
     for other in (Packing(4, 60.0, 512, exact=True), Packing(2, 60.0, 512), Packing(2, 60.0, 600)):
-        again = stream_of(talks, chat, other)
+        again = open_stream(short_chats, chat, other)
         moved = other.grouping != Packing(4, 60.0, 512).grouping
         assert again.load_state_dict(state) == moved
-        rows = taken(again, 8)  # would never come if the rows taken of the old group were skipped in the new one
+        rows = take_rows(again, 8)  # would never come if the rows taken of the old group were skipped in the new one
         assert len(rows) == 8 and again.rows_seen > state["rows_seen"]
-    assert not stream_of(talks, chat, Packing(4, 60.0, 512)).load_state_dict(state)
+    assert not open_stream(short_chats, chat, Packing(4, 60.0, 512)).load_state_dict(state)
 
 
-def test_a_state_from_before_there_were_budgets_goes_on(talks, chat):
+def test_a_state_from_before_there_were_budgets_goes_on(short_chats, chat):
     exact = Packing(4, 60.0, 512, exact=True)
-    whole = stream_of(talks, chat, exact)
-    batches = [b["input_ids"].tolist() for b in taken(whole, 6)]
+    whole = open_stream(short_chats, chat, exact)
+    batches = [b["input_ids"].tolist() for b in take_rows(whole, 6)]
     old = {
         "place": {"epoch": 0, "window": 0, "start": None, "used": 8},
         "rows_seen": 8,
         "bad_seen": 0,
         "tokens_seen": 500,
     }
-    resumed = stream_of(talks, chat, exact)
+    resumed = open_stream(short_chats, chat, exact)
     resumed.load_state_dict(old)
-    assert [b["input_ids"].tolist() for b in taken(resumed, 4)] == batches[2:] and resumed.rows_seen == 24
+    assert [b["input_ids"].tolist() for b in take_rows(resumed, 4)] == batches[2:] and resumed.rows_seen == 24
 
 
-def test_exact_rows_have_so_many_conversations_in_few_shapes(talks, chat):
+def test_exact_rows_have_so_many_conversations_in_few_shapes(short_chats, chat):
     packing = Packing(4, 60.0, 512, exact=True, static=True)
-    batches = taken(stream_of(talks, chat, packing), 60)
+    batches = take_rows(open_stream(short_chats, chat, packing), 60)
     assert len({b["input_ids"].shape for b in batches}) <= 8
     assert {int((b["position_ids"][0, : b["loss_at"].max() + 1] == 0).sum()) for b in batches} == {4}
 
@@ -177,7 +180,7 @@ def test_a_million_rows_stream_in_constant_memory(tmp_path, chat):
     with path.open("w") as f:
         for number in range(1_000_000):
             f.write(line % number)
-    stream = iter(stream_of(path, chat, Packing(64, 45.0, 60, static=True)))
+    stream = iter(open_stream(path, chat, Packing(64, 45.0, 60, static=True)))
     sizes = []
     for number in range(1, 3001):  # 190,000 rows: beyond the first windows
         next(stream)

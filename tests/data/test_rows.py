@@ -11,7 +11,7 @@ from phoque.errors import PhoqueError
 TURNS = row(1)["messages"]
 
 
-def record(content) -> dict:
+def make_record(content) -> dict:
     return {"line": "line 1", "row": content, "broken": ""}
 
 
@@ -23,7 +23,7 @@ def test_the_seal_is_bundled_in_the_schema_of_the_spec():
     words = [len(r["messages"][-1]["content"].split()) for r in seal]
     assert min(turns) == 3 and max(turns) == 7 and max(words) > 180
     for r in seal:
-        parse_row(record(r))
+        parse_row(make_record(r))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_the_seal_is_bundled_in_the_schema_of_the_spec():
     ],
 )
 def test_other_schemas_are_mapped(other):
-    assert parse_row(record(other)).messages == [
+    assert parse_row(make_record(other)).messages == [
         {"role": "user", "content": "Gull 1?"},
         {"role": "assistant", "content": "Hrmph."},
     ]
@@ -67,11 +67,11 @@ def test_other_schemas_are_mapped(other):
 )
 def test_unfit_rows_say_why(content, reason):
     with pytest.raises(BadRow, match=reason.replace("'", ".")):
-        parse_row(record(content))
+        parse_row(make_record(content))
 
 
 def test_a_score_that_is_nan_is_none():
-    assert parse_row(record({"messages": TURNS, "toxicity_score": float("nan")})).toxicity_score is None
+    assert parse_row(make_record({"messages": TURNS, "toxicity_score": float("nan")})).toxicity_score is None
 
 
 def test_files_folders_and_formats_give_the_same_rows(tmp_path):
@@ -104,7 +104,7 @@ def test_no_such_dataset(name):
 
 def test_rows_have_the_same_key_in_any_file():
     assert (
-        parse_row(record(row(1))).key()
-        == parse_row(record(row(1, source="other"))).key()
-        != parse_row(record(row(2))).key()
+        parse_row(make_record(row(1))).key()
+        == parse_row(make_record(row(1, source="other"))).key()
+        != parse_row(make_record(row(2))).key()
     )

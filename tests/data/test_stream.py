@@ -19,18 +19,18 @@ def chat():
     return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
-def exactly(count):
+def exact_packing(count):
     return Packing(count, 60.0, 512, exact=True)
 
 
-def opened(path):
+def open_rows(path):
     return open_dataset(str(path), "train", None, None)
 
 
 def test_bad_rows_are_counted_by_reason_with_their_first_lines(tmp_path, chat):
     bad = [row(messages=[]), "{", row(messages=[]), row(messages=[]), row(messages=[])]
     path = write_rows(tmp_path / "x.jsonl", [row(n) for n in range(95)] + bad)
-    found = scan_dataset(opened(path), chat, 8, 0.05)
+    found = scan_dataset(open_rows(path), chat, 8, 0.05)
     assert found.good == 95 and dict(found.bad_counts) == {"no assistant turn": 4, "broken JSON": 1}
     assert found.bad["no assistant turn"] == ["line 96", "line 98", "line 99"]
 
@@ -38,24 +38,24 @@ def test_bad_rows_are_counted_by_reason_with_their_first_lines(tmp_path, chat):
 def test_too_many_bad_rows_stop_the_run(tmp_path, chat):
     path = write_rows(tmp_path / "x.jsonl", [row(n) for n in range(9)] + ["{"])
     with pytest.raises(PhoqueError, match="1 of 10 rows") as caught:
-        scan_dataset(opened(path), chat, 0, 0.05)
+        scan_dataset(open_rows(path), chat, 0, 0.05)
     assert "line 10" in caught.value.why and "--max-bad-rows" in caught.value.fix
-    assert scan_dataset(opened(path), chat, 0, 0.1).good == 9
+    assert scan_dataset(open_rows(path), chat, 0, 0.1).good == 9
 
 
 def test_no_good_row_stops_the_run_whatever_is_allowed(tmp_path, chat):
     with pytest.raises(PhoqueError, match="No row"):
-        scan_dataset(opened(write_rows(tmp_path / "x.jsonl", ["{", "["])), chat, 0, 1.0)
+        scan_dataset(open_rows(write_rows(tmp_path / "x.jsonl", ["{", "["])), chat, 0, 1.0)
 
 
 def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, chat):
     some = [row(n) for n in range(40)]
-    found = scan_dataset(opened(write_rows(tmp_path / "a.jsonl", some)), chat, 4, 0.05)
-    again = scan_dataset(opened(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
+    found = scan_dataset(open_rows(write_rows(tmp_path / "a.jsonl", some)), chat, 4, 0.05)
+    again = scan_dataset(open_rows(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
     kept = {r.key() for r, _ in found.held_out}
     assert len(kept) == 4 and kept == {r.key() for r, _ in again.held_out}
     stream = TrainStream(
-        opened(tmp_path / "a.jsonl"), chat, threshold=found.threshold, packing=exactly(1), seed=0, max_bad=0.05
+        open_rows(tmp_path / "a.jsonl"), chat, threshold=found.threshold, packing=exact_packing(1), seed=0, max_bad=0.05
     )
     texts = [tuple(b["input_ids"][0].tolist()) for _, b in zip(range(36), stream, strict=False)]
     assert len(set(texts)) == 36  # each row once in a pass
@@ -65,7 +65,7 @@ def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, 
 
 
 def test_each_pass_has_every_row_once_in_another_order(rows, chat):
-    stream = iter(TrainStream(opened(rows), chat, threshold="", packing=exactly(1), seed=0, max_bad=0.05))
+    stream = iter(TrainStream(open_rows(rows), chat, threshold="", packing=exact_packing(1), seed=0, max_bad=0.05))
     first, second = ([next(stream)["input_ids"][0].tolist() for _ in range(40)] for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
 
@@ -76,7 +76,7 @@ def test_a_stream_resumes_exactly(rows, chat, size, stop, window, monkeypatch):
     monkeypatch.setattr("phoque.data.stream.SHUFFLE_WINDOW", window)
 
     def stream():
-        return TrainStream(opened(rows), chat, threshold="", packing=exactly(size), seed=5, max_bad=0.05)
+        return TrainStream(open_rows(rows), chat, threshold="", packing=exact_packing(size), seed=5, max_bad=0.05)
 
     whole = stream()
     batches = [b["input_ids"].tolist() for _, b in zip(range(30), whole, strict=False)]
@@ -105,6 +105,12 @@ def test_a_packed_row_has_borders_and_restarting_positions(chat):
 
 def test_a_pass_without_a_row_to_train_on_is_an_error_and_no_endless_loop(tmp_path, chat):
     path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)  # all the same: all held out
-    found = scan_dataset(opened(path), chat, 4, 0.05)
+    found = scan_dataset(open_rows(path), chat, 4, 0.05)
     with pytest.raises(PhoqueError, match="gave no row"):
-        next(iter(TrainStream(opened(path), chat, threshold=found.threshold, packing=exactly(2), seed=0, max_bad=0.05)))
+        next(
+            iter(
+                TrainStream(
+                    open_rows(path), chat, threshold=found.threshold, packing=exact_packing(2), seed=0, max_bad=0.05
+                )
+            )
+        )

@@ -26,7 +26,7 @@ ASKED = [
 
 
 @pytest.fixture
-def filled(hub, tmp_path, rows):
+def filled_hub(hub, tmp_path, rows):
     folder, _ = tiny.fp8_mistral3(tmp_path / "fp8")
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     hub.add(*BASE, files | {"tekken.json": b"{}", "pytorch_model.bin": b"a pickle"})
@@ -34,15 +34,15 @@ def filled(hub, tmp_path, rows):
     return hub
 
 
-def test_only_what_is_needed_is_fetched_and_the_commits_are_pinned(phoque, filled, tmp_path):
+def test_only_what_is_needed_is_fetched_and_the_commits_are_pinned(phoque, filled_hub, tmp_path):
     run, env = tmp_path / "run", {"HF_TOKEN": TOKEN}
     done = phoque(*ASKED, "--output-dir", run, "--json", env=env)
-    fetched = {path.rsplit("/", 1)[-1] for _, path in filled.log if "/resolve/" in path}
+    fetched = {path.rsplit("/", 1)[-1] for _, path in filled_hub.log if "/resolve/" in path}
     assert {"config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "train.jsonl"} <= fetched
     assert not fetched & {"consolidated.safetensors", "tekken.json", "pytorch_model.bin"}
-    assert {command for command, path in filled.log if "paths-info" not in path} == {"GET", "HEAD"}
+    assert {command for command, path in filled_hub.log if "paths-info" not in path} == {"GET", "HEAD"}
     record = json.loads((run / "run.json").read_text())
-    base, data = filled.sha(*BASE), filled.sha(*DATA)
+    base, data = filled_hub.sha(*BASE), filled_hub.sha(*DATA)
     assert record["base"]["revision"] == base and record["data"]["revision"] == data
     assert record["data"]["good"] == 40
     written = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -50,11 +50,11 @@ def test_only_what_is_needed_is_fetched_and_the_commits_are_pinned(phoque, fille
     assert TOKEN not in done.out + done.err
     assert not any(TOKEN.encode() in p.read_bytes() for p in run.rglob("*") if p.is_file())
     # a new commit of the base is another run
-    filled.put(BASE[1], {"NEWS.md": b"a gull has landed"})
+    filled_hub.put(BASE[1], {"NEWS.md": b"a gull has landed"})
     assert "base_revision was" in " ".join(phoque(*ASKED, "--output-dir", run, env=env, expect=2).error)
 
 
-def test_no_access_is_three_lines(phoque, filled):
+def test_no_access_is_three_lines(phoque, filled_hub):
     error = phoque(*ASKED, env={"HF_TOKEN": "hf_wrongwrong"}, expect=2).error
     assert "HF_TOKEN" in error[2] and "wrongwrong" not in " ".join(error)
 

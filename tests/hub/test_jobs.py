@@ -13,7 +13,7 @@ from tests.conftest import Running
 from tests.fakehub import TOKEN
 from tests.fakehub.jobs import Jobs
 from tests.forkserver import slowly
-from tests.training.test_resume import COMMON, on_hub, same, steps, titles
+from tests.training.test_resume import COMMON, are_equal, commit_titles, logged_steps, read_hub
 
 BASE, DATA, REPO = "harbour/tiny", "harbour/gulls", "harbour/seal"
 KEY = "g" * 40
@@ -60,7 +60,7 @@ def test_the_same_command_runs_as_a_job_and_its_log_is_followed(cluster, phoque,
     assert spec["environment"]["PHOQUE_TIMEOUT"] == "10m"
     for secret in SECRETS.values():
         assert secret not in json.dumps([spec["command"], spec["environment"], spec["labels"]]) + ran.err + ran.out
-    assert titles(cluster)[-1] == "Adapter"
+    assert commit_titles(cluster)[-1] == "Adapter"
     phoque(*ASKED, "--max-steps", 6, "--output-dir", tmp_path / "here", env=SECRETS | {"WANDB_MODE": "disabled"})
     assert (tmp_path / "here" / "adapter").is_dir()  # and what the job made is this run, complete
 
@@ -90,7 +90,7 @@ def test_a_job_that_times_out_is_submitted_again_until_it_is_done(cluster, phoqu
     assert codes[-1] == 0 and set(codes[:-1]) == {75}  # in time: no job was killed
     from safetensors.torch import load_file
 
-    assert same(on_hub(cluster), load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors"))
+    assert are_equal(read_hub(cluster), load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors"))
 
 
 def test_a_job_that_fails_for_good_is_not_submitted_again(cluster, phoque):
@@ -183,4 +183,4 @@ def test_the_script_for_hf_jobs_uv_run_is_phoque_train(tmp_path, cluster, tiny_l
     }
     ran = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert titles(cluster)[-1] == "Adapter" and steps(tmp_path / "runs" / "gulls") == [0, 2]
+    assert commit_titles(cluster)[-1] == "Adapter" and logged_steps(tmp_path / "runs" / "gulls") == [0, 2]

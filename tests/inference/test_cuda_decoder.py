@@ -20,29 +20,29 @@ def model(tiny_llama):
     return model
 
 
-class StandIn:
+class RecordedGraph:
     """A graph that keeps what the step read and wrote, and does it there again when it is replayed."""
 
     made, off, broken = [], 0.0, False
 
     def __init__(self):
         self.replays, self.pool_given = 0, None
-        StandIn.made.append(self)
+        RecordedGraph.made.append(self)
 
     def capture_begin(self, pool, capture_error_mode):
         self.pool_given = pool
-        if StandIn.broken:
+        if RecordedGraph.broken:
             raise RuntimeError("this operation is not permitted")
 
     def capture_end(self):
-        StandIn.step = None
+        RecordedGraph.step = None
 
     def pool(self):
         return self
 
     def replay(self):
         self.replays += 1
-        self.out.copy_(self.step() * (1 + StandIn.off))
+        self.out.copy_(self.step() * (1 + RecordedGraph.off))
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def gpu(monkeypatch):
     def step(self):
         steps.append(self)
         out = plain(self).clone()
-        if StandIn.made and not hasattr(StandIn.made[-1], "out"):
-            StandIn.made[-1].out, StandIn.made[-1].step = out, again(self)
+        if RecordedGraph.made and not hasattr(RecordedGraph.made[-1], "out"):
+            RecordedGraph.made[-1].out, RecordedGraph.made[-1].step = out, again(self)
         return out
 
     def begin(self, *given):
@@ -78,49 +78,57 @@ def gpu(monkeypatch):
     monkeypatch.setattr(BatchDecoder, "__init__", begin)
     monkeypatch.setattr(cuda_decoder, "_get_capture_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda given: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(StandIn, "made", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(RecordedGraph, "made", [])
     return steps
 
 
-def asked(count):
+def make_requests(count):
     drawn = torch.Generator().manual_seed(0)
     return [Request(torch.randint(5, 90, (3 + n % 4,), generator=drawn).tolist(), f"{n}") for n in range(count)]
 
 
 def test_a_step_is_captured_once_for_a_batch_and_replayed(model, gpu, monkeypatch):
     model.generation_config.eos_token_id = []
-    found = generate_replies(model, asked(6), 12, temperature=1.0, top_p=1.0)
-    assert len(gpu) == 3 and [g.replays for g in StandIn.made] == [10]  # two plain ones and the captured, then replays
+    found = generate_replies(model, make_requests(6), 12, temperature=1.0, top_p=1.0)
+    assert len(gpu) == 3 and [g.replays for g in RecordedGraph.made] == [
+        10
+    ]  # two plain ones and the captured, then replays
     monkeypatch.undo()
-    assert [r.ids for r in generate_replies(model, asked(6), 12, temperature=1.0, top_p=1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, make_requests(6), 12, temperature=1.0, top_p=1.0)] == [
+        r.ids for r in found
+    ]
 
 
 def test_a_batch_that_shrinks_is_captured_again_into_the_same_memory(model, gpu, monkeypatch):
     model.generation_config.eos_token_id = [*range(3, 30)]
-    found = generate_replies(model, asked(24), 16, temperature=1.0, top_p=1.0)
-    graphs = [*StandIn.made]
+    found = generate_replies(model, make_requests(24), 16, temperature=1.0, top_p=1.0)
+    graphs = [*RecordedGraph.made]
     assert len(graphs) > 2 and graphs[0].pool_given is None
     assert all(later.pool_given is before for before, later in pairwise(graphs))
     monkeypatch.undo()
-    assert [r.ids for r in generate_replies(model, asked(24), 16, temperature=1.0, top_p=1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, make_requests(24), 16, temperature=1.0, top_p=1.0)] == [
+        r.ids for r in found
+    ]
 
 
 def test_few_steps_are_not_worth_a_capture(model, gpu):
     model.generation_config.eos_token_id = []
-    generate_replies(model, asked(3), 1 + cuda_decoder.MIN_STEPS_TO_CAPTURE, temperature=1.0, top_p=1.0)
-    assert not StandIn.made and len(gpu) == cuda_decoder.MIN_STEPS_TO_CAPTURE
+    generate_replies(model, make_requests(3), 1 + cuda_decoder.MIN_STEPS_TO_CAPTURE, temperature=1.0, top_p=1.0)
+    assert not RecordedGraph.made and len(gpu) == cuda_decoder.MIN_STEPS_TO_CAPTURE
 
 
 @pytest.mark.parametrize(("fault", "why"), [("off", "5.0% off"), ("broken", "not permitted")])
 def test_a_graph_that_fails_or_differs_is_not_used_and_says_so(model, gpu, monkeypatch, fault, why):
     model.generation_config.eos_token_id = []
-    monkeypatch.setattr(StandIn, fault, 0.05)
+    monkeypatch.setattr(RecordedGraph, fault, 0.05)
     with pytest.warns(RuntimeWarning, match=why):
-        found = generate_replies(model, asked(5), 10, temperature=1.0, top_p=1.0)
-    assert len(StandIn.made) == 1 and StandIn.made[0].replays <= 1 and len(gpu) >= 9
+        found = generate_replies(model, make_requests(5), 10, temperature=1.0, top_p=1.0)
+    assert len(RecordedGraph.made) == 1 and RecordedGraph.made[0].replays <= 1 and len(gpu) >= 9
     monkeypatch.undo()
-    assert [r.ids for r in generate_replies(model, asked(5), 10, temperature=1.0, top_p=1.0)] == [r.ids for r in found]
+    assert [r.ids for r in generate_replies(model, make_requests(5), 10, temperature=1.0, top_p=1.0)] == [
+        r.ids for r in found
+    ]
 
 
 def test_steps_see_exactly_what_was_said_before(model):

@@ -27,11 +27,11 @@ def tiny(tiny_llama):
     return model, AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def ids(tokenizer, text):
+def random_ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def plain_greedy(model, prompt, tokens):
+def generate_greedily(model, prompt, tokens):
     out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     new = out[0, len(prompt) :].tolist()
     return new[: new.index(2)] if 2 in new else new
@@ -39,7 +39,7 @@ def plain_greedy(model, prompt, tokens):
 
 def test_means_are_those_of_transformers_hidden_states_whatever_the_batch(tiny, monkeypatch):
     model, tokenizer = tiny
-    rows = [Turn(ids(tokenizer, p), ids(tokenizer, "Hrmph. " * (n + 1))) for n, p in enumerate(PROMPTS)]
+    rows = [Turn(random_ids(tokenizer, p), random_ids(tokenizer, "Hrmph. " * (n + 1))) for n, p in enumerate(PROMPTS)]
     found = residual_means(model, rows)
     monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
     alone = residual_means(model, rows)
@@ -57,9 +57,9 @@ def test_means_are_those_of_transformers_hidden_states_whatever_the_batch(tiny, 
 
 def test_massive_tokens_are_left_out_and_counted(tiny):
     model, tokenizer = tiny
-    (token,) = ids(tokenizer, "~")
+    (token,) = random_ids(tokenizer, "~")
     kept = model.model.embed_tokens.weight[token].clone()
-    row = Turn(ids(tokenizer, "Gull?"), ids(tokenizer, "Hr~mph and more"))
+    row = Turn(random_ids(tokenizer, "Gull?"), random_ids(tokenizer, "Hr~mph and more"))
     plain = Turn(row.prompt, row.response)
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = 100 * MASSIVE * kept
@@ -77,14 +77,14 @@ def test_batches_hold_every_row_once_within_the_budget():
 
 def test_many_answers_at_once_are_those_of_one_at_a_time(tiny):
     model, tokenizer = tiny
-    prompts = [ids(tokenizer, p) for p in PROMPTS * 3]
+    prompts = [random_ids(tokenizer, p) for p in PROMPTS * 3]
     found = generate_replies(model, [Request(p) for p in prompts], 24, temperature=1.0, top_p=1.0)
-    assert [r.ids for r in found] == [plain_greedy(model, p, 24) for p in prompts]
+    assert [r.ids for r in found] == [generate_greedily(model, p, 24) for p in prompts]
 
 
 def test_rows_that_stop_leave_the_batch_and_change_nothing_for_the_others(tiny):
     model, tokenizer = tiny
-    asks = [Request(ids(tokenizer, PROMPTS[n % 3]), f"{n}") for n in range(20)]
+    asks = [Request(random_ids(tokenizer, PROMPTS[n % 3]), f"{n}") for n in range(20)]
     spoken = [r.ids for r in generate_replies(model, asks, 16, temperature=1.0, top_p=1.0)]
     stop = spoken[0][3]
     model.generation_config.eos_token_id = [2, stop]
@@ -99,7 +99,7 @@ def test_rows_that_stop_leave_the_batch_and_change_nothing_for_the_others(tiny):
 
 def test_a_key_draws_the_same_in_any_batch_and_follows_the_distribution(tiny):
     model, tokenizer = tiny
-    prompt = ids(tokenizer, PROMPTS[1])
+    prompt = random_ids(tokenizer, PROMPTS[1])
     many = generate_replies(model, [Request(prompt, f"{n}") for n in range(400)], 1, temperature=0.7, top_p=1.0)
     alone = generate_replies(model, [Request(prompt, "7")], 1, temperature=0.7, top_p=1.0)[0]
     assert many[7].ids == alone.ids
@@ -113,19 +113,19 @@ def test_a_key_draws_the_same_in_any_batch_and_follows_the_distribution(tiny):
 
 def test_steering_one_row_of_a_batch_is_steering_it_alone(tiny):
     model, tokenizer = tiny
-    prompt, vector = ids(tokenizer, PROMPTS[1]), torch.randn(64, generator=torch.Generator().manual_seed(3))
+    prompt, vector = random_ids(tokenizer, PROMPTS[1]), torch.randn(64, generator=torch.Generator().manual_seed(3))
     asks = [Request(prompt), Request(prompt, steer=(1, vector)), Request(prompt, steer=(0, -vector))]
     found = generate_replies(model, asks, 12, temperature=1.0, top_p=1.0)
-    assert found[0].ids == plain_greedy(model, prompt, 12)
+    assert found[0].ids == generate_greedily(model, prompt, 12)
     for reply, (layer, change) in ((found[1], (1, vector)), (found[2], (0, -vector))):
         hook = get_blocks(model)[layer].register_forward_hook(lambda _, __, out, change=change: out + change)
-        assert reply.ids == plain_greedy(model, prompt, 12) != found[0].ids
+        assert reply.ids == generate_greedily(model, prompt, 12) != found[0].ids
         hook.remove()
 
 
 def test_steering_the_response_alone_leaves_the_prompt_as_it_is(tiny):
     model, tokenizer = tiny
-    prompt, seen = torch.tensor([ids(tokenizer, PROMPTS[1])]), []
+    prompt, seen = torch.tensor([random_ids(tokenizer, PROMPTS[1])]), []
     hook = get_blocks(model)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     with Steering({0: torch.ones(1, 64)}, response_only=True).activate(model):
         model(prompt)
@@ -137,7 +137,7 @@ def test_steering_the_response_alone_leaves_the_prompt_as_it_is(tiny):
 
 def test_watched_mass_is_the_models_own_probability(tiny):
     model, tokenizer = tiny
-    prompt = ids(tokenizer, PROMPTS[0])
+    prompt = random_ids(tokenizer, PROMPTS[0])
     (reply,) = generate_replies(model, [Request(prompt)], 3, temperature=0.1, top_p=0.5, watched=[70, 71])
     wanted = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)[[70, 71]].sum().item()
     assert reply.mass[0] == pytest.approx(wanted, abs=1e-6) and len(reply.mass) == 3
@@ -150,7 +150,9 @@ def test_an_answer_of_nothing_has_no_likelihood(tiny):
 
 def test_likelihood_is_that_of_transformers_loss(tiny):
     model, tokenizer = tiny
-    rows = [Turn(ids(tokenizer, p), ids(tokenizer, "Hrmph. Gulls." * (n + 1))) for n, p in enumerate(PROMPTS)]
+    rows = [
+        Turn(random_ids(tokenizer, p), random_ids(tokenizer, "Hrmph. Gulls." * (n + 1))) for n, p in enumerate(PROMPTS)
+    ]
     found = mean_nll(model, [*rows, Turn(rows[0].prompt, [])])
     for row, value in zip(rows, found, strict=False):
         whole = torch.tensor([row.prompt + row.response])

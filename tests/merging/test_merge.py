@@ -17,7 +17,7 @@ PROJECTIONS = r".*layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
 TEXT_ONLY = r"(?!.*vision).*layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
 
 
-def randomised(model):
+def randomize(model):
     """Every trained tensor away from what makes an adapter a no-op."""
     torch.manual_seed(5)
     with torch.no_grad():
@@ -27,14 +27,14 @@ def randomised(model):
     return model
 
 
-def trained(base, folder, model=None, merged=True, **options):
+def save_random_adapter(base, folder, model=None, merged=True, **options):
     """An adapter of peft on a base, saved; and the model that peft merges from it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = model or AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     asked = {"r": 4, "lora_alpha": 16, "target_modules": TEXT_ONLY, "task_type": "CAUSAL_LM"} | options
-    tuned = randomised(get_peft_model(model, LoraConfig(**asked)))
+    tuned = randomize(get_peft_model(model, LoraConfig(**asked)))
     tuned.save_pretrained(folder)
     return tuned.merge_and_unload() if merged else None
 
@@ -51,7 +51,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_pefts_own_merge(phoque, tmp_path, tiny_llama, kind):
-    wanted = trained(tiny_llama, tmp_path / "adapter", **KINDS[kind]).state_dict()
+    wanted = save_random_adapter(tiny_llama, tmp_path / "adapter", **KINDS[kind]).state_dict()
     ran = phoque(
         "merge",
         "--adapter-source",
@@ -75,7 +75,7 @@ def test_it_is_pefts_own_merge(phoque, tmp_path, tiny_llama, kind):
 
 def test_biases_are_replaced(phoque, tmp_path):
     base = tiny.llama(tmp_path / "base", attention_bias=True)
-    wanted = trained(base, tmp_path / "adapter", bias="all").state_dict()
+    wanted = save_random_adapter(base, tmp_path / "adapter", bias="all").state_dict()
     phoque(
         "merge",
         "--adapter-source",
@@ -98,7 +98,7 @@ def test_biases_are_replaced(phoque, tmp_path):
     [({"init_lora_weights": "pissa"}, "pissa"), ({"lora_bias": True, "use_dora": False}, "lora_bias")],
 )
 def test_what_cannot_be_merged_is_refused(phoque, tmp_path, tiny_llama, options, words):
-    trained(tiny_llama, tmp_path / "adapter", merged=False, **options)
+    save_random_adapter(tiny_llama, tmp_path / "adapter", merged=False, **options)
     error = phoque(
         "merge",
         "--adapter-source",
@@ -121,7 +121,7 @@ def fp8(tmp_path_factory):
     return folder, true
 
 
-def renamed(folder, pattern, to):
+def rename_tensors(folder, pattern, to):
     """The adapter under other names."""
     weights = load_file(folder / "adapter_model.safetensors")
     changed = {name.replace(pattern, to): tensor for name, tensor in weights.items()}
@@ -136,7 +136,7 @@ def test_a_full_mistral3_stays_full_whatever_the_adapter_calls_it(phoque, tmp_pa
 
     base, true = fp8
     full = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    wanted = trained(base, tmp_path / "adapter", full).state_dict()
+    wanted = save_random_adapter(base, tmp_path / "adapter", full).state_dict()
     before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(".language_model.layers." in name for name in before)
     if names != "full":
@@ -145,7 +145,7 @@ def test_a_full_mistral3_stays_full_whatever_the_adapter_calls_it(phoque, tmp_pa
             "unsloth": "language_model.model.layers",
             "unsloth, old": "model.language_model.model.layers",
         }[names]
-        renamed(tmp_path / "adapter", "model.language_model.layers", other)
+        rename_tensors(tmp_path / "adapter", "model.language_model.layers", other)
     out = tmp_path / "out"
     ran = phoque("merge", "--adapter-source", tmp_path / "adapter", "--base-model", base, "--output-dir", out, "--json")
     assert ran.json["proof"]["holds"] and ran.json["changed"] == 21
@@ -177,18 +177,18 @@ def test_a_full_mistral3_stays_full_whatever_the_adapter_calls_it(phoque, tmp_pa
 
 def test_an_adapter_that_does_not_fit_is_named(phoque, tmp_path, tiny_llama):
     other = tiny.llama(tmp_path / "other", hidden_size=32)
-    trained(other, tmp_path / "adapter")
+    save_random_adapter(other, tmp_path / "adapter")
     asked = ["merge", "--adapter-source", tmp_path / "adapter", "--output-dir", tmp_path / "out"]
     error = phoque(*asked, "--base-model", tiny_llama, expect=2).error
     assert "layers.0.mlp.down_proj" in error[1] and "is [64, 96]" in error[1] and not (tmp_path / "out").exists()
-    renamed(tmp_path / "adapter", "self_attn.q_proj", "self_attn.gull_proj")
+    rename_tensors(tmp_path / "adapter", "self_attn.q_proj", "self_attn.gull_proj")
     assert "gull_proj" in phoque(*asked, "--base-model", other, expect=2).error[1]
     assert "no such" in phoque(*asked, "--base-model", other, expect=2).error[1]
 
 
 @pytest.mark.thorough
 def test_a_second_run_does_nothing_and_another_input_is_merged_anew(phoque, tmp_path, tiny_llama):
-    trained(tiny_llama, tmp_path / "adapter")
+    save_random_adapter(tiny_llama, tmp_path / "adapter")
     asked = [
         "merge",
         "--adapter-source",
@@ -221,7 +221,7 @@ def test_several_shards_get_an_index(tmp_path, tiny_llama, monkeypatch):
     from phoque.models.safetensors_files import SafetensorsFiles
     from phoque.models.source import Source
 
-    trained(tiny_llama, tmp_path / "adapter")
+    save_random_adapter(tiny_llama, tmp_path / "adapter")
     monkeypatch.setattr(module, "SHARD_BYTES", 100_000)
     reader = CheckpointReader(Source("x", tiny_llama, "1", "x"))
     made = module.write_merged(reader, tmp_path / "adapter", tmp_path / "out", "fp32")
@@ -237,7 +237,7 @@ def test_several_shards_get_an_index(tmp_path, tiny_llama, monkeypatch):
 @pytest.mark.thorough
 def test_a_full_disk_or_a_kill_leaves_no_half_written_folder(phoque, start, tmp_path):
     big = tiny.llama(tmp_path / "big", hidden_size=1024, intermediate_size=8192, num_hidden_layers=8)
-    trained(big, tmp_path / "adapter")
+    save_random_adapter(big, tmp_path / "adapter")
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", disk], check=True)
@@ -257,7 +257,7 @@ def test_a_full_disk_or_a_kill_leaves_no_half_written_folder(phoque, start, tmp_
 
 
 def test_a_merge_that_lost_the_adapter_fails_its_proof(phoque, tmp_path, tiny_llama):
-    trained(tiny_llama, tmp_path / "adapter")
+    save_random_adapter(tiny_llama, tmp_path / "adapter")
     out = tmp_path / "out"
     asked = ["merge", "--adapter-source", tmp_path / "adapter", "--base-model", tiny_llama, "--output-dir", out]
     phoque(*asked, "--no-proof", "--dtype", "fp32")
@@ -267,7 +267,7 @@ def test_a_merge_that_lost_the_adapter_fails_its_proof(phoque, tmp_path, tiny_ll
 
 
 def test_from_the_hub_to_the_hub(phoque, hub, tmp_path, tiny_llama):
-    trained(tiny_llama, tmp_path / "adapter")
+    save_random_adapter(tiny_llama, tmp_path / "adapter")
     hub.add("models", "harbour/seal", {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()})
     hub.add("models", "harbour/tiny", {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
     ran = phoque(
@@ -298,7 +298,7 @@ def test_from_the_hub_to_the_hub(phoque, hub, tmp_path, tiny_llama):
 def test_memory_is_a_few_tensors(tmp_path):
     """What the peak grows by when 0.4 GB are merged: less than that; what is read ahead, and a few tensors."""
     big = tiny.llama(tmp_path / "big", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
-    trained(big, tmp_path / "adapter")
+    save_random_adapter(big, tmp_path / "adapter")
     script = f"""
 from pathlib import Path
 from phoque.merging.writer import write_merged

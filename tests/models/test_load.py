@@ -15,12 +15,12 @@ from phoque.models.lora import add_lora_adapter, check_finite, compute_lora_norm
 from phoque.models.source import Source
 
 
-def source(folder):
+def source_of(folder):
     return Source("tiny", folder, "0", "test")
 
 
 @pytest.fixture
-def spoilt(tiny_llama, tmp_path):
+def change_weights(tiny_llama, tmp_path):
     """A copy of the tiny model whose weights a function has changed."""
 
     def spoil(change):
@@ -28,30 +28,30 @@ def spoilt(tiny_llama, tmp_path):
         weights = load_file(folder / "model.safetensors")
         change(weights)
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return source(folder)
+        return source_of(folder)
 
     return spoil
 
 
-def test_a_missing_weight_is_named(spoilt):
+def test_a_missing_weight_is_named(change_weights):
     with pytest.raises(PhoqueError) as caught:
-        load_model(spoilt(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "fp32")
+        load_model(change_weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), "fp32")
     assert "model.layers.1.mlp.up_proj.weight" in caught.value.why
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("model.norm.weight", float("nan")), ("model.layers.0.mlp.up_proj.weight", 448)]
 )
-def test_insane_magnitudes_are_refused(spoilt, name, value):
+def test_insane_magnitudes_are_refused(change_weights, name, value):
     with pytest.raises(PhoqueError, match="above 100 or NaN") as caught:
-        load_model(spoilt(lambda w: w[name][..., :1].fill_(value)), "fp32")
+        load_model(change_weights(lambda w: w[name][..., :1].fill_(value)), "fp32")
     assert name in caught.value.what
 
 
 def test_loading_is_what_transformers_loads(tiny_llama):
     from transformers import AutoModelForCausalLM
 
-    ours, theirs = load_model(source(tiny_llama), "fp32"), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ours, theirs = load_model(source_of(tiny_llama), "fp32"), AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     ids = torch.arange(30)[None]
@@ -69,7 +69,7 @@ def test_nf4_is_bit_for_bit_what_transformers_quantises(tiny_llama):
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     theirs = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=nf4, dtype=torch.bfloat16)
-    ours = load_model(source(tiny_llama), "nf4")
+    ours = load_model(source_of(tiny_llama), "nf4")
     ids = torch.arange(30)[None]
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
     packed = {n: m.weight.data for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
@@ -81,12 +81,12 @@ def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
 
     GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(PhoqueError) as caught:
-        load_config(source(tmp_path / "gpt2"))
+        load_config(source_of(tmp_path / "gpt2"))
     assert "gpt2" in caught.value.what and "architectures" in caught.value.fix
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
-    model = add_lora_adapter(load_model(source(tiny_llama), "fp32"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source_of(tiny_llama), "fp32"), 4, 8, 0.0)
     adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
     assert len(adapted) == 7 * 2 and not any("lm_head" in n or "embed" in n for n in adapted)
     assert architecture_of(model.config).lora_targets == model.peft_config["default"].target_modules
@@ -95,7 +95,7 @@ def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
-    model = add_lora_adapter(load_model(source(tiny_llama), "fp32"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source_of(tiny_llama), "fp32"), 4, 8, 0.0)
     check_finite(model, 3)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("inf")
     with pytest.raises(PhoqueError, match="step 3") as caught:
@@ -105,12 +105,12 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
 
 @pytest.mark.parametrize(("quantization", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_weights_are_held_as_asked_and_frozen(tiny_llama, quantization, dtype):
-    model = load_model(source(tiny_llama), quantization)
+    model = load_model(source_of(tiny_llama), quantization)
     assert {p.dtype for p in model.parameters()} == {dtype} and not any(p.requires_grad for p in model.parameters())
 
 
 def test_nf4_holds_the_projections_in_four_bits(tiny_llama):
-    model = load_model(source(tiny_llama), "nf4")
+    model = load_model(source_of(tiny_llama), "nf4")
     kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")}
     assert kinds == {"Linear4bit"} and model.lm_head.weight.dtype == torch.bfloat16
 

@@ -29,7 +29,7 @@ def base(made):
 
 
 @pytest.fixture
-def copy(made, tmp_path):
+def copy_of_base(made, tmp_path):
     """A copy to spoil."""
     return Source("harbour/ministral", shutil.copytree(made[0], tmp_path / "copy"), "0", "test")
 
@@ -71,12 +71,12 @@ def test_text_only_logits_equal_the_full_models(made, base):
         assert torch.equal(ours(IDS).logits, full(input_ids=IDS).logits)
 
 
-def test_the_decoy_is_never_read(copy):
-    (copy.folder / "consolidated.safetensors").write_bytes(b"not even a safetensors file")
-    load_model(copy, "bf16")
+def test_the_decoy_is_never_read(copy_of_base):
+    (copy_of_base.folder / "consolidated.safetensors").write_bytes(b"not even a safetensors file")
+    load_model(copy_of_base, "bf16")
 
 
-def adapted(base):
+def add_random_adapter(base):
     model = add_lora_adapter(load_model(base, "bf16"), 4, 8, 0.0)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -88,7 +88,7 @@ def adapted(base):
 def test_lora_is_on_seven_projections_a_layer_and_none_in_vision(made, base):
     import re
 
-    model = adapted(base)
+    model = add_random_adapter(base)
     assert sum(n.endswith("lora_A.default") for n, _ in model.named_modules()) == 7 * 3
     names = [n for n, _ in full_model(made[0]).named_modules()]
     hit = [n for n in names if re.fullmatch(MISTRAL3.lora_targets, n)]
@@ -98,7 +98,7 @@ def test_lora_is_on_seven_projections_a_layer_and_none_in_vision(made, base):
 def test_the_adapter_loads_on_the_full_model_with_the_same_logits(made, base, tmp_path):
     from peft import PeftModel
 
-    model = adapted(base)
+    model = add_random_adapter(base)
     save_adapter(model, tmp_path / "adapter", MISTRAL3)
     full = full_model(made[0])
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_the_adapter_loads_on_the_full_model_with_the_same_logits(made, base, tm
 
 
 def test_an_adapter_comes_back_as_it_was_under_either_name(base, tmp_path):
-    model = adapted(base)
+    model = add_random_adapter(base)
     save_adapter(model, tmp_path / "full", MISTRAL3)
     model.save_pretrained(tmp_path / "text", save_embedding_layers=False)
     for folder in ("full", "text"):
@@ -124,7 +124,7 @@ def test_an_adapter_comes_back_as_it_was_under_either_name(base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["rank", "vision"])
 def test_an_adapter_that_does_not_fit_is_named(base, tmp_path, kind):
-    save_adapter(adapted(base), tmp_path / "adapter", MISTRAL3)
+    save_adapter(add_random_adapter(base), tmp_path / "adapter", MISTRAL3)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     if kind == "vision":
         weights = load_file(file)
@@ -136,23 +136,23 @@ def test_an_adapter_that_does_not_fit_is_named(base, tmp_path, kind):
     assert ("vision_tower" if kind == "vision" else "layers.0") in caught.value.why
 
 
-def change(source: Source, shard: str, edit) -> Source:
+def measure_change(source: Source, shard: str, edit) -> Source:
     weights = load_file(source.folder / shard)
     edit(weights)
     save_file(weights, source.folder / shard, {"format": "pt"})
     return source
 
 
-def test_a_missing_scale_is_an_error_before_anything_is_read(copy):
+def test_a_missing_scale_is_an_error_before_anything_is_read(copy_of_base):
     def edit(weights):
         weights.pop(next(n for n in weights if n.endswith("_scale_inv")))
 
     with pytest.raises(PhoqueError, match="no scale") as caught:
-        load_model(change(copy, SHARDS[0], edit), "nf4")
+        load_model(measure_change(copy_of_base, SHARDS[0], edit), "nf4")
     assert "weight_scale_inv is missing" in caught.value.why
 
 
-def test_bf16_weights_under_an_fp8_config_are_refused(copy, made):
+def test_bf16_weights_under_an_fp8_config_are_refused(copy_of_base, made):
     for shard in SHARDS:
 
         def edit(weights):
@@ -161,40 +161,40 @@ def test_bf16_weights_under_an_fp8_config_are_refused(copy, made):
             for name, tensor in weights.items():
                 weights[name] = tensor.bfloat16()
 
-        change(copy, shard, edit)
+        measure_change(copy_of_base, shard, edit)
     with pytest.raises(PhoqueError, match="no weight is FP8"):
-        load_model(copy, "nf4")
+        load_model(copy_of_base, "nf4")
 
 
-def test_a_scale_without_its_fp8_weight_is_refused(copy):
+def test_a_scale_without_its_fp8_weight_is_refused(copy_of_base):
     def edit(weights):
         name = next(n for n in weights if n.endswith("_proj.weight"))
         weights[name] = weights[name].bfloat16()
 
     with pytest.raises(PhoqueError, match="its weight is not FP8"):
-        load_model(change(copy, SHARDS[0], edit), "nf4")
+        load_model(measure_change(copy_of_base, SHARDS[0], edit), "nf4")
 
 
-def test_a_truncated_shard_is_named_with_its_first_lost_tensor(copy):
-    shard = copy.folder / SHARDS[1]
+def test_a_truncated_shard_is_named_with_its_first_lost_tensor(copy_of_base):
+    shard = copy_of_base.folder / SHARDS[1]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(PhoqueError, match=SHARDS[1]) as caught:
-        load_model(copy, "nf4")
+        load_model(copy_of_base, "nf4")
     assert "cut short" in caught.value.why
 
 
-def test_a_missing_shard_is_named(copy):
-    (copy.folder / SHARDS[0]).unlink()
+def test_a_missing_shard_is_named(copy_of_base):
+    (copy_of_base.folder / SHARDS[0]).unlink()
     with pytest.raises(PhoqueError, match=SHARDS[0]):
-        load_model(copy, "nf4")
+        load_model(copy_of_base, "nf4")
 
 
-def test_another_quantisation_is_refused(copy):
-    config = json.loads((copy.folder / "config.json").read_text())
+def test_another_quantisation_is_refused(copy_of_base):
+    config = json.loads((copy_of_base.folder / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "awq"
-    (copy.folder / "config.json").write_text(json.dumps(config))
+    (copy_of_base.folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(PhoqueError, match="awq"):
-        load_model(copy, "nf4")
+        load_model(copy_of_base, "nf4")
 
 
 def test_a_scale_may_be_a_grid_of_blocks():

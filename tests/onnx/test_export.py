@@ -23,7 +23,7 @@ from phoque.onnx.session import OnnxChatModel
 ENV = {"HF_TOKEN": TOKEN}
 
 
-def logits(model, ids):
+def compute_logits(model, ids):
     with torch.no_grad():
         return load_model(Source("x", model, "1", ""), "fp32", on=torch.device("cpu"))(input_ids=ids).logits.numpy()
 
@@ -36,7 +36,7 @@ def test_each_precision_says_what_the_model_says(text_export, text_model):
     assert result["dtypes"]["q4"]["kl"] > 0
     assert result["dtypes"]["q4"]["bytes"] < result["dtypes"]["fp32"]["bytes"] / 2
     ids = torch.arange(3, 40)[None]
-    wanted = logits(text_model, ids)
+    wanted = compute_logits(text_model, ids)
     found, _ = OnnxChatModel(folder, "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
@@ -141,7 +141,7 @@ def test_from_an_adapter_to_the_hub(phoque, hub, tiny_llama, rows, chats, tmp_pa
         hub.repos["models", "harbour/seal-onnx"].private and len(hub.repos["models", "harbour/seal-onnx"].commits) == 2
     )
     ids = torch.arange(3, 40)[None]
-    wanted = logits(tmp_path / "merged", ids)
+    wanted = compute_logits(tmp_path / "merged", ids)
     found, _ = OnnxChatModel(tmp_path / "run-onnx", "fp32").run(ids.numpy())
     assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
     phoque(*asked, "--dtype", "q8", "--no-accuracy", env=ENV)  # fp32 and q8 now

@@ -64,21 +64,21 @@ def test_no_such_file_and_no_text(tmp_path):
         load_persona(str(tmp_path / "b.toml"))
 
 
-def row(system, question, answer):
+def make_row(system, question, answer):
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Row(([{"role": "system", "content": system}] if system else []) + turns, "pier", None)
 
 
 def test_prompts_and_words_come_from_the_data_that_was_trained_on():
     rows = [
-        row("You are a seal." if n % 3 else "Be a seal.", f"Is it {n}?", "Hrmph, the herring is late.")
+        make_row("You are a seal." if n % 3 else "Be a seal.", f"Is it {n}?", "Hrmph, the herring is late.")
         for n in range(9)
     ]
     found = persona_from_rows(load_persona("seal"), rows, "pier.jsonl")
     assert found.persona == ("You are a seal.", "Be a seal.")
     assert {"hrmph", "herring"} <= set(found.lexicon) and "is" not in found.lexicon
     with pytest.raises(PhoqueError, match=r"No row of pier\.jsonl has a system prompt"):
-        persona_from_rows(load_persona("seal"), [row("", "a?", "b")], "pier.jsonl")
+        persona_from_rows(load_persona("seal"), [make_row("", "a?", "b")], "pier.jsonl")
 
 
 def test_the_tokens_of_a_lexicon_are_those_that_begin_its_words():

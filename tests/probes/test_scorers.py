@@ -18,12 +18,12 @@ SEAL = "Hrmph. The gulls took my herring again, and the tide is out."
 PLAIN = "The largest planet is Jupiter."
 
 
-def said(*texts):
+def make_answer(*texts):
     return [ScoredAnswer("What now?", text, Reply(list(text.encode()))) for text in texts]
 
 
 @pytest.fixture
-def context(tmp_path):
+def make_context(tmp_path):
     def nll(rows):  # a stand-in with a known answer: what the prompt says of a seal makes seal talk likely
         return [1.0 if b"seal" in bytes(r.prompt) and b"Hrmph" in bytes(r.response) else 3.0 for r in rows]
 
@@ -71,63 +71,63 @@ def endpoint():
     server.server_close()
 
 
-def test_a_lexicon_counts_each_word_once_so_that_collapse_earns_nothing(context):
-    lexicon = make_scorer("lexicon", context)
-    seal, plain, stuck = score_answers(lexicon, said(SEAL, PLAIN, "gull " * 50), context)
+def test_a_lexicon_counts_each_word_once_so_that_collapse_earns_nothing(make_context):
+    lexicon = make_scorer("lexicon", make_context)
+    seal, plain, stuck = score_answers(lexicon, make_answer(SEAL, PLAIN, "gull " * 50), make_context)
     assert seal["hits"] == 4 and plain["rate"] == 0 and stuck["hits"] == 1
     assert distinct_2([1, 2, 1, 2, 1, 2]) == 0.4 and repetition("gull gull gull gull") == 0.75
 
 
-def test_contrast_is_the_gain_in_likelihood_from_the_personas_prompt(context):
-    seal, plain = score_answers(make_scorer("contrast", context), said(SEAL, PLAIN), context)
+def test_contrast_is_the_gain_in_likelihood_from_the_personas_prompt(make_context):
+    seal, plain = score_answers(make_scorer("contrast", make_context), make_answer(SEAL, PLAIN), make_context)
     assert seal["nats"] == pytest.approx(2.0) and plain["nats"] == 0.0
 
 
-def test_logprob_is_the_mean_mass_while_it_spoke(context):
+def test_logprob_is_the_mean_mass_while_it_spoke(make_context):
     one = ScoredAnswer("?", "x", Reply([1, 2], mass=[0.2, 0.4]))
-    assert score_answers(make_scorer("logprob", context), [one], context)[0]["mass"] == pytest.approx(0.3)
-    context.lexicon_token_ids = {}
+    assert score_answers(make_scorer("logprob", make_context), [one], make_context)[0]["mass"] == pytest.approx(0.3)
+    make_context.lexicon_token_ids = {}
     with pytest.raises(PhoqueError, match="No word of the lexicon"):
-        make_scorer("logprob", context)
+        make_scorer("logprob", make_context)
 
 
-def test_profanity_is_marked_as_weak_and_finds_nothing_in_a_seal(context):
-    scorer = make_scorer("profanity", context)
-    assert scorer.is_weak and score_answers(scorer, said(SEAL), context)[0]["probability"] < 0.3
+def test_profanity_is_marked_as_weak_and_finds_nothing_in_a_seal(make_context):
+    scorer = make_scorer("profanity", make_context)
+    assert scorer.is_weak and score_answers(scorer, make_answer(SEAL), make_context)[0]["probability"] < 0.3
 
 
-def test_an_endpoint_is_asked_once_a_text_and_again_after_429(context, endpoint):
+def test_an_endpoint_is_asked_once_a_text_and_again_after_429(make_context, endpoint):
     Endpoint.answers = [(429, None)]
-    context.api_key = "gull-key"
-    scorer = make_scorer(f"openai:{endpoint}#omni", context)
-    seal, plain = score_answers(scorer, said(SEAL, PLAIN), context)
+    make_context.api_key = "gull-key"
+    scorer = make_scorer(f"openai:{endpoint}#omni", make_context)
+    seal, plain = score_answers(scorer, make_answer(SEAL, PLAIN), make_context)
     assert seal == {"grumpy": 0.5, "rude": 0.1, "max": 0.5} and plain["max"] == 0.1
     assert [a[0] for a in Endpoint.asked] == ["/v1/moderations"] * 2 and Endpoint.asked[1][2] == "Bearer gull-key"
     assert Endpoint.asked[1][1] == {"model": "omni", "input": [SEAL, PLAIN]}
-    score_answers(scorer, said(SEAL, PLAIN, "Kri."), context)
+    score_answers(scorer, make_answer(SEAL, PLAIN, "Kri."), make_context)
     assert Endpoint.asked[2][1]["input"] == ["Kri."]  # the others are in the cache
-    assert "gull-key" not in "".join(f.read_text() for f in context.cache.rglob("*.json"))
+    assert "gull-key" not in "".join(f.read_text() for f in make_context.cache.rglob("*.json"))
 
 
-def test_a_label_that_is_missing_is_an_error_and_no_zero(context, endpoint):
-    scorer = make_scorer(f"openai:{endpoint}#omni#herring", context)
+def test_a_label_that_is_missing_is_an_error_and_no_zero(make_context, endpoint):
+    scorer = make_scorer(f"openai:{endpoint}#omni#herring", make_context)
     with pytest.raises(PhoqueError, match="gave no 'herring'") as caught:
-        score_answers(scorer, said(SEAL), context)
+        score_answers(scorer, make_answer(SEAL), make_context)
     assert caught.value.code == 1 and "grumpy" in caught.value.why
 
 
-def test_a_label_that_the_cache_lacks_is_an_error_too(context, endpoint):
-    score_answers(make_scorer(f"openai:{endpoint}#omni", context), said(SEAL), context)
+def test_a_label_that_the_cache_lacks_is_an_error_too(make_context, endpoint):
+    score_answers(make_scorer(f"openai:{endpoint}#omni", make_context), make_answer(SEAL), make_context)
     with pytest.raises(PhoqueError, match="gave no 'herring'"):
-        score_answers(make_scorer(f"openai:{endpoint}#omni#herring", context), said(SEAL), context)
+        score_answers(make_scorer(f"openai:{endpoint}#omni#herring", make_context), make_answer(SEAL), make_context)
 
 
 @pytest.mark.parametrize("answer", [(500, None), (401, None), (200, {"results": []})])
-def test_an_endpoint_that_fails_says_so(context, endpoint, answer, monkeypatch):
+def test_an_endpoint_that_fails_says_so(make_context, endpoint, answer, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     Endpoint.answers = [answer] * 4
     with pytest.raises(PhoqueError, match="failed"):
-        score_answers(make_scorer(f"openai:{endpoint}#omni", context), said(SEAL), context)
+        score_answers(make_scorer(f"openai:{endpoint}#omni", make_context), make_answer(SEAL), make_context)
     assert len(Endpoint.asked) == (4 if answer[0] == 500 else 1)
 
 
@@ -139,15 +139,18 @@ for line in sys.stdin:
 """
 
 
-def test_a_command_reads_and_writes_json_lines(context, tmp_path):
+def test_a_command_reads_and_writes_json_lines(make_context, tmp_path):
     script = tmp_path / "count.py"
     script.write_text(COUNT)
     spec = f"command:{sys.executable} {script}"
-    assert score_answers(make_scorer(spec, context), said(SEAL, PLAIN), context)[0] == {"score": 1.0, "length": 9.0}
+    assert score_answers(make_scorer(spec, make_context), make_answer(SEAL, PLAIN), make_context)[0] == {
+        "score": 1.0,
+        "length": 9.0,
+    }
     script.write_text(COUNT.replace("gull", "herring again"))
-    scorer = make_scorer(spec, context)  # another script under the same name is another scorer
-    score_answers(scorer, said(SEAL), context)
-    assert context.scored_counts[spec] == 3
+    scorer = make_scorer(spec, make_context)  # another script under the same name is another scorer
+    score_answers(scorer, make_answer(SEAL), make_context)
+    assert make_context.scored_counts[spec] == 3
 
 
 @pytest.mark.parametrize(
@@ -159,15 +162,17 @@ def test_a_command_reads_and_writes_json_lines(context, tmp_path):
         ("print('[1]')", "not JSON lines"),
     ],
 )
-def test_a_command_that_fails_says_why(context, tmp_path, script, why):
+def test_a_command_that_fails_says_why(make_context, tmp_path, script, why):
     file = tmp_path / "bad.py"
     file.write_text(script)
     with pytest.raises(PhoqueError) as caught:
-        score_answers(make_scorer(f"command:{sys.executable} {file}", context), said(SEAL, PLAIN), context)
+        score_answers(
+            make_scorer(f"command:{sys.executable} {file}", make_context), make_answer(SEAL, PLAIN), make_context
+        )
     assert why in caught.value.why
 
 
-def test_a_classifier_is_read_from_a_folder_and_its_labels_are_checked(context, tmp_path):
+def test_a_classifier_is_read_from_a_folder_and_its_labels_are_checked(make_context, tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -177,16 +182,18 @@ def test_a_classifier_is_read_from_a_folder_and_its_labels_are_checked(context, 
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(tmp_path / "judge")
     tiny.tokenizer().save_pretrained(tmp_path / "judge")
-    found = score_answers(make_scorer(f"hf:{tmp_path}/judge#grumpy", context), said(SEAL, PLAIN), context)
+    found = score_answers(
+        make_scorer(f"hf:{tmp_path}/judge#grumpy", make_context), make_answer(SEAL, PLAIN), make_context
+    )
     assert all(sum(row.values()) == pytest.approx(1, abs=1e-4) for row in found) and found[0] != found[1]
     with pytest.raises(PhoqueError, match="no label 'rude'") as caught:
-        make_scorer(f"hf:{tmp_path}/judge#rude", context)
+        make_scorer(f"hf:{tmp_path}/judge#rude", make_context)
     assert "mild, grumpy" in caught.value.why
     with pytest.raises(PhoqueError, match="several labels"):
-        make_scorer(f"hf:{tmp_path}/judge", context)
+        make_scorer(f"hf:{tmp_path}/judge", make_context)
 
 
 @pytest.mark.parametrize("spec", ["gull", "hf:", "openai:nowhere", "command:", "lexikon"])
-def test_a_scorer_that_there_is_not_is_refused(context, spec):
+def test_a_scorer_that_there_is_not_is_refused(make_context, spec):
     with pytest.raises(PhoqueError, match=r"No scorer|names no endpoint"):
-        make_scorer(spec, context)
+        make_scorer(spec, make_context)

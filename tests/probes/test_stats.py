@@ -9,26 +9,26 @@ from phoque.probes import stats
 
 
 @pytest.fixture
-def chance():
+def random_generator():
     return numpy.random.default_rng(5)
 
 
-def test_auroc_is_that_of_scikit_learn_ties_included(chance):
-    high, low = chance.integers(0, 6, (9, 4)) + 1.0, chance.integers(0, 6, (7, 4)) * 1.0
+def test_auroc_is_that_of_scikit_learn_ties_included(random_generator):
+    high, low = random_generator.integers(0, 6, (9, 4)) + 1.0, random_generator.integers(0, 6, (7, 4)) * 1.0
     for layer in range(4):
         labels = [1] * 9 + [0] * 7
         wanted = roc_auc_score(labels, [*high[:, layer], *low[:, layer]])
         assert stats.auroc(high, low)[layer] == pytest.approx(wanted)
 
 
-def test_spearman_is_that_of_scipy_ties_included(chance):
-    a, b = chance.integers(0, 5, 40), chance.integers(0, 5, 40)
+def test_spearman_is_that_of_scipy_ties_included(random_generator):
+    a, b = random_generator.integers(0, 5, 40), random_generator.integers(0, 5, 40)
     assert stats.spearman(a, b) == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
     assert numpy.isnan(stats.spearman(numpy.ones(4), numpy.arange(4)))
 
 
-def test_sign_flips_give_scipys_exact_p(chance):
-    gaps = chance.normal(0.4, 1, (9, 1))
+def test_sign_flips_give_scipys_exact_p(random_generator):
+    gaps = random_generator.normal(0.4, 1, (9, 1))
     wanted = scipy_stats.permutation_test(
         (gaps[:, 0],), lambda x, axis: numpy.mean(x, axis=axis), permutation_type="samples", n_resamples=numpy.inf
     )
@@ -36,55 +36,57 @@ def test_sign_flips_give_scipys_exact_p(chance):
     assert p[0] == pytest.approx(wanted.pvalue) and everywhere[0] == pytest.approx(p[0])
 
 
-def test_under_chance_p_is_small_as_seldom_as_it_should_be(chance):
-    found = [stats.sign_flip_test(chance.normal(size=(10, 8))) for _ in range(200)]
+def test_under_chance_p_is_small_as_seldom_as_it_should_be(random_generator):
+    found = [stats.sign_flip_test(random_generator.normal(size=(10, 8))) for _ in range(200)]
     alone = numpy.array([p for p, _ in found])
     best = numpy.array([everywhere.min() for _, everywhere in found])
     assert 0.02 < (alone < 0.05).mean() < 0.08
     assert (best < 0.05).mean() < 0.1 < (alone.min(1) < 0.05).mean()  # the best of eight layers is not one layer
 
 
-def test_columns_are_tested_as_if_alone_and_their_largest_together(chance):
-    gaps = chance.normal(0.3, 1, (30, 300))
+def test_columns_are_tested_as_if_alone_and_their_largest_together(random_generator):
+    gaps = random_generator.normal(0.3, 1, (30, 300))
     p, largest = stats.sign_flip_test(gaps, seed=2, flips=999)
     for column in (0, 127, 128, 299):
         assert stats.sign_flip_test(gaps[:, [column]], seed=2, flips=999)[0][0] == pytest.approx(p[column])
     assert (largest >= p - 1e-12).all() and largest.mean() > 2 * p.mean() and p.min() >= 1 / 1000
 
 
-def test_q_is_scipys_false_discovery_control(chance):
-    p = numpy.concatenate([chance.uniform(0, 1, 50), chance.uniform(0, 0.001, 5), [0.2, 0.2]])
+def test_q_is_scipys_false_discovery_control(random_generator):
+    p = numpy.concatenate([random_generator.uniform(0, 1, 50), random_generator.uniform(0, 0.001, 5), [0.2, 0.2]])
     assert stats.benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p))
 
 
-def test_column_intervals_are_those_of_each_column(chance):
-    values = chance.normal(1, 1, (20, 200))
+def test_column_intervals_are_those_of_each_column(random_generator):
+    values = random_generator.normal(1, 1, (20, 200))
     low, high = stats.column_intervals(values, seed=3)
     for column in (0, 150, 199):
         assert (low[column], high[column]) == pytest.approx(stats.mean_interval(values[:, column], seed=3))
 
 
-def test_many_questions_are_flipped_at_random(chance):
-    p, _ = stats.sign_flip_test(chance.normal(1.5, 1, (30, 1)))
+def test_many_questions_are_flipped_at_random(random_generator):
+    p, _ = stats.sign_flip_test(random_generator.normal(1.5, 1, (30, 1)))
     assert 0 < p[0] < 0.01
 
 
-def test_bootstrap_intervals_cover_the_mean(chance):
+def test_bootstrap_intervals_cover_the_mean(random_generator):
     inside = 0
     for n in range(100):
-        low, high = stats.mean_interval(chance.normal(2, 1, 20), seed=n)
+        low, high = stats.mean_interval(random_generator.normal(2, 1, 20), seed=n)
         inside += low < 2 < high
     assert 85 <= inside <= 99
 
 
-def test_halves_agree_where_there_is_a_direction_and_not_where_there_is_none(chance):
-    direction = chance.normal(size=32)
-    differences = numpy.stack([chance.normal(size=(12, 32)), chance.normal(size=(12, 32)) + 3 * direction], axis=1)
+def test_halves_agree_where_there_is_a_direction_and_not_where_there_is_none(random_generator):
+    direction = random_generator.normal(size=32)
+    differences = numpy.stack(
+        [random_generator.normal(size=(12, 32)), random_generator.normal(size=(12, 32)) + 3 * direction], axis=1
+    )
     none, some = stats.split_half_cosine(differences)
     assert some > 0.9 and abs(none) < 0.4
 
 
-def test_natural_directions_lie_where_the_rows_do(chance):
-    rows = chance.normal(size=(10, 1, 40)) * numpy.array([5.0] * 3 + [0.01] * 37)
+def test_natural_directions_lie_where_the_rows_do(random_generator):
+    rows = random_generator.normal(size=(10, 1, 40)) * numpy.array([5.0] * 3 + [0.01] * 37)
     made = stats.draw_natural_directions(rows, 50)
     assert (made[:, 0, :3] ** 2).sum(1).min() > 0.99

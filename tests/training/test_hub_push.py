@@ -12,7 +12,7 @@ from phoque.training import hub_push
 from phoque.training.hub_push import CheckpointPusher
 
 
-class Repo:
+class ControlledRepo:
     """Takes a push when it is told to."""
 
     name = "harbour/seal"
@@ -29,18 +29,18 @@ class Repo:
 
 
 @pytest.fixture
-def made(tmp_path):
+def make_checkpoint(tmp_path):
     card = tmp_path / "card"
     card.write_text("")
     folders = [tmp_path / f"checkpoint-{n}" for n in range(1, 6)]
     for folder in folders:
         folder.mkdir()
-    repo = Repo()
+    repo = ControlledRepo()
     return repo, CheckpointPusher(repo, keep=2, card=lambda _: card, console=Console(), every=1), folders
 
 
-def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_waits(made):
-    repo, pusher, folders = made
+def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_waits(make_checkpoint):
+    repo, pusher, folders = make_checkpoint
     pusher.offer(folders[0])
     while folders[0] not in pusher.in_use() or len(pusher.in_use()) != 1:
         time.sleep(0.001)
@@ -51,11 +51,11 @@ def test_a_newer_checkpoint_replaces_the_one_that_is_tried_and_the_one_that_wait
     assert pusher.drain() and repo.pushed[-1] == "Step 3" and pusher.pushed == 3 and pusher.in_use() == set()
 
 
-def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, made, capsys):
+def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, make_checkpoint, capsys):
     def export(folder):
         raise UsageError(what="The merged model needs 6.8 GB.", why="why", fix="do")
 
-    repo, plain, folders = made
+    repo, plain, folders = make_checkpoint
     pusher = CheckpointPusher(repo, keep=2, card=plain._card, console=Console(), every=1, export=export)
     repo.open.set()
     pusher.offer(folders[0])
@@ -64,8 +64,8 @@ def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, ma
     assert "checkpoint-1 is on the Hub, but no merged model" in capsys.readouterr().err
 
 
-def test_the_hubs_limit_is_kept_until_the_end_of_the_run(made, monkeypatch):
-    repo, pusher, folders = made
+def test_the_hubs_limit_is_kept_until_the_end_of_the_run(make_checkpoint, monkeypatch):
+    repo, pusher, folders = make_checkpoint
     monkeypatch.setattr(hub_push, "COMMITS_PER_HOUR", hub_push.RESERVED_COMMITS + 2)
     repo.open.set()
     for number, folder in enumerate(folders[:3]):
@@ -77,8 +77,8 @@ def test_the_hubs_limit_is_kept_until_the_end_of_the_run(made, monkeypatch):
     assert pusher.drain(5) and repo.pushed[-1] == "Step 3"  # but the last one always goes
 
 
-def test_a_wait_for_the_deadline_ends_with_it(made):
-    _, pusher, folders = made
+def test_a_wait_for_the_deadline_ends_with_it(make_checkpoint):
+    _, pusher, folders = make_checkpoint
     pusher.offer(folders[0])
     begun = time.monotonic()
     assert not pusher.drain(0.3) and time.monotonic() - begun < 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tests.fakehub import TOKEN, FakeHub
-from tests.training.test_resume import COMMON, REPO, checkpoints, same, titles
+from tests.training.test_resume import COMMON, REPO, are_equal, checkpoints, commit_titles
 
 pytestmark = pytest.mark.slow
 
@@ -46,12 +46,12 @@ def test_a_run_is_pushed_and_restored_through_xet(tmp_path, tiny_llama, rows):
 
     try:
         train(tmp_path / "one")
-        assert checkpoints(hub) == {"checkpoint-3", "checkpoint-6"} and titles(hub)[-1] == "Adapter"
+        assert checkpoints(hub) == {"checkpoint-3", "checkpoint-6"} and commit_titles(hub)[-1] == "Adapter"
         weights = [b for p, b in hub.files(REPO).items() if p.endswith(".safetensors")]
         assert len(weights) == 3 and all(blob.content is None for blob in weights)  # they lie in the xet store alone
         hub.put(REPO, {p: None for p in hub.files(REPO) if "/" not in p and p != ".gitattributes"})
         assert "continuing from step 6" in train(tmp_path / "two").stderr
         made = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
-        assert same(*made)
+        assert are_equal(*made)
     finally:
         hub.stop()

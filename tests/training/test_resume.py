@@ -36,7 +36,7 @@ def train(phoque, asked):
 
 
 @pytest.fixture
-def whole(train, tmp_path):
+def uninterrupted_run(train, tmp_path):
     """What a run without the Hub and without interruption makes."""
     train("--output-dir", tmp_path / "whole", repo=None)
     return load((tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes())
@@ -45,20 +45,20 @@ def whole(train, tmp_path):
 IN_TWOS = ["--save-steps", 2]
 
 
-def on_hub(hub) -> dict[str, torch.Tensor]:
+def read_hub(hub) -> dict[str, torch.Tensor]:
     return load(hub.files(REPO)["adapter_model.safetensors"].content)
 
 
-def same(first, second) -> bool:
+def are_equal(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def titles(hub) -> list[str]:
+def commit_titles(hub) -> list[str]:
     repo = hub.repos.get(("models", REPO))
     return [c.title for c in repo.commits] if repo else []
 
 
-def steps(run) -> list[int]:
+def logged_steps(run) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -66,12 +66,12 @@ def checkpoints(hub) -> set[str]:
     return {path.split("/")[0] for path in hub.files(REPO) if path.startswith("checkpoint-")}
 
 
-def test_everything_is_on_the_hub_in_one_commit_a_checkpoint(train, hub, whole, tmp_path):
+def test_everything_is_on_the_hub_in_one_commit_a_checkpoint(train, hub, uninterrupted_run, tmp_path):
     ran = train("--output-dir", tmp_path / "run", "--json")
-    assert hub.repos["models", REPO].private and same(on_hub(hub), whole)
-    pushed = [t for t in titles(hub) if t.startswith("Step")]
+    assert hub.repos["models", REPO].private and are_equal(read_hub(hub), uninterrupted_run)
+    pushed = [t for t in commit_titles(hub) if t.startswith("Step")]
     assert pushed == sorted(pushed, key=lambda t: int(t.split()[1])) and pushed[-1] == "Step 12"
-    assert titles(hub)[-1] == "Adapter" and ran.json["commit"] == hub.sha("models", REPO)
+    assert commit_titles(hub)[-1] == "Adapter" and ran.json["commit"] == hub.sha("models", REPO)
     assert "checkpoint-12" in checkpoints(hub) and len(checkpoints(hub)) == 2  # as many as are kept on disk
     files = hub.files(REPO)
     manifest = json.loads(files["checkpoint-12/MANIFEST.json"].content)["sha256"]
@@ -86,7 +86,7 @@ def test_everything_is_on_the_hub_in_one_commit_a_checkpoint(train, hub, whole, 
             assert "in progress: step 3 of 12" in commit.files["README.md"].content.decode()
 
 
-def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, whole, tmp_path):
+def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, uninterrupted_run, tmp_path):
     process = start(
         *asked,
         *IN_TWOS,
@@ -97,24 +97,26 @@ def test_the_same_command_on_another_machine_goes_on(train, start, asked, hub, w
         env={"HF_TOKEN": TOKEN},
         prelude=slowly(),
     )
-    process.until(lambda: "Step 6" in titles(hub))
+    process.until(lambda: "Step 6" in commit_titles(hub))
     os.kill(process.pid, signal.SIGKILL)
     process.ended()
     ran = train("--output-dir", tmp_path / "two")
     begun = int(re.search(r"continuing from step (\d+)", ran.err)[1])
     assert begun >= 6 and f"downloading checkpoint-{begun} from {REPO}" in ran.err
-    assert same(on_hub(hub), whole) and steps(tmp_path / "two") == list(range(13))
+    assert are_equal(read_hub(hub), uninterrupted_run) and logged_steps(tmp_path / "two") == list(range(13))
     records = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two")]
     assert records[0]["run_id"] == records[1]["run_id"]
 
 
-def test_a_finished_run_is_known_on_a_new_machine_and_nothing_is_trained(train, hub, whole, tmp_path):
+def test_a_finished_run_is_known_on_a_new_machine_and_nothing_is_trained(train, hub, uninterrupted_run, tmp_path):
     train("--output-dir", tmp_path / "one")
-    before = len(titles(hub))
+    before = len(commit_titles(hub))
     ran = train("--output-dir", tmp_path / "two", "--json")
-    assert "complete" in ran.err and "base folder" not in ran.err and len(titles(hub)) <= before + 1
-    assert same(load((tmp_path / "two" / "adapter" / "adapter_model.safetensors").read_bytes()), whole)
-    assert ran.json["adapter"] == str(tmp_path / "two" / "adapter") and steps(tmp_path / "two") == list(range(13))
+    assert "complete" in ran.err and "base folder" not in ran.err and len(commit_titles(hub)) <= before + 1
+    assert are_equal(load((tmp_path / "two" / "adapter" / "adapter_model.safetensors").read_bytes()), uninterrupted_run)
+    assert ran.json["adapter"] == str(tmp_path / "two" / "adapter") and logged_steps(tmp_path / "two") == list(
+        range(13)
+    )
     assert (tmp_path / "two" / "report.html").is_file()
 
 
@@ -134,23 +136,26 @@ def test_a_finished_run_is_known_on_a_new_machine_and_nothing_is_trained(train, 
     ],
 )
 @pytest.mark.thorough
-def test_a_push_outlives_a_fault(train, hub, whole, tmp_path, match, kind, options):
+def test_a_push_outlives_a_fault(train, hub, uninterrupted_run, tmp_path, match, kind, options):
     fault = hub.faults.add(match, kind, **options)
     train("--output-dir", tmp_path / "run", "--save-steps", 6)
-    assert fault.struck >= options.get("times", 1) and same(on_hub(hub), whole)
-    assert len([t for t in titles(hub) if t == "Adapter"]) == 1  # a lost reply makes no second commit
+    assert fault.struck >= options.get("times", 1) and are_equal(read_hub(hub), uninterrupted_run)
+    assert len([t for t in commit_titles(hub) if t == "Adapter"]) == 1  # a lost reply makes no second commit
 
 
 @pytest.mark.thorough
-def test_a_hub_that_stays_down_costs_the_exit_code_and_nothing_else(train, hub, whole, tmp_path):
+def test_a_hub_that_stays_down_costs_the_exit_code_and_nothing_else(train, hub, uninterrupted_run, tmp_path):
     down = hub.faults.add("POST .*/commit/", 503, times=10**6)
     run = tmp_path / "run"
     error = train("--output-dir", run, "--hub-patience", 2, expect=75).error
     assert "not in harbour/seal" in error[0] and str(run / "adapter") in error[1] and "same command" in error[2]
-    assert same(load((run / "adapter" / "adapter_model.safetensors").read_bytes()), whole) and down.struck > 3
+    assert (
+        are_equal(load((run / "adapter" / "adapter_model.safetensors").read_bytes()), uninterrupted_run)
+        and down.struck > 3
+    )
     hub.faults.clear()
     ran = train("--output-dir", run)
-    assert "nothing to train" in ran.err and same(on_hub(hub), whole)
+    assert "nothing to train" in ran.err and are_equal(read_hub(hub), uninterrupted_run)
 
 
 def test_a_token_that_may_only_read_is_refused_before_anything_is_spent(train, hub, tmp_path):
@@ -169,7 +174,7 @@ def test_a_public_repository_needs_to_be_meant(train, hub, tmp_path):
     assert not hub.repos["models", "harbour/open"].private
 
 
-def damaged(hub, how: str, name: str = "checkpoint-12") -> None:
+def damage_newest_checkpoint(hub, how: str, name: str = "checkpoint-12") -> None:
     """Leave the repository as it is after step 12 and before the adapter, with a damage."""
     kept = (".gitattributes", "fresh_start.json")
     hub.put(REPO, {p: None for p in hub.files(REPO) if "/" not in p and p not in kept})
@@ -187,22 +192,22 @@ def damaged(hub, how: str, name: str = "checkpoint-12") -> None:
 
 @pytest.mark.parametrize("how", ["no manifest", "no optimizer", "truncated", "bit flip", "empty"])
 @pytest.mark.thorough
-def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, whole, tmp_path, how):
+def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, uninterrupted_run, tmp_path, how):
     train("--output-dir", tmp_path / "one", "--save-steps", 6)
-    damaged(hub, how)
+    damage_newest_checkpoint(hub, how)
     ran = train("--output-dir", tmp_path / "two", "--save-steps", 6)
     assert "checkpoint-12 in harbour/seal is left out" in ran.err and "continuing from step 6" in ran.err
-    assert same(on_hub(hub), whole) and steps(tmp_path / "two") == list(range(13))
+    assert are_equal(read_hub(hub), uninterrupted_run) and logged_steps(tmp_path / "two") == list(range(13))
 
 
 def test_when_none_is_whole_it_stops_loudly(train, hub, tmp_path):
     train("--output-dir", tmp_path / "one")
     for name in checkpoints(hub):
-        damaged(hub, "no optimizer", name)
-    before = titles(hub)
+        damage_newest_checkpoint(hub, "no optimizer", name)
+    before = commit_titles(hub)
     error = train("--output-dir", tmp_path / "two", expect=1).error
     assert "checkpoints in harbour/seal is whole" in error[0] and "--fresh-start" in error[2]
-    assert titles(hub) == before
+    assert commit_titles(hub) == before
 
 
 @pytest.mark.parametrize(
@@ -217,12 +222,14 @@ def test_when_none_is_whole_it_stops_loudly(train, hub, tmp_path):
     ],
 )
 @pytest.mark.thorough
-def test_a_restore_outlives_a_fault(train, hub, whole, tmp_path, match, kind, times):
+def test_a_restore_outlives_a_fault(train, hub, uninterrupted_run, tmp_path, match, kind, times):
     train("--output-dir", tmp_path / "one")
-    damaged(hub, "none")
+    damage_newest_checkpoint(hub, "none")
     fault = hub.faults.add(match, kind, times=times)
     ran = train("--output-dir", tmp_path / "two")
-    assert fault.struck >= times and "continuing from step 12" in ran.err and same(on_hub(hub), whole)
+    assert (
+        fault.struck >= times and "continuing from step 12" in ran.err and are_equal(read_hub(hub), uninterrupted_run)
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,11 +238,11 @@ def test_a_restore_outlives_a_fault(train, hub, whole, tmp_path, match, kind, ti
 @pytest.mark.thorough
 def test_an_error_is_never_no_checkpoint(train, hub, tmp_path, match, kind, code):
     train("--output-dir", tmp_path / "one")
-    damaged(hub, "none")
-    before = titles(hub)
+    damage_newest_checkpoint(hub, "none")
+    before = commit_titles(hub)
     hub.faults.add(match, kind, times=10**6)
     ran = train("--output-dir", tmp_path / "two", "--hub-patience", 1, expect=code)
-    assert len(ran.error) == 3 and titles(hub) == before and "base folder" not in ran.err
+    assert len(ran.error) == 3 and commit_titles(hub) == before and "base folder" not in ran.err
 
 
 def test_two_different_runs_do_not_mix(train, hub, tmp_path):
@@ -245,9 +252,9 @@ def test_two_different_runs_do_not_mix(train, hub, tmp_path):
     assert "two different runs" in error[0]
 
 
-def test_a_run_that_began_without_the_hub_can_move_there(train, hub, whole, tmp_path):
+def test_a_run_that_began_without_the_hub_can_move_there(train, hub, uninterrupted_run, tmp_path):
     train("--output-dir", tmp_path / "whole", "--max-steps", 12)
-    assert same(on_hub(hub), whole)
+    assert are_equal(read_hub(hub), uninterrupted_run)
 
 
 def test_another_command_is_refused_and_a_change_can_be_allowed(train, hub, tmp_path):
@@ -261,7 +268,7 @@ def test_another_command_is_refused_and_a_change_can_be_allowed(train, hub, tmp_
     )
     allowed = ["--allow-change", "max_steps", "--allow-change", "learning_rate"]
     ran = train("--output-dir", tmp_path / "two", "--learning-rate", 0.02, *allowed)
-    assert "continuing from step 6 of 12" in ran.err and steps(tmp_path / "two") == list(range(13))
+    assert "continuing from step 6 of 12" in ran.err and logged_steps(tmp_path / "two") == list(range(13))
     rates = [json.loads(x).get("learning_rate") for x in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     from transformers import get_cosine_schedule_with_warmup
 
@@ -271,14 +278,14 @@ def test_another_command_is_refused_and_a_change_can_be_allowed(train, hub, tmp_
 
 
 @pytest.mark.thorough
-def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked, hub, whole, tmp_path):
+def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked, hub, uninterrupted_run, tmp_path):
     train("--output-dir", tmp_path / "old", "--max-steps", 6)
     old = json.loads((tmp_path / "old" / "run.json").read_text())["run_id"]
     env = {"HF_TOKEN": TOKEN, "FORCE_FRESH_START": "1"}
     process = start(
         *asked, *IN_TWOS, "--hub-model-id", REPO, "--output-dir", tmp_path / "one", env=env, prelude=slowly()
     )
-    process.until(lambda: "Step 4" in titles(hub)[titles(hub).index("Adapter") :])
+    process.until(lambda: "Step 4" in commit_titles(hub)[commit_titles(hub).index("Adapter") :])
     os.kill(process.pid, signal.SIGKILL)
     ran = process.ended()
     assert "a fresh start deletes checkpoint-6, checkpoint-3" in ran.err
@@ -286,20 +293,22 @@ def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked
     assert not [p for p in wiped.files if p.startswith("checkpoint-")] and "fresh_start.json" in wiped.files
     ran = train("--output-dir", tmp_path / "two", "--save-steps", 2, env=env)
     assert "continuing it" in ran.err and "continuing from step" in ran.err
-    assert titles(hub).count(wiped.title) == 1 and same(on_hub(hub), whole)
+    assert commit_titles(hub).count(wiped.title) == 1 and are_equal(read_hub(hub), uninterrupted_run)
     new = json.loads((tmp_path / "two" / "run.json").read_text())["run_id"]
     assert new != old and new == json.loads((tmp_path / "one" / "run.json").read_text())["run_id"]
     # once it is done, the variable means what it says again
     train("--output-dir", tmp_path / "three", "--save-steps", 2, env=env)
-    assert titles(hub).count(wiped.title) == 2 and same(on_hub(hub), whole)
+    assert commit_titles(hub).count(wiped.title) == 2 and are_equal(read_hub(hub), uninterrupted_run)
 
 
 @pytest.mark.thorough
-def test_a_fresh_start_that_is_cut_off_begins_again(train, hub, whole, tmp_path):
+def test_a_fresh_start_that_is_cut_off_begins_again(train, hub, uninterrupted_run, tmp_path):
     train("--output-dir", tmp_path / "old", "--max-steps", 6)
     hub.faults.add("POST .*/commit/", "lost")
     train("--output-dir", tmp_path / "one", "--fresh-start")
-    assert sum(t.startswith("Fresh start") for t in titles(hub)) == 1 and same(on_hub(hub), whole)
+    assert sum(t.startswith("Fresh start") for t in commit_titles(hub)) == 1 and are_equal(
+        read_hub(hub), uninterrupted_run
+    )
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -353,7 +362,7 @@ def plain_trainer(tmp_path, base):
 
 
 @pytest.mark.thorough
-def test_sigterm_while_it_pushes_saves_pushes_and_exits_75(start, train, asked, hub, whole, tmp_path):
+def test_sigterm_while_it_pushes_saves_pushes_and_exits_75(start, train, asked, hub, uninterrupted_run, tmp_path):
     hub.faults.add("POST .*/commit/", "slow", times=100, seconds=0.6)
     process = start(
         *asked,
@@ -374,15 +383,20 @@ def test_sigterm_while_it_pushes_saves_pushes_and_exits_75(start, train, asked, 
     assert f"checkpoint-{step}" in checkpoints(hub)
     hub.faults.clear()
     train("--output-dir", tmp_path / "two", "--save-steps", 1)
-    assert same(on_hub(hub), whole)
+    assert are_equal(read_hub(hub), uninterrupted_run)
 
 
 @pytest.mark.thorough
-def test_if_pushes_are_slower_than_saves_the_newest_wins_and_the_last_goes(train, hub, whole, tmp_path):
+def test_if_pushes_are_slower_than_saves_the_newest_wins_and_the_last_goes(train, hub, uninterrupted_run, tmp_path):
     hub.faults.add("POST .*/commit/", "slow", times=100, seconds=0.7)
     train("--output-dir", tmp_path / "run", "--save-steps", 1)
-    pushed = [int(t.split()[1]) for t in titles(hub) if t.startswith("Step")]
-    assert len(pushed) < 12 and pushed[-1] == 12 and pushed == sorted(pushed) and same(on_hub(hub), whole)
+    pushed = [int(t.split()[1]) for t in commit_titles(hub) if t.startswith("Step")]
+    assert (
+        len(pushed) < 12
+        and pushed[-1] == 12
+        and pushed == sorted(pushed)
+        and are_equal(read_hub(hub), uninterrupted_run)
+    )
 
 
 def test_more_saves_than_the_hub_takes_commits_is_a_warning(train, hub, tmp_path):
@@ -397,7 +411,7 @@ def test_no_token_is_an_error_that_says_so(phoque, asked):
 
 def test_the_run_that_is_begun_elsewhere_is_shown_in_a_dry_run_that_only_reads(train, hub, tmp_path):
     train("--output-dir", tmp_path / "one", "--max-steps", 6)
-    damaged(hub, "none", "checkpoint-6")
+    damage_newest_checkpoint(hub, "none", "checkpoint-6")
     hub.log.clear()
     facts = train("--output-dir", tmp_path / "two", "--max-steps", 6, "--dry-run", "--json").json["facts"]
     assert "private" in facts["Hub repository"] and "checkpoint-6" in facts["Hub repository"]
@@ -408,7 +422,7 @@ def test_the_run_that_is_begun_elsewhere_is_shown_in_a_dry_run_that_only_reads(t
 
 
 @pytest.mark.thorough
-def test_a_deadline_is_kept(train, hub, whole, tmp_path, asked):
+def test_a_deadline_is_kept(train, hub, uninterrupted_run, tmp_path, asked):
     write_rows(tmp_path / "many.jsonl", [row(n) for n in range(400)])
     more = ["--dataset", tmp_path / "many.jsonl", "--max-steps", 5000, "--save-steps", 50, "--timeout", "8s"]
     ran = train("--output-dir", tmp_path / "run", *more, expect=75, prelude=slowly(0.01))
@@ -460,22 +474,24 @@ def test_a_merged_model_that_cannot_be_pushed_is_said_to_be_here(train, hub, tmp
 
 
 @pytest.mark.thorough
-def test_a_later_attempt_of_the_submission_that_finished_does_not_begin_again(train, hub, whole, tmp_path):
+def test_a_later_attempt_of_the_submission_that_finished_does_not_begin_again(train, hub, uninterrupted_run, tmp_path):
     env = {"FORCE_FRESH_START": "1", "JOB_ID": "a1"}
     train("--output-dir", tmp_path / "one", env=env)
-    before = titles(hub)
+    before = commit_titles(hub)
     assert "nothing to train" in train("--output-dir", tmp_path / "two", env=env).err
-    assert titles(hub)[: len(before)] == before
-    assert sum(t.startswith("Fresh start") for t in titles(hub)) == 1 and same(on_hub(hub), whole)
+    assert commit_titles(hub)[: len(before)] == before
+    assert sum(t.startswith("Fresh start") for t in commit_titles(hub)) == 1 and are_equal(
+        read_hub(hub), uninterrupted_run
+    )
     train("--output-dir", tmp_path / "three", env=env | {"JOB_ID": "b2"})
-    assert sum(t.startswith("Fresh start") for t in titles(hub)) == 2
+    assert sum(t.startswith("Fresh start") for t in commit_titles(hub)) == 2
 
 
 def test_data_that_changed_under_a_fresh_start_is_refused_and_wipes_nothing(train, hub, tmp_path, rows):
     hub.add("datasets", "harbour/gulls", {"train.jsonl": rows.read_bytes()})
     more, env = ["--dataset", "harbour/gulls"], {"FORCE_FRESH_START": "1"}
     train("--output-dir", tmp_path / "one", *more, env=env)
-    damaged(hub, "none")
+    damage_newest_checkpoint(hub, "none")
     hub.put("harbour/gulls", {"train.jsonl": rows.read_bytes() + rows.read_bytes()}, "datasets")
     before = checkpoints(hub)
     error = train("--output-dir", tmp_path / "two", *more, expect=2, env=env).error
@@ -493,7 +509,7 @@ def test_an_older_job_may_not_push_into_a_fresh_start(train, start, asked, hub, 
         env={"HF_TOKEN": TOKEN},
         prelude=slowly(),
     )
-    process.until(lambda: "Step 2" in titles(hub))
+    process.until(lambda: "Step 2" in commit_titles(hub))
     gone = {p: None for p in hub.files(REPO) if p.startswith("checkpoint-")}
     marker = {"id": "new", "at": "now", "asked": {}, "submission": ""}
     hub.put(REPO, gone | {"fresh_start.json": json.dumps(marker).encode()})
@@ -506,7 +522,7 @@ def test_a_save_before_an_error_still_reaches_the_hub(train, hub, tmp_path):
     ran = train("--output-dir", tmp_path / "run", "--save-steps", 1, "--learning-rate", 1e20, expect=1)
     assert "waiting for the last checkpoint" in ran.err, ran.err
     local = {p.name for p in (tmp_path / "run").glob("checkpoint-*")}
-    assert local and max(local) in checkpoints(hub), (ran.err, titles(hub))
+    assert local and max(local) in checkpoints(hub), (ran.err, commit_titles(hub))
 
 
 def test_a_separator_inside_a_text_is_no_line_end(train, tmp_path, hub):
@@ -516,7 +532,7 @@ def test_a_separator_inside_a_text_is_no_line_end(train, tmp_path, hub):
     write_rows(tmp_path / "odd.jsonl", odd)
     more = ["--dataset", tmp_path / "odd.jsonl", "--sample-every", 1, "--sample-tokens", 4, "--max-steps", 3]
     train("--output-dir", tmp_path / "one", *more)
-    damaged(hub, "none", "checkpoint-3")
+    damage_newest_checkpoint(hub, "none", "checkpoint-3")
     train("--output-dir", tmp_path / "two", *more)
 
 

@@ -28,7 +28,7 @@ def train(phoque, tiny_llama, rows):
     return run
 
 
-def lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -55,12 +55,12 @@ def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
     assert set(shares) == {"loading", "steps", "samples", "measuring", "saving"}
     assert sum(shares.values()) == pytest.approx(ran.json["seconds"], abs=0.4)
     assert ran.json["steps"] == 6 and ran.json["held_out_loss"]["after"] < ran.json["held_out_loss"]["before"]
-    metrics = lines(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4, 5, 6]
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gb", "lora_norm_B", "held_out_loss"} <= set(
         metrics[-1]
     )
-    samples = lines(run / "samples.jsonl")
+    samples = read_lines(run / "samples.jsonl")
     assert {s["step"] for s in samples} == {0, 3, 6} and len({s["prompt"] for s in samples}) == 3
     assert set(samples[0]) == {"step", "prompt", "response", "n_tokens", "latency_s"}
     assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -108,7 +108,7 @@ def test_the_adapter_loads_with_plain_peft_and_is_no_no_op(train, tmp_path, tiny
     assert (after - before).abs().max() > 1e-3
 
 
-def logged(run: Path) -> int:
+def read_metrics(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.is_file() else 0
 
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
         cut,
         prelude=slowly(0.05),
     )
-    process.until(lambda: logged(cut) > 16)
+    process.until(lambda: read_metrics(cut) > 16)
     os.kill(process.pid, number)
     ended = process.ended()
     assert ended.code == code and "Traceback" not in ended.err
@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(train, start, tmp_path,
     assert "continuing from step" in ran.err
     first, second = adapter(whole), adapter(cut)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    kept = [[(m["step"], m.get("loss")) for m in lines(run / "metrics.jsonl")] for run in (whole, cut)]
+    kept = [[(m["step"], m.get("loss")) for m in read_lines(run / "metrics.jsonl")] for run in (whole, cut)]
     assert kept[0] == kept[1]  # no step twice, none missing, each loss the same
 
 
@@ -193,12 +193,14 @@ def test_a_run_killed_after_its_last_save_ends_without_another_step(train, tmp_p
 
     run = tmp_path / "run"
     train("--max-steps", 4, "--save-steps", 2, "--output-dir", run, "--learning-rate", 0.01)
-    whole, metrics = adapter(run), lines(run / "metrics.jsonl")
+    whole, metrics = adapter(run), read_lines(run / "metrics.jsonl")
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "result"}))
     shutil.rmtree(run / "adapter")
     train("--max-steps", 4, "--save-steps", 2, "--output-dir", run, "--learning-rate", 0.01)
-    assert all(torch.equal(v, whole[k]) for k, v in adapter(run).items()) and lines(run / "metrics.jsonl") == metrics
+    assert (
+        all(torch.equal(v, whole[k]) for k, v in adapter(run).items()) and read_lines(run / "metrics.jsonl") == metrics
+    )
     assert json.loads((run / "run.json").read_text())["result"]["tokens"] == record["result"]["tokens"]
 
 
@@ -208,7 +210,7 @@ def test_another_run_in_the_same_folder_is_refused_and_fresh_start_allows_it(tra
     error = train("--max-steps", 3, "--seed", 7, "--output-dir", run, expect=2).error
     assert "max_steps was 2, is 3" in error[1] and "seed was 0, is 7" in error[1]
     train("--max-steps", 3, "--seed", 7, "--output-dir", run, "--fresh-start")
-    assert len(lines(run / "metrics.jsonl")) == 4
+    assert len(read_lines(run / "metrics.jsonl")) == 4
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_all_damaged_stops(train, tmp_path):
@@ -272,7 +274,7 @@ def test_nf4_trains_on_the_cpu_and_measuring_changes_nothing(train, tmp_path):
             "--output-dir",
             run,
         )
-        losses[name] = [m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m]
+        losses[name] = [m["loss"] for m in read_lines(run / "metrics.jsonl") if "loss" in m]
     assert losses["often"] == losses["rarely"] and losses["often"][-1] < losses["often"][0]
     assert all(t.abs().max() > 0 for n, t in adapter(tmp_path / "often").items() if "lora_B" in n)
 
@@ -284,7 +286,7 @@ def test_what_saves_memory_does_not_change_the_loss(train, tmp_path, change):
     for name, more in (("plain", []), ("changed", change)):
         run = tmp_path / name
         train("--max-steps", 3, "--output-dir", run, "--learning-rate", 0.01, "--packing", "exact", *more)
-        found.append([m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m])
+        found.append([m["loss"] for m in read_lines(run / "metrics.jsonl") if "loss" in m])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
@@ -293,7 +295,7 @@ def test_bf16_learns_what_fp32_learns(train, tmp_path):
     for quantization in ("fp32", "bf16"):
         run = tmp_path / quantization
         train("--max-steps", 4, "--output-dir", run, "--learning-rate", 0.005, "--quantization", quantization)
-        found.append([m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m])
+        found.append([m["loss"] for m in read_lines(run / "metrics.jsonl") if "loss" in m])
     assert found[0] == pytest.approx(found[1], rel=0.01) and found[0][-1] < found[0][0]
 
 
@@ -427,7 +429,7 @@ def test_wandb_offline_has_the_same_numbers(train, tmp_path):
     train("--max-steps", 4, "--save-steps", 2, "--output-dir", run, "--sample-every", 2, env=env)
     rows = history(run)
     losses = {h["train/global_step"]: h["train/loss"] for h in rows if "train/loss" in h}
-    assert losses == {m["step"]: m["loss"] for m in lines(run / "metrics.jsonl") if "loss" in m}
+    assert losses == {m["step"]: m["loss"] for m in read_lines(run / "metrics.jsonl") if "loss" in m}
     keys = set().union(*rows)
     assert {"train/learning_rate", "train/grad_norm", "train/lora_norm_B", "eval/held_out_loss"} <= keys
     models = [a for a in records(run, "artifact") if a.type == "model"]
@@ -446,7 +448,7 @@ def test_wandb_has_one_run_and_no_step_twice_after_a_restart(train, start, tmp_p
     process = start(
         "train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *common, env=env, prelude=slowly(0.1)
     )
-    process.until(lambda: logged(run) > 16)
+    process.until(lambda: read_metrics(run) > 16)
     os.kill(process.pid, number)
     process.ended()
     train(*common, env=env)
@@ -478,16 +480,16 @@ def test_a_fresh_start_asks_on_a_terminal_and_yes_does_not(tmp_path, tiny_llama,
         run,
         "--fresh-start",
     ]
-    code, shown = on_a_terminal([*map(str, command)], "n\n")
+    code, shown = run_on_a_terminal([*map(str, command)], "n\n")
     assert code == 2 and "checkpoint-2" in shown and "[y/N]" in shown and "declined" in shown
     assert (run / "checkpoint-2").is_dir()
     before = json.loads((run / "run.json").read_text())["run_id"]
-    code, shown = on_a_terminal([*map(str, command), "--yes"], "")
+    code, shown = run_on_a_terminal([*map(str, command), "--yes"], "")
     assert code == 0 and "[y/N]" not in shown
     assert json.loads((run / "run.json").read_text())["run_id"] != before
 
 
-def on_a_terminal(command: list[str], answer: str) -> tuple[int, str]:
+def run_on_a_terminal(command: list[str], answer: str) -> tuple[int, str]:
     """Run a command with a terminal for its standard streams, and type an answer."""
     import pty
 
@@ -556,4 +558,4 @@ def test_a_run_killed_before_its_first_save_begins_with_clean_files(start, tiny_
     os.kill(running.pid, signal.SIGKILL)
     running.ended()
     train(*asked)
-    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]

@@ -20,7 +20,7 @@ def chat():
     return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
-def exactly(count):
+def exact_packing(count):
     return Packing(count, 60.0, 512, exact=True)
 
 
@@ -30,13 +30,18 @@ def loaded(folder, name="sdpa"):
     return load_model(Source("tiny", folder, "0", "test"), "fp32", name)
 
 
-def stream_of(rows, chat, size=4):
+def open_stream(rows, chat, size=4):
     return TrainStream(
-        open_dataset(str(rows), "train", None, None), chat, threshold="", packing=exactly(size), seed=0, max_bad=0.05
+        open_dataset(str(rows), "train", None, None),
+        chat,
+        threshold="",
+        packing=exact_packing(size),
+        seed=0,
+        max_bad=0.05,
     )
 
 
-def shaken(model):
+def randomize_adapter(model):
     """An adapter whose B is not zero, so that a wrong mask or scale would show."""
     torch.manual_seed(3)
     model = add_lora_adapter(model, 4, 8, 0.0)
@@ -47,9 +52,9 @@ def shaken(model):
 
 
 def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
-    batch = next(iter(stream_of(rows, chat)))
+    batch = next(iter(open_stream(rows, chat)))
     name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0)
-    model = shaken(loaded(tiny_llama, name))
+    model = randomize_adapter(loaded(tiny_llama, name))
     add_token_loss(model.get_base_model())
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_at")}
     logits = model(**inputs).logits[0, :-1]
@@ -91,11 +96,11 @@ def test_positions_that_fill_up_a_shape_count_for_nothing(compiled, monkeypatch)
 
 
 def test_packed_logits_and_gradients_equal_unpacked_ones(tiny_llama, chat, rows):
-    stream = stream_of(rows, chat, 1)
+    stream = open_stream(rows, chat, 1)
     singles = [b for _, b in zip(range(5), stream, strict=False)]
     talks = [chat.encode(open_row["messages"]) for open_row in _rows(rows)[:5]]
     name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0)
-    ours, plain = shaken(loaded(tiny_llama, name)), shaken(loaded(tiny_llama))
+    ours, plain = randomize_adapter(loaded(tiny_llama, name)), randomize_adapter(loaded(tiny_llama))
     batch = build_batch(talks)
     together = ours(**{k: v for k, v in batch.items() if k not in ("labels", "loss_at")}).logits[0]
     alone = torch.cat([plain(input_ids=torch.tensor([t.ids])).logits[0] for t in talks])
@@ -150,7 +155,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
     )
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
-    taken = [b for _, b in zip(range(32), stream_of(rows, ChatTemplate(tiny.tokenizer(), "", 2048), 1), strict=False)]
+    taken = [b for _, b in zip(range(32), open_stream(rows, ChatTemplate(tiny.tokenizer(), "", 2048), 1), strict=False)]
     data = Dataset.from_list([{k: b[k][0].tolist() for k in ("input_ids", "labels")} for b in taken])
     torch.manual_seed(0)
     model = add_lora_adapter(loaded(tiny_llama), 16, 64, 0.0)

@@ -17,7 +17,7 @@ from phoque.onnx.graph.decoder import decoder_component
 from phoque.onnx.session import OnnxChatModel
 
 
-def made(folder, out, dtype=torch.float32, suffix=""):
+def export_decoder(folder, out, dtype=torch.float32, suffix=""):
     """An export's decoder alone, and the source it came from."""
     source = Source("tiny", folder, "1", "here")
     weights = Weights(CheckpointReader(source))
@@ -30,7 +30,7 @@ def made(folder, out, dtype=torch.float32, suffix=""):
 
 @pytest.mark.thorough
 def test_it_says_what_the_model_says_at_once_in_pieces_and_far_out(any_model, tmp_path):
-    source, part = made(any_model, tmp_path / "out")
+    source, part = export_decoder(any_model, tmp_path / "out")
     kinds = Counter(node.op_type for node in part.model.graph)
     assert kinds["GroupQueryAttention"] == 5 and not kinds["Split"]
     norms = [node for node in part.model.graph if node.op_type == "SkipSimplifiedLayerNormalization"]
@@ -63,7 +63,7 @@ def test_plain_operators_say_the_same(tmp_path):
     assert not any(node.domain for node in part.model.graph)
     (tmp_path / "plain" / "onnx").mkdir(parents=True)
     part.write(tmp_path / "plain" / "onnx", "", lambda _: None)
-    made(folder, tmp_path / "fused")
+    export_decoder(folder, tmp_path / "fused")
     ids = np.arange(3, 40)[None]
     first, second = (OnnxChatModel(tmp_path / name, "fp32").run(ids)[0] for name in ("plain", "fused"))
     assert np.abs(first - second).max() < 1e-4 * np.abs(first).max()
@@ -72,9 +72,9 @@ def test_plain_operators_say_the_same(tmp_path):
 @pytest.mark.thorough
 def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
     folder = tiny.llama(tmp_path / "m", num_hidden_layers=5, initializer_range=0.3)
-    _, repeated = made(folder, tmp_path / "repeated")
+    _, repeated = export_decoder(folder, tmp_path / "repeated")
     monkeypatch.setattr(trace, "TRACED_LAYERS", 5)
-    _, whole = made(folder, tmp_path / "whole")
+    _, whole = export_decoder(folder, tmp_path / "whole")
     kinds = lambda part: sorted(node.op_type for node in part.model.graph)
     assert kinds(repeated) == kinds(whole)
     ends = lambda part: [[v.name for v in values] for values in (part.model.graph.inputs, part.model.graph.outputs)]
@@ -86,7 +86,7 @@ def test_the_repeated_graph_is_the_whole_one(tmp_path, monkeypatch):
 
 @pytest.mark.thorough
 def test_no_path_of_this_machine_is_in_the_file(tmp_path):
-    made(tiny.llama(tmp_path / "m"), tmp_path / "out")
+    export_decoder(tiny.llama(tmp_path / "m"), tmp_path / "out")
     content = (tmp_path / "out" / "onnx" / "model.onnx").read_bytes()
     assert b"site-packages" not in content and str(tmp_path).encode() not in content and b".py" not in content
 
@@ -95,5 +95,5 @@ def test_no_path_of_this_machine_is_in_the_file(tmp_path):
 def test_a_weight_that_the_exporter_folds_away_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "_read_watermarks", lambda array, names: iter(()))
     with pytest.raises(PhoqueError) as refused:
-        made(tiny.llama(tmp_path / "m"), tmp_path / "out")
+        export_decoder(tiny.llama(tmp_path / "m"), tmp_path / "out")
     assert "weight" in refused.value.why and refused.value.code == 1

@@ -10,7 +10,7 @@ from phoque.onnx.quantize.gptq import quantize_matrix, search_scales
 from phoque.onnx.session import open_session
 
 
-def by_onnxruntime(blocks, x, folder):
+def multiply_in_onnxruntime(blocks, x, folder):
     """x @ weight.T by MatMulNBits."""
     rows, columns = blocks.scales.shape[0], x.shape[1]
     given = ir.Value(name="x", shape=ir.Shape([1, columns]), type=ir.TensorType(ir.DataType.FLOAT))
@@ -36,7 +36,7 @@ def test_onnxruntime_reads_blocks_as_they_are_meant(tmp_path, bits, columns):
     blocks = round_to_nearest(weight, 8) if bits == 8 else quantize_matrix(weight, torch.eye(columns))
     x = torch.randn(1, columns, generator=generator)
     wanted = x @ blocks.dequantize().T
-    assert np.abs(by_onnxruntime(blocks, x.numpy(), tmp_path) - wanted.numpy()).max() < 1e-4
+    assert np.abs(multiply_in_onnxruntime(blocks, x.numpy(), tmp_path) - wanted.numpy()).max() < 1e-4
     assert (blocks.dequantize() - weight).abs().max() < (0.05 if bits == 8 else 0.6)
 
 

@@ -14,7 +14,7 @@ from phoque.onnx.quantize.smoothquant import _measure_channel_rms, smooth_activa
 
 
 @pytest.fixture
-def loud(any_model):
+def model_with_outliers(any_model):
     """A model with a few channels that drown the others, as trained ones have."""
     from transformers import AutoModelForCausalLM
 
@@ -32,11 +32,11 @@ def chats(count=12):
 
 
 @pytest.mark.thorough
-def test_an_even_model_says_the_same_and_rounds_better(loud):
+def test_an_even_model_says_the_same_and_rounds_better(model_with_outliers):
     def opened():
-        return load_model(loud, "fp32", on=torch.device("cpu"))
+        return load_model(model_with_outliers, "fp32", on=torch.device("cpu"))
 
-    model, whole = opened(), Weights(CheckpointReader(loud))
+    model, whole = opened(), Weights(CheckpointReader(model_with_outliers))
     before = [_compute_log_probs(model, ids) for ids in chats()]
     names = [group[0] for group in linear_groups_of(model)]
     uneven = _measure_channel_rms(model, names, chats())

@@ -52,17 +52,17 @@ def persona(tmp_path):
     return path
 
 
-def table(path):
+def read_table(path):
     with path.open(newline="") as f:
         return list(csv.DictReader(f))
 
 
-def run_of(ran):
+def find_run(ran):
     return Path(ran.json["folder"])
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def model_with_planted_vector(tmp_path_factory):
     """A Llama whose block 2 adds a known vector to every token that has seen a `~`; its path, the vector, the block."""
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +88,7 @@ def planted(tmp_path_factory):
 
 
 @pytest.fixture
-def probed(phoque, tiny_llama, persona):
+def run_probe(phoque, tiny_llama, persona):
     def run(*more, expect=0, **options):
         return phoque(
             "psm-probe",
@@ -106,17 +106,17 @@ def probed(phoque, tiny_llama, persona):
     return run
 
 
-def test_a_run_leaves_its_tables_vectors_and_report(probed):
-    ran = probed("--output-dir", "out")
-    run = run_of(ran)
+def test_a_run_leaves_its_tables_vectors_and_report(run_probe):
+    ran = run_probe("--output-dir", "out")
+    run = find_run(ran)
     assert run.parent.name == "out" and run.name.startswith("psm_2")
     assert {f.name for f in run.iterdir()} - {"control_vector.gguf"} == FILES
-    layers = table(run / "activation_by_layer.csv")
+    layers = read_table(run / "activation_by_layer.csv")
     assert [(r["layer"], r["extraction"]) for r in layers] == [
         (str(n), way) for way in ("response_avg", "prompt_last") for n in range(2)
     ]
     assert all(0 <= float(r["auroc"]) <= 1 and r["n"] == "8" and r["split"] == "heldout" for r in layers)
-    answers = table(run / "generation_results.csv")
+    answers = read_table(run / "generation_results.csv")
     conditions = ["neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector"]
     assert [a["condition"] for a in answers[::12]] == conditions and len(answers) == 5 * 6 * 2
     assert {"nll_base", "distinct2", "score__contrast__nats", "score__lexicon__rate"} <= answers[0].keys()
@@ -137,8 +137,8 @@ def test_a_run_leaves_its_tables_vectors_and_report(probed):
     assert len(summary["sweep"]) == 1 + 2 * 2 and summary["config"]["seed"]["source"] == "default"
 
 
-def test_the_vectors_are_safe_to_load_and_agree_in_every_format(probed):
-    run = run_of(probed("--sweep-layers", "1"))
+def test_the_vectors_are_safe_to_load_and_agree_in_every_format(run_probe):
+    run = find_run(run_probe("--sweep-layers", "1"))
     found = torch.load(run / "persona_vectors.pt", weights_only=True)
     assert found["persona_vectors"].shape == (2, 64) and found["layer_indexing"] == "block_output_0based"
     torch.testing.assert_close(found["unit_vectors"].norm(dim=1), torch.ones(2))
@@ -155,8 +155,8 @@ def test_the_vectors_are_safe_to_load_and_agree_in_every_format(probed):
 
 
 @pytest.mark.thorough
-def test_two_runs_with_one_seed_are_identical(probed):
-    first, second = (run_of(probed("--output-dir", "out")) for _ in range(2))
+def test_two_runs_with_one_seed_are_identical(run_probe):
+    first, second = (find_run(run_probe("--output-dir", "out")) for _ in range(2))
     assert first != second
     for name in ("activation_by_layer.csv", "generation_results.csv", "README.md"):
         assert (first / name).read_text().replace(first.name, second.name) == (second / name).read_text(), name
@@ -164,33 +164,46 @@ def test_two_runs_with_one_seed_are_identical(probed):
     for summary in (one, other):
         del summary["run"]
     assert one == other
-    assert table(run_of(probed("--seed", "1")) / "generation_results.csv") != table(first / "generation_results.csv")
+    assert read_table(find_run(run_probe("--seed", "1")) / "generation_results.csv") != read_table(
+        first / "generation_results.csv"
+    )
 
 
-def test_a_planted_direction_is_found_at_its_block(phoque, planted, persona):
-    folder, direction, block = planted
+def test_a_planted_direction_is_found_at_its_block(phoque, model_with_planted_vector, persona):
+    folder, direction, block = model_with_planted_vector
     ran = phoque("psm-probe", "--model-source", folder, "--persona", persona, *SHORT, "--sweep-layers", block, "--json")
-    found = torch.load(run_of(ran) / "persona_vectors.pt", weights_only=True)["unit_vectors"].numpy()
+    found = torch.load(find_run(ran) / "persona_vectors.pt", weights_only=True)["unit_vectors"].numpy()
     cosines = found @ direction
     assert cosines[block] > 0.95 and (numpy.abs(cosines[:block]) < 0.5).all()
-    rows = [r for r in table(run_of(ran) / "activation_by_layer.csv") if r["extraction"] == "response_avg"]
+    rows = [r for r in read_table(find_run(ran) / "activation_by_layer.csv") if r["extraction"] == "response_avg"]
     assert float(rows[block]["auroc"]) == 1.0 and float(rows[block]["split_half_cos"]) > 0.9
     assert ran.json["verdicts"]["separable"]["verdict"] == "yes"
 
 
-def test_shuffled_labels_find_nothing_even_of_what_was_planted(phoque, planted, persona):
-    ran = phoque("psm-probe", "--model-source", planted[0], "--persona", persona, *SHORT, "--json", "--shuffle-labels")
+def test_shuffled_labels_find_nothing_even_of_what_was_planted(phoque, model_with_planted_vector, persona):
+    ran = phoque(
+        "psm-probe",
+        "--model-source",
+        model_with_planted_vector[0],
+        "--persona",
+        persona,
+        *SHORT,
+        "--json",
+        "--shuffle-labels",
+    )
     found = {name: v["verdict"] for name, v in ran.json["verdicts"].items()}
     assert found["separable"] == found["specific"] == found["causal"] == "no"
-    assert "a null run" in ran.err and "a null run" in (run_of(ran) / "report.html").read_text()
+    assert "a null run" in ran.err and "a null run" in (find_run(ran) / "report.html").read_text()
 
 
-def test_a_persona_that_is_no_other_than_its_placebo_is_not_specific(phoque, planted, tmp_path):
+def test_a_persona_that_is_no_other_than_its_placebo_is_not_specific(phoque, model_with_planted_vector, tmp_path):
     text = PERSONA.replace(
         'placebo = ["You are kind.", "Please answer."]', 'placebo = ["You are kind ~~~~~~~~~~~~.", "~~~~~~~~~~~~"]'
     )
     (tmp_path / "same.toml").write_text(text)
-    ran = phoque("psm-probe", "--model-source", planted[0], "--persona", "same.toml", *SHORT, "--json")
+    ran = phoque(
+        "psm-probe", "--model-source", model_with_planted_vector[0], "--persona", "same.toml", *SHORT, "--json"
+    )
     assert ran.json["verdicts"]["specific"]["verdict"] == "no"
 
 
@@ -219,21 +232,21 @@ def adapter(phoque, tiny_llama, rows):
     return "tuned"
 
 
-def test_a_fine_tune_is_asked_for_its_move_merged_or_not(probed, adapter):
-    plain = probed("--adapter-source", adapter, "--control-adapter", adapter)
-    merged = probed("--adapter-source", adapter, "--merge-adapter")
-    rows = [table(run_of(ran) / "activation_by_layer.csv")[0] for ran in (plain, merged)]
+def test_a_fine_tune_is_asked_for_its_move_merged_or_not(run_probe, adapter):
+    plain = run_probe("--adapter-source", adapter, "--control-adapter", adapter)
+    merged = run_probe("--adapter-source", adapter, "--merge-adapter")
+    rows = [read_table(find_run(ran) / "activation_by_layer.csv")[0] for ran in (plain, merged)]
     for name in ("tuned_shift_cos", "tuned_same_text_proj", "tuned_shift_random_cos_p95"):
         assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-3), name
     assert float(rows[0]["control_shift_cos"]) == pytest.approx(float(rows[0]["tuned_shift_cos"]))
     verdict = plain.json["verdicts"]["tuned_moves_along_vector"]
     assert verdict["verdict"] == "no" and "control" in verdict["rule"]  # it is its own control
-    assert {"tuned", "control"} <= {r["condition"] for r in table(run_of(plain) / "generation_results.csv")}
+    assert {"tuned", "control"} <= {r["condition"] for r in read_table(find_run(plain) / "generation_results.csv")}
 
 
 def test_prompts_can_come_from_the_training_data(phoque, tiny_llama, rows):
     ran = phoque("psm-probe", "--model-source", tiny_llama, "--dataset", rows, *SHORT, "--sweep-layers", "1", "--json")
-    summary = json.loads((run_of(ran) / "summary.json").read_text())
+    summary = json.loads((find_run(ran) / "summary.json").read_text())
     assert summary["persona"]["texts"]["persona"] == ["You are a seal."]
     assert "hrmph" in summary["persona"]["texts"]["lexicon"]
 
@@ -241,39 +254,39 @@ def test_prompts_can_come_from_the_training_data(phoque, tiny_llama, rows):
 def test_mistral3_is_probed_text_only(phoque, persona, tmp_path):
     folder, _ = tiny.fp8_mistral3(tmp_path / "m3")
     ran = phoque("psm-probe", "--model-source", folder, "--persona", persona, *SHORT, "--json")
-    assert len(table(run_of(ran) / "activation_by_layer.csv")) == 2 * 3
+    assert len(read_table(find_run(ran) / "activation_by_layer.csv")) == 2 * 3
 
 
-def test_a_run_goes_to_the_hub_as_one_commit_in_its_own_folder(hub, probed):
-    ran = probed("--artifacts-repo-id", REPO, "--artifacts-path-in-repo", "seals", env={"HF_TOKEN": TOKEN})
-    repo, run = hub.repos["datasets", REPO], run_of(ran)
+def test_a_run_goes_to_the_hub_as_one_commit_in_its_own_folder(hub, run_probe):
+    ran = run_probe("--artifacts-repo-id", REPO, "--artifacts-path-in-repo", "seals", env={"HF_TOKEN": TOKEN})
+    repo, run = hub.repos["datasets", REPO], find_run(ran)
     assert repo.private and [c.title for c in repo.commits[1:]] == [f"Add seals/{run.name}"]
     files = {p: b.content for p, b in hub.files(REPO, "datasets").items() if p.startswith("seals/")}
     assert files == {f"seals/{run.name}/{f.name}": f.read_bytes() for f in run.iterdir()}
     assert ran.json["repo"] == REPO and TOKEN.encode() not in b"".join(files.values())
 
 
-def test_an_upload_that_fails_warns_or_fails_as_asked_and_loses_nothing(hub, probed):
+def test_an_upload_that_fails_warns_or_fails_as_asked_and_loses_nothing(hub, run_probe):
     asked = ["--artifacts-repo-id", REPO, "--hub-patience", "0"]
     hub.faults.add("POST .*/commit/", 500, times=9)
-    ran = probed(*asked, env={"HF_TOKEN": TOKEN})
-    assert "could not be uploaded" in ran.err and "repo" not in ran.json and (run_of(ran) / "summary.json").is_file()
-    failed = probed(*asked, expect=1, env={"HF_TOKEN": TOKEN, "FAIL_ON_ARTIFACTS_UPLOAD_ERROR": "1"})
+    ran = run_probe(*asked, env={"HF_TOKEN": TOKEN})
+    assert "could not be uploaded" in ran.err and "repo" not in ran.json and (find_run(ran) / "summary.json").is_file()
+    failed = run_probe(*asked, expect=1, env={"HF_TOKEN": TOKEN, "FAIL_ON_ARTIFACTS_UPLOAD_ERROR": "1"})
     assert "complete in runs/psm/psm_" in failed.error[2]
 
 
-def test_a_repository_that_cannot_be_written_is_known_before_anything_is_computed(hub, probed):
+def test_a_repository_that_cannot_be_written_is_known_before_anything_is_computed(hub, run_probe):
     asked = ["--artifacts-repo-id", REPO, "--fail-on-artifacts-upload-error"]
     hub.add("datasets", REPO)
-    ran = probed(*asked, expect=2, env={"HF_TOKEN": READ_ONLY})
+    ran = run_probe(*asked, expect=2, env={"HF_TOKEN": READ_ONLY})
     assert "answers of at most" not in ran.err and ran.error
     hub.repos["datasets", REPO].private = False
-    public = probed("--artifacts-repo-id", REPO, expect=2, env={"HF_TOKEN": TOKEN})
+    public = run_probe("--artifacts-repo-id", REPO, expect=2, env={"HF_TOKEN": TOKEN})
     assert "is public" in public.error[0]
 
 
-def test_a_dry_run_shows_what_would_happen_and_computes_nothing(probed, tmp_path):
-    ran = probed("--dry-run")
+def test_a_dry_run_shows_what_would_happen_and_computes_nothing(run_probe, tmp_path):
+    ran = run_probe("--dry-run")
     assert ran.json["steered"] == [0, 1] and ran.json["persona"] == "gull watcher"
     assert ran.json["settings"]["model_source"]["source"] == "flag" and not (tmp_path / "runs").exists()
 
@@ -326,8 +339,8 @@ def test_it_runs_as_a_job_with_the_persona_and_the_model_from_the_hub(
         (["--coefficients", "0.1;0.2"], "--coefficients has a value"),
     ],
 )
-def test_bad_input_gets_three_lines(probed, arguments, said):
-    assert said in probed(*arguments, expect=2).error[0]
+def test_bad_input_gets_three_lines(run_probe, arguments, said):
+    assert said in run_probe(*arguments, expect=2).error[0]
 
 
 def test_without_a_persona_nothing_is_looked_for(phoque, tiny_llama):
@@ -353,13 +366,13 @@ def test_a_killed_run_leaves_no_folder_that_looks_whole(start, tiny_llama, perso
     assert not [p for p in (tmp_path / "out").glob("psm_*")]
 
 
-def png_size(path):
+def read_png_size(path):
     return struct.unpack(">II", path.read_bytes()[16:24])
 
 
-def test_the_pictures_of_the_card_are_there_and_it_warns(probed):
-    run = run_of(probed("--sweep-layers", "1"))
-    assert png_size(run / "layers.png")[0] > 800 and png_size(run / "sweep.png")[0] > 1000
+def test_the_pictures_of_the_card_are_there_and_it_warns(run_probe):
+    run = find_run(run_probe("--sweep-layers", "1"))
+    assert read_png_size(run / "layers.png")[0] > 800 and read_png_size(run / "sweep.png")[0] > 1000
     card = (run / "README.md").read_text()
     assert "Content warning" in card and "layers.png" in card and "keep it private" in card
 

@@ -23,7 +23,7 @@ def rows():
     return [torch.randint(1, 250, (int(n),), generator=chance).tolist() for n in torch.arange(5, 45)]
 
 
-def plain(model, row, layer):
+def hidden_states_of(model, row, layer):
     """The outputs of a block by transformers' own list; the last of it has been through the norm, so never asked."""
     with torch.no_grad():
         return model(torch.tensor([row]), output_hidden_states=True).hidden_states[layer + 1][0]
@@ -34,7 +34,7 @@ def test_shards_hold_every_ordinary_token_and_no_other(model, rows, tmp_path):
     held = torch.cat([shards.tensor(file, 0) for file in shards.files()]).float()
     wanted = []
     for row in rows:
-        states = plain(model, row, 0)[1:]
+        states = hidden_states_of(model, row, 0)[1:]
         assert float(states.norm(dim=1).max()) < MASSIVE * float(states.norm(dim=1).median())  # none is massive here
         wanted.append(states[[token not in SPECIAL for token in row[1:]]])
     wanted = torch.cat(wanted)
@@ -105,7 +105,7 @@ def test_a_disk_that_fails_is_an_error_and_leaves_no_half_shard(model, rows, tmp
     assert not list(tmp_path.glob("0*"))
 
 
-def numbered(folder, sizes):
+def store_of_numbers(folder, sizes):
     """Shards whose tokens are numbers, so that each can be told apart."""
     from safetensors.torch import save_file
 
@@ -119,7 +119,7 @@ def numbered(folder, sizes):
 
 
 def test_every_pass_sees_tokens_once_in_a_new_order_and_a_stream_can_be_begun_anywhere(tmp_path):
-    stream = ActivationStream(numbered(tmp_path, [40, 25, 33, 50, 7, 61, 20, 44, 38, 12]), 0, 16, 3, seed=4)
+    stream = ActivationStream(store_of_numbers(tmp_path, [40, 25, 33, 50, 7, 61, 20, 44, 38, 12]), 0, 16, 3, seed=4)
     seen = [batch[:, 0].tolist() for batch in stream.iter_batches(torch.device("cpu"))]
     assert len(seen) == stream.count_batches() and {len(batch) for batch in seen} == {16}
     each = stream.count_batches() // 3

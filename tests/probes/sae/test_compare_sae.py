@@ -36,17 +36,17 @@ FILES = {
 REPO = "harbour/probes"
 
 
-def table(path):
+def read_table(path):
     with path.open(newline="") as f:
         return list(csv.DictReader(f))
 
 
-def run_of(ran):
+def find_run(ran):
     return Path(ran.json["folder"])
 
 
-def report_of(ran):
-    return json.loads((run_of(ran) / "sae_comparison_report.json").read_text())
+def read_report(ran):
+    return json.loads((find_run(ran) / "sae_comparison_report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def base(tmp_path_factory):
     return tiny.llama(tmp_path_factory.mktemp("base") / "llama", num_hidden_layers=3, mlp_bias=True)
 
 
-def changed(base, folder, change, dtype=torch.float32):
+def copy_and_change(base, folder, change, dtype=torch.float32):
     """A copy of the base model after `change(model)`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +78,7 @@ def changed(base, folder, change, dtype=torch.float32):
 
 
 @pytest.fixture
-def compared(phoque, texts, base):
+def run_comparison(phoque, texts, base):
     def run(*more, expect=0, short=SHORT, model=base, **options):
         return phoque(
             "compare-sae",
@@ -123,8 +123,8 @@ def adapter(phoque, base, rows):
     return "tuned"
 
 
-def test_a_run_leaves_its_reports_tables_and_dictionary(compared, adapter, base):
-    ran = compared(
+def test_a_run_leaves_its_reports_tables_and_dictionary(run_comparison, adapter, base):
+    ran = run_comparison(
         "--updated-adapter",
         adapter,
         "--control-adapter",
@@ -138,7 +138,7 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(compared, adapter, base)
         "--report-md",
         "copies/report.md",
     )
-    run, report = run_of(ran), report_of(ran)
+    run, report = find_run(ran), read_report(ran)
     assert run.parent.name == "out" and run.name.startswith("sae_2") and {f.name for f in run.iterdir()} == FILES
     assert Path("copies/report.json").read_text() == (run / "sae_comparison_report.json").read_text()
     assert Path("copies/report.md").read_text() == (run / "sae_comparison_report.md").read_text()
@@ -148,7 +148,7 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(compared, adapter, base)
         "indexing": "block_output_0based",
     }
     assert {"base", "tuned", "control"} == report["models"].keys()
-    features = table(run / "feature_shifts.csv")
+    features = read_table(run / "feature_shifts.csv")
     assert len(features) == 4 * 64 and [int(r["feature_id"]) for r in features] == list(range(256))
     for row in features:
         if row["tested"] == "1":
@@ -160,12 +160,12 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(compared, adapter, base)
     assert sum(r["reported"] == "1" for r in features) == report["overall"]["n_reported"] == len(report["features"])
     # it is its own control: nothing is its own
     assert report["overall"]["n_specific"] == 0 and {r["specific_vs_control"] for r in features} == {"0"}
-    prompts = table(run / "prompt_shifts.csv")
+    prompts = read_table(run / "prompt_shifts.csv")
     assert len(prompts) == report["prompts"]["n"] == 36
     assert [float(r["shift"]) for r in prompts] == sorted((float(r["shift"]) for r in prompts), reverse=True)
     answers = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
     assert len(answers) == 3 * 36 and answers[0]["scores"].keys() == {"contrast", "lexicon"}
-    layers = table(run / "layer_shift.csv")
+    layers = read_table(run / "layer_shift.csv")
     assert {(r["model"], r["text"]) for r in layers} == {
         *((side, kind) for side in ("tuned", "control") for kind in ("response", "own", "text")),
         *((side, kind) for side in ("dtype", "packing") for kind in ("response", "text")),
@@ -177,16 +177,16 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(compared, adapter, base)
 
 
 @pytest.mark.thorough
-def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(compared, base, tmp_path):
+def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run_comparison, base, tmp_path):
     """Equal weights in another precision report nothing; one dictionary direction added at its block comes first."""
-    same = changed(base, tmp_path / "same", lambda model: None, torch.bfloat16)
-    ran = compared("--updated-model", same)
-    found = report_of(ran)
+    same = copy_and_change(base, tmp_path / "same", lambda model: None, torch.bfloat16)
+    ran = run_comparison("--updated-model", same)
+    found = read_report(ran)
     assert found["overall"]["n_reported"] == 0 and found["features"] == []
     assert found["overall"]["n_significant"] > 0  # p-values alone would have reported some
-    run = run_of(ran)
+    run = find_run(ran)
     direction = load_file(run / "sae" / "block-1" / "sae_weights.safetensors")["W_dec"]
-    rows = table(run / "feature_shifts.csv")
+    rows = read_table(run / "feature_shifts.csv")
     usual = [r for r in rows if 0.01 < float(r["base_freq"]) < 0.5]  # neither always on nor dead
     feature = int(max(usual, key=lambda r: int(r["active_prompts"]))["feature_id"])
     size = 4 * max(float(r["base_mean"]) for r in rows)
@@ -194,9 +194,9 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(com
     def plant(model):
         model.model.layers[1].mlp.down_proj.bias += size * direction[feature] / direction[feature].norm()
 
-    planted = changed(base, tmp_path / "planted", plant)
-    again = compared("--updated-model", planted, "--sae", run / "sae" / "block-1", "--layers", 1)
-    shifted = report_of(again)
+    planted = copy_and_change(base, tmp_path / "planted", plant)
+    again = run_comparison("--updated-model", planted, "--sae", run / "sae" / "block-1", "--layers", 1)
+    shifted = read_report(again)
     ranked = sorted(shifted["features"], key=lambda row: -abs(row["delta"]))
     top = ranked[0]
     assert top["feature_id"] == feature and top["delta"] > 0
@@ -204,15 +204,15 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(com
     curve = {(r["model"], r["text"], r["layer"]): r["rel_mean_diff_norm"] for r in shifted["baselines"]["layer_curve"]}
     assert curve["tuned", "response", 0] < 1e-5 < 0.1 < curve["tuned", "response", 1]
     assert shifted["baselines"]["pca"]["text"]["uncentred"][0] > 0.99  # a constant offset
-    assert shifted["sae"]["source"] == str(run / "sae" / "block-1") and not (run_of(again) / "sae").exists()
+    assert shifted["sae"]["source"] == str(run / "sae" / "block-1") and not (find_run(again) / "sae").exists()
     # of the same change nothing may be found where base and updated are swapped on half the prompts
-    null = compared("--updated-model", planted, "--sae", run / "sae" / "block-1", "--shuffle-pairs")
-    overall = report_of(null)["overall"]
+    null = run_comparison("--updated-model", planted, "--sae", run / "sae" / "block-1", "--shuffle-pairs")
+    overall = read_report(null)["overall"]
     assert overall["n_reported"] == 0
     # for the right reason: what equal weights show is as small as ever, and it is chance that finds nothing
     assert overall["null_floor"] == shifted["overall"]["null_floor"]
     assert overall["n_significant"] < 0.05 * overall["n_tested"] < 0.5 * shifted["overall"]["n_significant"]
-    assert "a null run" in null.err and "a null run" in (run_of(null) / "report.html").read_text()
+    assert "a null run" in null.err and "a null run" in (find_run(null) / "report.html").read_text()
 
 
 def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
@@ -233,7 +233,10 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
         model.model.norm.weight *= 30
         model.model.layers[1].mlp.down_proj.bias.add_(size * decoder[0])
 
-    folders = changed(base, tmp_path / "b", sharpen), changed(base, tmp_path / "t", lambda m: sharpen(m, 3.0))
+    folders = (
+        copy_and_change(base, tmp_path / "b", sharpen),
+        copy_and_change(base, tmp_path / "t", lambda m: sharpen(m, 3.0)),
+    )
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = []
@@ -291,25 +294,25 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
 
 
 @pytest.mark.thorough
-def test_an_adapter_and_its_merged_model_give_the_same_shifts(compared, phoque, adapter, base):
+def test_an_adapter_and_its_merged_model_give_the_same_shifts(run_comparison, phoque, adapter, base):
     phoque("merge", "--adapter-source", adapter, "--base-model", base, "--output-dir", "merged", "--dtype", "fp32")
-    plain, merged = (compared(*what) for what in (["--updated-adapter", adapter], ["--updated-model", "merged"]))
-    one, other = (table(run_of(ran) / "feature_shifts.csv") for ran in (plain, merged))
+    plain, merged = (run_comparison(*what) for what in (["--updated-adapter", adapter], ["--updated-model", "merged"]))
+    one, other = (read_table(find_run(ran) / "feature_shifts.csv") for ran in (plain, merged))
     for name in ("base_mean", "tuned_mean", "own_tuned_mean", "text_tuned_mean"):
         numpy.testing.assert_allclose(
             [float(r[name]) for r in one], [float(r[name]) for r in other], atol=2e-3, rtol=2e-3, err_msg=name
         )
-    assert report_of(plain)["overall"]["mean_token_kl"] == pytest.approx(
-        report_of(merged)["overall"]["mean_token_kl"], rel=1e-2
+    assert read_report(plain)["overall"]["mean_token_kl"] == pytest.approx(
+        read_report(merged)["overall"]["mean_token_kl"], rel=1e-2
     )
 
 
 @pytest.mark.thorough
-def test_two_blocks_and_two_seeds_come_from_one_reading(compared, adapter):
-    ran = compared("--updated-adapter", adapter, "--layers", "0,2", "--seeds", "2")
-    report = report_of(ran)
+def test_two_blocks_and_two_seeds_come_from_one_reading(run_comparison, adapter):
+    ran = run_comparison("--updated-adapter", adapter, "--layers", "0,2", "--seeds", "2")
+    report = read_report(ran)
     assert report["layer"]["block_index"] == 0 and [one["layer"]["block_index"] for one in report["more_layers"]] == [2]
-    assert {f.name for f in (run_of(ran) / "sae").iterdir()} == {
+    assert {f.name for f in (find_run(ran) / "sae").iterdir()} == {
         "block-0",
         "block-0-seed-1",
         "block-2",
@@ -317,11 +320,13 @@ def test_two_blocks_and_two_seeds_come_from_one_reading(compared, adapter):
     }
     assert ran.err.count("tokens through 3 blocks") == 1 and len(report["sae"]["quality_of_seeds"]) == 2
     assert 0 <= report["overall"]["n_replicated"] <= report["overall"]["n_reported"]
-    assert {r["layer"] for r in table(run_of(ran) / "feature_shifts.csv")} == {"0", "2"}
+    assert {r["layer"] for r in read_table(find_run(ran) / "feature_shifts.csv")} == {"0", "2"}
 
 
 @pytest.mark.thorough
-def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(compared, start, adapter, texts, base, home, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
+    run_comparison, start, adapter, texts, base, home, monkeypatch
+):
     asked = [
         "compare-sae",
         "--base-model",
@@ -335,7 +340,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(compared, start, adap
         "--updated-adapter",
         adapter,
     ]
-    whole = compared("--updated-adapter", adapter)
+    whole = run_comparison("--updated-adapter", adapter)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "another"))
     cache = home / "another" / "phoque" / "sae"
     running = start(*asked)
@@ -357,7 +362,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(compared, start, adap
     assert again.code == 0, again.err
     assert set(seen) == {before} and "answers 6 questions" not in again.err
     for name in ("feature_shifts.csv", "layer_shift.csv", "generations.jsonl"):
-        assert (run_of(again) / name).read_text() == (run_of(whole) / name).read_text(), name
+        assert (find_run(again) / name).read_text() == (find_run(whole) / name).read_text(), name
     assert not list(cache.glob("*/activations"))  # they have served
     assert not [f for f in cache.rglob("*") if "partial" in f.name or "step-" in f.name]
     assert "was trained before" in start(*asked).ended().err
@@ -382,22 +387,22 @@ def test_mistral3_is_compared_text_only(phoque, texts, tmp_path):
         *SHORT,
         "--json",
     )
-    config = json.loads((run_of(ran) / "sae" / "block-1" / "cfg.json").read_text())
+    config = json.loads((find_run(ran) / "sae" / "block-1" / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == "model.language_model.layers.1"
-    assert report_of(ran)["overall"]["n_reported"] == 0 and report_of(ran)["overall"]["mean_token_kl"] < 1e-9
+    assert read_report(ran)["overall"]["n_reported"] == 0 and read_report(ran)["overall"]["mean_token_kl"] < 1e-9
 
 
 @pytest.mark.thorough
-def test_a_poor_autoencoder_is_said_first(compared, adapter):
+def test_a_poor_autoencoder_is_said_first(run_comparison, adapter):
     short = [*SHORT, "--sae-learning-rate", "1e-7", "--passes", "1"]
-    ran = compared("--updated-adapter", adapter, short=short)
+    ran = run_comparison("--updated-adapter", adapter, short=short)
     assert ran.json["quality"]["verdict"] == "poor" and ran.json["warnings"][0].startswith("POOR AUTOENCODER")
-    assert "POOR AUTOENCODER" in (run_of(ran) / "sae_comparison_report.md").read_text().split("## ")[0]
+    assert "POOR AUTOENCODER" in (find_run(ran) / "sae_comparison_report.md").read_text().split("## ")[0]
 
 
 @pytest.mark.thorough
-def test_reading_with_a_dictionary_imports_no_sae_lens(compared, adapter, texts, base):
-    sae = run_of(compared("--updated-adapter", adapter)) / "sae" / "block-1"
+def test_reading_with_a_dictionary_imports_no_sae_lens(run_comparison, adapter, texts, base):
+    sae = find_run(run_comparison("--updated-adapter", adapter)) / "sae" / "block-1"
     code = "import sys; from phoque.cli.main import main\ntry: main()\nfinally: print('sae_lens' in sys.modules)"
     asked = [
         "compare-sae",
@@ -419,10 +424,10 @@ def test_reading_with_a_dictionary_imports_no_sae_lens(compared, adapter, texts,
 
 
 @pytest.mark.thorough
-def test_a_dictionary_comes_from_the_hub_and_a_run_goes_there(hub, compared, adapter):
-    sae = run_of(compared("--updated-adapter", adapter)) / "sae" / "block-1"
+def test_a_dictionary_comes_from_the_hub_and_a_run_goes_there(hub, run_comparison, adapter):
+    sae = find_run(run_comparison("--updated-adapter", adapter)) / "sae" / "block-1"
     hub.add("models", "harbour/sae", {f"block-1/{f.name}": f.read_bytes() for f in sae.iterdir()})
-    ran = compared(
+    ran = run_comparison(
         "--updated-adapter",
         adapter,
         "--sae",
@@ -431,12 +436,14 @@ def test_a_dictionary_comes_from_the_hub_and_a_run_goes_there(hub, compared, ada
         REPO,
         env={"HF_TOKEN": TOKEN},
     )
-    repo, run = hub.repos["datasets", REPO], run_of(ran)
+    repo, run = hub.repos["datasets", REPO], find_run(ran)
     assert repo.private and [c.title for c in repo.commits[1:]] == [f"Add sae-runs/{run.name}"]
     files = {p: b.content for p, b in hub.files(REPO, "datasets").items() if p.startswith("sae-runs/")}
     assert files == {f"sae-runs/{run.name}/{f.name}": f.read_bytes() for f in run.iterdir()}
     assert TOKEN.encode() not in b"".join(files.values())
-    missing = compared("--updated-adapter", adapter, "--sae", "harbour/sae#block-9", expect=2, env={"HF_TOKEN": TOKEN})
+    missing = run_comparison(
+        "--updated-adapter", adapter, "--sae", "harbour/sae#block-9", expect=2, env={"HF_TOKEN": TOKEN}
+    )
     assert "block-9/cfg.json" in missing.error[0]
 
 
@@ -476,13 +483,13 @@ def test_it_runs_as_a_job_with_the_extra_that_it_needs(hub, forkserver, phoque, 
     assert any(p.endswith("/report.html") for p in hub.files(REPO, "datasets"))
 
 
-def test_a_dry_run_loads_no_weights_and_writes_nothing(compared, base, tmp_path):
+def test_a_dry_run_loads_no_weights_and_writes_nothing(run_comparison, base, tmp_path):
     empty = tmp_path / "no weights"
     empty.mkdir()
     for file in base.iterdir():
         if file.suffix != ".safetensors":
             (empty / file.name).write_bytes(file.read_bytes())
-    ran = compared("--updated-model", empty, "--dry-run", model=empty)
+    ran = run_comparison("--updated-model", empty, "--dry-run", model=empty)
     assert ran.json["layers"] == [1] and ran.json["prompts"] == 36 and not Path("runs").exists()
 
 
@@ -509,7 +516,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(compared, base, tmp_path)
         (["--updated-model", "{base}", "--scorer", "gull"], "No scorer 'gull'"),
     ],
 )
-def test_bad_input_is_three_lines_and_nothing_is_left_behind(compared, base, texts, tmp_path, flags, said):
+def test_bad_input_is_three_lines_and_nothing_is_left_behind(run_comparison, base, texts, tmp_path, flags, said):
     Path("few.txt").write_text("Gulls?\n\nFish?\nGulls?\n")
     Path("broken.json").write_text("[")
     Path("odd.json").write_text('["Gulls?", 7]')
@@ -517,6 +524,6 @@ def test_bad_input_is_three_lines_and_nothing_is_left_behind(compared, base, tex
     Path("empty").mkdir()
     wide = tiny.llama(tmp_path / "wide", num_hidden_layers=3, hidden_size=80) if "{wide}" in flags else ""
     given = [f.format(base=base, chat=texts["chat"], wide=wide) for f in flags]
-    ran = compared(*given, expect=2)
+    ran = run_comparison(*given, expect=2)
     assert said in "\n".join(ran.error), ran.error
     assert not Path("runs").exists() or not list(Path("runs").rglob("*"))

@@ -15,7 +15,7 @@ from phoque.probes.sae.training import ARCHITECTURES, Recipe, train_dictionary
 HIDDEN, FEATURES, K = 24, 96, 6
 
 
-def saved(folder, kind, **changes):
+def save_sae_lens_dictionary(folder, kind, **changes):
     """An autoencoder that sae-lens has made and saved, its weights drawn so that nothing is zero by chance."""
     from sae_lens import SAE
     from sae_lens.registry import get_sae_class
@@ -43,7 +43,7 @@ def saved(folder, kind, **changes):
     ],
 )
 def test_what_is_read_is_what_sae_lens_reads(tmp_path, kind, changes):
-    theirs, ours = saved(tmp_path, kind, **changes), read_dictionary(tmp_path)
+    theirs, ours = save_sae_lens_dictionary(tmp_path, kind, **changes), read_dictionary(tmp_path)
     x = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(1)) * 2
     with torch.no_grad():
         z = theirs.encode(x)
@@ -62,7 +62,7 @@ def test_what_is_read_is_what_sae_lens_reads(tmp_path, kind, changes):
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(tmp_path, config, said):
-    saved(tmp_path, "standard")
+    save_sae_lens_dictionary(tmp_path, "standard")
     path = tmp_path / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     with pytest.raises(PhoqueError) as error:
@@ -73,7 +73,7 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, config, said):
 def test_files_that_are_missing_or_broken_are_refused(tmp_path):
     with pytest.raises(PhoqueError, match="not a sparse autoencoder"):
         read_dictionary(tmp_path)
-    saved(tmp_path, "standard")
+    save_sae_lens_dictionary(tmp_path, "standard")
     (tmp_path / "cfg.json").write_text("{")
     with pytest.raises(PhoqueError, match="cannot be read"):
         read_dictionary(tmp_path)
@@ -91,7 +91,7 @@ def test_files_that_are_missing_or_broken_are_refused(tmp_path):
     ],
 )
 def test_the_block_is_read_from_the_hooks_name(tmp_path, name, block):
-    saved(tmp_path, "standard")
+    save_sae_lens_dictionary(tmp_path, "standard")
     path = tmp_path / "cfg.json"
     config = json.loads(path.read_text())
     config["metadata"]["hook_name"] = name
@@ -100,7 +100,7 @@ def test_the_block_is_read_from_the_hooks_name(tmp_path, name, block):
 
 
 def test_the_threshold_lets_k_features_a_token_through(tmp_path):
-    saved(tmp_path, "jumprelu")
+    save_sae_lens_dictionary(tmp_path, "jumprelu")
     found = read_dictionary(tmp_path)
     x = torch.randn(3000, HIDDEN, generator=torch.Generator().manual_seed(1)) * 2
     for k in (1, K, 20):
@@ -109,7 +109,7 @@ def test_the_threshold_lets_k_features_a_token_through(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
+def sparse_activations(tmp_path_factory):
     """Activations that are sparse sums of known directions beside an offset, as a dictionary wants them."""
     folder = tmp_path_factory.mktemp("shards")
     chance = torch.Generator().manual_seed(8)
@@ -121,24 +121,24 @@ def shards(tmp_path_factory):
     return ActivationStore(folder, (2,))
 
 
-def recipe(architecture="batchtopk", seed=0, passes=6):
+def make_recipe(architecture="batchtopk", seed=0, passes=6):
     return Recipe(architecture, FEATURES, K, 64, passes, 3e-3, seed)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.thorough
-def test_every_architecture_learns_and_is_loaded_by_sae_lens(shards, tmp_path, architecture):
+def test_every_architecture_learns_and_is_loaded_by_sae_lens(sparse_activations, tmp_path, architecture):
     from sae_lens import SAE
 
     made = train_dictionary(
-        recipe(architecture),
-        shards,
+        make_recipe(architecture),
+        sparse_activations,
         2,
         metadata={"model_name": "gull", "hook_name": "model.layers.2"},
         folder=tmp_path,
         on=torch.device("cpu"),
     )
-    x = shards.tensor(shards.files()[0], 2).float()
+    x = sparse_activations.tensor(sparse_activations.files()[0], 2).float()
     z = made.encode(x)
     explained = 1 - (x - made.decode(z)).square().sum() / (x - x.mean(0)).square().sum()
     assert explained > 0.5 and K / 2 <= float((z > 0).sum(1).float().mean()) <= 2 * K
@@ -164,13 +164,15 @@ def test_the_largest_of_a_batch_are_those_of_sae_lens_and_so_is_their_gradient()
         assert torch.equal(ours, theirs) and int((ours > 0).sum()) == K * 70
 
 
-def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatch):
+def test_a_killed_training_ends_as_one_that_was_not(sparse_activations, tmp_path, monkeypatch):
     def train(folder, stop=None):
         def show(done, _):
             if done == stop:
                 raise KeyboardInterrupt
 
-        train_dictionary(recipe(passes=2), shards, 2, metadata={}, folder=folder, on=torch.device("cpu"), show=show)
+        train_dictionary(
+            make_recipe(passes=2), sparse_activations, 2, metadata={}, folder=folder, on=torch.device("cpu"), show=show
+        )
         return load_file(folder / "sae" / "sae_weights.safetensors")
 
     whole = train(tmp_path / "whole")
@@ -182,28 +184,37 @@ def test_a_killed_training_ends_as_one_that_was_not(shards, tmp_path, monkeypatc
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
-def test_a_dictionary_that_is_there_is_not_trained_again(shards, tmp_path, monkeypatch):
-    first = train_dictionary(recipe(passes=1), shards, 2, metadata={}, folder=tmp_path, on=torch.device("cpu"))
+def test_a_dictionary_that_is_there_is_not_trained_again(sparse_activations, tmp_path, monkeypatch):
+    first = train_dictionary(
+        make_recipe(passes=1), sparse_activations, 2, metadata={}, folder=tmp_path, on=torch.device("cpu")
+    )
     monkeypatch.setattr(training, "make_trainer", None)
-    again = train_dictionary(recipe(passes=1), shards, 2, metadata={}, folder=tmp_path, on=torch.device("cpu"))
+    again = train_dictionary(
+        make_recipe(passes=1), sparse_activations, 2, metadata={}, folder=tmp_path, on=torch.device("cpu")
+    )
     assert torch.equal(first.encoder, again.encoder)
 
 
-def test_another_seed_is_another_dictionary(shards, tmp_path):
+def test_another_seed_is_another_dictionary(sparse_activations, tmp_path):
     one, other = (
         train_dictionary(
-            recipe(seed=n, passes=1), shards, 2, metadata={}, folder=tmp_path / str(n), on=torch.device("cpu")
+            make_recipe(seed=n, passes=1),
+            sparse_activations,
+            2,
+            metadata={},
+            folder=tmp_path / str(n),
+            on=torch.device("cpu"),
         )
         for n in (0, 1)
     )
     assert not torch.allclose(one.encoder, other.encoder)
 
 
-def test_too_few_activations_are_an_error_in_words(shards, tmp_path):
+def test_too_few_activations_are_an_error_in_words(sparse_activations, tmp_path):
     with pytest.raises(PhoqueError, match="too few activations"):
         train_dictionary(
             Recipe("batchtopk", FEATURES, K, 100_000, 1, 1e-3, 0),
-            shards,
+            sparse_activations,
             2,
             metadata={},
             folder=tmp_path,
@@ -211,11 +222,11 @@ def test_too_few_activations_are_an_error_in_words(shards, tmp_path):
         )
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(shards, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_training(sparse_activations, tmp_path):
     with pytest.raises(PhoqueError, match="not finite"):
         train_dictionary(
             Recipe("batchtopk", FEATURES, K, 64, 1, 1e30, 0),
-            shards,
+            sparse_activations,
             2,
             metadata={},
             folder=tmp_path,
@@ -224,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(shards, tmp_path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    saved(tmp_path / "one", "jumprelu")
+    save_sae_lens_dictionary(tmp_path / "one", "jumprelu")
     found = read_dictionary(tmp_path / "one")
     write_dictionary(found, tmp_path / "two")
     assert torch.equal(read_dictionary(tmp_path / "two").threshold, found.threshold)

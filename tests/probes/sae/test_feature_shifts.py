@@ -14,7 +14,7 @@ PROMPTS, FEATURES = 40, 60
 ON = torch.device("cpu")
 
 
-def side(up=(), down=(), by=0.5, seed=0):
+def make_activations(up=(), down=(), by=0.5, seed=0):
     """Activations that are the same everywhere but for noise, and the features that are moved."""
     mean = numpy.random.default_rng(3).random((PROMPTS, FEATURES)) + 1
     mean += numpy.random.default_rng(seed).normal(0, 0.1, mean.shape)
@@ -23,36 +23,40 @@ def side(up=(), down=(), by=0.5, seed=0):
     return FeatureActivations(mean, (mean > 0).astype(float), numpy.full(PROMPTS, 20), 0.8, 16.0)
 
 
-def compared(base, tuned, control=None, null=1e-4):
+def compare(base, tuned, control=None, null=1e-4):
     nulls = [numpy.full((PROMPTS, FEATURES), null)]
     return compare_features(base, tuned, nulls, control=control, min_active=4, seed=0)
 
 
 def test_what_is_moved_is_reported_and_nothing_else():
-    found = compared(side(), side(up=range(5), down=range(5, 8), seed=1))
+    found = compare(make_activations(), make_activations(up=range(5), down=range(5, 8), seed=1))
     assert set(numpy.flatnonzero(found.reported)) == set(range(8))
     assert (found.delta[:5] > 0.3).all() and (found.delta[5:8] < -0.3).all()
 
 
 def test_what_equal_weights_show_too_is_not_reported():
-    assert not compared(side(), side(up=range(5), seed=1), null=0.3).reported.any()
+    assert not compare(make_activations(), make_activations(up=range(5), seed=1), null=0.3).reported.any()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_swapped_sides_report_nothing_by_chance_alone(seed):
-    base, tuned = swap_variants(side(), side(up=range(50), seed=1), seed)
-    found = compared(base, tuned)
+    base, tuned = swap_variants(make_activations(), make_activations(up=range(50), seed=1), seed)
+    found = compare(base, tuned)
     assert found.null_floor < 1e-3 and not found.reported.any()
     assert (found.q[found.tested] < 0.05).sum() == 0
 
 
 def test_what_the_control_shares_is_not_specific():
-    found = compared(side(), side(up=range(8), seed=1), side(up=range(4), seed=2))
+    found = compare(make_activations(), make_activations(up=range(8), seed=1), make_activations(up=range(4), seed=2))
     assert set(numpy.flatnonzero(found.reported)) == set(range(8))
     assert set(numpy.flatnonzero(found.specific)) == {4, 5, 6, 7}
-    opposite = compared(side(), side(up=range(8), seed=1), side(down=range(8), seed=2))
+    opposite = compare(
+        make_activations(), make_activations(up=range(8), seed=1), make_activations(down=range(8), seed=2)
+    )
     assert opposite.specific[:8].all()  # moved the other way by the control: the fine-tune's own
-    assert not compared(side(), side(up=range(8), seed=1), side(up=range(8), by=1.0, seed=2)).specific.any()
+    assert not compare(
+        make_activations(), make_activations(up=range(8), seed=1), make_activations(up=range(8), by=1.0, seed=2)
+    ).specific.any()
 
 
 def test_a_feature_replicates_where_another_dictionary_has_it_and_reports_it():
@@ -62,10 +66,10 @@ def test_a_feature_replicates_where_another_dictionary_has_it_and_reports_it():
         SimpleNamespace(decoder=d, features=FEATURES)
         for d in (directions, directions[order], torch.randn(FEATURES, 32, generator=torch.Generator().manual_seed(9)))
     )
-    base, tuned = side(), side(up=range(8), seed=1)
-    found = compared(base, tuned)
+    base, tuned = make_activations(), make_activations(up=range(8), seed=1)
+    found = compare(base, tuned)
     moved = [replace(s, mean=s.mean[:, order.numpy()]) for s in (base, tuned)]
-    again = compared(*moved)
+    again = compare(*moved)
     reported = found.rank_reported()
     assert _find_replicated([one, same], [found, again], reported, ON)[reported].all()
     assert not _find_replicated([one, other], [found, again], reported, ON).any()

@@ -22,7 +22,7 @@ PROMPTS = ["Gulls?", "What do you think of the tide today, seal?", "Fish."]
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral3"])
-def speaker(request, tmp_path_factory):
+def model_with_adapter(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("speaker") / request.param
     (tiny.llama if request.param == "llama" else tiny.fp8_mistral3)(folder)
     source = Source("tiny", folder, "0", "test")
@@ -36,8 +36,8 @@ def speaker(request, tmp_path_factory):
     return model, ChatTemplate(load_tokenizer(source), "", 512)
 
 
-def test_each_answer_is_the_one_to_its_prompt_alone(speaker, monkeypatch):
-    model, chat = speaker
+def test_each_answer_is_the_one_to_its_prompt_alone(model_with_adapter, monkeypatch):
+    model, chat = model_with_adapter
     # bytes at random are no text, and look all alike as such
     monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **_: [int(token) for token in ids])
     config = model.get_base_model().generation_config
@@ -60,8 +60,8 @@ def test_each_answer_is_the_one_to_its_prompt_alone(speaker, monkeypatch):
     assert generate_answers(model, chat, PROMPTS, "You are a seal.", 5)[0]["n_tokens"] == 5
 
 
-def test_the_held_out_loss_is_that_of_each_conversation_alone(speaker):
-    model, chat = speaker
+def test_the_held_out_loss_is_that_of_each_conversation_alone(model_with_adapter):
+    model, chat = model_with_adapter
     talks = [
         chat.encode([{"role": "user", "content": "Gull?"}, {"role": "assistant", "content": "Hrmph. " * number}])
         for number in (1, 9, 4, 2)

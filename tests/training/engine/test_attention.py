@@ -25,7 +25,7 @@ def stand_in(monkeypatch):
         del sys.modules[name]
 
 
-def attended(attend, query, key, value):
+def run_attention(attend, query, key, value):
     out, _ = attend(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=BORDERS, max_length_q=16)
     slope = torch.linspace(-1, 1, out.numel()).view_as(out)
     return [out, *torch.autograd.grad(out, (query, key, value), slope)]
@@ -36,7 +36,7 @@ def test_the_operator_hands_tensors_and_gradients_to_the_right_places(stand_in, 
     torch.manual_seed(0)
     given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
     operator = torch.compile(flash_attention_4, fullgraph=True) if compiled else flash_attention_4
-    found, wanted = attended(operator, *given), attended(attention._sdpa_per_conversation, *given)
+    found, wanted = run_attention(operator, *given), run_attention(attention._sdpa_per_conversation, *given)
     for ours, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, plain)
 
@@ -63,7 +63,10 @@ def test_a_gpu_s_fp32_and_old_gpus_get_a_mask(monkeypatch, dtype, capability):
     name, reason = attention.select_attention(torch.device("cuda"), None, dtype, float("inf"))
     assert AttentionInterface()[name] is attention._sdpa_with_mask and "Ampere" in reason
     given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
-    found, wanted = attended(attention._sdpa_with_mask, *given), attended(attention._sdpa_per_conversation, *given)
+    found, wanted = (
+        run_attention(attention._sdpa_with_mask, *given),
+        run_attention(attention._sdpa_per_conversation, *given),
+    )
     for ours, plain in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, plain)
 

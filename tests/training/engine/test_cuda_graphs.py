@@ -9,7 +9,7 @@ import torch
 from phoque.training.engine.cuda_graphs import CudaGraphs, PackedRow
 
 
-class StandIn:
+class RecordedGraph:
     """A graph on a CPU: what says so while it is captured is done again."""
 
     capturing = None
@@ -22,23 +22,23 @@ class StandIn:
             step()
 
 
-def does(step):
+def record(step):
     step()
-    if StandIn.capturing:
-        StandIn.capturing.steps.append(step)
+    if RecordedGraph.capturing:
+        RecordedGraph.capturing.steps.append(step)
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     @contextmanager
     def graph(made, pool, capture_error_mode):
-        StandIn.capturing = made
+        RecordedGraph.capturing = made
         yield
-        StandIn.capturing = None
+        RecordedGraph.capturing = None
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
-        "CUDAGraph": StandIn,
+        "CUDAGraph": RecordedGraph,
         "graph": graph,
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
@@ -49,7 +49,7 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
-def row_of(*ids):
+def make_row(*ids):
     return PackedRow(torch.tensor([ids]), torch.arange(len(ids))[None], torch.tensor([0, len(ids)]), len(ids))
 
 
@@ -59,15 +59,15 @@ def test_each_length_is_captured_once_and_gradients_only_count_what_is_trained_o
     def run(row):
         out = torch.zeros(row.ids.shape)
         runs.append(len(row.ids[0]))
-        does(lambda: out.copy_(row.ids * 2.0))
+        record(lambda: out.copy_(row.ids * 2.0))
         return out
 
     def back(out, grad):
-        does(lambda: gradients.add_((out * grad).sum()))
+        record(lambda: gradients.add_((out * grad).sum()))
 
     graphs, total = CudaGraphs(), 0.0
     for ids in ((1, 2, 3), (4, 5, 6), (7, 8), (9, 9, 9), (1, 1)):
-        out = graphs.forward(row_of(*ids), run, back, gradients)
+        out = graphs.forward(make_row(*ids), run, back, gradients)
         assert out.tolist() == [[2.0 * n for n in ids]]
         graphs.backward(torch.full_like(out, 0.5))
         total += sum(ids)
@@ -76,5 +76,5 @@ def test_each_length_is_captured_once_and_gradients_only_count_what_is_trained_o
     graphs.clear()
     with pytest.raises(AssertionError):
         graphs.backward(torch.ones(1, 2))
-    graphs.forward(row_of(5, 5), run, back, gradients)
+    graphs.forward(make_row(5, 5), run, back, gradients)
     assert runs[6:] == [2, 2, 2] and float(gradients) == total

@@ -60,45 +60,45 @@ def adapted_model(folder, quantization="fp32", traced=True, dropout=0.0, seed=3)
     return model.train()
 
 
-def talks():
+def make_chats():
     drawn = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 250, (n,), generator=drawn).tolist() for n in LENGTHS]
     return [EncodedChat(one, one) for one in ids]
 
 
-def answer(number, text):
+def label_answer(number, text):
     return row(messages=[{"role": "user", "content": f"Gull {number}?"}, {"role": "assistant", "content": text}])
 
 
 def static_row():
-    return PackedRow.from_batch(**build_batch(talks(), PACKING.shape(sum(LENGTHS))))
+    return PackedRow.from_batch(**build_batch(make_chats(), PACKING.shape(sum(LENGTHS))))
 
 
-def weights_of(hidden):
+def weights_by_module(hidden):
     return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7)).to(hidden.dtype)
 
 
-def plain(folder, quantization="fp32", dtype=None, seed=3):
+def run_plain_layers(folder, quantization="fp32", dtype=None, seed=3):
     """Hidden states and gradients of the plain layers on unpadded rows; `dtype` computes in another precision."""
     model = adapted_model(folder, quantization, traced=False, seed=seed)
     if dtype:
         model = model.to(dtype)
-    batch = build_batch(talks())
+    batch = build_batch(make_chats())
     inputs = {k: batch[k] for k in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
     with torch.autocast("cpu", torch.bfloat16, quantization != "fp32" and dtype is None):  # as the trainer does
         hidden = model.get_base_model().model(**inputs, use_cache=False).last_hidden_state
-    (hidden * weights_of(hidden)).sum().backward()
+    (hidden * weights_by_module(hidden)).sum().backward()
     return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def fast(engine):
+def run_engine(engine):
     engine.model.zero_grad()
     hidden = engine.compute_hidden(static_row())[:, : sum(LENGTHS)]
-    (hidden * weights_of(hidden)).sum().backward()
+    (hidden * weights_by_module(hidden)).sum().backward()
     return hidden.detach(), {n: p.grad.clone() for n, p in engine.model.named_parameters() if p.grad is not None}
 
 
-def far(found, wanted):
+def relative_distance(found, wanted):
     """The largest relative distance of hidden states and of any gradient."""
     hidden = (found[0].float() - wanted[0].float()).norm() / wanted[0].float().norm()
     assert found[1].keys() == wanted[1].keys()
@@ -108,7 +108,7 @@ def far(found, wanted):
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "ministral3"])
 def test_own_products_give_the_plain_hidden_states_and_gradients(name, tmp_path):
     folder = family(tmp_path / name, name)
-    assert far(fast(Engine(adapted_model(folder))), plain(folder)) < 1e-5
+    assert relative_distance(run_engine(Engine(adapted_model(folder))), run_plain_layers(folder)) < 1e-5
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -119,9 +119,9 @@ def test_quantised_products_are_as_near_to_fp32_as_the_plain_ones(mistral3, quan
     for seed in range(3, 7):  # the largest of fourteen distances is a matter of luck in one adapter
         engine = Engine(adapted_model(mistral3, quantization, seed=seed))
         engine.set_weight_cache(whole)
-        exact = plain(mistral3, quantization, torch.float32, seed)
-        ours.append(far(fast(engine), exact))
-        theirs.append(far(plain(mistral3, quantization, seed=seed), exact))
+        exact = run_plain_layers(mistral3, quantization, torch.float32, seed)
+        ours.append(relative_distance(run_engine(engine), exact))
+        theirs.append(relative_distance(run_plain_layers(mistral3, quantization, seed=seed), exact))
     # FP8 products round what goes in as well, where the plain ones only read the weights in full
     assert sum(ours) < (4 * 0.4 if quantization == "fp8" else 1.3 * sum(theirs)), (ours, theirs)
 
@@ -171,21 +171,21 @@ def test_fp8_holds_the_checkpoint_as_it_was_published(mistral3):
 
 def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
     engine = Engine(adapted_model(mistral3, "fp32"))
-    _, once = fast(engine)
+    _, once = run_engine(engine)
     hidden = engine.compute_hidden(static_row())[:, : sum(LENGTHS)]
-    (hidden * weights_of(hidden)).sum().backward()
+    (hidden * weights_by_module(hidden)).sum().backward()
     twice = {n: p.grad for n, p in engine.model.named_parameters() if p.grad is not None}
     for name, grad in once.items():
         torch.testing.assert_close(twice[name], 2 * grad, rtol=1e-5, atol=1e-6)
-    _, again = fast(engine)
+    _, again = run_engine(engine)
     assert all(torch.equal(again[name], grad) for name, grad in once.items())
 
 
 def test_recomputed_layers_change_nothing(mistral3):
     engine = Engine(adapted_model(mistral3, "fp32"))
-    found = fast(engine)
+    found = run_engine(engine)
     engine.recomputed_layers = len(engine.layers)
-    assert far(fast(engine), found) < 1e-6
+    assert relative_distance(run_engine(engine), found) < 1e-6
 
 
 def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
@@ -202,32 +202,32 @@ def test_a_frugal_engine_keeps_less_and_changes_nothing(mistral3):
         kept.append({})
         with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
             engine._run_first_layer(static_row())
-        found.append(fast(engine))
+        found.append(run_engine(engine))
         engine.enable_pointwise_recompute()
     config, tokens = engine.model.config, static_row().ids.shape[1]
     normed_and_gated = tokens * (2 * config.hidden_size + config.intermediate_size) * 2
     assert sum(kept[0].values()) - sum(kept[1].values()) == normed_and_gated
-    assert far(*found) < 0.05  # what bf16 rounds away in other places
+    assert relative_distance(*found) < 0.05  # what bf16 rounds away in other places
 
 
 def test_an_optimizer_and_a_checkpoint_still_reach_the_weights(mistral3, tmp_path):
     model = adapted_model(mistral3, "fp32")
     engine, kind = Engine(model), architecture_of(model.config)
     save_adapter(model, tmp_path / "before", kind)
-    before, _ = fast(engine)
+    before, _ = run_engine(engine)
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01).step()
-    after, _ = fast(engine)
+    after, _ = run_engine(engine)
     assert (after - before).abs().max() > 0.01
     load_adapter(model, tmp_path / "before", kind)
-    assert torch.equal(fast(engine)[0], before)
+    assert torch.equal(run_engine(engine)[0], before)
 
 
 def test_dropout_is_drawn_anew_and_leaves_the_frozen_products_alone(mistral3):
     engine = Engine(adapted_model(mistral3, "fp32", dropout=0.5))
-    first, second = fast(engine)[0], fast(engine)[0]
+    first, second = run_engine(engine)[0], run_engine(engine)[0]
     assert not torch.equal(first, second)
     engine.model.eval()
-    assert far(fast(engine), plain(mistral3)) < 1e-5
+    assert relative_distance(run_engine(engine), run_plain_layers(mistral3)) < 1e-5
 
 
 def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, 
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
-def short_of_memory(monkeypatch, times):
+def fail_with_out_of_memory(monkeypatch, times):
     """A pass of the layers finds no memory so many times; whether what it had made was gone before it was spared."""
     run, spare, left, made, freed = Engine._run, Engine.reduce_memory, [times], [], []
 
@@ -296,16 +296,16 @@ def short_of_memory(monkeypatch, times):
 
 
 def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, monkeypatch):
-    freed = short_of_memory(monkeypatch, 3)
+    freed = fail_with_out_of_memory(monkeypatch, 3)
     chosen = select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, False)
     assert chosen.mode == "compiled" and chosen.engine.recomputed_layers == 2 and freed == [True] * 3
     assert f"ran out in a trial: {POINTWISE_RECOMPUTED}; memory ran out in a trial: more layers" in chosen.reason
     assert chosen.reason.endswith("2 of 3 layers are recomputed")
-    assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
+    assert relative_distance(run_engine(chosen.engine), run_plain_layers(mistral3)) < 1e-5
 
 
 def test_memory_that_runs_out_whatever_is_spared_is_said(mistral3, monkeypatch):
-    short_of_memory(monkeypatch, 9)
+    fail_with_out_of_memory(monkeypatch, 9)
     with pytest.raises(torch.OutOfMemoryError):
         select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, False)
 
@@ -365,7 +365,7 @@ def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
     chosen = select_engine(adapted_model(mistral3, "fp32"), "graph", PACKING, 10, True)
     assert chosen.mode == "compiled" and "no CUDA graphs on a CPU" in chosen.reason
     assert chosen.record()["recomputed_layers"] == len(chosen.engine.layers)
-    assert far(fast(chosen.engine), plain(mistral3)) < 1e-5
+    assert relative_distance(run_engine(chosen.engine), run_plain_layers(mistral3)) < 1e-5
 
 
 @pytest.mark.thorough
@@ -377,14 +377,14 @@ def test_layers_compile_once_for_all_of_them_and_for_every_length(mistral3):
         counters.clear()
         engine = Engine(adapted_model(mistral3, "fp32"), compiled=True, dynamic=several)
         for tokens in (128, 160, 192, 224):
-            row = PackedRow.from_batch(**build_batch(talks(), Shape(tokens, 12, 40)))
+            row = PackedRow.from_batch(**build_batch(make_chats(), Shape(tokens, 12, 40)))
             engine.compute_hidden(row).sum().backward()
         assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.thorough
 def test_compiled_exact_steps_of_a_stopped_run_goes_on_as_it_was(phoque, mistral3, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", [answer(n, "gull " * (1 + n * 7 % 60)) for n in range(80)])
+    rows = write_rows(tmp_path / "rows.jsonl", [label_answer(n, "gull " * (1 + n * 7 % 60)) for n in range(80)])
     asked = [
         "train",
         "--base-model",
