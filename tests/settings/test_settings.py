@@ -8,7 +8,7 @@ import pytest
 from phoque.errors import PhoqueError
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.export_onnx import ExportSettings
-from phoque.settings.fields import Origin, Secrets, env_name, flag_names
+from phoque.settings.fields import Origin, Secrets, env_name, flag_names, old_flag_name
 from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
@@ -80,7 +80,7 @@ def test_a_name_that_is_nearly_a_settings_is_asked_about(monkeypatch):
     monkeypatch.setenv("HUB_MODEL_IDD", "a/b")
     monkeypatch.setenv("GULLS", "many")
     _, warnings = settle()
-    assert warnings == ["HUB_MODEL_IDD is set, which is no setting of phoque's; did you mean HUB_MODEL_ID?"]
+    assert warnings == ["HUB_MODEL_IDD is set, but it is not a setting of phoque; did you mean HUB_MODEL_ID?"]
 
 
 @pytest.mark.parametrize("where", ["environment", "file"])
@@ -200,3 +200,35 @@ def test_env_example_documents_every_name_and_no_other():
     models = (TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings, Secrets)
     names = {env_name(model, n) for model in models for n in model.model_fields}
     assert documented == names
+
+
+RENAMED = [
+    (TrainSettings, "hub_patience", "--retry-timeout", "--hub-patience", "PHOQUE_HUB_PATIENCE"),
+    (ExportSettings, "largest_kl", "--max-kl", "--largest-kl", "PHOQUE_LARGEST_KL"),
+    (ExportSettings, "least_agreement", "--min-agreement", "--least-agreement", "PHOQUE_LEAST_AGREEMENT"),
+    (SaeSettings, "width", "--expansion-factor", "--width", "PHOQUE_WIDTH"),
+    (SaeSettings, "passes", "--epochs", "--passes", "PHOQUE_PASSES"),
+    (SaeSettings, "chat", "--chats", "--chat", "PHOQUE_CHAT"),
+]
+
+
+@pytest.mark.parametrize(("model", "field", "flag", "old_flag", "old_variable"), RENAMED)
+def test_a_renamed_setting_keeps_its_old_flag_and_variable(monkeypatch, model, field, flag, old_flag, old_variable):
+    assert flag_names(model, field)[0] == flag and old_flag not in flag_names(model, field)
+    assert old_flag_name(model, field) == old_flag
+    given = {"updated_model": "x"} if model is SaeSettings else {}
+    for variable in {old_variable, env_name(model, field)}:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            resolved, _ = resolve_settings(model, given, PRESETS)
+            assert str(getattr(resolved.settings, field)).startswith("1"), variable
+
+
+def test_old_flags_work_and_are_not_shown(phoque):
+    shown = phoque("train", "--help").out
+    assert "--retry-timeout" in shown and "--hub-patience" not in shown
+    assert "[nf4|fp8|bf16|fp32]" in shown and "none" not in shown.split("--quantization")[1].split("--engine-mode")[0]
+    ran = phoque("train", "--hub-patience", 7, "--quantization", "none", "--on", "a10g-large", expect=2)
+    assert "Hub token" in ran.error[0]  # both were understood
+    refused = phoque("train", "--quantization", "int3", expect=2)
+    assert "int3" in refused.error[0]
