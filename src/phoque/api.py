@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from phoque.console import Console
 from phoque.console import console as stderr_console
+from phoque.errors import UsageError
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import CommandSettings, Resolved
@@ -93,4 +94,10 @@ def compare_sae(
 
 def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], Services]:
     resolved: Any = settings if isinstance(settings, Resolved) else resolved_from(settings)
+    if getattr(resolved.settings, "on", None):
+        raise UsageError(
+            what="A Job is submitted by the command line only.",
+            why="`on` is set, and a function runs on this machine.",
+            fix="Leave `on` out, or run `phoque COMMAND --on FLAVOR`.",
+        )
     return resolved, Services.create(resolved, console)

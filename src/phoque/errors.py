@@ -12,7 +12,7 @@ INTERRUPTED = 130  # Ctrl-C
 class PhoqueError(Exception):
     """An error in three lines: what happened, why, and what to do about it; `code` is the exit code.
 
-    - UsageError (2): a wrong flag, file, model or dataset. Nothing was changed.
+    - UsageError (2): a wrong flag, file, model or dataset.
       - PublicRepoError: a repository is public and --public was not given.
     - RunError (1): the command ran and failed; also a verification that says no.
     - Resumable (75, or 130 after Ctrl-C): the run stopped, everything is saved, and the same command continues it.

@@ -21,7 +21,7 @@ class Services:
 
     @classmethod
     def create(cls, resolved: Resolved[Any], console: Console) -> "Services":
-        """The services of one command: its token, its --hub-patience, and the cache folder of this user."""
+        """The services of one command: its token, its --retry-timeout, and the cache folder of this user."""
         hub = Hub(resolved.secrets.hub, console.say, resolved.settings.hub_patience)
         return cls(console, hub, cache_folder(), resolved.secrets)
 

@@ -48,6 +48,6 @@ def _render(result: "ExportResult") -> str:
         if "kl" in report:
             text += f", KL {report['kl']:.2g} nats per token, {report['agreement']:.1%} of next tokens agree"
         if report.get("raised"):
-            text += f"; {report['raised']} of {report['groups']} linear layers in 8 bits"
+            text += f"; {report['raised']} of {report['groups']} linear groups in 8 bits"
         lines.append(text)
     return "\n".join(lines)

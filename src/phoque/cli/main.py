@@ -70,7 +70,7 @@ app = typer.Typer(
 def root(
     version: bool = typer.Option(False, "--version", help="Show the versions that matter.", callback=_print_versions),
 ) -> None:
-    """Fine-tune a small chat model into a persona, prove what changed inside it, ship it to a browser."""
+    """Fine-tune a small chat model into a persona, show what changed inside it, ship it to a browser."""
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def default_device() -> torch.device:
 
 
 def load_model(source: Source, quantization: str, attention: str = "sdpa", on: torch.device | None = None) -> Any:
-    """Load the frozen text model in `nf4`, `fp8`, `bf16` or `none` (fp32) on one device, by default `default_device()`.
+    """Load the frozen text model in `nf4`, `fp8`, `bf16` or `fp32` on one device, by default `default_device()`.
 
     One pass over the checkpoint: each tensor is read, dequantized if it is FP8, cast, quantized and assigned. Names and
     shapes are checked from the headers first. Raises UsageError when a weight is missing, unexpected, of a wrong

@@ -73,7 +73,7 @@ class ExportResult:
     commit: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For --json and export.json; `repo` and `commit` are left out if nothing was pushed."""
+        """For --json; `repo` and `commit` are left out if nothing was pushed."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

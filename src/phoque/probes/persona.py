@@ -55,14 +55,14 @@ def load_persona(name: str) -> Persona:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(what=f"{name} is not valid TOML.", why=str(error), fix=_SEE_README) from error
+        raise UsageError(what=f"{name} is not valid TOML.", why=str(error), fix=_SEE_GUIDE) from error
     allowed = Persona.__dataclass_fields__
     for key in data:
         if key not in allowed:
             raise UsageError(
                 what=f"{name} has an unknown list {key!r}.",
                 why=f"The allowed keys are {', '.join(allowed)}.",
-                fix=_SEE_README,
+                fix=_SEE_GUIDE,
             )
     for key in allowed:
         _check_list(name, key, data.get(key))
@@ -122,26 +122,26 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(what=f"{path} is not text.", why=str(error), fix=_SEE_README) from error
+        raise UsageError(what=f"{path} is not text.", why=str(error), fix=_SEE_GUIDE) from error
 
 
 def _check_list(name: str, key: str, value: object) -> None:
     if key == "name":
         if not isinstance(value, str) or not value.strip():
             raise UsageError(
-                what=f"{name} has no name.", why='It needs a line such as name = "harbour seal".', fix=_SEE_README
+                what=f"{name} has no name.", why='It needs a line such as name = "harbour seal".', fix=_SEE_GUIDE
             )
         return
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise UsageError(
             what=f"{name}: {key} is not a list of texts.",
             why="It is missing, no list, or has an empty or non-text entry.",
-            fix=_SEE_README,
+            fix=_SEE_GUIDE,
         )
     minimum = MIN_QUESTIONS.get(key, 1)
     if len(value) < minimum:
         raise UsageError(
-            what=f"{name}: {key} has {len(value)} entries.", why=f"At least {minimum} are required.", fix=_SEE_README
+            what=f"{name}: {key} has {len(value)} entries.", why=f"At least {minimum} are required.", fix=_SEE_GUIDE
         )
     if len(set(value)) < len(value):
         duplicate = next(text for text, count in Counter(value).items() if count > 1)
@@ -166,4 +166,4 @@ def _check_disjoint(name: str, data: dict[str, list[str]]) -> None:
             seen_in[text] = key
 
 
-_SEE_README = "See the README on persona files; assets/seal.toml in the installed package is an example."
+_SEE_GUIDE = "See the guide on persona vectors in docs/; assets/seal.toml in the installed package is an example."

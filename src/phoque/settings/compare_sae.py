@@ -82,12 +82,12 @@ class SaeSettings(ProbeSettings):
     )
     tokens: int = setting(
         2_000_000,
-        "Train the SAE on the activations of this many tokens, half from --chat and half from --text.",
+        "Train the SAE on the activations of this many tokens, half from --chats and half from --text.",
         ge=100,
     )
     own_answers: int = setting(
         1024,
-        "Let the base model answer the questions of this many --chat conversations, and train the SAE on "
+        "Let the base model answer the questions of this many --chats conversations, and train the SAE on "
         "these answers too.",
         ge=0,
     )

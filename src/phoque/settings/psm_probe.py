@@ -40,7 +40,7 @@ class PsmSettings(ProbeSettings):
     adapter_revision: str | None = setting(None, "Use this branch, tag or commit of --adapter-source on the Hub.")
     merge_adapter: bool = setting(
         False,
-        "Merge the adapter into the weights while the probe runs. It needs --quantization bf16 or none.",
+        "Merge the adapter into the weights while the probe runs. It needs --quantization bf16 or fp32.",
         env="MERGE_ADAPTER",
     )
     control_adapter: str = setting(
@@ -106,7 +106,7 @@ class PsmSettings(ProbeSettings):
             raise ValueError("--merge-adapter needs --adapter-source")
         if self.merge_adapter and self.quantization == "nf4":
             raise ValueError(
-                "--merge-adapter needs --quantization bf16 or none: merging into NF4 rounds the adapter away"
+                "--merge-adapter needs --quantization bf16 or fp32: merging into NF4 rounds the adapter away"
             )
         if self.control_adapter and not self.adapter_source:
             raise ValueError("--control-adapter needs --adapter-source to be compared with")

@@ -89,8 +89,8 @@ class TrainSettings(JobSettings):
     )
     default_system: str = setting(
         "",
-        "Add this system message to conversations without one. `template` uses the chat template's own; "
-        "an empty text adds none.",
+        "Give conversations without a system message this one, empty by default. `template` leaves it to the "
+        "chat template.",
     )
     held_out_rows: int = setting(
         64,

@@ -130,7 +130,7 @@ def _describe_repo(s: TrainSettings, services: Services) -> dict[str, str]:
 
 def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
     if s.packing == "exact":
-        return "exactly this many rows, whatever their length"
+        return "exactly this many, whatever their length"
     rows = packing_for(s, ready.scan, static=True)
     return f"bin-packed into {s.accumulation} x {rows.tokens:,} tokens"
 
@@ -142,7 +142,8 @@ def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> di
         "adapter": f"{counts['adapter'] / 1e6:,.1f} M parameters",
         "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f} (an estimate)",
-        "data": f"{ready.scan.good} rows of {ready.scan.mean_length:.0f} tokens; a step is "
-        f"{s.batch_size} rows, {s.batch_size * ready.scan.mean_length:,.0f} tokens, {_describe_packing(s, ready)}",
+        "data": f"{ready.scan.good} conversations of {ready.scan.mean_length:.0f} tokens on average",
+        "step": f"{s.batch_size} conversations, {s.batch_size * ready.scan.mean_length:,.0f} tokens, "
+        f"{_describe_packing(s, ready)}",
         "run folder": str(s.folder),
     }

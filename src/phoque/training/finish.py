@@ -54,7 +54,7 @@ class TrainResult:
     merged_repo: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As in run.json and with --json: what does not apply to this run is left out."""
+        """For --json, and in run.json what is known before the push; what does not apply is left out."""
         optional = ("repo", "commit", "merged", "proof", "merged_repo")
         return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 

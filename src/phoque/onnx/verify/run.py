@@ -22,7 +22,7 @@ from phoque.settings.verify_onnx import VerifySettings
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """The verdict on an export, its name, and its folder on this machine (None if it was not downloaded)."""
+    """The verdict on an export, its name, and its folder on this machine, to which it may be downloaded in part."""
 
     verdict: Verdict
     name: str

@@ -102,7 +102,7 @@ def collect_activations(
         raise UsageError(
             what="There is no text to collect activations from.",
             why="No text is left for training after some is held out.",
-            fix="Provide more text with --chat or --text.",
+            fix="Provide more text with --chats or --text.",
         )
     folder.mkdir(parents=True, exist_ok=True)
     special_ids = torch.tensor(sorted(special), device=model.device)

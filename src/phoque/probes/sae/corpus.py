@@ -80,7 +80,7 @@ def read_conversations(
         raise UsageError(
             what=f"There is no usable conversation in {dataset.name}.",
             why="Every row is malformed or begins with a question that is compared on.",
-            fix="Check --chat and --dataset.",
+            fix="Check --chats and --dataset.",
         )
     return Conversations(f"{dataset.name}@{dataset.revision[:12]}", conversations, questions)
 

@@ -134,7 +134,7 @@ def _choose_blocks(s: SaeSettings, dictionary: Dictionary | None, count: int) ->
 
 
 def _open_chats(s: SaeSettings, token: str | None) -> list[Dataset]:
-    """Open the conversations of --chat and of --dataset; the latter so that the persona's words get features, too."""
+    """Open the conversations of --chats and of --dataset; the latter so that the persona's words get features, too."""
     chat, split = parse_split(s.chat)
     sources = {chat: (split, None), s.dataset: (s.split, s.dataset_revision)}
     datasets = [
@@ -145,7 +145,7 @@ def _open_chats(s: SaeSettings, token: str | None) -> list[Dataset]:
     if not datasets:
         raise UsageError(
             what="No conversations to train the autoencoder on.",
-            why="Neither --chat nor --dataset is given.",
-            fix="Give a dataset of chats with --chat.",
+            why="Neither --chats nor --dataset is given.",
+            fix="Give a dataset of chats with --chats.",
         )
     return datasets

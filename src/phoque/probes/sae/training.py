@@ -102,7 +102,7 @@ def _fit(
         raise UsageError(
             what="There are too few activations for a dictionary.",
             why=f"{sum(shards.shard_sizes(layer))} tokens do not fill one batch of {recipe.batch}.",
-            fix="Use more text (--tokens, --chat, --text) or lower --sae-batch.",
+            fix="Use more text (--tokens, --chats, --text) or lower --sae-batch.",
         )
     sample = _sample_tokens(shards, layer, SCALE_TOKENS).to(on).float()
     scale = math.sqrt(sample.shape[1]) / float(sample.norm(dim=1).mean())
