@@ -18,6 +18,10 @@ lint:
 types:
     uv run ty check
 
+docs:
+    uv run python docs/generate.py
+    uvx --from 'mkdocs>=1.6,<2' --with 'mkdocs-material>=9.6,<10' mkdocs build --strict --site-dir site
+
 bench:
     uv run python benchmarks/startup.py
     uv run python benchmarks/demo.py

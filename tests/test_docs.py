@@ -31,9 +31,9 @@ COMMON_FLAGS = {"--dry-run", "--json", "--quiet", "--secrets-file", "--help", "-
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """The words of every phoque command line, in code blocks and in `code`; continued lines are joined."""
-    text = text.replace("\\\n", " ")
-    lines = re.findall(r"^\s*\$? ?(?:uv run )?(phoque [a-z].*)$", text, re.MULTILINE)
+    """The words of every phoque command line, in console blocks and in `code`; continued lines are joined."""
+    blocks = re.findall(r"^ *```(?:console|bash)\n(.*?)^ *```", text.replace("\\\n", " "), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.findall(r"(?:^|\s)(phoque [a-z-]+(?: .*)?)$", block, re.MULTILINE)]
     return [shlex.split(line, comments=True) for line in [*lines, *re.findall(r"`(phoque [a-z-]+ --[^`]*)`", text)]]
 
 

@@ -1,5 +1,6 @@
 """Loading: every weight accounted for and sane, or an error before any time is spent."""
 
+import json
 import os
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config
 from phoque.models.load import default_device, load_model
@@ -83,6 +84,15 @@ def test_an_unknown_architecture_says_what_an_entry_needs(tmp_path):
     with pytest.raises(PhoqueError) as caught:
         load_config(source_of(tmp_path / "gpt2"))
     assert "gpt2" in caught.value.what and "architectures" in caught.value.fix
+
+
+def test_code_that_a_repository_brings_is_refused_without_a_question(tmp_path, monkeypatch):
+    config = {"model_type": "gull", "auto_map": {"AutoConfig": "gull.GullConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "gull.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_config(source_of(tmp_path))
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):

@@ -20,7 +20,7 @@ def load_config(source: Source) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.folder)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise UsageError(
             what=f"The config of {source.name} cannot be read.",
@@ -36,7 +36,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise UsageError(
             what=f"{source.name} has no chat template.",

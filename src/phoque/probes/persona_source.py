@@ -21,8 +21,8 @@ def find_persona(s: PsmSettings | SaeSettings, services: Services) -> tuple[Pers
         raise UsageError(
             what="No persona is given.",
             why="Neither --persona nor --dataset is set, so there is no prompt to ask the base model for it.",
-            fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the adapter's training data "
-            "with --dataset.",
+            fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
+            "adapter with --dataset.",
         )
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub)
     rows: list[Row] = []

@@ -96,7 +96,7 @@ def classifier(spec: str, rest: str, context: Context) -> Scorer:
     name, _, label = rest.partition("#")
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)@([\w./-]+)", name)
     repo_or_folder, revision = (match[1], match[2]) if match and not Path(name).is_dir() else (name, "main")
-    options = {"revision": revision, "token": context.token}
+    options: dict[str, Any] = {"revision": revision, "token": context.token, "trust_remote_code": False}
     tokenizer: Any = AutoTokenizer.from_pretrained(repo_or_folder, **options)
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         repo_or_folder, use_safetensors=True, **options
