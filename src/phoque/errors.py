@@ -2,7 +2,6 @@
 
 import errno
 
-DONE = 0
 FAILED = 1  # the command ran and failed, or a verification did not pass
 USAGE = 2  # wrong usage or configuration
 RESUMABLE = 75  # stopped early; the same command resumes it (EX_TEMPFAIL of sysexits.h)

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-LEVELS = ("files", "graph", "ort", "node", "browser")
+from phoque.settings.verify_onnx import LEVELS
+
 PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT RUN"
 
 
