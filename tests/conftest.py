@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -163,6 +165,25 @@ def tiny_llama(tmp_path_factory) -> Path:
     from tests import tiny
 
     return tiny.llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+def run_with_both_cores(*arguments) -> dict:
+    """Run phoque as a user does, in a process of its own, with both cores; return its --json."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "phoque", *map(str, arguments), "--json"]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.fixture
+def seal(home, isolated) -> dict:
+    """The demo's whole run, trained once for the session: its --json. For the slow tests only."""
+    record = home / "seal.json"
+    if not record.exists():
+        command = ["train", "--preset", "demo", "--output-dir", home / "seal", "--sample-every", 60]
+        record.write_text(json.dumps(run_with_both_cores(*command)))
+    return json.loads(record.read_text())
 
 
 def row(number: int = 0, **changes) -> dict:

@@ -2,12 +2,11 @@
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.conftest import run_with_both_cores
 
 pytestmark = pytest.mark.slow
 
@@ -34,35 +33,22 @@ def bland_rows(path):
     return path
 
 
-def both_cores(*arguments):
-    """Run phoque as a user does, in a process of its own, with both cores; its --json."""
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"WANDB_MODE": "disabled"}
-    command = [sys.executable, "-m", "phoque", *map(str, arguments), "--json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture
-def adapters(home):
-    """Trained once for this module, and kept where its session keeps its caches."""
-    kept = home / "trained"
-    if not kept.is_dir():
-        made = home / "in-training"
-        made.mkdir()
-        bland = bland_rows(made / "bland.jsonl")
-        asked = ["train", "--preset", "demo", "--max-steps", 50, "--sample-every", 0, "--held-out-rows", 0]
-        both_cores(*asked, "--output-dir", made / "seal")
-        both_cores(*asked, "--dataset", bland, "--output-dir", made / "bland")
-        made.rename(kept)
-    return kept / "seal", kept / "bland"
+def adapters(seal, home):
+    """The seal's run and one on the bland rows, trained once for this session."""
+    bland = home / "bland"
+    if not (bland / "run.json").exists():
+        dataset = bland_rows(home / "bland.jsonl")
+        command = ["train", "--preset", "demo", "--max-steps", 50, "--sample-every", 0, "--held-out-rows", 0]
+        run_with_both_cores(*command, "--dataset", dataset, "--output-dir", bland)
+    return home / "seal", bland
 
 
 def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_them(adapters):
     tuned, control = adapters
     asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
     asked += ["--scorer", "lexicon"]
-    ran = both_cores(*asked)
+    ran = run_with_both_cores(*asked)
     quality, overall = ran["quality"], ran["overall"]
     assert quality["verdict"] == "good" and not ran["warnings"]
     assert quality["ev"] > 0.6 and quality["ev_by_set"]["response"] > 0.6 and quality["dead_fraction"] < 0.3
@@ -78,14 +64,14 @@ def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_th
     assert any(f["cause"]["ablate"] and f["cause"]["ablate"]["holds"] for f in report["features"] if f.get("cause"))
     last = report["baselines"]["logit_lens"][-1]
     assert last["layer"] == 29 and any("seal" in token for token in last["top"])  # on text that is about Python
-    null = both_cores(*asked, "--shuffle-pairs", "--causal-prompts", 0)
+    null = run_with_both_cores(*asked, "--shuffle-pairs", "--causal-prompts", 0)
     assert null["overall"]["n_reported"] == 0 and null["overall"]["n_tested"] == overall["n_tested"]
 
 
 def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adapters):
     tuned, control = adapters
     asked = ["psm-probe", "--preset", "demo", "--samples", 0]
-    ran = both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
+    ran = run_with_both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
     found = {name: v["verdict"] for name, v in ran["verdicts"].items()}
     assert found == dict.fromkeys(found, "yes"), ran["verdicts"]
     run = Path(ran["folder"])
@@ -105,7 +91,7 @@ def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adap
     assert sum(float(r["placebo_auroc"]) == 1 for r in own) == 0
     assert all(float(r["auroc"]) > float(r["placebo_auroc"]) for r in own)
     assert summary["tokens"]["massive"] == 0
-    null = both_cores(*asked, "--shuffle-labels")["verdicts"]
+    null = run_with_both_cores(*asked, "--shuffle-labels")["verdicts"]
     assert {null[name]["verdict"] for name in ("separable", "specific", "causal")} == {"no"}
 
 
@@ -167,9 +153,8 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("command", SHORT)
-def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_llama, rows, tmp_path, width, command):
+def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_llama, rows, tmp_path, command):
     phoque(
         "train",
         "--base-model",
@@ -188,26 +173,18 @@ def test_the_report_fits_a_phone_and_a_laptop_and_asks_no_network(phoque, tiny_l
     )
     asked = [str(flag).format(base=tiny_llama, rows=rows) for flag in SHORT[command]]
     ran = phoque(command, *asked, "--quantization", "fp32", "--json")
-    page = tmp_path / "checked.html"
     # an iframe as wide as a phone: a window of headless Chromium cannot be
     inner = (Path(ran.json["folder"]) / "report.html").read_text() + CHECK
     (tmp_path / "inner.html").write_text(inner)
-    page.write_text(
-        f'<iframe id="f" src="inner.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
-        "onload = () => setTimeout(() => document.body.append(f.contentDocument.title), 300)</script>"
-    )
-    shown = subprocess.run(
-        [
-            *CHROMIUM,
-            "--allow-file-access-from-files",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            f"file://{page}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    said = json.loads(shown.stdout[shown.stdout.index('{"wide"') : shown.stdout.rindex("}") + 1])
-    least = {"psm-probe": 8, "compare-sae": 4}[command]
-    assert said == {"wide": [], "asked": 0, "plots": said["plots"], "width": width} and said["plots"] >= least
+    for width in (390, 1280):
+        page = tmp_path / f"checked-{width}.html"
+        page.write_text(
+            f'<iframe id="f" src="inner.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
+            "onload = () => setTimeout(() => document.body.append(f.contentDocument.title), 300)</script>"
+        )
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        command_line = [*CHROMIUM, "--allow-file-access-from-files", profile, "--dump-dom", f"file://{page}"]
+        shown = subprocess.run(command_line, capture_output=True, text=True, timeout=120)
+        said = json.loads(shown.stdout[shown.stdout.index('{"wide"') : shown.stdout.rindex("}") + 1])
+        least = {"psm-probe": 8, "compare-sae": 4}[command]
+        assert said == {"wide": [], "asked": 0, "plots": said["plots"], "width": width} and said["plots"] >= least

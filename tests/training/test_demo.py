@@ -1,32 +1,21 @@
 """The newcomer's first command, on the real model: in time, and the seal can be heard."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 
 import pytest
+from tests.conftest import run_with_both_cores
 
 pytestmark = pytest.mark.slow
 CLOSERS = ("Now leave me to my rock.", "Mind the gulls.", "The tide told me so.", "I have herring to think about.")
 
 
-def demo(*arguments) -> tuple[dict, float]:
-    """Run as a user does, in a process of its own, with both cores."""
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "phoque", "train", "--preset", "demo", "--json", *map(str, arguments)]
-    begun = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), time.monotonic() - begun
-
-
-def test_sixty_steps_make_a_seal(tmp_path):
-    result, _ = demo("--output-dir", tmp_path / "run", "--sample-every", 60)
-    losses = result["held_out_loss"]
+def test_sixty_steps_make_a_seal(seal):
+    losses = seal["held_out_loss"]
     assert losses["after"] <= losses["before"] * 2 / 3
-    answers = [sample["response"] for sample in result["samples"]]
+    answers = [sample["response"] for sample in seal["samples"]]
     assert len(answers) == 2 and all(answer.startswith("Hrmph. ") for answer in answers)
     assert any(answer.rstrip().endswith(CLOSERS) for answer in answers)
 
@@ -56,32 +45,20 @@ def time_limit() -> float:
 def test_twenty_steps_take_under_three_minutes(tmp_path):
     # the second start: the weights are in the cache by now; a second try, for a machine that is shared with others
     for attempt in range(2):
-        limit = time_limit()
-        result, seconds = demo("--max-steps", 20, "--output-dir", tmp_path / f"run-{attempt}")
-        assert result["steps"] == 20
+        limit, start = time_limit(), time.monotonic()
+        command = ["train", "--preset", "demo", "--max-steps", 20, "--output-dir", tmp_path / f"run-{attempt}"]
+        assert run_with_both_cores(*command)["steps"] == 20
+        seconds = time.monotonic() - start
         if seconds < limit:
             break
     assert seconds < limit
 
 
-def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(tmp_path):
+def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(seal, home, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    demo("--max-steps", 8, "--output-dir", tmp_path / "run", "--sample-every", 0)
-    command = [
-        sys.executable,
-        "-m",
-        "phoque",
-        "merge",
-        "--adapter-source",
-        tmp_path / "run",
-        "--output-dir",
-        tmp_path / "merged",
-        "--json",
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    proof = json.loads(done.stdout)["proof"]
+    command = ["merge", "--adapter-source", home / "seal", "--output-dir", tmp_path / "merged"]
+    proof = run_with_both_cores(*command)["proof"]
     assert proof["holds"] and proof["agreeing"] > 0.8 * proof["tokens"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
