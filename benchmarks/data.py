@@ -29,7 +29,7 @@ LONGEST = 1024
 
 def write_rows(path: Path, count: int) -> None:
     """The seal's conversations over and over, no two alike."""
-    from phoque.data.rows import BUNDLED
+    from phoque.data.readers import BUNDLED
 
     seal = [json.loads(line)["messages"] for line in BUNDLED["seal"].read_text().splitlines()]
     with path.open("w") as f:
@@ -55,7 +55,7 @@ def ministral_chat() -> Any:
 def ours(folder: Path, count: int) -> dict[str, float]:
     """One pass of the stream that a run trains on, as fast as it comes."""
     from phoque.data.packing import Packing
-    from phoque.data.rows import open_dataset
+    from phoque.data.readers import open_dataset
     from phoque.data.scan import scan_dataset
     from phoque.data.stream import TrainStream
 
@@ -64,7 +64,7 @@ def ours(folder: Path, count: int) -> dict[str, float]:
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
     found = scan_dataset(data, chat, 64, 0.05)
     packing = Packing(16, TOKENS / 16, max(found.lengths), static=True)
-    stream = TrainStream(data, chat, threshold=found.threshold, packing=packing, seed=0, max_bad=0.05)
+    stream = TrainStream(data, chat, held_out=found.rule, packing=packing, seed=0)
     rows = iter(stream)
     next(rows)
     first = time.perf_counter() - begun

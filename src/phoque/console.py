@@ -6,12 +6,15 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from phoque.errors import PhoqueError
 
+MAX_LISTED = 6  # names or counts that are listed; of the others, only the number
+NAME_CHARACTERS = 40  # of a name from outside, in a list
 LOG_EVERY_S = 5.0  # seconds between progress lines when stderr is not a terminal
 
 
@@ -101,6 +104,24 @@ class Console:
             self._rich_console().print(text, style=style, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+def describe_counts(counts: Counter[str]) -> str:
+    """The largest few counts and how many others there are, with long names cut."""
+    largest = [f"{shorten(name)} {count}" for name, count in counts.most_common(MAX_LISTED)]
+    others = len(counts) - len(largest)
+    return ", ".join(largest) + (f" and {others} others" if others > 0 else "")
+
+
+def shorten_list(names: Sequence[str]) -> str:
+    """The first few names and how many others there are, with long names cut."""
+    others = len(names) - MAX_LISTED
+    return ", ".join(map(shorten, names[:MAX_LISTED])) + (f" and {others} others" if others > 0 else "")
+
+
+def shorten(name: str) -> str:
+    """A name from the data, cut after NAME_CHARACTERS characters."""
+    return name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…"
 
 
 def escape_control_characters(text: str) -> str:

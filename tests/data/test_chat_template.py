@@ -1,13 +1,10 @@
 """Token ids are the template's own; the trained spans are spelt out."""
 
-from pathlib import Path
-
 import pytest
-import trl
 from tests import tiny
 
-from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, add_generation_marks
-from phoque.data.rows import BadRow
+from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate
+from phoque.data.turns import BadRow
 from phoque.errors import PhoqueError
 
 TALK = [
@@ -75,26 +72,21 @@ def test_too_long_is_unfit():
         ChatTemplate(tiny.tokenizer(), "", 20).encode(TALK)
 
 
-def test_a_template_without_known_marks_is_refused():
+def test_a_template_without_a_stop_token_is_refused():
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(PhoqueError, match="mask"):
-        add_generation_marks(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(PhoqueError, match="mask") as caught:
+        ChatTemplate(tokenizer, "", 512)
+    assert "stop token" in caught.value.why
 
 
-def test_a_template_without_a_system_role_is_marked_and_its_refusal_is_a_rows():
+def test_a_template_without_a_system_role_gets_no_empty_system_message_and_its_refusal_is_a_rows():
     tokenizer = tiny.tokenizer()
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    assert "generation" in add_generation_marks(tokenizer)
-    with pytest.raises(BadRow, match="the template refuses it: no system here"):
-        ChatTemplate(tokenizer, "be grumpy", 512).encode(TALK)
     plain = [turn for turn in TALK if turn["role"] != "system"]
-    assert ChatTemplate(tokenizer, "template", 512).encode(plain).trained_tokens
-
-
-@pytest.mark.parametrize(("name", "stop"), [("qwen3", "<|im_end|>"), ("llama3", "<|eot_id|>")])
-def test_templates_that_trl_knows_are_marked(name, stop):
-    tokenizer = tiny.tokenizer(stop)
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-    assert "generation" in add_generation_marks(tokenizer)
+    assert ChatTemplate(tokenizer, "", 512).encode(plain).trained_tokens
+    with pytest.raises(BadRow, match="the template refuses it: no system here"):
+        ChatTemplate(tokenizer, "", 512).encode(TALK)
+    with pytest.raises(PhoqueError, match="supports no system message"):
+        ChatTemplate(tokenizer, "be grumpy", 512)

@@ -6,7 +6,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from tests import tiny
 
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate
-from phoque.data.rows import BadRow
+from phoque.data.turns import BadRow
 from phoque.training.dry_run import count_system_tokens
 
 TALK = [

@@ -10,8 +10,9 @@ from tests import tiny
 from tests.conftest import write_rows
 
 from phoque.data.chat_template import ChatTemplate
+from phoque.data.held_out import HeldOut
 from phoque.data.packing import Packing, build_batch, pack_best_fit, pack_evenly
-from phoque.data.rows import open_dataset
+from phoque.data.readers import open_dataset
 from phoque.data.stream import TrainStream
 from phoque.prefetch import Prefetcher
 
@@ -35,7 +36,11 @@ def short_chats(tmp_path_factory):
 
 def open_stream(short_chats, chat, packing):
     return TrainStream(
-        open_dataset(str(short_chats), "train", None, None), chat, threshold="", packing=packing, seed=0, max_bad=0.05
+        open_dataset(str(short_chats), "train", None, None),
+        chat,
+        held_out=HeldOut(),
+        packing=packing,
+        seed=0,
     )
 
 

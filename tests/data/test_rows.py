@@ -5,14 +5,16 @@ import json
 import pytest
 from tests.conftest import row, write_rows
 
-from phoque.data.rows import BUNDLED, BadRow, open_dataset, parse_row
+from phoque.data.readers import BUNDLED, open_dataset
+from phoque.data.rows import RawRow, parse_row
+from phoque.data.turns import BadRow
 from phoque.errors import PhoqueError
 
 TURNS = row(1)["messages"]
 
 
-def make_record(content) -> dict:
-    return {"line": "line 1", "row": content, "broken": ""}
+def make_record(content) -> RawRow:
+    return RawRow("line 1", 0, 1, content)
 
 
 def test_the_seal_is_bundled_in_the_schema_of_the_spec():
@@ -47,14 +49,14 @@ def test_other_schemas_are_mapped(other):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"text": "x"}, "no messages column"),
-        ([], "not an object"),
+        ({"text": "x"}, "one text, no turns"),
+        ({"id": 1}, "no conversation columns"),
+        (5, "not an object"),
         ({"messages": "x"}, "messages is not a list"),
         ({"messages": []}, "no assistant turn"),
         ({"messages": [TURNS[1]]}, "no assistant turn"),
         ({"messages": [TURNS[1], TURNS[2], TURNS[2]]}, "turns do not alternate user, assistant"),
-        ({"messages": [TURNS[1], TURNS[2], TURNS[0]]}, "turns do not alternate user, assistant"),
-        ({"messages": [*TURNS, TURNS[1]]}, "turns do not alternate user, assistant"),
+        ({"messages": [TURNS[1], TURNS[0], TURNS[2]]}, "turns do not alternate user, assistant"),
         ({"messages": [{"role": "gull", "content": "x"}, TURNS[2]]}, "unknown role 'gull'"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "empty assistant turn"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": None}]}, "a turn has no text"),
@@ -84,21 +86,21 @@ def test_files_folders_and_formats_give_the_same_rows(tmp_path):
     write_rows(folder / "a.jsonl", some[:2])
     (folder / "b.json").write_text(json.dumps(some[2:4]))
     pq.write_table(pa.Table.from_pylist(some[4:]), folder / "c.parquet")
-    read = [parse_row(r).messages for r in open_dataset(str(folder), "train", None, None).stream]
+    read = [parse_row(r).messages for r in open_dataset(str(folder)).stream]
     assert read == [r["messages"] for r in some]
 
 
 def test_a_broken_line_keeps_its_number(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [row(1), '{"messages": [', row(2)])
-    records = list(open_dataset(str(path), "train", None, None).stream)
-    assert [bool(r["broken"]) for r in records] == [False, True, False]
-    assert records[1]["line"] == "line 2"
+    records = list(open_dataset(str(path)).stream)
+    assert [bool(r.defect) for r in records] == [False, True, False]
+    assert records[1].location == "line 2"
 
 
 @pytest.mark.parametrize("name", ["", "nowhere.jsonl", "./x/y", "just-a-word"])
 def test_no_such_dataset(name):
     with pytest.raises(PhoqueError) as caught:
-        open_dataset(name, "train", None, None)
+        open_dataset(name)
     assert caught.value.code == 2
 
 

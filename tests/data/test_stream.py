@@ -7,8 +7,9 @@ from tests import tiny
 from tests.conftest import row, write_rows
 
 from phoque.data.chat_template import ChatTemplate
+from phoque.data.held_out import HeldOut
 from phoque.data.packing import Packing, build_batch
-from phoque.data.rows import open_dataset
+from phoque.data.readers import open_dataset
 from phoque.data.scan import scan_dataset
 from phoque.data.stream import TrainStream
 from phoque.errors import PhoqueError
@@ -54,9 +55,7 @@ def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, 
     again = scan_dataset(open_rows(write_rows(tmp_path / "b.jsonl", some[::-1])), chat, 4, 0.05)
     kept = {r.key() for r, _ in found.held_out}
     assert len(kept) == 4 and kept == {r.key() for r, _ in again.held_out}
-    stream = TrainStream(
-        open_rows(tmp_path / "a.jsonl"), chat, threshold=found.threshold, packing=exact_packing(1), seed=0, max_bad=0.05
-    )
+    stream = TrainStream(open_rows(tmp_path / "a.jsonl"), chat, held_out=found.rule, packing=exact_packing(1), seed=0)
     texts = [tuple(b["input_ids"][0].tolist()) for _, b in zip(range(36), stream, strict=False)]
     assert len(set(texts)) == 36  # each row once in a pass
     held = {tuple(e.ids) for _, e in found.held_out}
@@ -65,7 +64,15 @@ def test_held_out_rows_are_the_same_in_any_order_and_never_trained_on(tmp_path, 
 
 
 def test_each_pass_has_every_row_once_in_another_order(rows, chat):
-    stream = iter(TrainStream(open_rows(rows), chat, threshold="", packing=exact_packing(1), seed=0, max_bad=0.05))
+    stream = iter(
+        TrainStream(
+            open_rows(rows),
+            chat,
+            held_out=HeldOut(),
+            packing=exact_packing(1),
+            seed=0,
+        )
+    )
     first, second = ([next(stream)["input_ids"][0].tolist() for _ in range(40)] for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
 
@@ -76,7 +83,13 @@ def test_a_stream_resumes_exactly(rows, chat, size, stop, window, monkeypatch):
     monkeypatch.setattr("phoque.data.stream.SHUFFLE_WINDOW", window)
 
     def stream():
-        return TrainStream(open_rows(rows), chat, threshold="", packing=exact_packing(size), seed=5, max_bad=0.05)
+        return TrainStream(
+            open_rows(rows),
+            chat,
+            held_out=HeldOut(),
+            packing=exact_packing(size),
+            seed=5,
+        )
 
     whole = stream()
     batches = [b["input_ids"].tolist() for _, b in zip(range(30), whole, strict=False)]
@@ -107,10 +120,4 @@ def test_a_pass_without_a_row_to_train_on_is_an_error_and_no_endless_loop(tmp_pa
     path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)  # all the same: all held out
     found = scan_dataset(open_rows(path), chat, 4, 0.05)
     with pytest.raises(PhoqueError, match="gave no row"):
-        next(
-            iter(
-                TrainStream(
-                    open_rows(path), chat, threshold=found.threshold, packing=exact_packing(2), seed=0, max_bad=0.05
-                )
-            )
-        )
+        next(iter(TrainStream(open_rows(path), chat, held_out=found.rule, packing=exact_packing(2), seed=0)))

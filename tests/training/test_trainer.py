@@ -6,8 +6,9 @@ from tests import tiny
 from torch.nn.functional import cross_entropy
 
 from phoque.data.chat_template import ChatTemplate
+from phoque.data.held_out import HeldOut
 from phoque.data.packing import Packing, build_batch
-from phoque.data.rows import open_dataset
+from phoque.data.readers import open_dataset
 from phoque.data.stream import TrainStream
 from phoque.models.lora import add_lora_adapter
 from phoque.models.source import Source
@@ -34,10 +35,9 @@ def open_stream(rows, chat, size=4):
     return TrainStream(
         open_dataset(str(rows), "train", None, None),
         chat,
-        threshold="",
+        held_out=HeldOut(),
         packing=exact_packing(size),
         seed=0,
-        max_bad=0.05,
     )
 
 

@@ -1,48 +1,37 @@
-"""The chat template with `{% generation %}` marks, and the loss mask that it gives."""
+"""Conversations as token ids with a loss mask: ids are those of the model's own chat template, whatever it is."""
 
 import re
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
-from phoque.data.rows import BadRow
+from phoque.data.rows import Row
+from phoque.data.template_renderer import TemplateRenderer
+from phoque.data.template_spans import SpanFinder, TurnSpan
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError, first_line
 
 IGNORE_INDEX = -100  # torch's cross-entropy ignores this label
-_RENDER_LOCK = threading.Lock()  # transformers shares one compiled template, and the spans it marks, between threads
 FROM_TEMPLATE = "template"  # a value of --default-system: the template decides the system message
 
-# Where the marks go in a model's own template: (regular expression, replacement). The stop token is inside the marks,
-# since the model must learn to stop; text after it is outside, since the model never generates it.
-GENERATION_MARKS = [
-    (  # ChatML as SmolLM2 writes it
-        r"\{\{\s*'<\|im_start\|>' \+ message\['role'\] \+ '(?P<nl>\n|\\n)' \+ message\['content'\] \+ '<\|im_end\|>'"
-        r" \+ '(?:\n|\\n)'\s*\}\}",
-        "{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
-        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}\\g<0>{% endif %}",
-    ),
-    (  # Mistral from v7 on: the assistant's whole branch, which ends with eos_token
-        r"(?P<branch>\{%-? elif message\['role'\] == 'assistant' %\})(?P<body>.*?\{\{-?[^{}]*eos_token\s*-?\}\})",
-        r"\g<branch>{%- generation %}\g<body>{%- endgeneration %}",
-    ),
-]
+Messages = Sequence[dict[str, Any]]
 
-PROBE_CHATS = [
-    [{"role": "system", "content": "s"}, {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}],
-    [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "pqrs", strict=True)],
-]
+QUESTION = {"role": "user", "content": "a b"}
+ANSWER = {"role": "assistant", "content": "c d"}
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "tide", "arguments": {"place": "pier"}}}
+TOOL = {"type": "function", "function": {"name": "tide", "description": "d", "parameters": {"type": "object"}}}
 
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """One conversation as token ids and labels; a label is -100 where a token carries no loss."""
+    """One conversation as token ids and labels; a label is -100 where a token carries no loss. `notes` as in Row."""
 
     ids: list[int]
     labels: list[int]
+    notes: tuple[str, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -51,40 +40,67 @@ class EncodedChat:
 
 
 class ChatTemplate:
-    """Encodes conversations for training; token ids are those of the model's own chat template."""
+    """Encodes conversations for training.
 
-    def __init__(self, tokenizer: Any, default_system: str, max_length: int) -> None:
-        self.tokenizer, self.default_system, self.max_length = tokenizer, default_system, max_length
-        self.template = add_generation_marks(tokenizer)
+    Loss is on what the model generates: each assistant turn from the end of the generation prompt to its stop token,
+    reasoning and tool calls included. An answer before the first question is context unless `train_greeting` is set.
+    Raises UsageError if the template has no place for the assistant's text or ends its turns without a stop token.
+    """
+
+    def __init__(self, tokenizer: Any, default_system: str, max_length: int, *, train_greeting: bool = False) -> None:
+        self.tokenizer, self.max_length, self._train_greeting = tokenizer, max_length, train_greeting
+        self._renderer = TemplateRenderer(tokenizer)
+        self.template = self._renderer.source()
+        self._marked = self._renderer.has_generation_marks
+        self._spans = SpanFinder(self._renderer.render, re.compile(rf"\s*(?:{self.control_tokens.pattern})"))
+        self.default_system: str | None = None if default_system == FROM_TEMPLATE else default_system
+        self._check_template()
+        if self.default_system is not None and not self._renders(CONTENT_PROBES["system"]):
+            self._refuse_default_system()
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
-        """A pattern that matches any added token, such as the end of a turn."""
-        tokens: list[str] = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        """A pattern that matches any special token; added tokens that are not special, such as <think>, are text."""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
-    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    def with_system(self, messages: Messages) -> list[dict[str, Any]]:
         """Add the default system message to a conversation without one, unless the template decides it."""
-        if messages[0]["role"] == "system" or self.default_system == FROM_TEMPLATE:
-            return messages
+        if messages[0]["role"] == "system" or self.default_system is None:
+            return [*messages]
         return [{"role": "system", "content": self.default_system}, *messages]
 
-    def encode(self, messages: list[dict[str, str]]) -> EncodedChat:
-        """Encode one conversation. Raises BadRow if it is too long, has control tokens, or no trained token."""
-        if any(self.control_tokens.search(turn["content"]) for turn in messages):
-            raise BadRow("control token in text")
+    def encode_row(self, row: Row) -> EncodedChat:
+        """Encode a row of a dataset, with its tools and its marks. Raises BadRow if it cannot be trained on."""
+        return self.encode(row.messages, tools=row.tools, untrained=row.untrained)
+
+    def encode(self, messages: Messages, *, tools: Any = None, untrained: frozenset[int] = frozenset()) -> EncodedChat:
+        """Encode one conversation, without loss on the turns with the indices `untrained`.
+
+        Raises BadRow if it is too long, has control tokens, something that the template drops, or no trained token.
+        """
+        for turn in messages:
+            if match := self.control_tokens.search(turn["content"]):
+                raise BadRow(f"control token {match[0]!r} in text")
+        self._check_extras(messages, tools)
+        complete = self.with_system(messages)
         try:
-            encoded = _apply_template(self.tokenizer, self.with_system(messages), self.template, mask=True)
+            text, marks = self._render(complete, tools)
+            spans = self._spans.find(text, complete, tools)
         except TemplateError as error:
             raise BadRow(f"the template refuses it: {first_line(error)[:60]}") from None
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        if len(ids) > self.max_length:
-            raise BadRow(f"longer than {self.max_length} tokens")
-        if not any(mask):
-            raise BadRow("no trained token")
-        return EncodedChat(
-            ids, [token if is_trained else IGNORE_INDEX for token, is_trained in zip(ids, mask, strict=True)]
-        )
+        if self._marked:
+            spans = _use_marks(spans, marks)
+        added = len(complete) - len(messages)
+        is_context = set(untrained)
+        if not self._train_greeting:
+            is_context |= set(_greeting(messages))
+        ranges = [(span.start, span.end) for span in spans if span.turn - added not in is_context]
+        encoded = self._tokenize(text, ranges)
+        if any(span.is_cut for span in spans):
+            return replace(encoded, notes=("the template leaves out reasoning",))
+        return encoded
 
     def prompt_ids(self, prompt: str, system: str | None) -> list[int]:
         """Return the token ids of a prompt, up to where the assistant's answer begins."""
@@ -93,83 +109,176 @@ class ChatTemplate:
             messages = [{"role": "system", "content": system}, *messages]
         return encode_prompt(self.tokenizer, self.with_system(messages))
 
+    def _render(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        if self._marked:
+            return self._renderer.render_with_marks(messages, tools)
+        return self._renderer.render(messages, tools=tools), []
 
-def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _tokenize(self, text: str, ranges: list[tuple[int, int]]) -> EncodedChat:
+        """Token ids of the text; tokens that overlap one of the character ranges carry loss."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        if len(ids) > self.max_length:
+            raise BadRow(f"longer than {self.max_length} tokens")
+        labels, remaining = [IGNORE_INDEX] * len(ids), iter(ranges)
+        start, end = next(remaining, (len(text) + 1, len(text) + 1))
+        for index, (first, last) in enumerate(encoded["offset_mapping"]):
+            while first >= end:
+                start, end = next(remaining, (len(text) + 1, len(text) + 1))
+            if last > start and first < last:
+                labels[index] = ids[index]
+        if all(label == IGNORE_INDEX for label in labels):
+            raise BadRow("no trained token")
+        return EncodedChat(ids, labels)
+
+    def _check_template(self) -> None:
+        """Raise UsageError if the assistant's turns cannot be located in a conversation of plain text."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise UsageError(
+                what="This model's tokenizer does not say where its tokens lie in a text.",
+                why="It is a slow tokenizer, and the loss mask needs the positions.",
+                fix="Convert it to a tokenizer.json with transformers, and use that folder.",
+            )
+        talk = [QUESTION, ANSWER, QUESTION | {"content": "e f"}, ANSWER | {"content": "g h"}]
+        try:
+            text, marks = self._render(talk, None)
+            spans = self._spans.find(text, talk)
+        except TemplateError as error:
+            raise UsageError(
+                what="This model's chat template refuses a conversation of two questions and answers.",
+                why=first_line(error),
+                fix="Correct its chat_template.jinja.",
+            ) from error
+        except BadRow as error:
+            raise UsageError(
+                what="phoque cannot mask this model's chat template.",
+                why=f"{str(error)[:1].upper()}{str(error)[1:]}.",
+                fix="Correct its chat_template.jinja: the assistant's text must be in it, and a stop token after it.",
+            ) from error
+        if not self._marked:
+            return
+        ends = {end for _, end in marks}
+        for span in spans:
+            if not any(start <= span.content < end for start, end in marks):
+                raise UsageError(
+                    what="The chat template's generation marks are not around the assistant's text.",
+                    why=f"They are around {[text[start:end][:20] for start, end in marks]}.",
+                    fix="Put {% generation %} before the assistant's text and {% endgeneration %} after its stop token.",
+                )
+            if not any(end >= span.end for end in ends if end > span.content):
+                raise UsageError(
+                    what="The chat template's generation marks exclude the stop token.",
+                    why="The model would never learn to stop.",
+                    fix="Move {% endgeneration %} after the end-of-turn token.",
+                )
+
+    def _refuse_default_system(self) -> None:
+        if self.default_system:
+            raise UsageError(
+                what="This model's chat template supports no system message.",
+                why=f"--default-system is {self.default_system[:40]!r}.",
+                fix="Leave --default-system out, or give `template`.",
+            )
+        self.default_system = None  # there is no empty system message to write
+
+    def _check_extras(self, messages: Messages, tools: Any) -> None:
+        """Raise BadRow if the conversation has something that the template would drop without a word."""
+        if tools and not self._renders(CONTENT_PROBES["tools"]):
+            raise BadRow("the template has no place for tools")
+        for turn in messages:
+            if turn["role"] == "tool" and not self._renders(CONTENT_PROBES["tool"]):
+                raise BadRow("the template has no place for results of tools")
+            if "tool_calls" in turn and not self._renders(CONTENT_PROBES["tool_calls"]):
+                raise BadRow("the template has no place for tool calls")
+            if "reasoning_content" in turn and not self._renders(CONTENT_PROBES["reasoning"]):
+                raise BadRow("the template has no place for reasoning")
+
+    def _renders(self, probe: "_Probe") -> bool:
+        """Whether the template writes what a probe adds to a conversation; found once for each probe."""
+        if probe.name not in self._rendered:
+            try:
+                changed = self._renderer.render(probe.messages, tools=probe.tools)
+            except TemplateError:
+                changed = ""
+            self._rendered[probe.name] = probe.text in changed
+        return self._rendered[probe.name]
+
+    @cached_property
+    def _rendered(self) -> dict[str, bool]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A conversation with something special in it, and the text by which it is recognized in the rendered template."""
+
+    name: str
+    text: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+CONTENT_PROBES = {
+    probe.name: probe
+    for probe in (
+        _Probe("system", "zqsystemqz", [{"role": "system", "content": "zqsystemqz"}, QUESTION, ANSWER]),
+        _Probe(
+            "tools",
+            "zqtoolqz",
+            [QUESTION, ANSWER],
+            [{"type": "function", "function": TOOL["function"] | {"name": "zqtoolqz"}}],
+        ),
+        _Probe(
+            "tool_calls",
+            "zqcallqz",
+            [
+                QUESTION,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [CALL | {"function": {"name": "zqcallqz", "arguments": {"place": "pier"}}}],
+                },
+            ],
+        ),
+        _Probe(
+            "tool",
+            "zqresultqz",
+            [
+                QUESTION,
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "name": "tide", "tool_call_id": "abcdefghi", "content": "zqresultqz"},
+                ANSWER,
+            ],
+        ),
+        _Probe("reasoning", "zqthoughtqz", [QUESTION, ANSWER | {"reasoning_content": "zqthoughtqz"}]),
+    )
+}
+
+
+def _greeting(messages: Messages) -> list[int]:
+    """The index of an assistant turn that comes before the first question, if there is one."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    return [first] if messages[first]["role"] == "assistant" else []
+
+
+def _use_marks(spans: list[TurnSpan], marks: list[tuple[int, int]]) -> list[TurnSpan]:
+    """The spans that the template itself marks, in place of those that were located, for the same turns."""
+    return [
+        replace(span, start=start, end=end) for span in spans for start, end in marks if start <= span.content < end
+    ]
+
+
+def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     """Token ids of a conversation up to where the assistant's answer begins.
 
     Raises UsageError if the template refuses the messages, for example because it has no system role.
     """
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        text = TemplateRenderer(tokenizer).render(messages, add_generation_prompt=True)
     except TemplateError as error:
         raise UsageError(
             what="This model's chat template supports no system prompt.",
             why=str(error),
             fix="Use a model whose chat template supports a system prompt.",
         ) from error
-    return list(encoded["input_ids"])
-
-
-def add_generation_marks(tokenizer: Any) -> str:
-    """Add `{% generation %}` marks to the model's own chat template, and check that token ids stay the same.
-
-    Falls back on TRL's list of training templates. Raises UsageError if no marks are known for this template.
-    """
-    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
-
-    original = tokenizer.chat_template
-    template = original if "{% generation %}" in original or "{%- generation" in original else None
-    for pattern, replacement in GENERATION_MARKS:
-        if template is None and re.search(pattern, original, re.DOTALL):
-            template = re.sub(pattern, replacement, original, count=1, flags=re.DOTALL)
-    probes = PROBE_CHATS
-    if template is None:
-        try:
-            template = get_training_chat_template(tokenizer)
-            probes = PROBE_CHATS[:1]  # TRL keeps earlier turns as they were generated, so later turns may differ
-        except ValueError:
-            template = None
-    if template is None:
-        raise UsageError(
-            what="phoque cannot mask this model's chat template.",
-            why="It has no generation marks, and neither phoque nor TRL knows where they go.",
-            fix="Add {% generation %} around the assistant's text to its chat_template.jinja.",
-        )
-    for probe in probes:
-        if not _can_render(tokenizer, probe):
-            continue  # a template may not support system messages; rows with one are counted as unusable
-        if (
-            _apply_template(tokenizer, probe, original)["input_ids"]
-            != _apply_template(tokenizer, probe, template)["input_ids"]
-        ):
-            raise UsageError(
-                what="The chat template with generation marks gives other tokens than the model's own.",
-                why="Training would teach the model a format that is not used for inference.",
-                fix="Report this with the name of the model.",
-            )
-    if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
-        raise UsageError(
-            what="The chat template's generation marks exclude the stop token.",
-            why="The model would never learn to stop.",
-            fix="Move {% endgeneration %} after the end-of-turn token.",
-        )
-    return template
-
-
-def _can_render(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
-    try:
-        _apply_template(tokenizer, messages, tokenizer.chat_template)
-    except TemplateError:
-        return False
-    return True
-
-
-def _apply_template(
-    tokenizer: Any, messages: list[dict[str, str]], template: str, mask: bool = False
-) -> dict[str, Any]:
-    with _RENDER_LOCK:
-        return dict(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=mask
-            )
-        )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,230 +1,214 @@
-"""Rows of a dataset: how they are read, their schemas, and what makes a row unusable for training."""
+"""Rows: which columns hold a conversation, how they become messages, and what makes a row unusable for training."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from phoque.errors import UsageError, first_line
-from phoque.files import sha256
+from phoque.data.turns import BadRow, Turn, parse_json, parse_turn
 
-BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
-SUFFIXES = (".jsonl", ".json", ".parquet")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
+PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
+    ("prompt", "completion"): "prompt/completion",
+    ("prompt", "response"): "prompt/response",
+    ("instruction", "output"): "Alpaca (instruction, input, output)",
+    ("instruction", "response"): "instruction/response",
+    ("question", "answer"): "question/answer",
+    ("query", "response"): "query/response",
+    ("input", "output"): "input/output",
+}
+CONTEXT = ("input", "context")  # more text that belongs to an instruction
+SYSTEM = ("system", "system_prompt")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+OPTIONAL = ("source", "toxicity_score", "tools", "functions", "history", *SYSTEM, *MEDIA)
+TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
+COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair), *CONTEXT, *OPTIONAL, *TELLING])
 
 
-class BadRow(ValueError):
-    """A row that is skipped; the message is a short reason, by which such rows are counted."""
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row as it was read: the columns that are used, the names of all, and what is wrong if it could not be read.
+
+    `file` and `number` are its position in the dataset: the number of its file, and its own within the file, from 1.
+    """
+
+    location: str
+    file: int
+    number: int
+    row: Any = None
+    columns: tuple[str, ...] = ()
+    defect: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: `messages` of {role, content}, its source, and its toxicity score if it has one."""
+    """One conversation in the `messages` schema, with what the dataset says about it.
 
-    messages: list[dict[str, str]]
-    source: str
-    toxicity_score: float | None
+    `untrained` are the indices of assistant turns that the dataset marks as context. `schema` is how it was read,
+    `notes` what was changed on the way, and `unknown_keys` the keys of turns that phoque does not know.
+    """
+
+    messages: list[dict[str, Any]]
+    source: str = "unknown"
+    toxicity_score: float | None = None
+    tools: list[dict[str, Any]] | None = None
+    untrained: frozenset[int] = frozenset()
+    schema: str = "messages"
+    notes: tuple[str, ...] = ()
+    unknown_keys: tuple[str, ...] = ()
 
     @property
     def first_question(self) -> str:
-        """The first user message."""
-        return next(turn["content"] for turn in self.messages if turn["role"] == "user")
+        """The first user message, or an empty text."""
+        return next((turn["content"] for turn in self.messages if turn["role"] == "user"), "")
+
+    @cached_property
+    def dialogue(self) -> list[str]:
+        """The normalized texts of all turns but the system message, each after its role."""
+        return [
+            f"{turn['role']} {normalize_text(turn['content'])}" for turn in self.messages if turn["role"] != "system"
+        ]
 
     def key(self) -> str:
-        """Return a hash of the messages, which does not depend on the file or the order of rows."""
+        """A hash of the dialogue that ignores the system message, case, white space and the Unicode form."""
+        calls = [turn["tool_calls"] for turn in self.messages if "tool_calls" in turn]
+        content = [self.dialogue, calls] if calls else self.dialogue
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def exact_key(self) -> str:
+        """The key of runs that were begun before 0.2: a hash of the messages as they are."""
         return hashlib.blake2b(json.dumps(self.messages, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A stream of raw rows: `stream` is a datasets.IterableDataset of {line, row, broken}."""
-
-    name: str
-    revision: str
-    stream: Any
+def normalize_text(text: str) -> str:
+    """Fold case, white space and Unicode form."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def open_dataset(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
-    """Open a bundled dataset, a local file or folder, or a Hub dataset as a stream, without loading it into memory.
-
-    Raises UsageError if there is no dataset of that name.
-    """
-    if not name:
-        raise UsageError(
-            what="No dataset.",
-            why="Neither --dataset nor DATASET_REPO is set.",
-            fix="Set --dataset, or try --dataset seal.",
-        )
-    path = BUNDLED.get(name) or Path(name).expanduser()
-    if path.exists():
-        return _open_local(name, path)
-    if path.suffix in SUFFIXES or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UsageError(
-            what=f"No dataset at {name}.",
-            why=f"It is neither a {', '.join(SUFFIXES)} file, nor a folder of them, nor a Hub id.",
-            fix="Check --dataset.",
-        )
-    return _open_hub(name, split, revision, token)
-
-
-def _open_local(name: str, path: Path) -> Dataset:
-    from datasets import IterableDataset
-
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
-    files = [f for f in files if f.suffix in SUFFIXES]
-    if not files:
-        raise UsageError(
-            what=f"{path} is not a dataset.", why=f"It contains no {', '.join(SUFFIXES)} file.", fix="Check --dataset."
-        )
-    if not any(f.stat().st_size for f in files):
-        raise UsageError(what=f"{path} is empty.", why="It contains no rows.", fix="Check how the file was written.")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(bytes.fromhex(sha256(file)))
-    # one entry per file: datasets treats each as a shard, and its state holds the position in each shard
-    stream = IterableDataset.from_generator(_read_files, gen_kwargs={"files": [str(f) for f in files]})
-    return Dataset(name, digest.hexdigest()[:40], stream)
-
-
-def _open_hub(name: str, split: str, revision: str | None, token: str | None) -> Dataset:
-    from datasets import load_dataset
-
-    from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
-
-    hub = Hub(token, lambda _: None, LOOKUP_PATIENCE_S)
-    sha = str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
-    try:
-        stream = load_dataset(name, split=split, streaming=True, revision=sha, token=token)
-    except ValueError as error:  # datasets raises it for an unknown split or a repository without data
-        raise UsageError(
-            what=f"{name} cannot be read.", why=first_line(error), fix="Check the name and the split."
-        ) from error
-    columns = stream.column_names
-    return Dataset(name, sha, stream.map(_add_row_number, with_indices=True, remove_columns=columns))
-
-
-def _add_row_number(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {"line": f"row {index + 1}", "row": row, "broken": ""}
-
-
-def _read_files(files: list[str]) -> Iterator[dict[str, Any]]:
-    for file in map(Path, files):
-        for number, row, broken in _read_rows(file):
-            location = f"line {number}" if len(files) == 1 and file.suffix == ".jsonl" else f"{file.name}:{number}"
-            yield {"line": location, "row": row, "broken": broken}
-
-
-def _read_rows(file: Path) -> Iterator[tuple[int, Any, str]]:
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line), ""
-                    except json.JSONDecodeError as error:
-                        yield number, None, f"broken JSON: {error.msg}"
-    elif file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                what=f"{file.name} is not valid JSON.",
-                why=f"{error.msg} at line {error.lineno}.",
-                fix="Fix the file, or use .jsonl.",
-            ) from error
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-            yield number, row, ""
-    else:
-        import pyarrow.parquet as pq
-
-        batches = pq.ParquetFile(file).iter_batches(batch_size=256)
-        rows_in_file = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows_in_file, 1):
-            yield number, row, ""
-
-
-def detect_schema(row: dict[str, Any]) -> str:
-    """Return the schema of a row: messages, prompt/completion or conversations. Raises BadRow if it has none."""
-    if row.get("messages") is not None:
-        return "messages"
-    if row.get("conversations") is not None:
-        return "conversations"
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        return "prompt/completion"
-    raise BadRow("no messages column")
-
-
-def parse_row(record: dict[str, Any]) -> Row:
-    """Convert a raw record to a Row in the `messages` schema. Raises BadRow with the reason if it is unusable."""
-    if record["broken"]:
-        raise BadRow("broken JSON")
-    row = record["row"]
+def parse_row(raw: RawRow) -> Row:
+    """Convert a row to the `messages` schema. Raises BadRow with the reason if it is unusable."""
+    if raw.defect:
+        raise BadRow(raw.defect)
+    row = {"messages": raw.row} if isinstance(raw.row, list) else raw.row
     if not isinstance(row, dict):
         raise BadRow("not an object")
-    messages = _CONVERTERS[detect_schema(row)](row)
-    _check_turns(messages)
+    if any(row.get(name) for name in MEDIA):
+        raise BadRow("images, audio or video")
+    schema, turns = _read_turns(row)
+    turns, notes = _arrange_turns(_add_system(turns, row))
     score = row.get("toxicity_score")
-    return Row(messages, str(row.get("source") or "unknown"), None if score is None else _parse_score(score))
+    return Row(
+        messages=[turn.message for turn in turns],
+        source=str(row.get("source") or "unknown"),
+        toxicity_score=None if score is None else _parse_score(score),
+        tools=_parse_tools(row),
+        untrained=frozenset(index for index, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained),
+        schema=schema,
+        notes=notes,
+        unknown_keys=tuple(sorted({key for turn in turns for key in turn.unknown_keys})),
+    )
 
 
-def _from_messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    if not isinstance(row["messages"], list):
-        raise BadRow("messages is not a list")
-    return [_parse_turn(turn, "role", "content") for turn in row["messages"]]
+def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
+    """The name of the schema, and the turns. Raises BadRow if no known columns hold a conversation."""
+    for column in CONVERSATIONS:
+        if row.get(column) is not None:
+            return _read_conversation(column, row[column])
+    for (question, answer), schema in PAIRS.items():
+        if row.get(question) is not None and row.get(answer) is not None:
+            return schema, _read_pair(row, question, answer)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        raise BadRow("preference data (chosen, rejected)")
+    if row.get("input_ids") is not None:
+        raise BadRow("tokenized data (input_ids)")
+    if row.get("text") is not None:
+        raise BadRow("one text, no turns")
+    raise BadRow("no conversation columns")
 
 
-def _from_sharegpt(row: dict[str, Any]) -> list[dict[str, str]]:
-    if not isinstance(row["conversations"], list):
-        raise BadRow("conversations is not a list")
-    turns = [_parse_turn(turn, "from", "value") for turn in row["conversations"]]
-    return [{**turn, "role": SHAREGPT_ROLES.get(turn["role"], turn["role"])} for turn in turns]
+def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
+    turns = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(turns, list):
+        raise BadRow(f"{column} is not a list")
+    is_sharegpt = any(isinstance(turn, dict) and turn.get("from") is not None for turn in turns)
+    if column == "messages":
+        schema = "messages with from and value" if is_sharegpt else "messages"
+    else:
+        schema = f"ShareGPT {column}" if is_sharegpt else f"{column} with role and content"
+    if isinstance(value, str):
+        schema += " as JSON text"
+    return schema, [parse_turn(turn) for turn in turns]
 
 
-def _from_prompt_completion(row: dict[str, Any]) -> list[dict[str, str]]:
-    columns = (("prompt", "user"), ("completion", "assistant"))
-    turns = []
-    for column, role in columns:
-        value = row[column]
-        turns += value if isinstance(value, list) else [{"role": role, "content": value}]
-    return [_parse_turn(turn, "role", "content") for turn in turns]
+def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
+    """Turns of a question and an answer; assistant turns before the answer are context, as they are in TRL."""
+    asked = row[question]
+    if question == "instruction":
+        asked = "\n\n".join([str(asked), *(str(row[name]) for name in CONTEXT if row.get(name))])
+    history = [
+        {"role": role, "content": text}
+        for pair in row.get("history") or []
+        for role, text in zip(("user", "assistant"), pair, strict=False)
+    ]
+    context = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    completion = row[answer] if isinstance(row[answer], list) else [{"role": "assistant", "content": row[answer]}]
+    return [
+        *map(parse_turn, history),
+        *(parse_turn(turn).as_context() for turn in context),
+        *map(parse_turn, completion),
+    ]
 
 
-_CONVERTERS = {
-    "messages": _from_messages,
-    "conversations": _from_sharegpt,
-    "prompt/completion": _from_prompt_completion,
-}
+def _add_system(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:
+    """Put the text of a `system` column before the turns. Raises BadRow if they begin with another system message."""
+    text = next((row[name] for name in SYSTEM if row.get(name)), None)
+    if text is None:
+        return turns
+    system = parse_turn({"role": "system", "content": text})
+    if turns and turns[0].role == "system":
+        if turns[0].message["content"] != system.message["content"]:
+            raise BadRow("two system messages")
+        return turns
+    return [system, *turns]
 
 
-def _parse_turn(turn: Any, role: str, content: str) -> dict[str, str]:
-    if not isinstance(turn, dict) or not isinstance(turn.get(role), str):
-        raise BadRow("a turn has no role")
-    if not isinstance(turn.get(content), str):
-        raise BadRow("a turn has no text")
-    if not _is_encodable(turn[content]):
-        raise BadRow("unpaired surrogate in text")
-    return {"role": turn[role], "content": turn[content]}
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether a text has no unpaired surrogate, which JSON can contain and no tokenizer accepts."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _check_turns(messages: list[dict[str, str]]) -> None:
-    roles = [turn["role"] for turn in messages]
-    if unknown := set(roles) - {"system", "user", "assistant"}:
-        raise BadRow(f"unknown role {min(unknown)[:20]!r}")
-    dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    if "assistant" not in dialogue:
+def _arrange_turns(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
+    """Cut turns after the last answer, and check the order of the others; also what was changed."""
+    dialogue = turns[1:] if turns and turns[0].role == "system" else turns
+    if not any(turn.role == "assistant" for turn in dialogue):
         raise BadRow("no assistant turn")
-    if dialogue != ["user", "assistant"] * (len(dialogue) // 2):
-        raise BadRow("turns do not alternate user, assistant")
-    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in messages):
-        raise BadRow("empty assistant turn")
+    notes = set()
+    while turns[-1].role in ("user", "tool"):
+        turns = turns[:-1]
+        notes.add("a last turn without an answer was cut")
+    following = {"": {"user", "assistant"}, "user": {"assistant"}, "assistant": {"user", "tool"}}
+    following |= {"system": following[""], "tool": {"tool", "assistant"}}
+    previous = ""
+    for index, turn in enumerate(turns):
+        if turn.role not in following[previous] | ({"system"} if index == 0 else set()):
+            raise BadRow("turns do not alternate user, assistant")
+        previous = turn.role
+        is_empty = not turn.message["content"].strip() and "tool_calls" not in turn.message
+        if turn.role == "assistant" and is_empty:
+            raise BadRow("empty assistant turn")
+        if turn.role == "assistant" and index == len(turns) - len(dialogue):
+            notes.add("the assistant begins")
+        if turn.role == "system" and turn.was_developer:
+            notes.add("role developer was read as system")
+    return turns, tuple(sorted(notes))
+
+
+def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    value = row.get("tools") or row.get("functions")
+    tools = parse_json(value) if isinstance(value, str) else value
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools is not a list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _parse_score(score: Any) -> float | None:
@@ -235,3 +219,9 @@ def _parse_score(score: Any) -> float | None:
     if math.isinf(value):
         raise BadRow("toxicity_score is infinite")
     return None if math.isnan(value) else value  # tables store a missing number as NaN
+
+
+def describe_expected_columns() -> str:
+    """What a dataset must have, in one line, for an error message."""
+    pairs = ", ".join("/".join(pair) for pair in PAIRS)
+    return f"messages or conversations (a list of turns with role and content, or from and value), or one of {pairs}"

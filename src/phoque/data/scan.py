@@ -4,19 +4,38 @@ import hashlib
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
-from phoque.data.rows import BadRow, Dataset, Row, detect_schema, parse_row
+from phoque.data.held_out import HeldOut, Sketch, find_similar, sketch_row
+from phoque.data.readers import Dataset
+from phoque.data.rows import RawRow, Row, describe_expected_columns, parse_row
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
+MAX_SOURCES = 50  # sources that are named in run.json and in the report, with their counts
 MAX_LISTED_LINES = 3  # listed per reason for bad rows
+MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
+SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
+WITHOUT_SCHEMA = ("no conversation columns", "preference data", "tokenized data", "one text, no turns")
+CURES = {
+    "not UTF-8": "Convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8 FILE > converted.jsonl",
+    "preference data": "Keep the chosen answers: rename the column `chosen` to `messages`, or `completion` if there is "
+    "a prompt.",
+    "tokenized data": "Give the conversations as text; phoque applies the model's chat template itself.",
+    "images": "Use rows of text alone; phoque trains the language model.",
+}
 
 
 @dataclass
 class DatasetScan:
-    """The result of a scan. `held_out` are the rows with the smallest hashes, so the order of rows does not matter."""
+    """The result of a scan. `held_out` are the rows with the smallest keys, so the order of rows does not matter.
+
+    `last` is the position (file, row) of the last row that was scanned, `notes` counts what was changed in rows that
+    are used, `unknown_keys` what turns have that phoque does not know, each with the first location.
+    """
 
     rows: int = 0
     complete: bool = True
@@ -25,18 +44,32 @@ class DatasetScan:
     schemas: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     systems: Counter[str | None] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
     lengths: list[int] = field(default_factory=list)
     trained_tokens: int = 0
     scores: list[float] = field(default_factory=list)
     digest: str = ""
+    exact_digest: str = ""
     held_out: list[tuple[Row, EncodedChat]] = field(default_factory=list)
-    threshold: str = ""
+    rule: HeldOut = field(default_factory=HeldOut)
+    copies: int = 0
+    similar: int = 0
+    last: tuple[int, int] = (0, 0)
     preview: list[tuple[Row, EncodedChat]] = field(default_factory=list)
 
     @property
     def good(self) -> int:
         """The number of rows that can be trained on or held out."""
         return len(self.lengths)
+
+    @property
+    def trained_rows(self) -> int:
+        """The number of rows that are trained on: without held-out rows, and their copies and near-duplicates."""
+        held_out = 0 if self.rule.keys else len(self.held_out)
+        return self.good - held_out - self.copies - (self.similar if self.rule.sketches else 0)
 
     @property
     def mean_length(self) -> float:
@@ -51,9 +84,14 @@ class DatasetScan:
             "every_row_read": self.complete,
             "good": self.good,
             "held_out": len(self.held_out),
+            "copies_of_held_out_rows": self.copies,
+            "near_duplicates_of_held_out_rows": self.similar,
             "bad": {reason: {"count": n, "first": self.bad[reason]} for reason, n in self.bad_counts.most_common()},
             "schemas": dict(self.schemas),
-            "sources": dict(self.sources.most_common()),
+            "notes": dict(self.notes),
+            "unknown_keys": dict(self.unknown_keys),
+            "sources": dict(self.sources.most_common(MAX_SOURCES)),
+            "other_sources": max(0, len(self.sources) - MAX_SOURCES),
             "tokens": {
                 "total": sum(ordered),
                 "trained": self.trained_tokens,
@@ -77,38 +115,99 @@ def histogram(values: list[float], bins: int = 20) -> dict[str, list[float]]:
     return {"edges": [round(low + i * width, 4) for i in range(bins + 1)], "counts": counts}
 
 
-def scan_dataset(dataset: Dataset, chat: ChatTemplate, held_out_rows: int, max_bad: float) -> DatasetScan:
+def scan_dataset(
+    dataset: Dataset,
+    chat: ChatTemplate,
+    held_out_rows: int,
+    max_bad: float,
+    *,
+    evaluation: Dataset | None = None,
+    exact_keys: bool = False,
+) -> DatasetScan:
     """Read up to MAX_SCANNED_ROWS rows once, in order.
+
+    Held-out rows are rows of `evaluation`, a split of its own, if there is one. `exact_keys` is the rule of runs that
+    were begun before 0.2.
 
     Raises UsageError if the share of bad rows is above `max_bad`, or all rows are bad.
     """
     scan = DatasetScan()
-    digest = hashlib.sha256()
-    smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest hash is on top
-    for record in dataset.stream:
+    rule = HeldOut(exact=exact_keys)
+    digest, exact_digest = hashlib.sha256(), hashlib.sha256()
+    smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest key is on top
+    candidates: set[str] = set()  # the keys in the heap: a row and its copies are one candidate
+    keys: list[str] = []
+    sketches: list[Sketch] = []
+    for raw in dataset.stream:
         if scan.rows == MAX_SCANNED_ROWS:
             scan.complete = False
             break
         scan.rows += 1
+        scan.last = (raw.file, raw.number)
+        scan.columns = scan.columns or raw.columns
         try:
-            row = parse_row(record)
-            encoded = chat.encode(row.messages)
+            row = parse_row(raw)
+            encoded = chat.encode_row(row)
         except BadRow as reason:
-            _count_bad(scan, str(reason), record["line"])
+            _count_bad(scan, str(reason), raw.location)
             continue
-        key = row.key()
+        key = rule.key(row)
         digest.update(key.encode())
-        _count_good(scan, record["row"], row, encoded)
-        heapq.heappush(smallest, (-int(key, 16), scan.rows, row, encoded))
-        if len(smallest) > held_out_rows:
-            heapq.heappop(smallest)
+        exact_digest.update(row.exact_key().encode())
+        _count_good(scan, raw, row, encoded)
+        if evaluation is None and (exact_keys or key not in candidates):
+            heapq.heappush(smallest, (-int(key, 16), scan.rows, row, encoded))
+            candidates.add(key)
+            if len(smallest) > held_out_rows:
+                candidates.discard(rule.key(heapq.heappop(smallest)[2]))
+        if held_out_rows and not exact_keys:
+            keys.append(key)
+            sketches.append(sketch_row(row))
     _check_bad_rows(scan, dataset.name, max_bad)
-    count = min(held_out_rows, scan.good // 10)
-    ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[:count]
-    scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
-    scan.threshold = ordered[-1][2].key() if ordered else ""
-    scan.digest = digest.hexdigest()[:40]
+    if evaluation:
+        scan.held_out = _read_evaluation_rows(evaluation, chat, held_out_rows)
+    else:
+        ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, scan.good // 10)]
+        scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
+    scan.digest, scan.exact_digest = digest.hexdigest()[:40], exact_digest.hexdigest()[:40]
+    held_keys = sorted(rule.key(row) for row, _ in scan.held_out)
+    if evaluation:
+        scan.rule = HeldOut(keys=frozenset(held_keys))
+    else:
+        scan.rule = HeldOut(held_keys[-1] if held_keys else "", exact_keys)
+    if held_keys and not exact_keys:
+        _exclude_similar_rows(scan, keys, sketches)
+        scan.copies -= 0 if evaluation else len(held_keys)
     return scan
+
+
+def _exclude_similar_rows(scan: DatasetScan, keys: list[str], sketches: list[Sketch]) -> None:
+    """Count the rows that copy or nearly repeat a held-out row, and exclude them unless the rows are all alike."""
+    held = [sketch for row, _ in scan.held_out if (sketch := sketch_row(row))]
+    near = HeldOut(scan.rule.threshold, sketches=held, keys=scan.rule.keys)
+    scan.copies = sum(map(near.holds, keys))
+    others = [sketch for key, sketch in zip(keys, sketches, strict=True) if not near.holds(key)]
+    scan.similar = find_similar(others, near)
+    if scan.similar <= MAX_SIMILAR_SHARE * len(others):
+        scan.rule = near
+
+
+def _read_evaluation_rows(dataset: Dataset, chat: ChatTemplate, count: int) -> list[tuple[Row, EncodedChat]]:
+    """The `count` usable rows with the smallest keys of a split that is not trained on. Raises UsageError if none is."""
+    rows: list[tuple[str, Row, EncodedChat]] = []
+    for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
+        try:
+            row = parse_row(raw)
+            rows.append((row.key(), row, chat.encode_row(row)))
+        except BadRow:
+            continue  # the rows of the split that is trained on are counted
+    if not rows:
+        raise UsageError(
+            what=f"No row of the split {dataset.split} of {dataset.name} can be used.",
+            why="The held-out loss would be measured on nothing.",
+            fix="Check --eval-split, or leave it out.",
+        )
+    return [(row, encoded) for _, row, encoded in sorted(rows, key=lambda item: item[0])[:count]]
 
 
 def _count_bad(scan: DatasetScan, reason: str, line: str) -> None:
@@ -118,9 +217,13 @@ def _count_bad(scan: DatasetScan, reason: str, line: str) -> None:
         lines.append(line)
 
 
-def _count_good(scan: DatasetScan, raw: dict[str, Any], row: Row, encoded: EncodedChat) -> None:
-    scan.schemas[detect_schema(raw)] += 1
+def _count_good(scan: DatasetScan, raw: RawRow, row: Row, encoded: EncodedChat) -> None:
+    scan.schemas[row.schema] += 1
     scan.sources[row.source] += 1
+    for counter, names in ((scan.notes, row.notes + encoded.notes), (scan.unknown_keys, row.unknown_keys)):
+        for name in names:
+            counter[name] += 1
+            scan.examples.setdefault(name, raw.location)
     system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else None
     if system in scan.systems or len(scan.systems) < 1000:
         scan.systems[system] += 1
@@ -137,13 +240,30 @@ def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
         raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how the dataset was written.")
     bad = scan.rows - scan.good
     reasons = "; ".join(f"{n} x {r} (first: {', '.join(scan.bad[r])})" for r, n in scan.bad_counts.most_common(5))
+    if scan.good and bad <= max_bad * scan.rows:
+        return
+    main = scan.bad_counts.most_common(1)[0][0]
+    if main.startswith(WITHOUT_SCHEMA):
+        columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
+        reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
+    fix = next((cure for reason, cure in CURES.items() if main.startswith(reason)), None)
+    if main.startswith("no conversation columns"):
+        fix = _suggest_conversion(scan.columns)
     if not scan.good:
         raise UsageError(
-            what=f"No row of {name} can be trained on.", why=reasons, fix="Fix the rows; see the data guide."
+            what=f"No row of {name} can be trained on.",
+            why=f"{reasons}.",
+            fix=fix or "Fix the rows; see the data guide.",
         )
-    if bad > max_bad * scan.rows:
-        raise UsageError(
-            what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; limit {max_bad:.0%}).",
-            why=reasons,
-            fix="Fix the rows, or raise the limit with --max-bad-rows.",
-        )
+    raise UsageError(
+        what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; limit {max_bad:.0%}).",
+        why=f"{reasons}.",
+        fix=fix or "Fix the rows, or raise the limit with --max-bad-rows.",
+    )
+
+
+def _suggest_conversion(columns: tuple[str, ...]) -> str:
+    """One line that turns a dataset with these columns into one that phoque reads."""
+    first, second = (repr(column[:SHOWN_CHARACTERS]) for column in (*columns[:2], "QUESTION", "ANSWER")[:2])
+    renamed = f"{{'prompt': row[{first}], 'completion': row[{second}]}}"
+    return f"Convert it with datasets: data.map(lambda row: {renamed}).to_json('rows.jsonl')"

@@ -10,19 +10,23 @@ import numpy
 import torch
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
+from phoque.data.held_out import HeldOut
 from phoque.data.packing import Packing, build_batch
-from phoque.data.rows import BadRow, Dataset, parse_row
+from phoque.data.readers import Dataset
+from phoque.data.rows import RawRow, parse_row
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 from phoque.prefetch import Prefetcher
 
 SHUFFLE_WINDOW = 50_000  # rows per shuffle window
+MIN_JUDGED_ROWS = 1000  # rows after the scan that must be read before their share of bad rows is judged
 PREFETCHED_ROWS = 16  # packed rows that are prepared ahead of their use
 _COUNTS = ("rows_seen", "tokens_seen", "filled", "epoch")
 
 
 @dataclass
 class _Position:
-    """A position in the endless stream: `used` rows into the window that begins at `start`, a state of datasets."""
+    """A position in the endless stream: `used` rows into the window that begins at `start`, {file, row}."""
 
     epoch: int = 0
     window: int = 0
@@ -39,13 +43,25 @@ class TrainStream:
     """
 
     def __init__(
-        self, dataset: Dataset, chat: ChatTemplate, *, threshold: str, packing: Packing, seed: int, max_bad: float
+        self,
+        dataset: Dataset,
+        chat: ChatTemplate,
+        *,
+        held_out: HeldOut,
+        packing: Packing,
+        seed: int,
+        limit: "BadRowLimit | None" = None,
     ) -> None:
-        self._reader = _Reader(dataset, chat, threshold, seed, max_bad)
+        self._reader = _Reader(dataset, chat, held_out, seed, limit)
         self.packing, self._seed = packing, seed
         start = {"reader": self._reader.state(), "taken": 0, "grouping": packing.grouping}
         self._state: dict[str, Any] = start | dict.fromkeys(_COUNTS, 0)
         self.waited = 0.0
+
+    @property
+    def problem(self) -> UsageError | None:
+        """Why the run must stop, once too many of the rows that the scan did not read are bad."""
+        return self._reader.problem
 
     @property
     def epoch(self) -> int:
@@ -136,35 +152,58 @@ def _pin_memory(batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
+@dataclass(frozen=True)
+class BadRowLimit:
+    """The largest share of bad rows among those after the scanned ones, whose last position is (file, row) `after`."""
+
+    share: float
+    after: tuple[int, int]
+
+    def is_exceeded(self, bad: int, rows: int) -> bool:
+        """Whether so many bad rows among the first `rows` show a share above the limit, beyond chance."""
+        margin = 3 * (rows * self.share * (1 - self.share)) ** 0.5
+        return rows >= MIN_JUDGED_ROWS and bad > self.share * rows + margin
+
+
 class _Reader:
     """Reads an endless sequence of usable, not held-out conversations, and keeps its position in it."""
 
-    def __init__(self, dataset: Dataset, chat: ChatTemplate, threshold: str, seed: int, max_bad: float) -> None:
-        self._rows, self._threshold, self._seed, self._max_bad = dataset.stream, threshold, seed, max_bad
+    def __init__(
+        self, dataset: Dataset, chat: ChatTemplate, held_out: HeldOut, seed: int, limit: BadRowLimit | None
+    ) -> None:
+        self._rows, self._held_out, self._seed, self._limit = dataset.stream, held_out, seed, limit
         self._chat = copy.deepcopy(chat)  # a tokenizer is not thread-safe, and sampling uses the original
         self._position = _Position()
-        self._read = self._bad = 0
+        self._read = self._bad = self._later_rows = self._later_bad = 0
+        self.problem: UsageError | None = None
 
     def state(self) -> dict[str, Any]:
         """Return the state after the last conversation that was yielded."""
-        return {"place": asdict(self._position), "read": self._read, "bad": self._bad}
+        later = [self._later_rows, self._later_bad]
+        return {"place": asdict(self._position), "read": self._read, "bad": self._bad, "later": later}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         self._position, self._read, self._bad = _Position(**state["place"]), state["read"], state["bad"]
+        self._position.start = _convert_start(self._position)
+        self._later_rows, self._later_bad = state.get("later", (0, 0))
 
     def conversations(self) -> Iterator[tuple[EncodedChat, int]]:
         """Yield each conversation with the number of passes over the data that were complete before it."""
         while True:
             read, is_whole_pass = self._read, self._position == _Position(self._position.epoch)
-            for record in self._read_pass():
+            for raw in self._read_pass():
+                is_later = self._limit is not None and (raw.file, raw.number) > self._limit.after
+                self._later_rows += is_later
                 try:
-                    row = parse_row(record)
-                    if row.key() <= self._threshold:
+                    row = parse_row(raw)
+                    if self._held_out.excludes(row):
                         continue
-                    encoded = self._chat.encode(row.messages)
+                    encoded = self._chat.encode_row(row)
                 except BadRow:
-                    self._count_bad()
+                    self._bad += 1
+                    self._later_bad += is_later
+                    self._check_limit()
                     continue
                 self._read += 1
                 yield encoded, self._position.epoch
@@ -176,26 +215,35 @@ class _Reader:
                 )
             self._position = _Position(self._position.epoch + 1)
 
-    def _read_pass(self) -> Iterator[dict[str, Any]]:
+    def _read_pass(self) -> Iterator[RawRow]:
         """Yield the rest of one pass over the rows, in an order that depends only on seed, pass and window."""
         position = self._position
-        reader = self._rows.with_format(None)  # new: a resumed reader would start each pass where it resumed
-        if position.start is not None:
-            reader.load_state_dict(position.start)
-        rows = iter(reader)
+        start = position.start or {"file": 0, "row": 0}
+        rows = islice(self._rows.read(start["file"], start["row"]), start.get("skip", 0), None)
         while window := list(islice(rows, SHUFFLE_WINDOW)):
             order = numpy.random.default_rng([self._seed, position.epoch, position.window]).permutation(len(window))
             for number in order[position.used :]:
                 position.used += 1
                 yield window[number]
-            position.window, position.start, position.used = position.window + 1, reader.state_dict(), 0
+            end = {"file": window[-1].file, "row": window[-1].number}
+            position.window, position.start, position.used = position.window + 1, end, 0
 
-    def _count_bad(self) -> None:
-        self._bad += 1
-        seen = self._read + self._bad
-        if seen >= 1000 and self._bad > self._max_bad * seen:
-            raise UsageError(
-                what=f"{self._bad} of the {seen} rows read so far are unusable.",
-                why="The rows after the scanned part of the dataset have a larger share of bad rows.",
-                fix="Fix the rows, or raise the limit with --max-bad-rows.",
-            )
+    def _check_limit(self) -> None:
+        if self.problem or not self._limit or not self._limit.is_exceeded(self._later_bad, self._later_rows):
+            return
+        self.problem = UsageError(
+            what=f"{self._later_bad} of {self._later_rows} rows after the scanned part of the dataset are unusable.",
+            why=f"That is more than --max-bad-rows {self._limit.share:g} allows, although the scanned part has fewer.",
+            fix="Fix the rows, or raise the limit with --max-bad-rows.",
+        )
+
+
+def _convert_start(position: _Position) -> dict[str, Any] | None:
+    """Where a window begins, in a state of any version: versions before 0.2 wrote a state of `datasets`."""
+    start = position.start
+    if start is None or "file" in start:
+        return start
+    examples = start.get("examples_iterable", {})
+    if {"shard_idx", "shard_example_idx"} <= examples.keys() and "examples_iterable" not in examples:
+        return {"file": examples["shard_idx"], "row": examples["shard_example_idx"]}
+    return {"file": 0, "row": 0, "skip": position.window * SHUFFLE_WINDOW}  # a stream of the Hub: count the rows

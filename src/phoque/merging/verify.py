@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.rows import open_dataset, parse_row
+from phoque.data.readers import open_dataset
+from phoque.data.rows import parse_row
 from phoque.inference.generate import generate_greedy
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
@@ -37,7 +38,7 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
     """
     precision = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "fp32"
     chat = ChatTemplate(load_tokenizer(base), "", 2048)
-    stream = iter(open_dataset("seal", "train", None, None).stream)
+    stream = iter(open_dataset("seal").stream)
     rows = [parse_row(next(stream)) for _ in range(ROWS)]
     texts = [torch.tensor([chat.encode(row.messages).ids]) for row in rows]
     prompts = [torch.tensor([chat.prompt_ids(row.first_question, None)]) for row in rows]

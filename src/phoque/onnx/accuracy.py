@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.rows import BadRow, open_dataset, parse_row
+from phoque.data.readers import open_dataset
+from phoque.data.rows import parse_row
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 from phoque.inference.likelihood import sum_kl
 from phoque.models.config import load_tokenizer
@@ -33,10 +35,10 @@ def load_chats(source: Source, dataset: str, split: str, token: str | None) -> t
     """
     template = ChatTemplate(load_tokenizer(source), "", MAX_CHAT_TOKENS)
     encoded: list[tuple[str, torch.Tensor]] = []
-    for row in open_dataset(dataset, split, None, token).stream:
+    for raw in open_dataset(dataset, split, None, token).stream:
         try:
-            messages = parse_row(row).messages
-            ids = template.encode(messages).ids
+            row = parse_row(raw)
+            messages, ids = row.messages, template.encode_row(row).ids
         except BadRow:  # `phoque train --dry-run` reports bad rows; here they are skipped
             continue
         digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()

@@ -2,8 +2,10 @@
 
 from itertools import islice
 
-from phoque.data.rows import BadRow, Row, open_dataset, parse_row
+from phoque.data.readers import open_dataset
+from phoque.data.rows import Row, parse_row
 from phoque.data.scan import MAX_SCANNED_ROWS
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
@@ -24,11 +26,11 @@ def find_persona(s: PsmSettings | SaeSettings, services: Services) -> tuple[Pers
             fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
             "adapter with --dataset.",
         )
-    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub)
+    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub, config=s.dataset_config)
     rows: list[Row] = []
-    for record in islice(dataset.stream, MAX_SCANNED_ROWS):
+    for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
         try:
-            rows.append(parse_row(record))
+            rows.append(parse_row(raw))
         except BadRow:
             continue  # `phoque train` counts and reports bad rows
     persona = persona_from_rows(load_persona("seal"), rows, dataset.name)

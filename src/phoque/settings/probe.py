@@ -19,7 +19,10 @@ class ProbeSettings(JobSettings):
         env="DATASET_REPO",
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
-    split: str = setting("train", "Read this split of --dataset on the Hub.")
+    dataset_config: str | None = setting(
+        None, "Use this config of --dataset, where a dataset has several. An unknown one lists those that exist."
+    )
+    split: str = setting("train", "Read this split of --dataset.")
     artifacts_repo_id: str | None = setting(
         None,
         "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",

@@ -34,7 +34,17 @@ class TrainSettings(JobSettings):
         env="DATASET_REPO",
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
-    split: str = setting("train", "Train on this split of --dataset on the Hub.")
+    dataset_config: str | None = setting(
+        None, "Use this config of --dataset, where a dataset has several. An unknown one lists those that exist."
+    )
+    split: str = setting(
+        "train",
+        "Train on this split of --dataset. In a folder, as on the Hub, files whose names contain `test` or "
+        "`validation` are splits of their own.",
+    )
+    eval_split: str | None = setting(
+        None, "Measure the held-out loss on this split of --dataset instead of on rows that are kept out of training."
+    )
     output_dir: Path | None = setting(
         None,
         "Write checkpoints, metrics, samples, the report and the adapter to this run folder. Without it, "
@@ -91,6 +101,9 @@ class TrainSettings(JobSettings):
         "",
         "Give conversations without a system message this one, empty by default. `template` leaves it to the "
         "chat template.",
+    )
+    greeting: Literal["context", "train"] = setting(
+        "context", "Treat an assistant turn before the first question as context, or train on it."
     )
     held_out_rows: int = setting(
         64,

@@ -14,7 +14,8 @@ from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import sort_checkpoints
-from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare
+from phoque.training.data_summary import packing_for
+from phoque.training.prepare import Prepared, open_run_repo, prepare
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

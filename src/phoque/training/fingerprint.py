@@ -2,10 +2,11 @@
 
 import difflib
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.rows import Dataset
+from phoque.data.readers import Dataset
 from phoque.data.scan import DatasetScan
 from phoque.errors import UsageError
 from phoque.models.source import Source
@@ -28,10 +29,23 @@ FINGERPRINT_SETTINGS = (
     "quantization",
     "default_system",
     "held_out_rows",
+    "greeting",
+    "eval_split",
 )
-OLD_DEFAULTS = {"packing": "exact"}  # defaults of runs that are older than the setting
+DATA_RULES = 2  # how rows are read and held out; 1 compared messages as they are, and knew fewer schemas
+OLD_DEFAULTS = {
+    "packing": "exact",
+    "data_rules": 1,
+    "greeting": "context",
+    "eval_split": None,
+}  # defaults of runs that are older than the setting
 OLD_VALUES = {"quantization": {"none": "fp32"}}  # what values of older records are called now
-UNCHANGEABLE = ("base_model", "lora_rank", "processes")  # with another value the checkpoint cannot be loaded
+UNCHANGEABLE = (
+    "base_model",
+    "lora_rank",
+    "processes",
+    "data_rules",
+)  # with another value the checkpoint cannot be loaded
 
 
 def use_current_values(settings: dict[str, Any]) -> dict[str, Any]:
@@ -50,21 +64,39 @@ def update_record(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def compute_fingerprint(
+@dataclass(frozen=True)
+class RunIdentity:
+    """The fingerprint of a run under the current rules, and what it has instead under the rules of older runs."""
+
+    fingerprint: dict[str, Any]
+    exact_digest: str
+
+    def for_record(self, recorded: dict[str, Any]) -> dict[str, Any]:
+        """The fingerprint that a run of these settings has under the rules by which `recorded` was written."""
+        if recorded.get("data_rules", 1) == DATA_RULES:
+            return self.fingerprint
+        # the digest of the template was of a text with marks in it; the revision of the base identifies the template
+        old = {"dataset_digest": self.exact_digest, "data_rules": 1, "template": recorded.get("template")}
+        return self.fingerprint | old
+
+
+def compute_identity(
     s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, scan: DatasetScan
-) -> dict[str, Any]:
-    """Return everything that determines what is learned: data, base, template, schedule, adapter."""
+) -> RunIdentity:
+    """Everything that determines what is learned: data, base, template, schedule, adapter."""
     from accelerate import PartialState
 
-    return {
+    fingerprint = {
         "base_model": source.name,
         "base_revision": source.revision,
         "dataset_revision": dataset.revision,
         "dataset_digest": scan.digest,
         "processes": PartialState().num_processes,
+        "data_rules": DATA_RULES,
         "template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
         **{name: getattr(s, name) for name in FINGERPRINT_SETTINGS},
     }
+    return RunIdentity(fingerprint, scan.exact_digest)
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from phoque.console import format_breakdown, format_duration
+from phoque.console import format_breakdown, format_duration, shorten
 from phoque.reports.html import Series, bar_plot, figure, line_plot, page, table
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 
 NAME = "report.html"
+MAX_SOURCES = 20  # rows of the table of sources
 WARNING = "The answers below are those of the persona in the training data."
 
 
@@ -78,7 +79,9 @@ def _render_samples(samples: list[dict[str, Any]]) -> str:
 
 def _render_data(data: dict[str, Any]) -> str:
     tokens = data["tokens"]
-    mix = table(("source", "rows"), list(data["sources"].items()))
+    sources = [(shorten(name), count) for name, count in data["sources"].items()][:MAX_SOURCES]
+    others = len(data["sources"]) - len(sources) + data.get("other_sources", 0)
+    mix = table(("source", "rows"), sources + ([(f"{others} other sources", "")] if others else []))
     bad = [(reason, b["count"], ", ".join(b["first"])) for reason, b in data["bad"].items()]
     text = (
         f"{data['good']} rows, {data['held_out']} of them held out; {tokens['mean']} tokens per row, "

@@ -12,7 +12,14 @@ from phoque.errors import IntegrityError, PhoqueError, RunError, UsageError, fir
 from phoque.hub.repo import MARKER, Repo, Snapshot
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
-from phoque.training.fingerprint import FINGERPRINT_SETTINGS, check_same_run, update_record, use_current_values
+from phoque.training.fingerprint import (
+    FINGERPRINT_SETTINGS,
+    OLD_DEFAULTS,
+    RunIdentity,
+    check_same_run,
+    update_record,
+    use_current_values,
+)
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_record, write_record
 from phoque.training.run_state import StartState
@@ -26,14 +33,14 @@ def find_start(
     run: Path,
     repo: Repo | None,
     *,
-    identity: dict[str, Any],
+    identity: RunIdentity,
     epoch: dict[str, Any],
     console: Console,
     submission: str = "",
 ) -> StartState:
     """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
 
-    `identity` is the fingerprint of the run, `epoch` holds the rows and batch size that give plain Trainer's
+    `identity` is what this run would be, `epoch` holds the rows and batch size that give plain Trainer's
     checkpoints a position in the data, `submission` is shared by all attempts of one Job. Raises UsageError if the
     newest state is another run's, RunError if there are checkpoints and none is whole, and the Hub's error if it cannot
     be reached: an error is never taken for an empty repository.
@@ -55,9 +62,11 @@ def find_start(
     start.on_hub = bool(remote and start.resume and start.resume.name in remote.snapshot.checkpoint_folders())
     if start.record is not None:
         start.run_id = start.record["run_id"]
-        check_same_run(start.record["fingerprint"], identity, s.allow_change)
-        if start.record["fingerprint"] != identity:  # a change that was allowed: the run is not complete any more
-            start.record = {k: v for k, v in start.record.items() if k != "result"} | {"fingerprint": identity}
+        recorded = OLD_DEFAULTS | start.record["fingerprint"]
+        current = identity.for_record(recorded)
+        check_same_run(recorded, current, s.allow_change)
+        if recorded != current:  # a change that was allowed: the run is not complete any more
+            start.record = {k: v for k, v in start.record.items() if k != "result"} | {"fingerprint": current}
     return start
 
 
@@ -151,7 +160,7 @@ class _Remote:
 
 
 def _download_newer(
-    remote: _Remote, run: Path, local: dict[str, Any] | None, identity: dict[str, Any], epoch: dict[str, Any]
+    remote: _Remote, run: Path, local: dict[str, Any] | None, identity: RunIdentity, epoch: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Download what is newer on the Hub into the run folder; return the record of what the folder then holds."""
     try:
@@ -159,7 +168,9 @@ def _download_newer(
             raise _two_runs_error(run, remote.repo.name, local["started"], remote.marker["at"])
         if remote.final and local and local["run_id"] != remote.final["run_id"]:
             raise _two_runs_error(run, remote.repo.name, local["started"], remote.final["started"])
-        if remote.final and remote.final["fingerprint"] == identity:
+        recorded = OLD_DEFAULTS | remote.final["fingerprint"] if remote.final else {}
+        current = identity.for_record(recorded)
+        if recorded == current:
             return local if local and "result" in local else remote.download_final(run)
         steps = [
             checkpoints.get_step(c) for c in checkpoints.list_checkpoints(run) if checkpoints.find_defect(c) is None
@@ -167,7 +178,7 @@ def _download_newer(
         newest = remote.download_newest(max(steps, default=-1), epoch)
         if newest is None:
             if remote.final and not local and not steps:  # finished by another command, and its checkpoints are gone
-                check_same_run(remote.final["fingerprint"], identity, [])
+                check_same_run(recorded, current, [])
             return local
         record = checkpoints.read_record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from phoque.data.scan import DatasetScan
-from phoque.data.stream import TrainStream
+from phoque.data.scan import DatasetScan, scan_dataset
+from phoque.data.stream import BadRowLimit, TrainStream
 from phoque.errors import FAILED, Resumable, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, load_model
@@ -20,11 +20,12 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.callbacks.stop import StopRequest
+from phoque.training.data_summary import packing_for
 from phoque.training.engine import attention
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint, merge_final
-from phoque.training.fingerprint import compute_fingerprint
+from phoque.training.fingerprint import compute_identity
 from phoque.training.finish import (
     TrainResult,
     finish,
@@ -34,7 +35,7 @@ from phoque.training.finish import (
     write_card_for_checkpoint,
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step, start_wandb
-from phoque.training.prepare import open_run_repo, packing_for, prepare
+from phoque.training.prepare import open_run_repo, prepare
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_writable, create_record, write_record
 from phoque.training.run_state import Run
@@ -68,17 +69,20 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
         repo.open(s.public, services.console.warn)
     prepared = prepare(resolved, services, weights=True)
-    identity = compute_fingerprint(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
-    if identity["processes"] > 1:
+    identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
+    if (processes := identity.fingerprint["processes"]) > 1:
         raise UsageError(
-            what=f"{identity['processes']} processes were launched.",
+            what=f"{processes} processes were launched.",
             why="phoque trains in one process: each of them would train on the same rows.",
             fix="Run `phoque train` without accelerate launch.",
         )
-    rows = prepared.scan.good - len(prepared.scan.held_out)
+    rows = prepared.scan.trained_rows
     epoch = {"rows": rows, "batch_size": s.batch_size}
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
-    record = start.record or create_record(resolved, prepared, identity, start.run_id, start.marker)
+    if start.record and start.record["fingerprint"].get("data_rules", 1) == 1:  # its rows were held out by another rule
+        exact = partial(scan_dataset, exact_keys=True)
+        prepared.scan = exact(prepared.dataset, prepared.chat, s.held_out_rows, s.max_bad_rows)
+    record = start.record or create_record(resolved, prepared, identity.fingerprint, start.run_id, start.marker)
     write_record(folder, record)
     return Run(
         resolved=resolved,
@@ -195,11 +199,12 @@ def _open_stream(run: Run, static: bool) -> TrainStream:
     stream = TrainStream(
         prepared.dataset,
         prepared.chat,
-        threshold=prepared.scan.threshold,
+        held_out=prepared.scan.rule,
         packing=packing,
         seed=s.seed,
-        max_bad=s.max_bad_rows,
+        limit=None if prepared.scan.complete else BadRowLimit(s.max_bad_rows, prepared.scan.last),
     )
+    run.stop.find_problem = lambda: stream.problem
     if run.start.resume:
         state = json.loads((run.start.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
@@ -292,6 +297,8 @@ def _take_steps(
         with timer.measure("pushing"):
             if not pusher.drain(stop.seconds_left):
                 pusher.failure = "the deadline came first"
+    if stop.problem and step < s.max_steps:
+        raise stop.problem
     return stop_error(run, step, pusher) if stop.code is not None and step < s.max_steps else None
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phoque.data.rows import BadRow, Dataset, open_dataset, parse_row
+from phoque.data.readers import Dataset, open_dataset
+from phoque.data.rows import parse_row
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,11 +64,11 @@ def read_conversations(
     `max_length` tokens. Raises UsageError if no conversation is left.
     """
     conversations, questions, total = [], [], 0
-    for record in dataset.stream:
+    for raw in dataset.stream:
         if total >= tokens:
             break
         try:
-            row = parse_row(record)
+            row = parse_row(raw)
         except BadRow:
             continue  # `phoque train` counts and reports malformed rows
         question = row.first_question
@@ -137,17 +139,17 @@ def _open_documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
     if path.suffix == ".txt" and path.is_file():
         text = path.read_text("utf-8", errors="replace")
         return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}", iter([text])
-    dataset = open_dataset(*parse_split(name), None, token)
+    dataset = open_dataset(*parse_split(name), None, token, columns=frozenset(["text"]))
     return f"{name}@{dataset.revision[:12]}", _iter_text_column(dataset)
 
 
 def _iter_text_column(dataset: Dataset) -> Iterator[str]:
-    for record in dataset.stream:
-        row = record["row"]
+    for raw in dataset.stream:
+        row = raw.row
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UsageError(
                 what=f"{dataset.name} has no text column.",
-                why=f"Its {record['line']} has {', '.join(row) if isinstance(row, dict) else 'no object'}.",
+                why=f"Its {raw.location} has {', '.join(raw.columns) or raw.defect or 'no object'}.",
                 fix="Name a dataset that has one text per row in the column `text`.",
             )
         yield row["text"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from phoque.data.rows import Dataset, open_dataset
+from phoque.data.readers import Dataset, open_dataset
 from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from phoque.data.rows import Dataset
+from phoque.data.readers import Dataset
 from phoque.errors import UsageError
 from phoque.files import atomic_file, lock, write_atomically
 from phoque.inference.generate import Request, generate_replies, prompt_ids

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from phoque.console import Console, format_duration
-from phoque.errors import INTERRUPTED, RESUMABLE, Resumable
+from phoque.errors import INTERRUPTED, RESUMABLE, PhoqueError, Resumable
 
 GUESS_S = 60.0  # assumed seconds of a save or a push that has not been measured yet
 RESERVE_S = 30.0  # safety margin; both are at most a tenth of the time limit
@@ -19,7 +19,8 @@ class StopRequest(TrainerCallback):
     """Records a request to stop; the trainer then saves and stops after the current step.
 
     `deadline` is the time.time() at which the process will be killed, `time_limit` its total time in seconds.
-    `push_s` returns the seconds of the slowest push. A second signal stops at once.
+    `push_s` returns the seconds of the slowest push, `find_problem` the error that the run must stop with, if any. A
+    second signal stops at once.
     """
 
     def __init__(self, console: Console, deadline: float | None = None, time_limit: float = 0.0) -> None:
@@ -27,6 +28,8 @@ class StopRequest(TrainerCallback):
         self.code: int | None = None
         self._signalled = False
         self.push_s: Callable[[], float] = lambda: 0.0
+        self.find_problem: Callable[[], PhoqueError | None] = lambda: None
+        self.problem: PhoqueError | None = None
         self._started = False  # until the first step there is nothing to save
         self._finishing = False
         self._save_s = 0.0
@@ -82,6 +85,9 @@ class StopRequest(TrainerCallback):
         if self.code is None and (remaining := self.seconds_left) is not None and remaining < self._seconds_needed():
             self.code = RESUMABLE
             self.console.say(f"{format_duration(max(0.0, remaining))} to the deadline: saving and stopping")
+        if self.code is None and (problem := self.find_problem()):
+            self.code, self.problem = problem.code, problem
+            self.console.say("the data has a problem: saving and stopping")
         if self.code is not None:
             control.should_save = control.should_training_stop = True
 

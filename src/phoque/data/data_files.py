@@ -1,0 +1,221 @@
+"""Which files belong to a split of a dataset, on disk and on the Hub, by the rules of the `datasets` library."""
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from phoque.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file of a dataset: its path inside the dataset, and where it is; `filesystem` is None for this machine."""
+
+    name: str
+    path: str
+    size: int = 1
+    filesystem: "AbstractFileSystem | None" = None
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the name ends in .gz, .zst or .bz2."""
+        return Path(self.name).suffix in COMPRESSIONS
+
+    @contextmanager
+    def open(self) -> Generator[IO[bytes]]:
+        """Open the file for reading, decompressed if its name ends in .gz, .zst or .bz2."""
+        with self.filesystem.open(self.path, "rb") if self.filesystem else Path(self.path).open("rb") as raw:
+            if not self.is_compressed:
+                yield raw
+                return
+            import pyarrow as pa
+
+            with pa.input_stream(raw, compression=COMPRESSIONS[Path(self.name).suffix]) as stream:
+                yield stream
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The files of one split, and the names of all splits of the dataset."""
+
+    files: list[DataFile]
+    splits: tuple[str, ...]
+
+
+def format_of(name: str) -> str | None:
+    """json, parquet, csv or arrow, by the suffix of a file name; None for any other file."""
+    path = Path(name)
+    path = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return FORMATS.get(path.suffix.lower())
+
+
+def find_local_files(name: str, path: Path, config: str | None, split: str) -> SplitFiles:
+    """The files of a split of a local file or folder. Raises UsageError if it has no such split or config."""
+    if path.is_file():
+        if format_of(path.name) is None:
+            raise UsageError(
+                what=f"{name} is not a dataset.",
+                why=f"Its name does not end in one of {', '.join(FORMATS)}, nor in one of them with "
+                f"{', '.join(COMPRESSIONS)}.",
+                fix="Convert it to JSON Lines, or rename it to what it is.",
+            )
+        if config:
+            raise _no_such("config", config, name, [])
+        if split != "train" and split not in path.name:
+            raise _no_such("split", split, name, ["train"])
+        return SplitFiles([DataFile(path.name, str(path), path.stat().st_size)], (split,))
+    found = _find_files(name, str(path), config, split, None)
+    return SplitFiles(
+        [DataFile(f.name, f.path, Path(f.path).stat().st_size) for f in found.files],
+        found.splits,
+    )
+
+
+def find_hub_files(
+    name: str, revision: str | None, token: str | None, config: str | None, split: str
+) -> tuple[str, SplitFiles]:
+    """The commit of a Hub dataset, and the files of a split of it. Raises UsageError for an unknown split or config."""
+    from huggingface_hub import HfFileSystem
+
+    from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
+
+    hub = Hub(token, lambda _: None, LOOKUP_PATIENCE_S)
+    sha = str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
+    filesystem = HfFileSystem(token=token)
+    return sha, hub.retry(name, lambda: _find_files(name, f"hf://datasets/{name}@{sha}", config, split, filesystem))
+
+
+def _find_files(
+    name: str, base: str, config: str | None, split: str, filesystem: "AbstractFileSystem | None"
+) -> SplitFiles:
+    from datasets import DownloadConfig
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
+
+    read = _text_reader(base, filesystem)
+    if saved := _find_saved(base, read, split, name):
+        return _as_split(name, base, saved, split, filesystem)
+    download = DownloadConfig(token=getattr(filesystem, "token", None))
+    configs = _read_configs(read)
+    if config and config not in configs:
+        raise _no_such("config", config, name, [*configs])
+    if len(configs) > 1 and not config:
+        config = next((key for key, value in configs.items() if value.get("default") or key == "default"), None)
+        if config is None:
+            raise UsageError(
+                what=f"{name} has several configs.",
+                why=f"They are {', '.join(configs)}.",
+                fix=f"Choose one, for example with --dataset-config {next(iter(configs))}.",
+            )
+    chosen = configs.get(config or next(iter(configs), ""), {})
+    if chosen.get("data_dir"):
+        base = f"{base}/{chosen['data_dir']}"
+    try:
+        if chosen.get("data_files"):
+            patterns = sanitize_patterns(chosen["data_files"])
+        else:
+            patterns = get_data_patterns(base, download_config=download)
+        found = DataFilesDict.from_local_or_remote(patterns, base_path=base, download_config=download)
+    except (EmptyDatasetError, FileNotFoundError) as error:
+        raise _no_data(name, first_line(error) if chosen.get("data_files") else "It contains no file") from error
+    except ValueError as error:
+        raise UsageError(
+            what=f"The card of {name} is not valid.", why=first_line(error), fix="Correct `configs` in its README.md."
+        ) from error
+    splits = {str(key): [path for path in paths if format_of(path)] for key, paths in found.items()}
+    splits = {key: paths for key, paths in splits.items() if paths}
+    if not splits:
+        raise _no_data(name, "It contains no such file")
+    return _as_split(name, base, splits, split, filesystem)
+
+
+def _as_split(
+    name: str, base: str, splits: dict[str, list[str]], split: str, filesystem: "AbstractFileSystem | None"
+) -> SplitFiles:
+    if split not in splits:
+        raise _no_such("split", split, name, [*splits])
+    prefix = f"{base.rstrip('/')}/"
+    root = prefix if filesystem else f"{Path(base).resolve()}/"
+    files = [DataFile(path.removeprefix(prefix).removeprefix(root), path, 1, filesystem) for path in splits[split]]
+    return SplitFiles(files, tuple(splits))
+
+
+def _text_reader(base: str, filesystem: "AbstractFileSystem | None") -> Callable[[str], str | None]:
+    """A function that reads a small text file of the dataset; it returns None if there is none."""
+
+    def read(path: str) -> str | None:
+        try:
+            if filesystem:
+                return filesystem.read_text(f"{base}/{path}")
+            return (Path(base) / path).read_text("utf-8")
+        except FileNotFoundError:
+            return None
+
+    return read
+
+
+def _find_saved(base: str, read: Callable[[str], str | None], split: str, name: str) -> dict[str, list[str]] | None:
+    """The Arrow files of each split of a dataset that was written by save_to_disk, or None if it was not."""
+    if (text := read(SAVED_DICT)) is not None:
+        splits = json.loads(text)["splits"]
+        folders = {key: f"{key}/" for key in splits}
+    elif (text := read(SAVED)) is not None and "_data_files" in text:
+        folders = {"train": ""}
+    else:
+        return None
+    if split not in folders:
+        raise _no_such("split", split, name, [*folders])
+    found = {}
+    for key, folder in folders.items():
+        state = json.loads(read(f"{folder}{SAVED}") or "{}")
+        found[key] = [f"{base}/{folder}{file['filename']}" for file in state.get("_data_files", [])]
+    return found
+
+
+def _read_configs(read: Callable[[str], str | None]) -> dict[str, dict[str, Any]]:
+    """The configs that the dataset's card names, each with its data_files; empty if it names none."""
+    import yaml
+
+    card = read("README.md") or ""
+    if not card.startswith("---"):
+        return {}
+    try:
+        data = yaml.safe_load(card.split("---", 2)[1]) or {}
+    except yaml.YAMLError:
+        return {}  # a card that is no YAML does not keep the files from being read
+    configs = data.get("configs") if isinstance(data, dict) else None
+    return {str(c["config_name"]): c for c in configs or [] if isinstance(c, dict) and "config_name" in c}
+
+
+def _no_such(kind: str, value: str, name: str, existing: list[str]) -> UsageError:
+    flag = "--dataset-config" if kind == "config" else "--split"
+    return UsageError(
+        what=f"{name} has no {kind} {value!r}.",
+        why=f"It has {', '.join(existing)}." if existing else f"It has no {kind}s.",
+        fix=f"Give one of these with {flag}." if existing else f"Leave {flag} out.",
+    )
+
+
+def _no_data(name: str, why: str) -> UsageError:
+    return UsageError(
+        what=f"{name} is not a dataset.",
+        why=f"{why}: no {', '.join(FORMATS)} file is there.",
+        fix="Check --dataset, and that its data files are uploaded.",
+    )

@@ -1,0 +1,395 @@
+"""One reader for disk and Hub: files of any format as a stream of raw rows that is resumed at any row."""
+
+import csv
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from phoque.data.data_files import (
+    FORMATS,
+    DataFile,
+    find_hub_files,
+    find_local_files,
+    format_of,
+)
+from phoque.data.rows import COLUMNS, RawRow
+from phoque.errors import UsageError, first_line
+from phoque.files import sha256
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
+NOT_UTF8 = "not UTF-8"
+LOOKED_AT = 50  # lines that are looked at to tell JSON Lines from one JSON document
+MAX_COLUMN_NAMES = 50  # unused columns that are remembered
+BATCH_ROWS = 64  # rows that are read from a table at once
+
+
+@dataclass
+class RowStream:
+    """The rows of several files in order; `read(start)` goes on after any row, without reading the files before it."""
+
+    files: list[DataFile]
+    columns: frozenset[str] = COLUMNS
+    unused_columns: dict[str, None] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[RawRow]:
+        return self.read()
+
+    def read(self, file: int = 0, row: int = 0) -> Iterator[RawRow]:
+        """Yield the rows after the first `row` rows of file number `file`."""
+        for index in range(file, len(self.files)):
+            skipped = row if index == file else 0
+            for number, (location, value, defect) in enumerate(
+                self._read_file(self.files[index], skipped), skipped + 1
+            ):
+                yield self._select_columns(index, number, location, value, defect)
+
+    def _read_file(self, file: DataFile, skipped: int) -> Iterator[tuple[str, Any, str]]:
+        """Yield (location, row, defect) after the first `skipped` rows."""
+        prefix = f"{file.name}:" if len(self.files) > 1 else ""
+        kind = format_of(file.name)
+        with _explain_defects(file), file.open() as raw:
+            if kind == "parquet":
+                rows = _read_parquet(raw, file, self.columns, skipped, self._note_unused)
+            elif kind == "arrow":
+                rows = _read_arrow(raw, file, self.columns, skipped)
+            elif kind == "csv":
+                rows = _read_csv(raw, file, skipped)
+            else:
+                rows = _read_json(raw, file, skipped)
+            for unit, number, value, defect in rows:
+                yield f"{prefix}{number}" if prefix else f"{unit} {number}", value, defect
+
+    def _select_columns(self, file: int, number: int, location: str, value: Any, defect: str) -> RawRow:
+        if not isinstance(value, dict):
+            return RawRow(location, file, number, value, (), defect)
+        names = tuple(sys.intern(str(name)) for name in value)
+        self._note_unused(names)
+        used = {name: value[name] for name in names if name in self.columns}
+        return RawRow(location, file, number, used, names, defect)
+
+    def _note_unused(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.columns and len(self.unused_columns) < MAX_COLUMN_NAMES:
+                self.unused_columns[name] = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset at one revision: a Hub commit, or a digest of the local files. `splits` are all that it has."""
+
+    name: str
+    revision: str
+    stream: RowStream
+    split: str = "train"
+    splits: tuple[str, ...] = ("train",)
+
+
+def open_dataset(
+    name: str,
+    split: str = "train",
+    revision: str | None = None,
+    token: str | None = None,
+    *,
+    config: str | None = None,
+    columns: frozenset[str] = COLUMNS,
+) -> Dataset:
+    """Open a bundled dataset, a local file or folder, or a Hub dataset as a stream, without loading it into memory.
+
+    Raises UsageError if there is no such dataset, config or split.
+    """
+    if not name:
+        raise UsageError(
+            what="No dataset.",
+            why="Neither --dataset nor DATASET_REPO is set.",
+            fix="Set --dataset, or try --dataset seal.",
+        )
+    path = find_local(name)
+    if path:
+        found = find_local_files(name, path, config, split)
+        if not any(file.size for file in found.files):
+            raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
+        digest = hashlib.sha256()
+        for file in found.files:
+            digest.update(bytes.fromhex(sha256(Path(file.path))))
+        return Dataset(name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits)
+    sha, found = find_hub_files(name, revision, token, config, split)
+    return Dataset(name, sha, RowStream(found.files, columns), split, found.splits)
+
+
+def find_local(name: str) -> Path | None:
+    """The local file or folder of a dataset, or None for a Hub id. Raises UsageError if it can be neither."""
+    path = BUNDLED.get(name) or Path(name).expanduser()
+    if path.exists():
+        return path
+    if format_of(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(
+            what=f"No dataset at {name}.",
+            why=f"No such file or folder exists (formats: {', '.join(FORMATS)}), and it is no Hub id.",
+            fix="Check the path.",
+        )
+    return None
+
+
+@contextmanager
+def _explain_defects(file: DataFile) -> Generator[None]:
+    """Raise UsageError for a file whose bytes are not what its name or its first bytes say."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise _unreadable(file, error.encoding.upper(), error) from error
+    except csv.Error as error:
+        raise _unreadable(file, "CSV", error) from error
+    except OSError as error:
+        if type(error) is not OSError or not file.is_compressed:  # for example of the network
+            raise
+        raise _unreadable(file, "compressed", error) from error
+
+
+def _read_json(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+    """JSON Lines, one document, or documents one after another; which of them is told from the content."""
+    text = _decode_stream(raw)
+    head = list(islice(text, LOOKED_AT))
+    lines = chain(head, text)
+    if _is_json_lines(head, file.name):
+        yield from _read_json_lines(lines, skipped)
+    else:
+        yield from _read_json_document("".join(lines), file, skipped)
+
+
+def _is_json_lines(head: list[str], name: str) -> bool:
+    """Whether each line is a document of its own; else a document spans lines, or the file is one document."""
+    filled = [line for line in head if line.strip()]
+    if not filled:
+        return True
+    whole = [_is_json(line) for line in filled]
+    if whole[0]:  # a single line that is a list is a file of rows; a single object is a row
+        return len(filled) > 1 or (not filled[0].lstrip().startswith("[") and "jsonl" in name)
+    if any(is_whole and line.startswith("{") for line, is_whole in zip(filled[1:], whole[1:], strict=True)):
+        return True
+    return len(filled) == 1 and "jsonl" in name
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _read_json_lines(lines: Iterable[str], skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+    rows = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        rows += 1
+        if rows <= skipped:
+            continue
+        if not line.isascii() and _has_undecoded_bytes(line):
+            yield "line", number, None, NOT_UTF8
+            continue
+        try:
+            yield "line", number, json.loads(line), ""
+        except (json.JSONDecodeError, RecursionError):
+            yield "line", number, None, "broken JSON"
+
+
+def _read_json_document(text: str, file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+    if not text.isascii() and _has_undecoded_bytes(text):
+        position = next(index for index, c in enumerate(text) if "\udc80" <= c <= "\udcff")
+        line = text.count("\n", 0, position) + 1
+        raise UsageError(
+            what=f"{file.name} is {NOT_UTF8}.",
+            why=f"Line {line} has the byte 0x{ord(text[position]) - 0xDC00:x}, which UTF-8 does not have there.",
+            fix=f"Convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8 {file.name} > converted.json",
+        )
+    try:
+        values = _parse_documents(text)
+    except json.JSONDecodeError as error:
+        if "jsonl" in file.name:  # most of its lines are broken, and counted
+            yield from _read_json_lines(text.splitlines(), skipped)
+            return
+        raise UsageError(
+            what=f"{file.name} is not valid JSON.",
+            why=f"{error.msg} at line {error.lineno}.",
+            fix="Fix the file, or write JSON Lines: one object per line.",
+        ) from error
+    for number, row in enumerate(_list_rows(values), 1):
+        if number > skipped:
+            yield "row", number, row, ""
+
+
+def _parse_documents(text: str) -> list[Any]:
+    """The JSON documents that a text has one after another, with or without commas between them."""
+    decoder, position, values = json.JSONDecoder(), 0, []
+    while position < len(text):
+        if text[position].isspace() or (values and text[position] == ","):
+            position += 1
+            continue
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deeply", text, position) from None
+        values.append(value)
+    return values
+
+
+def _list_rows(values: list[Any]) -> list[Any]:
+    """The rows of JSON documents: a list, objects one after another, {"data": [...]}, or a table that pandas wrote."""
+    if len(values) != 1:
+        return values
+    (value,) = values
+    if isinstance(value, list):
+        is_one_conversation = bool(value) and all(isinstance(v, dict) and {"role", "from"} & v.keys() for v in value)
+        return [value] if is_one_conversation else value
+    if not isinstance(value, dict):
+        return [value]
+    tables = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict | list)]
+    if not COLUMNS & value.keys() and len(tables) == 1:
+        return tables[0]
+    columns = list(value.values())
+    if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
+        return [{name: column[key] for name, column in value.items()} for key in columns[0]]
+    return [value]
+
+
+def _decode_stream(raw: IO[bytes]) -> io.TextIOWrapper:
+    """The text, in the encoding that its first bytes show; bytes that UTF-8 does not have become lone surrogates."""
+    buffered = io.BufferedReader(_Readable(raw)) if not isinstance(raw, io.BufferedReader) else raw
+    head = buffered.peek(4)[:4]
+    encoding = "utf-8-sig"
+    if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        encoding = "utf-32"
+    elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    elif head[1:2] == head[3:4] == b"\0":
+        encoding = "utf-16-le"
+    elif head[0:1] == head[2:3] == b"\0":
+        encoding = "utf-16-be"
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+    return io.TextIOWrapper(buffered, encoding=encoding, errors=errors, newline=None)
+
+
+class _Readable(io.RawIOBase):
+    """A file object of fsspec or pyarrow as a raw stream that io.BufferedReader takes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _has_undecoded_bytes(text: str) -> bool:
+    return any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def _read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+    text = _decode_stream(raw)
+    csv.field_size_limit(sys.maxsize)
+    name = file.name.removesuffix(".gz").removesuffix(".zst")
+    table = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",")
+    for number, row in enumerate(table, 1):
+        if number <= skipped:
+            continue
+        values = [value for value in row.values() if isinstance(value, str)]
+        if any(not value.isascii() and _has_undecoded_bytes(value) for value in values):
+            yield "row", number, None, NOT_UTF8
+        elif None in row:
+            yield "row", number, None, "more cells than columns"
+        else:
+            yield "row", number, {key: value for key, value in row.items() if value not in (None, "")}, ""
+
+
+def _read_parquet(
+    raw: IO[bytes], file: DataFile, columns: frozenset[str], skipped: int, note: Any
+) -> Iterator[tuple[str, int, Any, str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(raw)
+    except pa.ArrowInvalid as error:
+        raise _unreadable(file, "Parquet", error) from error
+    names = table.schema_arrow.names
+    note(names)
+    used = [name for name in names if name in columns]
+    number = 0
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if number + rows <= skipped:
+            number += rows
+            continue
+        for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=used):
+            for row in _rows_of(batch, names):
+                number += 1
+                if number > skipped:
+                    yield "row", number, row, ""
+
+
+def _read_arrow(
+    raw: IO[bytes], file: DataFile, columns: frozenset[str], skipped: int
+) -> Iterator[tuple[str, int, Any, str]]:
+    """Files of the Arrow stream format, as `save_to_disk` writes them, or of the Arrow file format."""
+    import pyarrow as pa
+
+    try:
+        batches: Iterable[pa.RecordBatch] = pa.ipc.open_stream(raw)
+        names = batches.schema.names  # ty: ignore[missing-attribute]
+    except pa.ArrowInvalid:
+        try:
+            raw.seek(0)
+            reader = pa.ipc.open_file(raw)
+        except pa.ArrowInvalid as error:
+            raise _unreadable(file, "Arrow", error) from error
+        names = reader.schema.names
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    number = 0
+    for batch in batches:
+        if number + batch.num_rows <= skipped:
+            number += batch.num_rows
+            continue
+        for row in _rows_of(batch.select([name for name in names if name in columns]), names):
+            number += 1
+            if number > skipped:
+                yield "row", number, row, ""
+
+
+def _rows_of(batch: "pa.RecordBatch", names: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows as dicts that have every column's name; columns that were not read are None."""
+    absent = dict.fromkeys(names)
+    for row in batch.to_pylist():
+        yield absent | {name: _without_nulls(value) if name in _NESTED else value for name, value in row.items()}
+
+
+_NESTED = ("messages", "conversations", "prompt", "completion", "tools", "functions")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the nulls that a table adds to give all objects of a column the same keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _unreadable(file: DataFile, kind: str, error: Exception) -> UsageError:
+    return UsageError(
+        what=f"{file.name} is not a readable {kind} file.",
+        why=first_line(error),
+        fix="Check that the file was written and copied completely.",
+    )

@@ -1,0 +1,76 @@
+"""What a run says about its data: how rows were read and packed, what was left out, and why."""
+
+import statistics
+
+from phoque.console import MAX_LISTED, Console, describe_counts, shorten_list
+from phoque.data.packing import Packing
+from phoque.data.readers import Dataset
+from phoque.data.scan import DatasetScan
+from phoque.settings.train import TrainSettings
+
+
+def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
+    """How conversations are packed into rows; `static` rows all have one shape, or one of a few."""
+    longest = max(scan.lengths) if scan.complete else s.max_length
+    return Packing(s.batch_size // s.accumulation, scan.mean_length, longest, s.packing == "exact", static)
+
+
+def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
+    """Print the summary of a scan, and a warning for everything that is not used as it stands in the data."""
+    summary = scan.summary()
+    console.say(f"data {dataset.name}: {describe_schemas(scan)}; {describe_held_out(scan, s)}")
+    if len(scan.sources) > 1:
+        console.say(f"  sources: {describe_counts(scan.sources)}")
+    others = [name for name in dataset.splits if name != dataset.split]
+    if others:
+        console.say(f"  split {dataset.split}; also there: {', '.join(others)}")
+    epochs = s.max_steps * s.batch_size / max(1, scan.trained_rows)
+    console.say(
+        f"  {summary['tokens']['mean']:.0f} tokens per row, "
+        f"{scan.trained_tokens / sum(scan.lengths):.0%} of them trained on; "
+        f"{s.max_steps} steps of {s.batch_size} conversations are {epochs:.1f} epochs"
+    )
+    if s.packing == "budget":
+        packing = packing_for(s, scan, static=True)
+        rows = f"{s.accumulation} packed rows" if s.accumulation > 1 else "one packed row"
+        console.say(
+            f"  each step trains on {rows} of {packing.tokens:,} tokens, "
+            f"{packing.tokens / packing.mean:.1f} conversations on average"
+        )
+    shortest, _, median, _, _, longest = summary["tokens"]["quantiles"]
+    console.say(f"  conversations of {shortest} to {longest} tokens, median {median}{_describe_scores(scan.scores)}")
+    for note, count in scan.notes.most_common():
+        console.say(f"  {count} rows: {note} (first: {scan.examples[note]})")
+    if scan.rule.sketches and scan.copies + scan.similar:
+        console.say(
+            f"  {scan.copies} copies and {scan.similar} near-duplicates of held-out rows are kept out of training, too"
+        )
+    elif scan.similar:
+        console.warn(
+            f"{scan.similar} of {scan.good} rows nearly repeat a held-out row, and are trained on all the same: "
+            "the held-out loss shows what was memorized"
+        )
+    if dataset.stream.unused_columns:
+        console.say(f"  columns that are not used: {shorten_list([*dataset.stream.unused_columns])}")
+    for key, count in scan.unknown_keys.most_common(MAX_LISTED):
+        console.warn(f"{count} rows have turns with {key!r}, which phoque does not know (first: {scan.examples[key]})")
+    for reason, bad in summary["bad"].items():
+        console.warn(f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})")
+    if not scan.complete:
+        console.say(f"  the first {scan.rows:,} rows were scanned; the rest are checked while training reads them")
+
+
+def describe_schemas(scan: DatasetScan) -> str:
+    """How the rows were read, for example: ShareGPT conversations, 40 of 40."""
+    return ", ".join(f"{schema}, {count} of {scan.rows}" for schema, count in scan.schemas.most_common())
+
+
+def describe_held_out(scan: DatasetScan, s: TrainSettings) -> str:
+    """How many rows are held out, and where they are from."""
+    return f"{len(scan.held_out)} rows held out" + (f", from split {s.eval_split}" if s.eval_split else "")
+
+
+def _describe_scores(scores: list[float]) -> str:
+    if not scores:
+        return ""
+    return f"; toxicity scores {min(scores):.2f} to {max(scores):.2f}, median {statistics.median(scores):.2f}"
