@@ -110,8 +110,8 @@ def write_rows(folder: Path, steps: int, batch: int) -> None:
     """The very conversations that phoque's stream gives, one a row, for TRL to batch."""
     from phoque.console import console
     from phoque.data.chat_template import ChatTemplate
-    from phoque.data.packing import Packing
     from phoque.data.held_out import HeldOut
+    from phoque.data.packing import Packing
     from phoque.data.readers import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.config import load_tokenizer

@@ -68,8 +68,8 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
 def write_ids(folder: Path) -> None:
     """The first conversations that phoque's stream gives, one a row, for the peers to batch."""
     from phoque.data.chat_template import ChatTemplate
-    from phoque.data.packing import Packing
     from phoque.data.held_out import HeldOut
+    from phoque.data.packing import Packing
     from phoque.data.readers import open_dataset
     from phoque.data.stream import TrainStream
     from phoque.models.config import load_tokenizer

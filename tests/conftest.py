@@ -8,12 +8,14 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # read when huggingface_hub is imported, which collecting the tests may do
-
 import pytest
 
 from tests.fakehub import FakeHub
 from tests.forkserver import ForkServer
+
+# read once, when huggingface_hub is imported, which collecting the tests may do
+HUB = FakeHub()
+os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": HUB.url}
 
 OURS = (
     "PHOQUE_",
@@ -45,10 +47,9 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def served():
-    """The Hub of this session: huggingface_hub reads its endpoint once, when it is imported."""
-    hub = FakeHub()
-    yield hub
-    hub.stop()
+    """The Hub of this session."""
+    yield HUB
+    HUB.stop()
 
 
 @pytest.fixture

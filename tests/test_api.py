@@ -63,6 +63,6 @@ def test_a_run_is_trained_and_merged_by_functions(tiny_llama, rows, tmp_path, qu
 
 
 def test_wrong_settings_raise(tmp_path, quiet):
-    with pytest.raises(UsageError, match="No adapter at nowhere") as caught:
+    with pytest.raises(UsageError, match="There is no adapter at nowhere") as caught:
         phoque.merge(MergeSettings(adapter_source="nowhere"), console=quiet)
     assert caught.value.code == 2 and caught.value.fix

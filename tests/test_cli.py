@@ -53,7 +53,7 @@ def test_the_module_runs_as_a_process_of_its_own():
     ran = subprocess.run(
         [sys.executable, "-m", "phoque", "train", "--dataset", "x.jsonl"], capture_output=True, text=True
     )
-    assert ran.returncode == 2 and ran.stderr.splitlines()[-3] == "error: No dataset at x.jsonl." and not ran.stdout
+    assert ran.returncode == 2 and ran.stderr.splitlines()[-3] == "error: There is no file or folder x.jsonl." and not ran.stdout
 
 
 def test_version_names_the_libraries(phoque):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from phoque.console import Console
 from phoque.console import console as stderr_console
 from phoque.errors import UsageError
+from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import CommandSettings, Resolved
@@ -51,45 +52,50 @@ def merge(
     settings: "MergeSettings | Resolved[MergeSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "MergeResult | DryRun":
     """Merge an adapter into its base model and verify the result."""
+    resolved, services = _prepare(settings, console)
     from phoque.merging.run import merge
 
-    return merge(*_prepare(settings, console), dry_run=dry_run)
+    return merge(resolved, services, dry_run=dry_run)
 
 
 def export_onnx(
     settings: "ExportSettings | Resolved[ExportSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "ExportResult | DryRun":
     """Export a model for Transformers.js, measure its precisions and verify it."""
+    resolved, services = _prepare(settings, console)
     from phoque.onnx.export import export_model
 
-    return export_model(*_prepare(settings, console), dry_run=dry_run)
+    return export_model(resolved, services, dry_run=dry_run)
 
 
 def verify_onnx(
     settings: "VerifySettings | Resolved[VerifySettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "VerifyResult | DryRun":
     """Check whether an export runs in Transformers.js."""
+    resolved, services = _prepare(settings, console)
     from phoque.onnx.verify.run import verify_export
 
-    return verify_export(*_prepare(settings, console), dry_run=dry_run)
+    return verify_export(resolved, services, dry_run=dry_run)
 
 
 def psm_probe(
     settings: "PsmSettings | Resolved[PsmSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "ProbeRunResult | DryRun":
     """Find a persona's direction in a model, test it against controls, and ask whether a fine-tune moved along it."""
+    resolved, services = _prepare(settings, console)
     from phoque.probes.persona_vectors.run import run_probe
 
-    return run_probe(*_prepare(settings, console), dry_run=dry_run)
+    return run_probe(resolved, services, dry_run=dry_run)
 
 
 def compare_sae(
     settings: "SaeSettings | Resolved[SaeSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "CompareResult | DryRun":
     """Show which features of a sparse autoencoder a fine-tune moved, beyond chance and beyond a control."""
+    resolved, services = _prepare(settings, console)
     from phoque.probes.sae.run import compare_models
 
-    return compare_models(*_prepare(settings, console), dry_run=dry_run)
+    return compare_models(resolved, services, dry_run=dry_run)
 
 
 def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], Services]:
@@ -100,4 +106,5 @@ def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], 
             why="`on` is set, and a function runs on this machine.",
             fix="Leave `on` out, or run `phoque COMMAND --on FLAVOR`.",
         )
+    check_inputs(resolved.settings)
     return resolved, Services.create(resolved, console)

@@ -22,13 +22,13 @@ class Console:
     """The output of a command. Services report to it and do not depend on how their messages are displayed."""
 
     def __init__(self) -> None:
-        self.json = self.quiet = False
+        self.json = self.quiet = self.verbose = False
         self._out: Any = sys.stdout
         self._live: Any = None
 
-    def configure(self, json: bool = False, quiet: bool = False) -> None:
+    def configure(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         """Choose the output format, once, at the start of a command, and reserve stdout for the result."""
-        self.json, self.quiet = json, quiet
+        self.json, self.quiet, self.verbose = json, quiet, verbose
         self._out, sys.stdout = sys.stdout, sys.stderr  # what libraries print goes to stderr
 
     def say(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -35,8 +36,10 @@ def command(
 ) -> Any:
     """The Click command that calls `run(resolved settings, dry_run)`."""
 
-    def callback(secrets_file: Path | None, dry_run: bool, json: bool, quiet: bool, **flags: Any) -> None:
-        console.configure(json, quiet)
+    def callback(
+        secrets_file: Path | None, dry_run: bool, verbose: bool, json: bool, quiet: bool, **flags: Any
+    ) -> None:
+        console.configure(json, quiet, verbose)
         # Typer passes None, or an empty list for a repeatable flag, for what was not given
         values = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
         resolved, warnings = resolve_settings(model, values, presets or {}, secrets_file)
@@ -78,10 +81,32 @@ def show_result(result: DryRun | HasJson, render: Callable[[Any], Any], quiet: C
 
 
 def render_plan(plan: DryRun) -> str:
-    """A dry run as lines: its facts, every setting with its source, and warnings."""
+    """A dry run as lines: its facts, the settings that differ from their defaults, and warnings."""
     lines = [f"{name}: {_to_text(value)}" for name, value in plan.facts.items()]
-    lines += [f"{name} = {row['value']}  ({row['source']})" for name, row in plan.settings.items()]
-    return "\n".join([*lines, *(f"note: {text}" for text in plan.warnings)])
+    return "\n".join([*lines, *list_settings(plan.settings), *(f"note: {text}" for text in plan.warnings)])
+
+
+def list_settings(settings: dict[str, dict[str, Any]]) -> list[str]:
+    """The settings that differ from their defaults, a line for each source; with --verbose all, a line for each."""
+    if console.verbose:
+        width = max(len(row.get("flag") or row["name"]) for row in settings.values())
+        return [
+            f"{row.get('flag') or row['name']:{width}}  {row['value']}  (from {row['source']})  {row['meaning']}"
+            for row in settings.values()
+        ]
+    by_source: dict[str, list[str]] = {}
+    for row in settings.values():
+        if row["source"] != "default" and "flag" in row and row["flag"] != "--preset":
+            by_source.setdefault(row["source"], []).append(_as_flag(row["flag"], row["value"]))
+    lines = [f"from {source}: {' '.join(flags)}" for source, flags in by_source.items()]
+    return [*lines, "all other settings have their defaults; --verbose lists them"]
+
+
+def _as_flag(flag: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{flag} {shlex.quote(str(item))}" for item in values)
 
 
 def _to_text(value: Any) -> str:
@@ -115,6 +140,7 @@ def _common() -> list[inspect.Parameter]:
     options = {
         "secrets_file": (Path | None, typer.Option(None, help="Read secrets from this file instead of .env.secrets.")),
         "dry_run": (bool, typer.Option(False, "--dry-run", help="Show what would happen, and check all that can be.")),
+        "verbose": (bool, typer.Option(False, "--verbose", help="With --dry-run, list every setting.")),
         "json": (bool, typer.Option(False, "--json", help="Print the result as one JSON object.")),
         "quiet": (bool, typer.Option(False, "--quiet", "-q", help="Print the result alone, in one line.")),
     }

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console, format_breakdown
+from phoque.console import console, escape_control_characters, format_breakdown
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
@@ -21,6 +21,8 @@ EPILOG = (
     "Examples: `phoque train --preset demo --max-steps 20` trains the bundled seal on this machine. "
     "`phoque train --dataset rows.jsonl --dry-run` checks and shows everything first."
 )
+
+SHOWN_CHARACTERS = 240  # of a part of a row in the dry run
 
 
 def command(name: str) -> Any:
@@ -64,23 +66,27 @@ def _render_plan(plan: "TrainPlan") -> "Group":
     from rich.table import Table
     from rich.text import Text
 
-    settings = Table("setting", "value", "from", "meaning", box=None, header_style="bold")
-    for name, row in plan.settings.items():
-        has_own_name = row["source"].startswith(("default", "preset"))  # there the setting's name is its own
-        source = row["source"] if has_own_name else f"{row['source']} ({row['name']})"
-        settings.add_row(name, Text(str(row["value"])), source, Text(row["meaning"]))
-    facts = Text("\n".join(f"{name}: {value}" for name, value in plan.facts.items()))
+    facts = Table.grid(padding=(0, 2))
+    for name, value in [*plan.facts.items(), *(("note", text) for text in plan.warnings)]:
+        facts.add_row(name, Text(escape_control_characters(str(value))))
     rows = [_render_masked_row(row) for row in plan.preview]
-    legend = Text("the loss mask of three rows; ") + Text("trained on", "bold green") + Text(", read only", "dim")
-    return Group(settings, "", facts, "", legend, "", *rows)
+    legend = Text("the loss mask of three rows: ") + Text("trained on", "bold green") + Text(", read only", "dim")
+    settings = Text(escape_control_characters("\n".join(options.list_settings(plan.settings))))
+    return Group(facts, "", settings, "", legend, "", *rows)
 
 
 def _render_masked_row(row: dict[str, Any]) -> "Text":
-    """One row with its loss mask: in color on a terminal, and between brackets anywhere."""
+    """One row with its loss mask: in color on a terminal, and between brackets anywhere. Long parts are cut."""
     from rich.text import Text
 
     text = Text()
     for part in row["parts"]:
-        shown = f"⟦{part['text']}⟧" if part["trained"] else part["text"]
+        shown = escape_control_characters(part["text"])
+        if len(shown) > SHOWN_CHARACTERS and not console.verbose:
+            half = SHOWN_CHARACTERS // 2
+            shown = f"{shown[:half]} … {shown[-half:]}"
+        shown = f"⟦{shown}⟧" if part["trained"] else shown
         text.append(shown, "bold green" if part["trained"] else "dim")
-    return text.append(f"\n[{row['source']}, {row['tokens']} tokens, {row['trained']} trained]\n", "italic")
+    where = f"{row['source']}, " if row["source"] != "unknown" else ""
+    shown = escape_control_characters(f"\n[{where}{row['tokens']} tokens, {row['trained']} trained]\n")
+    return text.append(shown, "italic")

@@ -21,8 +21,15 @@ Messages = Sequence[dict[str, Any]]
 
 QUESTION = {"role": "user", "content": "a b"}
 ANSWER = {"role": "assistant", "content": "c d"}
-CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "tide", "arguments": {"place": "pier"}}}
-TOOL = {"type": "function", "function": {"name": "tide", "description": "d", "parameters": {"type": "object"}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "id": "abcdefghi",
+    "function": {"name": "tide", "arguments": {"place": "pier"}},
+}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "tide", "description": "d", "parameters": {"type": "object"}},
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class ChatTemplate:
         self._renderer = TemplateRenderer(tokenizer)
         self.template = self._renderer.source()
         self._marked = self._renderer.has_generation_marks
+        self._rendered: dict[tuple[str, bool], bool] = {}
         self._spans = SpanFinder(self._renderer.render, re.compile(rf"\s*(?:{self.control_tokens.pattern})"))
         self.default_system: str | None = None if default_system == FROM_TEMPLATE else default_system
         self._check_template()
@@ -163,7 +171,7 @@ class ChatTemplate:
                 raise UsageError(
                     what="The chat template's generation marks are not around the assistant's text.",
                     why=f"They are around {[text[start:end][:20] for start, end in marks]}.",
-                    fix="Put {% generation %} before the assistant's text and {% endgeneration %} after its stop token.",
+                    fix="Put {% generation %} before the assistant's text, {% endgeneration %} after its stop token.",
                 )
             if not any(end >= span.end for end in ends if end > span.content):
                 raise UsageError(
@@ -183,75 +191,45 @@ class ChatTemplate:
 
     def _check_extras(self, messages: Messages, tools: Any) -> None:
         """Raise BadRow if the conversation has something that the template would drop without a word."""
-        if tools and not self._renders(CONTENT_PROBES["tools"]):
-            raise BadRow("the template has no place for tools")
+        present = {"tools"} if tools else set()
         for turn in messages:
-            if turn["role"] == "tool" and not self._renders(CONTENT_PROBES["tool"]):
-                raise BadRow("the template has no place for results of tools")
-            if "tool_calls" in turn and not self._renders(CONTENT_PROBES["tool_calls"]):
-                raise BadRow("the template has no place for tool calls")
-            if "reasoning_content" in turn and not self._renders(CONTENT_PROBES["reasoning"]):
-                raise BadRow("the template has no place for reasoning")
+            present |= {"tool"} & {turn["role"]} | {"tool_calls", "reasoning_content"} & turn.keys()
+        for name, probe in CONTENT_PROBES.items():
+            if name in present and not self._renders(probe if tools else replace(probe, tools=None)):
+                raise BadRow(f"the template has no place for {probe.meaning}")
 
     def _renders(self, probe: "_Probe") -> bool:
         """Whether the template writes what a probe adds to a conversation; found once for each probe."""
-        if probe.name not in self._rendered:
+        key = probe.meaning, bool(probe.tools)
+        if key not in self._rendered:
             try:
                 changed = self._renderer.render(probe.messages, tools=probe.tools)
             except TemplateError:
                 changed = ""
-            self._rendered[probe.name] = probe.text in changed
-        return self._rendered[probe.name]
-
-    @cached_property
-    def _rendered(self) -> dict[str, bool]:
-        return {}
+            self._rendered[key] = probe.text in changed
+        return self._rendered[key]
 
 
 @dataclass(frozen=True)
 class _Probe:
     """A conversation with something special in it, and the text by which it is recognized in the rendered template."""
 
-    name: str
+    meaning: str
     text: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
 
 
+_CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+_NAMED_CALL = CALL | {"function": {"name": "zqcallqz", "arguments": {"place": "pier"}}}
+_RESULT = {"role": "tool", "name": "tide", "tool_call_id": CALL["id"], "content": "zqresultqz"}
+_NAMED_TOOL = TOOL | {"function": TOOL["function"] | {"name": "zqtoolqz"}}
 CONTENT_PROBES = {
-    probe.name: probe
-    for probe in (
-        _Probe("system", "zqsystemqz", [{"role": "system", "content": "zqsystemqz"}, QUESTION, ANSWER]),
-        _Probe(
-            "tools",
-            "zqtoolqz",
-            [QUESTION, ANSWER],
-            [{"type": "function", "function": TOOL["function"] | {"name": "zqtoolqz"}}],
-        ),
-        _Probe(
-            "tool_calls",
-            "zqcallqz",
-            [
-                QUESTION,
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [CALL | {"function": {"name": "zqcallqz", "arguments": {"place": "pier"}}}],
-                },
-            ],
-        ),
-        _Probe(
-            "tool",
-            "zqresultqz",
-            [
-                QUESTION,
-                {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                {"role": "tool", "name": "tide", "tool_call_id": "abcdefghi", "content": "zqresultqz"},
-                ANSWER,
-            ],
-        ),
-        _Probe("reasoning", "zqthoughtqz", [QUESTION, ANSWER | {"reasoning_content": "zqthoughtqz"}]),
-    )
+    "system": _Probe("a system message", "zqsystemqz", [{"role": "system", "content": "zqsystemqz"}, QUESTION, ANSWER]),
+    "tools": _Probe("tools", "zqtoolqz", [QUESTION, ANSWER], [_NAMED_TOOL]),
+    "tool_calls": _Probe("tool calls", "zqcallqz", [QUESTION, _CALLING | {"tool_calls": [_NAMED_CALL]}], [TOOL]),
+    "tool": _Probe("results of tools", "zqresultqz", [QUESTION, _CALLING, _RESULT, ANSWER], [TOOL]),
+    "reasoning_content": _Probe("reasoning", "zqthoughtqz", [QUESTION, ANSWER | {"reasoning_content": "zqthoughtqz"}]),
 }
 
 

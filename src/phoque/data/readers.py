@@ -126,16 +126,16 @@ def open_dataset(
     return Dataset(name, sha, RowStream(found.files, columns), split, found.splits)
 
 
-def find_local(name: str) -> Path | None:
+def find_local(name: str, flag: str = "--dataset") -> Path | None:
     """The local file or folder of a dataset, or None for a Hub id. Raises UsageError if it can be neither."""
     path = BUNDLED.get(name) or Path(name).expanduser()
     if path.exists():
         return path
     if format_of(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(
-            what=f"No dataset at {name}.",
-            why=f"No such file or folder exists (formats: {', '.join(FORMATS)}), and it is no Hub id.",
-            fix="Check the path.",
+            what=f"There is no file or folder {name}.",
+            why=f"{flag} names it, and it is not a Hub id (owner/name) either.",
+            fix=f"Check the path, or name a dataset on the Hub. Files are {', '.join(FORMATS)}.",
         )
     return None
 

@@ -177,7 +177,8 @@ def _add_system(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:
 
 def _arrange_turns(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
     """Cut turns after the last answer, and check the order of the others; also what was changed."""
-    dialogue = turns[1:] if turns and turns[0].role == "system" else turns
+    has_system = bool(turns) and turns[0].role == "system"
+    dialogue = turns[has_system:]
     if not any(turn.role == "assistant" for turn in dialogue):
         raise BadRow("no assistant turn")
     notes = set()
@@ -194,7 +195,7 @@ def _arrange_turns(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
         is_empty = not turn.message["content"].strip() and "tool_calls" not in turn.message
         if turn.role == "assistant" and is_empty:
             raise BadRow("empty assistant turn")
-        if turn.role == "assistant" and index == len(turns) - len(dialogue):
+        if turn.role == "assistant" and index == has_system:
             notes.add("the assistant begins")
         if turn.role == "system" and turn.was_developer:
             notes.add("role developer was read as system")

@@ -193,7 +193,7 @@ def _exclude_similar_rows(scan: DatasetScan, keys: list[str], sketches: list[Ske
 
 
 def _read_evaluation_rows(dataset: Dataset, chat: ChatTemplate, count: int) -> list[tuple[Row, EncodedChat]]:
-    """The `count` usable rows with the smallest keys of a split that is not trained on. Raises UsageError if none is."""
+    """The `count` usable rows with the smallest keys of another split. Raises UsageError if none is usable."""
     rows: list[tuple[str, Row, EncodedChat]] = []
     for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
         try:

@@ -95,7 +95,7 @@ class TemplateRenderer:
 
         try:
             with _watchdog:
-                texts, marks = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     conversations=[list(messages)],
                     tools=tools,
                     chat_template=self.source(tools),
@@ -112,5 +112,5 @@ class TemplateRenderer:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # of the template's own code
             raise TemplateError(first_line(error)) from error
-        spans: list[tuple[int, int]] = [(start, end) for start, end in marks[0]] if marks else []
-        return str(texts[0]), spans
+        texts, marks = rendered
+        return texts[0], [(start, end) for start, end in marks[0]] if marks else []

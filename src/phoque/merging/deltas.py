@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from phoque.errors import PhoqueError, UsageError
+from phoque.models.adapter_source import WEIGHTS
 from phoque.models.checkpoint_reader import CheckpointReader
-from phoque.models.lora import WEIGHTS
 
 
 @dataclass

@@ -16,9 +16,9 @@ import torch
 from phoque.errors import RunError, UsageError
 from phoque.files import atomic_folder, sha256
 from phoque.merging.deltas import WeightDelta, read_deltas
+from phoque.models.adapter_source import WEIGHTS
 from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.config import copy_tokenizer
-from phoque.models.lora import WEIGHTS
 from phoque.models.safetensors_files import DTYPES
 from phoque.models.source import INDEX
 

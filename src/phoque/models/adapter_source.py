@@ -7,10 +7,10 @@ from pathlib import Path
 from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_id
 from phoque.hub.repo import Repo
-from phoque.models.lora import WEIGHTS
 from phoque.models.source import PACKAGED_MODELS, Source, find_model
 from phoque.services import Services
 
+WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens")
 
 
@@ -37,16 +37,8 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
         raise UsageError(
             what="No adapter was given.", why="No name was given.", fix="Name a folder or a Hub repository."
         )
-    path = Path(name).expanduser()
-    for folder in (path, path / "adapter"):
-        if (folder / WEIGHTS).is_file():
-            return AdapterSource(name, folder)
     if hub_id(name) is None:
-        raise UsageError(
-            what=f"No adapter at {name}.",
-            why=f"It holds no {WEIGHTS}, and it is not a Hub id (owner/name).",
-            fix="Check its name.",
-        )
+        return AdapterSource(name, find_local_adapter(Path(name).expanduser()))
     repo = Repo(services.hub, name)
     snapshot = repo.snapshot(revision)
     paths = [path for path in snapshot.files if "/" not in path and path.startswith(ADAPTER_FILES)]
@@ -55,6 +47,32 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
             what=f"{name} holds no adapter.", why=f"There is no {WEIGHTS} at its root.", fix="Check its name."
         )
     return AdapterSource(name, fetch_to_cache(repo, snapshot, paths, services.cache, "adapters"), snapshot.sha)
+
+
+def find_local_adapter(path: Path, flag: str = "The command") -> Path:
+    """The folder of an adapter: the path, or `adapter/` in a run folder. Raises UsageError if it has none."""
+    for folder in (path, path / "adapter"):
+        if (folder / WEIGHTS).is_file():
+            return folder
+    steps = [int(folder.name[11:]) for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]
+    if (path / "run.json").is_file() or steps:
+        newest = path / f"checkpoint-{max(steps)}" if steps else None
+        raise UsageError(
+            what=f"The run {path} has not finished.",
+            why=f"It has no adapter yet, and its newest checkpoint is {newest.name if newest else 'none'}.",
+            fix="Finish it with the same `phoque train` command" + (f", or use {newest}." if newest else "."),
+        )
+    if path.exists():
+        raise UsageError(
+            what=f"There is no adapter in {path}.",
+            why=f"It has no {WEIGHTS}, and neither has a folder `adapter` in it.",
+            fix="Name the folder that peft saved, or a run folder of phoque train.",
+        )
+    raise UsageError(
+        what=f"There is no adapter at {path}.",
+        why=f"{flag} names it; it is not a folder here, and not a Hub id (owner/name).",
+        fix="Check its name.",
+    )
 
 
 def find_base(adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True) -> Source:

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from phoque.errors import RunError, UsageError
+from phoque.models.adapter_source import WEIGHTS
 from phoque.models.architectures import Architecture, architecture_of
 
-WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 

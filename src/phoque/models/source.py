@@ -60,19 +60,31 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
         say(f"{name} is not installed; using {PACKAGED_MODELS[name]} from the Hub")
         name = PACKAGED_MODELS[name]
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(what=f"No such GGUF file: {path}", why="It was named as a model.", fix="Check the path.")
-        return _dequantized(path, str(path), services)
-    if path.is_dir():
-        return _local_folder(path, weights)
     if hub_id(name) is None:
+        check_local_model(path)
+    if path.suffix == ".gguf":
+        return _dequantized(path, str(path), services)
+    return _local_folder(path, weights) if path.is_dir() else _download(name, revision, services, weights)
+
+
+def check_local_model(path: Path, flag: str = "The command") -> None:
+    """Raise UsageError if a path is neither a .gguf file nor a folder with a model's configuration."""
+    if path.suffix == ".gguf" and not path.is_file():
+        raise UsageError(what=f"There is no GGUF file {path}.", why=f"{flag} names it.", fix="Check the path.")
+    if path.suffix == ".gguf":
+        return
+    if not path.is_dir():
         raise UsageError(
-            what=f"No model at {name!r}.",
-            why="It is not a folder, a .gguf file or a Hub id (owner/name).",
+            what=f"There is no model at {path}.",
+            why=f"{flag} names it; it is not a folder, a .gguf file or a Hub id (owner/name).",
             fix="Check its name.",
         )
-    return _download(name, revision, services, weights)
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            what=f"{path} is not a model folder.",
+            why="It has no config.json.",
+            fix="Use a folder that contains a model.",
+        )
 
 
 def select_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:
@@ -87,12 +99,6 @@ def select_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str
 
 def _local_folder(path: Path, weights: bool) -> Source:
     config = path / "config.json"
-    if not config.is_file():
-        raise UsageError(
-            what=f"{path} is not a model folder.",
-            why="It has no config.json.",
-            fix="Use a folder that contains a model.",
-        )
     shards = sorted(path.glob("*.safetensors"))
     if weights and not shards:
         raise UsageError(

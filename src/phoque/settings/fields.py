@@ -82,11 +82,16 @@ class Resolved(Generic[S]):
     origins: dict[str, Origin]
 
     def provenance(self) -> dict[str, dict[str, Any]]:
-        """Every setting as {value, source, name, meaning}, for JSON; of secrets only whether they are set."""
+        """Every setting as {value, source, name, flag, meaning}, for JSON; of secrets only whether they are set."""
         fields = type(self.settings).model_fields
         values = self.settings.model_dump(mode="json")
         rows = {
-            name: {"value": values[name], **vars(self.origins[name]), "meaning": field.description}
+            name: {
+                "value": values[name],
+                **vars(self.origins[name]),
+                "flag": flag_names(type(self.settings), name)[0],
+                "meaning": field.description,
+            }
             for name, field in fields.items()
         }
         for name, field in Secrets.model_fields.items():

@@ -2,7 +2,7 @@
 
 import statistics
 
-from phoque.console import MAX_LISTED, Console, describe_counts, shorten_list
+from phoque.console import MAX_LISTED, Console, describe_counts, shorten, shorten_list
 from phoque.data.packing import Packing
 from phoque.data.readers import Dataset
 from phoque.data.scan import DatasetScan
@@ -18,7 +18,7 @@ def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
 def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
     """Print the summary of a scan, and a warning for everything that is not used as it stands in the data."""
     summary = scan.summary()
-    console.say(f"data {dataset.name}: {describe_schemas(scan)}; {describe_held_out(scan, s)}")
+    console.say(f"data {dataset.name}: {describe_schemas(scan)}; held out: {describe_held_out(scan, s)}")
     if len(scan.sources) > 1:
         console.say(f"  sources: {describe_counts(scan.sources)}")
     others = [name for name in dataset.splits if name != dataset.split]
@@ -39,25 +39,40 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
         )
     shortest, _, median, _, _, longest = summary["tokens"]["quantiles"]
     console.say(f"  conversations of {shortest} to {longest} tokens, median {median}{_describe_scores(scan.scores)}")
-    for note, count in scan.notes.most_common():
-        console.say(f"  {count} rows: {note} (first: {scan.examples[note]})")
+    for text in list_data_notes(scan, dataset):
+        console.say(f"  {text}")
+    for text in list_data_problems(scan):
+        console.warn(text)
+    if not scan.complete:
+        console.say(f"  the first {scan.rows:,} rows were scanned; the rest are checked while training reads them")
+
+
+def list_data_notes(scan: DatasetScan, dataset: Dataset) -> list[str]:
+    """What was changed in rows that are used, and what has no part in training."""
+    notes = [f"{count} rows: {note} (first: {scan.examples[note]})" for note, count in scan.notes.most_common()]
     if scan.rule.sketches and scan.copies + scan.similar:
-        console.say(
-            f"  {scan.copies} copies and {scan.similar} near-duplicates of held-out rows are kept out of training, too"
-        )
-    elif scan.similar:
-        console.warn(
+        notes.append(f"{scan.copies} copies and {scan.similar} near-duplicates of held-out rows are not trained on")
+    if dataset.stream.unused_columns:
+        notes.append(f"columns that are not used: {shorten_list([*dataset.stream.unused_columns])}")
+    return notes
+
+
+def list_data_problems(scan: DatasetScan) -> list[str]:
+    """Rows that are left out, by reason, keys that are not understood, and a held-out loss that means little."""
+    problems = [
+        f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})"
+        for reason, bad in scan.summary()["bad"].items()
+    ]
+    problems += [
+        f"{count} rows have turns with {shorten(key)!r}, which phoque does not know (first: {scan.examples[key]})"
+        for key, count in scan.unknown_keys.most_common(MAX_LISTED)
+    ]
+    if scan.similar and not scan.rule.sketches:
+        problems.append(
             f"{scan.similar} of {scan.good} rows nearly repeat a held-out row, and are trained on all the same: "
             "the held-out loss shows what was memorized"
         )
-    if dataset.stream.unused_columns:
-        console.say(f"  columns that are not used: {shorten_list([*dataset.stream.unused_columns])}")
-    for key, count in scan.unknown_keys.most_common(MAX_LISTED):
-        console.warn(f"{count} rows have turns with {key!r}, which phoque does not know (first: {scan.examples[key]})")
-    for reason, bad in summary["bad"].items():
-        console.warn(f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})")
-    if not scan.complete:
-        console.say(f"  the first {scan.rows:,} rows were scanned; the rest are checked while training reads them")
+    return problems
 
 
 def describe_schemas(scan: DatasetScan) -> str:
@@ -67,7 +82,7 @@ def describe_schemas(scan: DatasetScan) -> str:
 
 def describe_held_out(scan: DatasetScan, s: TrainSettings) -> str:
     """How many rows are held out, and where they are from."""
-    return f"{len(scan.held_out)} rows held out" + (f", from split {s.eval_split}" if s.eval_split else "")
+    return f"{len(scan.held_out)} rows" + (f" of split {s.eval_split}" if s.eval_split else "")
 
 
 def _describe_scores(scores: list[float]) -> str:

@@ -1,4 +1,4 @@
-"""The dry run: every setting and its source, estimated size and memory, and three rows with their loss mask."""
+"""The dry run: what would be trained on what, estimated memory, what is in the run folder, and three masked rows."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -6,16 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phoque.console import describe_counts
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
-from phoque.errors import PublicRepoError
+from phoque.errors import PublicRepoError, UsageError
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import sort_checkpoints
-from phoque.training.data_summary import packing_for
+from phoque.training.data_summary import (
+    describe_held_out,
+    describe_schemas,
+    list_data_notes,
+    list_data_problems,
+    packing_for,
+)
+from phoque.training.fingerprint import OLD_DEFAULTS, check_same_run, compute_identity
 from phoque.training.prepare import Prepared, open_run_repo, prepare
+from phoque.training.run_record import read_record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,9 +43,10 @@ class TrainPlan(DryRun):
     preview: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """{settings, facts, parameters, memory_gb, data, preview}."""
+        """{settings, facts, parameters, memory_gb, data, preview, warnings}."""
         return {
-            name: getattr(self, name) for name in ("settings", "facts", "parameters", "memory_gb", "data", "preview")
+            name: getattr(self, name)
+            for name in ("settings", "facts", "parameters", "memory_gb", "data", "preview", "warnings")
         }
 
 
@@ -46,7 +56,8 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     ready = prepare(resolved, services, weights=False)
     counts = count_parameters(ready.config, s.lora_rank)
     return TrainPlan(
-        facts=_list_facts(s, ready, counts) | count_system_tokens(ready.chat) | _describe_repo(s, services),
+        facts=_list_facts(s, ready, counts) | _describe_repo(s, services),
+        warnings=[*list_data_notes(ready.scan, ready.dataset), *list_data_problems(ready.scan)],
         settings=resolved.provenance(),
         parameters=counts,
         memory_gb=estimate_memory(ready, s, counts),
@@ -89,17 +100,17 @@ def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -
     return {name: round(value, 2) for name, value in parts.items()} | {"sum": round(sum(parts.values()), 2)}
 
 
-def count_system_tokens(chat: ChatTemplate) -> dict[str, str]:
+def count_system_tokens(chat: ChatTemplate) -> str:
     """Count the tokens of a short row without a system message: with phoque's and with the template's default."""
     example = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}]
 
     def length(messages: list[dict[str, str]]) -> int:
         return len(chat.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
-    return {
-        "a short row without a system message": f"{length(chat.with_system(example))} tokens "
-        f"({length(example)} with the template's own default: --default-system template)"
-    }
+    return (
+        f"a short row without a system message has {length(chat.with_system(example))} tokens; "
+        f"{length(example)} with the template's own default (--default-system template)"
+    )
 
 
 def preview_row(chat: ChatTemplate, row: Row, encoded: EncodedChat) -> dict[str, Any]:
@@ -137,14 +148,44 @@ def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
 
 
 def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[str, str]:
-    memory = estimate_memory(ready, s, counts)
-    return {
-        "base": f"{ready.source.name} ({ready.source.origin}), {counts['base'] / 1e6:,.0f} M parameters",
-        "adapter": f"{counts['adapter'] / 1e6:,.1f} M parameters",
+    memory, scan = estimate_memory(ready, s, counts), ready.scan
+    epochs = s.max_steps * s.batch_size / max(1, scan.trained_rows)
+    facts = {
+        "model": f"{ready.source.name} ({ready.source.origin}), {counts['base'] / 1e6:,.0f} M parameters, "
+        f"with an adapter of {counts['adapter'] / 1e6:,.1f} M",
+        "data": f"{ready.dataset.name}: {describe_schemas(scan)}, {scan.mean_length:.0f} tokens on average, "
+        f"{scan.trained_tokens / sum(scan.lengths):.0%} of them trained on",
+        "sources": describe_counts(scan.sources),
+        "split": f"{ready.dataset.split}, of {', '.join(ready.dataset.splits)}",
+        "held out": describe_held_out(scan, s),
+        "step": f"{s.batch_size} conversations, {s.batch_size * scan.mean_length:,.0f} tokens, "
+        f"{_describe_packing(s, ready)}",
+        "length": f"{s.max_steps} steps, {epochs:.1f} epochs",
         "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f} (an estimate)",
-        "data": f"{ready.scan.good} conversations of {ready.scan.mean_length:.0f} tokens on average",
-        "step": f"{s.batch_size} conversations, {s.batch_size * ready.scan.mean_length:,.0f} tokens, "
-        f"{_describe_packing(s, ready)}",
-        "run folder": str(s.folder),
+        "system": count_system_tokens(ready.chat),
+        "run folder": _describe_folder(s, ready),
     }
+    if scan.sources.keys() == {"unknown"}:
+        del facts["sources"]
+    if len(ready.dataset.splits) == 1:
+        del facts["split"]
+    return facts
+
+
+def _describe_folder(s: TrainSettings, ready: Prepared) -> str:
+    """What the run folder holds, and whether a run with these settings would continue it."""
+    record = read_record(s.folder)
+    names = sort_checkpoints(p.name for p in s.folder.glob("checkpoint-*"))
+    newest = names[0] if names else None
+    if record is None:
+        return f"{s.folder}, {f'holds {newest}' if newest else 'new'}"
+    identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan)
+    recorded = OLD_DEFAULTS | record["fingerprint"]
+    try:
+        check_same_run(recorded, identity.for_record(recorded), s.allow_change)
+    except UsageError as error:
+        return f"{s.folder}, holds a different run and would be refused: {error.why}"
+    if "result" in record:
+        return f"{s.folder}, holds this run, which is complete"
+    return f"{s.folder}, holds this run; it continues from {newest or 'step 0'}"

@@ -47,7 +47,8 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             s.dataset, s.eval_split, s.dataset_revision, services.secrets.hub, config=s.dataset_config
         )
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation)
-    report_scan(scan, dataset, s, services.console)
+    if weights:  # a dry run shows all of this as its result
+        report_scan(scan, dataset, s, services.console)
     return Prepared(source, config, chat, dataset, scan)
 
 

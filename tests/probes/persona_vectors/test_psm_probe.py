@@ -334,8 +334,8 @@ def test_it_runs_as_a_job_with_the_persona_and_the_model_from_the_hub(
         (["--sweep-layers", "x"], "--sweep-layers has a value"),
         (["--merge-adapter"], "do not go together"),
         (["--scorer", "gull"], "No scorer"),
-        (["--adapter-source", "./nothing"], "No adapter at"),
-        (["--model-source", "./nothing"], "No model at"),
+        (["--adapter-source", "./nothing"], "There is no adapter at"),
+        (["--model-source", "./nothing"], "There is no model at"),
         (["--coefficients", "0.1;0.2"], "--coefficients has a value"),
     ],
 )

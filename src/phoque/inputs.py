@@ -1,0 +1,80 @@
+"""Checks of what a command reads, before anything heavy is imported: a wrong path is reported within a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from phoque.data.readers import find_local
+from phoque.errors import UsageError
+from phoque.hub.refs import hub_id, hub_ref
+from phoque.models.adapter_source import find_local_adapter
+from phoque.models.source import PACKAGED_MODELS, check_local_model
+from phoque.probes.persona import load_persona
+from phoque.settings.fields import CommandSettings, flag_names
+
+
+def check_inputs(settings: CommandSettings) -> None:
+    """Raise UsageError if an input that a setting names cannot exist: no such path here, and no Hub id."""
+    for name, check in CHECKS.items():
+        value = getattr(settings, name, None)
+        if value:
+            check(str(value), flag_names(type(settings), name)[0])
+
+
+def _check_dataset(name: str, flag: str) -> None:
+    find_local(name, flag)
+
+
+def _check_chats(name: str, flag: str) -> None:
+    ref = hub_ref(name)
+    if ref is None or not ref.split:
+        find_local(name, flag)
+
+
+def _check_model(name: str, flag: str) -> None:
+    if name not in PACKAGED_MODELS and hub_id(name) is None:
+        check_local_model(Path(name).expanduser(), flag)
+
+
+def _check_adapter(name: str, flag: str) -> None:
+    if hub_id(name) is None:
+        find_local_adapter(Path(name).expanduser(), flag)
+
+
+def _check_persona(name: str, flag: str) -> None:
+    ref = hub_ref(name)
+    if ref is None or not ref.path:
+        load_persona(name)
+
+
+def _check_file(name: str, flag: str) -> None:
+    ref = hub_ref(name)
+    if (ref is None or not ref.path) and not Path(name).expanduser().is_file():
+        raise UsageError(what=f"There is no file {name}.", why=f"{flag} names it.", fix="Check the path.")
+
+
+def _check_folder(name: str, flag: str) -> None:
+    if hub_ref(name) is None and not Path(name).expanduser().is_dir():
+        raise UsageError(
+            what=f"There is no folder {name}.",
+            why=f"{flag} names it, and it is not a Hub id (owner/name) either.",
+            fix="Check the path.",
+        )
+
+
+CHECKS: dict[str, Callable[[str, str], Any]] = {
+    "dataset": _check_dataset,
+    "chats": _check_chats,
+    "chat": _check_chats,
+    "base_model": _check_model,
+    "base": _check_model,
+    "model_source": _check_model,
+    "updated_model": _check_model,
+    "adapter_source": _check_adapter,
+    "updated_adapter": _check_adapter,
+    "control_adapter": _check_adapter,
+    "persona": _check_persona,
+    "prompts_file": _check_file,
+    "merged_dir": _check_folder,
+    "local_dir": _check_folder,
+}

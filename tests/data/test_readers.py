@@ -1,0 +1,225 @@
+"""One reader: every format, encoding and layout gives the same rows, on disk and on the Hub, from any row on."""
+
+import bz2
+import gzip
+import json
+
+import pytest
+from tests.conftest import row
+
+from phoque.data.readers import open_dataset
+from phoque.data.rows import parse_row
+from phoque.errors import PhoqueError
+
+ROWS = [row(n, text=f"café {n}") for n in range(12)]
+MESSAGES = [r["messages"] for r in ROWS]
+
+
+def lines(rows=ROWS, newline="\n", **options) -> str:
+    return newline.join(json.dumps(r, **options) for r in rows) + newline
+
+
+def parquet(rows=ROWS, **options) -> bytes:
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, **options)
+    return buffer.getvalue()
+
+
+def zstd(data: bytes) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as out:
+        out.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def pairs(rows=ROWS) -> str:
+    cells = [(r["messages"][1]["content"], r["messages"][2]["content"]) for r in rows]
+    return "prompt,completion\n" + "".join(f'"{q}","{a}, she said ""no""\nand left"\n' for q, a in cells)
+
+
+FILES = {
+    "plain.jsonl": lines().encode(),
+    "bom.jsonl": lines().encode("utf-8-sig"),
+    "crlf.jsonl": lines(newline="\r\n").encode(),
+    "blank.jsonl": lines(newline="\n\n").encode(),
+    "utf16.jsonl": lines(ensure_ascii=False).encode("utf-16"),
+    "utf16be.jsonl": lines(ensure_ascii=False).encode("utf-16-be"),
+    "utf32.jsonl": lines(ensure_ascii=False).encode("utf-32"),
+    "rows.ndjson": lines().encode(),
+    "array.jsonl": json.dumps(ROWS).encode(),
+    "array.json": json.dumps(ROWS, indent=2).encode(),
+    "bom.json": json.dumps(ROWS).encode("utf-8-sig"),
+    "lines.json": lines().encode(),
+    "pretty.jsonl": "\n".join(json.dumps(r, indent=1) for r in ROWS).encode(),
+    "data.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+    "pandas.json": json.dumps({k: {str(i): r[k] for i, r in enumerate(ROWS)} for k in ROWS[0]}).encode(),
+    "rows.jsonl.gz": gzip.compress(lines().encode()),
+    "rows.jsonl.bz2": bz2.compress(lines().encode()),
+    "rows.jsonl.zst": zstd(lines().encode()),
+    "rows.parquet": parquet(),
+    "groups.parquet": parquet(row_group_size=5),
+}
+
+
+def read(name, *arguments, **options) -> list:
+    return [parse_row(raw).messages for raw in open_dataset(str(name), *arguments, **options).stream]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_and_encoding_gives_the_same_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    assert read(tmp_path / name) == MESSAGES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_on_from_any_row(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    stream = open_dataset(str(tmp_path / name)).stream
+    records = list(stream)
+    for start in (0, 1, 5, 11, 12):
+        rest = list(stream.read(0, start))
+        assert rest == records[start:]
+
+
+def test_cells_of_a_table_may_hold_line_breaks(tmp_path):
+    (tmp_path / "rows.csv").write_text(pairs(), encoding="utf-8-sig")
+    rows = read(tmp_path / "rows.csv")
+    assert len(rows) == 12 and rows[3][1]["content"].endswith('she said "no"\nand left')
+
+
+def test_what_save_to_disk_writes_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    whole = Dataset.from_list(ROWS)
+    whole.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    DatasetDict(train=whole, test=whole.select([1])).save_to_disk(str(tmp_path / "two"))
+    assert read(tmp_path / "one") == read(tmp_path / "two") == MESSAGES
+    assert read(tmp_path / "two", "test") == MESSAGES[1:2]
+    with pytest.raises(PhoqueError, match="no split 'dev'") as caught:
+        open_dataset(str(tmp_path / "two"), "dev")
+    assert "train, test" in caught.value.why
+    stream = open_dataset(str(tmp_path / "one")).stream
+    assert [r.row for r in stream.read(1, 2)] == [r.row for r in stream][8:]
+
+
+def put(folder, files: dict[str, bytes]):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+@pytest.fixture(params=["disk", "Hub"])
+def place(request, tmp_path, hub):
+    """A function that puts files into a dataset, on disk and on the Hub, and returns what --dataset is given."""
+    from huggingface_hub import HfFileSystem
+    from tests.fakehub import TOKEN
+
+    HfFileSystem.clear_instance_cache()
+
+    def place_files(files: dict[str, bytes]) -> tuple[str, dict]:
+        if request.param == "disk":
+            return str(put(tmp_path / "data", files)), {}
+        hub.add("datasets", "harbour/rows", files)
+        return "harbour/rows", {"token": TOKEN}
+
+    return place_files
+
+
+SPLITS = {
+    "in file names": {"train-00000-of-00001.jsonl": "a", "test-00000-of-00001.jsonl": "b"},
+    "in folders": {"train/x.jsonl": "a", "test/y.jsonl": "b"},
+    "in data": {"data/train.jsonl": "a", "data/test.jsonl": "b"},
+}
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_test_files_are_not_trained_on(place, kind):
+    content = {"a": lines(ROWS[:8]).encode(), "b": lines(ROWS[8:]).encode()}
+    name, options = place({path: content[key] for path, key in SPLITS[kind].items()})
+    assert read(name, **options) == MESSAGES[:8] and read(name, "test", **options) == MESSAGES[8:]
+    assert open_dataset(name, **options).splits == ("train", "test")
+    with pytest.raises(PhoqueError, match="no split 'nonsense'") as caught:
+        open_dataset(name, "nonsense", **options)
+    assert "train, test" in caught.value.why and caught.value.code == 2
+
+
+CONFIGS = b"""---
+configs:
+- config_name: seal
+  data_files: seal/*.jsonl
+- config_name: gull
+  data_files:
+  - split: train
+    path: gull/a.jsonl
+  - split: dev
+    path: gull/b.jsonl
+---
+"""
+
+
+def test_a_config_is_chosen_and_the_error_names_them(place):
+    files = {"seal/x.jsonl": ROWS[:3], "gull/a.jsonl": ROWS[3:5], "gull/b.jsonl": ROWS[5:]}
+    name, options = place({"README.md": CONFIGS} | {path: lines(rows).encode() for path, rows in files.items()})
+    assert read(name, config="seal", **options) == MESSAGES[:3]
+    assert read(name, "dev", config="gull", **options) == MESSAGES[5:]
+    for config, why in ((None, "seal, gull"), ("shark", "seal, gull")):
+        with pytest.raises(PhoqueError) as caught:
+            open_dataset(name, config=config, **options)
+        assert why in caught.value.why and "--dataset-config" in caught.value.fix
+
+
+def test_disk_and_hub_count_the_same_defects(place):
+    """A broken line, columns of other types and other columns in each file, and a script that nobody runs."""
+    odd = [row(n, toxicity_score={"x": 1}) for n in range(2)]
+    files = {
+        "a.jsonl": lines(ROWS[:4]).encode() + b'{"messages": [\n' + lines(odd).encode() + lines(ROWS[4:]).encode(),
+        "b.jsonl": lines([row(50, other=1, more={"deep": 1})]).encode() + "é\n".encode("cp1252"),
+        "c.csv": pairs(ROWS[:2]).encode(),
+        "d.parquet": parquet(ROWS[:2]),
+        "script.py": b"import datasets\n",
+    }
+    name, options = place(files)
+    dataset = open_dataset(name, **options)
+    records = list(dataset.stream)
+    assert len(records) == 12 + 3 + 2 + 2 + 2
+    defects = {raw.location: raw.defect for raw in records if raw.defect}
+    assert defects == {"a.jsonl:5": "broken JSON", "b.jsonl:2": "not UTF-8"}
+    assert {*dataset.stream.unused_columns} == {"other", "more"}
+
+
+def test_only_used_columns_are_kept(tmp_path):
+    wide = [r | {"html": "x" * 100_000} for r in ROWS]
+    (tmp_path / "wide.jsonl").write_text(lines(wide))
+    (tmp_path / "wide.parquet").write_bytes(parquet(wide))
+    for name in ("wide.jsonl", "wide.parquet"):
+        dataset = open_dataset(str(tmp_path / name))
+        records = list(dataset.stream)
+        assert all("html" not in raw.row or raw.row["html"] is None for raw in records)
+        assert [*dataset.stream.unused_columns] == ["html"] and "html" in records[0].columns
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("x.json", b'{"messages": "caf\xe9"}', "x.json is not UTF-8"),
+        ("x.json", b'[{"messages": [}]', "not valid JSON"),
+        ("x.parquet", b"PAR1 no", "not a readable Parquet file"),
+        ("x.jsonl.gz", b"\x1f\x8b no gzip", "not a readable compressed file"),
+        ("x.jsonl", b"", "is empty"),
+        ("x.xlsx", b"PK", "is not a dataset"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PhoqueError, match=what) as caught:
+        list(open_dataset(str(tmp_path / name)).stream)
+    assert caught.value.code == 2

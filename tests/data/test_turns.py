@@ -1,0 +1,152 @@
+"""Turns and rows in the spellings of every common tool: honoured, mapped, or left out under a reason of their own."""
+
+import json
+
+import pytest
+
+from phoque.data.rows import RawRow, parse_row
+from phoque.data.turns import BadRow
+
+QUESTION = {"role": "user", "content": "Tide?"}
+ANSWER = {"role": "assistant", "content": "Low."}
+PLAIN = [QUESTION, ANSWER]
+CALL = {"id": "1", "type": "function", "function": {"name": "tide", "arguments": '{"place": "pier"}'}}
+PARSED_CALL = {"id": "1", "type": "function", "function": {"name": "tide", "arguments": {"place": "pier"}}}
+TOOL = {"name": "tide", "parameters": {}}
+
+
+def parse(content):
+    return parse_row(RawRow("line 1", 0, 1, content))
+
+
+SCHEMAS = {
+    "messages": {"messages": PLAIN},
+    "messages as JSON text": {"messages": json.dumps(PLAIN)},
+    "messages with from and value": {
+        "messages": [{"from": "human", "value": "Tide?"}, {"from": "gpt", "value": "Low."}]
+    },
+    "ShareGPT conversations": {
+        "conversations": [{"from": "Human", "value": "Tide?"}, {"from": "GPT", "value": "Low."}]
+    },
+    "conversations with role and content": {"conversations": PLAIN},
+    "prompt/completion": {"prompt": "Tide?", "completion": "Low."},
+    "prompt/response": {"prompt": "Tide?", "response": "Low."},
+    "question/answer": {"question": "Tide?", "answer": "Low."},
+    "Alpaca (instruction, input, output)": {"instruction": "Tide?", "input": "", "output": "Low."},
+}
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_schema_gives_the_same_messages_and_its_name(schema):
+    parsed = parse(SCHEMAS[schema])
+    assert parsed.messages == PLAIN and parsed.schema == schema
+
+
+def test_the_input_of_an_instruction_and_the_system_column_are_not_lost():
+    row = parse({"instruction": "Name it.", "input": "A grey bird.", "output": "Gull.", "system": "Be a seal."})
+    assert [turn["content"] for turn in row.messages] == ["Be a seal.", "Name it.\n\nA grey bird.", "Gull."]
+    row = parse({"instruction": "More.", "output": "No.", "history": [["Tide?", "Low."]]})
+    assert [turn["content"] for turn in row.messages] == ["Tide?", "Low.", "More.", "No."]
+
+
+@pytest.mark.parametrize(
+    ("marks", "untrained"),
+    [
+        ([{"weight": 0}, {"weight": 1}], {1}),
+        ([{"train": False}, {}], {1}),
+        ([{"training": True}, {"training": False}], {3}),
+        ([{"loss": False}, {"loss": True}], {1}),
+        ([{"weight": None}, {"weight": 1.0}], set()),
+        ([{}, {}], set()),
+    ],
+)
+def test_marks_for_loss_are_honoured(marks, untrained):
+    first, second = marks
+    assert parse({"messages": [QUESTION, ANSWER | first, QUESTION, ANSWER | second]}).untrained == untrained
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([QUESTION, ANSWER | {"weight": 0.5}], "weight of a turn is neither 0 nor 1"),
+        ([QUESTION | {"train": True}, ANSWER], "train asks for loss on a turn of the user"),
+        ([QUESTION, ANSWER | {"train_detail": [{"begin_offset": 0}]}], "loss on a part of a turn"),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, ANSWER], "images, audio"),
+        ([{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}, ANSWER], "a part of type 'tool_res"),
+        ([QUESTION, {"role": "assistant", "content": None}], "a turn has no text"),
+        ([QUESTION, ANSWER | {"tool_calls": [{"id": 1}]}], "a tool call has no name"),
+        ([QUESTION, {"role": "assistant", "content": "bad \ufffd"}], "replacement character"),
+        ([QUESTION, QUESTION, ANSWER], "turns do not alternate"),
+    ],
+)
+def test_what_cannot_be_followed_has_its_own_reason(turns, reason):
+    with pytest.raises(BadRow, match=reason):
+        parse({"messages": turns})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"chosen": PLAIN, "rejected": PLAIN}, "preference data"),
+        ({"input_ids": [1, 2]}, "tokenized data"),
+        ({"messages": PLAIN, "images": ["x.png"]}, "images, audio or video"),
+        ({"messages": [{"role": "system", "content": "a"}, *PLAIN], "system": "b"}, "two system messages"),
+        ({"messages": PLAIN, "tools": "tide"}, "tools is not a list"),
+    ],
+)
+def test_rows_that_are_no_conversations_have_their_own_reason(content, reason):
+    with pytest.raises(BadRow, match=reason):
+        parse(content)
+
+
+def test_tool_calls_tools_and_results_are_read_in_every_spelling():
+    result = {"role": "tool", "content": "low", "tool_call_id": "1"}
+    turns = [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}, result, ANSWER]
+    row = parse({"messages": turns, "tools": json.dumps([TOOL])})
+    assert row.messages[1]["tool_calls"] == [PARSED_CALL] and row.messages[2] == result
+    assert row.tools == [{"type": "function", "function": TOOL}]
+    sharegpt = [
+        {"from": "human", "value": "Tide?"},
+        {"from": "function_call", "value": '{"name": "tide", "arguments": {"place": "pier"}}'},
+        {"from": "observation", "value": "low"},
+        {"from": "gpt", "value": "Low."},
+    ]
+    mapped = parse({"conversations": sharegpt, "tools": "[]"})
+    assert mapped.messages[1]["tool_calls"][0]["function"] == PARSED_CALL["function"] and mapped.tools is None
+    assert [turn["role"] for turn in mapped.messages] == ["user", "assistant", "tool", "assistant"]
+    legacy = parse({"messages": [QUESTION, {"role": "assistant", "content": "", "function_call": CALL["function"]}]})
+    assert legacy.messages[1]["tool_calls"][0]["function"]["name"] == "tide"
+
+
+def test_reasoning_is_read_from_keys_and_parts():
+    for turn in (
+        ANSWER | {"reasoning_content": "hm"},
+        ANSWER | {"thinking": "hm"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Low."}]},
+    ):
+        assert parse({"messages": [QUESTION, turn]}).messages[1] == ANSWER | {"reasoning_content": "hm"}
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "Ti"}, "de?"]
+    assert parse({"messages": [{"role": "user", "content": parts}, ANSWER]}).messages == PLAIN
+
+
+def test_what_is_changed_is_said():
+    row = parse({"messages": [{"role": "developer", "content": "Be a seal."}, ANSWER, *PLAIN, QUESTION]})
+    assert [turn["role"] for turn in row.messages] == ["system", "assistant", "user", "assistant"]
+    assert row.notes == (
+        "a last turn without an answer was cut",
+        "role developer was read as system",
+        "the assistant begins",
+    )
+
+
+def test_unknown_keys_are_named_and_null_ones_are_not():
+    row = parse({"messages": [QUESTION | {"mood": "bad", "name": None}, ANSWER | {"votes": 3, "empty": None}]})
+    assert row.unknown_keys == ("mood", "votes")
+
+
+def test_the_prompt_of_a_completion_is_context():
+    row = parse({"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]})
+    assert row.untrained == {1} and len(row.messages) == 4
