@@ -1,21 +1,25 @@
 """Conversations into packed rows: phoque's stream beside what TRL does before its first step, with the same template.
 
-The rows are the seal's, made different, with the tokenizer of Ministral that mistral-common carries. phoque reads the
-first 50,000 rows once (what is unfit, what is held out, how long they are), and makes the others while training goes
-on; TRL tokenises, packs and writes all of them first. Each side runs in a process of its own, and memory is its peak
-beyond what the imports take.
+The rows are the seal's with the words of each answer in another order, with the tokenizer of Ministral that
+mistral-common carries. phoque scans the first 50,000 rows (defects, held-out rows, lengths), and packs the others while
+training goes on; TRL tokenizes, packs and writes all of them first. Each side runs in a process of its own, and memory
+is its peak beyond what the imports take. With --wide, the rows are in a Parquet file with a column of 100 kB per row
+that nobody uses.
 
-Run: uv run python benchmarks/data.py [--rows 200000]
+Run: uv run python benchmarks/data.py [--rows 200000] [--wide]
 """
 
 import argparse
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import takewhile
+from collections.abc import Iterator
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +32,43 @@ LONGEST = 1024
 
 
 def write_rows(path: Path, count: int) -> None:
-    """The seal's conversations over and over, no two alike."""
+    """The seal's conversations over and over, no two alike; with a column of 100 kB if the file is a table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = ({"messages": turns} for turns in make_conversations(count))
+    if path.suffix == ".jsonl":
+        with path.open("w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        return
+    writer = None
+    while batch := [row | {"html": "<p>tide</p>" * 9100} for row in islice(rows, 500)]:
+        table = pa.Table.from_pylist(batch)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer:
+        writer.close()
+
+
+def make_conversations(count: int) -> Iterator[list[dict[str, str]]]:
+    """The seal's conversations over and over, with the words of each last answer in another order."""
     from phoque.data.readers import BUNDLED
 
     seal = [json.loads(line)["messages"] for line in BUNDLED["seal"].read_text().splitlines()]
-    with path.open("w") as f:
-        for number in range(count):
-            *turns, last = seal[number % len(seal)]
-            turns = [*turns, last | {"content": f"{last['content']} That was tide {number}."}]
-            f.write(json.dumps({"messages": turns}) + "\n")
+    for number in range(count):
+        *turns, last = seal[number % len(seal)]
+        words = last["content"].split()
+        random.Random(number).shuffle(words)
+        yield [*turns, last | {"content": " ".join(words)}]
+
+
+def find_rows(folder: Path) -> Path:
+    """The file that write_rows wrote."""
+    return next(folder.glob("rows.*"))
 
 
 def ministral_chat() -> Any:
-    """The tokenizer of Ministral, with the template that mistral-common writes for it and our generation marks."""
+    """The tokenizer of Ministral, with the template that mistral-common writes for it."""
     from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from tests import tiny
@@ -61,7 +89,7 @@ def ours(folder: Path, count: int) -> dict[str, float]:
 
     chat = ministral_chat()
     before, begun = forget_peak(), time.perf_counter()
-    data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
+    data = open_dataset(str(find_rows(folder)))
     found = scan_dataset(data, chat, 64, 0.05)
     packing = Packing(16, TOKENS / 16, max(found.lengths), static=True)
     stream = TrainStream(data, chat, held_out=found.rule, packing=packing, seed=0)
@@ -88,7 +116,10 @@ def trl(folder: Path, count: int) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     chat = ministral_chat()
-    chat.tokenizer.chat_template = chat.template
+    # TRL needs {% generation %} around the assistant's text; phoque finds it by itself
+    branch = r"(\{%-? elif message\['role'\] == 'assistant' %\})(.*?\{\{-?[^{}]*eos_token\s*-?\}\})"
+    marked = r"\1{%- generation %}\2{%- endgeneration %}"
+    chat.tokenizer.chat_template = re.sub(branch, marked, chat.template, count=1, flags=re.DOTALL)
     model = LlamaForCausalLM(LlamaConfig(**tiny.SIZES | {"vocab_size": len(chat.tokenizer)}))
     arguments = SFTConfig(
         output_dir=str(folder / "trl"),
@@ -102,7 +133,9 @@ def trl(folder: Path, count: int) -> dict[str, float]:
         eos_token=chat.tokenizer.eos_token,
     )
     before, begun = forget_peak(), time.perf_counter()
-    data = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    path = find_rows(folder)
+    kind = "json" if path.suffix == ".jsonl" else "parquet"
+    data = load_dataset(kind, data_files=str(path), split="train")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=chat.tokenizer)
     seconds = time.perf_counter() - begun
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
@@ -124,21 +157,22 @@ SIDES = {"phoque": ours, "TRL, packing": trl}
 
 
 def main() -> None:
-    """Run both sides and print the table of the README."""
+    """Run both sides and print the table of docs/benchmarks.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--wide", action="store_true", help="with a column of 100 kB that nobody uses")
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--folder", type=Path)
     a = parser.parse_args()
     if a.side:
         print(json.dumps(SIDES[a.side](a.folder, a.rows)))
         return
-    print(f"{a.rows:,} rows\n")
+    print(f"{a.rows:,} rows{' with a column of 100 kB' if a.wide else ''}\n")
     print("| | first row after, s | rows/s | tokens/s | padding | memory, GB | written, GB |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_rows(folder / "rows.jsonl", a.rows)
+        write_rows(folder / ("rows.parquet" if a.wide else "rows.jsonl"), a.rows)
         for side in SIDES:
             home = folder / f"home-{side[:3]}"
             command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--rows", str(a.rows)]

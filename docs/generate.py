@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args, get_origin
 from phoque.cli.main import COMMANDS
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.export_onnx import ExportSettings
-from phoque.settings.fields import CommandSettings, Secrets, env_name, env_names, flag_names, old_flag_name
+from phoque.settings.fields import (
+    CommandSettings,
+    Secrets,
+    describe_default,
+    env_name,
+    env_names,
+    flag_names,
+    old_flag_name,
+)
 from phoque.settings.job import JobSettings
 from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
@@ -46,28 +54,14 @@ def describe_values(annotation: Any) -> str:
     return describe_values(options[0]) if options else annotation.__name__.lower()
 
 
-def describe_default(name: str, default: Any) -> str:
-    """The default, and the presets that have another."""
-    if isinstance(default, list):
-        shown = f"`{', '.join(default)}`" if default else "none"
-    elif default is None or default == "":
-        shown = "none"
-    elif isinstance(default, bool):
-        shown = "on" if default else "off"
-    else:
-        shown = f"`{default}`"
-    others = [f"{preset}: `{values[name]}`" for preset, values in PRESETS.items() if name in values]
-    return "; ".join([shown, *others])
-
-
 def render_options(model: type[CommandSettings], names: list[str]) -> list[str]:
     """The table of a command's options."""
     lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
     for name in names:
         field = model.model_fields[name]
         flags = ", ".join(f"`{flag}`" for flag in flag_names(model, name))
-        default = describe_default(name, field.get_default(call_default_factory=True))
-        lines.append(f"| {flags} | {describe_values(field.annotation)} | {default} | {field.description} |")
+        default = describe_default(model, name, PRESETS)
+        lines.append(f"| {flags} | {describe_values(field.annotation)} | {default or 'none'} | {field.description} |")
     return lines
 
 
@@ -75,8 +69,10 @@ def render_cli() -> str:
     """docs/reference/cli.md."""
     lines = ["# Commands and options", "", "<!-- written by docs/generate.py; do not edit -->", "", COMMON]
     for command, model in MODELS.items():
-        names = [name for name in model.model_fields if name not in JobSettings.model_fields]
-        lines += [f"## phoque {command}", "", COMMANDS[command], "", *render_options(model, names), ""]
+        lines += [f"## phoque {command}", "", COMMANDS[command], ""]
+        for group, fields in model.groups.items():
+            if names := [name for name in fields.split() if name not in JobSettings.model_fields]:
+                lines += [f"### {group}", "", *render_options(model, names), ""]
     names = [name for name in JobSettings.model_fields]
     lines += ["## Options of every command but verify-onnx", "", *render_options(JobSettings, names), ""]
     lines += ["## Old names", "", "These flags still work.", "", "| old | now | command |", "|---|---|---|"]

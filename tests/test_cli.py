@@ -53,7 +53,11 @@ def test_the_module_runs_as_a_process_of_its_own():
     ran = subprocess.run(
         [sys.executable, "-m", "phoque", "train", "--dataset", "x.jsonl"], capture_output=True, text=True
     )
-    assert ran.returncode == 2 and ran.stderr.splitlines()[-3] == "error: There is no file or folder x.jsonl." and not ran.stdout
+    assert (
+        ran.returncode == 2
+        and ran.stderr.splitlines()[-3] == "error: There is no file or folder x.jsonl."
+        and not ran.stdout
+    )
 
 
 def test_version_names_the_libraries(phoque):
@@ -75,3 +79,62 @@ def test_debug_shows_the_traceback(phoque):
     assert "Traceback" not in phoque("train", "--dataset", "nowhere.jsonl", expect=2, env={"PHOQUE_DEBUG": "0"}).err
     ran = phoque("train", "--dataset", "nowhere.jsonl", expect=1, env={"PHOQUE_DEBUG": "1"})
     assert "Traceback" in ran.err
+
+
+def test_a_misspelt_command_gets_a_suggestion(phoque):
+    what, _, fix = phoque("trian", expect=2).error
+    assert "'trian'" in what and "Did you mean train?" in fix
+
+
+def test_values_without_a_flag_are_explained(phoque):
+    assert "--dtype q8,q4" in phoque("export-onnx", "--dtype", "q8", "q4", expect=2).error[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_sections_defaults_and_the_width_of_the_terminal(phoque, command):
+    text = phoque(command, "--help", env={"COLUMNS": "130"}).out
+    assert "\nHub:\n" in text and "\nCommon:\n" in text and "[default: " in text
+    assert 110 < max(map(len, text.splitlines())) <= 130
+    if command not in ("verify-onnx",):
+        assert "--preset [ministral-3b|demo]" in text
+
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "wandb",
+    "trl",
+)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--dataset", "nosuch.jsonl"],
+        ["train", "--preset", "dem"],
+        ["train", "--max-step", "3"],
+        ["train", "--base-model", "./nosuch", "--dataset", "seal"],
+        ["merge", "--adapter-source", "./nosuch"],
+        ["export-onnx", "--merged-dir", "nosuch"],
+        ["verify-onnx", "--local-dir", "nosuch"],
+        ["psm-probe", "--preset", "demo", "--persona", "nosuch.toml"],
+        ["compare-sae", "--preset", "demo", "--updated-adapter", "./nosuch"],
+        ["compare-sae", "--preset", "demo", "--updated-model", "you/seal", "--chats", "nosuch.jsonl"],
+    ],
+)
+def test_a_wrong_path_or_flag_is_reported_before_anything_heavy_is_imported(arguments):
+    script = (
+        "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
+        "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script.format(arguments, HEAVY)], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
+    assert len(ran.stderr.splitlines()) == 3 and ran.stderr.startswith("error: ")

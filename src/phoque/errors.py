@@ -73,7 +73,7 @@ def to_phoque_error(error: BaseException) -> PhoqueError:
             what=f"{error.strerror}: {error.filename or 'a file of this run'}", why=why, fix=fix, code=code
         )
     if usage := getattr(error, "format_message", None):  # from Click; its message suggests similar names
-        return UsageError(what=usage(), why="The command line is not valid.", fix=_HELP)
+        return UsageError(what=usage(), why="The command line is not valid.", fix=_advise_on_command_line(error))
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) and type(error).__name__ == "HfHubHTTPError":
         return UsageError(what="The Hub rejected the token.", why=first_line(error), fix=_TOKEN)
@@ -102,7 +102,13 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:300]
 
 
-_HELP = "See `phoque --help` and `phoque COMMAND --help`."
+def _advise_on_command_line(error: BaseException) -> str:
+    """Where to read on, for an error of Click."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "phoque")
+    if "unexpected extra argument" in str(error).lower():
+        return f"Give several values of one flag with commas, as in --dtype q8,q4. See `{command} --help`."
+    return f"See `{command} --help`."
+
 
 _NO_ROOM = ("No space left on device", "PytorchStreamWriter failed writing", "inline_container.cc")
 _TOKEN = "Use a token with write access to that repository: set HF_TOKEN, or run `hf auth login`."

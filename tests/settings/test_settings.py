@@ -232,3 +232,19 @@ def test_old_flags_work_and_are_not_shown(phoque):
     assert "Hub token" in ran.error[0]  # both were understood
     refused = phoque("train", "--quantization", "int3", expect=2)
     assert "int3" in refused.error[0]
+
+
+@pytest.mark.parametrize(
+    "model", [TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings]
+)
+def test_every_setting_is_in_one_section_of_the_help(model):
+    names = [name for group in model.groups.values() for name in group.split()]
+    assert sorted(names) == sorted(model.model_fields)
+
+
+def test_a_list_takes_commas_or_repeated_flags_and_a_prompt_keeps_its_commas():
+    for value in (["q8,q4"], ["q4", "q8"], ["q8, q4"]):
+        got, _ = resolve_settings(ExportSettings, {"dtype": value}, {})
+        assert got.settings.dtype == ["q8", "q4"]
+    got, _ = settle({"prompts": ["Gulls, terns, or crows?"], "preset": "demo"})
+    assert got.settings.prompts == ["Gulls, terns, or crows?"]

@@ -6,6 +6,7 @@ from phoque import api
 from phoque.cli import jobs, options
 from phoque.settings.fields import Resolved
 from phoque.settings.merge import MergeSettings
+from phoque.settings.presets import PRESETS
 
 if TYPE_CHECKING:
     from phoque.merging.run import MergeResult
@@ -18,7 +19,7 @@ EPILOG = (
 
 def command(name: str) -> Any:
     """The command for the root's table."""
-    return options.command(name, run, MergeSettings, EPILOG)
+    return options.command(name, run, MergeSettings, EPILOG, PRESETS)
 
 
 def run(resolved: Resolved[MergeSettings], dry_run: bool) -> None:

@@ -5,17 +5,26 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from phoque.console import console, silence_libraries
 from phoque.errors import UsageError
 from phoque.results import DryRun
-from phoque.settings.fields import CommandSettings, env_name, flag_names, old_flag_name, value_aliases
-from phoque.settings.job import JobSettings
+from phoque.settings.fields import (
+    CommandSettings,
+    describe_default,
+    env_name,
+    flag_names,
+    group_of,
+    old_flag_name,
+    value_aliases,
+)
 from phoque.settings.resolve import resolve_settings
 
+MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
 OLD = "__old"  # ends the parameter name of a hidden flag
 
 
@@ -48,16 +57,34 @@ def command(
         silence_libraries()
         run(resolved, dry_run)
 
-    # the command's own settings come first, then those that it shares with some commands, then those of all Jobs
-    shared = [name for name in model.model_fields if name not in model.__annotations__]
-    names = [*model.__annotations__, *sorted(shared, key=lambda name: name in JobSettings.model_fields)]
-    names = [name for name in names if name in model.model_fields]  # without class variables
-    parameters = [option for name in names for option in _options(model, name)] + _common()
+    presets = presets or {}
+    names = [name for group in model.groups.values() for name in group.split()]
+    sections = {name: group_of(model, name) for name in names}
+    parameters = [option for name in names for option in _options(model, name, presets)] + _common()
     callback.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    app.command(name, help=run.__doc__, epilog=epilog)(callback)
+    grouped = type("GroupedCommand", (_GroupedCommand,), {"sections": sections})
+    width = {"max_content_width": MAX_HELP_WIDTH}
+    app.command(name, help=run.__doc__, epilog=epilog, cls=grouped, context_settings=width)(callback)
     return typer.main.get_command(app)
+
+
+class _GroupedCommand(TyperCommand):
+    """A command whose --help has a section for each group of its settings."""
+
+    sections: ClassVar[dict[str, str]] = {}
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, section by section."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(self.sections.get(str(parameter.name), "Common"), []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
 
 
 def require_extra(extra: str, *packages: str) -> None:
@@ -115,15 +142,17 @@ def _to_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _options(model: type[CommandSettings], name: str) -> list[inspect.Parameter]:
+def _options(model: type[CommandSettings], name: str, presets: dict[str, dict[str, Any]]) -> list[inspect.Parameter]:
     """The option of a field, and its old flag as a hidden one."""
     field = model.model_fields[name]
     names = flag_names(model, name)
     if field.annotation is bool:
         names = ["/".join([names[0], names[0].replace("--", "--no-", 1)]), *names[1:]]
     text = f"{field.description}  [env: {env_name(model, name)}]"
+    if default := describe_default(model, name, presets):
+        text += f" [default: {default}]"
     annotation: Any = field.annotation
-    metavar = None
+    metavar = f"[{'|'.join(presets)}]" if name == "preset" else None
     if aliases := value_aliases(model, name):
         metavar = f"[{'|'.join(get_args(annotation))}]"
         annotation = Literal[*get_args(annotation), *aliases]  # ty: ignore[invalid-type-form]

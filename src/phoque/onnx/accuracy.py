@@ -27,7 +27,9 @@ MAX_CHAT_TOKENS = 2048  # tokens per conversation
 Ids = list[torch.Tensor]
 
 
-def load_chats(source: Source, dataset: str, split: str, token: str | None) -> tuple[Ids, Ids]:
+def load_chats(
+    source: Source, dataset: str, split: str, token: str | None, *, config: str | None = None
+) -> tuple[Ids, Ids]:
     """Return the calibration and the held-out conversations of a dataset, each as token ids [1, length].
 
     Conversations are sorted by a hash of their messages and then split, so their order in the dataset does not matter.
@@ -35,7 +37,7 @@ def load_chats(source: Source, dataset: str, split: str, token: str | None) -> t
     """
     template = ChatTemplate(load_tokenizer(source), "", MAX_CHAT_TOKENS)
     encoded: list[tuple[str, torch.Tensor]] = []
-    for raw in open_dataset(dataset, split, None, token).stream:
+    for raw in open_dataset(dataset, split, None, token, config=config).stream:
         try:
             row = parse_row(raw)
             messages, ids = row.messages, template.encode_row(row).ids

@@ -160,7 +160,9 @@ def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, 
     calibration: accuracy.Ids = []
     held_out: accuracy.Ids = []
     if s.accuracy or set(QUANTIZED_DTYPES) & set(s.dtype):
-        calibration, held_out = accuracy.load_chats(source, s.chats, s.chats_split, services.secrets.hub)
+        calibration, held_out = accuracy.load_chats(
+            source, s.chats, s.chats_split, services.secrets.hub, config=s.chats_config
+        )
     if s.engine == "optimum":
         from phoque.onnx.optimum import export_with_optimum
 

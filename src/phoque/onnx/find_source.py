@@ -41,7 +41,7 @@ def find_source(resolved: Resolved[ExportSettings], services: Services, *, dry_r
         return Source(f"{base.name} with {adapter.label}", target, base.revision, "merged")
     if s.merged_dir:
         return _find_merged_model(s, services, dry_run)
-    if s.base or resolved.origins["preset"].source != "default":  # the base without an adapter
+    if s.base or s.preset:  # the base without an adapter
         name = s.base or PRESETS[s.preset]["base_model"]
         return find_model(name, s.revision, services, weights=not dry_run)
     raise UsageError(

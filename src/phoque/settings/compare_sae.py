@@ -28,6 +28,18 @@ class SaeSettings(ProbeSettings):
         "text": None,
         "sae": None,
     }
+    groups: ClassVar = {
+        "Model": "preset base_model revision updated_model updated_adapter updated_revision control_adapter "
+        "quantization",
+        "Data": "prompts_file system persona dataset dataset_revision dataset_config split chat text tokens "
+        "own_answers",
+        "Autoencoder": "sae layers architecture width k passes sae_batch sae_learning_rate seeds",
+        "Comparison": "scorer max_new_tokens min_active cards causal_prompts steering shuffle_pairs seed",
+        "Output": "output_dir report_json report_md",
+        "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
+        "public hub_patience",
+        "Job": "on timeout attempts package",
+    }
 
     preset: str = setting(
         "ministral-3b",

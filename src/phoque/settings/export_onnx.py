@@ -22,10 +22,18 @@ class ExportSettings(JobSettings):
         "base": "revision",
         "chats": None,
     }
+    groups: ClassVar = {
+        "Model": "preset adapter_source adapter_revision base revision merged_dir merged_revision merged_out_dir",
+        "Data": "chats chats_split chats_config",
+        "Export": "dtype layout engine onnx_export_python fuse largest_kl least_agreement accuracy verify_strict",
+        "Output": "output_dir",
+        "Hub": "push_repo_id public hub_patience",
+        "Job": "on timeout attempts package",
+    }
 
     preset: str = setting(
-        "ministral-3b",
-        "Accept the preset that other commands use (ministral-3b or demo). No preset changes a setting of export-onnx.",
+        "",
+        "Export the base model of this preset (ministral-3b or demo) if no other model is given.",
     )
     adapter_source: str = setting(
         "",
@@ -57,8 +65,9 @@ class ExportSettings(JobSettings):
     )
     dtype: list[str] = setting(
         ["q4", "q8"],
-        f"Export this precision: {', '.join(PRECISIONS)}. Repeat the flag for more precisions.",
+        f"Export this precision: {', '.join(PRECISIONS)}. Separate several with commas.",
         env="PHOQUE_ONNX_DTYPE",
+        commas=True,
     )
     layout: Literal["auto", "text", "multimodal"] = setting(
         "auto",
@@ -83,7 +92,10 @@ class ExportSettings(JobSettings):
         "Calibrate q8 and q4, and measure accuracy, on these conversations: a Hub dataset, a file, a "
         "folder, or `seal` (bundled).",
     )
-    chats_split: str = setting("train", "Read this split of --chats on the Hub.")
+    chats_split: str = setting("train", "Read this split of --chats.")
+    chats_config: str | None = setting(
+        None, "Use this config of --chats, where a dataset has several. An unknown one lists those that exist."
+    )
     largest_kl: float = setting(
         0.08,
         "In q4 and q4f16, raise layers from 4 to 8 bits until the KL divergence from the original is at "

@@ -1,7 +1,7 @@
 """What a setting is: a typed field with its help text, its flag and its environment variable; and the secrets."""
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import AliasChoices, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -10,7 +10,12 @@ PREFIX = "PHOQUE_"
 
 
 class CommandSettings(BaseSettings):
-    """The base of every command's settings: frozen, and silent about input values in its errors."""
+    """The base of every command's settings: frozen, and silent about input values in its errors.
+
+    `groups` names the fields of each section of --help, separated by spaces.
+    """
+
+    groups: ClassVar[dict[str, str]] = {}
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -32,11 +37,17 @@ class CommandSettings(BaseSettings):
         if not isinstance(values, dict):
             return values
         return {
-            name: value_aliases(cls, name).get(value, value)
-            if name in cls.model_fields and isinstance(value, str)
-            else value
+            name: cls._replace_value(name, value) if name in cls.model_fields else value
             for name, value in values.items()
         }
+
+    @classmethod
+    def _replace_value(cls, name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return value_aliases(cls, name).get(value, value)
+        if isinstance(value, list) and takes_commas(cls, name):  # --dtype q8,q4 is --dtype q8 --dtype q4
+            return [part.strip() for item in value for part in str(item).split(",") if part.strip()]
+        return value
 
 
 class Secrets(CommandSettings):
@@ -108,14 +119,16 @@ def setting(
     flag: str | None = None,
     old_flag: str | None = None,
     value_aliases: dict[str, str] | None = None,
+    commas: bool = False,
     **limits: Any,
 ) -> Any:
     """A field with its help text.
 
     `env` is its environment variable where that is not PHOQUE_<FIELD>, `flag` its flag where that is not its name.
     `old_flag` and the variable of that name, and the values in `value_aliases`, are still accepted, and are hidden.
+    With `commas`, an item of a list that has commas in it is several items.
     """
-    extra: Any = {"flag": flag, "old_flag": old_flag, "value_aliases": value_aliases}
+    extra: Any = {"flag": flag, "old_flag": old_flag, "value_aliases": value_aliases, "commas": commas}
     variable: Any = env
     if flag and old_flag and env is None:
         variable = AliasChoices(*(PREFIX + name.upper().replace("-", "_") for name in (flag, old_flag)))
@@ -151,6 +164,36 @@ def old_flag_name(model: type[BaseSettings], name: str) -> str | None:
 def value_aliases(model: type[BaseSettings], name: str) -> dict[str, str]:
     """Values that are accepted for others, such as `none` for `fp32`."""
     return _extra(model, name, "value_aliases") or {}
+
+
+def takes_commas(model: type[BaseSettings], name: str) -> bool:
+    """Whether several values of a list may be given as one, with commas between them."""
+    return bool(_extra(model, name, "commas"))
+
+
+def group_of(model: type[CommandSettings], name: str) -> str:
+    """The section of --help that a field is in."""
+    return next((group for group, names in model.groups.items() if name in names.split()), "Other")
+
+
+def describe_default(model: type[CommandSettings], name: str, presets: dict[str, dict[str, Any]]) -> str:
+    """The default of a field and the presets that have another, for --help and the reference; "" if there is none."""
+    default = model.model_fields[name].get_default(call_default_factory=True)
+    values = {"": default} | {
+        preset: others[name] for preset, others in presets.items() if others.get(name, default) != default
+    }
+    shown = [
+        f"{preset}: {text}" if preset else text for preset, value in values.items() if (text := _show_value(value))
+    ]
+    return "; ".join(shown)
+
+
+def _show_value(value: Any) -> str:
+    if value is None or value == "" or value == []:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _extra(model: type[BaseSettings], name: str, key: str) -> Any:

@@ -21,6 +21,11 @@ class JobSettings(CommandSettings):
     extra: ClassVar[str] = ""
     resumable: ClassVar[bool] = False
 
+    groups: ClassVar = {
+        "Hub": "public hub_patience",
+        "Job": "on timeout attempts package",
+    }
+
     public: bool = setting(
         False,
         "Create the Hub repository as public, or accept one that is public already. Anyone can read its contents.",

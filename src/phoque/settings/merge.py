@@ -12,7 +12,18 @@ class MergeSettings(JobSettings):
 
     keeps: ClassVar = "push_repo_id"
     reads: ClassVar = {"adapter_source": "adapter_revision", "base_model": "revision"}
+    groups: ClassVar = {
+        "Model": "preset adapter_source adapter_revision base_model revision",
+        "Output": "output_dir dtype proof",
+        "Hub": "push_repo_id public hub_patience",
+        "Job": "on timeout attempts package",
+    }
 
+    preset: str = setting(
+        "",
+        "Merge into the base model of this preset (ministral-3b or demo). Without it, the base that the adapter's "
+        "config names.",
+    )
     adapter_source: str = setting(
         "",
         "Merge this LoRA adapter: its folder, a run folder of phoque train, or a Hub repository.",

@@ -22,6 +22,17 @@ class PsmSettings(ProbeSettings):
         "dataset": "dataset_revision",
         "persona": None,
     }
+    groups: ClassVar = {
+        "Model": "preset model_source revision adapter_source adapter_revision control_adapter merge_adapter "
+        "quantization",
+        "Data": "persona dataset dataset_revision dataset_config split",
+        "Probe": "scorer extraction_tokens sweep_layers coefficients sweep_tokens positions coherence_limit "
+        "max_new_tokens samples temperature top_p seed shuffle_labels",
+        "Output": "output_dir",
+        "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
+        "public hub_patience",
+        "Job": "on timeout attempts package",
+    }
 
     preset: str = setting(
         "ministral-3b",

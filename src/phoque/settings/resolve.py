@@ -55,13 +55,15 @@ def resolve_settings(
         (str(file), _read(model, DotEnvSettingsSource(model, env_file=file, env_file_encoding="utf-8"))),
     ]
     if presets:
-        chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), next(iter(presets)))
-        if chosen not in presets:
+        default = model.model_fields["preset"].default
+        chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), default)
+        if chosen and chosen not in presets:
             raise UsageError(
                 what=f"No preset {chosen!r}.", why=f"phoque knows {', '.join(presets)}.", fix=_suggest(chosen, presets)
             )
-        preset = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
-        layers.append((f"preset {chosen}", preset))
+        if chosen:
+            preset = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
+            layers.append((f"preset {chosen}", preset))
 
     values: dict[str, Any] = {}
     origins = {name: Origin("default", name) for name in model.model_fields}
@@ -155,7 +157,7 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
 
 def _suggest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"Did you mean {near[0]}?" if near else "`phoque COMMAND --help` lists every name."
+    return f"Did you mean {near[0]}?" if near else "docs/reference/environment.md lists every name."
 
 
 def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
@@ -164,7 +166,11 @@ def _settings_error(model: type[BaseSettings], error: ValidationError, origins: 
     key = str(problem["loc"][0]) if problem["loc"] else ""
     name = next(iter(_by_field(model, {key: None})), None)
     if name is None:
-        return UsageError(what="These settings do not go together.", why=why, fix="See `phoque COMMAND --help`.")
+        return UsageError(
+            what="These settings do not go together.",
+            why=why,
+            fix="Change one of these flags or variables; `--help` describes each.",
+        )
     origin = origins[name]
     return UsageError(
         what=f"{origin.name} has a value that cannot be used (from: {origin.source}).",

@@ -14,6 +14,17 @@ class TrainSettings(JobSettings):
 
     keeps: ClassVar = "hub_model_id"
     resumable: ClassVar = True
+    groups: ClassVar = {
+        "Model": "preset base_model revision quantization lora_rank lora_alpha lora_dropout",
+        "Data": "dataset dataset_revision dataset_config split eval_split held_out_rows max_bad_rows "
+        "default_system greeting max_length packing",
+        "Training": "max_steps batch_size micro_batch learning_rate warmup_ratio weight_decay max_grad_norm "
+        "engine_mode gradient_checkpointing seed allow_change fresh_start yes",
+        "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
+        "export_merged export_on_save wandb_project wandb_log_model wandb_mode",
+        "Hub": "hub_model_id merged_hub_model_id public hub_patience",
+        "Job": "on timeout attempts package",
+    }
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
 
     preset: str = setting(
@@ -29,8 +40,8 @@ class TrainSettings(JobSettings):
     )
     dataset: str = setting(
         "",
-        "Train on these conversations: a Hub dataset, a .jsonl, .json or .parquet file, a folder of such "
-        "files, or `seal` (bundled).",
+        "Train on these conversations: a Hub dataset; a .jsonl, .json, .csv, .parquet or .arrow file, also as .gz or "
+        ".zst; a folder of such files; or `seal` (bundled).",
         env="DATASET_REPO",
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
@@ -155,8 +166,8 @@ class TrainSettings(JobSettings):
     yes: bool = setting(False, "Do not ask for confirmation before --fresh-start deletes checkpoints.")
     allow_change: list[str] = setting(
         [],
-        "Resume although this setting of the run, such as learning_rate, has changed. Repeat the flag "
-        "for more settings.",
+        "Resume although this setting of the run, such as learning_rate, has changed. Separate several with commas.",
+        commas=True,
     )
     wandb_project: str = setting("phoque", "Log the run to this Weights & Biases project.", env="WANDB_PROJECT")
     wandb_log_model: Literal["false", "end", "checkpoint"] = setting(

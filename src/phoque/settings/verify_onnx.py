@@ -1,7 +1,7 @@
 """The settings of `phoque verify-onnx`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from phoque.settings.export_onnx import PRECISIONS
 from phoque.settings.fields import CommandSettings, setting
@@ -12,6 +12,13 @@ LEVELS = ("files", "graph", "ort", "node", "browser")
 
 class VerifySettings(CommandSettings):
     """The settings of one verification of an ONNX export."""
+
+    groups: ClassVar = {
+        "Export": "repo_id revision local_dir dtype reference level webgpu install",
+        "Chat page": "serve port",
+        "Output": "report_md",
+        "Hub": "hub_patience",
+    }
 
     repo_id: str = setting(
         "", "Verify this export on the Hub (owner/name). Give either --repo-id or --local-dir.", pattern=rf"^$|{REPO}"
@@ -27,9 +34,10 @@ class VerifySettings(CommandSettings):
     )
     dtype: list[str] = setting(
         [],
-        f"Verify this precision: {', '.join(PRECISIONS)}. Repeat the flag for more. Without it, verify "
+        f"Verify this precision: {', '.join(PRECISIONS)}. Separate several with commas. Without it, verify "
         "all that the export has.",
         env="PHOQUE_ONNX_DTYPE",
+        commas=True,
     )
     level: Literal["files", "graph", "ort", "node", "browser"] | None = setting(
         None, "Stop after this level; ort is ONNX Runtime. Without it, go as far as this machine can."
