@@ -52,6 +52,7 @@ def test_a_run_is_trained_and_merged_by_functions(tiny_llama, rows, tmp_path, qu
         "value": 2,
         "source": "argument",
         "name": "max_steps",
+        "flag": "--max-steps",
         "meaning": TrainSettings.model_fields["max_steps"].description,
     }
     result = phoque.train(settings, console=quiet)

@@ -72,6 +72,20 @@ def test_rows_that_are_all_alike_are_trained_on_with_a_warning(tmp_path, chat):
     assert not scan.rule.sketches and scan.trained_rows > 0
 
 
+def test_rows_that_share_an_instruction_are_no_near_duplicates(tmp_path, chat):
+    rows = [talk(n) for n in range(60)]
+    for shared in rows[:40]:
+        shared["messages"][1]["content"] = f"{'Rewrite the notice of the harbour office for the board. ' * 6}{shared}"
+    scan = scan_dataset(open_dataset(str(write_rows(tmp_path / "rows.jsonl", rows))), chat, 5, 0.05)
+    assert scan.similar == 0 and scan.trained_rows == 55
+
+
+def test_at_most_a_tenth_of_the_distinct_rows_is_held_out(tmp_path, chat):
+    rows = [talk(n) for n in range(40)] * 5
+    scan = scan_dataset(open_dataset(str(write_rows(tmp_path / "rows.jsonl", rows))), chat, 64, 0.05)
+    assert len(scan.held_out) == 4 and scan.trained_rows == 180
+
+
 def test_an_eval_split_is_held_out_and_its_copies_are_not_trained_on(tmp_path, chat):
     write_rows(tmp_path / "train.jsonl", [talk(n) for n in range(30)])
     write_rows(tmp_path / "test.jsonl", [talk(n) for n in range(25, 35)])
@@ -88,7 +102,7 @@ def test_similarity_is_estimated_within_its_error():
     words = [random.Random(5).choices(WORDS, k=60) for _ in range(2)]
     for index in range(4):
         words[1][7 * index + 3] = "other"
-    shingles = [set(zip(["assistant", *w], w, w[1:], strict=False)) for w in words]
+    shingles = [set(zip(w, w[1:], w[2:], strict=False)) for w in words]
     exact = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
     assert abs(estimate_similarity(first, second) - exact) < 0.2
 

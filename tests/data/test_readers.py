@@ -54,6 +54,7 @@ FILES = {
     "utf32.jsonl": lines(ensure_ascii=False).encode("utf-32"),
     "rows.ndjson": lines().encode(),
     "array.jsonl": json.dumps(ROWS).encode(),
+    "row_per_line.json": ("[\n" + ",\n".join(json.dumps(r) for r in ROWS) + "\n]\n").encode(),
     "array.json": json.dumps(ROWS, indent=2).encode(),
     "bom.json": json.dumps(ROWS).encode("utf-8-sig"),
     "lines.json": lines().encode(),
@@ -92,6 +93,24 @@ def test_cells_of_a_table_may_hold_line_breaks(tmp_path):
     (tmp_path / "rows.csv").write_text(pairs(), encoding="utf-8-sig")
     rows = read(tmp_path / "rows.csv")
     assert len(rows) == 12 and rows[3][1]["content"].endswith('she said "no"\nand left')
+
+
+def test_a_table_may_be_separated_by_semicolons_or_tabs(tmp_path):
+    for name, mark in (("a.csv", ";"), ("b.tsv", "\t")):
+        (tmp_path / name).write_text(f"prompt{mark}completion\nGull, or tern?{mark}Gull.\n")
+        assert read(tmp_path / name)[0][0]["content"] == "Gull, or tern?"
+
+
+def test_an_integer_of_five_thousand_digits_is_a_broken_row(tmp_path):
+    (tmp_path / "x.jsonl").write_text(lines() + '{"id": ' + "7" * 5000 + "}\n")
+    assert [raw.defect for raw in open_dataset(str(tmp_path / "x.jsonl")).stream][-1] == "broken JSON"
+
+
+def test_a_split_of_a_single_file_is_in_its_name(tmp_path):
+    (tmp_path / "rows-test.jsonl").write_text(lines())
+    assert read(tmp_path / "rows-test.jsonl", "test") == MESSAGES
+    with pytest.raises(PhoqueError, match="no split 'ow'"):
+        open_dataset(str(tmp_path / "rows-test.jsonl"), "ow")
 
 
 def test_what_save_to_disk_writes_is_read(tmp_path):
@@ -147,9 +166,15 @@ def test_test_files_are_not_trained_on(place, kind):
     name, options = place({path: content[key] for path, key in SPLITS[kind].items()})
     assert read(name, **options) == MESSAGES[:8] and read(name, "test", **options) == MESSAGES[8:]
     assert open_dataset(name, **options).splits == ("train", "test")
+    assert open_dataset(name, **options).other_files == ()
     with pytest.raises(PhoqueError, match="no split 'nonsense'") as caught:
         open_dataset(name, "nonsense", **options)
     assert "train, test" in caught.value.why and caught.value.code == 2
+
+
+def test_files_that_belong_to_no_split_are_named(place):
+    name, options = place({"train.jsonl": lines().encode(), "more.jsonl": lines().encode(), "notes.txt": b"gulls"})
+    assert open_dataset(name, **options).other_files == ("more.jsonl",)
 
 
 CONFIGS = b"""---

@@ -11,7 +11,7 @@ from phoque.data.held_out import HeldOut
 from phoque.data.packing import Packing, build_batch
 from phoque.data.readers import open_dataset
 from phoque.data.scan import scan_dataset
-from phoque.data.stream import TrainStream
+from phoque.data.stream import BadRowLimit, TrainStream
 from phoque.errors import PhoqueError
 
 
@@ -117,7 +117,39 @@ def test_a_packed_row_has_borders_and_restarting_positions(chat):
 
 
 def test_a_pass_without_a_row_to_train_on_is_an_error_and_no_endless_loop(tmp_path, chat):
-    path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)  # all the same: all held out
-    found = scan_dataset(open_rows(path), chat, 4, 0.05)
+    path = write_rows(tmp_path / "x.jsonl", [row(1)] * 40)
+    everything = HeldOut("f" * 32)
     with pytest.raises(PhoqueError, match="gave no row"):
-        next(iter(TrainStream(open_rows(path), chat, held_out=found.rule, packing=exact_packing(2), seed=0)))
+        next(iter(TrainStream(open_rows(path), chat, held_out=everything, packing=exact_packing(2), seed=0)))
+
+
+def bad_after_the_scan(tmp_path, chat, monkeypatch, share: int) -> TrainStream:
+    """A stream of 6,000 rows of which the first 1,000 were scanned and one in `share` of the others is bad."""
+    monkeypatch.setattr("phoque.data.scan.MAX_SCANNED_ROWS", 1000)
+    rows = [row(n) if n < 1000 or n % share else row(messages=[]) for n in range(6000)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    scan = scan_dataset(open_rows(path), chat, 0, 0.05)
+    assert not scan.complete and scan.rows == 1000
+    limit = BadRowLimit(0.05, scan.last)
+    return TrainStream(open_rows(path), chat, held_out=scan.rule, packing=exact_packing(8), seed=0, limit=limit)
+
+
+@pytest.mark.parametrize(("share", "stops"), [(21, False), (10, True)])  # 4.8 % and 10 % of the later rows
+def test_later_rows_stop_a_run_only_beyond_the_limit(tmp_path, chat, monkeypatch, share, stops):
+    stream = bad_after_the_scan(tmp_path, chat, monkeypatch, share)
+    for _ in zip(range(700), stream, strict=False):
+        pass
+    assert bool(stream.problem) == stops
+    if stops:
+        assert "--max-bad-rows" in stream.problem.fix and stream.problem.code == 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_share_of_bad_rows_that_the_scan_accepted_never_stops_a_run(tmp_path, chat, seed):
+    rows = [row(n) if n % 20 else row(messages=[]) for n in range(1200)]  # exactly the limit
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    scan = scan_dataset(open_rows(path), chat, 4, 0.05)
+    stream = TrainStream(open_rows(path), chat, held_out=scan.rule, packing=exact_packing(8), seed=seed)
+    for _ in zip(range(300), stream, strict=False):
+        pass
+    assert stream.epoch >= 1 and stream.problem is None

@@ -150,3 +150,32 @@ def test_unknown_keys_are_named_and_null_ones_are_not():
 def test_the_prompt_of_a_completion_is_context():
     row = parse({"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]})
     assert row.untrained == {1} and len(row.messages) == 4
+
+
+def test_earlier_turns_and_context_are_read_in_every_spelling():
+    for history in ([["Gull?", "No."]], json.dumps([["Gull?", "No."]]), [QUESTION, ANSWER]):
+        row = parse({"prompt": "More?", "response": "Never.", "history": history})
+        assert [turn["role"] for turn in row.messages] == ["user", "assistant"] * 2
+        assert row.messages[1]["content"] in ("No.", "Low.")
+    row = parse({"question": "When?", "context": "The tide turns at six.", "answer": "Six."})
+    assert row.messages[0]["content"] == "When?\n\nThe tide turns at six."
+    assert parse({"instruction": "", "input": "A gull.", "output": "Ugh."}).messages[0]["content"] == "A gull."
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"prompt": "a", "response": "b", "history": [1, 2]}, "history is not a list of pairs"),
+        ({"messages": PLAIN, "toxicity_score": 10**400}, "toxicity_score is not a number"),
+        ({"messages": "[" * 100_000}, "messages is not a list"),
+    ],
+)
+def test_absurd_values_are_reasons_and_no_crashes(content, reason):
+    with pytest.raises(BadRow, match=reason):
+        parse(content)
+
+
+def test_a_weight_may_be_text():
+    assert parse(
+        {"messages": [QUESTION, ANSWER | {"weight": "0.0"}, QUESTION, ANSWER | {"weight": "1.0"}]}
+    ).untrained == {1}

@@ -49,6 +49,6 @@ def test_new_records_have_the_keys_of_old_ones(old_run, phoque):
     phoque(*TRAIN[:-2], "--output-dir", "again")
     new = json.loads(Path("again/run.json").read_text())
     assert new.keys() >= old.keys() and new["settings"].keys() >= old["settings"].keys()
-    assert new["fingerprint"].keys() == old["fingerprint"].keys()
+    assert new["fingerprint"].keys() >= old["fingerprint"].keys()
     manifest = json.loads((old_run / "checkpoint-6" / "MANIFEST.json").read_text())["sha256"]
     assert json.loads(Path("again/checkpoint-8/MANIFEST.json").read_text())["sha256"].keys() == manifest.keys()

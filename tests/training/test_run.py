@@ -79,6 +79,7 @@ def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
         "value": 6,
         "source": "flag",
         "name": "--max-steps",
+        "flag": "--max-steps",
         "meaning": "Train for this many optimizer steps.",
     }
     assert record["data"]["sources"] == {"pier": 40} and record["base"]["name"] == str(tiny_llama)
@@ -354,7 +355,7 @@ def bad_input(tmp_path, tiny_llama, rows) -> dict[str, tuple[list, str]]:
         "empty file": ([*base, "--dataset", "empty.jsonl"], "is empty"),
         "broken json": ([*base, "--dataset", "broken.json"], "not valid JSON"),
         "empty folder": ([*base, "--dataset", "nothing"], "not a dataset"),
-        "missing column": ([*base, "--dataset", "column.jsonl"], "no messages column"),
+        "missing column": ([*base, "--dataset", "column.jsonl"], "one text, no turns"),
         "half bad": ([*base, "--dataset", "half.jsonl"], "10 of 20 rows"),
         "no such file": ([*base, "--dataset", "nowhere.jsonl"], "There is no file or folder"),
         "no dataset": (base, "No dataset"),
@@ -521,9 +522,10 @@ def test_dry_run_shows_all_and_writes_nothing(train, tmp_path):
     trained = [part["text"] for part in plan["preview"][0]["parts"] if part["trained"]]
     assert trained == ["Hrmph. Gull 0.<|im_end|>"]
     assert set(plan["memory_gb"]) == {"weights", "adapter_and_optimizer", "activations", "sum"}
-    assert "tokens" in plan["facts"]["a short row without a system message"]
+    assert "tokens" in plan["facts"]["system"]
     shown = train("--dry-run", "--output-dir", tmp_path / "run").out
-    assert "⟦Hrmph. Gull 0.<|im_end|>⟧" in shown and "learning_rate" in shown
+    assert "⟦Hrmph. Gull 0.<|im_end|>⟧" in shown and "--max-steps" in shown and "learning rate" not in shown
+    assert "--learning-rate" in train("--dry-run", "--verbose", "--output-dir", tmp_path / "run").out
 
 
 def test_a_log_gets_lines_and_no_control_codes(train, tmp_path):

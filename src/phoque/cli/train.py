@@ -67,8 +67,9 @@ def _render_plan(plan: "TrainPlan") -> "Group":
     from rich.text import Text
 
     facts = Table.grid(padding=(0, 2))
-    for name, value in [*plan.facts.items(), *(("note", text) for text in plan.warnings)]:
-        facts.add_row(name, Text(escape_control_characters(str(value))))
+    lines = [*plan.facts.items(), *(("note", text) for text in plan.notes)]
+    for name, value in lines + [("warning", text) for text in plan.warnings]:
+        facts.add_row(name, Text(escape_control_characters(str(value)), "yellow" if name == "warning" else ""))
     rows = [_render_masked_row(row) for row in plan.preview]
     legend = Text("the loss mask of three rows: ") + Text("trained on", "bold green") + Text(", read only", "dim")
     settings = Text(escape_control_characters("\n".join(options.list_settings(plan.settings))))

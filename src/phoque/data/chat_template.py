@@ -89,8 +89,9 @@ class ChatTemplate:
         Raises BadRow if it is too long, has control tokens, something that the template drops, or no trained token.
         """
         for turn in messages:
-            if match := self.control_tokens.search(turn["content"]):
-                raise BadRow(f"control token {match[0]!r} in text")
+            self._check_text(turn["content"] if len(turn) == 2 else _collect_texts(turn))
+        if tools:
+            self._check_text(_collect_texts(tools))
         self._check_extras(messages, tools)
         complete = self.with_system(messages)
         try:
@@ -189,6 +190,13 @@ class ChatTemplate:
             )
         self.default_system = None  # there is no empty system message to write
 
+    def _check_text(self, text: str) -> None:
+        """Raise BadRow for a text that would act as control tokens, or that no tokenizer accepts."""
+        if match := self.control_tokens.search(text):
+            raise BadRow(f"control token {match[0]!r} in text")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadRow("unpaired surrogate in text")
+
     def _check_extras(self, messages: Messages, tools: Any) -> None:
         """Raise BadRow if the conversation has something that the template would drop without a word."""
         present = {"tools"} if tools else set()
@@ -236,7 +244,17 @@ CONTENT_PROBES = {
 def _greeting(messages: Messages) -> list[int]:
     """The index of an assistant turn that comes before the first question, if there is one."""
     first = 1 if messages[0]["role"] == "system" else 0
-    return [first] if messages[first]["role"] == "assistant" else []
+    is_greeting = messages[first]["role"] == "assistant" and any(turn["role"] == "user" for turn in messages)
+    return [first] if is_greeting else []
+
+
+def _collect_texts(value: Any) -> str:
+    """All texts inside a turn or a list of tools, keys included, as one."""
+    if isinstance(value, dict):
+        return "\n".join(_collect_texts(item) for pair in value.items() for item in pair)
+    if isinstance(value, list):
+        return "\n".join(map(_collect_texts, value))
+    return str(value)
 
 
 def _use_marks(spans: list[TurnSpan], marks: list[tuple[int, int]]) -> list[TurnSpan]:

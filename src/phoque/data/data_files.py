@@ -1,6 +1,7 @@
 """Which files belong to a split of a dataset, on disk and on the Hub, by the rules of the `datasets` library."""
 
 import json
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ FORMATS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "cache-")  # files without rows
 SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 
 
@@ -54,10 +56,11 @@ class DataFile:
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The files of one split, and the names of all splits of the dataset."""
+    """The files of one split, the names of all splits of the dataset, and its files that belong to no split."""
 
     files: list[DataFile]
     splits: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 def format_of(name: str) -> str | None:
@@ -79,13 +82,14 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
             )
         if config:
             raise _no_such("config", config, name, [])
-        if split != "train" and split not in path.name:
+        if split != "train" and split not in re.split(r"[-._ ]", path.name):
             raise _no_such("split", split, name, ["train"])
         return SplitFiles([DataFile(path.name, str(path), path.stat().st_size)], (split,))
     found = _find_files(name, str(path), config, split, None)
     return SplitFiles(
         [DataFile(f.name, f.path, Path(f.path).stat().st_size) for f in found.files],
         found.splits,
+        found.others,
     )
 
 
@@ -154,7 +158,15 @@ def _as_split(
     prefix = f"{base.rstrip('/')}/"
     root = prefix if filesystem else f"{Path(base).resolve()}/"
     files = [DataFile(path.removeprefix(prefix).removeprefix(root), path, 1, filesystem) for path in splits[split]]
-    return SplitFiles(files, tuple(splits))
+    every = filesystem.find(base) if filesystem else [str(path) for path in Path(base).rglob("*") if path.is_file()]
+    in_splits = {_strip_protocol(path) for paths in splits.values() for path in paths}
+    others = [path for path in every if format_of(path) and _strip_protocol(path) not in in_splits]
+    names = [Path(path).name for path in others if not Path(path).name.startswith((".", *IGNORED))]
+    return SplitFiles(files, tuple(splits), tuple(sorted(names)))
+
+
+def _strip_protocol(path: str) -> str:
+    return path.removeprefix("hf://") if path.startswith(("hf://", "datasets/")) else str(Path(path).resolve())
 
 
 def _text_reader(base: str, filesystem: "AbstractFileSystem | None") -> Callable[[str], str | None]:
@@ -205,11 +217,11 @@ def _read_configs(read: Callable[[str], str | None]) -> dict[str, dict[str, Any]
 
 
 def _no_such(kind: str, value: str, name: str, existing: list[str]) -> UsageError:
-    flag = "--dataset-config" if kind == "config" else "--split"
+    flag = "--dataset-config" if kind == "config" else "--split or --eval-split"
     return UsageError(
         what=f"{name} has no {kind} {value!r}.",
         why=f"It has {', '.join(existing)}." if existing else f"It has no {kind}s.",
-        fix=f"Give one of these with {flag}." if existing else f"Leave {flag} out.",
+        fix=f"Choose one of these with {flag}." if existing else f"Leave {flag} out.",
     )
 
 

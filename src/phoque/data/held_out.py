@@ -18,12 +18,14 @@ Sketch = tuple[int, ...]
 
 
 def sketch_row(row: Row) -> Sketch:
-    """The SKETCH_SIZE smallest hashes of the row's word trigrams, or an empty sketch of a short row.
+    """The SKETCH_SIZE smallest hashes of the word trigrams of the row's answers, or an empty sketch of a short row.
 
     The Jaccard similarity of two rows is estimated from such sketches (Broder 1997, "On the resemblance and
-    containment of documents"). The system message, case and punctuation at word ends have no part in them.
+    containment of documents"). Answers alone are compared, because the held-out loss is measured on them: many rows may
+    share a long instruction. Case and punctuation at word ends have no part in a sketch.
     """
-    words = [zlib.crc32(word.strip(".,;:!?\"'()*").encode()) for text in row.dialogue for word in text.split()]
+    answers = [text for text in row.dialogue if text.startswith("assistant")]
+    words = [zlib.crc32(word.strip(".,;:!?\"'()*").encode()) for text in answers for word in text.split()[1:]]
     if len(words) < MIN_SHINGLES + 2:
         return ()
     hashes = numpy.array(words, dtype=numpy.uint64)

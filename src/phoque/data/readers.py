@@ -85,13 +85,17 @@ class RowStream:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset at one revision: a Hub commit, or a digest of the local files. `splits` are all that it has."""
+    """A dataset at one revision: a Hub commit, or a digest of the local files.
+
+    `splits` are all that it has, `other_files` those of its files that belong to no split.
+    """
 
     name: str
     revision: str
     stream: RowStream
     split: str = "train"
     splits: tuple[str, ...] = ("train",)
+    other_files: tuple[str, ...] = ()
 
 
 def open_dataset(
@@ -121,9 +125,11 @@ def open_dataset(
         digest = hashlib.sha256()
         for file in found.files:
             digest.update(bytes.fromhex(sha256(Path(file.path))))
-        return Dataset(name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits)
+        return Dataset(
+            name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits, found.others
+        )
     sha, found = find_hub_files(name, revision, token, config, split)
-    return Dataset(name, sha, RowStream(found.files, columns), split, found.splits)
+    return Dataset(name, sha, RowStream(found.files, columns), split, found.splits, found.others)
 
 
 def find_local(name: str, flag: str = "--dataset") -> Path | None:
@@ -173,16 +179,22 @@ def _is_json_lines(head: list[str], name: str) -> bool:
         return True
     whole = [_is_json(line) for line in filled]
     if whole[0]:  # a single line that is a list is a file of rows; a single object is a row
-        return len(filled) > 1 or (not filled[0].lstrip().startswith("[") and "jsonl" in name)
-    if any(is_whole and line.startswith("{") for line, is_whole in zip(filled[1:], whole[1:], strict=True)):
-        return True
-    return len(filled) == 1 and "jsonl" in name
+        return len(filled) > 1 or (not filled[0].lstrip().startswith("[") and _has_lines(name))
+    if filled[0].startswith("{"):  # a broken line, or an object that spans lines; in that, inner lines are indented
+        is_single = len(filled) == 1 and _has_lines(name)
+        return is_single or any(w and line.startswith("{") for line, w in zip(filled, whole, strict=True))
+    return False
+
+
+def _has_lines(name: str) -> bool:
+    """Whether a file's name says that each of its lines is a row."""
+    return bool({".jsonl", ".ndjson"} & set(Path(name).suffixes))
 
 
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -200,7 +212,7 @@ def _read_json_lines(lines: Iterable[str], skipped: int) -> Iterator[tuple[str, 
             continue
         try:
             yield "line", number, json.loads(line), ""
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError is also for integers of over 4,300 digits
             yield "line", number, None, "broken JSON"
 
 
@@ -216,7 +228,7 @@ def _read_json_document(text: str, file: DataFile, skipped: int) -> Iterator[tup
     try:
         values = _parse_documents(text)
     except json.JSONDecodeError as error:
-        if "jsonl" in file.name:  # most of its lines are broken, and counted
+        if _has_lines(file.name):  # most of its lines are broken, and counted
             yield from _read_json_lines(text.splitlines(), skipped)
             return
         raise UsageError(
@@ -238,8 +250,10 @@ def _parse_documents(text: str) -> list[Any]:
             continue
         try:
             value, position = decoder.raw_decode(text, position)
-        except RecursionError:
-            raise json.JSONDecodeError("nested too deeply", text, position) from None
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:  # an integer of over 4,300 digits, or brackets in brackets
+            raise json.JSONDecodeError(first_line(error), text, position) from None
         values.append(value)
     return values
 
@@ -302,8 +316,9 @@ def _has_undecoded_bytes(text: str) -> bool:
 def _read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
     text = _decode_stream(raw)
     csv.field_size_limit(sys.maxsize)
-    name = file.name.removesuffix(".gz").removesuffix(".zst")
-    table = csv.DictReader(text, delimiter="\t" if name.endswith(".tsv") else ",")
+    header = next(text, "")
+    delimiters = {mark: header.count(mark) for mark in (",", ";", "\t")}
+    table = csv.DictReader(chain([header], text), delimiter=max(delimiters, key=delimiters.__getitem__))
     for number, row in enumerate(table, 1):
         if number <= skipped:
             continue

@@ -20,7 +20,7 @@ PAIRS = {  # columns of a question and its answer, in order of preference, and w
     ("query", "response"): "query/response",
     ("input", "output"): "input/output",
 }
-CONTEXT = ("input", "context")  # more text that belongs to an instruction
+CONTEXT = ("input", "context")  # more text that belongs to a question
 SYSTEM = ("system", "system_prompt")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 OPTIONAL = ("source", "toxicity_score", "tools", "functions", "history", *SYSTEM, *MEDIA)
@@ -146,13 +146,10 @@ def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
 def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
     """Turns of a question and an answer; assistant turns before the answer are context, as they are in TRL."""
     asked = row[question]
-    if question == "instruction":
-        asked = "\n\n".join([str(asked), *(str(row[name]) for name in CONTEXT if row.get(name))])
-    history = [
-        {"role": role, "content": text}
-        for pair in row.get("history") or []
-        for role, text in zip(("user", "assistant"), pair, strict=False)
-    ]
+    if isinstance(asked, str):
+        extra = [row[name] for name in CONTEXT if name != question and isinstance(row.get(name), str)]
+        asked = "\n\n".join(text for text in (asked, *extra) if text.strip())
+    history = _read_history(row.get("history"))
     context = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
     completion = row[answer] if isinstance(row[answer], list) else [{"role": "assistant", "content": row[answer]}]
     return [
@@ -160,6 +157,19 @@ def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
         *(parse_turn(turn).as_context() for turn in context),
         *map(parse_turn, completion),
     ]
+
+
+def _read_history(value: Any) -> list[dict[str, Any]]:
+    """Earlier turns: a list of [question, answer] pairs, as LLaMA-Factory has it, or of turns."""
+    history = parse_json(value) if isinstance(value, str) else value
+    if not history:
+        return []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return history
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRow("history is not a list of pairs")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
 
 
 def _add_system(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:
@@ -215,7 +225,7 @@ def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 def _parse_score(score: Any) -> float | None:
     try:
         value = float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRow("toxicity_score is not a number") from None
     if math.isinf(value):
         raise BadRow("toxicity_score is infinite")

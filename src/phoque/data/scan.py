@@ -17,6 +17,7 @@ from phoque.errors import UsageError
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
 MAX_SOURCES = 50  # sources that are named in run.json and in the report, with their counts
 MAX_LISTED_LINES = 3  # listed per reason for bad rows
+MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of them
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
 SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
 WITHOUT_SCHEMA = ("no conversation columns", "preference data", "tokenized data", "one text, no turns")
@@ -25,6 +26,8 @@ CURES = {
     "preference data": "Keep the chosen answers: rename the column `chosen` to `messages`, or `completion` if there is "
     "a prompt.",
     "tokenized data": "Give the conversations as text; phoque applies the model's chat template itself.",
+    "one text": 'Give each row its turns: {"messages": [{"role": "user", "content": "Q"}, '
+    '{"role": "assistant", "content": "A"}]}',
     "images": "Use rows of text alone; phoque trains the language model.",
 }
 
@@ -167,7 +170,8 @@ def scan_dataset(
     if evaluation:
         scan.held_out = _read_evaluation_rows(evaluation, chat, held_out_rows)
     else:
-        ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, scan.good // 10)]
+        max_held_out = (len(set(keys)) if keys else scan.good) // 10
+        ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, max_held_out)]
         scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
     scan.digest, scan.exact_digest = digest.hexdigest()[:40], exact_digest.hexdigest()[:40]
     held_keys = sorted(rule.key(row) for row, _ in scan.held_out)

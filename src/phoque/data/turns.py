@@ -49,7 +49,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text, or the text itself if it is none."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -145,14 +145,17 @@ def _read_trained_mark(turn: dict[str, Any], role: str) -> bool:
     for key in TRAINED_MARKS:
         if key not in turn:
             continue
-        value = turn[key]
-        value = {"true": 1, "false": 0}.get(value.lower(), value) if isinstance(value, str) else value
-        if value not in (0, 1, "0", "1"):
+        value = {"true": 1, "false": 0}.get(str(turn[key]).lower(), turn[key])
+        try:
+            value = float(value)
+        except (TypeError, ValueError, OverflowError):
+            value = -1.0
+        if value not in (0, 1):
             raise BadRow(f"{key} of a turn is neither 0 nor 1")
         if role != "assistant":
-            if int(value) and key not in ("weight", "loss_scale"):  # those two exist for answers only
+            if value and key not in ("weight", "loss_scale"):  # those two exist for answers only
                 raise BadRow(f"{key} asks for loss on a turn of the {role}")
-        elif not int(value):
+        elif not value:
             trained = False
     return trained
 

@@ -5,7 +5,7 @@ import statistics
 from phoque.console import MAX_LISTED, Console, describe_counts, shorten, shorten_list
 from phoque.data.packing import Packing
 from phoque.data.readers import Dataset
-from phoque.data.scan import DatasetScan
+from phoque.data.scan import MANY_SIMILAR, DatasetScan
 from phoque.settings.train import TrainSettings
 
 
@@ -49,9 +49,11 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
 
 def list_data_notes(scan: DatasetScan, dataset: Dataset) -> list[str]:
     """What was changed in rows that are used, and what has no part in training."""
-    notes = [f"{count} rows: {note} (first: {scan.examples[note]})" for note, count in scan.notes.most_common()]
-    if scan.rule.sketches and scan.copies + scan.similar:
-        notes.append(f"{scan.copies} copies and {scan.similar} near-duplicates of held-out rows are not trained on")
+    notes = [f"{count_rows(count)}: {note} (first: {scan.examples[note]})" for note, count in scan.notes.most_common()]
+    if excluded := scan.copies + (scan.similar if scan.rule.sketches else 0):
+        notes.append(f"{count_rows(excluded)} that copy or nearly repeat a held-out row are not trained on")
+    if dataset.other_files:
+        notes.append(f"files that belong to no split: {shorten_list(dataset.other_files)}")
     if dataset.stream.unused_columns:
         notes.append(f"columns that are not used: {shorten_list([*dataset.stream.unused_columns])}")
     return notes
@@ -60,19 +62,26 @@ def list_data_notes(scan: DatasetScan, dataset: Dataset) -> list[str]:
 def list_data_problems(scan: DatasetScan) -> list[str]:
     """Rows that are left out, by reason, keys that are not understood, and a held-out loss that means little."""
     problems = [
-        f"{bad['count']} rows left out: {reason} (first: {', '.join(bad['first'])})"
+        f"{count_rows(bad['count'])} left out: {reason} (first: {', '.join(bad['first'])})"
         for reason, bad in scan.summary()["bad"].items()
     ]
     problems += [
-        f"{count} rows have turns with {shorten(key)!r}, which phoque does not know (first: {scan.examples[key]})"
+        f"{count_rows(count)} with turns that have {shorten(key)!r}, which phoque does not know "
+        f"(first: {scan.examples[key]})"
         for key, count in scan.unknown_keys.most_common(MAX_LISTED)
     ]
-    if scan.similar and not scan.rule.sketches:
+    if scan.similar > MANY_SIMILAR * scan.good:
+        excluded = "are not trained on" if scan.rule.sketches else "are trained on all the same"
         problems.append(
-            f"{scan.similar} of {scan.good} rows nearly repeat a held-out row, and are trained on all the same: "
-            "the held-out loss shows what was memorized"
+            f"{scan.similar} of {count_rows(scan.good)} nearly repeat one of {len(scan.held_out)} held-out rows, and "
+            f"{excluded}: lower --held-out-rows, or remove near-duplicates from the dataset"
         )
     return problems
+
+
+def count_rows(count: int) -> str:
+    """`1 row` or `n rows`."""
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 def describe_schemas(scan: DatasetScan) -> str:

@@ -41,12 +41,13 @@ class TrainPlan(DryRun):
     memory_gb: dict[str, float]
     data: dict[str, Any]
     preview: list[dict[str, Any]]
+    notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """{settings, facts, parameters, memory_gb, data, preview, warnings}."""
+        """{settings, facts, parameters, memory_gb, data, preview, notes, warnings}."""
         return {
             name: getattr(self, name)
-            for name in ("settings", "facts", "parameters", "memory_gb", "data", "preview", "warnings")
+            for name in ("settings", "facts", "parameters", "memory_gb", "data", "preview", "notes", "warnings")
         }
 
 
@@ -57,7 +58,8 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     counts = count_parameters(ready.config, s.lora_rank)
     return TrainPlan(
         facts=_list_facts(s, ready, counts) | _describe_repo(s, services),
-        warnings=[*list_data_notes(ready.scan, ready.dataset), *list_data_problems(ready.scan)],
+        notes=list_data_notes(ready.scan, ready.dataset),
+        warnings=list_data_problems(ready.scan),
         settings=resolved.provenance(),
         parameters=counts,
         memory_gb=estimate_memory(ready, s, counts),

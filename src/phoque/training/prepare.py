@@ -42,6 +42,12 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
     config = load_config(source)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
     evaluation = None
+    if s.eval_split == s.split:
+        raise UsageError(
+            what=f"--eval-split and --split are both {s.split}.",
+            why="A held-out loss is measured on rows that are not trained on.",
+            fix="Give another --eval-split, or leave it out.",
+        )
     if s.eval_split:
         evaluation = open_dataset(
             s.dataset, s.eval_split, s.dataset_revision, services.secrets.hub, config=s.dataset_config
