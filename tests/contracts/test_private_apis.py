@@ -91,18 +91,30 @@ def check_pattern_key():
     assert get_pattern_key(["q_proj"], "model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
 
 
-def check_training_template():
-    from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
-
-    assert len(parameters(get_training_chat_template)) >= 1
-    assert "chat_template" in parameters(is_chat_template_stop_token_trained)
-
-
 def check_render_template():
     from transformers.utils.chat_template_utils import render_jinja_template
 
     chats, _ = render_jinja_template([[{"role": "user", "content": "gull"}]], chat_template="{{ messages[0].content }}")
     assert chats == ["gull"]
+    marked = "a {% generation %}{{ messages[0].content }}{% endgeneration %} b"
+    chats, spans = render_jinja_template(
+        [[{"role": "user", "content": "gull"}]], chat_template=marked, return_assistant_tokens_mask=True
+    )
+    assert chats == ["a gull b"] and [tuple(span) for span in spans[0]] == [(2, 6)]
+
+
+def check_data_files(tmp_path):
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("{}")
+    patterns = get_data_patterns(str(tmp_path))
+    files = DataFilesDict.from_local_or_remote(patterns, base_path=str(tmp_path))
+    assert {str(split): [Path(path).name for path in paths] for split, paths in files.items()} == {
+        "train": ["train.jsonl"],
+        "test": ["test.jsonl"],
+    }
+    assert sanitize_patterns([{"split": "dev", "path": "x.jsonl"}]) == {"dev": ["x.jsonl"]}
 
 
 def check_jobs_image():
