@@ -384,7 +384,7 @@ CASES = [
         "question, context and answer",
         "context.jsonl",
         json_lines("context.jsonl", lambda n: {"question": question(n), "context": "MASTHEAD.", "answer": answer(n)}),
-        PLAIN | {"the context": ("MASTHEAD", CONTEXT)},
+        PLAIN | {"the added text": ("MASTHEAD", CONTEXT)},
     ),
     Case(
         "prompt and completion as texts",

@@ -500,7 +500,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(run_comparison, base, tmp
         (["--updated-model", "a", "--updated-adapter", "b"], "both"),
         (["--updated-model", "{base}", "--layers", "7"], "There is no block 7"),
         (["--updated-model", "{base}", "--layers", "one"], "layers"),
-        (["--updated-model", "{base}", "--prompts-file", "none.txt"], "No file of prompts"),
+        (["--updated-model", "{base}", "--prompts-file", "none.txt"], "There is no file none.txt"),
         (["--updated-model", "{base}", "--prompts-file", "few.txt"], "few.txt has 2 prompts"),
         (["--updated-model", "{base}", "--prompts-file", "broken.json"], "broken.json cannot be read"),
         (["--updated-model", "{base}", "--prompts-file", "odd.json"], "entry 2 is not a prompt"),
