@@ -63,6 +63,7 @@ class TemplateRenderer:
                 fix="Use the instruct variant of the model, or put a chat_template.jinja beside its tokenizer.",
             )
         self.tokenizer = tokenizer
+        self._special_tokens = dict(tokenizer.special_tokens_map)
 
     @property
     def has_generation_marks(self) -> bool:
@@ -100,7 +101,7 @@ class TemplateRenderer:
                     tools=tools,
                     chat_template=self.source(tools),
                     **options,
-                    **self.tokenizer.special_tokens_map,
+                    **self._special_tokens,
                 )
         except TemplateTimeout:
             raise UsageError(

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from phoque.data.turns import BadRow
 
 Messages = Sequence[dict[str, Any]]
+_Shape = tuple[tuple[str, bool], ...]  # the role of each turn, and whether it has a text
 Render = Callable[..., str]  # (messages, tools, add_generation_prompt) -> text; raises TemplateError
 
 _SENTINEL = "zq{}x8f3ax{}qz"
@@ -39,7 +40,7 @@ class TurnSpan:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the template writes around the contents of a conversation whose turns have these roles.
+    """What the template writes around the contents of a conversation of one shape.
 
     `literals[i]` stands before the content of turn `order[i]`, and the last one after all. `prompts` is, for each
     assistant turn, how many characters of the literal before it belong to the generation prompt.
@@ -55,7 +56,7 @@ class SpanFinder:
 
     def __init__(self, render: Render, stop_tokens: re.Pattern[str]) -> None:
         self._render, self._stop_tokens = render, stop_tokens
-        self._layouts: dict[tuple[str, ...], _Layout | None] = {}
+        self._layouts: dict[_Shape, _Layout | None] = {}
         self._stop = ""  # what ends a turn of plain text
 
     def find(self, text: str, messages: Messages, tools: Any = None) -> list[TurnSpan]:
@@ -75,10 +76,10 @@ class SpanFinder:
 
     def _match_layout(self, text: str, messages: Messages) -> list[tuple[int, int, int, int]] | None:
         """(turn, start, content, end of the content) of every turn if the template only surrounds or trims contents."""
-        roles = tuple(turn["role"] for turn in messages)
-        if roles not in self._layouts:
-            self._layouts[roles] = self._find_layout(roles)
-        layout = self._layouts[roles]
+        shape = tuple((turn["role"], bool(turn["content"])) for turn in messages)
+        if shape not in self._layouts:
+            self._layouts[shape] = self._find_layout(shape)
+        layout = self._layouts[shape]
         if layout is None:
             return None
         position, found = 0, []
@@ -101,16 +102,19 @@ class SpanFinder:
             position = end
         return found
 
-    def _find_layout(self, roles: tuple[str, ...]) -> _Layout | None:
-        messages = [{"role": role, "content": _sentinel(index)} for index, role in enumerate(roles)]
+    def _find_layout(self, shape: _Shape) -> _Layout | None:
+        messages = [
+            {"role": role, "content": _sentinel(index) if is_filled else ""}
+            for index, (role, is_filled) in enumerate(shape)
+        ]
         text = self._render(messages)
         pieces = _SENTINELS.split(text)
         order, literals = [int(index) for index in pieces[1::2]], pieces[::2]
-        if sorted(order) != list(range(len(roles))):
+        if sorted(order) != [index for index, (_, is_filled) in enumerate(shape) if is_filled]:
             return None
         prompts = {}
         for position, turn in enumerate(order):
-            tail = self._prompt_tail(messages[:turn]) if roles[turn] == "assistant" else None
+            tail = self._prompt_tail(messages[:turn]) if shape[turn][0] == "assistant" else None
             if tail is not None:
                 prompts[turn] = count_shared(tail, literals[position])
         return _Layout(order, literals, prompts)
