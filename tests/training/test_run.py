@@ -396,6 +396,12 @@ def test_bad_input_gets_three_lines_and_exit_2(phoque, tmp_path, tiny_llama, row
     assert words in " ".join(ran.error) and ran.out == ""
 
 
+def test_a_length_beyond_the_model_is_refused(phoque, tiny_llama, rows):
+    arguments = ["train", "--base-model", tiny_llama, "--dataset", rows, "--max-length", 4096]
+    what, why, fix = phoque(*arguments, expect=2).error
+    assert "--max-length 4096" in what and "2,048 positions" in why and "--max-length 2048" in fix
+
+
 def test_a_truncated_weight_file_is_named(phoque, tmp_path, tiny_llama, rows):
     import shutil
 

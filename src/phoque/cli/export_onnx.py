@@ -34,7 +34,7 @@ def run(resolved: Resolved[ExportSettings], dry_run: bool) -> None:
 
 def _render(result: "ExportResult") -> str:
     values = {
-        "output_dir": result.output_dir,
+        "folder": result.output_dir,
         "source": result.source,
         "layout": result.layout,
         "engine": result.engine,
@@ -50,4 +50,5 @@ def _render(result: "ExportResult") -> str:
         if report.get("raised"):
             text += f"; {report['raised']} of {report['groups']} linear groups in 8 bits"
         lines.append(text)
+    lines.append(options.next_command("verify-onnx", "--local-dir", result.output_dir, "--serve"))
     return "\n".join(lines)

@@ -32,7 +32,7 @@ def run(resolved: Resolved[MergeSettings], dry_run: bool) -> None:
 
 def _render(result: "MergeResult") -> str:
     values = {
-        "output_dir": result.output_dir,
+        "folder": result.output_dir,
         "base": result.base,
         "adapter": result.adapter,
         "repo": result.repo,
@@ -41,9 +41,12 @@ def _render(result: "MergeResult") -> str:
     }
     lines = [f"{name:10} {value}" for name, value in values.items() if value is not None]
     if proof := result.proof:
+        share = proof["mean_difference"] / proof["adapter_effect"] if proof["adapter_effect"] else 0.0
         lines.append(
-            f"proof      logits differ by {proof['mean_difference']:.2g} on average, {proof['max_difference']:.2g} "
-            f"at most; the adapter moves them by {proof['adapter_effect']:.2g}\n"
-            f"           {proof['agreeing']} of {proof['tokens']} greedy tokens are the same ({proof['precision']})"
+            f"verdict    {'the same model as base + adapter' if proof['holds'] else 'NOT the same as base + adapter'}: "
+            f"logits differ by {proof['mean_difference']:.2g} on average, {share:.1%} of what the adapter changes\n"
+            f"           (compared in {proof['precision']}; rounding alone also changes some of the "
+            f"most likely tokens: {proof['agreeing']} of {proof['tokens']} are the same)"
         )
+    lines.append(options.next_command("export-onnx", "--merged-dir", result.output_dir))
     return "\n".join(lines)

@@ -107,6 +107,11 @@ def show_result(result: DryRun | HasJson, render: Callable[[Any], Any], quiet: C
         console.result(result.to_json(), lambda: render(result), quiet(result))
 
 
+def next_command(*arguments: object) -> str:
+    """The line at the end of a result that names the next command, with real paths."""
+    return f"next: phoque {shlex.join(map(str, arguments))}"
+
+
 def render_plan(plan: DryRun) -> str:
     """A dry run as lines: its facts, the settings that differ from their defaults, and warnings."""
     lines = [f"{name}: {_to_text(value)}" for name, value in plan.facts.items()]

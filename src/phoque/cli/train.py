@@ -58,6 +58,7 @@ def _render_result(result: "TrainResult") -> str:
     if losses := result.held_out_loss:
         decrease = 1 - losses["after"] / losses["before"]
         lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({decrease:.0%} lower)")
+    lines.append(options.next_command("merge", "--adapter-source", result.adapter))
     return "\n".join(lines)
 
 

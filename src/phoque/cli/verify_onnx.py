@@ -48,4 +48,7 @@ def _render(result: "VerifyResult") -> str:
         for check in verdict["checks"]
     ]
     levels = ", ".join(f"{name} {outcome}" for name, outcome in verdict["levels"].items())
-    return "\n".join([*lines, "", f"{verdict['verdict']}  {result.name}  ({levels})"])
+    lines += ["", f"{verdict['verdict']}  {result.name}  ({levels})"]
+    if verdict["verdict"] == "PASS" and result.folder:
+        lines.append(options.next_command("verify-onnx", "--local-dir", result.folder, "--serve"))
+    return "\n".join(lines)

@@ -31,6 +31,21 @@ def load_config(source: Source) -> "PretrainedConfig":
     return config
 
 
+def max_conversation_tokens(config: "PretrainedConfig") -> tuple[int | None, str]:
+    """The longest conversation that a model can be trained on, and why; None if its config names no limit.
+
+    phoque's attention sees the whole conversation, so a sliding window is a limit, too: beyond it, a model would be
+    trained with attention that it does not have.
+    """
+    text: Any = config.get_text_config()
+    positions, window = getattr(text, "max_position_embeddings", None), getattr(text, "sliding_window", None)
+    layers = getattr(text, "layer_types", None)
+    has_window = "sliding_attention" in layers if layers else getattr(text, "use_sliding_window", True)
+    if window and has_window and (positions is None or window < positions):
+        return window, f"its attention has a sliding window of {window:,} tokens"
+    return positions, f"it has {positions:,} positions" if positions else ""
+
+
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, which has a chat template. Raises UsageError if it has none."""
     from transformers import AutoTokenizer

@@ -8,7 +8,7 @@ from phoque.data.readers import Dataset, open_dataset
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
 from phoque.hub.repo import Repo
-from phoque.models.config import load_config, load_tokenizer
+from phoque.models.config import load_config, load_tokenizer, max_conversation_tokens
 from phoque.models.source import Source, find_model
 from phoque.services import Services
 from phoque.settings.fields import Resolved
@@ -40,6 +40,13 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
     dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub, config=s.dataset_config)
     source = find_model(s.base_model, s.revision, services, weights=weights)
     config = load_config(source)
+    limit, reason = max_conversation_tokens(config)
+    if limit is not None and s.max_length > limit:
+        raise UsageError(
+            what=f"--max-length {s.max_length} is more than {source.name} can use.",
+            why=f"{reason[0].upper()}{reason[1:]}.",
+            fix=f"Use --max-length {limit} or less.",
+        )
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
     evaluation = None
     if s.eval_split == s.split:

@@ -10,8 +10,10 @@ from phoque.reports.html import Series, bar_plot, figure, line_plot, page, table
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 
 NAME = "report.html"
+OVERFITTING = 0.01  # a relative change of the held-out loss that counts
+FEW_ROWS = 32  # held-out rows
 MAX_SOURCES = 20  # rows of the table of sources
-WARNING = "The answers below are those of the persona in the training data."
+WARNING = "The answers after training are those of the persona in the training data; at step 0 the model is untrained."
 
 
 def write_report(run: Path) -> Path:
@@ -20,6 +22,7 @@ def write_report(run: Path) -> Path:
     metrics, samples = read_lines(run / METRICS), read_lines(run / SAMPLES)
     parts = [
         _render_header(record),
+        _render_conclusion(metrics, record, run),
         _render_curves(metrics),
         _render_samples(samples),
         _render_data(record["data"]),
@@ -50,6 +53,45 @@ def _render_header(record: dict[str, Any]) -> str:
     return f'{heading}<div class="tiles">{tiles_html}</div>{times_html}'
 
 
+def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
+    """What a run's numbers say, in sentences: did the held-out loss fall, where was it lowest, is it overfitting."""
+    measured = [(row["step"], row["held_out_loss"]) for row in metrics if row.get("held_out_loss") is not None]
+    if len(measured) < 2:
+        return ["The held-out loss was not measured after training, so this run cannot be judged by its loss."]
+    (_, before), (step, after) = measured[0], measured[-1]
+    best_step, best = min(measured, key=lambda pair: pair[1])
+    count = record["data"]["held_out"]
+    if after >= before:
+        return [
+            f"The held-out loss did not fall: {before:.3f} before training, {after:.3f} after {step} steps.",
+            "The model did not get better at the held-out conversations. Check the data, or lower --learning-rate.",
+        ]
+    sentences = [
+        f"The held-out loss fell by {1 - after / before:.0%}, from {before:.3f} to {after:.3f}, on {count} "
+        f"conversations that were not trained on."
+    ]
+    if best_step != step and after > best * (1 + OVERFITTING):
+        sentences.append(
+            f"It was lowest at step {best_step} ({best:.3f}) and has risen since: the run overfits. Use about "
+            f"{best_step} steps, or more data."
+        )
+    elif measured[-2][1] > after * (1 + OVERFITTING):
+        sentences.append("It was still falling at the end: more steps are likely to lower it further.")
+    else:
+        sentences.append(f"It has hardly changed since step {measured[-2][0]}: more steps are unlikely to help much.")
+    if count < FEW_ROWS:
+        sentences.append(f"{count} held-out conversations are few; the loss of other conversations may differ.")
+    return sentences
+
+
+def _render_conclusion(metrics: list[dict[str, Any]], record: dict[str, Any], run: Path) -> str:
+    if "result" not in record:
+        return ""
+    sentences = " ".join(conclude(metrics, record))
+    command = f"phoque merge --adapter-source {run}"
+    return f"<p>{html.escape(sentences)}</p><p>Next: <code>{html.escape(command)}</code></p>"
+
+
 def _render_curves(metrics: list[dict[str, Any]]) -> str:
     def series(label: str, name: str) -> Series:
         return Series(label, [(row["step"], row[name]) for row in metrics if row.get(name) is not None])
@@ -64,17 +106,24 @@ def _render_curves(metrics: list[dict[str, Any]]) -> str:
         ("tokens per second", [series("tokens/s", "tokens_per_s")]),
         ("memory, GB", [series("memory", memory)]),
     ]
-    return (
-        '<h2>Training</h2><div class="grid2">' + "".join(figure(c, line_plot(s, "step")) for c, s in plots) + "</div>"
-    )
+    shown = [(caption, series) for caption, series in plots if any(len(s.points) > 1 for s in series)]
+    figures = "".join(figure(caption, line_plot(series, "step")) for caption, series in shown)
+    return f'<h2>Training</h2><div class="grid2">{figures}</div>'
 
 
 def _render_samples(samples: list[dict[str, Any]]) -> str:
     if not samples:
         return ""
-    head = ("step", "prompt", "response", "tokens", "seconds for all prompts")
-    rows = [(r["step"], r["prompt"], r["response"], r["n_tokens"], r["latency_s"]) for r in samples]
-    return f'<h2>Samples</h2><p class="warning">{WARNING}</p>{table(head, rows)}'
+    steps = sorted({row["step"] for row in samples})
+    answers = {(row["prompt"], row["step"]): row["response"] for row in samples}
+    prompts = list(dict.fromkeys(row["prompt"] for row in samples))
+    head = ("prompt", f"step {steps[0]}", f"step {steps[-1]}")
+    rows = [(p, answers.get((p, steps[0]), ""), answers.get((p, steps[-1]), "")) for p in prompts]
+    every = table(("step", "prompt", "response"), [(r["step"], r["prompt"], r["response"]) for r in samples])
+    return (
+        f'<h2>Samples</h2><p class="warning">{WARNING}</p><div class="scroll">{table(head, rows)}</div>'
+        f'<details><summary>All samples</summary><div class="scroll">{every}</div></details>'
+    )
 
 
 def _render_data(data: dict[str, Any]) -> str:
@@ -100,10 +149,15 @@ def _describe_engine(record: dict[str, Any]) -> str:
 
 
 def _render_settings(record: dict[str, Any]) -> str:
-    rows = [(name, row["value"], row["source"], row["meaning"]) for name, row in record["settings"].items()]
+    rows = [
+        (row.get("flag", name), row["value"], row["source"], row["meaning"]) for name, row in record["settings"].items()
+    ]
+    head = ("setting", "value", "from", "meaning")
+    chosen = [row for row in rows if row[2] != "default"]
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     return (
-        f"<h2>Settings</h2>{table(('name', 'value', 'from', 'meaning'), rows)}"
+        f'<h2>Settings</h2><div class="scroll">{table(head, chosen)}</div>'
+        f'<details><summary>All settings</summary><div class="scroll">{table(head, rows)}</div></details>'
         f'<p class="dim">phoque {record["phoque"]}; {html.escape(versions)}; attention: '
         f"{html.escape(record.get('attention', ''))}; layers: {html.escape(_describe_engine(record))}</p>"
     )
