@@ -15,6 +15,7 @@ from phoque.errors import PhoqueError
 
 MAX_LISTED = 6  # names or counts that are listed; of the others, only the number
 NAME_CHARACTERS = 40  # of a name from outside, in a list
+SPEED_PERIOD_S = 1800.0  # steps may take a minute; rich forgets the speed after 30 seconds
 LOG_EVERY_S = 5.0  # seconds between progress lines when stderr is not a terminal
 
 
@@ -86,7 +87,7 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Progress(*columns, console=self._rich_console()) as bar:
+        with Progress(*columns, console=self._rich_console(), speed_estimate_period=SPEED_PERIOD_S) as bar:
             task = bar.add_task("", total=total, completed=done)
             self._live = bar.console
             try:

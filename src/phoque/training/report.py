@@ -106,7 +106,7 @@ def _render_curves(metrics: list[dict[str, Any]]) -> str:
         ("tokens per second", [series("tokens/s", "tokens_per_s")]),
         ("memory, GB", [series("memory", memory)]),
     ]
-    shown = [(caption, series) for caption, series in plots if any(len(s.points) > 1 for s in series)]
+    shown = [(caption, series) for caption, series in plots if any(len(s.points) > 2 for s in series)]
     figures = "".join(figure(caption, line_plot(series, "step")) for caption, series in shown)
     return f'<h2>Training</h2><div class="grid2">{figures}</div>'
 
