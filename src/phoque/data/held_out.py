@@ -44,7 +44,7 @@ class HeldOut:
     """Which rows are not trained on: those whose key is at most `threshold` or in `keys`, and those that nearly repeat
     a held-out row, whose sketches are `sketches`.
 
-    `exact` compares messages as they are, and nothing else: the rule of runs that were begun before 0.2.
+    `exact` compares messages as they are, and nothing else: the rule of runs that were begun before data_rules 2.
     """
 
     threshold: str = ""

@@ -79,7 +79,7 @@ class Row:
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def exact_key(self) -> str:
-        """The key of runs that were begun before 0.2: a hash of the messages as they are."""
+        """The key of runs that were begun before data_rules 2: a hash of the messages as they are."""
         return hashlib.blake2b(json.dumps(self.messages, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -130,7 +130,7 @@ def scan_dataset(
     """Read up to MAX_SCANNED_ROWS rows once, in order.
 
     Held-out rows are rows of `evaluation`, a split of its own, if there is one. `exact_keys` is the rule of runs that
-    were begun before 0.2.
+    were begun before data_rules 2.
 
     Raises UsageError if the share of bad rows is above `max_bad`, or all rows are bad.
     """

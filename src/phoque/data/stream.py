@@ -239,7 +239,7 @@ class _Reader:
 
 
 def _convert_start(position: _Position) -> dict[str, Any] | None:
-    """Where a window begins, in a state of any version: versions before 0.2 wrote a state of `datasets`."""
+    """Where a window begins, in a state of any version: older versions wrote a state of `datasets`."""
     start = position.start
     if start is None or "file" in start:
         return start
