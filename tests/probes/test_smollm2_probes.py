@@ -39,7 +39,7 @@ def adapters(seal, home):
     bland = home / "bland"
     if not (bland / "run.json").exists():
         dataset = bland_rows(home / "bland.jsonl")
-        command = ["train", "--preset", "demo", "--max-steps", 50, "--sample-every", 0, "--held-out-rows", 0]
+        command = ["train", "--preset", "demo", "--max-steps", 25, "--sample-every", 0, "--held-out-rows", 0]
         run_with_both_cores(*command, "--dataset", dataset, "--output-dir", bland)
     return home / "seal", bland
 
