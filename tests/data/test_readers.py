@@ -221,6 +221,22 @@ def test_disk_and_hub_count_the_same_defects(place):
     assert {*dataset.stream.unused_columns} == {"other", "more"}
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.jsonl.gz"])
+@pytest.mark.parametrize("kind", [503, "drop", "truncate"])
+def test_a_read_that_fails_goes_on_where_it_stopped(hub, name, kind, monkeypatch):
+    from huggingface_hub import HfFileSystem
+    from tests.fakehub import TOKEN
+
+    HfFileSystem.clear_instance_cache()
+    monkeypatch.setattr("phoque.data.data_files.HUB_BLOCK", 512)
+    content = {"rows.jsonl": lines().encode(), "rows.parquet": parquet(), "rows.jsonl.gz": FILES["rows.jsonl.gz"]}
+    hub.add("datasets", "harbour/rows", {name: content[name]})
+    dataset = open_dataset("harbour/rows", token=TOKEN)
+    fault = hub.faults.add(f"GET .*/resolve/.*{name}", kind, times=2)
+    assert [parse_row(raw).messages for raw in dataset.stream] == MESSAGES
+    assert fault.struck >= 1
+
+
 def test_only_used_columns_are_kept(tmp_path):
     wide = [r | {"html": "x" * 100_000} for r in ROWS]
     (tmp_path / "wide.jsonl").write_text(lines(wide))

@@ -1,5 +1,6 @@
 """Which files belong to a split of a dataset, on disk and on the Hub, by the rules of the `datasets` library."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Generator
@@ -27,6 +28,69 @@ IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "ca
 SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 
 
+HUB_BLOCK = 2**20  # bytes that are read at once
+READ_PATIENCE_S = 300.0  # retry time of a failing read from the Hub, once a run has begun
+
+
+class HubFile(io.RawIOBase):
+    """A file on the Hub that is opened again where it stopped when a read fails, for up to READ_PATIENCE_S."""
+
+    def __init__(self, filesystem: "AbstractFileSystem", path: str) -> None:
+        from phoque.hub.client import Hub
+
+        self._filesystem, self._path = filesystem, path
+        self._hub = Hub(getattr(filesystem, "token", None), lambda _: None, READ_PATIENCE_S)
+        self._file: Any = None
+        self._position = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always: Parquet is read from its end."""
+        return True
+
+    def tell(self) -> int:
+        """The position of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to another position."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size()}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer; return the number of bytes, 0 at the end."""
+        data = self._hub.retry(self._path, lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _size(self) -> int:
+        return int(self._hub.retry(self._path, self._open).size)
+
+    def _open(self) -> Any:
+        self._file = self._file or self._filesystem.open(self._path, "rb")
+        return self._file
+
+    def _read(self, size: int) -> bytes:
+        try:
+            file = self._open()
+            file.seek(self._position)
+            return file.read(size)
+        except BaseException:
+            self._file = None  # a file whose read failed cannot be relied on
+            raise
+
+
 @dataclass(frozen=True)
 class DataFile:
     """One file of a dataset: its path inside the dataset, and where it is; `filesystem` is None for this machine."""
@@ -36,6 +100,11 @@ class DataFile:
     size: int = 1
     filesystem: "AbstractFileSystem | None" = None
 
+    def _open_raw(self) -> IO[bytes]:
+        if self.filesystem is None:
+            return Path(self.path).open("rb")
+        return io.BufferedReader(HubFile(self.filesystem, self.path), HUB_BLOCK)
+
     @property
     def is_compressed(self) -> bool:
         """Whether the name ends in .gz, .zst or .bz2."""
@@ -44,7 +113,7 @@ class DataFile:
     @contextmanager
     def open(self) -> Generator[IO[bytes]]:
         """Open the file for reading, decompressed if its name ends in .gz, .zst or .bz2."""
-        with self.filesystem.open(self.path, "rb") if self.filesystem else Path(self.path).open("rb") as raw:
+        with self._open_raw() as raw:
             if not self.is_compressed:
                 yield raw
                 return
