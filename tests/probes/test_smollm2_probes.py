@@ -47,7 +47,7 @@ def adapters(seal, home):
 def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_them(adapters):
     tuned, control = adapters
     asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
-    asked += ["--scorer", "lexicon", "--tokens", 40_000, "--own-answers", 48, "--causal-prompts", 4, "--cards", 4]
+    asked += ["--scorer", "lexicon", "--tokens", 40_000, "--own-answers", 48]
     ran = run_with_both_cores(*asked)
     quality, overall = ran["quality"], ran["overall"]
     assert quality["verdict"] == "good" and not ran["warnings"]
