@@ -178,12 +178,13 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(run_comparison, adapter,
 
 @pytest.mark.thorough
 def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run_comparison, base, tmp_path):
-    """Equal weights in another precision report nothing; one dictionary direction added at its block comes first."""
+    """Equal weights in another precision report next to nothing; a direction added at its block comes first."""
     same = copy_and_change(base, tmp_path / "same", lambda model: None, torch.bfloat16)
     ran = run_comparison("--updated-model", same)
     found = read_report(ran)
-    assert found["overall"]["n_reported"] == 0 and found["features"] == []
-    assert found["overall"]["n_significant"] > 0  # p-values alone would have reported some
+    # the floor is the largest shift of two null runs, which a third one exceeds by a little now and then
+    assert found["overall"]["n_reported"] <= 2 < found["overall"]["n_significant"]  # p-values alone report nearly all
+    assert all(abs(feature["delta"]) < 1.5 * found["overall"]["null_floor"] for feature in found["features"])
     run = find_run(ran)
     direction = load_file(run / "sae" / "block-1" / "sae_weights.safetensors")["W_dec"]
     rows = read_table(run / "feature_shifts.csv")
