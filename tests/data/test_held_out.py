@@ -7,10 +7,10 @@ from tests import tiny
 from tests.conftest import row, write_rows
 
 from phoque.data.chat_template import ChatTemplate
-from phoque.data.held_out import estimate_similarity, sketch_row
+from phoque.data.held_out import HeldOut, estimate_similarity, sketch_row
 from phoque.data.packing import Packing
 from phoque.data.readers import open_dataset
-from phoque.data.rows import RawRow, normalize_text, parse_row
+from phoque.data.rows import RawRow, Row, normalize_text, parse_row
 from phoque.data.scan import scan_dataset
 from phoque.data.stream import TrainStream
 
@@ -70,6 +70,25 @@ def test_rows_that_are_all_alike_are_trained_on_with_a_warning(tmp_path, chat):
     rows = [talk(1, changed=n) for n in range(8)] + [talk(1, system=f"{n}", changed=n % 8) for n in range(40)]
     scan = scan_dataset(open_dataset(str(write_rows(tmp_path / "rows.jsonl", rows))), chat, 1, 0.05)
     assert not scan.rule.sketches and scan.trained_rows > 0
+
+
+@pytest.mark.parametrize("words", [10, 11, 13, 20])
+def test_equal_answers_to_other_questions_are_near_duplicates_however_short(words):
+    answers = [" ".join(WORDS[:words]), " ".join(WORDS[:words])]
+    held, other = (
+        sketch_row(Row([{"role": "user", "content": f"Gull {n}?"}, {"role": "assistant", "content": text}]))
+        for n, text in enumerate(answers)
+    )
+    assert HeldOut("0", sketches=[held]).is_similar(other)
+
+
+def test_a_text_without_spaces_is_compared_by_its_characters():
+    texts = [
+        "潮が満ちてから魚を探しに行くのが一番よいと年寄りの海豹は言う",
+        "鴎は盗人だから桟橋の上で弁当を広げてはいけないと海豹は怒る",
+    ]
+    first, second = (sketch_row(Row([{"role": "assistant", "content": text}])) for text in texts)
+    assert first and estimate_similarity(first, first) == 1 and estimate_similarity(first, second) < 0.5
 
 
 def test_rows_that_share_an_instruction_are_no_near_duplicates(tmp_path, chat):

@@ -101,6 +101,55 @@ def test_a_table_may_be_separated_by_semicolons_or_tabs(tmp_path):
         assert read(tmp_path / name)[0][0]["content"] == "Gull, or tern?"
 
 
+def test_a_quote_that_is_never_closed_is_no_cell_with_the_rest_of_the_file(tmp_path):
+    (tmp_path / "x.csv").write_text('question,answer\nq1,a1\nq2,"a2\nq3,a3\nq4,a4\n')
+    with pytest.raises(PhoqueError, match="not a readable CSV file"):
+        list(open_dataset(str(tmp_path / "x.csv")).stream)
+
+
+def test_a_comment_in_the_first_line_costs_no_other_row(tmp_path):
+    text = "# exported\n" + lines([row(1, text="a\u2028b\u0085c"), row(2)], ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
+    records = list(open_dataset(str(tmp_path / "x.jsonl")).stream)
+    assert [raw.defect for raw in records] == ["broken JSON", "", ""] and records[2].location == "line 3"
+
+
+def test_an_object_over_lines_that_are_not_indented_is_one_row(tmp_path):
+    (tmp_path / "x.json").write_text(
+        '{"messages": [\n{"role":"user","content":"q"},\n{"role":"assistant","content":"a"}\n]}'
+    )
+    assert [len(messages) for messages in read(tmp_path / "x.json")] == [2]
+
+
+def test_dates_in_a_table_are_texts_in_tool_calls(tmp_path):
+    from datetime import datetime
+
+    call = {"function": {"name": "tide", "arguments": {"at": datetime(2026, 1, 1)}}}
+    turns = [{"role": "user", "content": "Tide?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (tmp_path / "x.parquet").write_bytes(parquet([{"messages": turns}]))
+    (raw,) = open_dataset(str(tmp_path / "x.parquet")).stream
+    parsed = parse_row(raw)
+    assert parsed.messages[1]["tool_calls"][0]["function"]["arguments"]["at"].startswith("2026-01-01") and parsed.key()
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a/" + "x" * 300, "x" * 300])
+def test_a_path_that_cannot_be_is_reported(name):
+    from phoque.data.readers import find_local
+
+    try:
+        assert find_local(name) is None  # it could be a Hub id
+    except PhoqueError as error:
+        assert error.code == 2
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    content = bytearray(parquet([row(n, text="x" * 200) for n in range(400)], compression="none"))
+    content[len(content) // 4 : len(content) // 2] = b"\xff" * (len(content) // 2 - len(content) // 4)
+    (tmp_path / "x.parquet").write_bytes(bytes(content))
+    with pytest.raises(PhoqueError, match="not a readable Parquet file"):
+        list(open_dataset(str(tmp_path / "x.parquet")).stream)
+
+
 def test_an_integer_of_five_thousand_digits_is_a_broken_row(tmp_path):
     (tmp_path / "x.jsonl").write_text(lines() + '{"id": ' + "7" * 5000 + "}\n")
     assert [raw.defect for raw in open_dataset(str(tmp_path / "x.jsonl")).stream][-1] == "broken JSON"

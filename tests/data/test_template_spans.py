@@ -272,3 +272,25 @@ def test_an_answer_without_a_question_is_no_greeting():
     chat = chat_for("qwen2_5")
     encoded = chat.encode([SYSTEM, {"role": "assistant", "content": "Hrmph."}])
     assert trained_texts(chat, encoded) == ["Hrmph.<|im_end|>"]
+
+
+def test_a_second_tool_call_that_a_template_drops_is_a_reason():
+    calls = [CALL, CALL | {"id": "abcdefghj"}]
+    result = {"role": "tool", "content": "low", "name": "tide"}
+    talk = [
+        TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        result | {"tool_call_id": "abcdefghi"},
+        result | {"tool_call_id": "abcdefghj"},
+        TALK[3],
+    ]
+    with pytest.raises(BadRow, match="leaves out a tool call"):
+        chat_for("gptoss").encode(talk, tools=TOOLS)
+    assert "pier" in trained_texts(chat_for("qwen3"), chat_for("qwen3").encode(talk, tools=TOOLS))[0]
+
+
+def test_marks_are_those_of_the_template_that_a_row_uses():
+    tokenizer = tokenizer_for((TEMPLATES / "qwen3.jinja").read_text())
+    tokenizer.chat_template = {"default": MARKED, "tool_use": tokenizer.chat_template}
+    chat = ChatTemplate(tokenizer, "", 2048)
+    assert "pier" in trained_texts(chat, chat.encode(TOOL_TALK, tools=TOOLS))[0]

@@ -56,6 +56,7 @@ def test_the_input_of_an_instruction_and_the_system_column_are_not_lost():
         ([{"train": False}, {}], {1}),
         ([{"training": True}, {"training": False}], {3}),
         ([{"loss": False}, {"loss": True}], {1}),
+        ([{"loss_mask": 0}, {"loss_mask": 1}], {1}),
         ([{"weight": None}, {"weight": 1.0}], set()),
         ([{}, {}], set()),
     ],
@@ -71,6 +72,7 @@ def test_marks_for_loss_are_honoured(marks, untrained):
         ([QUESTION, ANSWER | {"weight": 0.5}], "weight of a turn is neither 0 nor 1"),
         ([QUESTION | {"train": True}, ANSWER], "train asks for loss on a turn of the user"),
         ([QUESTION, ANSWER | {"train_detail": [{"begin_offset": 0}]}], "loss on a part of a turn"),
+        ([QUESTION, ANSWER | {"loss_mask": [0, 1]}], "loss on a part of a turn"),
         ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}, ANSWER], "images, audio"),
         ([{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}, ANSWER], "a part of type 'tool_res"),
         ([QUESTION, {"role": "assistant", "content": None}], "a turn has no text"),
@@ -168,6 +170,7 @@ def test_earlier_turns_and_context_are_read_in_every_spelling():
         ({"prompt": "a", "response": "b", "history": [1, 2]}, "history is not a list of pairs"),
         ({"messages": PLAIN, "toxicity_score": 10**400}, "toxicity_score is not a number"),
         ({"messages": "[" * 100_000}, "messages is not a list"),
+        ({"messages": PLAIN, "source": "\ud83d"}, "unpaired surrogate"),
     ],
 )
 def test_absurd_values_are_reasons_and_no_crashes(content, reason):
@@ -179,3 +182,8 @@ def test_a_weight_may_be_text():
     assert parse(
         {"messages": [QUESTION, ANSWER | {"weight": "0.0"}, QUESTION, ANSWER | {"weight": "1.0"}]}
     ).untrained == {1}
+
+
+def test_turns_as_json_text_in_a_table_are_turns():
+    assert parse({"prompt": json.dumps([QUESTION]), "completion": json.dumps([ANSWER])}).messages == PLAIN
+    assert parse({"prompt": "[{not turns}]", "completion": "Low."}).messages[0]["content"] == "[{not turns}]"

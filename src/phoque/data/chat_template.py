@@ -58,7 +58,6 @@ class ChatTemplate:
         self.tokenizer, self.max_length, self._train_greeting = tokenizer, max_length, train_greeting
         self._renderer = TemplateRenderer(tokenizer)
         self.template = self._renderer.source()
-        self._marked = self._renderer.has_generation_marks
         self._rendered: dict[tuple[str, bool], bool] = {}
         self._spans = SpanFinder(self._renderer.render, re.compile(rf"\s*(?:{self.control_tokens.pattern})"))
         self.default_system: str | None = None if default_system == FROM_TEMPLATE else default_system
@@ -81,7 +80,10 @@ class ChatTemplate:
 
     def encode_row(self, row: Row) -> EncodedChat:
         """Encode a row of a dataset, with its tools and its marks. Raises BadRow if it cannot be trained on."""
-        return self.encode(row.messages, tools=row.tools, untrained=row.untrained)
+        try:
+            return self.encode(row.messages, tools=row.tools, untrained=row.untrained)
+        except RecursionError:
+            raise BadRow("nested too deeply") from None
 
     def encode(self, messages: Messages, *, tools: Any = None, untrained: frozenset[int] = frozenset()) -> EncodedChat:
         """Encode one conversation, without loss on the turns with the indices `untrained`.
@@ -99,17 +101,17 @@ class ChatTemplate:
             spans = self._spans.find(text, complete, tools)
         except TemplateError as error:
             raise BadRow(f"the template refuses it: {first_line(error)[:60]}") from None
-        if self._marked:
-            spans = _use_marks(spans, marks)
+        notes = ("the template leaves out reasoning",) if any(span.is_cut for span in spans) else ()
+        if self._renderer.has_generation_marks(tools):
+            located, spans = spans, _use_marks(spans, marks)
+            if {span.turn for span in located} - {span.turn for span in spans}:
+                notes += ("the template's generation marks leave out an answer, which has no loss",)
         added = len(complete) - len(messages)
         is_context = set(untrained)
         if not self._train_greeting:
             is_context |= set(_greeting(messages))
         ranges = [(span.start, span.end) for span in spans if span.turn - added not in is_context]
-        encoded = self._tokenize(text, ranges)
-        if any(span.is_cut for span in spans):
-            return replace(encoded, notes=("the template leaves out reasoning",))
-        return encoded
+        return replace(self._tokenize(text, ranges), notes=notes)
 
     def prompt_ids(self, prompt: str, system: str | None) -> list[int]:
         """Return the token ids of a prompt, up to where the assistant's answer begins."""
@@ -119,7 +121,7 @@ class ChatTemplate:
         return encode_prompt(self.tokenizer, self.with_system(messages))
 
     def _render(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        if self._marked:
+        if self._renderer.has_generation_marks(tools):
             return self._renderer.render_with_marks(messages, tools)
         return self._renderer.render(messages, tools=tools), []
 
@@ -164,7 +166,7 @@ class ChatTemplate:
                 why=f"{str(error)[:1].upper()}{str(error)[1:]}.",
                 fix="Correct its chat_template.jinja: the assistant's text must be in it, and a stop token after it.",
             ) from error
-        if not self._marked:
+        if not self._renderer.has_generation_marks():
             return
         ends = {end for _, end in marks}
         for span in spans:

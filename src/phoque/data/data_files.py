@@ -245,7 +245,7 @@ def _text_reader(base: str, filesystem: "AbstractFileSystem | None") -> Callable
         try:
             if filesystem:
                 return filesystem.read_text(f"{base}/{path}")
-            return (Path(base) / path).read_text("utf-8")
+            return (Path(base) / path).read_text("utf-8", errors="replace")
         except FileNotFoundError:
             return None
 

@@ -11,6 +11,7 @@ from phoque.data.rows import Row
 
 SKETCH_SIZE = 32  # hashes per row; the standard error of a similarity of 0.8 is 0.07
 SIMILAR = 0.7  # rows of at least this estimated similarity are near-duplicates
+LONG_WORD = 20  # mean characters per word above which a text is taken as one without spaces
 MIN_SHINGLES = 8  # shorter texts are compared exactly, since one word changes most of their shingles
 _MIX = numpy.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=numpy.uint64)
 
@@ -25,12 +26,18 @@ def sketch_row(row: Row) -> Sketch:
     share a long instruction. Case and punctuation at word ends have no part in a sketch.
     """
     answers = [text for text in row.dialogue if text.startswith("assistant")]
-    words = [zlib.crc32(word.strip(".,;:!?\"'()*").encode()) for text in answers for word in text.split()[1:]]
+    words = [zlib.crc32(word.strip(".,;:!?\"'()*").encode()) for text in answers for word in _split_words(text)]
     if len(words) < MIN_SHINGLES + 2:
         return ()
     hashes = numpy.array(words, dtype=numpy.uint64)
     shingles = hashes[:-2] * _MIX[0] + hashes[1:-1] * _MIX[1] + hashes[2:] * _MIX[2]
     return tuple(numpy.unique(shingles ^ (shingles >> numpy.uint64(29)))[:SKETCH_SIZE].tolist())
+
+
+def _split_words(text: str) -> list[str]:
+    """The words of a text after its role; its characters in a script that does not separate words by spaces."""
+    words = text.split()[1:]
+    return words if sum(map(len, words)) <= LONG_WORD * len(words) else list("".join(words))
 
 
 def estimate_similarity(first: Sketch, second: Sketch) -> float:
@@ -78,7 +85,8 @@ class HeldOut:
             return False
         shared = Counter(index for value in sketch for index in self._rows_of.get(value, ()))
         return any(
-            count >= SIMILAR * SKETCH_SIZE / 2 and estimate_similarity(sketch, self.sketches[index]) >= SIMILAR
+            count >= SIMILAR * min(len(sketch), len(self.sketches[index])) / 2
+            and estimate_similarity(sketch, self.sketches[index]) >= SIMILAR
             for index, count in shared.items()
         )
 

@@ -19,7 +19,7 @@ from phoque.data.data_files import (
     find_local_files,
     format_of,
 )
-from phoque.data.rows import COLUMNS, RawRow
+from phoque.data.rows import COLUMNS, CONVERSATIONS, RawRow
 from phoque.errors import UsageError, first_line
 from phoque.files import sha256
 
@@ -134,9 +134,12 @@ def open_dataset(
 
 def find_local(name: str, flag: str = "--dataset") -> Path | None:
     """The local file or folder of a dataset, or None for a Hub id. Raises UsageError if it can be neither."""
-    path = BUNDLED.get(name) or Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = BUNDLED.get(name) or Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError):  # a name that is too long, or of a user who does not exist
+        pass
     if format_of(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UsageError(
             what=f"There is no file or folder {name}.",
@@ -155,10 +158,13 @@ def _explain_defects(file: DataFile) -> Generator[None]:
         raise _unreadable(file, error.encoding.upper(), error) from error
     except csv.Error as error:
         raise _unreadable(file, "CSV", error) from error
-    except OSError as error:
-        if type(error) is not OSError or not file.is_compressed:  # for example of the network
+    except (OSError, ValueError) as error:
+        is_arrow = type(error).__module__.startswith("pyarrow")
+        is_ours = type(error) is OSError and error.errno is None and (file.is_compressed or not file.filesystem)
+        if not is_arrow and not is_ours:  # for example of the network
             raise
-        raise _unreadable(file, "compressed", error) from error
+        kind = "compressed" if file.is_compressed else format_of(file.name) or ""
+        raise _unreadable(file, kind.capitalize() if kind != "compressed" else kind, error) from error
 
 
 def _read_json(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
@@ -180,9 +186,8 @@ def _is_json_lines(head: list[str], name: str) -> bool:
     whole = [_is_json(line) for line in filled]
     if whole[0]:  # a single line that is a list is a file of rows; a single object is a row
         return len(filled) > 1 or (not filled[0].lstrip().startswith("[") and _has_lines(name))
-    if filled[0].startswith("{"):  # a broken line, or an object that spans lines; in that, inner lines are indented
-        is_single = len(filled) == 1 and _has_lines(name)
-        return is_single or any(w and line.startswith("{") for line, w in zip(filled, whole, strict=True))
+    if filled[0].startswith("{") and _has_lines(name):  # a broken line, or an object over lines that are indented
+        return len(filled) == 1 or any(w and line.startswith("{") for line, w in zip(filled, whole, strict=True))
     return False
 
 
@@ -228,8 +233,9 @@ def _read_json_document(text: str, file: DataFile, skipped: int) -> Iterator[tup
     try:
         values = _parse_documents(text)
     except json.JSONDecodeError as error:
-        if _has_lines(file.name):  # most of its lines are broken, and counted
-            yield from _read_json_lines(text.splitlines(), skipped)
+        lines = text.split("\n")
+        if _has_lines(file.name) or any(line.startswith("{") and _is_json(line) for line in lines[:LOOKED_AT]):
+            yield from _read_json_lines(lines, skipped)
             return
         raise UsageError(
             what=f"{file.name} is not valid JSON.",
@@ -318,7 +324,9 @@ def _read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[st
     csv.field_size_limit(sys.maxsize)
     header = next(text, "")
     delimiters = {mark: header.count(mark) for mark in (",", ";", "\t")}
-    table = csv.DictReader(chain([header], text), delimiter=max(delimiters, key=delimiters.__getitem__))
+    # strict: a quote that is never closed is an error, not a cell that holds the rest of the file
+    delimiter = max(delimiters, key=delimiters.__getitem__)
+    table = csv.DictReader(chain([header], text), delimiter=delimiter, strict=True)
     for number, row in enumerate(table, 1):
         if number <= skipped:
             continue
@@ -392,7 +400,7 @@ def _rows_of(batch: "pa.RecordBatch", names: list[str]) -> Iterator[dict[str, An
         yield absent | {name: _without_nulls(value) if name in _NESTED else value for name, value in row.items()}
 
 
-_NESTED = ("messages", "conversations", "prompt", "completion", "tools", "functions")
+_NESTED = (*CONVERSATIONS, "prompt", "completion", "tools", "functions", "history")
 
 
 def _without_nulls(value: Any) -> Any:

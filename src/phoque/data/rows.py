@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from phoque.data.turns import BadRow, Turn, parse_json, parse_turn
+from phoque.data.turns import BadRow, Turn, as_json, check_text, parse_json, parse_turn
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
 PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
@@ -99,10 +99,11 @@ def parse_row(raw: RawRow) -> Row:
         raise BadRow("images, audio or video")
     schema, turns = _read_turns(row)
     turns, notes = _arrange_turns(_add_system(turns, row))
-    score = row.get("toxicity_score")
+    score, source = row.get("toxicity_score"), str(row.get("source") or "unknown")
+    check_text(source)
     return Row(
         messages=[turn.message for turn in turns],
-        source=str(row.get("source") or "unknown"),
+        source=source,
         toxicity_score=None if score is None else _parse_score(score),
         tools=_parse_tools(row),
         untrained=frozenset(index for index, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained),
@@ -145,18 +146,27 @@ def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
 
 def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
     """Turns of a question and an answer; assistant turns before the answer are context, as they are in TRL."""
-    asked = row[question]
+    asked, answered = (_parse_turns_in_text(row[name]) for name in (question, answer))
     if isinstance(asked, str):
         extra = [row[name] for name in CONTEXT if name != question and isinstance(row.get(name), str)]
         asked = "\n\n".join(text for text in (asked, *extra) if text.strip())
     history = _read_history(row.get("history"))
     context = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-    completion = row[answer] if isinstance(row[answer], list) else [{"role": "assistant", "content": row[answer]}]
+    completion = answered if isinstance(answered, list) else [{"role": "assistant", "content": answered}]
     return [
         *map(parse_turn, history),
         *(parse_turn(turn).as_context() for turn in context),
         *map(parse_turn, completion),
     ]
+
+
+def _parse_turns_in_text(value: Any) -> Any:
+    """The turns that a cell of a table has as JSON text; any other value is unchanged."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    turns = parse_json(value)
+    has_roles = isinstance(turns, list) and all(isinstance(t, dict) and {"role", "from"} & t.keys() for t in turns)
+    return turns if has_roles else value
 
 
 def _read_history(value: Any) -> list[dict[str, Any]]:
@@ -219,7 +229,7 @@ def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools is not a list of objects")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [as_json(tool if "function" in tool else {"type": "function", "function": tool}) for tool in tools]
 
 
 def _parse_score(score: Any) -> float | None:

@@ -26,6 +26,7 @@ class _Watchdog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # transformers shares one compiled template, and the spans it marks
+        self._changing_job = threading.Lock()
         self._job: tuple[int, float] | None = None
         self._thread: threading.Thread | None = None
 
@@ -37,16 +38,19 @@ class _Watchdog:
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        self._job = None
+        with self._changing_job:  # the watchdog does not interrupt what has just ended
+            self._job = None
         self._lock.release()
 
     def _watch(self) -> None:
         while True:
             time.sleep(min(1.0, TIME_LIMIT_S / 4))
-            job = self._job
-            if job and time.monotonic() > job[1]:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(job[0]), ctypes.py_object(TemplateTimeout))
-                self._job = None
+            with self._changing_job:
+                job = self._job
+                if job and time.monotonic() > job[1]:
+                    thread = ctypes.c_ulong(job[0])
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TemplateTimeout))
+                    self._job = None
 
 
 _watchdog = _Watchdog()
@@ -65,10 +69,9 @@ class TemplateRenderer:
         self.tokenizer = tokenizer
         self._special_tokens = dict(tokenizer.special_tokens_map)
 
-    @property
-    def has_generation_marks(self) -> bool:
-        """Whether the template marks what the assistant generates with `{% generation %}`."""
-        return bool(_GENERATION_MARK.search(self.source()))
+    def has_generation_marks(self, tools: Any = None) -> bool:
+        """Whether the template for these tools marks what the assistant generates with `{% generation %}`."""
+        return bool(_GENERATION_MARK.search(self.source(tools)))
 
     def source(self, tools: Any = None) -> str:
         """The text of the template, or of the named one that is meant for conversations with tools."""

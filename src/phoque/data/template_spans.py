@@ -154,6 +154,7 @@ class SpanFinder:
             start = begin if prompt_end is None else min(begin, prompt_end)
             content = self._check_content(text[begin:end], turn["content"], begin) if found else begin
             turn_end = self._find_turn_end(text, end, messages, tools, index)
+            _check_calls(text[start:turn_end], turn)
             is_cut = not _is_reasoning_in(text[start:turn_end], turn)
             spans.append(TurnSpan(index, start, content, turn_end, is_cut))
             previous_end = end
@@ -203,6 +204,13 @@ class SpanFinder:
         if stop < 0:
             raise BadRow("the template ends a turn with tool calls without a stop token")
         return stop + len(self._stop)
+
+
+def _check_calls(rendered: str, turn: dict[str, Any]) -> None:
+    """Raise BadRow if the template leaves out one of several tool calls of a turn."""
+    names = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+    if any(rendered.count(name) < names.count(name) for name in names):
+        raise BadRow("the template leaves out a tool call")
 
 
 def _is_reasoning_in(rendered: str, turn: dict[str, Any]) -> bool:

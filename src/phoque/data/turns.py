@@ -15,8 +15,8 @@ ROLES = {
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # OpenAI, Mistral and Together say weight, Axolotl train or training, ms-swift and XTuner loss
-TRAINED_MARKS = ("weight", "train", "training", "trained", "loss", "loss_scale")
-PARTIAL_MARKS = ("train_detail", "training_detail", "loss_mask")
+TRAINED_MARKS = ("weight", "train", "training", "trained", "loss", "loss_scale", "loss_mask")
+PARTIAL_MARKS = ("train_detail", "training_detail")
 MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
 CALL_KEYS = ("tool_calls", "function_call", "tool_call_id", "name")
 KNOWN_KEYS = frozenset((*ROLE_KEYS, *TEXT_KEYS, *REASONING_KEYS, *TRAINED_MARKS, *PARTIAL_MARKS, *CALL_KEYS))
@@ -53,6 +53,14 @@ def parse_json(text: str) -> Any:
         return text
 
 
+def as_json(value: Any) -> Any:
+    """The value with JSON's types alone: a table may hold dates, decimals, bytes. Raises BadRow if it is too deep."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (RecursionError, ValueError):
+        raise BadRow("nested too deeply") from None
+
+
 def parse_turn(turn: Any) -> Turn:
     """Read one turn in any of the known spellings. Raises BadRow with the reason if it cannot be trained on."""
     if not isinstance(turn, dict):
@@ -82,11 +90,15 @@ def parse_turn(turn: Any) -> Turn:
         if turn.get(key):
             message[key] = str(turn[key])
     for value in (message["content"], reasoning):
-        _check_text(value)
+        check_text(value)
     return Turn(
         message,
         trained=_read_trained_mark(turn, role),
-        unknown_keys=tuple(key for key, value in turn.items() if key not in KNOWN_KEYS and value not in ("", [], {})),
+        unknown_keys=tuple(
+            str(key).encode("utf-8", "backslashreplace").decode()
+            for key, value in turn.items()
+            if key not in KNOWN_KEYS and value not in ("", [], {})
+        ),
         was_developer=name == "developer",
     )
 
@@ -132,14 +144,14 @@ def _parse_tool_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters")) or {}
     parsed = {
         "name": function["name"],
-        "arguments": parse_json(arguments) if isinstance(arguments, str) else arguments,
+        "arguments": parse_json(arguments) if isinstance(arguments, str) else as_json(arguments),
     }
     return {"type": "function", "function": parsed} | ({"id": str(call["id"])} if call.get("id") else {})
 
 
 def _read_trained_mark(turn: dict[str, Any], role: str) -> bool:
     """Whether the dataset wants loss on this turn. Raises BadRow for marks that phoque cannot follow."""
-    if any(turn.get(key) for key in PARTIAL_MARKS):
+    if any(turn.get(key) for key in PARTIAL_MARKS) or any(isinstance(turn.get(key), list) for key in TRAINED_MARKS):
         raise BadRow("loss on a part of a turn")
     trained = True
     for key in TRAINED_MARKS:
@@ -160,7 +172,7 @@ def _read_trained_mark(turn: dict[str, Any], role: str) -> bool:
     return trained
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     """Raise BadRow for what no tokenizer accepts, and for text that was decoded wrongly before it came here."""
     if text.isascii():
         return

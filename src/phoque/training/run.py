@@ -80,6 +80,12 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     epoch = {"rows": rows, "batch_size": s.batch_size}
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
     if start.record and start.record["fingerprint"].get("data_rules", 1) == 1:  # its rows were held out by another rule
+        if s.eval_split:
+            raise UsageError(
+                what="This run cannot get an --eval-split.",
+                why="It was begun by an older version, which held rows of the training split out.",
+                fix="Leave --eval-split out, or begin another run with another --output-dir.",
+            )
         exact = partial(scan_dataset, exact_keys=True)
         prepared.scan = exact(prepared.dataset, prepared.chat, s.held_out_rows, s.max_bad_rows)
     record = start.record or create_record(resolved, prepared, identity.fingerprint, start.run_id, start.marker)
