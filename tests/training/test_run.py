@@ -402,6 +402,19 @@ def test_a_length_beyond_the_model_is_refused(phoque, tiny_llama, rows):
     assert "--max-length 4096" in what and "2,048 positions" in why and "--max-length 2048" in fix
 
 
+def test_too_many_bad_rows_after_the_scan_stop_the_run_with_a_save(phoque, tiny_llama, tmp_path):
+    from tests.conftest import row, write_rows
+
+    rows = [row(n) if n < 200 or n % 3 else row(messages=[]) for n in range(3000)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    few = "import phoque.data.scan as a, phoque.data.stream as b; a.MAX_SCANNED_ROWS = 200; b.MIN_JUDGED_ROWS = 100"
+    arguments = ["train", "--base-model", tiny_llama, "--dataset", path, *SMALL, "--max-steps", 400]
+    ran = phoque(*arguments, "--save-steps", 1000, "--output-dir", "run", expect=2, prelude=few)
+    assert "after the scanned part" in ran.error[0] and "--max-bad-rows" in ran.error[2]
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (saved / "MANIFEST.json").is_file() and int(saved.name.rpartition("-")[2]) < 400
+
+
 def test_a_truncated_weight_file_is_named(phoque, tmp_path, tiny_llama, rows):
     import shutil
 

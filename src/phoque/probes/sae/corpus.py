@@ -137,7 +137,14 @@ def _open_documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
         return f"the documentation of Python {python_version()}", iter(topics.values())
     path = Path(name).expanduser()
     if path.suffix == ".txt" and path.is_file():
-        text = path.read_text("utf-8", errors="replace")
+        try:
+            text = path.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                what=f"{path} is not UTF-8.",
+                why=str(error),
+                fix=f"Convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > converted.txt",
+            ) from error
         return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}", iter([text])
     dataset = open_dataset(*parse_split(name), None, token, columns=frozenset(["text"]))
     return f"{name}@{dataset.revision[:12]}", _iter_text_column(dataset)
