@@ -52,3 +52,16 @@ def test_new_records_have_the_keys_of_old_ones(old_run, phoque):
     assert new["fingerprint"].keys() >= old["fingerprint"].keys()
     manifest = json.loads((old_run / "checkpoint-6" / "MANIFEST.json").read_text())["sha256"]
     assert json.loads(Path("again/checkpoint-8/MANIFEST.json").read_text())["sha256"].keys() == manifest.keys()
+
+
+def test_a_fresh_start_of_an_older_version_is_recognized(old_run):
+    """A Job that is submitted again must continue, and not delete its progress because a setting is new."""
+    from phoque.settings.train import TrainSettings
+    from phoque.training.fingerprint import update_record
+    from phoque.training.resume import _learning_settings
+
+    asked = _learning_settings(TrainSettings(packing="exact"))
+    newer = ("greeting", "eval_split")
+    marker = {"id": "x", "asked": {name: value for name, value in asked.items() if name not in newer}}
+    record = json.loads((old_run / "run.json").read_text()) | {"fresh_start": marker}
+    assert update_record(record)["fresh_start"]["asked"] == asked

@@ -2,7 +2,6 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -89,8 +88,3 @@ class HeldOut:
             and estimate_similarity(sketch, self.sketches[index]) >= SIMILAR
             for index, count in shared.items()
         )
-
-
-def find_similar(sketches: Sequence[Sketch], held_out: HeldOut) -> int:
-    """The number of rows that are near-duplicates of held-out rows."""
-    return sum(held_out.is_similar(sketch) for sketch in sketches)

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
-from phoque.data.held_out import HeldOut, Sketch, find_similar, sketch_row
+from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset
 from phoque.data.rows import RawRow, Row, describe_expected_columns, parse_row
 from phoque.data.turns import BadRow
@@ -55,7 +55,6 @@ class DatasetScan:
     trained_tokens: int = 0
     scores: list[float] = field(default_factory=list)
     digest: str = ""
-    exact_digest: str = ""
     held_out: list[tuple[Row, EncodedChat]] = field(default_factory=list)
     rule: HeldOut = field(default_factory=HeldOut)
     copies: int = 0
@@ -136,7 +135,7 @@ def scan_dataset(
     """
     scan = DatasetScan()
     rule = HeldOut(exact=exact_keys)
-    digest, exact_digest = hashlib.sha256(), hashlib.sha256()
+    digest = hashlib.sha256()
     smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest key is on top
     candidates: set[str] = set()  # the keys in the heap: a row and its copies are one candidate
     keys: list[str] = []
@@ -156,7 +155,6 @@ def scan_dataset(
             continue
         key = rule.key(row)
         digest.update(key.encode())
-        exact_digest.update(row.exact_key().encode())
         _count_good(scan, raw, row, encoded)
         if evaluation is None and (exact_keys or key not in candidates):
             heapq.heappush(smallest, (-int(key, 16), scan.rows, row, encoded))
@@ -173,7 +171,7 @@ def scan_dataset(
         max_held_out = (len(set(keys)) if keys else scan.good) // 10
         ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, max_held_out)]
         scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
-    scan.digest, scan.exact_digest = digest.hexdigest()[:40], exact_digest.hexdigest()[:40]
+    scan.digest = digest.hexdigest()[:40]
     held_keys = sorted(rule.key(row) for row, _ in scan.held_out)
     if evaluation:
         scan.rule = HeldOut(keys=frozenset(held_keys))
@@ -191,7 +189,7 @@ def _exclude_similar_rows(scan: DatasetScan, keys: list[str], sketches: list[Ske
     near = HeldOut(scan.rule.threshold, sketches=held, keys=scan.rule.keys)
     scan.copies = sum(map(near.holds, keys))
     others = [sketch for key, sketch in zip(keys, sketches, strict=True) if not near.holds(key)]
-    scan.similar = find_similar(others, near)
+    scan.similar = sum(map(near.is_similar, others))
     if scan.similar <= MAX_SIMILAR_SHARE * len(others):
         scan.rule = near
 

@@ -24,7 +24,7 @@ from phoque.training.data_summary import (
     packing_for,
 )
 from phoque.training.engine.loss import LOGITS_AT_ONCE
-from phoque.training.fingerprint import OLD_DEFAULTS, check_same_run, compute_identity
+from phoque.training.fingerprint import check_same_run, compute_identity
 from phoque.training.prepare import Prepared, open_run_repo, prepare
 from phoque.training.run_record import read_record
 
@@ -202,7 +202,7 @@ def _describe_folder(s: TrainSettings, ready: Prepared) -> str:
     if record is None:
         return f"{s.folder}, {f'holds {newest}' if newest else 'new'}"
     identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan)
-    recorded = OLD_DEFAULTS | record["fingerprint"]
+    recorded = record["fingerprint"]
     try:
         check_same_run(recorded, identity.for_record(recorded), s.allow_change)
     except UsageError as error:

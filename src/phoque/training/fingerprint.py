@@ -2,12 +2,14 @@
 
 import difflib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.readers import Dataset
-from phoque.data.scan import DatasetScan
+from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
 from phoque.models.source import Source
 from phoque.settings.train import TrainSettings
@@ -33,12 +35,7 @@ FINGERPRINT_SETTINGS = (
     "eval_split",
 )
 DATA_RULES = 2  # how rows are read and held out; 1 compared messages as they are, and knew fewer schemas
-OLD_DEFAULTS = {
-    "packing": "exact",
-    "data_rules": 1,
-    "greeting": "context",
-    "eval_split": None,
-}  # defaults of runs that are older than the setting
+OLD_SETTINGS = {"packing": "exact", "greeting": "context", "eval_split": None}  # of runs older than the setting
 OLD_VALUES = {"quantization": {"none": "fp32"}}  # what values of older records are called now
 UNCHANGEABLE = (
     "base_model",
@@ -49,8 +46,8 @@ UNCHANGEABLE = (
 
 
 def use_current_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings, or fingerprint, with values that were renamed since they were written."""
-    return {
+    """The same settings, or fingerprint, with settings that are newer, and values that were renamed since."""
+    return OLD_SETTINGS | {
         name: OLD_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
         for name, value in settings.items()
     }
@@ -58,7 +55,7 @@ def use_current_values(settings: dict[str, Any]) -> dict[str, Any]:
 
 def update_record(record: dict[str, Any]) -> dict[str, Any]:
     """A run.json of any version with the current values in its fingerprint and in its fresh-start marker."""
-    record = record | {"fingerprint": use_current_values(record["fingerprint"])}
+    record = record | {"fingerprint": {"data_rules": 1} | use_current_values(record["fingerprint"])}
     if marker := record.get("fresh_start"):
         record["fresh_start"] = marker | {"asked": use_current_values(marker["asked"])}
     return record
@@ -66,17 +63,22 @@ def update_record(record: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The fingerprint of a run under the current rules, and what it has instead under the rules of older runs."""
+    """The fingerprint of a run under the current rules; `scan_by_old_rules` scans the data as older runs did."""
 
     fingerprint: dict[str, Any]
-    exact_digest: str
+    scan_by_old_rules: Callable[[], DatasetScan]
+
+    @cached_property
+    def old_scan(self) -> DatasetScan:
+        """The scan under the rules of older runs, made only if there is such a run."""
+        return self.scan_by_old_rules()
 
     def for_record(self, recorded: dict[str, Any]) -> dict[str, Any]:
         """The fingerprint that a run of these settings has under the rules by which `recorded` was written."""
-        if recorded.get("data_rules", 1) == DATA_RULES:
+        if recorded["data_rules"] == DATA_RULES:
             return self.fingerprint
         # the digest of the template was of a text with marks in it; the revision of the base identifies the template
-        old = {"dataset_digest": self.exact_digest, "data_rules": 1, "template": recorded.get("template")}
+        old = {"dataset_digest": self.old_scan.digest, "data_rules": 1, "template": recorded.get("template")}
         return self.fingerprint | old
 
 
@@ -96,7 +98,8 @@ def compute_identity(
         "template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
         **{name: getattr(s, name) for name in FINGERPRINT_SETTINGS},
     }
-    return RunIdentity(fingerprint, scan.exact_digest)
+    old_rules = partial(scan_dataset, dataset, chat, s.held_out_rows, s.max_bad_rows, exact_keys=True)
+    return RunIdentity(fingerprint, old_rules)
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
@@ -113,7 +116,6 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str])
                 if matches and name not in UNCHANGEABLE
                 else f"Parts: {', '.join(sorted(new))}.",
             )
-    old = OLD_DEFAULTS | old
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
         raise UsageError(

@@ -14,7 +14,6 @@ from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.fingerprint import (
     FINGERPRINT_SETTINGS,
-    OLD_DEFAULTS,
     RunIdentity,
     check_same_run,
     update_record,
@@ -62,7 +61,7 @@ def find_start(
     start.on_hub = bool(remote and start.resume and start.resume.name in remote.snapshot.checkpoint_folders())
     if start.record is not None:
         start.run_id = start.record["run_id"]
-        recorded = OLD_DEFAULTS | start.record["fingerprint"]
+        recorded = start.record["fingerprint"]
         current = identity.for_record(recorded)
         check_same_run(recorded, current, s.allow_change)
         if recorded != current:  # a change that was allowed: the run is not complete any more
@@ -168,9 +167,7 @@ def _download_newer(
             raise _two_runs_error(run, remote.repo.name, local["started"], remote.marker["at"])
         if remote.final and local and local["run_id"] != remote.final["run_id"]:
             raise _two_runs_error(run, remote.repo.name, local["started"], remote.final["started"])
-        recorded = OLD_DEFAULTS | remote.final["fingerprint"] if remote.final else {}
-        current = identity.for_record(recorded)
-        if recorded == current:
+        if remote.final and remote.final["fingerprint"] == identity.for_record(remote.final["fingerprint"]):
             return local if local and "result" in local else remote.download_final(run)
         steps = [
             checkpoints.get_step(c) for c in checkpoints.list_checkpoints(run) if checkpoints.find_defect(c) is None
@@ -178,7 +175,8 @@ def _download_newer(
         newest = remote.download_newest(max(steps, default=-1), epoch)
         if newest is None:
             if remote.final and not local and not steps:  # finished by another command, and its checkpoints are gone
-                check_same_run(recorded, current, [])
+                recorded = remote.final["fingerprint"]
+                check_same_run(recorded, identity.for_record(recorded), [])
             return local
         record = checkpoints.read_record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from phoque.data.scan import DatasetScan, scan_dataset
+from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
 from phoque.errors import FAILED, Resumable, UsageError
 from phoque.models.architectures import architecture_of
@@ -25,7 +25,7 @@ from phoque.training.engine import attention
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint, merge_final
-from phoque.training.fingerprint import compute_identity
+from phoque.training.fingerprint import DATA_RULES, compute_identity
 from phoque.training.finish import (
     TrainResult,
     finish,
@@ -79,15 +79,16 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     rows = prepared.scan.trained_rows
     epoch = {"rows": rows, "batch_size": s.batch_size}
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
-    if start.record and start.record["fingerprint"].get("data_rules", 1) == 1:  # its rows were held out by another rule
+    if (
+        start.record and start.record["fingerprint"]["data_rules"] != DATA_RULES
+    ):  # its rows were held out by another rule
         if s.eval_split:
             raise UsageError(
                 what="This run cannot get an --eval-split.",
                 why="It was begun by an older version, which held rows of the training split out.",
                 fix="Leave --eval-split out, or begin another run with another --output-dir.",
             )
-        exact = partial(scan_dataset, exact_keys=True)
-        prepared.scan = exact(prepared.dataset, prepared.chat, s.held_out_rows, s.max_bad_rows)
+        prepared.scan = identity.old_scan
     record = start.record or create_record(resolved, prepared, identity.fingerprint, start.run_id, start.marker)
     write_record(folder, record)
     return Run(
