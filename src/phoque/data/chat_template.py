@@ -1,7 +1,6 @@
 """Conversations as token ids with a loss mask: ids are those of the model's own chat template, whatever it is."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,15 +8,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from phoque.data.rows import Row
-from phoque.data.template_renderer import TemplateRenderer
+from phoque.data.template_renderer import Messages, TemplateRenderer
 from phoque.data.template_spans import SpanFinder, TurnSpan
-from phoque.data.turns import BadRow
+from phoque.data.turns import BadRow, has_surrogate
 from phoque.errors import UsageError, first_line
 
 IGNORE_INDEX = -100  # torch's cross-entropy ignores this label
 FROM_TEMPLATE = "template"  # a value of --default-system: the template decides the system message
-
-Messages = Sequence[dict[str, Any]]
 
 QUESTION = {"role": "user", "content": "a b"}
 ANSWER = {"role": "assistant", "content": "c d"}
@@ -97,12 +94,12 @@ class ChatTemplate:
         self._check_extras(messages, tools)
         complete = self.with_system(messages)
         try:
-            text, marks = self._render(complete, tools)
+            text, marks = self._renderer.render_with_marks(complete, tools)
             spans = self._spans.find(text, complete, tools)
         except TemplateError as error:
             raise BadRow(f"the template refuses it: {first_line(error)[:60]}") from None
         notes = ("the template leaves out reasoning",) if any(span.is_cut for span in spans) else ()
-        if self._renderer.has_generation_marks(tools):
+        if marks is not None:
             located, spans = spans, _use_marks(spans, marks)
             if {span.turn for span in located} - {span.turn for span in spans}:
                 notes += ("the template's generation marks leave out an answer, which has no loss",)
@@ -119,11 +116,6 @@ class ChatTemplate:
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         return encode_prompt(self.tokenizer, self.with_system(messages))
-
-    def _render(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        if self._renderer.has_generation_marks(tools):
-            return self._renderer.render_with_marks(messages, tools)
-        return self._renderer.render(messages, tools=tools), []
 
     def _tokenize(self, text: str, ranges: list[tuple[int, int]]) -> EncodedChat:
         """Token ids of the text; tokens that overlap one of the character ranges carry loss."""
@@ -152,7 +144,7 @@ class ChatTemplate:
             )
         talk = [QUESTION, ANSWER, QUESTION | {"content": "e f"}, ANSWER | {"content": "g h"}]
         try:
-            text, marks = self._render(talk, None)
+            text, marks = self._renderer.render_with_marks(talk)
             spans = self._spans.find(text, talk)
         except TemplateError as error:
             raise UsageError(
@@ -166,7 +158,7 @@ class ChatTemplate:
                 why=f"{str(error)[:1].upper()}{str(error)[1:]}.",
                 fix="Correct its chat_template.jinja: the assistant's text must be in it, and a stop token after it.",
             ) from error
-        if not self._renderer.has_generation_marks():
+        if marks is None:
             return
         ends = {end for _, end in marks}
         for span in spans:
@@ -196,7 +188,7 @@ class ChatTemplate:
         """Raise BadRow for a text that would act as control tokens, or that no tokenizer accepts."""
         if match := self.control_tokens.search(text):
             raise BadRow(f"control token {match[0]!r} in text")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        if has_surrogate(text):
             raise BadRow("unpaired surrogate in text")
 
     def _check_extras(self, messages: Messages, tools: Any) -> None:

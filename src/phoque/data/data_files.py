@@ -26,8 +26,6 @@ FORMATS = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "cache-")  # files without rows
 SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
-
-
 HUB_BLOCK = 2**20  # bytes that are read at once
 READ_PATIENCE_S = 300.0  # retry time of a failing read from the Hub, once a run has begun
 
@@ -82,13 +80,11 @@ class HubFile(io.RawIOBase):
         return self._file
 
     def _read(self, size: int) -> bytes:
-        try:
-            file = self._open()
-            file.seek(self._position)
-            return file.read(size)
-        except BaseException:
-            self._file = None  # a file whose read failed cannot be relied on
-            raise
+        file, self._file = self._open(), None  # a file whose read fails is not used again
+        file.seek(self._position)
+        data = file.read(size)
+        self._file = file
+        return data
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,6 @@ class DataFile:
 
     name: str
     path: str
-    size: int = 1
     filesystem: "AbstractFileSystem | None" = None
 
     def _open_raw(self) -> IO[bytes]:
@@ -153,13 +148,8 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
             raise _no_such("config", config, name, [])
         if split != "train" and split not in re.split(r"[-._ ]", path.name):
             raise _no_such("split", split, name, ["train"])
-        return SplitFiles([DataFile(path.name, str(path), path.stat().st_size)], (split,))
-    found = _find_files(name, str(path), config, split, None)
-    return SplitFiles(
-        [DataFile(f.name, f.path, Path(f.path).stat().st_size) for f in found.files],
-        found.splits,
-        found.others,
-    )
+        return SplitFiles([DataFile(path.name, str(path))], (split,))
+    return _find_files(name, str(path), config, split, None)
 
 
 def find_hub_files(
@@ -226,7 +216,7 @@ def _as_split(
         raise _no_such("split", split, name, [*splits])
     prefix = f"{base.rstrip('/')}/"
     root = prefix if filesystem else f"{Path(base).resolve()}/"
-    files = [DataFile(path.removeprefix(prefix).removeprefix(root), path, 1, filesystem) for path in splits[split]]
+    files = [DataFile(path.removeprefix(prefix).removeprefix(root), path, filesystem) for path in splits[split]]
     every = filesystem.find(base) if filesystem else [str(path) for path in Path(base).rglob("*") if path.is_file()]
     in_splits = {_strip_protocol(path) for paths in splits.values() for path in paths}
     others = [path for path in every if format_of(path) and _strip_protocol(path) not in in_splits]

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -20,6 +20,7 @@ from phoque.data.data_files import (
     format_of,
 )
 from phoque.data.rows import COLUMNS, CONVERSATIONS, RawRow
+from phoque.data.turns import has_surrogate
 from phoque.errors import UsageError, first_line
 from phoque.files import sha256
 
@@ -59,11 +60,11 @@ class RowStream:
         kind = format_of(file.name)
         with _explain_defects(file), file.open() as raw:
             if kind == "parquet":
-                rows = _read_parquet(raw, file, self.columns, skipped, self._note_unused)
+                rows = _read_parquet(raw, self.columns, skipped, self._note_unused)
             elif kind == "arrow":
-                rows = _read_arrow(raw, file, self.columns, skipped)
+                rows = _read_arrow(raw, self.columns, skipped)
             elif kind == "csv":
-                rows = _read_csv(raw, file, skipped)
+                rows = _read_csv(raw, skipped)
             else:
                 rows = _read_json(raw, file, skipped)
             for unit, number, value, defect in rows:
@@ -117,14 +118,14 @@ def open_dataset(
             why="Neither --dataset nor DATASET_REPO is set.",
             fix="Set --dataset, or try --dataset seal.",
         )
-    path = find_local(name)
-    if path:
-        found = find_local_files(name, path, config, split)
-        if not any(file.size for file in found.files):
+    if local := find_local(name):
+        found = find_local_files(name, local, config, split)
+        paths = [Path(file.path) for file in found.files]
+        if not any(path.stat().st_size for path in paths):
             raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
         digest = hashlib.sha256()
-        for file in found.files:
-            digest.update(bytes.fromhex(sha256(Path(file.path))))
+        for path in paths:
+            digest.update(bytes.fromhex(sha256(path)))
         return Dataset(
             name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits, found.others
         )
@@ -183,17 +184,20 @@ def _is_json_lines(head: list[str], name: str) -> bool:
     filled = [line for line in head if line.strip()]
     if not filled:
         return True
-    whole = [_is_json(line) for line in filled]
-    if whole[0]:  # a single line that is a list is a file of rows; a single object is a row
+    if _is_json(filled[0]):  # a single line that is a list is a file of rows; a single object is a row
         return len(filled) > 1 or (not filled[0].lstrip().startswith("[") and _has_lines(name))
     if filled[0].startswith("{") and _has_lines(name):  # a broken line, or an object over lines that are indented
-        return len(filled) == 1 or any(w and line.startswith("{") for line, w in zip(filled, whole, strict=True))
+        return len(filled) == 1 or _has_whole_object(filled)
     return False
 
 
 def _has_lines(name: str) -> bool:
     """Whether a file's name says that each of its lines is a row."""
     return bool({".jsonl", ".ndjson"} & set(Path(name).suffixes))
+
+
+def _has_whole_object(lines: Iterable[str]) -> bool:
+    return any(line.startswith("{") and _is_json(line) for line in lines)
 
 
 def _is_json(line: str) -> bool:
@@ -212,7 +216,7 @@ def _read_json_lines(lines: Iterable[str], skipped: int) -> Iterator[tuple[str, 
         rows += 1
         if rows <= skipped:
             continue
-        if not line.isascii() and _has_undecoded_bytes(line):
+        if has_surrogate(line):
             yield "line", number, None, NOT_UTF8
             continue
         try:
@@ -222,7 +226,7 @@ def _read_json_lines(lines: Iterable[str], skipped: int) -> Iterator[tuple[str, 
 
 
 def _read_json_document(text: str, file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
-    if not text.isascii() and _has_undecoded_bytes(text):
+    if has_surrogate(text):
         position = next(index for index, c in enumerate(text) if "\udc80" <= c <= "\udcff")
         line = text.count("\n", 0, position) + 1
         raise UsageError(
@@ -234,7 +238,7 @@ def _read_json_document(text: str, file: DataFile, skipped: int) -> Iterator[tup
         values = _parse_documents(text)
     except json.JSONDecodeError as error:
         lines = text.split("\n")
-        if _has_lines(file.name) or any(line.startswith("{") and _is_json(line) for line in lines[:LOOKED_AT]):
+        if _has_lines(file.name) or _has_whole_object(lines[:LOOKED_AT]):
             yield from _read_json_lines(lines, skipped)
             return
         raise UsageError(
@@ -315,11 +319,7 @@ class _Readable(io.RawIOBase):
         return len(data)
 
 
-def _has_undecoded_bytes(text: str) -> bool:
-    return any("\udc80" <= c <= "\udcff" for c in text)
-
-
-def _read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+def _read_csv(raw: IO[bytes], skipped: int) -> Iterator[tuple[str, int, Any, str]]:
     text = _decode_stream(raw)
     csv.field_size_limit(sys.maxsize)
     header = next(text, "")
@@ -331,7 +331,7 @@ def _read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[st
         if number <= skipped:
             continue
         values = [value for value in row.values() if isinstance(value, str)]
-        if any(not value.isascii() and _has_undecoded_bytes(value) for value in values):
+        if any(map(has_surrogate, values)):
             yield "row", number, None, NOT_UTF8
         elif None in row:
             yield "row", number, None, "more cells than columns"
@@ -340,15 +340,11 @@ def _read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[st
 
 
 def _read_parquet(
-    raw: IO[bytes], file: DataFile, columns: frozenset[str], skipped: int, note: Any
+    raw: IO[bytes], columns: frozenset[str], skipped: int, note: Callable[[Iterable[str]], None]
 ) -> Iterator[tuple[str, int, Any, str]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.ParquetFile(raw)
-    except pa.ArrowInvalid as error:
-        raise _unreadable(file, "Parquet", error) from error
+    table = pq.ParquetFile(raw)
     names = table.schema_arrow.names
     note(names)
     used = [name for name in names if name in columns]
@@ -365,9 +361,7 @@ def _read_parquet(
                     yield "row", number, row, ""
 
 
-def _read_arrow(
-    raw: IO[bytes], file: DataFile, columns: frozenset[str], skipped: int
-) -> Iterator[tuple[str, int, Any, str]]:
+def _read_arrow(raw: IO[bytes], columns: frozenset[str], skipped: int) -> Iterator[tuple[str, int, Any, str]]:
     """Files of the Arrow stream format, as `save_to_disk` writes them, or of the Arrow file format."""
     import pyarrow as pa
 
@@ -375,11 +369,8 @@ def _read_arrow(
         batches: Iterable[pa.RecordBatch] = pa.ipc.open_stream(raw)
         names = batches.schema.names  # ty: ignore[missing-attribute]
     except pa.ArrowInvalid:
-        try:
-            raw.seek(0)
-            reader = pa.ipc.open_file(raw)
-        except pa.ArrowInvalid as error:
-            raise _unreadable(file, "Arrow", error) from error
+        raw.seek(0)
+        reader = pa.ipc.open_file(raw)
         names = reader.schema.names
         batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
     number = 0

@@ -5,15 +5,15 @@ the template adds. This needs no knowledge of the template's source, so it works
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
+from phoque.data.template_renderer import Messages
 from phoque.data.turns import BadRow
 
-Messages = Sequence[dict[str, Any]]
 _Shape = tuple[tuple[str, bool], ...]  # the role of each turn, and whether it has a text
 Render = Callable[..., str]  # (messages, tools, add_generation_prompt) -> text; raises TemplateError
 

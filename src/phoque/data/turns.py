@@ -172,11 +172,14 @@ def _read_trained_mark(turn: dict[str, Any], role: str) -> bool:
     return trained
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether a text has half of a UTF-16 pair, which no tokenizer accepts; undecoded bytes are such halves, too."""
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def check_text(text: str) -> None:
     """Raise BadRow for what no tokenizer accepts, and for text that was decoded wrongly before it came here."""
-    if text.isascii():
-        return
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if has_surrogate(text):
         raise BadRow("unpaired surrogate in text")
     if "\ufffd" in text:
         raise BadRow("replacement character (U+FFFD) in text")
