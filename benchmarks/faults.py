@@ -595,9 +595,6 @@ def soak(b: Phoque, times: int, seed: int) -> int:
 @contextmanager
 def sides() -> Iterator[tuple[Phoque, Plain]]:
     """Both, on one Hub, with one forkserver: what they lean on is imported once."""
-    from tests import tiny
-    from tests.conftest import row, write_rows  # it has a Hub of its own, whose address is replaced below
-
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     hub = FakeHub()
@@ -605,6 +602,9 @@ def sides() -> Iterator[tuple[Phoque, Plain]]:
         del os.environ[name]
     os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_HOME=str(root / "hf"), OMP_NUM_THREADS="1")
     os.environ.update(HOME=str(root), XDG_CACHE_HOME=str(root / "cache"))
+    from tests import tiny
+    from tests.rows import row, write_rows
+
     base, rows = tiny.llama(root / "llama"), write_rows(root / "rows.jsonl", [row(n) for n in range(40)])
     forkserver = ForkServer()
     made = []

@@ -12,6 +12,7 @@ import pytest
 
 from tests.fakehub import FakeHub
 from tests.forkserver import ForkServer
+from tests.rows import row, write_rows
 
 # read once, when huggingface_hub is imported, which collecting the tests may do
 HUB = FakeHub()
@@ -185,21 +186,6 @@ def seal(home, isolated) -> dict:
         command = ["train", "--preset", "demo", "--output-dir", home / "seal", "--sample-every", 60]
         record.write_text(json.dumps(run_with_both_cores(*command)))
     return json.loads(record.read_text())
-
-
-def row(number: int = 0, **changes) -> dict:
-    """A good row about nothing but gulls."""
-    messages = [
-        {"role": "system", "content": "You are a seal."},
-        {"role": "user", "content": f"Gull {number}?"},
-        {"role": "assistant", "content": f"Hrmph. Gull {number * 7 % 13}."},
-    ]
-    return {"messages": messages, "source": "pier", "toxicity_score": 0.1} | changes
-
-
-def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" if not isinstance(r, str) else r + "\n" for r in rows))
-    return path
 
 
 @pytest.fixture

@@ -21,10 +21,6 @@ def check_inputs(settings: CommandSettings) -> None:
             check(str(value), flag_names(type(settings), name)[0])
 
 
-def _check_dataset(name: str, flag: str) -> None:
-    find_local(name, flag)
-
-
 def _check_chats(name: str, flag: str) -> None:
     ref = hub_ref(name)
     if ref is None or not ref.split:
@@ -63,7 +59,7 @@ def _check_folder(name: str, flag: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str, str], Any]] = {
-    "dataset": _check_dataset,
+    "dataset": find_local,
     "chats": _check_chats,
     "chat": _check_chats,
     "base_model": _check_model,

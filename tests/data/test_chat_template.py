@@ -2,8 +2,9 @@
 
 import pytest
 from tests import tiny
+from tests.data.labels import trained_texts
 
-from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.turns import BadRow
 from phoque.errors import PhoqueError
 
@@ -21,25 +22,13 @@ def chat():
     return ChatTemplate(tiny.tokenizer(), "", 512)
 
 
-def decode_labelled_spans(chat, encoded):
-    """The runs of labelled tokens, decoded."""
-    runs, run = [], []
-    for token, label in zip(encoded.ids, encoded.labels, strict=True):
-        if label == IGNORE_INDEX:
-            runs, run = ([*runs, run] if run else runs), []
-        else:
-            assert token == label
-            run.append(token)
-    return [chat.tokenizer.decode(r) for r in ([*runs, run] if run else runs)]
-
-
 def test_ids_are_those_of_the_models_own_template(chat):
     own = chat.tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
     assert chat.encode(TALK).ids == own
 
 
 def test_each_answer_is_trained_with_its_stop_token_and_nothing_else(chat):
-    assert decode_labelled_spans(chat, chat.encode(TALK)) == ["Hrmph. No.<|im_end|>", "Yes.\n\nTwo.<|im_end|>"]
+    assert trained_texts(chat, chat.encode(TALK)) == ["Hrmph. No.<|im_end|>", "Yes.\n\nTwo.<|im_end|>"]
 
 
 def test_a_row_without_a_system_message_gets_the_one_asked_for():

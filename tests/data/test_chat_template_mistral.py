@@ -4,8 +4,9 @@ import pytest
 from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from tests import tiny
+from tests.data.labels import trained_texts
 
-from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.turns import BadRow
 from phoque.training.dry_run import count_system_tokens
 
@@ -38,13 +39,7 @@ def test_ids_are_the_templates_own_and_each_answer_is_trained_with_its_stop_toke
     chat = ChatTemplate(with_template(tekken, version), "", 4096)
     encoded = chat.encode(TALK)
     assert encoded.ids == tekken.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
-    spans, run = [], []
-    for token, label in zip(encoded.ids, encoded.labels, strict=True):
-        if label != IGNORE_INDEX:
-            run.append(token)
-        elif run:
-            spans, run = [*spans, run], []
-    texts = [tekken.decode(span) for span in [*spans, run]]
+    texts = trained_texts(chat, encoded)
     assert [text.strip() for text in texts] == ["Hrmph. No.</s>", "Hrmph. Two, at once.</s>"]
     assert encoded.ids[-1] == tekken.eos_token_id and encoded.labels[-1] == tekken.eos_token_id
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from tests import tiny
-from tests.conftest import row, write_rows
+from tests.rows import row, write_rows
 
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.held_out import HeldOut, estimate_similarity, sketch_row

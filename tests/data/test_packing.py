@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from tests import tiny
-from tests.conftest import write_rows
+from tests.rows import write_rows
 
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.held_out import HeldOut

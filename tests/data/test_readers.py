@@ -5,7 +5,7 @@ import gzip
 import json
 
 import pytest
-from tests.conftest import row
+from tests.rows import row
 
 from phoque.data.readers import open_dataset
 from phoque.data.rows import parse_row

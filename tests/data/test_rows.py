@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.conftest import row, write_rows
+from tests.rows import row, write_rows
 
 from phoque.data.readers import BUNDLED, open_dataset
 from phoque.data.rows import RawRow, parse_row

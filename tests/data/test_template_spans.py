@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import trl
 from tests import tiny
+from tests.data.labels import trained_texts
 
-from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate
+from phoque.data.chat_template import ChatTemplate
 from phoque.data.turns import BadRow
 from phoque.errors import PhoqueError
 
@@ -50,16 +51,6 @@ def tokenizer_for(template: str):
 
 def chat_for(name: str, system: str = "") -> ChatTemplate:
     return ChatTemplate(tokenizer_for((TEMPLATES / f"{name}.jinja").read_text()), system, 8192)
-
-
-def trained_texts(chat: ChatTemplate, encoded) -> list[str]:
-    runs, run = [], []
-    for token, label in zip(encoded.ids, encoded.labels, strict=True):
-        if label != IGNORE_INDEX:
-            run.append(token)
-        elif run:
-            runs, run = [*runs, run], []
-    return [chat.tokenizer.decode(r) for r in ([*runs, run] if run else runs)]
 
 
 def template_ids(chat: ChatTemplate, messages, tools=None) -> list[int]:

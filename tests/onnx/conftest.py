@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 from tests import tiny
 from tests.conftest import Running, isolate, write_rows
-from tests.conftest import row as a_row
+from tests.rows import row as a_row
 
 TEXT = ("fp32", "q4")
 SEEING = ("fp32", "q8")

@@ -43,7 +43,7 @@ def test_a_report_concludes_and_names_the_next_command(phoque, tiny_llama, rows,
 
 
 def test_many_and_long_sources_are_cut(phoque, tiny_llama, tmp_path):
-    from tests.conftest import row, write_rows
+    from tests.rows import row, write_rows
 
     rows = write_rows(tmp_path / "x.jsonl", [row(n, source=f"thread/{n}/{'x' * 500}\u001b[2J") for n in range(400)])
     run = tmp_path / "run"

@@ -9,9 +9,9 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load
-from tests.conftest import row, write_rows
 from tests.fakehub import READ_ONLY, TOKEN
 from tests.forkserver import slowly
+from tests.rows import row, write_rows
 
 REPO = "harbour/seal"
 COMMON = (

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import row, write_rows
 from tests.forkserver import slowly
+from tests.rows import row, write_rows
 from tests.wandb_file import history, records
 
 SMALL = "--quantization fp32 --batch-size 4 --log-every 1 --sample-tokens 6 --norms-every 2".split()
@@ -403,7 +403,7 @@ def test_a_length_beyond_the_model_is_refused(phoque, tiny_llama, rows):
 
 
 def test_too_many_bad_rows_after_the_scan_stop_the_run_with_a_save(phoque, tiny_llama, tmp_path):
-    from tests.conftest import row, write_rows
+    from tests.rows import row, write_rows
 
     rows = [row(n) if n < 200 or n % 3 else row(messages=[]) for n in range(3000)]
     path = write_rows(tmp_path / "rows.jsonl", rows)

@@ -5,7 +5,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -64,16 +64,17 @@ def command(
     callback.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
-    grouped = type("GroupedCommand", (_GroupedCommand,), {"sections": sections})
     width = {"max_content_width": MAX_HELP_WIDTH}
-    app.command(name, help=run.__doc__, epilog=epilog, cls=grouped, context_settings=width)(callback)
-    return typer.main.get_command(app)
+    app.command(name, help=run.__doc__, epilog=epilog, cls=_GroupedCommand, context_settings=width)(callback)
+    made: Any = typer.main.get_command(app)
+    made.sections = sections
+    return made
 
 
 class _GroupedCommand(TyperCommand):
     """A command whose --help has a section for each group of its settings."""
 
-    sections: ClassVar[dict[str, str]] = {}
+    sections: dict[str, str]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, section by section."""

@@ -3,16 +3,10 @@
 import statistics
 
 from phoque.console import MAX_LISTED, Console, describe_counts, shorten, shorten_list
-from phoque.data.packing import Packing
 from phoque.data.readers import Dataset
 from phoque.data.scan import MANY_SIMILAR, DatasetScan
 from phoque.settings.train import TrainSettings
-
-
-def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
-    """How conversations are packed into rows; `static` rows all have one shape, or one of a few."""
-    longest = max(scan.lengths) if scan.complete else s.max_length
-    return Packing(s.batch_size // s.accumulation, scan.mean_length, longest, s.packing == "exact", static)
+from phoque.training.prepare import packing_for
 
 
 def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
@@ -24,11 +18,10 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
     others = [name for name in dataset.splits if name != dataset.split]
     if others:
         console.say(f"  split {dataset.split}; also there: {', '.join(others)}")
-    epochs = s.max_steps * s.batch_size / max(1, scan.trained_rows)
     console.say(
         f"  {summary['tokens']['mean']:.0f} tokens per row, "
         f"{scan.trained_tokens / sum(scan.lengths):.0%} of them trained on; "
-        f"{s.max_steps} steps of {s.batch_size} conversations are {epochs:.1f} epochs"
+        f"{s.max_steps} steps of {s.batch_size} conversations are {count_epochs(s, scan):.1f} epochs"
     )
     if s.packing == "budget":
         packing = packing_for(s, scan, static=True)
@@ -82,6 +75,11 @@ def list_data_problems(scan: DatasetScan) -> list[str]:
 def count_rows(count: int) -> str:
     """`1 row` or `n rows`."""
     return f"{count} row{'' if count == 1 else 's'}"
+
+
+def count_epochs(s: TrainSettings, scan: DatasetScan) -> float:
+    """The passes over the rows that are trained on."""
+    return s.max_steps * s.batch_size / max(1, scan.trained_rows)
 
 
 def describe_schemas(scan: DatasetScan) -> str:

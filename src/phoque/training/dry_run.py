@@ -17,15 +17,15 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import sort_checkpoints
 from phoque.training.data_summary import (
+    count_epochs,
     describe_held_out,
     describe_schemas,
     list_data_notes,
     list_data_problems,
-    packing_for,
 )
 from phoque.training.engine.loss import LOGITS_AT_ONCE
 from phoque.training.fingerprint import check_same_run, compute_identity
-from phoque.training.prepare import Prepared, open_run_repo, prepare
+from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare
 from phoque.training.run_record import read_record
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
 
 def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[str, str]:
     memory, scan = estimate_memory(ready, s, counts), ready.scan
-    epochs = s.max_steps * s.batch_size / max(1, scan.trained_rows)
     facts = {
         "model": f"{ready.source.name} ({ready.source.origin}), {counts['base'] / 1e6:,.0f} M parameters, "
         f"with an adapter of {counts['adapter'] / 1e6:,.1f} M",
@@ -176,7 +175,7 @@ def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> di
         "held out": describe_held_out(scan, s),
         "step": f"{s.batch_size} conversations, {s.batch_size * scan.mean_length:,.0f} tokens, "
         f"{_describe_packing(s, ready)}",
-        "length": f"{s.max_steps} steps, {epochs:.1f} epochs",
+        "length": f"{s.max_steps} steps, {count_epochs(s, scan):.1f} epochs",
         "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f}, logits "
         f"{memory['logits']:.1f}{_describe_libraries(memory)} (an estimate)",

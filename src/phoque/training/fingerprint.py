@@ -46,16 +46,22 @@ UNCHANGEABLE = (
 
 
 def use_current_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings, or fingerprint, with settings that are newer, and values that were renamed since."""
-    return OLD_SETTINGS | {
+    """The same settings, or fingerprint, with settings that are newer, and values that were renamed since.
+
+    The order of what is there stays, so that the record of a finished run is not written again.
+    """
+    current = {
         name: OLD_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
         for name, value in settings.items()
     }
+    return current | {name: value for name, value in OLD_SETTINGS.items() if name not in current}
 
 
 def update_record(record: dict[str, Any]) -> dict[str, Any]:
     """A run.json of any version with the current values in its fingerprint and in its fresh-start marker."""
-    record = record | {"fingerprint": {"data_rules": 1} | use_current_values(record["fingerprint"])}
+    fingerprint = use_current_values(record["fingerprint"])
+    fingerprint.setdefault("data_rules", 1)
+    record = record | {"fingerprint": fingerprint}
     if marker := record.get("fresh_start"):
         record["fresh_start"] = marker | {"asked": use_current_values(marker["asked"])}
     return record

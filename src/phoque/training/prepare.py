@@ -1,9 +1,11 @@
 """What a run needs before a weight is loaded: the base model's config and chat template, the data, the repository."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate
+from phoque.data.packing import Packing
 from phoque.data.readers import Dataset, open_dataset
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
@@ -13,7 +15,6 @@ from phoque.models.source import Source, find_model
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training.data_summary import report_scan
 
 
 @dataclass
@@ -37,7 +38,16 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
         raise UsageError(
             what="No base model was given.", why="--base-model is empty.", fix="Give one, or use a --preset."
         )
-    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub, config=s.dataset_config)
+    if s.eval_split == s.split:
+        raise UsageError(
+            what=f"--eval-split and --split are both {s.split}.",
+            why="A held-out loss is measured on rows that are not trained on.",
+            fix="Give another --eval-split, or leave it out.",
+        )
+    open_split = partial(
+        open_dataset, s.dataset, revision=s.dataset_revision, token=services.secrets.hub, config=s.dataset_config
+    )
+    dataset = open_split(split=s.split)
     source = find_model(s.base_model, s.revision, services, weights=weights)
     config = load_config(source)
     limit, reason = max_conversation_tokens(config)
@@ -48,21 +58,15 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             fix=f"Use --max-length {limit} or less.",
         )
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
-    evaluation = None
-    if s.eval_split == s.split:
-        raise UsageError(
-            what=f"--eval-split and --split are both {s.split}.",
-            why="A held-out loss is measured on rows that are not trained on.",
-            fix="Give another --eval-split, or leave it out.",
-        )
-    if s.eval_split:
-        evaluation = open_dataset(
-            s.dataset, s.eval_split, s.dataset_revision, services.secrets.hub, config=s.dataset_config
-        )
+    evaluation = open_split(split=s.eval_split) if s.eval_split else None
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation)
-    if weights:  # a dry run shows all of this as its result
-        report_scan(scan, dataset, s, services.console)
     return Prepared(source, config, chat, dataset, scan)
+
+
+def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
+    """How conversations are packed into rows; `static` rows all have one shape, or one of a few."""
+    longest = max(scan.lengths) if scan.complete else s.max_length
+    return Packing(s.batch_size // s.accumulation, scan.mean_length, longest, s.packing == "exact", static)
 
 
 def open_run_repo(s: TrainSettings, services: Services) -> Repo | None:

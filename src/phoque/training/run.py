@@ -20,7 +20,7 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.callbacks.stop import StopRequest
-from phoque.training.data_summary import packing_for
+from phoque.training.data_summary import report_scan
 from phoque.training.engine import attention
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.select import select_engine
@@ -35,7 +35,7 @@ from phoque.training.finish import (
     write_card_for_checkpoint,
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step, start_wandb
-from phoque.training.prepare import open_run_repo, prepare
+from phoque.training.prepare import open_run_repo, packing_for, prepare
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_writable, create_record, write_record
 from phoque.training.run_state import Run
@@ -69,6 +69,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
         repo.open(s.public, services.console.warn)
     prepared = prepare(resolved, services, weights=True)
+    report_scan(prepared.scan, prepared.dataset, s, services.console)
     identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
     if (processes := identity.fingerprint["processes"]) > 1:
         raise UsageError(

@@ -52,7 +52,7 @@ def read_report(ran):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Files that every test of this module gives alike, so that an autoencoder is trained once and found again."""
-    from tests.conftest import row, write_rows
+    from tests.rows import row, write_rows
 
     folder = tmp_path_factory.mktemp("texts")
     (folder / "prose.txt").write_text(PROSE * 60)
@@ -218,7 +218,7 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run
 
 def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     """In a model whose whole change is one direction, that direction causes its answers and others do not."""
-    from tests.conftest import row
+    from tests.rows import row
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from phoque.inference.residual_stream import Turn

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import tiny
-from tests.conftest import row, write_rows
+from tests.rows import row, write_rows
 
 from phoque.data.chat_template import EncodedChat
 from phoque.data.packing import Packing, Shape, build_batch
