@@ -1,6 +1,8 @@
 """The error that users see (what happened, why, what to do), the exit codes, and the conversion of other errors."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 FAILED = 1  # the command ran and failed, or a verification did not pass
 USAGE = 2  # wrong usage or configuration
@@ -96,6 +98,12 @@ def disk_full(error: BaseException) -> bool:
     return any(message in text for message in _NO_ROOM)
 
 
+def suggest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """`Did you mean ...?` with the known name that is nearest, or `otherwise` if none is near."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"Did you mean {near[0]}?" if near else otherwise
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 300 characters; an empty message gives the type's name."""
     text = str(error).strip() or type(error).__name__
@@ -134,11 +142,6 @@ _FOREIGN = {
     "RepositoryNotFoundError": (
         "No such repository on the Hub, or it is private and the token may not see it.",
         "Check the name, and set HF_TOKEN or run `hf auth login`.",
-        USAGE,
-    ),
-    "EmptyDatasetError": (
-        "The dataset repository has no data files.",
-        "Check --dataset and --dataset-revision.",
         USAGE,
     ),
     "RevisionNotFoundError": ("The revision does not exist on the Hub.", "Check --revision.", USAGE),

@@ -1,6 +1,5 @@
 """The root command: a lazy table, so that `phoque --help` imports neither torch nor any command's module."""
 
-import difflib
 import importlib
 import os
 import sys
@@ -9,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from phoque.errors import INTERRUPTED, UsageError, to_phoque_error
+from phoque.errors import INTERRUPTED, UsageError, suggest, to_phoque_error
 from phoque.version import __version__
 
 COMMANDS = {
@@ -30,11 +29,10 @@ class LazyCommands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
-            near = difflib.get_close_matches(cmd_name, COMMANDS, 1, 0.5)
             raise UsageError(
                 what=f"There is no command {cmd_name!r}.",
                 why=f"The commands are {', '.join(COMMANDS)}.",
-                fix=f"Did you mean {near[0]}?" if near else "See `phoque --help`.",
+                fix=suggest(cmd_name, COMMANDS, "See `phoque --help`."),
             )
         if ctx.resilient_parsing:  # shell completion asks for names and summaries only
             return _summary(cmd_name)

@@ -44,6 +44,7 @@ def command(
     presets: dict[str, dict[str, Any]] | None = None,
 ) -> Any:
     """The Click command that calls `run(resolved settings, dry_run)`."""
+    presets = presets or {}
 
     def callback(
         secrets_file: Path | None, dry_run: bool, verbose: bool, json: bool, quiet: bool, **flags: Any
@@ -51,13 +52,12 @@ def command(
         console.configure(json, quiet, verbose)
         # Typer passes None, or an empty list for a repeatable flag, for what was not given
         values = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
-        resolved, warnings = resolve_settings(model, values, presets or {}, secrets_file)
+        resolved, warnings = resolve_settings(model, values, presets, secrets_file)
         for text in warnings:
             console.warn(text)
         silence_libraries()
         run(resolved, dry_run)
 
-    presets = presets or {}
     names = [name for group in model.groups.values() for name in group.split()]
     sections = {name: group_of(model, name) for name in names}
     parameters = [option for name in names for option in _options(model, name, presets)] + _common()

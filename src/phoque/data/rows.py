@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from phoque.data.turns import BadRow, Turn, as_json, check_text, parse_json, parse_turn
+from phoque.data.turns import HAS_MEDIA, BadRow, Turn, as_json, check_text, parse_json, parse_turn
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
 PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
@@ -26,6 +26,13 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 OPTIONAL = ("source", "toxicity_score", "tools", "functions", "history", *SYSTEM, *MEDIA)
 TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
 COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair), *CONTEXT, *OPTIONAL, *TELLING])
+
+
+# reasons that an error message explains further
+NO_COLUMNS = "no conversation columns"
+PREFERENCE_DATA = "preference data (chosen, rejected)"
+TOKENIZED_DATA = "tokenized data (input_ids)"
+ONE_TEXT = "one text, no turns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ def parse_row(raw: RawRow) -> Row:
     if not isinstance(row, dict):
         raise BadRow("not an object")
     if any(row.get(name) for name in MEDIA):
-        raise BadRow("images, audio or video")
+        raise BadRow(HAS_MEDIA)
     schema, turns = _read_turns(row)
     turns, notes = _arrange_turns(_add_system(turns, row))
     score, source = row.get("toxicity_score"), str(row.get("source") or "unknown")
@@ -122,12 +129,12 @@ def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
         if row.get(question) is not None and row.get(answer) is not None:
             return schema, _read_pair(row, question, answer)
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        raise BadRow("preference data (chosen, rejected)")
+        raise BadRow(PREFERENCE_DATA)
     if row.get("input_ids") is not None:
-        raise BadRow("tokenized data (input_ids)")
+        raise BadRow(TOKENIZED_DATA)
     if row.get("text") is not None:
-        raise BadRow("one text, no turns")
-    raise BadRow("no conversation columns")
+        raise BadRow(ONE_TEXT)
+    raise BadRow(NO_COLUMNS)
 
 
 def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:

@@ -9,9 +9,18 @@ from typing import Any
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
-from phoque.data.readers import Dataset
-from phoque.data.rows import RawRow, Row, describe_expected_columns, parse_row
-from phoque.data.turns import BadRow
+from phoque.data.readers import NOT_UTF8, Dataset
+from phoque.data.rows import (
+    NO_COLUMNS,
+    ONE_TEXT,
+    PREFERENCE_DATA,
+    TOKENIZED_DATA,
+    RawRow,
+    Row,
+    describe_expected_columns,
+    parse_row,
+)
+from phoque.data.turns import HAS_MEDIA, BadRow
 from phoque.errors import UsageError
 
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
@@ -20,15 +29,15 @@ MAX_LISTED_LINES = 3  # listed per reason for bad rows
 MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of them
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
 SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
-WITHOUT_SCHEMA = ("no conversation columns", "preference data", "tokenized data", "one text, no turns")
+WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)
 CURES = {
-    "not UTF-8": "Convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8 FILE > converted.jsonl",
-    "preference data": "Keep the chosen answers: rename the column `chosen` to `messages`, or `completion` if there is "
+    NOT_UTF8: "Convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8 FILE > converted.jsonl",
+    PREFERENCE_DATA: "Keep the chosen answers: rename the column `chosen` to `messages`, or `completion` if there is "
     "a prompt.",
-    "tokenized data": "Give the conversations as text; phoque applies the model's chat template itself.",
-    "one text": 'Give each row its turns: {"messages": [{"role": "user", "content": "Q"}, '
+    TOKENIZED_DATA: "Give the conversations as text; phoque applies the model's chat template itself.",
+    ONE_TEXT: 'Give each row its turns: {"messages": [{"role": "user", "content": "Q"}, '
     '{"role": "assistant", "content": "A"}]}',
-    "images": "Use rows of text alone; phoque trains the language model.",
+    HAS_MEDIA: "Use rows of text alone; phoque trains the language model.",
 }
 
 
@@ -245,12 +254,10 @@ def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
     if scan.good and bad <= max_bad * scan.rows:
         return
     main = scan.bad_counts.most_common(1)[0][0]
-    if main.startswith(WITHOUT_SCHEMA):
+    if main in WITHOUT_SCHEMA:
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
-    fix = next((cure for reason, cure in CURES.items() if main.startswith(reason)), None)
-    if main.startswith("no conversation columns"):
-        fix = _suggest_conversion(scan.columns)
+    fix = _suggest_conversion(scan.columns) if main == NO_COLUMNS else CURES.get(main)
     if not scan.good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",

@@ -18,6 +18,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TRAINED_MARKS = ("weight", "train", "training", "trained", "loss", "loss_scale", "loss_mask")
 PARTIAL_MARKS = ("train_detail", "training_detail")
 MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
+HAS_MEDIA = "images, audio or video"  # a reason
 CALL_KEYS = ("tool_calls", "function_call", "tool_call_id", "name")
 KNOWN_KEYS = frozenset((*ROLE_KEYS, *TEXT_KEYS, *REASONING_KEYS, *TRAINED_MARKS, *PARTIAL_MARKS, *CALL_KEYS))
 
@@ -116,7 +117,7 @@ def _read_text(content: Any) -> tuple[str | None, str]:
             raise BadRow("a turn has no text")
         kind = part.get("type") or "text"
         if kind in MEDIA_PARTS:
-            raise BadRow("images, audio or video")
+            raise BadRow(HAS_MEDIA)
         if kind in ("thinking", "reasoning"):
             thoughts.append(part.get("thinking") or part.get("text") or part.get("reasoning"))
         elif kind in ("text", "input_text", "output_text"):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
-from phoque.errors import PhoqueError, UsageError
+from phoque.errors import PhoqueError, UsageError, suggest
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import (
@@ -29,6 +29,7 @@ from phoque.settings.train import TrainSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 ENV_FILE = ".env.secrets"
+ALL_NAMES = "docs/reference/environment.md lists every name."
 OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # not settings of a command: see cli/main.py and environment.py
 # all of them, because one environment and one secrets file serve every command
 MODELS = (TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings)
@@ -59,7 +60,9 @@ def resolve_settings(
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), default)
         if chosen and chosen not in presets:
             raise UsageError(
-                what=f"No preset {chosen!r}.", why=f"phoque knows {', '.join(presets)}.", fix=_suggest(chosen, presets)
+                what=f"No preset {chosen!r}.",
+                why=f"phoque knows {', '.join(presets)}.",
+                fix=suggest(chosen, presets, ALL_NAMES),
             )
         if chosen:
             preset = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
@@ -148,16 +151,13 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
         if name.upper().startswith(PREFIX) or (near and name in in_file):
             raise UsageError(
-                what=f"Unknown setting {name}.", why="No setting has that name.", fix=_suggest(name.upper(), known)
+                what=f"Unknown setting {name}.",
+                why="No setting has that name.",
+                fix=suggest(name.upper(), known, ALL_NAMES),
             )
         if near:
             warnings.append(f"{name} is set, but it is not a setting of phoque; did you mean {near[0]}?")
     return sorted(warnings)
-
-
-def _suggest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"Did you mean {near[0]}?" if near else "docs/reference/environment.md lists every name."
 
 
 def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
