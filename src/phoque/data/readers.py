@@ -31,6 +31,7 @@ BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
 NOT_UTF8 = "not UTF-8"
 LOOKED_AT = 50  # lines that are looked at to tell JSON Lines from one JSON document
 MAX_COLUMN_NAMES = 50  # unused columns that are remembered
+NESTED = (*CONVERSATIONS, "prompt", "completion", "tools", "functions", "history")  # columns with objects in them
 BATCH_ROWS = 64  # rows that are read from a table at once
 
 
@@ -287,9 +288,9 @@ def _list_rows(values: list[Any]) -> list[Any]:
     return [value]
 
 
-def _decode_stream(raw: IO[bytes]) -> io.TextIOWrapper:
+def _decode_stream(raw: Any) -> io.TextIOWrapper:
     """The text, in the encoding that its first bytes show; bytes that UTF-8 does not have become lone surrogates."""
-    buffered = io.BufferedReader(_Readable(raw)) if not isinstance(raw, io.BufferedReader) else raw
+    buffered = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
     head = buffered.peek(4)[:4]
     encoding = "utf-8-sig"
     if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
@@ -302,21 +303,6 @@ def _decode_stream(raw: IO[bytes]) -> io.TextIOWrapper:
         encoding = "utf-16-be"
     errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
     return io.TextIOWrapper(buffered, encoding=encoding, errors=errors, newline=None)
-
-
-class _Readable(io.RawIOBase):
-    """A file object of fsspec or pyarrow as a raw stream that io.BufferedReader takes."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def _read_csv(raw: IO[bytes], skipped: int) -> Iterator[tuple[str, int, Any, str]]:
@@ -388,10 +374,7 @@ def _rows_of(batch: "pa.RecordBatch", names: list[str]) -> Iterator[dict[str, An
     """Rows as dicts that have every column's name; columns that were not read are None."""
     absent = dict.fromkeys(names)
     for row in batch.to_pylist():
-        yield absent | {name: _without_nulls(value) if name in _NESTED else value for name, value in row.items()}
-
-
-_NESTED = (*CONVERSATIONS, "prompt", "completion", "tools", "functions", "history")
+        yield absent | {name: _without_nulls(value) if name in NESTED else value for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
