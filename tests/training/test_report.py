@@ -22,7 +22,7 @@ def metrics(*losses: float) -> list[dict]:
         ((4.0, 2.0, 1.999), 64, ["hardly changed since step 10"]),
         ((4.0, 2.0, 2.5), 64, ["lowest at step 10 (2.000)", "overfits", "about 10 steps"]),
         ((4.0, 4.2), 64, ["did not fall", "--learning-rate"]),
-        ((4.0, 2.0), 8, ["8 held-out conversations are few"]),
+        ((4.0, 2.0), 8, ["no trend", "8 held-out conversations are few"]),
         ((4.0,), 64, ["not measured"]),
     ],
 )

@@ -239,6 +239,7 @@ td, th {{ text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; b
   font: .8rem ui-monospace, monospace; white-space: pre-wrap; }}
 .context {{ font-size: .85rem; border-top: 1px solid var(--rule); padding: .25rem 0; }}
 mark {{ background: color-mix(in srgb, var(--c1) 35%, transparent); color: inherit; border-radius: 3px; }}
+code {{ overflow-wrap: anywhere; }}
 .scroll {{ overflow-x: auto; }}
 .yes {{ color: var(--c3); }} .no {{ color: var(--no); }}
 .answers {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: .8rem; }}

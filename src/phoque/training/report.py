@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]
             f"It was lowest at step {best_step} ({best:.3f}) and has risen since: the run overfits. Use about "
             f"{best_step} steps, or more data."
         )
+    elif len(measured) == 2:
+        sentences.append("It was measured before and after training only, so this run shows no trend.")
     elif measured[-2][1] > after * (1 + OVERFITTING):
         sentences.append("It was still falling at the end: more steps are likely to lower it further.")
     else:
@@ -88,7 +91,7 @@ def _render_conclusion(metrics: list[dict[str, Any]], record: dict[str, Any], ru
     if "result" not in record:
         return ""
     sentences = " ".join(conclude(metrics, record))
-    command = f"phoque merge --adapter-source {run}"
+    command = f"phoque merge --adapter-source {shlex.quote(str(run))}"
     return f"<p>{html.escape(sentences)}</p><p>Next: <code>{html.escape(command)}</code></p>"
 
 
