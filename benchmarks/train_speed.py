@@ -46,6 +46,13 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
     for kind in ("fp8", "bf16"):
         shutil.rmtree(folder / kind, ignore_errors=True)
     ministral.make(folder, a.tiny, ("fp8", "bf16") if a.unsloth_path else ("fp8",))
+    write_rows(folder)
+    write_ids(folder, "fp8")
+    return {}
+
+
+def write_rows(folder: Path) -> None:
+    """6,000 short conversations about gulls."""
     rng = random.Random(7)
     words = ["gull", "tide", "rock", "fish", "harbour", "seal", "nap", "buoy", "pier", "wave"]
 
@@ -61,11 +68,9 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
             asked, answer = text(max(4, length // 4)), text(max(6, 3 * length // 4))
             turns = [{"role": "user", "content": f"{number} {asked}"}, {"role": "assistant", "content": answer}]
             f.write(json.dumps({"messages": turns, "source": "pier", "toxicity_score": 0.0}) + "\n")
-    write_ids(folder)
-    return {}
 
 
-def write_ids(folder: Path) -> None:
+def write_ids(folder: Path, checkpoint: str) -> None:
     """The first conversations that phoque's stream gives, one a row, for the peers to batch."""
     from phoque.data.chat_template import ChatTemplate
     from phoque.data.held_out import HeldOut
@@ -75,7 +80,7 @@ def write_ids(folder: Path) -> None:
     from phoque.models.config import load_tokenizer
     from phoque.models.source import Source
 
-    chat = ChatTemplate(load_tokenizer(Source("base", folder / "fp8", "0", "test")), "", LONGEST)
+    chat = ChatTemplate(load_tokenizer(Source("base", folder / checkpoint, "0", "test")), "", LONGEST)
     data = open_dataset(str(folder / "rows.jsonl"), "train", None, None)
     stream = TrainStream(data, chat, held_out=HeldOut(), packing=Packing(1, float(MEAN), LONGEST, exact=True), seed=0)
     rows = [{k: b[k][0].tolist() for k in ("input_ids", "labels")} for _, b in zip(range(800), stream, strict=False)]
@@ -168,7 +173,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         torch.cuda.set_per_process_memory_fraction(a.cap * 1e9 / total)
     flags = {
         "preset": "ministral-3b",
-        "base_model": str(folder / "fp8"),
+        "base_model": str(folder / a.checkpoint),
         "dataset": str(folder / "rows.jsonl"),
         "output_dir": folder / f"run{time.time()}",
         "max_steps": a.steps,
@@ -283,7 +288,7 @@ def trl(folder: Path, a: argparse.Namespace) -> dict:
 
     batch, free, recompute = (int(part) for part in a.trl.split(":"))
     rows = json.loads((folder / "ids.json").read_text())
-    model = load_model(Source("base", folder / "fp8", "0", "test"), "nf4", "sdpa")
+    model = load_model(Source("base", folder / a.checkpoint, "0", "test"), "nf4", "sdpa")
     torch.cuda.synchronize()
     clock = Clock(time.perf_counter())
     cuda = torch.cuda.is_available()
@@ -312,7 +317,7 @@ def trl(folder: Path, a: argparse.Namespace) -> dict:
         args=arguments,
         train_dataset=data,
         callbacks=[clock.callback],
-        processing_class=AutoTokenizer.from_pretrained(folder / "fp8"),
+        processing_class=AutoTokenizer.from_pretrained(folder / a.checkpoint),
         peft_config=LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **ADAPTER),
     )
     return peer(trainer, data, clock, a.steps)
@@ -536,6 +541,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script itself")
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--checkpoint", default="fp8", help="the model's folder in --folder")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--quantization", default="nf4")

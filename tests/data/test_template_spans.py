@@ -285,3 +285,28 @@ def test_marks_are_those_of_the_template_that_a_row_uses():
     tokenizer.chat_template = {"default": MARKED, "tool_use": tokenizer.chat_template}
     chat = ChatTemplate(tokenizer, "", 2048)
     assert "pier" in trained_texts(chat, chat.encode(TOOL_TALK, tools=TOOLS))[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - REFUSED))
+@pytest.mark.parametrize("system", ["", 'Say "hrmph"\nto gulls.'])
+def test_the_shipped_template_gives_a_chat_without_a_system_message_the_one_of_training(name, system):
+    try:
+        chat = chat_for(name, system)
+    except PhoqueError:
+        assert system  # a template without a system role refuses a system message that is not empty
+        return
+    shipped = chat.shipped_tokenizer
+    render = lambda tokenizer, messages: tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    for talk in (TALK[:1], TALK[:3], [SYSTEM, *TALK[:1]]):
+        if chat.default_system is None and talk[0] is SYSTEM:
+            continue
+        assert render(shipped, talk) == render(chat.tokenizer, chat.with_system(talk))
+    if chat.default_system is None:
+        assert shipped is chat.tokenizer
+
+
+def test_with_the_templates_own_system_message_the_template_is_shipped_as_it_is():
+    chat = chat_for("llama3", "template")
+    assert chat.shipped_tokenizer is chat.tokenizer

@@ -78,25 +78,11 @@ def test_the_gguf_is_dequantised_once_and_is_the_real_model(services):
     torch.testing.assert_close(ours, torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
 
 
-@pytest.mark.parametrize(
-    ("config", "limit"),
-    [
-        ({"model_type": "llama", "max_position_embeddings": 2048}, 2048),
-        ({"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096}, 4096),
-        ({"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": None}, 32768),
-        ({"model_type": "qwen2", "max_position_embeddings": 32768, "use_sliding_window": False}, 32768),
-        (
-            {"model_type": "qwen2", "max_position_embeddings": 32768, "use_sliding_window": True, "sliding_window": 512}
-            | {"max_window_layers": 1, "num_hidden_layers": 4},
-            512,
-        ),
-    ],
-)
-def test_a_sliding_window_limits_the_length_of_a_conversation(config, limit):
+def test_the_positions_of_a_model_limit_a_conversation_and_a_sliding_window_does_not():
     from transformers import AutoConfig
 
     from phoque.models.config import max_conversation_tokens
 
-    kind = config.pop("model_type")
-    found, reason = max_conversation_tokens(AutoConfig.for_model(kind, **config))
-    assert found == limit and ("sliding window" in reason) == (limit < config["max_position_embeddings"])
+    for sliding_window in (None, 4096):
+        config = AutoConfig.for_model("mistral", max_position_embeddings=32768, sliding_window=sliding_window)
+        assert max_conversation_tokens(config) == (32768, "it has 32,768 positions")

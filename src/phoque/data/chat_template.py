@@ -1,5 +1,7 @@
 """Conversations as token ids with a loss mask: ids are those of the model's own chat template, whatever it is."""
 
+import copy
+import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -74,6 +76,31 @@ class ChatTemplate:
         if messages[0]["role"] == "system" or self.default_system is None:
             return [*messages]
         return [{"role": "system", "content": self.default_system}, *messages]
+
+    @cached_property
+    def shipped_tokenizer(self) -> Any:
+        """The tokenizer to ship: a chat without a system message renders as it was trained, with the default one.
+
+        Its templates begin with a statement that adds this message. Where the model's own template renders the same
+        text anyway, the tokenizer is unchanged.
+        """
+        if self.default_system is None:
+            return self.tokenizer
+        own = self._renderer.render([QUESTION], add_generation_prompt=True)
+        if own == self._renderer.render(self.with_system([QUESTION]), add_generation_prompt=True):
+            return self.tokenizer
+        message = f"{{'role': 'system', 'content': {json.dumps(self.default_system, ensure_ascii=False)}}}"
+        statement = (
+            "{%- if not messages or messages[0]['role'] != 'system' %}"
+            f"{{% set messages = [{message}] + messages %}}"
+            "{%- endif -%}"
+        )
+        tokenizer, templates = copy.copy(self.tokenizer), self.tokenizer.chat_template
+        if isinstance(templates, dict):
+            tokenizer.chat_template = {name: statement + text for name, text in templates.items()}
+        else:
+            tokenizer.chat_template = statement + templates
+        return tokenizer
 
     def encode_row(self, row: Row) -> EncodedChat:
         """Encode a row of a dataset, with its tools and its marks. Raises BadRow if it cannot be trained on."""

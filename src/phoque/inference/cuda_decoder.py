@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from phoque.inference.residual_stream import get_blocks, unwrap_model
+from phoque.models.architectures import architecture_of
+from phoque.models.config import sliding_window_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +38,19 @@ class BatchDecoder:
         self._attention_mask = torch.zeros(rows, 1, 1, max_length, dtype=torch.bool, device=ids.device)
         self._attention_mask[:, 0, 0, :prompt_length] = mask.bool()
         self._cache_position = torch.tensor([prompt_length - 1], device=ids.device)
-        self._cache = _make_cache(len(get_blocks(model)), max_length, self._cache_position)
-        self._can_capture, self._uncaptured_steps, self._steps_left = ids.is_cuda, 0, tokens
+        self._is_recurrent = architecture_of(self._model.config).is_recurrent
+        if self._is_recurrent:  # its state is not a list of tokens, so transformers' own cache keeps it
+            from transformers import DynamicCache
+
+            self._cache: Any = DynamicCache(config=self._model.config)
+        else:
+            self._cache = _make_cache(len(get_blocks(model)), max_length, self._cache_position)
+        config = self._model.config.get_text_config()
+        self._window = sliding_window_of(config)
+        self._has_layer_types = bool(getattr(config, "layer_types", None))
+        self._window_mask = self._attention_mask.clone()
+        self._can_capture, self._uncaptured_steps = ids.is_cuda and not self._is_recurrent, 0
+        self._steps_left, self._cache_length = tokens, prompt_length
         self._graph: Any = None
         self._previous_graph: Any = None  # the graph of the larger batch, whose memory pool the next capture reuses
         self._logits = self._attention_mask.new_empty(0)
@@ -62,6 +75,11 @@ class BatchDecoder:
         self._position_ids.add_(1)
         self._cache_position.add_(1)
         self._attention_mask.index_fill_(3, self._cache_position, True)
+        if self._window:
+            columns = torch.arange(self._attention_mask.shape[3], device=tokens.device)
+            is_near = columns > self._cache_position - self._window
+            torch.logical_and(self._attention_mask, is_near, out=self._window_mask)
+        self._cache_length += 1
         self._steps_left -= 1
         if self._graph:
             self._graph.replay()
@@ -75,11 +93,8 @@ class BatchDecoder:
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only these rows of the batch."""
-        self._ids, self._position_ids, self._attention_mask = (
-            self._ids[rows],
-            self._position_ids[rows],
-            self._attention_mask[rows],
-        )
+        self._ids, self._position_ids = self._ids[rows], self._position_ids[rows]
+        self._attention_mask, self._window_mask = self._attention_mask[rows], self._window_mask[rows]
         self._cache.batch_select_indices(rows)
         self._previous_graph, self._graph, self._uncaptured_steps = self._graph or self._previous_graph, None, 0
         self._logits = self._logits.new_empty(0)
@@ -116,10 +131,22 @@ class BatchDecoder:
         return True
 
     def _step(self) -> Tensor:
-        # a new token attends to all tokens but padding; with a 4D boolean mask transformers builds none itself
-        return self._forward(self._ids, self._attention_mask, self._position_ids)
+        return self._forward(self._ids, self._visible_tokens(), self._position_ids)
 
-    def _forward(self, ids: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+    def _visible_tokens(self) -> Tensor | dict[str, Tensor]:
+        """Return which tokens a new token attends to: all but padding, or those in its window.
+
+        From 4D boolean masks transformers builds none itself; a model whose layers have types takes one for each type.
+        """
+        if self._is_recurrent:
+            return self._attention_mask[:, 0, 0, : self._cache_length]
+        if not self._window:
+            return self._attention_mask
+        if not self._has_layer_types:
+            return self._window_mask
+        return {"full_attention": self._attention_mask, "sliding_attention": self._window_mask}
+
+    def _forward(self, ids: Tensor, visible: Tensor | dict[str, Tensor], positions: Tensor) -> Tensor:
         output = self._model(
             input_ids=ids,
             attention_mask=visible,

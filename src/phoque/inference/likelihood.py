@@ -28,7 +28,7 @@ def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn]) -> list[float]:
         losses = []
         for start in range(0, len(targets), SCORED_AT_ONCE):
             chunk = slice(start, start + SCORED_AT_ONCE)
-            logits = unwrap_model(model).lm_head(states[chunk]).float()
+            logits = compute_logits(model, states[chunk])
             losses.append(torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none"))
         if not losses:
             continue
@@ -36,6 +36,12 @@ def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn]) -> list[float]:
             if len(row_losses):
                 means[n] = row_losses.mean().item()
     return means
+
+
+def compute_logits(model: "PreTrainedModel", states: torch.Tensor) -> torch.Tensor:
+    """Compute the logits (..., vocabulary) in fp32 of hidden states after the final norm (..., hidden)."""
+    causal = unwrap_model(model)
+    return causal.lm_head(states).float() / getattr(causal.config, "logits_scaling", 1.0)  # Granite divides them
 
 
 def sum_kl(expected: torch.Tensor, actual: torch.Tensor) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from phoque.models.architectures import architecture_of
+
 MASSIVE = 10.0  # times the median norm: an attention sink; if included, sinks are 98% of all variance
 TOKENS_AT_ONCE = {"cuda": 32_768, "cpu": 4_096}
 
@@ -25,6 +27,12 @@ def unwrap_model(model: Any) -> Any:
 def get_blocks(model: Any) -> Any:
     """Return the decoder blocks, in order."""
     return unwrap_model(model).model.layers
+
+
+def get_final_norm(model: Any) -> Any:
+    """Return the norm between the last decoder block and the head."""
+    causal = unwrap_model(model)
+    return getattr(causal.model, architecture_of(causal.config).final_norm)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from phoque.models.source import Source
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
 
 
@@ -32,26 +33,28 @@ def load_config(source: Source) -> "PretrainedConfig":
 
 
 def max_conversation_tokens(config: "PretrainedConfig") -> tuple[int | None, str]:
-    """The longest conversation that a model can be trained on, and why; None if its config names no limit.
-
-    phoque's attention sees the whole conversation, so a sliding window is a limit, too: beyond it, a model would be
-    trained with attention that it does not have.
-    """
-    text: Any = config.get_text_config()
-    positions, window = getattr(text, "max_position_embeddings", None), getattr(text, "sliding_window", None)
-    layers = getattr(text, "layer_types", None)
-    has_window = "sliding_attention" in layers if layers else getattr(text, "use_sliding_window", True)
-    if window and has_window and (positions is None or window < positions):
-        return window, f"its attention has a sliding window of {window:,} tokens"
+    """The longest conversation that a model can be trained on, and why; None if its config names no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions, f"it has {positions:,} positions" if positions else ""
 
 
-def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer, which has a chat template. Raises UsageError if it has none."""
+def sliding_window_of(config: "PretrainedConfig") -> int | None:
+    """The sliding window of a text model's attention in tokens; None if no layer has one."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    return window if window and (not types or "sliding_attention" in types) else None
+
+
+def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer, which has a chat template. Raises UsageError if it has none.
+
+    The template is that of `adapter`, the folder of an adapter, if it has one: the adapter was trained with it.
+    """
     from transformers import AutoTokenizer
 
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
     tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False, trust_remote_code=False)
+    if adapter is not None and (adapter / TEMPLATE).is_file():
+        tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise UsageError(
             what=f"{source.name} has no chat template.",
@@ -70,7 +73,7 @@ def copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
         if file.is_file() and file.name.startswith(TOKENIZER_FILES):
             shutil.copyfile(file, folder / file.name)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    template = folder / "chat_template.jinja"
+    template = folder / TEMPLATE
     if template.is_file():
         settings["chat_template"] = template.read_text()
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))

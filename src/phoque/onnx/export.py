@@ -140,7 +140,7 @@ def _check_output_dir(folder: Path) -> None:
 
 def _choose_layout(source: Source, layout: str) -> str:
     config = json.loads((source.folder / "config.json").read_text())
-    has_vision = ARCHITECTURES[config["model_type"]].vision_layout and "vision_config" in config
+    has_vision = ARCHITECTURES[config["model_type"]].vision is not None and "vision_config" in config
     if layout == "multimodal" and not has_vision:
         raise UsageError(
             what=f"{source.name} has no vision tower.",

@@ -8,6 +8,8 @@ from phoque.files import sha256
 from phoque.hub.repo import Repo
 from phoque.merging.run import merge_into
 from phoque.models.adapter_source import find_adapter, find_base
+from phoque.models.architectures import architecture_of
+from phoque.models.config import load_config
 from phoque.models.source import INDEX, Source, find_model, select_files
 from phoque.services import Services
 from phoque.settings.export_onnx import ExportSettings
@@ -31,6 +33,7 @@ def find_source(resolved: Resolved[ExportSettings], services: Services, *, dry_r
     if s.adapter_source:
         adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
         base = find_base(adapter.folder, s.base, s.revision, services, weights=not dry_run)
+        _check_can_export(base)
         if dry_run:
             return base
         # without --merged-out-dir the merged model is cached under base revision and adapter hash, for later exports
@@ -40,15 +43,27 @@ def find_source(resolved: Resolved[ExportSettings], services: Services, *, dry_r
         merge_into(base, adapter.folder, target, dtype="bf16", console=services.console, verify=False)
         return Source(f"{base.name} with {adapter.label}", target, base.revision, "merged")
     if s.merged_dir:
-        return _find_merged_model(s, services, dry_run)
+        return _check_can_export(_find_merged_model(s, services, dry_run))
     if s.base or s.preset:  # the base without an adapter
         name = s.base or PRESETS[s.preset]["base_model"]
-        return find_model(name, s.revision, services, weights=not dry_run)
+        return _check_can_export(find_model(name, s.revision, services, weights=not dry_run))
     raise UsageError(
         what="There is nothing to export.",
         why="Neither an adapter nor a merged model is given.",
         fix="Give one with --adapter-source or --merged-dir.",
     )
+
+
+def _check_can_export(source: Source) -> Source:
+    """Return the source. Raises UsageError if phoque does not export its architecture."""
+    config = load_config(source)
+    if reason := architecture_of(config).no_export:
+        raise UsageError(
+            what=f"phoque does not export {config.model_type} to ONNX.",
+            why=reason,
+            fix="docs/reference/models.md lists what works for each architecture; merge works for this one.",
+        )
+    return source
 
 
 def _find_merged_model(s: ExportSettings, services: Services, dry_run: bool) -> Source:

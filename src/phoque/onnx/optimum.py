@@ -70,6 +70,8 @@ def _check_supported(config: dict[str, Any], layout: str, dtypes: list[str]) -> 
         )
     elif rope.get("rope_type", "default") != "default":
         reason = f"it would ignore the rotary scaling {rope['rope_type']!r}"
+    elif config.get("sliding_window") and config.get("use_sliding_window", True):
+        reason = f"it would ignore the sliding window of {config['sliding_window']} tokens"
     elif dtypes != ["fp32"]:
         reason = "it is a cross-check and exports fp32 only"
     if reason:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from phoque.models.architectures import ARCHITECTURES
+from phoque.models.architectures.base import VisionTower
 from phoque.models.config import copy_tokenizer
 from phoque.onnx.session import SUFFIXES
 
 DTYPE_PREFERENCE = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # the first of these in the export is the default
-IMAGE_TOKENS = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 SESSIONS = {"text": ("model",), "multimodal": ("embed_tokens", "decoder_model_merged", "vision_encoder")}
 
@@ -47,7 +47,8 @@ def _build_config(source_config: dict[str, Any], layout: str) -> dict[str, Any]:
         section.pop("quantization_config", None)
     text = config.get("text_config", config)
     text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
-    return config
+    text = ARCHITECTURES[text["model_type"]].transformers_js_config(text)
+    return config | {"text_config": text} if "text_config" in config else text
 
 
 def _build_generation_config(source: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -67,8 +68,14 @@ def _write_tokenizer(source: Path, folder: Path, layout: str) -> None:
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # only transformers 5 knows that name
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if layout == "multimodal":
-        settings["processor_class"] = "PixtralProcessor"
+        settings["processor_class"] = _vision_tower(source).processor
     _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _vision_tower(source: Path) -> VisionTower:
+    vision = ARCHITECTURES[json.loads((source / "config.json").read_text())["model_type"]].vision
+    assert vision, "export checks that the architecture has this layout"
+    return vision
 
 
 def _write_processor(source: Path, folder: Path, source_config: dict[str, Any]) -> None:
@@ -82,8 +89,9 @@ def _write_processor(source: Path, folder: Path, source_config: dict[str, Any]) 
             configs[name] = json.loads((source / name).read_text())
     processor = configs.get("processor_config.json", {})
     image_settings = configs.get("preprocessor_config.json") or processor.get("image_processor") or {}
+    vision = _vision_tower(source)
     patch, merge = source_config["vision_config"]["patch_size"], source_config.get("spatial_merge_size", 2)
-    shared = {"patch_size": patch, "spatial_merge_size": merge, "processor_class": "PixtralProcessor"}
+    shared = {"patch_size": patch, "spatial_merge_size": merge, "processor_class": vision.processor}
     defaults = {
         "do_resize": True,
         "do_rescale": True,
@@ -95,11 +103,10 @@ def _write_processor(source: Path, folder: Path, source_config: dict[str, Any]) 
         **CLIP,
     }
     # Transformers.js needs patch_size as a number; some versions of transformers store {height, width}
-    image_processor = defaults | image_settings | shared | {"image_processor_type": "PixtralImageProcessor"}
+    image_processor = defaults | image_settings | shared | {"image_processor_type": vision.image_processor}
     _write_json(folder / "preprocessor_config.json", image_processor)
-    _write_json(
-        folder / "processor_config.json", {**IMAGE_TOKENS, **processor, **shared} | {"image_processor": image_processor}
-    )
+    processor_config = {**vision.image_tokens, **processor, **shared} | {"image_processor": image_processor}
+    _write_json(folder / "processor_config.json", processor_config)
 
 
 def onnx_files(sessions: tuple[str, ...], dtype: str) -> list[str]:

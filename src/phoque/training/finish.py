@@ -85,7 +85,7 @@ def finish(run: Run, model: "PreTrainedModel", stream: TrainStream, timer: Timer
     )
     with atomic_folder(folder / "adapter") as staging:
         save_adapter(model, staging, architecture_of(run.prepared.config))
-        run.prepared.chat.tokenizer.save_pretrained(staging)
+        run.prepared.chat.shipped_tokenizer.save_pretrained(staging)
         (staging / CARD).write_text(render_adapter_card(record, result.to_json(), run.settings.hub_model_id))
     record["result"] = result.to_json()
     write_record(folder, record)

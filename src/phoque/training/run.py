@@ -279,7 +279,7 @@ def _take_steps(
         )
         trainer = PersonaTrainer(
             model,
-            chat.tokenizer,
+            chat.shipped_tokenizer,
             _training_arguments(run, engine),
             stream=stream,
             architecture=architecture_of(run.prepared.config),

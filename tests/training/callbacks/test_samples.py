@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tests import tiny
+from transformers import LlamaConfig
 
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import build_batch
@@ -26,7 +27,7 @@ def model_with_adapter(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("speaker") / request.param
     (tiny.llama if request.param == "llama" else tiny.fp8_mistral3)(folder)
     source = Source("tiny", folder, "0", "test")
-    name, _ = attention.select_attention(torch.device("cpu"), None, torch.float32, 0)
+    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0)
     model = add_lora_adapter(load_model(source, "fp32", name), 4, 8, 0.0)
     torch.manual_seed(0)
     for key, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface, AutoConfig, LlamaConfig
 
 from phoque.training.engine import attention
 from phoque.training.engine.flash_attn4 import flash_attention_4
@@ -60,7 +60,7 @@ def test_it_is_taken_where_it_is_installed_right_and_pays(stand_in, monkeypatch)
 @pytest.mark.parametrize("dtype, capability", [(torch.float32, (9, 0)), (torch.bfloat16, (7, 5))])
 def test_a_gpu_s_fp32_and_old_gpus_get_a_mask(monkeypatch, dtype, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: capability)
-    name, reason = attention.select_attention(torch.device("cuda"), None, dtype, float("inf"))
+    name, reason = attention.select_attention(torch.device("cuda"), LlamaConfig(), dtype, float("inf"))
     assert AttentionInterface()[name] is attention._sdpa_with_mask and "Ampere" in reason
     given = [torch.randn(1, heads, 19, 8, requires_grad=True) for heads in (6, 2, 2)]
     found, wanted = (

@@ -1,10 +1,35 @@
 """What differs between model families, as one record; each family's file fills it in."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+# published as a model with a vision tower: the text model's keys start with `language_model.` or
+# `model.language_model.`, depending on the version of transformers that saved them
+VISION_TEXT_KEYS = (
+    (r"^language_model\.", ""),
+    (r"^model\.language_model\.", "model."),
+    (r"^lm_head\.", "lm_head."),
+)
+VISION_FULL_NAMES = ("model.layers.", "model.language_model.layers.")
 # pixtral, Mistral3's vision tower, names its projections `attention.` and `feed_forward.`, so this never matches it.
 LLAMA_PROJECTIONS = r"(?:.*\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """How a vision tower is exported.
+
+    - `projector`: the module and the class in transformers that map the tower's outputs to the text model's width.
+    - `processor`, `image_processor`: the classes of Transformers.js that prepare a chat and an image.
+    - `image_tokens`: the tokens around an image, as processor_config.json names them.
+    """
+
+    projector: tuple[str, str]
+    processor: str
+    image_processor: str
+    image_tokens: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -20,10 +45,18 @@ class Architecture:
     - `linear_groups`: linear layers of a decoder block, together where they read the same input: these run as one
       matrix product in training and share their bits in an export.
     - `smooth_sources`: for each linear group the module whose output channels SmoothQuant may divide, because the group
-      alone reads them (https://arxiv.org/abs/2211.10438).
+      alone reads them (https://arxiv.org/abs/2211.10438); None where no single module can be divided.
+    - `final_norm`: the norm after the last block, in the decoder.
+    - `embedding_scale`: given the text config, the factor by which the embedding module multiplies its rows.
+    - `layer_lists`: lists in the config with one entry per block; blocks with different entries compute differently.
+    - `is_recurrent`: whether blocks carry a state from token to token. In training, the conversations of a packed row
+      then run one at a time, because the state would pass from one to the next.
     - `transformers_js_class`: the class of Transformers.js that runs an export of the full model.
-    - `vision_layout`: whether an export may have the vision tower (the `multimodal` layout).
+    - `transformers_js_config`: given config.json of the text model, the same as Transformers.js reads it.
+    - `vision`: how an export runs the vision tower (the `multimodal` layout); None if it exports the text model alone.
     - `in_optimum`: whether optimum-onnx 0.1 with transformers 4.57 knows the model type.
+    - `no_engine`, `no_export`: why the fast engine and export-onnx do not support this architecture; empty if they do.
+    - `find_limit`: given the text config, why phoque does not support this model of the family; empty if it does.
     """
 
     model_type: str
@@ -38,14 +71,22 @@ class Architecture:
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     )
-    smooth_sources: tuple[str, ...] = (
+    smooth_sources: tuple[str | None, ...] = (
         "input_layernorm",
         "self_attn.v_proj",
         "post_attention_layernorm",
         "mlp.up_proj",
     )
-    vision_layout: bool = False
+    final_norm: str = "norm"
+    layer_lists: tuple[str, ...] = ("layer_types",)
+    is_recurrent: bool = False
+    vision: VisionTower | None = None
     in_optimum: bool = False
+    no_engine: str = ""
+    no_export: str = ""
+    find_limit: Callable[[Any], str] = lambda config: ""
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
+    transformers_js_config: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
 
     def text_key(self, key: str) -> str | None:
         """The text-only model's name of a checkpoint's tensor, or None if the text model does not have it."""

@@ -1,4 +1,4 @@
-"""Llama, and models with its layout: SmolLM2, TinyLlama."""
+"""Llama 3, 3.1 and 3.2, and models with its layout: TinyLlama, SmolLM2, Hermes 3."""
 
 from phoque.models.architectures.base import Architecture
 

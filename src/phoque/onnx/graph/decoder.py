@@ -8,7 +8,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from phoque.models.architectures import architecture_of
 from phoque.models.checkpoint_reader import HEAD
+from phoque.models.config import sliding_window_of
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
 from phoque.onnx.graph.trace import PackedParameter, TracedDecoder
 from phoque.onnx.quantize.block_format import Quantizer, can_quantize, choose_group_size
@@ -36,7 +38,7 @@ def decoder_component(
     config = weights.config.get_text_config()
     component = Component(name, traced.model, weights)
     graph = component.model.graph
-    _remove_attention_mask(graph)
+    _replace_attention_masks(graph, config)
     RemoveUnusedNodesPass()(component.model)
     _simplify(graph)
     RemoveUnusedNodesPass()(component.model)
@@ -77,15 +79,18 @@ def _add_input_ids(graph: ir.Graph) -> ir.Value:
     return ids
 
 
-def _remove_attention_mask(graph: ir.Graph) -> None:
-    """Remove the mask from fused attention, and the Where nodes that zero rows without any attended token.
+def _replace_attention_masks(graph: ir.Graph, config: "PretrainedConfig") -> None:
+    """Replace the mask of fused attention by its window, and remove Where nodes that zero rows without any token.
 
     GroupQueryAttention is causal without a mask, and a batch of one conversation has no padding.
     """
     attention_nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    window, kinds = sliding_window_of(config), getattr(config, "layer_types", None)
     for node in attention_nodes:
         if len(node.inputs) > 10:
             node.replace_input_with(10, None)
+        if window and (not kinds or kinds[_layer_number(node)] == "sliding_attention"):
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
     where_nodes = (
         [n for n in graph if n.op_type == "Where" and _get_scalar(n.inputs[1]) == 0.0] if attention_nodes else []
     )
@@ -93,6 +98,14 @@ def _remove_attention_mask(graph: ir.Graph) -> None:
         attention_output = node.inputs[2]
         assert attention_output is not None
         node.outputs[0].replace_all_uses_with(attention_output)
+
+
+def _layer_number(attention: ir.Node) -> int:
+    """Return the layer of a GroupQueryAttention node, from the name of its cache input."""
+    past_key = attention.inputs[3]
+    match = re.search(r"layers\.(\d+)\.", str(past_key.name)) if past_key is not None else None
+    assert match, "the cache of fused attention is an input of the graph"
+    return int(match[1])
 
 
 def _simplify(graph: ir.Graph) -> None:
@@ -132,6 +145,8 @@ def _split_packed_matmuls(graph: ir.Graph, recipes: dict[str, tuple[PackedParame
         matmul = matmuls[0]
         consumers = [user for user, _ in matmul.outputs[0].uses()]
         if [user.op_type for user in consumers] != ["Split"]:
+            continue
+        if len(consumers[0].outputs) != len(recipes[packed_name]):  # the model itself splits one parameter's output
             continue
         hidden = matmul.inputs[0]
         assert hidden is not None
@@ -190,7 +205,7 @@ def _replace_head(
     traced.recipes.pop(weight_name)
     (head_node,) = (node for node, _ in graph.initializers[weight_name].uses())
     hidden, traced_logits = head_node.inputs[0], graph.outputs[0]
-    assert hidden is not None and traced_logits is head_node.outputs[0]
+    assert hidden is not None
     num_logits = ir.Value(name="num_logits_to_keep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     graph.inputs.append(num_logits)
     start = _add_node(graph, "Reshape", [_add_node(graph, "Neg", [num_logits]), _add_ints(graph, "one_axis", [1])])
@@ -208,12 +223,14 @@ def _replace_head(
         output = _add_node(graph, "Reshape", [matmul, _add_ints(graph, "head_out", [1, -1, vocab_size])])
     if dtype != torch.float32:
         output = _add_node(graph, "Cast", [output], attributes={"to": int(ir.DataType.FLOAT)})
+    if (scaling := getattr(weights.config.get_text_config(), "logits_scaling", 1.0)) != 1.0:  # Granite
+        output = _add_node(graph, "Div", [output, _add_float(graph, "logits_scaling", scaling)])
     traced_logits.name = "unused_logits"
     output.name, output.type = "logits", ir.TensorType(ir.DataType.FLOAT)
     output.shape = ir.Shape([1, "logits_length", vocab_size])
     graph.outputs[0] = output
-    graph.remove(head_node, safe=True)
-    del graph.initializers[weight_name]
+    RemoveUnusedNodesPass()(component.model)  # the traced head, and what scaled its logits
+    graph.initializers.pop(weight_name, None)
 
 
 def _cast_input(graph: ir.Graph, dtype: torch.dtype) -> None:
@@ -263,11 +280,15 @@ def _add_embedding_lookup(
             _add_node(graph, "Gather", [_add_weight(component, weights, EMBEDDINGS, dtype), ids]),
             dtype,
         )
-    return (
-        embeddings
-        if current_dtype == output_dtype
-        else _add_node(graph, "Cast", [embeddings], attributes={"to": int(DTYPES[output_dtype])})
-    )
+    config = component.weights.config
+    if (scale := architecture_of(config).embedding_scale(config.get_text_config())) != 1.0:
+        if current_dtype != torch.float32:
+            embeddings = _add_node(graph, "Cast", [embeddings], attributes={"to": int(ir.DataType.FLOAT)})
+            current_dtype = torch.float32
+        embeddings = _add_node(graph, "Mul", [embeddings, _add_float(graph, "embedding_scale", scale)])
+    if current_dtype == output_dtype:
+        return embeddings
+    return _add_node(graph, "Cast", [embeddings], attributes={"to": int(DTYPES[output_dtype])})
 
 
 def _add_dequantize(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
@@ -318,7 +339,10 @@ def _fill_weights(
 
 
 def _concatenate_parameters(weights: Weights, parameters: tuple[PackedParameter, ...]) -> torch.Tensor:
-    tensors = [weights.read(p.name).T if p.transposed else weights.read(p.name) for p in parameters]
+    tensors = []
+    for parameter in parameters:
+        tensor = weights.read(parameter.name)
+        tensors.append(tensor.T if parameter.transposed else tensor + parameter.plus_one)
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 

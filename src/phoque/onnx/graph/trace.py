@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 
 from phoque.errors import RunError
+from phoque.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,10 +32,11 @@ SHARED = -1  # layer number of values that all layers share, such as the mask
 
 @dataclass(frozen=True)
 class PackedParameter:
-    """One parameter of the text model that is packed into an initializer, possibly transposed."""
+    """One parameter of the text model that is packed into an initializer, possibly transposed, or a vector plus 1."""
 
     name: str
     transposed: bool
+    plus_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,27 @@ def trace_decoder(config: "PretrainedConfig", dtype: torch.dtype, provider: Prov
     """Trace a text model: inputs_embeds, attention_mask, position_ids and cache in, logits and cache out.
 
     `provider` is the ONNX Runtime provider whose fused operators are used, cpu or webgpu, or None for plain operators.
-    Raises RunError if the exporter changed a parameter so that it cannot be identified, or layers differ.
+    Raises RunError if the exporter changed a parameter so that it cannot be identified.
     """
-    layer_types = getattr(config, "layer_types", None)
-    is_uniform = not layer_types or len(set(layer_types)) == 1
+    is_uniform = all(len(set(kinds)) == 1 for kinds in _layer_lists(config).values())
     layers = config.num_hidden_layers
     traced_layers = TRACED_LAYERS if is_uniform and layers > TRACED_LAYERS else layers
-    model, names = _build_skeleton(config, dtype, traced_layers)
-    program = _run_exporter(model, config, dtype, traced_layers, provider)
-    recipes = _read_recipes(program, names)
-    traced = TracedDecoder(program, recipes)
-    return _repeat_middle_layer(traced, layers) if traced_layers < layers else traced
+    traced = _trace_layers(config, dtype, traced_layers, provider)
+    if traced_layers == layers:
+        return traced
+    # where the exporter fuses the last block with the final norm, it is not like the others
+    return _repeat_middle_layer(traced, layers) or _trace_layers(config, dtype, layers, provider)
+
+
+def _trace_layers(config: "PretrainedConfig", dtype: torch.dtype, layers: int, provider: Provider) -> TracedDecoder:
+    model, names = _build_skeleton(config, dtype, layers)
+    program = _run_exporter(model, config, dtype, layers, provider)
+    return TracedDecoder(program, _read_recipes(program, names))
+
+
+def _layer_lists(config: "PretrainedConfig") -> dict[str, list[Any]]:
+    """Return the lists of the config that say by layer how it computes; layers with equal entries are alike."""
+    return {name: kinds for name in architecture_of(config).layer_lists if (kinds := getattr(config, name, None))}
 
 
 def _build_skeleton(config: "PretrainedConfig", dtype: torch.dtype, layers: int) -> tuple[Any, list[str]]:
@@ -74,8 +86,8 @@ def _build_skeleton(config: "PretrainedConfig", dtype: torch.dtype, layers: int)
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.vocab_size = layers, 8
     config.tie_word_embeddings, config.pad_token_id = False, None
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    for name, kinds in _layer_lists(config).items():
+        setattr(config, name, kinds[:layers])
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     names = [name for name, _ in model.named_parameters()]
@@ -106,7 +118,8 @@ def _run_exporter(
 
     width = config.hidden_size
     head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    cache, past_length, new_length = DynamicCache(config=model.config), 3, 4
+    # a cache without a config keeps every token also in layers with a window: Transformers.js keeps one length
+    cache, past_length, new_length = DynamicCache(), 3, 4
     for layer in range(layers):
         states = torch.zeros(1, config.num_key_value_heads, past_length, head_dim, dtype=dtype)
         cache.update(states, states.clone(), layer)
@@ -185,20 +198,17 @@ def _read_watermarks(array: np.ndarray, names: list[str]) -> Generator[PackedPar
     marks = (last_row.astype(np.int64) - FIRST_MARK) // 2
     for number in dict.fromkeys(marks.tolist()):
         transposed = array.ndim == 2 and array[0, marks == number][-1] == array[-1, marks == number][-1]
-        yield PackedParameter(names[number], bool(transposed))
+        plus_one = array.ndim == 1 and (int(last_row[marks == number][-1]) - FIRST_MARK) % 2 == 1  # Gemma's norms
+        yield PackedParameter(names[number], bool(transposed), plus_one)
 
 
-def _repeat_middle_layer(traced: TracedDecoder, layers: int) -> TracedDecoder:
-    """Repeat the middle layer until the graph has `layers` layers. Raises RunError if traced layers differ."""
+def _repeat_middle_layer(traced: TracedDecoder, layers: int) -> TracedDecoder | None:
+    """Repeat the middle layer until the graph has `layers` layers; return None if the last one differs from it."""
     graph = traced.model.graph
     layer_of = _find_layers(traced)
     middle, last = ([n for n in graph if layer_of[n.outputs[0]] == layer] for layer in (1, 2))
     if [_signature_of(n) for n in middle] != [_signature_of(n) for n in last]:
-        raise RunError(
-            what="The layers of this model do not export to the same operators.",
-            why="The exporter fused the second and the third layer differently.",
-            fix="Report it with the model's config.json.",
-        )
+        return None
     counterparts = {  # value of the first layer that the middle one reads -> its counterpart in the middle layer
         source: target
         for middle_node, last_node in zip(middle, last, strict=True)

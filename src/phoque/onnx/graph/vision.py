@@ -1,5 +1,6 @@
-"""Pixtral's vision tower and Mistral3's projector as one graph: an image of any size in, its token embeddings out."""
+"""A vision tower and its projector as one graph: an image of any size in, its token embeddings out."""
 
+from importlib import import_module
 from typing import Any
 
 import onnx_ir as ir
@@ -7,6 +8,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.errors import UsageError
+from phoque.models.architectures import architecture_of
 from phoque.onnx.component import DTYPES, Component, Weights
 from phoque.onnx.graph.decoder import strip_metadata
 from phoque.onnx.graph.trace import silence_exporter
@@ -25,11 +27,13 @@ class VisionEncoder(torch.nn.Module):
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         from transformers import AutoModel
-        from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
         super().__init__()
         self.tower: Any = AutoModel.from_config(config.vision_config, dtype=dtype, attn_implementation="sdpa")
-        self.projector: Any = Mistral3MultiModalProjector(config).to(dtype)
+        vision = architecture_of(config).vision
+        assert vision, "export checks that the architecture has this layout"
+        module, name = vision.projector
+        self.projector: Any = getattr(import_module(module), name)(config).to(dtype)
         self.merge, self.dtype = config.spatial_merge_size, dtype
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,8 @@ def smooth_activations(weights: Weights, model: Any, chats: Ids) -> Weights:
     for group, source in zip(
         linear_groups_of(model), architecture_of(config).smooth_sources * config.num_hidden_layers, strict=True
     ):
+        if source is None:
+            continue
         group_weights = [model.get_submodule(name).weight.float() for name in group]
         source_name = f"{group[0].rpartition('.')[0].rpartition('.')[0]}.{source}"
         rms, weight_max = (

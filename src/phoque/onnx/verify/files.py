@@ -82,7 +82,7 @@ def _find_layout(config: dict[str, Any]) -> str:
     if model_type not in ARCHITECTURES:
         raise CheckFailed(f"config.json has model_type {model_type!r}; phoque knows no Transformers.js class for it")
     architecture = ARCHITECTURES[model_type]
-    class_name, layout = architecture.transformers_js_class, "multimodal" if architecture.vision_layout else "text"
+    class_name, layout = architecture.transformers_js_class, "multimodal" if architecture.vision else "text"
     if config.get("architectures") != [class_name]:
         raise CheckFailed(
             f"config.json has architectures {config.get('architectures')}; for {model_type} it must be [{class_name!r}]"

@@ -182,27 +182,36 @@ def _check_operators(model: Any, dtype: str) -> str:
 def _check_frequencies(model: Any, config: dict[str, Any]) -> str:
     from onnx import numpy_helper
     from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     text_config = AutoConfig.for_model(**_strip_export_keys(config)).get_text_config()
-    rope = text_config.rope_parameters
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    if rope["rope_type"] == "default":
-        expected = 1.0 / rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
-    else:
-        import torch
-
-        expected = ROPE_INIT_FUNCTIONS[rope["rope_type"]](text_config, torch.device("cpu"))[0].numpy()
+    ropes = text_config.rope_parameters
+    by_layer_type = {None: ropes} if "rope_type" in ropes else ropes  # Gemma has one for each type of layer
+    expected = {kind: _compute_frequencies(text_config, kind, rope) for kind, rope in by_layer_type.items()}
     tables = [t for t in model.graph.initializer if re.search(r"inv_freq", t.name) and t.data_location != 1]
     if not tables:
         return "it has no frequency table to compare; the level `ort` compares its logits"
-    frequencies = numpy_helper.to_array(tables[0]).flatten()
-    if frequencies.shape != expected.shape or not np.allclose(frequencies, expected, rtol=1e-4):
-        raise CheckFailed(
-            f"its last rotary frequency is {frequencies[-1]:.3g}; config.json gives {expected[-1]:.3g}: it was "
-            "exported with another rope theta or scaling"
-        )
-    return f"theta {rope['rope_theta']:g}, {rope['rope_type']}"
+    for table in tables:
+        frequencies = numpy_helper.to_array(table).flatten()
+        if not any(f.shape == frequencies.shape and np.allclose(frequencies, f, rtol=1e-4) for f in expected.values()):
+            values = " or ".join(f"{f[-1]:.3g}" for f in expected.values())
+            raise CheckFailed(
+                f"its last rotary frequency is {frequencies[-1]:.3g}; config.json gives {values}: it was "
+                "exported with another rope theta or scaling"
+            )
+    return "; ".join(f"theta {rope['rope_theta']:g}, {rope['rope_type']}" for rope in by_layer_type.values())
+
+
+def _compute_frequencies(text_config: Any, layer_type: str | None, rope: dict[str, Any]) -> np.ndarray:
+    """Return the rotary frequencies (rotated size / 2,) that the config gives for a type of layer."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope["rope_type"] != "default":
+        by_type = {} if layer_type is None else {"layer_type": layer_type}
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](text_config, torch.device("cpu"), **by_type)[0].numpy()
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    return 1.0 / rope["rope_theta"] ** (np.arange(0, rotated, 2) / rotated)
 
 
 def _strip_export_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
     layers = _resolve_steered_blocks(s, blocks)
-    tokenizer = load_tokenizer(source)
+    tuned = adapters.get("tuned")
+    tokenizer = load_tokenizer(source, tuned.folder if tuned else None)
     plan = {
         "persona": persona.name,
         "model": f"{source.name} ({source.origin})",

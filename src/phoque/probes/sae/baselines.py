@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from phoque.inference.likelihood import sum_kl
-from phoque.inference.residual_stream import unwrap_model
+from phoque.inference.likelihood import compute_logits, sum_kl
+from phoque.inference.residual_stream import get_final_norm, unwrap_model
 from phoque.probes import stats
 from phoque.probes.sae.residuals import Residuals
 
@@ -57,7 +57,9 @@ def compute_lens_logits(model: "PreTrainedModel", directions: torch.Tensor) -> t
     """Apply the logit lens: map directions (n, hidden) to logits (n, vocabulary), up to a positive factor."""
     causal = unwrap_model(model)
     weight = causal.lm_head.weight
-    scaled = directions.to(weight.device).float() * causal.model.norm.weight.float()
+    hidden = torch.ones(directions.shape[1], device=weight.device)
+    gain = get_final_norm(model)(hidden).float()  # the RMS of ones is 1, so what is left is the norm's factor
+    scaled = directions.to(weight.device).float() * gain
     return (scaled.to(weight.dtype) @ weight.T).float()
 
 
@@ -95,8 +97,8 @@ def compute_kl(base: tuple[Any, Residuals], variant: tuple[Any, Residuals]) -> l
 
 def _log_probs(model: "PreTrainedModel", states: torch.Tensor) -> torch.Tensor:
     causal = unwrap_model(model)
-    normed = causal.model.norm(states.to(causal.lm_head.weight.device))
-    return causal.lm_head(normed.to(causal.lm_head.weight.dtype)).float().log_softmax(-1)
+    normed = get_final_norm(model)(states.to(causal.lm_head.weight.device))
+    return compute_logits(model, normed.to(causal.lm_head.weight.dtype)).log_softmax(-1)
 
 
 def choose_lens_layers(blocks: int, compared: Sequence[int]) -> list[int]:

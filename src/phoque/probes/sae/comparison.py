@@ -67,7 +67,7 @@ class Comparison:
     def run(self) -> ComparisonResult:
         """Measure everything. Raises RunError if a model gives too few answers that are not empty."""
         plan = self.plan
-        self.tokenizer = load_tokenizer(plan.source)
+        self.tokenizer = load_tokenizer(plan.source, plan.adapters.get("tuned"))
         self.variants = self._load_models()
         trained: TrainedDictionaries | None = None
         with self.variants.activate("base") as model:

@@ -1,4 +1,7 @@
-"""Attention over packed rows: no token attends to another conversation. The kernel is selected once per run."""
+"""Attention over packed rows: no token attends to another conversation, nor beyond its layer's sliding window.
+
+The kernel is selected once per run. `sliding_window` counts tokens, the attending one included; None means all.
+"""
 
 import inspect
 from collections.abc import Callable, Generator
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from phoque.models.architectures import architecture_of
+from phoque.models.config import sliding_window_of
 from phoque.training.engine.flash_attn4 import flash_attention_4
 
 if TYPE_CHECKING:
@@ -40,6 +45,8 @@ def select_attention(
     kernel that is slow to build must save more time than its build takes. `compiled` requires an implementation that
     torch.compile can trace, which must not copy the sequence lengths to the CPU.
     """
+    if architecture_of(config).is_recurrent:
+        return "sdpa", "SDPA: its recurrent layers run one conversation at a time, so attention does, too"
     from transformers import AttentionInterface, AttentionMaskInterface
 
     is_cuda = device.type == "cuda"
@@ -65,11 +72,12 @@ def select_attention(
 @contextmanager
 def plain_attention(model: "PreTrainedModel") -> Generator[None]:
     """Use SDPA with transformers' own masks in the `with` block: for generation, where rows are padded."""
+    previous = str(model.config._attn_implementation)
     model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(previous)
 
 
 def _sdpa_per_conversation(
@@ -81,21 +89,26 @@ def _sdpa_per_conversation(
     scaling: float,
     cu_seq_lens_q: Tensor,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Run SDPA once per conversation: query, key, value (1, heads, T, head size) -> (1, T, heads, head size)."""
     bounds = cu_seq_lens_q.tolist()
-    parts = [
-        scaled_dot_product_attention(
+    parts = []
+    for start, end in pairwise(bounds):
+        visible = None
+        if sliding_window and end - start > sliding_window:  # otherwise the window is the whole conversation
+            visible = _in_window(torch.arange(end - start, device=query.device), sliding_window)
+        part = scaled_dot_product_attention(
             query[:, :, start:end],
             key[:, :, start:end],
             value[:, :, start:end],
-            is_causal=True,
+            attn_mask=visible,
+            is_causal=visible is None,
             scale=scaling,
             enable_gqa=True,
         )
-        for start, end in pairwise(bounds)
-    ]
+        parts.append(part)
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -108,16 +121,24 @@ def _sdpa_with_mask(
     scaling: float,
     cu_seq_lens_q: Tensor,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute the same as `_sdpa_per_conversation` with one SDPA call and a block-diagonal causal mask."""
     positions = torch.arange(query.shape[2], device=query.device)
     segment = torch.searchsorted(cu_seq_lens_q, positions.int(), right=True)
-    visible = (segment[:, None] == segment) & (positions[:, None] >= positions)
+    visible = (segment[:, None] == segment) & _in_window(positions, sliding_window)
     repeats = query.shape[1] // key.shape[1]  # SDPA's CUDA kernels with a mask do not support grouped heads
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     out = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
     return out.transpose(1, 2), None
+
+
+def _in_window(positions: Tensor, sliding_window: int | None) -> Tensor:
+    """Return (T, T) booleans: whether the token of each row may attend to the token of each column."""
+    distance = positions[:, None] - positions
+    is_causal = distance >= 0
+    return is_causal & (distance < sliding_window) if sliding_window else is_causal
 
 
 def _select_on_cuda(device: torch.device, config: "PretrainedConfig", tokens: float) -> tuple[Attention, str]:
@@ -125,6 +146,8 @@ def _select_on_cuda(device: torch.device, config: "PretrainedConfig", tokens: fl
     varlen, reason = _make_varlen_attention(), "torch.nn.attention.varlen: one kernel for all conversations of a row"
     if not [*distributions(name="flash-attn-4")]:  # FlashAttention 2 installs modules of the same name
         return varlen, reason
+    if sliding_window_of(config.get_text_config()):
+        return varlen, f"{reason}; flash-attn-4 is used for models without a sliding window only"
     if tokens < MIN_FLASH_4_TOKENS:
         return varlen, f"{reason}; flash-attn-4 takes 15 s to build, too long for {tokens / 1e6:.1f} M tokens"
     try:
@@ -176,10 +199,11 @@ def _make_varlen_attention() -> Attention:
         cu_seq_lens_q: Tensor,
         max_length_q: int,
         dropout: float = 0.0,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+        options: dict[str, Any] = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
         if supports_gqa:
             options["enable_gqa"] = True
         else:

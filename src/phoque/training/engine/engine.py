@@ -4,9 +4,10 @@ The engine changes how the layers run during training, not what they compute: te
 model. Evaluation and generation use the plain modules, which share the same weights.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -21,12 +22,16 @@ from phoque.training.engine.cuda_graphs import CudaGraphs, PackedRow
 from phoque.training.engine.flat_params import FlatParams
 from phoque.training.engine.lora_linear import fuse_group, group_by_input
 
+Angles = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
 USABLE_SHARE = 0.92  # share of the free GPU memory that a step may use
 HEAD_BYTES = 3 * 2**28  # memory of the logit chunks in training/engine/loss.py
 POINTWISE_RECOMPUTED = "normed and gated activations are recomputed"
-TRIAL_NOISE = (
-    0.05  # standard deviation of B during the trial: the adapter then contributes at least as much as a trained one
-)
+# standard deviation of B during the trial: the adapter then contributes at least as much as a trained one
+TRIAL_NOISE = 0.05
+# largest relative difference of one layer that rounding explains: in bf16, and with FP8 products
+MAX_DIFFERENCE, MAX_DIFFERENCE_FP8 = 0.05, 0.2
+RESIDUAL_ROUNDING = 2**-8  # of the sum of a residual stream and what a layer adds to it, in bf16
+MAX_DIFFERENCE_CAPTURED = 0.5  # a graph replays the same kernels; if it reads other memory, nothing agrees
 
 
 @dataclass
@@ -52,6 +57,8 @@ class Engine:
         base = self.model.get_base_model()
         self._core, self.layers = base.model, base.model.layers
         self.dtype = self._core.embed_tokens.weight.dtype
+        rotary = self._core.rotary_emb
+        self._has_rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         separate = self._has_dropout  # each adapter drops out its own copy of the input, so layers cannot be fused
         linear_groups = architecture_of(base.config).linear_groups
         self._groups = [group for layer in self.layers for group in group_by_input(layer, linear_groups, separate)]
@@ -112,45 +119,41 @@ class Engine:
     def _backward(self, out: Any, grad: Tensor) -> None:
         self.flat.add_gradients(torch.autograd.grad(out, self.flat.leaves, grad))
 
-    def measure_difference(self, row: PackedRow, n_real: int) -> float:
-        """Return the relative difference between the engine's and the plain layers' hidden states.
+    def check_against_plain(self, row: PackedRow, n_real: int) -> str:
+        """Compare the engine with the plain layers on one row; return what differs too much, or "".
 
-        Only the first `real` positions are compared; the rest is padding. B is random during the trial, because a new
-        adapter contributes nothing; weights and gradients are restored. With dropout no two passes agree: the engine
-        then runs once with it, to see that it works, and the comparison uses fused linear layers without dropout.
-        Raises RuntimeError if gradients are not finite.
+        Each layer gets the input that the plain layers give it, so rounding does not add up over the depth: its output,
+        the gradient of its input and those of its adapter must agree. Then the whole row runs, forward and backward, as
+        in a step; captured graphs are compared with the same pass uncaptured. Only the first `n_real` positions are
+        compared; the rest is padding. B is random during the trial, because a new adapter contributes nothing; weights
+        and gradients are restored. With dropout no two passes agree: layers are then compared without dropout, as fused
+        linear layers, and the row runs with it once, to see that it works.
         """
         with self.flat.randomize_b(TRIAL_NOISE):
-            difference = self._compare_hidden(row, n_real)
-            if self._has_dropout:
-                with self._without_dropout():
-                    difference = self._compare_hidden(row, n_real)
-            return difference
+            with self._without_dropout() if self._has_dropout else nullcontext():
+                number, difference = self._compare_layers(row, n_real)
+            if not difference <= self.max_difference:
+                return f"layer {number} differs by {difference:.1%} from the plain layer"
+            if not self.captured:
+                self._run_trial_step(row)
+                return ""
+            self.captured = False
+            try:
+                uncaptured = self._run_trial_step(row)
+            finally:
+                self.captured = True
+            captured = self._run_trial_step(row)
+            if not self._has_dropout and not _relative(captured - uncaptured, uncaptured) <= MAX_DIFFERENCE_CAPTURED:
+                return "the captured graphs compute something else"
+            return ""
 
-    @contextmanager
-    def _without_dropout(self) -> Generator[None]:
-        """Run fused linear layers alone, without dropout: compiled layers and captured graphs have dropout built in."""
-        dropouts = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
-        previous = self.compiled, self.captured, self.recomputed_layers
-        self.compiled, self.captured, self.recomputed_layers = False, False, len(self.layers)
-        for dropout in dropouts:
-            dropout.eval()
-        try:
-            yield
-        finally:
-            self.compiled, self.captured, self.recomputed_layers = previous
-            for dropout in dropouts:
-                dropout.train()
+    @property
+    def max_difference(self) -> float:
+        """The largest difference of one layer from the plain one that rounding explains."""
+        return MAX_DIFFERENCE_FP8 if self.is_fp8 else MAX_DIFFERENCE
 
-    def _compare_hidden(self, row: PackedRow, n_real: int) -> float:
-        with torch.no_grad(), torch.autocast(row.ids.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-            plain = self._core(
-                input_ids=row.ids,
-                position_ids=row.positions,
-                cu_seq_lens_q=row.cu_seq_lens,
-                max_length_q=row.longest,
-                use_cache=False,
-            ).last_hidden_state[0, :n_real]
+    def _run_trial_step(self, row: PackedRow) -> Tensor:
+        """Run a row forward and backward; return its hidden states. Raises RuntimeError if gradients are not finite."""
         out = self.compute_hidden(row)
         out.backward(torch.ones_like(out))
         are_finite = self.flat.gradients.isfinite().all()
@@ -158,7 +161,92 @@ class Engine:
         self.model.zero_grad()
         if not bool(are_finite):
             raise RuntimeError("gradients are not finite")
-        return float((out.detach()[0, :n_real] - plain).float().norm() / plain.float().norm())
+        return out.detach().clone()
+
+    def _compare_layers(self, row: PackedRow, n_real: int) -> tuple[int, float]:
+        """Return the number of the layer that differs most from the plain one, and its difference.
+
+        Differences are relative to what the layer adds to its input, or to its gradient; what the residual stream's own
+        rounding explains is left out.
+        """
+        self.flat.refresh()
+        hidden, angles, *rest = self._prepare_inputs(row)
+        rng = torch.Generator(hidden.device).manual_seed(0)
+        upstream = torch.zeros_like(hidden)
+        upstream[:, :n_real] = torch.randn(
+            hidden[:, :n_real].shape, generator=rng, device=hidden.device, dtype=hidden.dtype
+        )
+        groups_per_layer = len(self._groups) // len(self.layers)
+        differences = []
+        for number, layer in enumerate(self.layers):
+            numbers = range(number * groups_per_layer, (number + 1) * groups_per_layer)
+            groups = [self._groups[n] for n in numbers]
+            weights = [
+                getattr(module, name)[module.active_adapters[0]].weight
+                for name in ("lora_A", "lora_B")
+                for group in groups
+                for module in group
+            ]
+            leaves = [self.flat.a[n] for n in numbers] + [self.flat.b[n] for n in numbers]
+            inputs = hidden.detach().requires_grad_(True)
+            # as the plain layers run in the trainer
+            autocast = torch.autocast(hidden.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+            with self._plain_modules(groups), torch.enable_grad(), autocast:
+                plain = _layer(layer, inputs, angles[number], *rest)
+                expected, *expected_adapter = torch.autograd.grad(plain, [inputs, *weights], upstream)
+            own_inputs = hidden.detach().requires_grad_(True)
+            with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
+                own = self._layer_function(layer, own_inputs, angles[number], *rest)
+                gradient, *own_adapter = torch.autograd.grad(own, [own_inputs, *leaves], upstream)
+            added, added_gradient = plain - inputs, expected - upstream
+            rounding = RESIDUAL_ROUNDING if self.dtype == torch.bfloat16 else 0.0
+            differences.append(
+                max(
+                    _relative((own - plain)[:, :n_real], added[:, :n_real], rounding * plain[:, :n_real]),
+                    _relative(gradient - expected, added_gradient, rounding * expected),
+                    _relative(*self._adapter_difference(own_adapter, expected_adapter)),
+                )
+            )
+            hidden = plain.detach().to(hidden.dtype)
+        worst = max(range(len(differences)), key=differences.__getitem__)
+        return worst, differences[worst]
+
+    def _adapter_difference(self, own: list[Tensor], expected: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the difference of one layer's adapter gradients from the plain ones, and the plain ones, as vectors.
+
+        `own` are gradients of the flat copy, whose B is multiplied by the LoRA scaling.
+        """
+        half = len(own) // 2
+        parts = [gradient.float().flatten() for gradient in own[:half]]
+        parts += [gradient.float().flatten() * self.flat.scaling for gradient in own[half:]]
+        plain = torch.cat([gradient.float().flatten() for gradient in expected])
+        return torch.cat(parts) - plain, plain
+
+    @contextmanager
+    def _plain_modules(self, groups: list[list[Any]]) -> Generator[None]:
+        """Run these linear layers as peft runs them inside the `with` block."""
+        modules = [module for group in groups for module in group]
+        forwards = [module.__dict__.pop("forward") for module in modules]
+        try:
+            yield
+        finally:
+            for module, forward in zip(modules, forwards, strict=True):
+                module.forward = forward  # the same object: compiled code stays valid
+
+    @contextmanager
+    def _without_dropout(self) -> Generator[None]:
+        """Run fused linear layers alone, without dropout: compiled layers and captured graphs have dropout built in."""
+        dropouts = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
+        previous = self.compiled, self.captured
+        self.compiled, self.captured = False, False
+        for dropout in dropouts:
+            dropout.eval()
+        try:
+            yield
+        finally:
+            self.compiled, self.captured = previous
+            for dropout in dropouts:
+                dropout.train()
 
     def time_layer(self, row: PackedRow) -> float:
         """Return the seconds of one layer's forward and backward pass, launch overhead included: the best of four."""
@@ -245,23 +333,39 @@ class Engine:
 
     def _run_first_layer(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Run the first layer; return its input and output."""
-        hidden, *rest = self._prepare_inputs(row)
+        hidden, angles, *rest = self._prepare_inputs(row)
         with torch.enable_grad():
-            return hidden, self._layer_function(self.layers[0], hidden, *rest)
+            return hidden, self._layer_function(self.layers[0], hidden, angles[0], *rest)
 
     def _prepare_inputs(self, row: PackedRow) -> tuple[Any, ...]:
         """Return the arguments of the first layer."""
         with torch.no_grad():
             hidden = self._core.embed_tokens(row.ids)
-            cos, sin = self._core.rotary_emb(hidden, position_ids=row.positions)
+            if (scale := getattr(self._core, "embedding_multiplier", 1.0)) != 1.0:  # Granite has one
+                hidden = hidden * scale
+            angles = self._compute_rotary(hidden, row.positions)
         # its gradient is not used, but without one the first layer would be compiled separately
-        return hidden.detach().requires_grad_(True), cos, sin, row.positions, row.cu_seq_lens, row.longest
+        return hidden.detach().requires_grad_(True), angles, row.positions, row.cu_seq_lens, row.longest
+
+    def _compute_rotary(self, hidden: Tensor, positions: Tensor) -> list[Angles]:
+        """Return (cos, sin) for each layer, or None for a model without rotary embeddings.
+
+        Some models have other angles in layers with a sliding window: their rotary embedding takes the layer's type.
+        """
+        rotary = self._core.rotary_emb
+        if rotary is None:
+            return [None] * len(self.layers)
+        if not self._has_rotary_by_type:
+            return [rotary(hidden, position_ids=positions)] * len(self.layers)
+        types = self._core.config.layer_types
+        by_type = {kind: rotary(hidden, positions, kind) for kind in dict.fromkeys(types)}
+        return [by_type[kind] for kind in types]
 
     def _run(self, row: PackedRow) -> Tensor:
-        hidden, *rest = self._prepare_inputs(row)
+        hidden, angles, *rest = self._prepare_inputs(row)
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
             for number, layer in enumerate(self.layers):
-                inputs = (layer, hidden, *rest)
+                inputs = (layer, hidden, angles[number], *rest)
                 if number < self.recomputed_layers:
                     hidden = checkpoint(
                         self._layer_function, *inputs, use_reentrant=False, preserve_rng_state=self._has_dropout
@@ -293,6 +397,13 @@ class _Layers(torch.autograd.Function):
         return None, None, None
 
 
+def _relative(difference: Tensor, reference: Tensor, rounding: Tensor | None = None) -> float:
+    """Return the norm of a difference beyond that of `rounding`, relative to the norm of the reference."""
+    with torch.no_grad():
+        excess = difference.float().norm() - (0.0 if rounding is None else rounding.float().norm())
+        return max(0.0, float(excess / reference.float().norm()))
+
+
 def _free_memory() -> int:
     """Return the bytes that this process may still allocate within its share of the GPU."""
     torch.cuda.empty_cache()
@@ -302,16 +413,14 @@ def _free_memory() -> int:
     return min(free, int(fraction * total) - torch.cuda.memory_reserved())
 
 
-def _layer(
-    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cu_seq_lens: Tensor, longest: int
-) -> Tensor:
+def _layer(layer: Any, hidden: Tensor, angles: Angles, positions: Tensor, cu_seq_lens: Tensor, longest: int) -> Tensor:
     out = layer.forward(
         hidden,
         attention_mask=None,
         position_ids=positions,
         past_key_values=None,
         use_cache=False,
-        position_embeddings=(cos, sin),
+        position_embeddings=angles,
         cu_seq_lens_q=cu_seq_lens,
         max_length_q=longest,
     )

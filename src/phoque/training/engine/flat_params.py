@@ -11,7 +11,7 @@ from torch import Tensor
 class FlatParams:
     """Moves all A and then all B matrices into one FP32 tensor; the adapter's parameters become views of it.
 
-    `a` and `b` hold a copy in the compute dtype, B multiplied by the LoRA scaling: one matrix each per group of
+    `a` and `b` hold a copy in the compute dtype, B multiplied by `scaling`, that of LoRA: one matrix each per group of
     modules that run as one operator. Autograd differentiates by these copies (`leaves`); `gradients` holds the
     gradients of the parameters.
     """
@@ -22,7 +22,7 @@ class FlatParams:
             for name in ("lora_A", "lora_B")
         ]
         first = groups[0][0]
-        self._scaling = float(first.scaling[first.active_adapters[0]])
+        self.scaling = float(first.scaling[first.active_adapters[0]])
         self._parameters = [p for name in matrices for group in name for p in group]
         sizes = [p.numel() for p in self._parameters]
         self._split = sum(p.numel() for group in matrices[0] for p in group)
@@ -48,13 +48,13 @@ class FlatParams:
             for parameter, grad in zip(self._parameters, self._grads, strict=True):
                 parameter.grad = grad
         self._copy[: self._split].copy_(self.weights[: self._split])
-        torch.mul(self.weights[self._split :], self._scaling, out=self._copy[self._split :])
+        torch.mul(self.weights[self._split :], self.scaling, out=self._copy[self._split :])
 
     def add_gradients(self, leaf_gradients: Sequence[Tensor]) -> None:
         """Add the gradients of the leaves to the gradients of the parameters."""
         torch.cat([gradient.view(-1) for gradient in leaf_gradients], out=self._leaf_gradients)
         self.gradients[: self._split].add_(self._leaf_gradients[: self._split])
-        self.gradients[self._split :].add_(self._leaf_gradients[self._split :], alpha=self._scaling)
+        self.gradients[self._split :].add_(self._leaf_gradients[self._split :], alpha=self.scaling)
 
     def clear(self) -> None:
         """Drop gradients that autograd has stored on the leaves."""

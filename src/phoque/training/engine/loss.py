@@ -4,6 +4,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from phoque.data.chat_template import IGNORE_INDEX
 from phoque.data.packing import TILE
+from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import Engine
 
@@ -90,6 +92,23 @@ def _pad_to_tile(positions: torch.Tensor, targets: torch.Tensor, last: int) -> t
     return pad(positions, padding, value=last), pad(targets, padding, value=IGNORE_INDEX)
 
 
+def _run_row(decoder: Any, **row: Any) -> torch.Tensor:
+    """Return the hidden states (1, T, d) of a packed row."""
+    return decoder(use_cache=False, **row).last_hidden_state
+
+
+def _run_each_conversation(
+    decoder: Any, input_ids: torch.Tensor, cu_seq_lens_q: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """Return the hidden states (1, T, d) of a packed row whose conversations run one at a time, each from position 0.
+
+    A recurrent layer would carry its state from one conversation to the next.
+    """
+    bounds = cu_seq_lens_q.unique().tolist()  # rows of static shape have empty conversations
+    parts = [_run_row(decoder, input_ids=input_ids[:, start:end]) for start, end in pairwise(bounds)]
+    return torch.cat(parts, dim=1)
+
+
 def add_token_loss(model: "PreTrainedModel", engine: Engine | None = None) -> None:
     """Let `model(..., labels=labels, loss_at=positions, token_loss=True)` return a TokenLoss; else as before.
 
@@ -97,6 +116,8 @@ def add_token_loss(model: "PreTrainedModel", engine: Engine | None = None) -> No
     `model` is the causal model inside any adapter: its `forward` is replaced, so wrappers such as DDP stay outermost.
     """
     original_forward = model.forward
+    is_recurrent = architecture_of(model.config).is_recurrent
+    run_layers = functools.partial(_run_each_conversation if is_recurrent else _run_row, model.model)
     loss_fn: LossFunction = torch.compile(_token_losses, dynamic=True) if engine and engine.compiled else _token_losses
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
@@ -112,13 +133,14 @@ def add_token_loss(model: "PreTrainedModel", engine: Engine | None = None) -> No
         if engine and torch.is_grad_enabled():
             hidden = engine.compute_hidden(PackedRow.from_batch(**kwargs))
         else:
-            hidden = self.model(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = run_layers(**kwargs)
         weight = self.get_output_embeddings().weight
         # positions come from the CPU: selecting by a mask would wait for the GPU here
         positions, targets = loss_at, labels[0, loss_at + 1]
         if engine:
             positions, targets = _pad_to_tile(positions, targets, hidden.shape[1] - 1)
-        nll, correct = _HeadLoss.apply(hidden[0].to(weight.dtype), weight, positions, targets, loss_fn)
+        states = hidden[0] / getattr(self.config, "logits_scaling", 1.0)  # Granite divides its logits
+        nll, correct = _HeadLoss.apply(states.to(weight.dtype), weight, positions, targets, loss_fn)
         return TokenLoss(nll, correct, len(loss_at))
 
     model.forward = types.MethodType(forward, model)

@@ -8,12 +8,12 @@ import torch
 
 from phoque.data.chat_template import EncodedChat
 from phoque.data.packing import Packing, build_batch
+from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import POINTWISE_RECOMPUTED, Engine
 
 COMPILE_SAVING = 0.3  # share of a captured step's time that compiling saves; see benchmarks/train_speed.py
 COMPILE_SECONDS = 15.0
-MAX_DIFFERENCE, MAX_DIFFERENCE_FP8 = 0.15, 0.5  # largest relative difference that rounding explains (FP8: 0.3 measured)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ def select_engine(model: Any, requested: str, packing: Packing, rows: int, recom
     rounding, the next simpler mode is tried. Raises UsageError if a row does not fit the memory in any mode.
     """
     on_gpu = next(model.parameters()).is_cuda
+    if no_engine := architecture_of(model.get_base_model().config).no_engine:
+        return EngineChoice("eager", f"plain layers: {no_engine}")
     if requested == "eager" or (requested == "auto" and not on_gpu):
         reason = "as requested" if requested == "eager" else "a CPU is matmul-bound; compiling would not help"
         return EngineChoice("eager", reason)
@@ -98,24 +100,21 @@ def _try_engine(engine: Engine, row: PackedRow, n_real: int, recompute: bool, re
             engine.enable_pointwise_recompute()
             engine.recomputed_layers = engine.count_layers_to_recompute(row)
             reasons.append(POINTWISE_RECOMPUTED)
-        difference = _compare_with_plain(engine, row, n_real, reasons)
+        return _check_with_less_memory(engine, row, n_real, reasons) or None
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TorchDynamoException) as error:
         return " ".join(str(error).split())[:120] or type(error).__name__
-    if difference <= (MAX_DIFFERENCE_FP8 if engine.is_fp8 else MAX_DIFFERENCE):
-        return None
-    return f"hidden states differ by {difference:.1%} from those of the plain layers"
 
 
-def _compare_with_plain(engine: Engine, row: PackedRow, n_real: int, reasons: list[str]) -> float:
+def _check_with_less_memory(engine: Engine, row: PackedRow, n_real: int, reasons: list[str]) -> str:
     """Compare the engine with the plain layers; each time memory runs out, reduce its use and try again.
 
     Raises torch.OutOfMemoryError if memory use cannot be reduced further.
     """
     while True:
         try:
-            return engine.measure_difference(row, n_real)
+            return engine.check_against_plain(row, n_real)
         except torch.OutOfMemoryError as error:
             out_of_memory = error.with_traceback(None)  # the traceback would keep the tensors of the failed pass alive
         if not (change := engine.reduce_memory()):
