@@ -18,13 +18,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from phoque.errors import RunError
+from phoque.errors import RunError, UsageError
 from phoque.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FIRST_MARK = 100  # fp16 represents integers up to 2,048 exactly
+FIRST_MARK = 100
+MAX_FP16_MARK = 2048  # fp16 represents integers up to this one exactly
 TRACED_LAYERS = 3  # layers: the first, the one to repeat, the last
 Provider = Literal["cpu", "webgpu"] | None
 SHARED = -1  # layer number of values that all layers share, such as the mask
@@ -91,6 +92,13 @@ def _build_skeleton(config: "PretrainedConfig", dtype: torch.dtype, layers: int)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     names = [name for name, _ in model.named_parameters()]
+    if dtype == torch.float16 and FIRST_MARK + 2 * len(names) > MAX_FP16_MARK:
+        limit = (MAX_FP16_MARK - FIRST_MARK) // 2
+        raise UsageError(
+            what=f"phoque cannot export this model in fp16: its {layers} layers differ from each other.",
+            why=f"They have {len(names)} parameters, and a trace in fp16 tells at most {limit} apart.",
+            fix="Export it with --dtype fp32, q8, q4 or int8.",
+        )
     for number, name in enumerate(names):
         path, _, leaf = name.rpartition(".")
         parameters = model.get_submodule(path)._parameters
