@@ -481,7 +481,8 @@ def several_lines(name: str) -> bool:
 
 def show(found: dict[str, dict]) -> None:
     """Print the tables of the README, and draw the losses."""
-    from phoque.reports.html import Series, figure, line_plot, page
+    from phoque.reports.charts import Series, line_chart
+    from phoque.reports.page import render_page
 
     most = found["limit"]["flops"]
     print(f"{found['limit']['gpu']}, {most / 1e12:.0f} TFLOP/s in bf16\n")
@@ -530,9 +531,12 @@ def show(found: dict[str, dict]) -> None:
         for one, other in against.items()
         if {one, other} <= curves.keys()
     ]
-    shown = figure("loss a trained token", line_plot(series, "step"))
-    shown += figure("difference to the loss of plain layers in NF4", line_plot(less, "step"))
-    Path(__file__).with_suffix(".html").write_text(page("phoque: the same losses, sooner", shown), encoding="utf-8")
+    charts = [
+        ("loss per trained token", line_chart(series, "step", "nats")),
+        ("difference to the loss of plain layers in NF4", line_chart(less, "step", "nats")),
+    ]
+    page = render_page("charts", title="phoque: the same losses, sooner", charts=charts)
+    Path(__file__).with_suffix(".html").write_text(page, encoding="utf-8")
 
 
 def main() -> None:

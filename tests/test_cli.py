@@ -107,7 +107,7 @@ HEAVY = (
     "pandas",
     "scipy",
     "sklearn",
-    "matplotlib",
+    "vl_convert",
     "wandb",
     "trl",
 )

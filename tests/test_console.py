@@ -3,7 +3,6 @@
 import sys
 
 from phoque.console import Console, escape_control_characters, format_breakdown, format_duration
-from phoque.reports.html import Series, bar_plot, line_plot, ticks
 
 
 def test_control_characters_from_a_model_cannot_reach_the_terminal():
@@ -41,13 +40,3 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(capsys, monkeypatch):
         update(3, "loss 1.5")
     err = capsys.readouterr().err
     assert "3/3" in err and "loss 1.5" in err and "a sample" in err
-
-
-def test_ticks_enclose_and_are_round():
-    assert ticks(0, 9.7) == [0, 2, 4, 6, 8, 10] and ticks(3, 3)[0] < 3 < ticks(3, 3)[-1]
-
-
-def test_plots_leave_out_what_is_not_finite_and_say_when_nothing_is_left():
-    svg = line_plot([Series("a", [(0, 1), (1, float("nan")), (2, 3)])], "step")
-    assert svg.count("<circle") == 2 and "nan" not in svg
-    assert "nothing measured" in line_plot([Series("a", [])], "step") and "nothing measured" in bar_plot([], [], "x")

@@ -1,6 +1,8 @@
 """The report of a run: what it concludes from the numbers, and what it shows."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,10 @@ from phoque.training.report import conclude, write_report
 
 def record(held_out: int = 64) -> dict:
     return {"data": {"held_out": held_out}}
+
+
+def without_scripts(run: Path) -> str:
+    return re.sub(r"<script.*?</script>", "", (run / "report.html").read_text(), flags=re.DOTALL)
 
 
 def metrics(*losses: float) -> list[dict]:
@@ -36,7 +42,7 @@ def test_a_report_concludes_and_names_the_next_command(phoque, tiny_llama, rows,
     command = ["train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--output-dir", run]
     out = phoque(*command, "--max-steps", 4, "--save-steps", 2, "--sample-every", 4, "--prompt", "Gull <b>?").out
     assert out.rstrip().splitlines()[-1] == f"next: phoque merge --adapter-source {run}/adapter"
-    page = (run / "report.html").read_text()
+    page = without_scripts(run)
     assert "held-out loss" in page and f"phoque merge --adapter-source {run}" in page
     assert "Gull &lt;b&gt;?" in page and "<b>?" not in page and "http" not in page.replace("http-equiv", "")
     assert "All settings" in page and "--max-steps" in page
@@ -52,5 +58,6 @@ def test_many_and_long_sources_are_cut(phoque, tiny_llama, tmp_path):
     assert max(map(len, ran.err.splitlines())) < 600 and "and 394 others" in ran.err and "\u001b" not in ran.err
     summary = json.loads((run / "run.json").read_text())["data"]
     assert len(summary["sources"]) == 50 and summary["other_sources"] == 350
-    assert "380 other sources" in write_report(run).read_text() and len((run / "report.html").read_text()) < 200_000
+    write_report(run)
+    assert "380 other sources" in without_scripts(run) and len(without_scripts(run)) < 200_000
     assert "\u001b" not in phoque(*command, "--max-steps", 2, "--dry-run").out

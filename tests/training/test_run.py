@@ -91,8 +91,11 @@ def test_the_report_asks_the_network_for_nothing(train, tmp_path):
     run = tmp_path / "run"
     train("--max-steps", 4, "--log-every", 1, "--norms-every", 1, "--output-dir", run)
     report = (run / "report.html").read_text()
-    assert report.count("<svg") >= 8 and "Gull" in report  # a chart needs three points
-    assert not re.search(r"(src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org)", report)
+    assert report.count('class="chart"') >= 8 and "Gull" in report  # a chart needs three points
+    # the charts' library is part of the page; tests/probes/test_smollm2_probes.py looks at its requests in a browser
+    written = re.sub(r"<script.*?</script>", "", report, flags=re.DOTALL)
+    assert not re.search(r"(src|href)\s*=|url\(|@import|https?://|<script", written)
+    assert len(report) - len(written) > 500_000 and "vegaEmbed(element, spec" in report
 
 
 def test_the_adapter_loads_with_plain_peft_and_is_no_no_op(train, tmp_path, tiny_llama):

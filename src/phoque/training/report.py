@@ -1,13 +1,13 @@
 """report.html of a run: settings, data, curves and samples. It opens without a network."""
 
-import html
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from phoque.console import format_breakdown, format_duration, shorten
-from phoque.reports.html import Series, bar_plot, figure, line_plot, page, table
+from phoque.reports.charts import Series, histogram, line_chart
+from phoque.reports.page import render_page
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 
 NAME = "report.html"
@@ -21,37 +21,42 @@ def write_report(run: Path) -> Path:
     """Write the report of a run folder from its run.json, metrics.jsonl and samples.jsonl; return its path."""
     record = json.loads((run / "run.json").read_text())
     metrics, samples = read_lines(run / METRICS), read_lines(run / SAMPLES)
-    parts = [
-        _render_header(record),
-        _render_conclusion(metrics, record, run),
-        _render_curves(metrics),
-        _render_samples(samples),
-        _render_data(record["data"]),
-        _render_settings(record),
+    result = record.get("result") or {}
+    settings = [
+        (row.get("flag", name), row["value"], row["source"], row["meaning"]) for name, row in record["settings"].items()
     ]
+    page = render_page(
+        "train",
+        title=f"phoque train: {run.name}",
+        subtitle=f"{record['base']['name']} ({record['base']['origin']}), tuned on {record['data']['name']}",
+        conclusion=conclude(metrics, record) if result else [],
+        next_command=f"phoque merge --adapter-source {shlex.quote(str(run))}",
+        tiles=_list_tiles(record, result),
+        time_spent=format_breakdown(result["seconds_of"]) if "seconds_of" in result else "",
+        curves=_draw_curves(metrics),
+        samples=_arrange_samples(samples),
+        sample_warning=WARNING,
+        data=_summarize_data(record["data"]),
+        setting_head=("setting", "value", "from", "meaning"),
+        changed_settings=[row for row in settings if row[2] != "default"],
+        all_settings=settings,
+        environment=_describe_environment(record),
+    )
     path = run / NAME
-    path.write_text(page(f"phoque train: {run.name}", "".join(parts)), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
 
 
-def _render_header(record: dict[str, Any]) -> str:
-    result = record.get("result") or {}
+def _list_tiles(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:
     losses = result.get("held_out_loss") or {}
     tiles = {
-        "steps": result.get("steps"),
-        "held-out loss": f"{losses['before']:.3f} → {losses['after']:.3f}" if losses else None,
-        "tokens": f"{result['tokens']:,}" if result else None,
-        "time": format_duration(result["seconds"]) if result else None,
-        "adapter": f"{record['parameters']['trained'] / 1e6:.1f} M parameters" if "parameters" in record else None,
+        "steps": str(result.get("steps") or ""),
+        "held-out loss, nats per token": f"{losses['before']:.3f} → {losses['after']:.3f}" if losses else "",
+        "tokens": f"{result['tokens']:,}" if result else "",
+        "time": format_duration(result["seconds"]) if result else "",
+        "parameters of the adapter": f"{record['parameters']['trained'] / 1e6:.1f} M" if "parameters" in record else "",
     }
-    tiles_html = "".join(
-        f'<div class="tile"><span class="dim">{k}</span><b>{v}</b></div>' for k, v in tiles.items() if v
-    )
-    base = html.escape(f"{record['base']['name']} ({record['base']['origin']})")
-    data = html.escape(record["data"]["name"])
-    times_html = f'<div class="dim">{format_breakdown(result["seconds_of"])}</div>' if "seconds_of" in result else ""
-    heading = f'<h1>phoque train</h1><div class="dim">{base}, tuned on {data}</div>'
-    return f'{heading}<div class="tiles">{tiles_html}</div>{times_html}'
+    return [(label, value) for label, value in tiles.items() if value]
 
 
 def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
@@ -87,80 +92,57 @@ def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]
     return sentences
 
 
-def _render_conclusion(metrics: list[dict[str, Any]], record: dict[str, Any], run: Path) -> str:
-    if "result" not in record:
-        return ""
-    sentences = " ".join(conclude(metrics, record))
-    command = f"phoque merge --adapter-source {shlex.quote(str(run))}"
-    return f"<p>{html.escape(sentences)}</p><p>Next: <code>{html.escape(command)}</code></p>"
-
-
-def _render_curves(metrics: list[dict[str, Any]]) -> str:
+def _draw_curves(metrics: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     def series(label: str, name: str) -> Series:
         return Series(label, [(row["step"], row[name]) for row in metrics if row.get(name) is not None])
 
     memory = "gpu_memory_gb" if any("gpu_memory_gb" in row for row in metrics) else "memory_gb"
     plots = [
-        ("loss per trained token", [series("training", "loss"), series("held out", "held_out_loss")]),
-        ("token accuracy", [series("training", "accuracy"), series("held out", "held_out_accuracy")]),
-        ("learning rate", [series("learning rate", "learning_rate")]),
-        ("gradient norm", [series("gradient norm", "grad_norm")]),
-        ("LoRA weight norms", [series("A", "lora_norm_A"), series("B", "lora_norm_B")]),
-        ("tokens per second", [series("tokens/s", "tokens_per_s")]),
-        ("memory, GB", [series("memory", memory)]),
+        ("loss per trained token", "nats", [series("training", "loss"), series("held out", "held_out_loss")]),
+        ("token accuracy", "share", [series("training", "accuracy"), series("held out", "held_out_accuracy")]),
+        ("learning rate", "", [series("learning rate", "learning_rate")]),
+        ("gradient norm", "", [series("gradient norm", "grad_norm")]),
+        ("norms of the LoRA weights", "", [series("A", "lora_norm_A"), series("B", "lora_norm_B")]),
+        ("tokens per second", "", [series("tokens per second", "tokens_per_s")]),
+        ("memory", "GB", [series("memory", memory)]),
     ]
-    shown = [(caption, series) for caption, series in plots if any(len(s.points) > 2 for s in series)]
-    figures = "".join(figure(caption, line_plot(series, "step")) for caption, series in shown)
-    return f'<h2>Training</h2><div class="grid2">{figures}</div>'
+    shown = [plot for plot in plots if any(len(s.points) > 2 for s in plot[2])]
+    return [(caption, line_chart(series, "step", unit)) for caption, unit, series in shown]
 
 
-def _render_samples(samples: list[dict[str, Any]]) -> str:
+def _arrange_samples(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The answers to each prompt at the first and the last step, and all samples; None without samples."""
     if not samples:
-        return ""
+        return None
     steps = sorted({row["step"] for row in samples})
     answers = {(row["prompt"], row["step"]): row["response"] for row in samples}
     prompts = list(dict.fromkeys(row["prompt"] for row in samples))
-    head = ("prompt", f"step {steps[0]}", f"step {steps[-1]}")
-    rows = [(p, answers.get((p, steps[0]), ""), answers.get((p, steps[-1]), "")) for p in prompts]
-    every = table(("step", "prompt", "response"), [(r["step"], r["prompt"], r["response"]) for r in samples])
-    return (
-        f'<h2>Samples</h2><p class="warning">{WARNING}</p><div class="scroll">{table(head, rows)}</div>'
-        f'<details><summary>All samples</summary><div class="scroll">{every}</div></details>'
-    )
+    return {
+        "head": ("prompt", f"step {steps[0]}", f"step {steps[-1]}"),
+        "rows": [(p, answers.get((p, steps[0]), ""), answers.get((p, steps[-1]), "")) for p in prompts],
+        "all": [(row["step"], row["prompt"], row["response"]) for row in samples],
+    }
 
 
-def _render_data(data: dict[str, Any]) -> str:
+def _summarize_data(data: dict[str, Any]) -> dict[str, Any]:
     tokens = data["tokens"]
     sources = [(shorten(name), count) for name, count in data["sources"].items()][:MAX_SOURCES]
     others = len(data["sources"]) - len(sources) + data.get("other_sources", 0)
-    mix = table(("source", "rows"), sources + ([(f"{others} other sources", "")] if others else []))
-    bad = [(reason, b["count"], ", ".join(b["first"])) for reason, b in data["bad"].items()]
-    text = (
-        f"{data['good']} rows, {data['held_out']} of them held out; {tokens['mean']} tokens per row, "
-        f"{tokens['trained'] / tokens['total']:.0%} of all tokens are trained on."
-    )
-    plots = figure("tokens per row", bar_plot(data["lengths"]["edges"], data["lengths"]["counts"], "tokens"))
-    scores = data["toxicity_scores"]
-    plots += figure("toxicity score", bar_plot(scores["edges"], scores["counts"], "score"))
-    skipped = table(("skipped because", "rows", "first"), bad) if bad else ""
-    return f'<h2>Data</h2><p>{html.escape(text)}</p><div class="grid2">{plots}<div>{mix}</div></div>{skipped}'
+    lengths, scores = data["lengths"], data["toxicity_scores"]
+    return {
+        "text": f"{data['good']} rows, {data['held_out']} of them held out; {tokens['mean']} tokens per row, "
+        f"{tokens['trained'] / tokens['total']:.0%} of all tokens are trained on.",
+        "charts": [
+            ("tokens per row", histogram(lengths["edges"], lengths["counts"], "tokens", "rows")),
+            ("toxicity score", histogram(scores["edges"], scores["counts"], "score", "rows")),
+        ],
+        "sources": sources + ([(f"{others} other sources", "")] if others else []),
+        "skipped": [(reason, b["count"], ", ".join(b["first"])) for reason, b in data["bad"].items()],
+    }
 
 
-def _describe_engine(record: dict[str, Any]) -> str:
+def _describe_environment(record: dict[str, Any]) -> str:
     engine = record.get("engine")
-    return f"{engine['mode']} ({engine['reason']})" if engine else ""
-
-
-def _render_settings(record: dict[str, Any]) -> str:
-    rows = [
-        (row.get("flag", name), row["value"], row["source"], row["meaning"]) for name, row in record["settings"].items()
-    ]
-    head = ("setting", "value", "from", "meaning")
-    chosen = [row for row in rows if row[2] != "default"]
-    versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
-    return (
-        f'<h2>Settings</h2><div class="scroll">{table(head, chosen)}</div>'
-        f'<details><summary>All settings</summary><div class="scroll">{table(head, rows)}</div></details>'
-        f'<p class="dim">phoque {record["phoque"]}; {html.escape(versions)}; attention: '
-        f"{html.escape(record.get('attention', ''))}; layers: {html.escape(_describe_engine(record))}</p>"
-    )
+    layers = f"{engine['mode']} ({engine['reason']})" if engine else ""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return f"phoque {record['phoque']}; {versions}; attention: {record.get('attention', '')}; layers: {layers}"

@@ -1,0 +1,79 @@
+"""Pages from Jinja templates: one HTML file that asks the network for nothing, charts included."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from phoque.files import write_atomically
+from phoque.settings.environment import cache_folder
+
+
+def render_page(template: str, **context: Any) -> str:
+    """Render templates/TEMPLATE.html.j2. Values are escaped; a chart is drawn where the template calls `chart`."""
+    return _environment().get_template(f"{template}.html.j2").render(**context)
+
+
+def format_number(value: Any) -> str:
+    """Three significant digits, or a dash for None."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def format_interval(ends: tuple[Any, Any] | list[Any]) -> str:
+    """`low to high`, three significant digits each."""
+    return f"{format_number(ends[0])} to {format_number(ends[1])}"
+
+
+def format_percent(value: float | None) -> str:
+    """A share as percent with one decimal, or a dash for None."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("phoque.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "number": format_number,
+        "interval": format_interval,
+        "percent": format_percent,
+        "spec": _to_script,
+    }
+    environment.filters |= filters
+    context: dict[str, Any] = environment.globals
+    context["vega"] = vega_bundle
+    return environment
+
+
+def _to_script(spec: Any) -> str:
+    """JSON that may stand inside a script element."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(spec, ensure_ascii=False).replace("<", "\\u003c"))
+
+
+@cache
+def vega_bundle() -> str:
+    """The scripts of Vega, Vega-Lite and Vega-Embed as one text, which vl-convert builds once per version."""
+    import vl_convert
+    from markupsafe import Markup
+
+    build: Any = vl_convert.javascript_bundle  # its type hints require an argument that it does not need
+    file = cache_folder() / f"vega-{version('vl-convert-python')}.js"
+    if file.is_file():
+        bundle = file.read_text(encoding="utf-8")
+    else:
+        bundle = build()
+        with suppress(OSError):  # where the cache cannot be written, the next report builds the text again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, bundle)
+    return Markup(bundle.replace("</script", "<\\/script"))
