@@ -13,6 +13,7 @@ from typing import Any
 
 from phoque.errors import PhoqueError
 
+MIN_SECRET = 6  # characters; a shorter text would be replaced inside words
 MAX_LISTED = 6  # names or counts that are listed; of the others, only the number
 NAME_CHARACTERS = 40  # of a name from outside, in a list
 SPEED_PERIOD_S = 1800.0  # steps may take a minute; rich forgets the speed after 30 seconds
@@ -26,36 +27,44 @@ class Console:
         self.json = self.quiet = self.verbose = False
         self._out: Any = sys.stdout
         self._live: Any = None
+        self._secrets: list[str] = []
 
     def configure(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         """Choose the output format, once, at the start of a command, and reserve stdout for the result."""
         self.json, self.quiet, self.verbose = json, quiet, verbose
         self._out, sys.stdout = sys.stdout, sys.stderr  # what libraries print goes to stderr
 
+    def hide(self, secrets: Sequence[str]) -> None:
+        """Replace these texts by *** in everything that is printed, whatever printed them."""
+        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
+
+    def _clean(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return escape_control_characters(text)
+
     def say(self, text: str) -> None:
         """Print a status line to stderr, unless --quiet is set."""
         if not self.quiet:
-            self._print_stderr(escape_control_characters(text))
+            self._print_stderr(self._clean(text))
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr, even with --quiet."""
-        self._print_stderr(f"warning: {escape_control_characters(text)}", style="yellow")
+        self._print_stderr(f"warning: {self._clean(text)}", style="yellow")
 
     def error(self, error: PhoqueError) -> None:
         """Print an error to stderr in three lines: what happened, why, and what to do."""
         for label, text in (("error", error.what), ("  why", error.why), ("   do", error.fix)):
-            self._print_stderr(
-                f"{label}: {escape_control_characters(text).strip()}", style="bold red" if label == "error" else None
-            )
+            self._print_stderr(f"{label}: {self._clean(text).strip()}", style="bold red" if label == "error" else None)
 
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
         if self.json:
-            print(json.dumps(data, ensure_ascii=False, default=str), file=self._out)
+            print(self._clean(json.dumps(data, ensure_ascii=False, default=str)), file=self._out)
         elif self.quiet:
-            print(quiet, file=self._out)
+            print(self._clean(quiet), file=self._out)
         elif isinstance(text := human(), str):  # plain text: rich must not wrap it or interpret markup in it
-            print(escape_control_characters(text), file=self._out)
+            print(self._clean(text), file=self._out)
         else:
             from rich.console import Console as Rich
 

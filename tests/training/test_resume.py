@@ -291,6 +291,8 @@ def test_a_fresh_start_wipes_once_and_a_resubmission_goes_on(train, start, asked
     assert "a fresh start deletes checkpoint-6, checkpoint-3" in ran.err
     wiped = next(c for c in hub.repos["models", REPO].commits if c.title.startswith("Fresh start"))
     assert not [p for p in wiped.files if p.startswith("checkpoint-")] and "fresh_start.json" in wiped.files
+    # nor is the old adapter left under the new run's card
+    assert not {"adapter_model.safetensors", "run.json", "report.html", "metrics.jsonl"} & wiped.files.keys()
     ran = train("--output-dir", tmp_path / "two", "--save-steps", 2, env=env)
     assert "continuing it" in ran.err and "continuing from step" in ran.err
     assert commit_titles(hub).count(wiped.title) == 1 and are_equal(read_hub(hub), uninterrupted_run)

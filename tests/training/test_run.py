@@ -583,3 +583,23 @@ def test_a_run_killed_before_its_first_save_begins_with_clean_files(start, tiny_
     running.ended()
     train(*asked)
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("micro_batch", [16, 8, 1])
+def test_the_batch_stays_what_was_asked_whatever_the_micro_batch(phoque, tiny_llama, tmp_path, micro_batch):
+    long_answer = {"role": "assistant", "content": "Gull. " * 300}
+    rows = [row(number) for number in range(200)]
+    rows[7]["messages"] = [*rows[7]["messages"][:2], long_answer]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    run = tmp_path / "run"
+    ran = phoque(
+        *("train", "--base-model", tiny_llama, "--dataset", data, "--quantization", "fp32", "--output-dir", run),
+        *("--max-steps", 3, "--batch-size", 16, "--micro-batch", micro_batch, "--sample-every", 0),
+        *("--held-out-rows", 0, "--max-length", 2048),
+    )
+    state = json.loads((run / "checkpoint-3" / "data_state.json").read_text())
+    # a row must hold the conversation of 1,935 tokens, which is more than 16 of mean length
+    assert (
+        3 * 16 <= state["rows_seen"] <= 3 * 16 * 3 and json.loads((run / "run.json").read_text())["rows_per_step"] == 1
+    )
+    assert "a step trains on about" in ran.err and "instead of 16" in ran.err

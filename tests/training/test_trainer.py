@@ -1,5 +1,7 @@
 """Our loss, attention and step against the plain ones: the same numbers, then faster."""
 
+import copy
+
 import pytest
 import torch
 from tests import tiny
@@ -188,3 +190,39 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
     assert [m["loss"] for m in ours if "loss" in m] == pytest.approx([t["loss"] for t in theirs], abs=1e-4)
     assert [m["grad_norm"] for m in ours if "loss" in m] == pytest.approx([t["grad_norm"] for t in theirs], rel=1e-3)
     assert len(theirs) == 8
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_state_goes_on_on_a_machine_with_other_kernels(fused):
+    """A CPU saves `fused: None`; on a GPU the same state must run fused, where found_inf can skip a step."""
+    from phoque.training.trainer import adapt_optimizer
+
+    torch.manual_seed(0)
+    gradients = [torch.randn(5, 3) for _ in range(3)]
+
+    def make(is_fused):
+        weight = torch.nn.Parameter(torch.ones(5, 3))
+        return weight, torch.optim.AdamW([weight], lr=0.1, fused=is_fused)
+
+    def step(weight, optimizer, gradient):
+        weight.grad = gradient.clone()
+        optimizer.step()
+
+    weight, saved = make(not fused)
+    step(weight, saved, gradients[0])
+    other_weight, other = make(fused)
+    other_weight.data.copy_(weight.data)
+    other.load_state_dict(copy.deepcopy(saved.state_dict()))
+    adapt_optimizer(other, fused)
+    assert other.param_groups[0]["fused"] == fused
+    for gradient in gradients[1:]:
+        step(weight, saved, gradient)
+        if fused:
+            other.found_inf = torch.zeros(())
+            other.grad_scale = None
+        step(other_weight, other, gradient)
+    torch.testing.assert_close(other_weight, weight)
+    if fused:
+        other.found_inf = torch.ones(())
+        step(other_weight, other, gradients[0])
+        torch.testing.assert_close(other_weight, weight)

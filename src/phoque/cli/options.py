@@ -53,6 +53,7 @@ def command(
         # Typer passes None, or an empty list for a repeatable flag, for what was not given
         values = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
         resolved, warnings = resolve_settings(model, values, presets, secrets_file)
+        console.hide(resolved.secrets.plain_values())
         for text in warnings:
             console.warn(text)
         silence_libraries()

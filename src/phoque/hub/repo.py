@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,17 @@ class Repo:
 
         return self.hub.retry(f"fetching {path}", fetch_once)
 
-    def clear(self, marker: dict[str, Any], staging: Path) -> None:
-        """Delete every checkpoint and write the fresh-start marker, in one commit."""
+    def clear(self, marker: dict[str, Any], staging: Path, root_files: Sequence[str]) -> None:
+        """Delete every checkpoint and `root_files` of the old run, and write the fresh-start marker, in one commit."""
         staging.mkdir(parents=True, exist_ok=True)
         file = staging / MARKER
         file.write_text(json.dumps(marker))
+
+        def find_stale(snapshot: Snapshot) -> list[str]:
+            return sorted(snapshot.checkpoint_folders()) + [name for name in root_files if name in snapshot.files]
+
         try:
-            self.push({MARKER: file}, "Fresh start: delete all checkpoints", lambda s: sorted(s.checkpoint_folders()))
+            self.push({MARKER: file}, "Fresh start: delete all checkpoints", find_stale)
             self.pin(self.snapshot())
         finally:
             shutil.rmtree(staging, ignore_errors=True)

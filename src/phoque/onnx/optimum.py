@@ -21,6 +21,7 @@ from phoque.errors import RunError, UsageError
 from phoque.models.architectures import ARCHITECTURES
 from phoque.models.source import Source
 from phoque.onnx.graph.decoder import strip_metadata
+from phoque.settings.environment import environment_without_secrets
 
 REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6")
 EXPORT_SCRIPT = """
@@ -47,6 +48,7 @@ def export_with_optimum(
             [*_interpreter_command(python), "-c", EXPORT_SCRIPT, str(input_dir), str(output_dir)],
             capture_output=True,
             text=True,
+            env=environment_without_secrets(),
         )
         if process.returncode or not (output_dir / "model.onnx").is_file():
             raise RunError(

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# what phoque reads as secrets, and the older names that huggingface_hub reads
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
+
 
 def in_job() -> bool:
     """Whether this process runs in the container of an HF Job."""
@@ -30,6 +33,11 @@ def deadline(seconds: float | None) -> float | None:
     # if process 1 is older than the time limit, it is the host's init and not the container's
     start = container_start if process_start - container_start < seconds else process_start
     return start + seconds
+
+
+def environment_without_secrets(**more: str) -> dict[str, str]:
+    """The environment for a program that needs no secret (npm, Node, an exporter, a scorer), and `more` variables."""
+    return {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES} | more
 
 
 def cache_folder() -> Path:

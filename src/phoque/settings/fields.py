@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "PHOQUE_"
@@ -66,6 +66,22 @@ class Secrets(CommandSettings):
     openai_api_key: SecretStr | None = Field(
         None, validation_alias="OPENAI_API_KEY", description="The key that an openai: scorer sends to its endpoint."
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _strip(cls, value: Any) -> Any:
+        """Without the space and line ends that copying adds; refuse what no token has. Its value is never shown."""
+        if not isinstance(value, str):
+            return value
+        stripped = value.strip()
+        if not all("!" <= character <= "~" for character in stripped):
+            raise ValueError("It has a character that no token has: a space, a control character, or not ASCII.")
+        return stripped or None
+
+    def plain_values(self) -> list[str]:
+        """Every secret that is set, in plain text, so that output can be cleared of it."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return [value.get_secret_value() for value in values if value is not None]
 
     @property
     def hub(self) -> str | None:

@@ -133,7 +133,16 @@ def _read_secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
         if token := get_token():
             secrets["hf_token"] = token
             origins["hf_token"] = Origin("hf auth login", "token file")
-    return Secrets(**secrets), origins
+    try:
+        return Secrets(**secrets), origins
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]  # the value itself is in neither
+        name = next(iter(_by_field(Secrets, {str(problem["loc"][0]): None})))
+        raise UsageError(
+            what=f"{env_name(Secrets, name)} has a value that cannot be used (from: {origins[name].source}).",
+            why=problem["msg"].removeprefix("Value error, "),
+            fix="Copy it again, without quotes or spaces.",
+        ) from None
 
 
 def _check_names(model: type[CommandSettings], file: Path) -> list[str]:

@@ -114,7 +114,10 @@ def import_trainer_checkpoint(folder: Path, used: dict[str, Any], warn: Callable
     write_manifest(folder)
     target = folder.with_name(f"checkpoint-{step}")
     folder.rename(target)
-    warn(f"{target.name} was made by plain Trainer: it is valid, but its position in the data is an estimate")
+    warn(
+        f"{target.name} was made by plain Trainer: it is valid, but its position in the data is an estimate; "
+        "it is a checkpoint of this run now, so --keep-checkpoints counts it"
+    )
     return target
 
 
@@ -139,7 +142,10 @@ def find_newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def prune(run: Path, keep: int, protected: set[Path]) -> None:
-    """Delete all but the newest `keep` checkpoints and the `protected` ones, which are still being pushed."""
+    """Delete all but the newest `keep` checkpoints and the `protected` ones, which are still being pushed.
+
+    A folder without a manifest is not phoque's, and stays.
+    """
     for old in list_checkpoints(run)[keep:]:
-        if old not in protected:
+        if old not in protected and (old / MANIFEST).is_file():
             shutil.rmtree(old)

@@ -6,7 +6,9 @@ from phoque.console import MAX_LISTED, Console, describe_counts, shorten, shorte
 from phoque.data.readers import Dataset
 from phoque.data.scan import MANY_SIMILAR, DatasetScan
 from phoque.settings.train import TrainSettings
-from phoque.training.prepare import packing_for
+from phoque.training.prepare import packing_for, rows_per_step
+
+MAX_BATCH_RATIO = 1.25  # conversations per step, relative to --batch-size, above which it is said
 
 
 def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: Console) -> None:
@@ -25,11 +27,18 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
     )
     if s.packing == "budget":
         packing = packing_for(s, scan, static=True)
-        rows = f"{s.accumulation} packed rows" if s.accumulation > 1 else "one packed row"
+        count = rows_per_step(s, packing)
+        rows = f"{count} packed rows" if count > 1 else "one packed row"
+        conversations = count * packing.tokens / packing.mean
         console.say(
-            f"  each step trains on {rows} of {packing.tokens:,} tokens, "
-            f"{packing.tokens / packing.mean:.1f} conversations on average"
+            f"  each step trains on {rows} of {packing.tokens:,} tokens, {conversations:.1f} conversations on average"
         )
+        if conversations > MAX_BATCH_RATIO * s.batch_size:
+            console.warn(
+                f"a row must hold the longest conversation ({packing.longest:,} tokens), so a step trains on about "
+                f"{conversations:.0f} conversations instead of {s.batch_size}; lower --max-length, raise --batch-size, "
+                "or use --packing exact"
+            )
     shortest, _, median, _, _, longest = summary["tokens"]["quantiles"]
     console.say(f"  conversations of {shortest} to {longest} tokens, median {median}{_describe_scores(scan.scores)}")
     for text in list_data_notes(scan, dataset):

@@ -25,7 +25,7 @@ from phoque.training.data_summary import (
 )
 from phoque.training.engine.loss import LOGITS_AT_ONCE
 from phoque.training.fingerprint import check_same_run, compute_identity
-from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare
+from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare, rows_per_step
 from phoque.training.run_record import read_record
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
     if s.packing == "exact":
         return "exactly this many, whatever their length"
     rows = packing_for(s, ready.scan, static=True)
-    return f"bin-packed into {s.accumulation} x {rows.tokens:,} tokens"
+    return f"bin-packed into {rows_per_step(s, rows)} x {rows.tokens:,} tokens"
 
 
 def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[str, str]:

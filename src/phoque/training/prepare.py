@@ -69,6 +69,16 @@ def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
     return Packing(s.batch_size // s.accumulation, scan.mean_length, longest, s.packing == "exact", static)
 
 
+def rows_per_step(s: TrainSettings, packing: Packing) -> int:
+    """Packed rows that one optimizer step trains on: as many as hold --batch-size conversations of mean length.
+
+    --micro-batch sets how many rows that is, unless the longest conversation makes each row larger than its share.
+    """
+    if packing.exact:
+        return s.accumulation
+    return max(1, min(s.accumulation, round(s.batch_size * packing.mean / packing.tokens)))
+
+
 def open_run_repo(s: TrainSettings, services: Services) -> Repo | None:
     """The Hub repository of the run, or None if none was named. Raises UsageError if there is no token for it."""
     if not s.hub_model_id:

@@ -89,6 +89,13 @@ class _Remote:
             return None
         return json.loads(self.repo.fetch(self.snapshot, path, self.staging).read_text())
 
+    def final_files(self) -> list[str]:
+        """The files of a finished run at the root of the repository; none if phoque has not written a run there."""
+        if RECORD not in self.snapshot.files:
+            return []
+        names = [path for path in self.snapshot.files if "/" not in path and path.startswith(ADAPTER_FILES)]
+        return [*names, RECORD, METRICS, SAMPLES, report.NAME]
+
     def download_final(self, run: Path) -> dict[str, Any]:
         """Download the finished run into the folder, as if it had been trained here; return its record."""
         for path in self.snapshot.files:
@@ -223,7 +230,7 @@ def _start_fresh(
     marker = {"id": secrets.token_hex(6), "at": now, "asked": _learning_settings(s), "submission": submission}
     delete_run(run)  # first: local checkpoints must not outlive those on the Hub
     if remote:
-        remote.repo.clear(marker, remote.staging)
+        remote.repo.clear(marker, remote.staging, remote.final_files())
     return marker
 
 

@@ -35,9 +35,9 @@ from phoque.training.finish import (
     write_card_for_checkpoint,
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step, start_wandb
-from phoque.training.prepare import open_run_repo, packing_for, prepare
+from phoque.training.prepare import open_run_repo, packing_for, prepare, rows_per_step
 from phoque.training.resume import find_start
-from phoque.training.run_record import check_writable, create_record, write_record
+from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
 from phoque.training.run_state import Run
 from phoque.training.timer import Timer
 
@@ -54,9 +54,12 @@ def train(
     `deadline` is the time.time() at which this process will be killed; `submission` is shared by all attempts of one
     Job. Raises Resumable (75, or 130 after Ctrl-C) after a stop that saved everything, PhoqueError for what failed.
     """
+    folder = resolved.settings.folder
+    check_own_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     stop = StopRequest(services.console, deadline, resolved.settings.seconds or 0.0)
     try:
-        with stop.handle_signals():
+        with lock_run(folder), stop.handle_signals():
             return _train(_start(resolved, services, stop, submission))
     except torch.OutOfMemoryError as error:
         raise out_of_memory_error(resolved.settings) from error
@@ -91,6 +94,9 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
             )
         prepared.scan = identity.old_scan
     record = start.record or create_record(resolved, prepared, identity.fingerprint, start.run_id, start.marker)
+    if start.record is None:
+        record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True))
+    record.setdefault("rows_per_step", s.accumulation)  # a run of an older version goes on with its batch
     write_record(folder, record)
     return Run(
         resolved=resolved,
@@ -191,7 +197,9 @@ def _build_engine(run: Run, model: Any) -> Engine | None:
     """The engine that runs the decoder layers of the remaining steps, or None for transformers' own layers."""
     s = run.settings
     packing = packing_for(s, run.prepared.scan, static=True)
-    choice = select_engine(model, s.engine_mode, packing, run.steps_left * s.accumulation, s.gradient_checkpointing)
+    choice = select_engine(
+        model, s.engine_mode, packing, run.steps_left * run.record["rows_per_step"], s.gradient_checkpointing
+    )
     run.record["engine"] = choice.record()
     write_record(run.folder, run.record)
     run.console.say(f"engine {choice.mode}: {choice.reason}")
@@ -318,7 +326,7 @@ def _training_arguments(run: Run, engine: Engine | None) -> Any:
         output_dir=str(run.folder),
         max_steps=s.max_steps,
         per_device_train_batch_size=s.batch_size // s.accumulation,
-        gradient_accumulation_steps=s.accumulation,
+        gradient_accumulation_steps=run.record["rows_per_step"],
         learning_rate=s.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(s.warmup_ratio * s.max_steps),

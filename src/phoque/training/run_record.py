@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,38 @@ from phoque.training.prepare import Prepared
 from phoque.version import __version__
 
 RECORD = checkpoints.RECORD
+LOCK = ".lock"
+
+
+def check_own_folder(run: Path) -> None:
+    """Raise UsageError if the folder holds files with the names of a run's, and no run of phoque made them.
+
+    A folder of plain Trainer, which holds checkpoints alone, is accepted.
+    """
+    if (run / RECORD).is_file() or any(run.glob(f"*checkpoint*/{checkpoints.MANIFEST}")):
+        return
+    for name in ("adapter", "merged", METRICS, SAMPLES, report.NAME):
+        if (run / name).exists():
+            raise UsageError(
+                what=f"{run} is not the folder of a run of phoque.",
+                why=f"It has {name}, which training would replace, and no {RECORD}.",
+                fix="Choose another --output-dir.",
+            )
+
+
+def lock_run(run: Path) -> AbstractContextManager[Any]:
+    """A lock on the run folder, for as long as a process trains in it. Raises UsageError if another process has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run / LOCK, timeout=0)
+    try:
+        return lock.acquire()
+    except Timeout:
+        raise UsageError(
+            what=f"Another process is training in {run}.",
+            why=f"It holds the lock {run / LOCK}, which ends with it.",
+            fix="Wait for it or stop it, or choose another --output-dir.",
+        ) from None
 
 
 def check_writable(run: Path) -> None:

@@ -171,6 +171,8 @@ class PersonaTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            adapt_optimizer(cast(Any, self.optimizer), fused=self.args.device.type == "cuda")
         if checkpoint is None or not self._policy.replan:
             return
         # the loaded schedule has the learning rates of the run that saved it
@@ -189,3 +191,16 @@ class PersonaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.model, Path(resume_from_checkpoint), self._architecture)
+
+
+def adapt_optimizer(optimizer: Any, fused: bool) -> None:
+    """Let a loaded AdamW run fused or not, whatever the machine that saved it ran.
+
+    A checkpoint restores these options with its state: one from a CPU would not accept `found_inf` on a GPU.
+    """
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = fused, None
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state and torch.is_tensor(state.get("step")):  # fused kernels count steps where the weights are
+                state["step"] = state["step"].to(parameter.device if fused else "cpu", torch.float32)

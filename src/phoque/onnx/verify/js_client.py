@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +14,7 @@ from phoque.errors import RunError
 from phoque.onnx.session import OnnxChatModel
 from phoque.onnx.verify.checks import CheckFailed, Verdict
 from phoque.services import Services
+from phoque.settings.environment import environment_without_secrets
 from phoque.settings.verify_onnx import VerifySettings
 
 CLIENT_FILES = Path(__file__).with_name("client")
@@ -104,7 +104,8 @@ def install_client(cache: Path, console: Console) -> None:
     shutil.copyfile(CLIENT_FILES / "package.json", folder / "package.json")
     console.say(f"installing Transformers.js into {folder}")
     command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
-    process = subprocess.run(command, cwd=folder, env=os.environ | INSTALL_ENV, capture_output=True, text=True)
+    environment = environment_without_secrets(**INSTALL_ENV)  # packages may run scripts of their own
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if process.returncode:
         raise RunError(
             what="Transformers.js cannot be installed.",
@@ -168,7 +169,13 @@ def _ask_client(
     scripts = copy_scripts(cache)
     try:
         proc = subprocess.run(
-            ["node", script], cwd=scripts, input=json.dumps(request), capture_output=True, text=True, timeout=TIMEOUT_S
+            ["node", script],
+            cwd=scripts,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment_without_secrets(),
         )
     except subprocess.TimeoutExpired as error:
         raise CheckFailed(f"the client did not answer within {TIMEOUT_S} s") from error

@@ -12,6 +12,7 @@ from phoque.onnx.verify.files import check_files
 from phoque.onnx.verify.js_client import CLIENT_FILES, copy_scripts, locate_client, prepare_client
 from phoque.onnx.verify.run import open_export
 from phoque.services import Services
+from phoque.settings.environment import environment_without_secrets
 from phoque.settings.verify_onnx import VerifySettings
 
 
@@ -45,7 +46,14 @@ def serve_export(s: VerifySettings, services: Services) -> None:
         "port": s.port,
     }
     command = ["node", "serve.mjs", json.dumps(options)]
-    with subprocess.Popen(command, cwd=copy_scripts(services.cache), stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command,
+        cwd=copy_scripts(services.cache),
+        stdin=subprocess.PIPE,  # it closes however this process ends, and the server ends with it
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment_without_secrets(),
+    ) as server:
         assert server.stdout
         reply = json.loads(server.stdout.readline() or '{"error": "node exited without an answer"}')
         if "error" in reply:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from phoque.errors import PhoqueError, RunError, UsageError, first_line
 from phoque.files import sha256
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
+from phoque.settings.environment import environment_without_secrets
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -93,7 +94,9 @@ def command(spec: str, line: str) -> Scorer:
 
     def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         input_lines = "".join(json.dumps({"prompt": answer.prompt, "text": answer.text}) + "\n" for answer in answers)
-        process = subprocess.run(shlex.split(line), input=input_lines, capture_output=True, text=True)
+        process = subprocess.run(
+            shlex.split(line), input=input_lines, capture_output=True, text=True, env=environment_without_secrets()
+        )
         if process.returncode:
             last_line = (process.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
             raise _scorer_error(line, f"It exited with code {process.returncode}: {last_line[:200]}")

@@ -1,5 +1,8 @@
-// `phoque verify-onnx --serve`: takes {client, modules, root, name, port} as JSON; runs until it is stopped.
+// `phoque verify-onnx --serve`: takes {client, modules, root, name, port} as JSON; runs until it is stopped, or until
+// phoque ends, which closes its standard input.
 import { serve } from "./server.mjs";
+
+process.stdin.on("end", () => process.exit(0)).resume();
 
 try {
   const { port } = await serve(JSON.parse(process.argv[2]));
