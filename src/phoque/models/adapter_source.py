@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_id
@@ -11,7 +12,8 @@ from phoque.models.source import PACKAGED_MODELS, Source, find_model
 from phoque.services import Services
 
 WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens")
+ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens", "run.json")
+RUN_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,13 @@ class AdapterSource:
     name: str
     folder: Path
     commit: str = ""
+
+    def run_record(self) -> dict[str, Any] | None:
+        """The run.json of the run that trained it, if phoque did; it lies beside the adapter, or one folder above."""
+        for file in (self.folder / RUN_RECORD, self.folder.parent / RUN_RECORD):
+            if file.is_file():
+                return json.loads(file.read_text(encoding="utf-8"))
+        return None
 
     @property
     def label(self) -> str:

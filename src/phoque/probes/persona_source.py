@@ -1,6 +1,7 @@
 """Find the persona of a probe: a local file, a file on the Hub, or the system prompts of the training data."""
 
 from itertools import islice
+from typing import Any
 
 from phoque.data.readers import open_dataset
 from phoque.data.rows import Row, parse_row
@@ -9,24 +10,37 @@ from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
+from phoque.models.adapter_source import AdapterSource, find_base
+from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona, load_persona, persona_from_rows
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.fields import Resolved, flag_names
 from phoque.settings.psm_probe import PsmSettings
 
 
-def find_persona(s: PsmSettings | SaeSettings, services: Services) -> tuple[Persona, list[str]]:
-    """Load the persona that the settings name; with notes for the user. Raises UsageError if there is none."""
+def find_persona(
+    s: PsmSettings | SaeSettings, services: Services, record: dict[str, Any] | None = None
+) -> tuple[Persona, list[str]]:
+    """Load the persona that the settings name, or that of the data in `record`, the run.json of the probed adapter.
+
+    Returns it with notes for the user. Raises UsageError if there is none.
+    """
     if s.persona:
         return load_persona(fetch_if_remote(s.persona, "--persona", services)), []
-    if not s.dataset:
+    name, split, revision, config = s.dataset, s.split, s.dataset_revision, s.dataset_config
+    if not name and record is not None:
+        recorded = {key: row["value"] for key, row in record["settings"].items()}
+        name, split = recorded["dataset"], recorded["split"]
+        revision, config = recorded["dataset_revision"], recorded.get("dataset_config")
+    if not name:
         raise UsageError(
             what="No persona is given.",
-            why="Neither --persona nor --dataset is set, so there is no prompt to ask the base model for it.",
+            why="Neither --persona nor --dataset is set, and the adapter has no run.json that names its data.",
             fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
             "adapter with --dataset.",
         )
-    dataset = open_dataset(s.dataset, s.split, s.dataset_revision, services.secrets.hub, config=s.dataset_config)
+    dataset = open_dataset(name, split, revision, services.secrets.hub, config=config)
     rows: list[Row] = []
     for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
         try:
@@ -36,6 +50,23 @@ def find_persona(s: PsmSettings | SaeSettings, services: Services) -> tuple[Pers
     persona = persona_from_rows(load_persona("seal"), rows, dataset.name)
     note = f"persona prompts and lexicon are from {dataset.name}; all other prompts and the questions are bundled ones"
     return persona, [note]
+
+
+def find_base_model(
+    resolved: Resolved[Any], setting: str, adapter: AdapterSource | None, services: Services, *, weights: bool
+) -> Source:
+    """Find the base model: the one that is named, or else the one that the adapter was trained on, or the preset's.
+
+    `setting` is the name of the setting for it. Raises UsageError if none is given.
+    """
+    name, revision = getattr(resolved.settings, setting), resolved.settings.revision
+    source = resolved.origins[setting].source
+    if adapter is not None and (source == "default" or source.startswith("preset")):
+        return find_base(adapter.folder, "", revision, services, weights=weights)
+    if not name:
+        flag = flag_names(type(resolved.settings), setting)[0]
+        raise UsageError(what="No model is given.", why=f"{flag} is empty.", fix=f"Pass {flag}, or use a --preset.")
+    return find_model(name, revision, services, weights=weights)
 
 
 def fetch_if_remote(name: str, flag: str, services: Services) -> str:

@@ -47,7 +47,8 @@ class SaeSettings(ProbeSettings):
     )
     base_model: str = setting(
         "",
-        "Compare from this model, the one before the fine-tune: a Hub id, a local folder or a .gguf file.",
+        "Compare from this model, the one before the fine-tune: a Hub id, a local folder or a .gguf file. Without "
+        "it, the model that --updated-adapter was trained on, or the preset's.",
         env="BASE_MODEL",
     )
     revision: str | None = setting(None, "Use this branch, tag or commit of --base-model on the Hub.")

@@ -15,7 +15,7 @@ class ProbeSettings(JobSettings):
     dataset: str = setting(
         "",
         "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
-        "dataset, a file or a folder.",
+        "dataset, a file or a folder. psm-probe reads its name from the adapter's run.json if there is one.",
         env="DATASET_REPO",
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")

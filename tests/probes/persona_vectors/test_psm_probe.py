@@ -398,3 +398,23 @@ def test_the_script_for_hf_jobs_uv_run_is_phoque_psm_probe(hub, tiny_llama, pers
     ran = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert any(p.startswith("runs/psm_") and p.endswith("report.html") for p in hub.files(REPO, "datasets"))
+
+
+def test_an_adapter_alone_names_its_model_and_its_persona(phoque, tiny_llama, rows, tmp_path):
+    """`psm-probe --adapter-source RUN`: base and training data are those of its run.json, not those of the preset."""
+    phoque(
+        *("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--max-steps", 2),
+        *("--sample-every", 0, "--output-dir", tmp_path / "run"),
+    )
+    ran = phoque("psm-probe", "--adapter-source", tmp_path / "run", "--sweep-layers", "1", "--dry-run", "--json")
+    assert ran.json["model"].startswith(str(tiny_llama)) and str(rows) in ran.err + ran.out
+    dry = phoque(
+        *("compare-sae", "--updated-adapter", tmp_path / "run", "--chat", rows, "--text", rows, "--layers", "1"),
+        *("--dry-run", "--json"),
+    )
+    assert dry.json["base"].startswith(str(tiny_llama))
+    # a model that is named is used, whatever the adapter says
+    named = phoque(
+        *("psm-probe", "--adapter-source", tmp_path / "run", "--model-source", "nothere", "--dry-run"), expect=2
+    )
+    assert "nothere" in named.err

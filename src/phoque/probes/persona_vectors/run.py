@@ -17,9 +17,9 @@ from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
 from phoque.models.lora import attach_adapter
-from phoque.models.source import Source, find_model
+from phoque.models.source import Source
 from phoque.probes.persona import Persona
-from phoque.probes.persona_source import find_persona
+from phoque.probes.persona_source import find_base_model, find_persona
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
@@ -51,18 +51,14 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     Raises UsageError for invalid input, RunError for a failed upload if --fail-on-artifacts-upload-error is set.
     """
     s, console, start = resolved.settings, services.console, time.monotonic()
-    persona, warnings = find_persona(s, services)
-    if not s.model_source:
-        raise UsageError(
-            what="No model is given.", why="--model-source is empty.", fix="Pass --model-source, or use a --preset."
-        )
-    source = find_model(s.model_source, s.revision, services, weights=not dry_run)
     sources = {"control": (s.control_adapter, None), "tuned": (s.adapter_source, s.adapter_revision)}
     adapters = {key: find_adapter(name, revision, services) for key, (name, revision) in sources.items() if name}
+    tuned = adapters.get("tuned")
+    persona, warnings = find_persona(s, services, tuned.run_record() if tuned else None)
+    source = find_base_model(resolved, "model_source", tuned, services, weights=not dry_run)
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
     layers = _resolve_steered_blocks(s, blocks)
-    tuned = adapters.get("tuned")
     tokenizer = load_tokenizer(source, tuned.folder if tuned else None)
     plan = {
         "persona": persona.name,

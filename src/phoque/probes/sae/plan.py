@@ -7,16 +7,17 @@ from phoque.data.readers import Dataset, open_dataset
 from phoque.errors import UsageError
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
-from phoque.models.adapter_source import find_adapter
+from phoque.models.adapter_source import AdapterSource, find_adapter
 from phoque.models.config import load_config
 from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona, load_persona
-from phoque.probes.persona_source import fetch_if_remote, find_persona
+from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona
 from phoque.probes.sae.corpus import parse_split
 from phoque.probes.sae.dictionary import CONFIG, WEIGHTS, Dictionary, read_dictionary
 from phoque.probes.sae.prompts import find_questions
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.fields import Resolved
 
 NEEDS_PERSONA = ("contrast", "lexicon", "logprob")
 
@@ -38,10 +39,9 @@ class Plan:
     warnings: list[str]
 
 
-def make_plan(s: SaeSettings, services: Services, *, weights: bool) -> Plan:
+def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: bool) -> Plan:
     """Resolve every input that the settings name. Raises UsageError for one that is missing or does not fit."""
-    if not s.base_model:
-        raise UsageError(what="No base model.", why="--base-model is empty.", fix="Give --base-model or a --preset.")
+    s = resolved.settings
     chats = _open_chats(s, services.secrets.hub)
     persona, warnings, has_persona = load_persona("seal"), [], bool(s.persona or s.dataset)
     if has_persona:
@@ -50,8 +50,8 @@ def make_plan(s: SaeSettings, services: Services, *, weights: bool) -> Plan:
     if not has_persona:
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
     questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
-    source = find_model(s.base_model, s.revision, services, weights=weights)
     updated = find_model(s.updated_model, s.updated_revision, services, weights=weights) if s.updated_model else None
+    tuned: AdapterSource | None = None
     adapters, names = {}, {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     for side, name, revision in (
         ("control", s.control_adapter, None),
@@ -60,6 +60,9 @@ def make_plan(s: SaeSettings, services: Services, *, weights: bool) -> Plan:
         if name:
             adapter = find_adapter(name, revision, services)
             adapters[side], names[side] = adapter.folder, adapter.label
+            if side == "tuned":
+                tuned = adapter
+    source = find_base_model(resolved, "base_model", tuned, services, weights=weights)
     config = load_config(source).get_text_config()
     dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
     layers = _choose_blocks(s, dictionary, config.num_hidden_layers)

@@ -35,7 +35,7 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
     --fail-on-artifacts-upload-error is set.
     """
     s, console, started = resolved.settings, services.console, time.monotonic()
-    plan = make_plan(s, services, weights=not dry_run)
+    plan = make_plan(resolved, services, weights=not dry_run)
     if dry_run:
         facts = {
             "base": f"{plan.source.name} ({plan.source.origin})",
