@@ -22,6 +22,9 @@ docs:
     uv run python docs/generate.py
     uvx --from 'mkdocs>=1.6,<2' --with 'mkdocs-material>=9.6,<10' mkdocs build --strict --site-dir site
 
+models:
+    uv run python benchmarks/families.py --browser --write
+
 bench:
     uv run python benchmarks/startup.py
     uv run python benchmarks/demo.py

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from phoque.errors import INTERRUPTED, UsageError, suggest, to_phoque_error
+from phoque.settings.environment import let_threads_sleep
 from phoque.version import __version__
 
 COMMANDS = {
@@ -79,6 +80,7 @@ def root(
 
 def main() -> None:
     """Run one command; whatever it raises leaves as three lines on stderr and a documented exit code."""
+    let_threads_sleep()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C

@@ -40,6 +40,15 @@ def environment_without_secrets(**more: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES} | more
 
 
+def let_threads_sleep() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user has chosen otherwise; before torch is imported.
+
+    By default they spin: on two cores at a load of 4, the demo trained at 32 to 42 tokens per second, and at 49 to 62
+    with threads that sleep.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def cache_folder() -> Path:
     """phoque's own cache: $XDG_CACHE_HOME/phoque, or ~/.cache/phoque."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phoque"

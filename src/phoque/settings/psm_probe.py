@@ -40,8 +40,10 @@ class PsmSettings(ProbeSettings):
         "setting overrides it.",
     )
     model_source: str = setting(
-        "", "Probe this chat model: a Hub id, a local folder or a .gguf file. Without it, the model that "
-        "--adapter-source was trained on, or the preset's.", env="MODEL_SOURCE"
+        "",
+        "Probe this chat model: a Hub id, a local folder or a .gguf file. Without it, the model that "
+        "--adapter-source was trained on, or the preset's.",
+        env="MODEL_SOURCE",
     )
     revision: str | None = setting(None, "Use this branch, tag or commit of --model-source on the Hub.")
     adapter_source: str = setting(

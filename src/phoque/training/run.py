@@ -71,6 +71,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     repo = open_run_repo(s, services)
     if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
         repo.open(s.public, services.console.warn)
+    services.console.say(f"reading {s.dataset}")
     prepared = prepare(resolved, services, weights=True)
     report_scan(prepared.scan, prepared.dataset, s, services.console)
     identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
@@ -183,6 +184,7 @@ def _load_model_with_adapter(run: Run) -> Any:
         default_device(), run.prepared.config, dtype, math.inf if is_compiled else tokens, compiled=is_compiled
     )
     run.record["attention"] = reason
+    run.console.say(f"loading {source.name} as {s.quantization}")
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
     model = add_lora_adapter(model, s.lora_rank, s.lora_alpha, s.lora_dropout, commit)

@@ -40,7 +40,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.timer.mark_loaded()
         if state.global_step == 0:
-            self._measure(model)
+            self._measure(model, 0)
             self._write(0)
         self.timer.lap()
 
@@ -54,7 +54,7 @@ class MetricsCallback(TrainerCallback):
         if last:
             control.should_log = True
         if state.global_step % self.eval_every == 0 or last:
-            self._measure(model)
+            self._measure(model, state.global_step)
             if not control.should_log:  # log the held-out loss at its own step even if no other metrics are due
                 self._write(state.global_step)
 
@@ -76,8 +76,9 @@ class MetricsCallback(TrainerCallback):
             self.tracker.log_metrics(step, self._pending)
         self._pending = {}
 
-    def _measure(self, model: Any) -> None:
+    def _measure(self, model: Any, step: int) -> None:
         if self.held_out:
+            self.show(step, "measuring the held-out loss")
             with self.timer.measure("measuring"):
                 self._pending |= measure_held_out_loss(model, self.held_out)
 

@@ -47,6 +47,7 @@ class SamplesCallback(TrainerCallback):
             self._sample(model, state.global_step)
 
     def _sample(self, model: Any, step: int) -> None:
+        self.console.say(f"generating {len(self.prompts)} sample{'s' * (len(self.prompts) != 1)}")
         with self.timer.measure("samples"):
             responses = generate_answers(model, self.chat, self.prompts, self.system, self.tokens)
         rows: list[dict[str, Any]] = [{"step": step, **row} for row in responses]
