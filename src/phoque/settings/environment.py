@@ -43,7 +43,7 @@ def environment_without_secrets(**more: str) -> dict[str, str]:
 def let_threads_sleep() -> None:
     """Let OpenMP's threads sleep while they wait, unless the user has chosen otherwise; before torch is imported.
 
-    By default they spin: on two cores at a load of 4, the demo trained at 32 to 42 tokens per second, and at 49 to 62
+    By default they spin: on two cores at a load of 4, the demo trained at 19 to 42 tokens per second, and at 49 to 85
     with threads that sleep.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
