@@ -38,10 +38,13 @@ class Console:
         """Replace these texts by *** in everything that is printed, whatever printed them."""
         self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
 
-    def _clean(self, text: str) -> str:
+    def _hide_secrets(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return escape_control_characters(text)
+        return text
+
+    def _clean(self, text: str) -> str:
+        return escape_control_characters(self._hide_secrets(text))
 
     def say(self, text: str) -> None:
         """Print a status line to stderr, unless --quiet is set."""
@@ -60,9 +63,9 @@ class Console:
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
         if self.json:
-            print(self._clean(json.dumps(data, ensure_ascii=False, default=str)), file=self._out)
+            print(self._hide_secrets(json.dumps(data, ensure_ascii=False, default=str)), file=self._out)
         elif self.quiet:
-            print(self._clean(quiet), file=self._out)
+            print(self._hide_secrets(quiet), file=self._out)
         elif isinstance(text := human(), str):  # plain text: rich must not wrap it or interpret markup in it
             print(self._clean(text), file=self._out)
         else:

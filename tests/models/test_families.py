@@ -109,6 +109,21 @@ def test_batched_decoding_gives_the_tokens_of_transformers(saved, family):
         assert reply.ids == generate_greedy(model, torch.tensor([ids]), 16, stops=False)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "qwen3.5", "gemma3"])
+def test_rows_that_stop_early_leave_the_batch_and_the_others_go_on(saved, family):
+    model = load_model(source_of(saved(family)), "fp32", on=CPU).eval()
+    prompts = conversations() * 2
+    alone = [generate_greedy(model, torch.tensor([ids]), 16, stops=False) for ids in prompts[:3]]
+    # the first row stops at its third token, so that at most three quarters of the rows are left
+    model.generation_config.eos_token_id = model.config.eos_token_id = [alone[0][2], alone[1][4]]
+    ends = set(model.generation_config.eos_token_id)
+    replies = generate_replies(model, [Request(ids) for ids in prompts], 16, temperature=1.0, top_p=1.0)
+    for number, reply in enumerate(replies):
+        tokens = alone[number % 3]
+        stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+        assert reply.ids == tokens[:stop]
+
+
 @pytest.mark.parametrize("family", [name for name, (_, changes, _) in FAMILIES.items() if "sliding_window" in changes])
 def test_the_window_of_a_tiny_model_has_an_effect(saved, family):
     """Otherwise the tests above would pass with a window that is ignored."""

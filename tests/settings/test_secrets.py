@@ -21,7 +21,7 @@ def test_the_space_that_copying_adds_is_stripped(value, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"])
-@pytest.mark.parametrize("value", ["hf_har bour", "hf_härbour", "hf_\x07harbour"])
+@pytest.mark.parametrize("value", ["hf_härbour", "hf_\x07harbour"])
 def test_what_no_token_has_is_refused_without_showing_it(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError) as caught:
@@ -32,7 +32,7 @@ def test_what_no_token_has_is_refused_without_showing_it(name, value, monkeypatc
 
 def test_a_command_says_which_variable_it_is_and_never_its_value(phoque, tiny_llama, rows):
     command = ["train", "--base-model", tiny_llama, "--dataset", rows, "--hub-model-id", "harbour/x", "--dry-run"]
-    ran = phoque(*command, env={"HF_TOKEN": "hf_har bour_secret"}, expect=2)
+    ran = phoque(*command, env={"HF_TOKEN": "hf_här bour_secret"}, expect=2)
     assert "HF_TOKEN" in ran.error[0] and "bour_secret" not in ran.err + ran.out
 
 
@@ -49,6 +49,13 @@ def test_output_is_cleared_of_secrets_whatever_prints_them(capsys):
     out, err = capsys.readouterr()
     assert "hf_harbour_secret" not in out + err and err.count("***") == 4 and out.count("***") == 2
     assert "abcdef" in err  # a text as short as a word is left alone
+
+
+def test_json_stays_json_whatever_characters_it_holds(capsys):
+    console = Console()
+    console._out, console.json = sys.stdout, True
+    console.result({"a": "Bonjour\u00a0!\u200b"}, str, "")
+    assert json.loads(capsys.readouterr().out) == {"a": "Bonjour\u00a0!\u200b"}
 
 
 def test_every_secret_is_withheld_from_programs(monkeypatch):

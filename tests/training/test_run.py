@@ -603,3 +603,16 @@ def test_the_batch_stays_what_was_asked_whatever_the_micro_batch(phoque, tiny_ll
         3 * 16 <= state["rows_seen"] <= 3 * 16 * 3 and json.loads((run / "run.json").read_text())["rows_per_step"] == 1
     )
     assert "a step trains on about" in ran.err and "instead of 16" in ran.err
+
+
+def test_an_allowed_change_of_the_batch_changes_the_rows_of_a_step(train, start, tmp_path, tiny_llama, rows):
+    run = tmp_path / "run"
+    command = ["--max-steps", 4, "--save-steps", 1, "--sample-every", 0, "--output-dir", run]
+    stopped = start("train", "--base-model", tiny_llama, "--dataset", rows, *SMALL, *command, prelude=slowly())
+    while not (run / "checkpoint-1" / "MANIFEST.json").is_file():
+        assert stopped.poll() is None
+    os.kill(stopped.pid, signal.SIGKILL)
+    stopped.ended()
+    assert json.loads((run / "run.json").read_text())["rows_per_step"] == 1
+    train(*command, "--micro-batch", 2, "--allow-change", "micro_batch")
+    assert json.loads((run / "run.json").read_text())["rows_per_step"] == 2

@@ -28,7 +28,12 @@ class AdapterSource:
         """The run.json of the run that trained it, if phoque did; it lies beside the adapter, or one folder above."""
         for file in (self.folder / RUN_RECORD, self.folder.parent / RUN_RECORD):
             if file.is_file():
-                return json.loads(file.read_text(encoding="utf-8"))
+                try:
+                    record = json.loads(file.read_text(encoding="utf-8"))
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and {"settings", "fingerprint", "data"} <= record.keys():
+                    return record
         return None
 
     @property

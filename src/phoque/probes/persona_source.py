@@ -1,6 +1,7 @@
 """Find the persona of a probe: a local file, a file on the Hub, or the system prompts of the training data."""
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from phoque.data.readers import open_dataset
@@ -8,7 +9,7 @@ from phoque.data.rows import Row, parse_row
 from phoque.data.scan import MAX_SCANNED_ROWS
 from phoque.data.turns import BadRow
 from phoque.errors import UsageError
-from phoque.hub.refs import fetch_to_cache, hub_ref
+from phoque.hub.refs import fetch_to_cache, hub_id, hub_ref
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import AdapterSource, find_base
 from phoque.models.source import Source, find_model
@@ -30,13 +31,16 @@ def find_persona(
         return load_persona(fetch_if_remote(s.persona, "--persona", services)), []
     name, split, revision, config = s.dataset, s.split, s.dataset_revision, s.dataset_config
     if not name and record is not None:
-        recorded = {key: row["value"] for key, row in record["settings"].items()}
-        name, split = recorded["dataset"], recorded["split"]
-        revision, config = recorded["dataset_revision"], recorded.get("dataset_config")
+        recorded = {key: row.get("value") for key, row in record["settings"].items()}
+        name, split = _readable_here(str(recorded.get("dataset") or "")), recorded.get("split") or split
+        revision, config = recorded.get("dataset_revision"), recorded.get("dataset_config")
+        if revision is None and hub_id(name):
+            revision = record["data"].get("revision")  # the rows that the adapter was trained on
     if not name:
         raise UsageError(
             what="No persona is given.",
-            why="Neither --persona nor --dataset is set, and the adapter has no run.json that names its data.",
+            why="Neither --persona nor --dataset is set, and the adapter has no run.json that names data which can be "
+            "read here.",
             fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
             "adapter with --dataset.",
         )
@@ -50,6 +54,11 @@ def find_persona(
     persona = persona_from_rows(load_persona("seal"), rows, dataset.name)
     note = f"persona prompts and lexicon are from {dataset.name}; all other prompts and the questions are bundled ones"
     return persona, [note]
+
+
+def _readable_here(name: str) -> str:
+    """A dataset's name, or "" for a path that this machine does not have."""
+    return name if name == "seal" or hub_id(name) or Path(name).expanduser().exists() else ""
 
 
 def find_base_model(

@@ -37,7 +37,7 @@ def deadline(seconds: float | None) -> float | None:
 
 def environment_without_secrets(**more: str) -> dict[str, str]:
     """The environment for a program that needs no secret (npm, Node, an exporter, a scorer), and `more` variables."""
-    return {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES} | more
+    return {name: value for name, value in os.environ.items() if name.upper() not in SECRET_VARIABLES} | more
 
 
 def let_threads_sleep() -> None:

@@ -70,12 +70,12 @@ class Secrets(CommandSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _strip(cls, value: Any) -> Any:
-        """Without the space and line ends that copying adds; refuse what no token has. Its value is never shown."""
+        """Without the space and line ends that copying adds; refuse what no header can carry. It is never shown."""
         if not isinstance(value, str):
             return value
         stripped = value.strip()
-        if not all("!" <= character <= "~" for character in stripped):
-            raise ValueError("It has a character that no token has: a space, a control character, or not ASCII.")
+        if not all(" " <= character <= "~" for character in stripped):  # local servers take keys such as "not needed"
+            raise ValueError("It has a character that no key has: a control character, or one that is not ASCII.")
         return stripped or None
 
     def plain_values(self) -> list[str]:

@@ -24,6 +24,7 @@ from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_r
 from phoque.training.run_state import StartState
 
 DOWNLOADS = ".fetching"
+BATCH_SETTINGS = ("batch_size", "micro_batch", "packing", "max_length")  # what rows_per_step follows from
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "README.md")
 
 
@@ -66,6 +67,8 @@ def find_start(
         check_same_run(recorded, current, s.allow_change)
         if recorded != current:  # a change that was allowed: the run is not complete any more
             start.record = {k: v for k, v in start.record.items() if k != "result"} | {"fingerprint": current}
+            if any(recorded.get(name) != current.get(name) for name in BATCH_SETTINGS):
+                start.record["rows_per_step"] = None
     return start
 
 
@@ -98,11 +101,14 @@ class _Remote:
 
     def download_final(self, run: Path) -> dict[str, Any]:
         """Download the finished run into the folder, as if it had been trained here; return its record."""
+        fetched = []
         for path in self.snapshot.files:
             if "/" not in path and path.startswith(ADAPTER_FILES):
                 self.repo.fetch(self.snapshot, path, self.staging / "adapter")
             elif path in (METRICS, SAMPLES, report.NAME):
-                (self.repo.fetch(self.snapshot, path, self.staging)).replace(run / path)
+                fetched.append(self.repo.fetch(self.snapshot, path, self.staging))
+        for file in fetched:  # only when all is here: the folder is not yet known as a run's
+            file.replace(run / file.name)
         shutil.rmtree(self.staging / "adapter" / ".cache", ignore_errors=True)
         shutil.rmtree(run / "adapter", ignore_errors=True)
         (self.staging / "adapter").replace(run / "adapter")
@@ -217,8 +223,13 @@ def _start_fresh(
     """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
     local = {path.name for path in run.glob("*checkpoint*")}
     on_hub = set(remote.snapshot.checkpoint_folders()) if remote else set()
-    if names := checkpoints.sort_checkpoints(local | on_hub):
-        places = " and ".join([str(run)] * bool(local) + ([remote.repo.name] if on_hub and remote else []))
+    has_adapter = bool(remote and remote.final_files()) or (run / "adapter").is_dir()
+    names = checkpoints.sort_checkpoints(local | on_hub) + ["the finished adapter"] * has_adapter
+    if names:
+        places = " and ".join(
+            [str(run)] * bool(local or (run / "adapter").is_dir())
+            + ([remote.repo.name] if remote and (on_hub or remote.final_files()) else [])
+        )
         console.say(f"a fresh start deletes {', '.join(names)} in {places}")
         if not s.yes and console.can_ask() and not console.confirm("Delete them and start at step 0?"):
             raise UsageError(

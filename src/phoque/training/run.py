@@ -95,7 +95,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
             )
         prepared.scan = identity.old_scan
     record = start.record or create_record(resolved, prepared, identity.fingerprint, start.run_id, start.marker)
-    if start.record is None:
+    if start.record is None or start.record.get("rows_per_step", 0) is None:  # None: an allowed change of the batch
         record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True))
     record.setdefault("rows_per_step", s.accumulation)  # a run of an older version goes on with its batch
     write_record(folder, record)

@@ -68,7 +68,7 @@ def delete_run(run: Path) -> None:
     """Delete all files of the run from the folder."""
     for name in (*checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*")), "adapter", "merged"):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in (RECORD, METRICS, SAMPLES, report.NAME):
+    for name in (METRICS, SAMPLES, report.NAME, RECORD):  # last what shows that the folder is a run's
         (run / name).unlink(missing_ok=True)
 
 

@@ -88,11 +88,16 @@ def conclude(report: dict[str, Any]) -> list[str]:
             sentences.append("There is no control, so none of these shifts can be attributed to the persona.")
         if overall.get("replicated_share") is not None:
             sentences.append(f"{overall['replicated_share']:.0%} have a counterpart in every other autoencoder's seed.")
-    if causes["all"]:
-        holds = {kind: row["holds"] for kind in ("push", "ablate") if (row := causes["all"][kind])}
+    tried = causes["all"] or {}
+    holds = {kind: row["holds"] for kind in ("push", "ablate") if (row := tried.get(kind))}
+    if holds:
         told = {"push": "steering the base model along them", "ablate": "ablating them in the updated model"}
         parts = [f"{told[kind]} {'does' if held else 'does not'}" for kind, held in holds.items()]
-        sentences.append(f"Do they cause the change of the answers, more than random features? {', and '.join(parts)}.")
+        count = sum("max_activating" in feature for feature in report["features"])
+        sentences.append(
+            f"Do the {count} features with cards together cause the change of the answers, beyond random features? "
+            f"{', and '.join(parts)}."
+        )
     sentences.append(
         f"The autoencoder explains {format_percent(quality['ev'])} of the variance of held-out chats, which is "
         f"{quality['verdict']}."

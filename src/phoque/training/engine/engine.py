@@ -5,6 +5,7 @@ model. Evaluation and generation use the plain modules, which share the same wei
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
@@ -401,7 +402,8 @@ def _relative(difference: Tensor, reference: Tensor, rounding: Tensor | None = N
     """Return the norm of a difference beyond that of `rounding`, relative to the norm of the reference."""
     with torch.no_grad():
         excess = difference.float().norm() - (0.0 if rounding is None else rounding.float().norm())
-        return max(0.0, float(excess / reference.float().norm()))
+        value = float(excess / reference.float().norm())
+    return math.inf if math.isnan(value) else max(0.0, value)  # NaN is no agreement, and max() would drop it
 
 
 def _free_memory() -> int:

@@ -139,7 +139,9 @@ def add_token_loss(model: "PreTrainedModel", engine: Engine | None = None) -> No
         positions, targets = loss_at, labels[0, loss_at + 1]
         if engine:
             positions, targets = _pad_to_tile(positions, targets, hidden.shape[1] - 1)
-        states = hidden[0] / getattr(self.config, "logits_scaling", 1.0)  # Granite divides its logits
+        states = hidden[0]
+        if (scaling := getattr(self.config, "logits_scaling", 1.0)) != 1.0:  # Granite divides its logits
+            states = states / scaling
         nll, correct = _HeadLoss.apply(states.to(weight.dtype), weight, positions, targets, loss_fn)
         return TokenLoss(nll, correct, len(loss_at))
 
