@@ -31,6 +31,16 @@ YARN = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+MINISTRAL3: dict[str, Any] = {
+    "model_type": "ministral3",
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 131_072,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "rope_parameters": YARN,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama 3.2 1B": {
         "model_type": "llama",
@@ -66,32 +76,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 1024,
         "tie_word_embeddings": True,
     },
-    "Ministral 3 8B": {
-        "model_type": "ministral3",
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 34,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 131_072,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "rope_parameters": YARN,
-    },
-    "Ministral 3 14B": {
-        "model_type": "ministral3",
-        "hidden_size": 5120,
-        "intermediate_size": 16_384,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 131_072,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "rope_parameters": YARN,
-    },
+    "Ministral 3 8B": MINISTRAL3 | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 34},
+    "Ministral 3 14B": MINISTRAL3 | {"hidden_size": 5120, "intermediate_size": 16_384, "num_hidden_layers": 40},
 }
 SHARD_BYTES = 4e9
 RUNS = {

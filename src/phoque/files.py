@@ -1,13 +1,17 @@
 """Files that are complete or absent, locks between processes, checksums, and values that JSON can hold."""
 
+import csv
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 def sha256(path: Path) -> str:
@@ -51,12 +55,16 @@ def atomic_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def lock(path: Path) -> AbstractContextManager[Any]:
-    """A lock between processes on the file `path`, held while the block runs; a second process waits for the first."""
+def lock(path: Path, timeout: float = -1) -> "BaseFileLock":
+    """A lock between processes on the file `path`, held while the block runs.
+
+    A second process waits for the first: for ever if `timeout` is -1, else for so many seconds. Raises
+    filelock.Timeout then.
+    """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path)
+    return FileLock(path, timeout=timeout)
 
 
 @contextmanager
@@ -67,6 +75,12 @@ def run_folder(root: Path, kind: str) -> Generator[tuple[Path, Path]]:
     folder = next(root / name for name in names if not (root / name).exists())
     with atomic_folder(folder) as staging:
         yield staging, folder
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names in its first line."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def to_jsonable(value: Any) -> Any:

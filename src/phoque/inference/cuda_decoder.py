@@ -95,10 +95,7 @@ class BatchDecoder:
         """Keep only these rows of the batch."""
         self._ids, self._position_ids = self._ids[rows], self._position_ids[rows]
         self._attention_mask, self._window_mask = self._attention_mask[rows], self._window_mask[rows]
-        if self._is_recurrent:
-            self._cache.reorder_cache(rows)  # batch_select_indices would leave the recurrent states as they are
-        else:
-            self._cache.batch_select_indices(rows)
+        self._cache.reorder_cache(rows)  # batch_select_indices would leave recurrent states as they are
         self._previous_graph, self._graph, self._uncaptured_steps = self._graph or self._previous_graph, None, 0
         self._logits = self._logits.new_empty(0)
 

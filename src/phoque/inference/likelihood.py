@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phoque.inference.residual_stream import TOKENS_AT_ONCE, Turn, make_batches, pad_rows, unwrap_model
+from phoque.models.config import logits_scaling_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn]) -> list[float]:
 def compute_logits(model: "PreTrainedModel", states: torch.Tensor) -> torch.Tensor:
     """Compute the logits (..., vocabulary) in fp32 of hidden states after the final norm (..., hidden)."""
     causal = unwrap_model(model)
-    return causal.lm_head(states).float() / getattr(causal.config, "logits_scaling", 1.0)  # Granite divides them
+    return causal.lm_head(states).float() / logits_scaling_of(causal.config)
 
 
 def sum_kl(expected: torch.Tensor, actual: torch.Tensor) -> float:

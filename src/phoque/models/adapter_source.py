@@ -12,8 +12,8 @@ from phoque.models.source import PACKAGED_MODELS, Source, find_model
 from phoque.services import Services
 
 WEIGHTS = "adapter_model.safetensors"
-ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens", "run.json")
 RUN_RECORD = "run.json"
+ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens", RUN_RECORD)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,16 @@ def max_conversation_tokens(config: "PretrainedConfig") -> tuple[int | None, str
     return positions, f"it has {positions:,} positions" if positions else ""
 
 
+def head_dim_of(config: "PretrainedConfig") -> int:
+    """The size of one attention head of a text model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def logits_scaling_of(config: "PretrainedConfig") -> float:
+    """The number by which a text model divides its logits; Granite has one."""
+    return getattr(config, "logits_scaling", 1.0)
+
+
 def sliding_window_of(config: "PretrainedConfig") -> int | None:
     """The sliding window of a text model's attention in tokens; None if no layer has one."""
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)

@@ -1,7 +1,6 @@
 """Pages from Jinja templates: one HTML file that asks the network for nothing, charts included."""
 
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -31,6 +30,11 @@ def format_percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
+def format_versions(versions: dict[str, str]) -> str:
+    """`name version, name version`, in order."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
 @cache
 def _environment() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -42,13 +46,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Callable[..., str]] = {
-        "number": format_number,
-        "interval": format_interval,
-        "percent": format_percent,
-        "spec": _to_script,
-    }
-    environment.filters |= filters
+    environment.filters["spec"] = _to_script
     context: dict[str, Any] = environment.globals
     context["vega"] = vega_bundle
     return environment

@@ -7,7 +7,7 @@ from typing import Any
 
 from phoque.console import format_breakdown, format_duration, shorten
 from phoque.reports.charts import Series, histogram, line_chart
-from phoque.reports.page import render_page
+from phoque.reports.page import format_versions, render_page
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 
 NAME = "report.html"
@@ -144,5 +144,5 @@ def _summarize_data(data: dict[str, Any]) -> dict[str, Any]:
 def _describe_environment(record: dict[str, Any]) -> str:
     engine = record.get("engine")
     layers = f"{engine['mode']} ({engine['reason']})" if engine else ""
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    versions = format_versions(record["versions"])
     return f"phoque {record['phoque']}; {versions}; attention: {record.get('attention', '')}; layers: {layers}"

@@ -92,21 +92,22 @@ class _Remote:
             return None
         return json.loads(self.repo.fetch(self.snapshot, path, self.staging).read_text())
 
+    def adapter_files(self) -> list[str]:
+        """The files of the finished adapter, at the root of the repository."""
+        return [path for path in self.snapshot.files if "/" not in path and path.startswith(ADAPTER_FILES)]
+
     def final_files(self) -> list[str]:
         """The files of a finished run at the root of the repository; none if phoque has not written a run there."""
         if RECORD not in self.snapshot.files:
             return []
-        names = [path for path in self.snapshot.files if "/" not in path and path.startswith(ADAPTER_FILES)]
-        return [*names, RECORD, METRICS, SAMPLES, report.NAME]
+        return [*self.adapter_files(), RECORD, METRICS, SAMPLES, report.NAME]
 
     def download_final(self, run: Path) -> dict[str, Any]:
         """Download the finished run into the folder, as if it had been trained here; return its record."""
-        fetched = []
-        for path in self.snapshot.files:
-            if "/" not in path and path.startswith(ADAPTER_FILES):
-                self.repo.fetch(self.snapshot, path, self.staging / "adapter")
-            elif path in (METRICS, SAMPLES, report.NAME):
-                fetched.append(self.repo.fetch(self.snapshot, path, self.staging))
+        for path in self.adapter_files():
+            self.repo.fetch(self.snapshot, path, self.staging / "adapter")
+        others = [path for path in (METRICS, SAMPLES, report.NAME) if path in self.snapshot.files]
+        fetched = [self.repo.fetch(self.snapshot, path, self.staging) for path in others]
         for file in fetched:  # only when all is here: the folder is not yet known as a run's
             file.replace(run / file.name)
         shutil.rmtree(self.staging / "adapter" / ".cache", ignore_errors=True)
@@ -221,16 +222,17 @@ def _start_fresh(
     s: TrainSettings, run: Path, remote: _Remote | None, submission: str, console: Console
 ) -> dict[str, Any]:
     """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
-    local = {path.name for path in run.glob("*checkpoint*")}
-    on_hub = set(remote.snapshot.checkpoint_folders()) if remote else set()
-    has_adapter = bool(remote and remote.final_files()) or (run / "adapter").is_dir()
-    names = checkpoints.sort_checkpoints(local | on_hub) + ["the finished adapter"] * has_adapter
+    local, local_adapter = {path.name for path in run.glob("*checkpoint*")}, (run / "adapter").is_dir()
+    on_hub, final_files = set(), []
+    if remote:
+        on_hub, final_files = set(remote.snapshot.checkpoint_folders()), remote.final_files()
+    names = checkpoints.sort_checkpoints(local | on_hub)
+    if local_adapter or final_files:
+        names.append("the finished adapter")
     if names:
-        places = " and ".join(
-            [str(run)] * bool(local or (run / "adapter").is_dir())
-            + ([remote.repo.name] if remote and (on_hub or remote.final_files()) else [])
-        )
-        console.say(f"a fresh start deletes {', '.join(names)} in {places}")
+        places = [str(run)] if local or local_adapter else []
+        places += [remote.repo.name] if remote and (on_hub or final_files) else []
+        console.say(f"a fresh start deletes {', '.join(names)} in {' and '.join(places)}")
         if not s.yes and console.can_ask() and not console.confirm("Delete them and start at step 0?"):
             raise UsageError(
                 what="Nothing was started.",
@@ -241,7 +243,7 @@ def _start_fresh(
     marker = {"id": secrets.token_hex(6), "at": now, "asked": _learning_settings(s), "submission": submission}
     delete_run(run)  # first: local checkpoints must not outlive those on the Hub
     if remote:
-        remote.repo.clear(marker, remote.staging, remote.final_files())
+        remote.repo.clear(marker, remote.staging, final_files)
     return marker
 
 

@@ -56,7 +56,6 @@ def train(
     """
     folder = resolved.settings.folder
     check_own_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stop = StopRequest(services.console, deadline, resolved.settings.seconds or 0.0)
     try:
         with lock_run(folder), stop.handle_signals():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import UsageError
-from phoque.files import write_atomically
+from phoque.files import lock, write_atomically
 from phoque.models.architectures import architecture_of
 from phoque.results import library_versions
 from phoque.settings.fields import Resolved
@@ -42,11 +42,10 @@ def check_own_folder(run: Path) -> None:
 
 def lock_run(run: Path) -> AbstractContextManager[Any]:
     """A lock on the run folder, for as long as a process trains in it. Raises UsageError if another process has it."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(run / LOCK, timeout=0)
     try:
-        return lock.acquire()
+        return lock(run / LOCK, timeout=0).acquire()
     except Timeout:
         raise UsageError(
             what=f"Another process is training in {run}.",

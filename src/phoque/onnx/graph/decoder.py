@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from phoque.models.architectures import architecture_of
 from phoque.models.checkpoint_reader import HEAD
-from phoque.models.config import sliding_window_of
+from phoque.models.config import head_dim_of, logits_scaling_of, sliding_window_of
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
 from phoque.onnx.graph.trace import PackedParameter, TracedDecoder
 from phoque.onnx.quantize.block_format import Quantizer, can_quantize, choose_group_size
@@ -175,7 +175,7 @@ def _rename_inputs_outputs(graph: ir.Graph, config: "PretrainedConfig", dtype: t
     Transformers.js sets every symbolic size of an empty cache but batch_size to 0, so heads and head_dim are numbers.
     """
     heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     shapes = {
         "inputs_embeds": [1, "sequence_length", config.hidden_size],
         "attention_mask": [1, "total_sequence_length"],
@@ -223,7 +223,7 @@ def _replace_head(
         output = _add_node(graph, "Reshape", [matmul, _add_ints(graph, "head_out", [1, -1, vocab_size])])
     if dtype != torch.float32:
         output = _add_node(graph, "Cast", [output], attributes={"to": int(ir.DataType.FLOAT)})
-    if (scaling := getattr(weights.config.get_text_config(), "logits_scaling", 1.0)) != 1.0:  # Granite
+    if (scaling := logits_scaling_of(weights.config.get_text_config())) != 1.0:
         output = _add_node(graph, "Div", [output, _add_float(graph, "logits_scaling", scaling)])
     traced_logits.name = "unused_logits"
     output.name, output.type = "logits", ir.TensorType(ir.DataType.FLOAT)

@@ -20,6 +20,7 @@ import torch
 
 from phoque.errors import RunError, UsageError
 from phoque.models.architectures import architecture_of
+from phoque.models.config import head_dim_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -124,8 +125,7 @@ def _run_exporter(
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    width = config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    width, head_dim = config.hidden_size, head_dim_of(config)
     # a cache without a config keeps every token also in layers with a window: Transformers.js keeps one length
     cache, past_length, new_length = DynamicCache(), 3, 4
     for layer in range(layers):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from phoque.errors import first_line
+from phoque.models.config import head_dim_of
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS
 from phoque.onnx.verify.checks import CheckFailed, Verdict
@@ -209,8 +210,7 @@ def _compute_frequencies(text_config: Any, layer_type: str | None, rope: dict[st
     if rope["rope_type"] != "default":
         by_type = {} if layer_type is None else {"layer_type": layer_type}
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](text_config, torch.device("cpu"), **by_type)[0].numpy()
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    rotated = int(head_dim_of(text_config) * rope.get("partial_rotary_factor", 1.0))
     return 1.0 / rope["rope_theta"] ** (np.arange(0, rotated, 2) / rotated)
 
 

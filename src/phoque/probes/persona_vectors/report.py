@@ -1,13 +1,13 @@
 """Render a probe's report.html, its README.md for the Hub and two pictures from the files of the run folder."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
+from phoque.files import read_csv
 from phoque.probes.persona_vectors.files import ANSWERS, CONTROL_VECTOR, LAYERS, SAFETENSORS, SUMMARY, VECTORS
 from phoque.reports.charts import Series, heat_map, line_chart, write_png
-from phoque.reports.page import format_interval, format_number, render_page
+from phoque.reports.page import format_interval, format_number, format_versions, render_page
 
 REPORT, CARD = "report.html", "README.md"
 CURVES_PNG, SWEEP_PNG = "layers.png", "sweep.png"
@@ -48,8 +48,8 @@ SHORT_QUESTIONS = {
 def write_report(run: Path, name: str) -> None:
     """Write the report, the model card and its pictures into a run folder."""
     summary = json.loads((run / SUMMARY).read_text("utf-8"))
-    layers, answers = _read_csv(run / LAYERS), _read_csv(run / ANSWERS)
-    models, selected, run_facts = summary["models"], summary["selected"], summary["run"]
+    layers, answers = read_csv(run / LAYERS), read_csv(run / ANSWERS)
+    models, selected = summary["models"], summary["selected"]
     adapters = "".join(f", {key}: {label}" for key, label in models["adapters"].items())
     neutral = summary["sweep"][0]
     page = render_page(
@@ -82,7 +82,7 @@ def write_report(run: Path, name: str) -> None:
         answers=_arrange_answers(answers),
         limitations=summary["limitations"],
         config=[(key, row["value"], row["source"]) for key, row in summary["config"].items()],
-        environment=_describe_environment(summary, run_facts),
+        environment=_describe_environment(summary),
     )
     (run / REPORT).write_text(page, encoding="utf-8")
     response_rows = [row for row in layers if row["extraction"] == "response_avg"]
@@ -99,11 +99,11 @@ def conclude(summary: dict[str, Any]) -> list[str]:
         by_verdict.get(verdict["verdict"], by_verdict["open"]).append(f"{SHORT_QUESTIONS[key]} ({key})")
     sentences = []
     if by_verdict["yes"]:
-        sentences.append(f"Supported: {_join(by_verdict['yes'])}.")
+        sentences.append(f"Supported: {'; '.join(by_verdict['yes'])}.")
     if by_verdict["no"]:
-        sentences.append(f"Not supported: {_join(by_verdict['no'])}.")
+        sentences.append(f"Not supported: {'; '.join(by_verdict['no'])}.")
     if by_verdict["open"]:
-        sentences.append(f"Not decided by this run: {_join(by_verdict['open'])}.")
+        sentences.append(f"Not decided by this run: {'; '.join(by_verdict['open'])}.")
     column, conditions = summary["trait"]["column"], summary["conditions"]
     means = [
         f"{format_number(conditions[name][column]['mean'])} {CONDITION_LABELS[name]}"
@@ -115,15 +115,6 @@ def conclude(summary: dict[str, Any]) -> list[str]:
         f"persona): {', '.join(means)}."
     )
     return sentences
-
-
-def _join(texts: list[str]) -> str:
-    return "; ".join(texts)
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
 
 
 def _draw_evidence(layers: list[dict[str, str]]) -> list[tuple[str, Any]]:
@@ -253,8 +244,9 @@ def _arrange_answers(answers: list[dict[str, str]]) -> list[tuple[str, list[tupl
     ]
 
 
-def _describe_environment(summary: dict[str, Any], run: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+def _describe_environment(summary: dict[str, Any]) -> str:
+    run = summary["run"]
+    versions = format_versions(run["versions"])
     left_out, kept = summary["tokens"]["massive"], summary["tokens"]["kept"]
     return (
         f"phoque {run['phoque']}; {versions}; {run['device']}; {run['seconds']} s; response tokens left out for "

@@ -51,18 +51,16 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
     questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
     updated = find_model(s.updated_model, s.updated_revision, services, weights=weights) if s.updated_model else None
-    tuned: AdapterSource | None = None
-    adapters, names = {}, {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
+    found: dict[str, AdapterSource] = {}
+    names = {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     for side, name, revision in (
         ("control", s.control_adapter, None),
         ("tuned", s.updated_adapter, s.updated_revision),
     ):
         if name:
-            adapter = find_adapter(name, revision, services)
-            adapters[side], names[side] = adapter.folder, adapter.label
-            if side == "tuned":
-                tuned = adapter
-    source = find_base_model(resolved, "base_model", tuned, services, weights=weights)
+            found[side] = find_adapter(name, revision, services)
+            names[side] = found[side].label
+    source = find_base_model(resolved, "base_model", found.get("tuned"), services, weights=weights)
     config = load_config(source).get_text_config()
     dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
     layers = _choose_blocks(s, dictionary, config.num_hidden_layers)
@@ -76,7 +74,7 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
     return Plan(
         source=source,
         updated=updated,
-        adapters=adapters,
+        adapters={side: adapter.folder for side, adapter in found.items()},
         names=names,
         persona=persona,
         questions=questions,

@@ -1,15 +1,15 @@
 """Write report.html of a comparison, its Markdown version and a README, from the files of the run folder."""
 
-import csv
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from phoque.files import read_csv
 from phoque.probes.sae.files import ANSWERS, DICTIONARIES, FEATURES, JSON, LAYERS, MARKDOWN, PROMPTS
 from phoque.reports.charts import Dots, Series, line_chart, scatter_chart
-from phoque.reports.page import format_interval, format_number, format_percent, render_page
+from phoque.reports.page import format_interval, format_number, format_percent, format_versions, render_page
 
 REPORT, README = "report.html", "README.md"
 CONTENT_WARNING = "The answers below may be in the voice of the trained persona, which may be hostile."
@@ -41,7 +41,7 @@ MAX_FEATURES = 60  # rows of the table
 def write_reports(run: Path, name: str) -> None:
     """Write report.html, the Markdown report and README.md into a run folder."""
     report = json.loads((run / JSON).read_text("utf-8"))
-    features = _read_csv(run / FEATURES)
+    features = read_csv(run / FEATURES)
     models, layer, causes = report["models"], report["layer"], report["causes"]
     control = f", control {models['control']['id']}" if models["control"] else ""
     remaining = len(report["features"]) - MAX_FEATURES
@@ -103,11 +103,6 @@ def conclude(report: dict[str, Any]) -> list[str]:
         f"{quality['verdict']}."
     )
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
 
 
 def _list_headlines(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -291,7 +286,7 @@ def _arrange_answers(report: dict[str, Any]) -> dict[str, Any]:
 def _arrange_details(report: dict[str, Any]) -> dict[str, Any]:
     quality, run = report["sae"]["quality"], report["run"]
     facts = {k: v for k, v in report["sae"].items() if not k.startswith("quality")} | quality
-    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    versions = format_versions(run["versions"])
     return {
         "other_blocks": [
             f"block {block['layer']['block_index']}: {block['overall']['n_reported']} of "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from phoque.models.architectures import architecture_of
-from phoque.models.config import sliding_window_of
+from phoque.models.config import head_dim_of, sliding_window_of
 from phoque.training.engine.flash_attn4 import flash_attention_4
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ def _measure_difference(
     candidate: Attention, reference: Attention, device: torch.device, config: "PretrainedConfig"
 ) -> float:
     """Return the largest relative difference between two kernels' outputs and gradients on a short row."""
-    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    kv_heads, size = config.num_key_value_heads, getattr(config, "head_dim", None) or size
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
     rng = torch.Generator(device).manual_seed(0)
     q, k, v, grad_out = (
         torch.randn(

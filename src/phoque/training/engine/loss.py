@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, pad
 from phoque.data.chat_template import IGNORE_INDEX
 from phoque.data.packing import TILE
 from phoque.models.architectures import architecture_of
+from phoque.models.config import logits_scaling_of
 from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import Engine
 
@@ -140,7 +141,7 @@ def add_token_loss(model: "PreTrainedModel", engine: Engine | None = None) -> No
         if engine:
             positions, targets = _pad_to_tile(positions, targets, hidden.shape[1] - 1)
         states = hidden[0]
-        if (scaling := getattr(self.config, "logits_scaling", 1.0)) != 1.0:  # Granite divides its logits
+        if (scaling := logits_scaling_of(self.config)) != 1.0:
             states = states / scaling
         nll, correct = _HeadLoss.apply(states.to(weight.dtype), weight, positions, targets, loss_fn)
         return TokenLoss(nll, correct, len(loss_at))
