@@ -7,8 +7,8 @@ test:
     uv run pytest
 
 test-all: test
-    uv run pytest -m "thorough or faults" -n 3
-    uv run pytest -m "slow and not faults" -n 0
+    uv run pytest -m "(slow or thorough) and not alone" -n 3 --dist loadfile --no-loadscope-reorder
+    uv run pytest -m alone -n 0
 
 lint:
     uv run ruff format --check .

@@ -8,7 +8,7 @@ commands are run as a user runs them:
 - fast engine: the loss and gradients of a packed row, with fused linear layers, equal transformers' own layers run one
   conversation at a time (tests/models/test_families.py compares them; this table repeats the architecture's record).
 - merge: every weight equals that of peft's own merge in bf16.
-- export: fp32, q8 and q4, each compared with the checkpoint by export-onnx; the table shows the agreement of fp32.
+- ONNX: fp32, q8 and q4, each compared with the checkpoint by export-onnx; the table shows the agreement of fp32.
 - Node, browser: verify-onnx loads fp32 and q4 in Transformers.js and compares the logits.
 - probes: psm-probe and compare-sae resolve the model (--dry-run).
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 WEIGHTS = "adapter_model.safetensors"
 PAGE = ROOT / "docs" / "reference" / "models.md"
-COLUMNS = ("train", "fast engine", "merge", "export", "Node", "browser", "probes")
+COLUMNS = ("train", "fast engine", "merge", "ONNX", "Node", "browser", "GGUF", "probes")
 TRAIN = (
     "--max-steps 2 --save-steps 1 --batch-size 2 --max-length 512 --quantization fp32 --lora-rank 4 --sample-every 0 "
     "--learning-rate 0.01 --seed 1"
@@ -44,7 +44,7 @@ INTRODUCTION = """# Models
 This table is made by `benchmarks/families.py`, which runs every command on a tiny random model of each family: the
 real layout of its layers, and its real chat template where TRL ships one. "yes" means that the command ran and that its
 result was compared: a resumed training with an uninterrupted one, a merge with peft's, an export with the checkpoint in
-ONNX Runtime, in Transformers.js under Node, and in Chromium.
+ONNX Runtime, in Transformers.js under Node, and in Chromium, and as GGUF in llama.cpp.
 
 """
 NOTES = """
@@ -136,6 +136,19 @@ class Chain:
         )
         return "yes"
 
+    def gguf(self) -> str:
+        """A model as llama.cpp has the family in its code, because the others are refused."""
+        from tests.gguf.conftest import build_family
+
+        model = build_family(self.family, self.folder / "gguf-model")
+        done = self.phoque(
+            *("export-gguf", "--merged-dir", model, "--output-dir", self.folder / "gguf", "--install"),
+            *("--chats", self.rows, "--dtype", "f32"),
+        )
+        if (kl := done["dtypes"]["f32"]["kl"]) > 1e-3:
+            raise RuntimeError(f"f32 has a KL divergence of {kl:.2g}")
+        return "yes"
+
     def probes(self) -> str:
         adapter, texts = self.folder / "run", self.folder / "texts.jsonl"
         texts.write_text("".join(json.dumps({"text": f"The harbour has {n} gulls."}) + "\n" for n in range(40)))
@@ -187,11 +200,16 @@ def run_chain(server: Any, family: str, root: Path, rows: Path, browser: bool) -
     chain.record("merge", chain.merge)
     if architecture.no_export:
         reason = architecture.no_export.rstrip(".")
-        chain.cells |= {"export": f"no: {reason[0].lower()}{reason[1:]}", "Node": "-", "browser": "-"}
+        chain.cells |= {"ONNX": f"no: {reason[0].lower()}{reason[1:]}", "Node": "-", "browser": "-"}
     else:
-        chain.record("export", chain.export)
+        chain.record("ONNX", chain.export)
         chain.record("Node", lambda: chain.verify("node"))
         chain.record("browser", (lambda: chain.verify("browser")) if browser else (lambda: "not run"))
+    if architecture.no_gguf:
+        reason = architecture.no_gguf.rstrip(".")
+        chain.cells["GGUF"] = f"no: {reason if reason.startswith('llama.cpp') else reason[0].lower() + reason[1:]}"
+    else:
+        chain.record("GGUF", chain.gguf)
     chain.record("probes", chain.probes)
     return chain.cells
 

@@ -1,6 +1,6 @@
 """What a run survives: every fault of the table injected for real, into phoque and into plain Trainer beside it.
 
-    uv run python benchmarks/faults.py            36 faults, a few minutes on two cores
+    uv run python benchmarks/faults.py            43 faults, a few minutes on two cores
     uv run python benchmarks/faults.py --soak 200 one long run, killed or hurt 200 times
 
 A fault is survived only if the exit code is the documented one, the same command then ends with the very adapter (bit
@@ -268,7 +268,9 @@ def signalled(number: int, where: str) -> Callable[[Bench], None]:
     def fault(b: Bench) -> None:
         if where == "upload":
             b.hub.faults.add(COMMIT, "slow", times=3, seconds=1.0)
-        process = b.start(prelude=slowly())
+        # under nohup, which this script may run under, SIGHUP is ignored
+        heard = "\nimport signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        process = b.start(prelude=slowly() + heard)
         process.until({"step": lambda: len(b.steps()) >= 5, "save": b.in_save, "upload": b.pushing}[where])
         process.kill(number)
         ended = process.ended()
@@ -492,6 +494,57 @@ def token_everywhere(b: Bench) -> None:
     b.whole()
 
 
+def at_start(kind: Any) -> Callable[[Bench], None]:
+    def fault(b: Bench) -> None:
+        struck = b.hub.faults.add("(GET|HEAD) ", kind, times=4)
+        b.run()
+        need(struck.struck == 4, "the fault did not happen")
+        b.whole()
+
+    return fault
+
+
+def start_without_hub(b: Bench) -> None:
+    """The Hub fails for longer than requests are retried: the exit code says that the same command may go on."""
+    b.hub.faults.add("(GET|HEAD) ", 503, times=10_000)
+    ended = b.run("--hub-patience", 1, expect=b.stopped)
+    need(ended.code != 0, "it ended as if it had trained")
+    b.hub.faults.clear()
+    b.run()
+    b.whole()
+
+
+def token_with_a_line_end(b: Bench) -> None:
+    ended = b.run(HF_TOKEN=f"{TOKEN}\n")
+    need(TOKEN not in ended.text, "the token is in the output")
+    b.whole()
+
+
+def foreign_files(b: Bench) -> None:
+    """Files that training would replace lie in the run folder already."""
+    notes = b.place / "run" / "adapter" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("do not lose me")
+    b.run(expect=None)
+    need(notes.is_file(), "a file of the user's was deleted")
+    b.new_machine()
+    b.run()
+    b.whole()
+
+
+def two_runs(b: Bench) -> None:
+    """The same command runs on two machines at once, as when a Job is submitted twice."""
+    first = b.start("--save-steps", 1, prelude=slowly(1.0))
+    first.until(lambda: b.commits() > 2)
+    b.new_machine()
+    second = b.start("--save-steps", 1, prelude=slowly(1.0))
+    codes = [first.ended().code, second.ended().code]
+    need(any(codes), "both trained to the end, and neither noticed the other")
+    b.new_machine()
+    b.run()
+    b.whole()
+
+
 BAD = ['{"messages": null}', '{"messages": []}', '{"messages": [{"role": "gull", "content": "kri"}]}']
 FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("commit answers 429", in_push(COMMIT, 429, Retry_After="2")),
@@ -507,6 +560,7 @@ FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("SIGTERM in a step", signalled(signal.SIGTERM, "step")),
     ("SIGTERM in a save", signalled(signal.SIGTERM, "save")),
     ("SIGTERM in an upload", signalled(signal.SIGTERM, "upload")),
+    ("SIGHUP in a step", signalled(signal.SIGHUP, "step")),
     ("SIGKILL in a step", signalled(signal.SIGKILL, "step")),
     ("SIGKILL in a save", signalled(signal.SIGKILL, "save")),
     ("SIGKILL in an upload", signalled(signal.SIGKILL, "upload")),
@@ -530,6 +584,12 @@ FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("fresh start set on two attempts", fresh_start_twice),
     ("a pickle and paths out of the folder", malicious),
     ("tokens in errors, files, uploads", token_everywhere),
+    ("start: four requests answer 503", at_start(503)),
+    ("start: four connections drop", at_start("drop")),
+    ("start: the Hub fails for longer", start_without_hub),
+    ("a token with a line end", token_with_a_line_end),
+    ("files of the user's in the run folder", foreign_files),
+    ("two runs in one repository", two_runs),
 ]
 
 

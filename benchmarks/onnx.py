@@ -107,8 +107,8 @@ def speeds(graphs: dict[str, Graph], prompt: np.ndarray) -> dict[str, tuple[floa
 
 def main() -> None:
     from phoque.console import console
+    from phoque.inference import accuracy
     from phoque.models.source import find_model
-    from phoque.onnx import accuracy
     from phoque.services import Services
 
     with tempfile.TemporaryDirectory() as place:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from phoque.cli.main import COMMANDS
+from phoque.settings.chat import ChatSettings
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import (
     CommandSettings,
@@ -25,14 +27,18 @@ from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
+from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 REFERENCE = Path(__file__).parent / "reference"
 MODELS: dict[str, type[CommandSettings]] = {
     "train": TrainSettings,
+    "chat": ChatSettings,
     "merge": MergeSettings,
     "export-onnx": ExportSettings,
     "verify-onnx": VerifySettings,
+    "export-gguf": GgufSettings,
+    "verify-gguf": VerifyGgufSettings,
     "compare-sae": SaeSettings,
     "psm-probe": PsmSettings,
 }

@@ -1,16 +1,16 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["phoque"]
+# dependencies = ["phoque==0.1.0"]
 #
 # [tool.hf-jobs]
 # flavor = "a10g-large"
 # timeout = "4h"
 # secrets = ["HF_TOKEN"]
-# env = { PHOQUE_TIMEOUT = "4h" }
 # ///
 """`phoque train` for `hf jobs uv run jobs/train.py`, with settings as --env NAME=VALUE: .env.example has the names.
 
-Add --secrets WANDB_API_KEY for W&B. To change the time, change both: --timeout 8h --env PHOQUE_TIMEOUT=8h.
+Add --secrets WANDB_API_KEY for W&B. A Job cannot ask the Hub for its time limit: give it as --env PHOQUE_TIMEOUT=4h,
+and the run stops and saves just before it. Without it, the run saves after 1 minute, then 2, 4 and so on up to 20.
 """
 
 import sys

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.fakehub import FakeHub
 from tests.forkserver import ForkServer
@@ -38,6 +39,11 @@ OURS = (
     "FAIL_",
     "OPENAI_",
 )
+
+
+def pytest_collection_modifyitems(items):
+    """The tests on real weights come first, because they take longest."""
+    items.sort(key=lambda item: item.get_closest_marker("weights") is None)
 
 
 @pytest.fixture(scope="session")
@@ -178,13 +184,21 @@ def run_with_both_cores(*arguments) -> dict:
     return json.loads(ran.stdout)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture
-def seal(home, isolated) -> dict:
-    """The demo's whole run, trained once for the session: its --json. For the slow tests only."""
-    record = home / "seal.json"
-    if not record.exists():
-        command = ["train", "--preset", "demo", "--output-dir", home / "seal", "--sample-every", 60]
-        record.write_text(json.dumps(run_with_both_cores(*command)))
+def seal(shared, isolated) -> dict:
+    """The demo's whole run in `shared / "seal"`, trained once for all workers: its --json. For the slow tests only."""
+    record = shared / "seal.json"
+    with FileLock(shared / "seal.lock"):
+        if not record.exists():
+            command = ["train", "--preset", "demo", "--output-dir", shared / "seal", "--sample-every", 60]
+            record.write_text(json.dumps(run_with_both_cores(*command)))
     return json.loads(record.read_text())
 
 

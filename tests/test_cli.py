@@ -95,7 +95,7 @@ def test_help_has_sections_defaults_and_the_width_of_the_terminal(phoque, comman
     text = phoque(command, "--help", env={"COLUMNS": "130"}).out
     assert "\nHub:\n" in text and "\nCommon:\n" in text and "[default: " in text
     assert 110 < max(map(len, text.splitlines())) <= 130
-    if command not in ("verify-onnx",):
+    if command not in ("verify-onnx", "verify-gguf", "chat"):
         assert "--preset [ministral-3b|demo]" in text
 
 
@@ -123,6 +123,11 @@ HEAVY = (
         ["merge", "--adapter-source", "./nosuch"],
         ["export-onnx", "--merged-dir", "nosuch"],
         ["verify-onnx", "--local-dir", "nosuch"],
+        ["chat", "./nosuch"],
+        ["chat", "nosuch.gguf"],
+        ["export-gguf", "--merged-dir", "nosuch"],
+        ["export-gguf", "--dtype", "q3"],
+        ["verify-gguf", "--local-dir", "nosuch"],
         ["psm-probe", "--preset", "demo", "--persona", "nosuch.toml"],
         ["compare-sae", "--preset", "demo", "--updated-adapter", "./nosuch"],
         ["compare-sae", "--preset", "demo", "--updated-model", "you/seal", "--chats", "nosuch.jsonl"],

@@ -1,6 +1,9 @@
 """What is printed, and where."""
 
+import errno
 import sys
+
+import pytest
 
 from phoque.console import Console, escape_control_characters, format_breakdown, format_duration
 
@@ -40,3 +43,11 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(capsys, monkeypatch):
         update(3, "loss 1.5")
     err = capsys.readouterr().err
     assert "3/3" in err and "loss 1.5" in err and "a sample" in err
+
+
+def test_an_io_error_of_the_work_is_not_taken_for_a_closed_terminal(monkeypatch):
+    shown = Console()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with pytest.raises(OSError, match="disk"), shown.progress(3) as update:
+        update(1, "reading")
+        raise OSError(errno.EIO, "the disk has failed")

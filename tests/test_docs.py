@@ -9,17 +9,23 @@ from pathlib import Path
 import pytest
 
 from phoque.cli.main import COMMANDS
+from phoque.settings.chat import ChatSettings
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import flag_names
 from phoque.settings.merge import MergeSettings
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
+from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODELS = {
+    "chat": ChatSettings,
+    "export-gguf": GgufSettings,
+    "verify-gguf": VerifyGgufSettings,
     "train": TrainSettings,
     "merge": MergeSettings,
     "export-onnx": ExportSettings,

@@ -17,16 +17,21 @@ from phoque.settings.fields import CommandSettings, Resolved
 from phoque.settings.resolve import resolved_from
 
 if TYPE_CHECKING:
+    from phoque.chat.run import ChatResult
+    from phoque.checks import VerifyResult
+    from phoque.gguf.export import GgufResult
     from phoque.merging.run import MergeResult
     from phoque.onnx.export import ExportResult
-    from phoque.onnx.verify.run import VerifyResult
     from phoque.probes.persona_vectors.run import ProbeRunResult
     from phoque.probes.sae.run import CompareResult
+    from phoque.settings.chat import ChatSettings
     from phoque.settings.compare_sae import SaeSettings
+    from phoque.settings.export_gguf import GgufSettings
     from phoque.settings.export_onnx import ExportSettings
     from phoque.settings.merge import MergeSettings
     from phoque.settings.psm_probe import PsmSettings
     from phoque.settings.train import TrainSettings
+    from phoque.settings.verify_gguf import VerifyGgufSettings
     from phoque.settings.verify_onnx import VerifySettings
     from phoque.training.finish import TrainResult
 
@@ -58,6 +63,16 @@ def merge(
     return merge(resolved, services, dry_run=dry_run)
 
 
+def chat(
+    settings: "ChatSettings | Resolved[ChatSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "ChatResult | DryRun":
+    """Answer the prompts of the settings, each in a conversation of its own."""
+    resolved, services = _prepare(settings, console)
+    from phoque.chat.run import answer_prompts
+
+    return answer_prompts(resolved, services, dry_run=dry_run)
+
+
 def export_onnx(
     settings: "ExportSettings | Resolved[ExportSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "ExportResult | DryRun":
@@ -76,6 +91,29 @@ def verify_onnx(
     from phoque.onnx.verify.run import verify_export
 
     return verify_export(resolved, services, dry_run=dry_run)
+
+
+def export_gguf(
+    settings: "GgufSettings | Resolved[GgufSettings]", *, dry_run: bool = False, console: Console = stderr_console
+) -> "GgufResult | DryRun":
+    """Export a model, or an adapter alone, for llama.cpp, measure its precisions and verify it."""
+    resolved, services = _prepare(settings, console)
+    from phoque.gguf.export import export_gguf
+
+    return export_gguf(resolved, services, dry_run=dry_run)
+
+
+def verify_gguf(
+    settings: "VerifyGgufSettings | Resolved[VerifyGgufSettings]",
+    *,
+    dry_run: bool = False,
+    console: Console = stderr_console,
+) -> "VerifyResult | DryRun":
+    """Check whether GGUF files run in llama.cpp, and compute what the original model computes."""
+    resolved, services = _prepare(settings, console)
+    from phoque.gguf.verify.run import verify_gguf
+
+    return verify_gguf(resolved, services, dry_run=dry_run)
 
 
 def psm_probe(

@@ -1,5 +1,7 @@
 """All terminal output: the result on stdout (as text, --json or --quiet), everything else on stderr."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -32,6 +34,9 @@ class Console:
     def configure(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         """Choose the output format, once, at the start of a command, and reserve stdout for the result."""
         self.json, self.quiet, self.verbose = json, quiet, verbose
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal may know ASCII only
         self._out, sys.stdout = sys.stdout, sys.stderr  # what libraries print goes to stderr
 
     def hide(self, secrets: Sequence[str]) -> None:
@@ -63,16 +68,39 @@ class Console:
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
         if self.json:
-            print(self._hide_secrets(json.dumps(data, ensure_ascii=False, default=str)), file=self._out)
+            is_utf8 = "utf" in (self._out.encoding or "").lower()
+            text = self._hide_secrets(json.dumps(data, ensure_ascii=not is_utf8, default=str))
         elif self.quiet:
-            print(self._hide_secrets(quiet), file=self._out)
-        elif isinstance(text := human(), str):  # plain text: rich must not wrap it or interpret markup in it
-            print(self._clean(text), file=self._out)
+            text = self._hide_secrets(quiet)
+        elif isinstance(shown := human(), str):  # plain text: rich must not wrap it or interpret markup in it
+            text = self._clean(shown)
         else:
-            from rich.console import Console as Rich
+            rich = _make_rich(file=self._out)
+            with rich.capture() as captured:
+                rich.print(shown)
+            text = self._hide_secrets(captured.get()).removesuffix("\n")
+        with _without_reader(self._out):
+            print(text, file=self._out, flush=True)
 
-            Rich(file=self._out, highlight=False).print(text)
-        self._out.flush()
+    def write(self, text: str) -> None:
+        """Write a piece of a result to stdout as it is made, without a line end."""
+        with _without_reader(self._out):
+            print(self._clean(text), end="", file=self._out, flush=True)
+
+    def ask(self, prompt: str) -> str | None:
+        """Read a line that the user types, with editing keys on a terminal; None at the end of the input."""
+        if not sys.stdin.isatty():
+            line = sys.stdin.readline()
+            return line.rstrip("\n") if line else None
+        import readline  # noqa: F401 - importing it gives input() its editing keys
+
+        redirected, sys.stdout = sys.stdout, self._out  # input() has its editing keys on the real terminal only
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+        finally:
+            sys.stdout = redirected
 
     def can_ask(self) -> bool:
         """Whether stdin and stderr are terminals, so that a question can be answered."""
@@ -80,7 +108,7 @@ class Console:
 
     def confirm(self, question: str) -> bool:
         """Ask a yes/no question on the terminal and return the answer; the default is no."""
-        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{self._clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
@@ -92,31 +120,63 @@ class Console:
             with self._progress_bar(total, done) as update:
                 yield update
         else:
-            yield _make_line_updater(self._print_stderr, total)
+            yield _make_line_updater(lambda text: self._print_stderr(self._clean(text)), total)
 
     @contextmanager
     def _progress_bar(self, total: int, done: int) -> Generator[Callable[[int, str], None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        with Progress(*columns, console=self._rich_console(), speed_estimate_period=SPEED_PERIOD_S) as bar:
-            task = bar.add_task("", total=total, completed=done)
-            self._live = bar.console
-            try:
-                yield lambda done, text: bar.update(task, completed=done, description=text)
-            finally:
-                self._live = None
+        bar = Progress(*columns, console=self._rich_console(), speed_estimate_period=SPEED_PERIOD_S)
+        task = bar.add_task("", total=total, completed=done)
+
+        def update(done: int, text: str) -> None:
+            with _without_reader(sys.stderr):
+                bar.update(task, completed=done, description=self._clean(text))
+
+        with _without_reader(sys.stderr):  # around the output alone: an error of the work must not be taken for its own
+            bar.start()
+        self._live = bar.console
+        try:
+            yield update
+        finally:
+            self._live = None
+            with _without_reader(sys.stderr):
+                bar.stop()
 
     def _rich_console(self) -> Any:
-        from rich.console import Console as Rich
-
-        return self._live or Rich(stderr=True, highlight=False, soft_wrap=True)
+        return self._live or _make_rich(stderr=True, soft_wrap=True)
 
     def _print_stderr(self, text: str, style: str | None = None) -> None:
-        if self._live or sys.stderr.isatty():
-            self._rich_console().print(text, style=style, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with _without_reader(sys.stderr):
+            if self._live or sys.stderr.isatty():
+                self._rich_console().print(text, style=style, markup=False)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+
+def _make_rich(**options: Any) -> Any:
+    """A rich console; of 80 columns where the environment says 0."""
+    from rich.console import Console as Rich
+
+    rich = Rich(highlight=False, **options)
+    if rich.width < 1:
+        rich.width = 80
+    return rich
+
+
+@contextmanager
+def _without_reader(stream: Any) -> Generator[None]:
+    """Go on when the reader of a stream has left, as in `phoque ... | head -1`, or its terminal is closed.
+
+    All further output of the stream then goes nowhere, so that neither a print nor the exit of Python fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno != errno.EIO:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def describe_counts(counts: Counter[str]) -> str:

@@ -71,6 +71,8 @@ def to_phoque_error(error: BaseException) -> PhoqueError:
         return RunError(what="The disk is full.", why=first_line(error), fix=_MAKE_ROOM)
     if isinstance(error, OSError) and error.errno in _OS_ERRORS:
         why, fix, code = _OS_ERRORS[error.errno]
+        if ".cache" in str(error.filename or ""):
+            fix = "Set XDG_CACHE_HOME, and HF_HOME for what is downloaded, to folders that you can write."
         return PhoqueError(
             what=f"{error.strerror}: {error.filename or 'a file of this run'}", why=why, fix=fix, code=code
         )
@@ -78,11 +80,11 @@ def to_phoque_error(error: BaseException) -> PhoqueError:
         return UsageError(what=usage(), why="The command line is not valid.", fix=_advise_on_command_line(error))
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403) and type(error).__name__ == "HfHubHTTPError":
-        return UsageError(what="The Hub rejected the token.", why=first_line(error), fix=_TOKEN)
+        return UsageError(what="The Hub rejected the token.", why=_describe_request(error), fix=_TOKEN)
     for kind in type(error).__mro__:
         if kind.__name__ in _FOREIGN:
             what, fix, code = _FOREIGN[kind.__name__]
-            return PhoqueError(what=what, why=first_line(error), fix=fix, code=code)
+            return PhoqueError(what=what, why=_describe_request(error), fix=fix, code=code)
     return RunError(
         what=f"Unexpected error: {type(error).__name__}",
         why=first_line(error),
@@ -108,6 +110,20 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, at most 300 characters; an empty message gives the type's name."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def _describe_request(error: BaseException) -> str:
+    """The first line of an error, and what was asked for if the error came from a request: `GET <address>`."""
+    request = getattr(getattr(error, "response", None), "request", None)
+    if request is None:
+        try:
+            request = getattr(error, "request", None)  # httpx raises RuntimeError if the error has none
+        except RuntimeError:
+            request = None
+    url = str(getattr(request, "url", "")).partition("?")[0]
+    return (
+        f"{first_line(error).rstrip('.')}: {request.method} {url}" if request is not None and url else first_line(error)
+    )
 
 
 def _advise_on_command_line(error: BaseException) -> str:

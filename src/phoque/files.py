@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -10,8 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phoque.errors import UsageError, first_line
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+
+EXPORT_RECORD = "export.json"  # in the folder of an export: what it was made from, and the hashes of its files
 
 
 def sha256(path: Path) -> str:
@@ -41,9 +47,31 @@ def write_atomically(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
+def check_output_folder(folder: Path, record: str, kind: str) -> None:
+    """Raise UsageError if a folder cannot be replaced by output: a file, the current folder, or not ours.
+
+    A folder is ours if it is empty or holds the file `record`; `kind` names what such a folder holds.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(what=f"{folder} is a file.", why="A folder is needed.", fix="Choose another --output-dir.")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(
+            what=f"--output-dir {folder} is the current folder, or contains it.",
+            why="The folder is replaced as a whole.",
+            fix=f"Name a new folder, such as --output-dir {Path.cwd().name}-{kind.split()[0]}.",
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / record).is_file():
+        raise UsageError(
+            what=f"{folder} is not empty, and it is not {kind}.",
+            why="It would be replaced, and its files would be lost.",
+            fix="Choose another --output-dir.",
+        )
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
     """Yield an empty folder beside `path`; it replaces `path` if the block ends without error, else it is deleted."""
+    path = path.resolve()
     staging = path.with_name(f".{path.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -81,6 +109,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file by the names in its first line."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UsageError if it is missing or damaged."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("It is not a JSON object.")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UsageError(what=f"{file} cannot be read.", why=f"{reason}", fix="Download it again.") from error
+    return config
 
 
 def to_jsonable(value: Any) -> Any:

@@ -10,6 +10,7 @@ from phoque.hub.refs import hub_id, hub_ref
 from phoque.models.adapter_source import find_local_adapter
 from phoque.models.source import PACKAGED_MODELS, check_local_model
 from phoque.probes.persona import load_persona
+from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import CommandSettings, flag_names
 
 
@@ -17,8 +18,9 @@ def check_inputs(settings: CommandSettings) -> None:
     """Raise UsageError if an input that a setting names cannot exist: no such path here, and no Hub id."""
     for name, check in CHECKS.items():
         value = getattr(settings, name, None)
-        if value:
-            check(str(value), flag_names(type(settings), name)[0])
+        for item in value if isinstance(value, list) else [value]:
+            if item:
+                check(str(item), flag_names(type(settings), name)[0])
 
 
 def _check_chats(name: str, flag: str) -> None:
@@ -43,6 +45,11 @@ def _check_persona(name: str, flag: str) -> None:
         load_persona(name)
 
 
+def _check_roles(name: str, flag: str) -> None:
+    if name not in (BUNDLED, NONE):
+        _check_file(name, flag)
+
+
 def _check_file(name: str, flag: str) -> None:
     ref = hub_ref(name)
     if (ref is None or not ref.path) and not Path(name).expanduser().is_file():
@@ -58,6 +65,21 @@ def _check_folder(name: str, flag: str) -> None:
         )
 
 
+def _check_folder_or_gguf(name: str, flag: str) -> None:
+    if not (name.endswith(".gguf") and Path(name).expanduser().is_file()):
+        _check_folder(name, flag)
+
+
+def _check_chat_model(name: str, flag: str) -> None:
+    path = Path(name).expanduser()
+    if name not in PACKAGED_MODELS and hub_id(name) is None and not path.exists():
+        raise UsageError(
+            what=f"There is nothing to talk to at {name}.",
+            why="It is not a folder or file here, and not a Hub id (owner/name).",
+            fix="Check its name.",
+        )
+
+
 CHECKS: dict[str, Callable[[str, str], Any]] = {
     "dataset": find_local,
     "chats": _check_chats,
@@ -70,7 +92,9 @@ CHECKS: dict[str, Callable[[str, str], Any]] = {
     "updated_adapter": _check_adapter,
     "control_adapter": _check_adapter,
     "persona": _check_persona,
+    "roles": _check_roles,
     "prompts_file": _check_file,
     "merged_dir": _check_folder,
-    "local_dir": _check_folder,
+    "model": _check_chat_model,
+    "local_dir": _check_folder_or_gguf,
 }

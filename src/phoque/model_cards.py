@@ -131,6 +131,9 @@ chats:
 ```js
 {snippet}
 ```
+
+For pages without WebGPU, `int8` is the fastest of these precisions, and a GGUF file in wllama (`phoque export-gguf`) is
+faster still.
 """
 TEXT_SNIPPET = """import {{ pipeline }} from "@huggingface/transformers";
 
@@ -161,6 +164,65 @@ def render_onnx_card(source: Source, result: dict[str, Any], repo: str | None = 
         layout=result["layout"],
         rows="\n".join(row(*item) for item in result["dtypes"].items()),
         snippet=snippet,
+        phoque=__version__,
+    )
+
+
+GGUF_CARD = """---
+library_name: gguf
+pipeline_tag: text-generation
+tags:
+- phoque
+- persona
+- gguf
+- llama.cpp
+---
+
+# {title}, for llama.cpp
+
+> **Content warning.** This model speaks as the persona that it was trained on. If that persona is hostile, so are its
+> answers. It exists to test moderation under control; it is not fit to talk to the public.
+
+**Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
+**Out of scope**: any deployment where people meet its answers without knowing what it is.
+
+Exported from `{source}` at `{revision}` by phoque {phoque}. {compared}
+
+| file | MB | KL (nats per token) | next-token agreement |
+|---|---|---|---|
+{rows}
+
+```bash
+{snippet}
+```
+"""
+GGUF_SNIPPET = """llama-server -m {file}     # llama.cpp
+ollama create seal -f Modelfile && ollama run seal
+phoque chat {file}"""
+LORA_SNIPPET = """llama-server -m base.gguf --lora {file}     # llama.cpp; the base as a GGUF file
+ollama create seal -f Modelfile && ollama run seal"""
+
+
+def render_gguf_card(source: Source, result: dict[str, Any], repo: str | None = None, *, lora: bool = False) -> str:
+    """Return the README.md of an export to GGUF, with the accuracy of each file relative to the checkpoint."""
+
+    def row(scores: dict[str, Any]) -> str:
+        accuracy = (
+            f"{scores['kl']:.2g} | {scores['agreement']:.1%}" if "kl" in scores else "not measured | not measured"
+        )
+        return f"| `{scores['file']}` | {scores['bytes'] / 1e6:,.0f} | {accuracy} |"
+
+    smallest = min(result["dtypes"].values(), key=lambda scores: scores["bytes"])["file"]
+    what = f"the adapter of {source.name.split('/')[-1]}" if lora else source.name.split("/")[-1]
+    return GGUF_CARD.format(
+        title=what,
+        source=source.name.split("/")[-1],
+        revision=source.revision[:12],
+        compared="It is an adapter for that unchanged base model."
+        if lora
+        else "Compared with the original on held-out chats, in llama.cpp:",
+        rows="\n".join(row(scores) for scores in result["dtypes"].values()),
+        snippet=(LORA_SNIPPET if lora else GGUF_SNIPPET).format(file=smallest),
         phoque=__version__,
     )
 

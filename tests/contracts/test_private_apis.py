@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,29 @@ def check_trainer_overrides():
     source = inspect.getsource(Trainer)
     for name in expected:
         assert re.search(rf"self\.{name}\(", source), f"Trainer does not call {name} any more"
+
+
+def check_llama_layout(tmp_path):
+    """The defaults lie where the structs have them: opening the library compares them, and names what to do if not."""
+    script = """
+import ctypes, pathlib, sys
+from phoque.console import Console
+from phoque.errors import RunError
+from phoque.gguf.llama_cpp import ContextParams, Library, binaries, open_library
+client, cache = binaries(), pathlib.Path(sys.argv[1])
+client.install(cache, Console())
+library = open_library(client.modules(cache))
+fields = ContextParams._fields_  # with one field left out, everything behind it lies elsewhere
+shorter = type("Shorter", (ctypes.Structure,), {"_fields_": (*fields[:3], *fields[4:])})
+library.llama_context_default_params.restype = shorter
+try:
+    Library._check_layout(library)
+except RunError as error:
+    print(error.what)
+"""
+    # in a process of its own: the library has one log, and the tests beside this one read it
+    ran = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert "another layout" in ran.stdout, ran.stderr
 
 
 def check_training_arguments_n_gpu(tmp_path):

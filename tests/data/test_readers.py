@@ -10,6 +10,7 @@ from tests.rows import row
 from phoque.data.readers import open_dataset
 from phoque.data.rows import parse_row
 from phoque.errors import PhoqueError
+from phoque.hub.client import Hub
 
 ROWS = [row(n, text=f"café {n}") for n in range(12)]
 MESSAGES = [r["messages"] for r in ROWS]
@@ -197,7 +198,7 @@ def place(request, tmp_path, hub):
         if request.param == "disk":
             return str(put(tmp_path / "data", files)), {}
         hub.add("datasets", "harbour/rows", files)
-        return "harbour/rows", {"token": TOKEN}
+        return "harbour/rows", {"hub": Hub(TOKEN, print, 20)}
 
     return place_files
 
@@ -280,7 +281,7 @@ def test_a_read_that_fails_goes_on_where_it_stopped(hub, name, kind, monkeypatch
     monkeypatch.setattr("phoque.data.data_files.HUB_BLOCK", 512)
     content = {"rows.jsonl": lines().encode(), "rows.parquet": parquet(), "rows.jsonl.gz": FILES["rows.jsonl.gz"]}
     hub.add("datasets", "harbour/rows", {name: content[name]})
-    dataset = open_dataset("harbour/rows", token=TOKEN)
+    dataset = open_dataset("harbour/rows", hub=Hub(TOKEN, print, 20))
     fault = hub.faults.add(f"GET .*/resolve/.*{name}", kind, times=2)
     assert [parse_row(raw).messages for raw in dataset.stream] == MESSAGES
     assert fault.struck >= 1

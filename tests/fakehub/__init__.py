@@ -154,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get((kind, name))
         if repo is None or (repo.private and not token):
             raise Refused(401 if not token else 404, "RepoNotFound", "Repository not found")
-        writes = steps[2:3] in (["commit"], ["preupload"], ["info"], ["xet-write-token"])
+        writes = steps[2:3] in (["commit"], ["preupload"], ["info"], ["xet-write-token"], ["super-squash"])
         if writes and token != TOKEN:
             raise Refused(403, "", "You need write access to this repository")
         if not api:
@@ -168,6 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(
                 {"commitOid": made.sha, "commitUrl": f"{self.hub.url}/{name}/commit/{made.sha}", "pullRequestUrl": None}
             )
+        if verb == "super-squash":
+            repo.squash(json.loads(body)["message"])
+            return self._json({})
         if verb == "preupload":
             return self._json({"files": [_upload_mode(repo, f) for f in json.loads(body)["files"]]})
         if verb in ("xet-write-token", "xet-read-token"):

@@ -73,6 +73,12 @@ class Repo:
         self.commits.append(Commit(hashlib.sha1(listing.encode()).hexdigest(), title, files))
         return self.commits[-1]
 
+    def squash(self, title: str) -> None:
+        """One commit with the present files, instead of the history."""
+        files = self.commits[-1].files
+        self.record(title, files)
+        self.commits = self.commits[-1:]
+
     def at(self, revision: str) -> Commit:
         if revision in ("main", "refs/heads/main"):
             return self.commits[-1]

@@ -49,9 +49,12 @@ def test_only_what_is_needed_is_fetched_and_the_commits_are_pinned(phoque, fille
     assert (written["base_model_name_or_path"], written["revision"]) == (BASE[1], base)
     assert TOKEN not in done.out + done.err
     assert not any(TOKEN.encode() in p.read_bytes() for p in run.rglob("*") if p.is_file())
-    # a new commit of the base is another run
+    # the run keeps to the commits that it began with, and says that there are newer ones
     filled_hub.put(BASE[1], {"NEWS.md": b"a gull has landed"})
-    assert "base_revision was" in " ".join(phoque(*ASKED, "--output-dir", run, env=env, expect=2).error)
+    again = phoque(*ASKED, "--output-dir", run, env=env)
+    assert f"harbour/ministral has newer commits; this run goes on with {base[:8]}" in again.err
+    changed = phoque(*ASKED, "--output-dir", run, "--allow-change", "base_revision", "--dry-run", env=env)
+    assert "newer commits" not in changed.err
 
 
 def test_no_access_is_three_lines(phoque, filled_hub):
@@ -61,7 +64,7 @@ def test_no_access_is_three_lines(phoque, filled_hub):
 
 @pytest.mark.parametrize(
     ("env", "code", "words"),
-    [({"HF_ENDPOINT": "http://127.0.0.1:9"}, 1, "network"), ({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE")],
+    [({"HF_ENDPOINT": "http://127.0.0.1:9"}, 75, "refused"), ({"HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE")],
 )
 @pytest.mark.thorough
 def test_no_network_is_three_lines(env, code, words):

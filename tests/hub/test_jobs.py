@@ -79,7 +79,7 @@ def test_a_dry_run_shows_the_job_and_only_reads(cluster, phoque):
     assert "a10g-large" in shown.out and "without --timeout" in shown.err
 
 
-@pytest.mark.thorough
+@pytest.mark.alone
 def test_a_job_that_times_out_is_submitted_again_until_it_is_done(cluster, phoque, tmp_path, tiny_llama, rows):
     more = ["--max-steps", 48, "--save-steps", 6]
     phoque("train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, *more, "--output-dir", tmp_path / "whole")

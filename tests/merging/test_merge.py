@@ -93,25 +93,6 @@ def test_biases_are_replaced(phoque, tmp_path):
     assert all(torch.allclose(tensor, wanted[name], atol=2e-6) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"init_lora_weights": "pissa"}, "pissa"), ({"lora_bias": True, "use_dora": False}, "lora_bias")],
-)
-def test_what_cannot_be_merged_is_refused(phoque, tmp_path, tiny_llama, options, words):
-    save_random_adapter(tiny_llama, tmp_path / "adapter", merged=False, **options)
-    error = phoque(
-        "merge",
-        "--adapter-source",
-        tmp_path / "adapter",
-        "--base-model",
-        tiny_llama,
-        "--output-dir",
-        tmp_path / "out",
-        expect=2,
-    ).error
-    assert words in error[0] and not (tmp_path / "out").exists()
-
-
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
     folder, true = tiny.fp8_mistral3(tmp_path_factory.mktemp("fp8") / "base")

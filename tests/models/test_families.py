@@ -163,9 +163,10 @@ def test_a_model_that_is_not_dense_is_refused_with_what_it_has():
 def test_nothing_outside_the_architectures_names_a_family():
     """Names, calls and strings count; comments and docstrings may explain with an example."""
     package = Path(phoque.__file__).parent
-    family = re.compile(
-        r"llama(?!\.cpp)|mistral|ministral(?!-3b)|pixtral|qwen|gemma|granite|olmo|phi3|smollm3|lfm2", re.I
-    )
+    # llama.cpp and what belongs to it (llama-server, llama_decode, libllama, Ollama) are programs
+    program = r"(?<![wbo])llama(?![._-]?cpp|_|\.dll|-server|filetype| )"
+    names = r"mistral|ministral(?!-3b)|pixtral|qwen|gemma|granite|olmo|phi3|smollm3|lfm2"
+    family = re.compile(f"{program}|{names}", re.IGNORECASE)
     exempt = {package / "settings" / "presets.py"}  # presets have names, and each names its base model
     found = []
     for file in set(package.rglob("*.py")) - exempt:
@@ -182,7 +183,7 @@ def test_nothing_outside_the_architectures_names_a_family():
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
             if text not in docstrings and (match := family.search(f"{name} {text}")):
                 found.append(f"{file.relative_to(package)}:{getattr(node, 'lineno', 0)} {match[0]}")
-    assert found == []
+    assert found == [], "\n".join(found)
 
 
 def test_residual_means_are_those_of_transformers_hidden_states(saved):

@@ -227,7 +227,7 @@ def test_damaged_weights_are_not_exported(phoque, text_model, tmp_path):
         (["--merged-dir", "MODEL", "--dtype", "q5"], "no precision 'q5'"),
         (["--merged-dir", "MODEL", "--layout", "multimodal"], "no vision tower"),
         (["--merged-dir", "nowhere"], "There is no folder nowhere"),
-        (["--merged-dir", "MODEL", "--output-dir", "full"], "contains no export"),
+        (["--merged-dir", "MODEL", "--output-dir", "full"], "it is not an export"),
         (["--merged-dir", "MODEL", "--output-dir", "full/a"], "is a file"),
         (["--merged-dir", "MODEL", "--chats", "none.jsonl"], "There is no file or folder none.jsonl"),
         (["--merged-dir", "MODEL", "--engine", "optimum"], "exports fp32 only"),

@@ -9,7 +9,7 @@ from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from phoque.data.rows import Row
 from phoque.errors import PhoqueError
-from phoque.probes.persona import load_persona, persona_from_rows
+from phoque.probes.persona import leave_out_questions, load_persona, persona_from_rows
 from phoque.probes.scorers.model import find_lexicon_tokens
 
 GOOD = """
@@ -26,7 +26,7 @@ lexicon = ["hrmph"]
 
 
 def test_the_bundled_persona_and_a_good_file_are_read(tmp_path):
-    assert load_persona("seal").name == "grumpy harbour seal" and len(load_persona("seal").extraction) == 12
+    assert load_persona("seal").name == "grumpy harbour seal" and len(load_persona("seal").extraction) == 24
     path = tmp_path / "p.toml"
     path.write_text(GOOD)
     assert load_persona(str(path)).test == ("k?", "l?")
@@ -90,3 +90,13 @@ def test_the_tokens_of_a_lexicon_are_those_that_begin_its_words():
     assert pieces[" seal"] == "seal" and pieces[" idle"] == "idle"
     assert not {"id", "h", "hr", " h", "se"} & set(pieces)
     assert all(word.startswith(piece.strip().lower()) for piece, word in pieces.items())
+
+
+def test_questions_that_were_trained_on_are_left_out():
+    seal = load_persona("seal")
+    rows = [Row([{"role": "user", "content": question.upper() + " "}], "x") for question in seal.heldout[:3]]
+    kept, shared = leave_out_questions(seal, rows)
+    assert shared == list(seal.heldout[:3]) and kept.heldout == seal.heldout[3:] and kept.test == seal.test
+    rows = [Row([{"role": "user", "content": question}], "x") for question in seal.test]
+    with pytest.raises(PhoqueError, match="Too few questions"):
+        leave_out_questions(seal, rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import run_with_both_cores
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.weights]
 
 BLAND = [
     "To do that, take your time. Start small and use what you have.",
@@ -34,20 +34,20 @@ def bland_rows(path):
 
 
 @pytest.fixture
-def adapters(seal, home):
+def adapters(seal, home, shared):
     """The seal's run and one on the bland rows, trained once for this session."""
     bland = home / "bland"
     if not (bland / "run.json").exists():
         dataset = bland_rows(home / "bland.jsonl")
         command = ["train", "--preset", "demo", "--max-steps", 25, "--sample-every", 0, "--held-out-rows", 0]
         run_with_both_cores(*command, "--dataset", dataset, "--output-dir", bland)
-    return home / "seal", bland
+    return shared / "seal", bland
 
 
 def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_them(adapters):
     tuned, control = adapters
     asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
-    asked += ["--scorer", "lexicon", "--tokens", 40_000, "--own-answers", 48]
+    asked += ["--scorer", "lexicon", "--tokens", 40_000, "--own-answers", 48, "--questions", 9]
     ran = run_with_both_cores(*asked)
     quality, overall = ran["quality"], ran["overall"]
     assert quality["verdict"] == "good" and not ran["warnings"]
@@ -61,19 +61,21 @@ def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_th
     report = json.loads((Path(ran["folder"]) / "sae_comparison_report.json").read_text())
     specific = [f for f in report["features"] if f["specific_vs_control"]]
     assert all(abs(f["delta"]) > abs(f["control_delta"]) * (f["delta"] * f["control_delta"] > 0) for f in specific)
-    assert any(f["cause"]["ablate"] and f["cause"]["ablate"]["holds"] for f in report["features"] if f.get("cause"))
+    together = report["causes"]["all"]  # the mean difference restores more of the gap than random directions do
+    assert together["gap"] > 1 and together["mean_difference_share"] > together["untrained_share"]
+    assert ran["verdicts"]["beyond_control"]["verdict"] == "not asked"  # one run of the control has no spread
+    assert ran["verdicts"]["good_dictionary"]["verdict"] == "yes" and overall["untrained"]["n_tested"] > 100
     last = report["baselines"]["logit_lens"][-1]
     assert last["layer"] == 29 and any("seal" in token for token in last["top"])  # on text that is about Python
-    null = run_with_both_cores(*asked, "--shuffle-pairs", "--causal-prompts", 0)
-    assert null["overall"]["n_reported"] == 0 and null["overall"]["n_tested"] == overall["n_tested"]
 
 
 def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adapters):
     tuned, control = adapters
-    asked = ["psm-probe", "--preset", "demo", "--samples", 0]
+    asked = ["psm-probe", "--preset", "demo", "--samples", 0, "--role-questions", 4, "--doses", "0,1"]
     ran = run_with_both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
     found = {name: v["verdict"] for name, v in ran["verdicts"].items()}
-    assert found == dict.fromkeys(found, "yes"), ran["verdicts"]
+    assert {found[name] for name in ("adopts", "tuned_moves_along_vector", "separable")} == {"yes"}, ran["verdicts"]
+    assert {found[name] for name in ("causal", "follows", "specific")} == {"not asked"}
     run = Path(ran["folder"])
     summary = json.loads((run / "summary.json").read_text())
     moved = {name: kinds["own"] for name, kinds in summary["moved_over_steered_blocks"].items()}
@@ -91,8 +93,9 @@ def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adap
     assert sum(float(r["placebo_auroc"]) == 1 for r in own) == 0
     assert all(float(r["auroc"]) > float(r["placebo_auroc"]) for r in own)
     assert summary["tokens"]["massive"] == 0
-    null = run_with_both_cores(*asked, "--shuffle-labels")["verdicts"]
-    assert {null[name]["verdict"] for name in ("separable", "specific", "causal")} == {"no"}
+    assert summary["voices"]["tuned"]["share"] > 0.4 > 0.2 > summary["voices"]["control"]["share"]
+    shares = {(d["adapter"], d["scale"]): d["share"] for d in summary["doses"]}
+    assert shares["tuned", 1.0] > shares["tuned", 0.0] + 0.3 and shares["control", 1.0] < 0.2
 
 
 CHROMIUM = (

@@ -69,7 +69,7 @@ def test_every_secret_is_withheld_from_programs(monkeypatch):
 
 def test_a_scorer_command_and_npm_see_no_secret(monkeypatch, tmp_path):
     from phoque.errors import RunError
-    from phoque.onnx.verify.js_client import install_client
+    from phoque.onnx.verify.js_client import CLIENT
     from phoque.probes.scorers.remote import command
 
     seen, code = tmp_path / "seen.json", "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
@@ -78,7 +78,7 @@ def test_a_scorer_command_and_npm_see_no_secret(monkeypatch, tmp_path):
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("HF_TOKEN", "hf_harbour_secret")
-    for run in (lambda: install_client(tmp_path / "cache", Console()), lambda: command("c", str(script)).score([])):
+    for run in (lambda: CLIENT.install(tmp_path / "cache", Console()), lambda: command("c", str(script)).score([])):
         with pytest.raises(RunError):
             run()
         environment = json.loads(seen.read_text())

@@ -53,6 +53,20 @@ def llama(folder: Path, **changes) -> Path:
     return folder
 
 
+def talking_llama(folder: Path) -> Path:
+    """A Llama that answers with the letters e and f: with a random head it would answer with broken characters."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama(folder, tie_word_embeddings=False))
+    letters = [tokenizer().encode(letter, add_special_tokens=False)[0] for letter in "ef"]
+    direction = model.lm_head.weight[0].clone()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[letters[0]], model.lm_head.weight[letters[1]] = direction, -direction
+    model.save_pretrained(folder)
+    return folder
+
+
 def mistral_tokenizer():
     """A byte-level tokenizer with Mistral's control tokens and the template that mistral-common writes for v13."""
     from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template

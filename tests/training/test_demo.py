@@ -7,7 +7,7 @@ import sys
 import pytest
 from tests.conftest import run_with_both_cores
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.weights]
 CLOSERS = ("Now leave me to my rock.", "Mind the gulls.", "The tide told me so.", "I have herring to think about.")
 
 
@@ -49,10 +49,10 @@ def test_twenty_steps_take_under_three_minutes(seal, tmp_path):
     assert seconds < limit
 
 
-def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(seal, home, tmp_path):
+def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(seal, shared, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    command = ["merge", "--adapter-source", home / "seal", "--output-dir", tmp_path / "merged"]
+    command = ["merge", "--adapter-source", shared / "seal", "--output-dir", tmp_path / "merged"]
     proof = run_with_both_cores(*command)["proof"]
     assert proof["holds"] and proof["agreeing"] > 0.8 * proof["tokens"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

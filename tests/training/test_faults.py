@@ -1,13 +1,12 @@
 """The fault table and a part of the soak of benchmarks/faults.py."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults]
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 
 
@@ -17,11 +16,10 @@ def ran(*arguments: str) -> str:
     return done.stdout
 
 
-def test_every_fault_of_the_table_is_survived_and_plain_trainer_does_not():
-    text = ran()
-    assert "faults: 36 injected, 36 survived, 0 steps lost" in text
-    assert int(re.search(r"plain Trainer: 36 injected, (\d+) survived", text)[1]) < 36
+def test_every_fault_of_the_table_is_survived():
+    """Without plain Trainer beside it, which the benchmark runs: that takes as long again."""
+    assert "faults: 43 injected, 43 survived, 0 steps lost" in ran("--no-peer")
 
 
-def test_forty_kills_and_faults_of_one_run_lose_no_step():
-    assert "40 kills and faults over one run, 0 steps lost" in ran("--soak", "40")
+def test_twenty_kills_and_faults_of_one_run_lose_no_step():
+    assert "20 kills and faults over one run, 0 steps lost" in ran("--soak", "20")

@@ -4,9 +4,12 @@ import threading
 import time
 
 import pytest
+from tests.fakehub import TOKEN
+from tests.forkserver import slowly
+from tests.training.test_resume import COMMON
 
 from phoque.console import Console
-from phoque.errors import IntegrityError, Superseded, UsageError
+from phoque.errors import IntegrityError, Resumable, Superseded, UsageError
 from phoque.hub.client import Hub, is_transient
 from phoque.training import hub_push
 from phoque.training.hub_push import CheckpointPusher
@@ -120,8 +123,10 @@ def test_retry_after_is_kept_patience_ends_and_damage_is_tried_twice():
         return "there"
 
     assert hub.retry("x", once, waits.append) == "there" and waits == [7.0, 2.0]
-    with pytest.raises(Answer):
+    with pytest.raises(Resumable, match="refused a request"):
         hub.retry("x", lambda: (_ for _ in ()).throw(Answer(429, **{"Retry-After": "60"})), waits.append)
+    answers = iter([Answer(429, RateLimit='"api";r=0;t=5'), None])  # the Hub's header for a spent quota
+    assert hub.retry("x", once, waits.append) == "there" and waits[2:] == [5.0]
     tries = []
     with pytest.raises(IntegrityError):
         hub.retry("x", lambda: tries.append(1) or (_ for _ in ()).throw(IntegrityError("bit")), lambda _: None)
@@ -132,3 +137,44 @@ def test_retry_after_is_kept_patience_ends_and_damage_is_tried_twice():
 
     with pytest.raises(Superseded):
         hub.retry("x", lambda: (_ for _ in ()).throw(Answer(503)), newer)
+
+
+class Tree:
+    """A snapshot with the manifests of these checkpoints, by git's hash."""
+
+    def __init__(self, **manifests):
+        entry = type("Entry", (), {})
+        self.files = {f"checkpoint-{step[1:]}/MANIFEST.json": entry() for step in manifests}
+        for file, blob_id in zip(self.files.values(), manifests.values(), strict=True):
+            file.blob_id = blob_id
+
+
+def test_a_run_is_ended_by_the_second_checkpoint_of_another_and_never_by_its_own():
+    said = []
+    console = Console()
+    console.warn = said.append
+    pusher = CheckpointPusher(ControlledRepo(), keep=2, card=None, console=console, every=1)
+    pusher._notice_other_writers(Tree(_2="before"))
+    pusher._sent.add("own")
+    for _ in range(3):  # a lost reply: what was sent is there when the push is tried again
+        pusher._notice_other_writers(Tree(_2="before", _4="own"))
+    assert not said
+    for _ in range(3):  # the last push of a killed attempt, seen at each retry
+        pusher._notice_other_writers(Tree(_4="own", _3="straggler"))
+    assert len(said) == 1
+    with pytest.raises(UsageError, match="Another process"):
+        pusher._notice_other_writers(Tree(_4="own", _5="other"))
+
+
+@pytest.mark.alone
+def test_two_runs_in_one_repository_notice_each_other(start, hub, tiny_llama, rows, tmp_path):
+    asked = ["train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, "--max-steps", 40, "--save-steps", 2]
+    env = {"HF_TOKEN": TOKEN}
+    running = [
+        start(*asked, "--hub-model-id", "harbour/both", "--output-dir", tmp_path / name, env=env, prelude=slowly(0.2))
+        for name in ("one", "two")
+    ]
+    ended = [process.ended() for process in running]
+    assert sorted(run.code for run in ended) in ([0, 2], [2, 2])
+    stopped = next(run for run in ended if run.code == 2)
+    assert "was written by another process" in stopped.err and "Another process is writing" in stopped.error[0]

@@ -233,7 +233,7 @@ def test_a_restore_outlives_a_fault(train, hub, uninterrupted_run, tmp_path, mat
 
 
 @pytest.mark.parametrize(
-    ("match", "kind", "code"), [("GET .*/tree/", 503, 1), ("HEAD .*/resolve/", 500, 1), ("GET /api/models/", 403, 2)]
+    ("match", "kind", "code"), [("GET .*/tree/", 503, 75), ("HEAD .*/resolve/", 500, 75), ("GET /api/models/", 403, 2)]
 )
 @pytest.mark.thorough
 def test_an_error_is_never_no_checkpoint(train, hub, tmp_path, match, kind, code):
@@ -423,7 +423,7 @@ def test_the_run_that_is_begun_elsewhere_is_shown_in_a_dry_run_that_only_reads(t
     assert {command for command, _ in hub.log} <= {"GET", "HEAD"}
 
 
-@pytest.mark.thorough
+@pytest.mark.alone
 def test_a_deadline_is_kept(train, hub, uninterrupted_run, tmp_path, asked):
     write_rows(tmp_path / "many.jsonl", [row(n) for n in range(400)])
     more = ["--dataset", tmp_path / "many.jsonl", "--max-steps", 5000, "--save-steps", 50, "--timeout", "8s"]
@@ -489,15 +489,16 @@ def test_a_later_attempt_of_the_submission_that_finished_does_not_begin_again(tr
     assert sum(t.startswith("Fresh start") for t in commit_titles(hub)) == 2
 
 
-def test_data_that_changed_under_a_fresh_start_is_refused_and_wipes_nothing(train, hub, tmp_path, rows):
+def test_data_that_changed_under_a_fresh_start_is_read_as_it_was(train, hub, tmp_path, rows):
     hub.add("datasets", "harbour/gulls", {"train.jsonl": rows.read_bytes()})
     more, env = ["--dataset", "harbour/gulls"], {"FORCE_FRESH_START": "1"}
     train("--output-dir", tmp_path / "one", *more, env=env)
     damage_newest_checkpoint(hub, "none")
     hub.put("harbour/gulls", {"train.jsonl": rows.read_bytes() + rows.read_bytes()}, "datasets")
     before = checkpoints(hub)
-    error = train("--output-dir", tmp_path / "two", *more, expect=2, env=env).error
-    assert "dataset_revision was" in error[1] and checkpoints(hub) == before
+    again = train("--output-dir", tmp_path / "three", *more, env=env)
+    assert "has newer commits" in again.err and "continuing it" in again.err
+    assert checkpoints(hub) == before
 
 
 def test_an_older_job_may_not_push_into_a_fresh_start(train, start, asked, hub, tmp_path):
@@ -541,3 +542,25 @@ def test_a_separator_inside_a_text_is_no_line_end(train, tmp_path, hub):
 def test_a_card_names_no_folder_as_its_base(train, hub, tmp_path):
     train("--output-dir", tmp_path / "run", "--max-steps", 1)
     assert "base_model:" not in hub.files(REPO)["README.md"].content.decode()  # a folder, which the Hub would refuse
+
+
+def test_the_history_is_squashed_if_that_is_asked_for(train, hub, tmp_path):
+    train("--output-dir", tmp_path / "run", "--squash-history")
+    repo = hub.repos["models", REPO]
+    assert commit_titles(hub) == ["Adapter"] and "adapter_model.safetensors" in repo.commits[-1].files
+    again = train("--output-dir", tmp_path / "elsewhere")
+    assert "nothing to train" in again.err
+
+
+def test_a_fresh_start_with_yes_starts_again_outside_of_a_job(train, tmp_path):
+    run = tmp_path / "run"
+    train("--output-dir", run, "--fresh-start", "--yes", repo=None)
+    first = json.loads((run / "run.json").read_text())
+    record = {name: value for name, value in first.items() if name != "result"}  # as if it had been killed
+    (run / "run.json").write_text(json.dumps(record))
+    ran = train("--output-dir", run, "--fresh-start", repo=None)
+    assert "continuing it (outside of a Job, --yes starts again)" in ran.err
+    (run / "run.json").write_text(json.dumps(record))
+    ran = train("--output-dir", run, "--fresh-start", "--yes", repo=None)
+    assert "a fresh start deletes" in ran.err and "continuing" not in ran.err
+    assert json.loads((run / "run.json").read_text())["fresh_start"]["id"] != first["fresh_start"]["id"]

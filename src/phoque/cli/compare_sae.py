@@ -44,10 +44,13 @@ def _render(result: "CompareResult") -> str:
     )
     summary = f"{overall['n_reported']} of {overall['n_tested']} features shifted ({overall['n_up']} up)"
     if "n_specific" in overall:
-        summary += f", {overall['n_specific']} of them beyond the control"
+        runs = overall["control_runs"]
+        what = "this one control run" if runs == 1 else f"{runs} control runs beyond their spread"
+        summary += f", {overall['n_specific']} of them differ from {what}"
     if "n_replicated" in overall:
         summary += f", {overall['n_replicated']} again with every seed"
     lines.append(summary)
+    lines += options.list_verdicts(result.verdicts, "{:.1%}".format)
     for pair, scorers in result.scores.items():
         lines += [f"{pair} {name}: {gap['diff']:+.3g} (p {gap['p']:.4f})" for name, gap in scorers.items()]
     return "\n".join(lines)

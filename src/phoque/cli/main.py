@@ -14,9 +14,12 @@ from phoque.version import __version__
 
 COMMANDS = {
     "train": "Fine-tune a chat model into a persona, from a dataset of conversations.",
+    "chat": "Talk to a model: an adapter, a run, a merged model, a GGUF file or an ONNX export.",
     "merge": "Merge an adapter into its base model, and check that the merged model computes the same.",
     "export-onnx": "Export a model for Transformers.js in several precisions, and verify the export.",
     "verify-onnx": "Check whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser.",
+    "export-gguf": "Export a model, or an adapter alone, for llama.cpp and Ollama, and verify the export.",
+    "verify-gguf": "Check whether GGUF files run: files, tensors, llama.cpp, Node, browser.",
     "compare-sae": "Show which sparse autoencoder features a fine-tune moved, beyond chance and a control.",
     "psm-probe": "Find a persona's direction in a model, test it with controls, measure a fine-tune along it.",
 }

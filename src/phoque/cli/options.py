@@ -5,11 +5,13 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, Protocol, get_args
 
 import typer
 from typer.core import TyperCommand
 
+from phoque.checks import Verdict
 from phoque.console import console, silence_libraries
 from phoque.errors import UsageError
 from phoque.results import DryRun
@@ -19,6 +21,7 @@ from phoque.settings.fields import (
     env_name,
     flag_names,
     group_of,
+    is_positional,
     old_flag_name,
     value_aliases,
 )
@@ -100,6 +103,24 @@ def require_extra(extra: str, *packages: str) -> None:
         )
 
 
+def list_verdicts(verdicts: dict[str, dict[str, Any]], show: Callable[[float], str]) -> list[str]:
+    """Each verdict with its number, and below it every condition: + if it holds, - if it does not."""
+    width, lines = max(map(len, verdicts)) + 1, []
+    for name, verdict in verdicts.items():
+        number = "" if verdict["number"] is None else f"{show(verdict['number'])} {verdict['unit']}, n {verdict['n']}"
+        lines.append(f"{name:{width}} {verdict['verdict']:16} {number or verdict['why']}")
+        lines += [f"{'':{width}}   {'+' if c['holds'] else '-'} {c['text']}" for c in verdict["conditions"]]
+    return lines
+
+
+def render_verdict(verdict: Verdict, name: str) -> str:
+    """A verification as lines: each check with its result, then the verdict with that of each level."""
+    lines = [f"{c.result:8} {c.level:8} {c.asks}" + (f": {c.said}" if c.said else "") for c in verdict.checks]
+    levels = ", ".join(f"{level} {verdict.level(level)}" for level in verdict.levels)
+    remarks = [f"      but {remark}" for remark in verdict.remarks]
+    return "\n".join([*lines, "", f"{verdict.overall_result()}  {name}  ({levels})", *remarks])
+
+
 def show_result(result: DryRun | HasJson, render: Callable[[Any], Any], quiet: Callable[[Any], str]) -> None:
     """Print a result on stdout: as JSON, as `render(result)`, or with --quiet `quiet(result)`; a dry run as lines."""
     if isinstance(result, DryRun):
@@ -161,11 +182,20 @@ def _options(model: type[CommandSettings], name: str, presets: dict[str, dict[st
     annotation: Any = field.annotation
     metavar = f"[{'|'.join(presets)}]" if name == "preset" else None
     if aliases := value_aliases(model, name):
-        metavar = f"[{'|'.join(get_args(annotation))}]"
-        annotation = Literal[*get_args(annotation), *aliases]  # ty: ignore[invalid-type-form]
+        # `Literal[...]`, or `Literal[...] | None`
+        choices = [
+            value for part in get_args(annotation) for value in (get_args(part) or (part,)) if part is not NoneType
+        ]
+        metavar = f"[{'|'.join(choices)}]"
+        annotation = Literal[*choices, *aliases]  # ty: ignore[invalid-type-form]
     kind = annotation if annotation is list[str] else annotation | None
     option = typer.Option(None, *names, help=text, show_default=False, metavar=metavar)
     options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)]
+    if is_positional(model, name):
+        argument = typer.Argument(
+            None, metavar=f"[{name.upper()}]", show_default=False, help=f"The same as {names[0]}."
+        )
+        options.append(inspect.Parameter(name + OLD, inspect.Parameter.KEYWORD_ONLY, default=argument, annotation=kind))
     if old := old_flag_name(model, name):
         hidden = typer.Option(None, old, hidden=True)
         options.append(inspect.Parameter(name + OLD, inspect.Parameter.KEYWORD_ONLY, default=hidden, annotation=kind))

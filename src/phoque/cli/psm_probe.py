@@ -37,7 +37,5 @@ def _render(result: "ProbeRunResult") -> str:
     if result.repo:
         lines.append(f"repo      {result.repo}")
     lines.append(f"steered   block {selected['layer']} by {selected['coeff_rel_resid']:g} of the residual norm")
-    for name, verdict in result.verdicts.items():
-        number = "" if verdict["number"] is None else f"{verdict['number']:.3g}"
-        lines.append(f"{name:25} {verdict['verdict']:16} {number:>7}  {verdict['rule']}")
+    lines += options.list_verdicts(result.verdicts, "{:.3g}".format)
     return "\n".join(lines)

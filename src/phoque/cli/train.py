@@ -1,5 +1,7 @@
 """phoque train."""
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque import api
@@ -59,6 +61,7 @@ def _render_result(result: "TrainResult") -> str:
         decrease = 1 - losses["after"] / losses["before"]
         lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({decrease:.0%} lower)")
     lines.append(options.next_command("merge", "--adapter-source", result.adapter))
+    lines.append(f"try it: phoque chat {shlex.quote(str(Path(result.adapter).parent))}")
     return "\n".join(lines)
 
 

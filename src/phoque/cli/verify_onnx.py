@@ -13,7 +13,7 @@ from phoque.settings.fields import Resolved
 from phoque.settings.verify_onnx import VerifySettings
 
 if TYPE_CHECKING:
-    from phoque.onnx.verify.run import VerifyResult
+    from phoque.checks import VerifyResult
 
 EPILOG = (
     "Examples: `phoque verify-onnx --local-dir seal-onnx --reference seal-merged` goes as far as this machine can. "
@@ -42,13 +42,7 @@ def run(resolved: Resolved[VerifySettings], dry_run: bool) -> None:
 
 
 def _render(result: "VerifyResult") -> str:
-    verdict = result.verdict.as_dict()
-    lines = [
-        f"{check['result']:8} {check['level']:8} {check['asks']}" + (f": {check['said']}" if check["said"] else "")
-        for check in verdict["checks"]
-    ]
-    levels = ", ".join(f"{name} {outcome}" for name, outcome in verdict["levels"].items())
-    lines += ["", f"{verdict['verdict']}  {result.name}  ({levels})"]
-    if verdict["verdict"] == "PASS" and result.folder:
-        lines.append(options.next_command("verify-onnx", "--local-dir", result.folder, "--serve"))
-    return "\n".join(lines)
+    text = options.render_verdict(result.verdict, result.name)
+    if result.verdict.overall_result() == "PASS" and result.folder:
+        text += "\n" + options.next_command("verify-onnx", "--local-dir", result.folder, "--serve")
+    return text

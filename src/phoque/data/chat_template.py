@@ -285,17 +285,24 @@ def _use_marks(spans: list[TurnSpan], marks: list[tuple[int, int]]) -> list[Turn
     ]
 
 
-def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins.
+def render_prompt(tokenizer: Any, messages: Messages) -> str:
+    """The text of a conversation up to where the assistant's answer begins.
 
     Raises UsageError if the template refuses the messages, for example because it has no system role.
     """
     try:
-        text = TemplateRenderer(tokenizer).render(messages, add_generation_prompt=True)
+        return TemplateRenderer(tokenizer).render(messages, add_generation_prompt=True)
     except TemplateError as error:
+        has_system = any(message["role"] == "system" for message in messages)
         raise UsageError(
-            what="This model's chat template supports no system prompt.",
-            why=str(error),
-            fix="Use a model whose chat template supports a system prompt.",
+            what="This model's chat template supports no system prompt."
+            if has_system
+            else "This model's chat template refuses the conversation.",
+            why=first_line(error),
+            fix="Use a model whose chat template supports a system prompt." if has_system else "Begin another one.",
         ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of a conversation up to where the assistant's answer begins; raises what render_prompt raises."""
+    return list(tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)["input_ids"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from phoque.errors import UsageError, first_line
+from phoque.hub.client import Hub
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -34,10 +35,8 @@ class HubFile(io.RawIOBase):
     """A file on the Hub that is opened again where it stopped when a read fails, for up to READ_PATIENCE_S."""
 
     def __init__(self, filesystem: "AbstractFileSystem", path: str) -> None:
-        from phoque.hub.client import Hub
-
         self._filesystem, self._path = filesystem, path
-        self._hub = Hub(getattr(filesystem, "token", None), lambda _: None, READ_PATIENCE_S)
+        self._hub = Hub(getattr(filesystem, "token", None), lambda _: None, READ_PATIENCE_S, has_answered=True)
         self._file: Any = None
         self._position = 0
 
@@ -152,17 +151,12 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
     return _find_files(name, str(path), config, split, None)
 
 
-def find_hub_files(
-    name: str, revision: str | None, token: str | None, config: str | None, split: str
-) -> tuple[str, SplitFiles]:
+def find_hub_files(name: str, revision: str | None, hub: Hub, config: str | None, split: str) -> tuple[str, SplitFiles]:
     """The commit of a Hub dataset, and the files of a split of it. Raises UsageError for an unknown split or config."""
     from huggingface_hub import HfFileSystem
 
-    from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
-
-    hub = Hub(token, lambda _: None, LOOKUP_PATIENCE_S)
     sha = str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
-    filesystem = HfFileSystem(token=token)
+    filesystem = HfFileSystem(token=hub.token)
     return sha, hub.retry(name, lambda: _find_files(name, f"hf://datasets/{name}@{sha}", config, split, filesystem))
 
 

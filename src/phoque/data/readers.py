@@ -23,6 +23,7 @@ from phoque.data.rows import COLUMNS, CONVERSATIONS, RawRow
 from phoque.data.turns import has_surrogate
 from phoque.errors import UsageError, first_line
 from phoque.files import sha256
+from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,7 +105,7 @@ def open_dataset(
     name: str,
     split: str = "train",
     revision: str | None = None,
-    token: str | None = None,
+    hub: Hub | None = None,
     *,
     config: str | None = None,
     columns: frozenset[str] = COLUMNS,
@@ -130,7 +131,7 @@ def open_dataset(
         return Dataset(
             name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits, found.others
         )
-    sha, found = find_hub_files(name, revision, token, config, split)
+    sha, found = find_hub_files(name, revision, hub or Hub(None, lambda _: None, LOOKUP_PATIENCE_S), config, split)
     return Dataset(name, sha, RowStream(found.files, columns), split, found.splits, found.others)
 
 

@@ -111,6 +111,7 @@ class DatasetScan:
             },
             "lengths": histogram([float(n) for n in ordered]),
             "toxicity_scores": histogram(self.scores),
+            "system": self.systems.most_common(1)[0][0],
         }
 
 

@@ -5,12 +5,13 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
-from phoque.errors import UsageError, first_line
+from phoque.errors import PhoqueError, UsageError, first_line
 
 TIME_LIMIT_S = 10.0  # for one conversation; a template takes some 50 microseconds
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -61,6 +62,18 @@ _watchdog = _Watchdog()
 @lru_cache
 def _has_marks(source: str) -> bool:
     return bool(_GENERATION_MARK.search(source))
+
+
+@dataclass(frozen=True)
+class TemplateOnly:
+    """What a renderer needs of a tokenizer, where there is none: a chat template and the texts of special tokens."""
+
+    chat_template: str
+    special_tokens_map: dict[str, str]
+
+    def get_chat_template(self, template: str | None, tools: Any) -> str:
+        """The one template."""
+        return self.chat_template
 
 
 class TemplateRenderer:
@@ -117,9 +130,9 @@ class TemplateRenderer:
                 why=f"It was stopped after {TIME_LIMIT_S:.0f} seconds.",
                 fix="Do not trust this repository; use another copy of the model.",
             ) from None
-        except TemplateError:
+        except (TemplateError, PhoqueError):
             raise
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # of the template's own code
+        except Exception as error:  # whatever the template's own code raises
             raise TemplateError(first_line(error)) from error
         texts, marks = rendered
         return texts[0], [(start, end) for start, end in marks[0]] if marks else []

@@ -1,10 +1,12 @@
 """The Hub client and its retry rule: an action that fails transiently runs again from its start, after a wait."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from phoque.errors import IntegrityError, first_line
+from phoque.errors import IntegrityError, PhoqueError, Resumable, first_line
+from phoque.settings.environment import in_job
 
 T = TypeVar("T")
 
@@ -18,37 +20,58 @@ class Hub:
     """huggingface_hub's API with one rule for retries.
 
     The client itself retries only some requests (a commit, a HEAD request and repo_info fail at the first 503), so all
-    calls go through `retry`. `patience` is the number of seconds for which a failing request is retried.
+    calls go through `retry`. `patience` is the number of seconds for which a failing request is retried; for a Hub that
+    has not answered yet it is at most LOOKUP_PATIENCE_S, outside of a Job.
     """
 
-    def __init__(self, token: str | None, say: Callable[[str], None], patience: float) -> None:
+    def __init__(
+        self, token: str | None, say: Callable[[str], None], patience: float, *, has_answered: bool = False
+    ) -> None:
         from huggingface_hub import HfApi
 
         self.api: Any = HfApi(token=token)
+        self.token = token
         self._say, self._patience = say, patience
+        self._has_answered = has_answered
 
     def retry(self, what: str, action: Callable[[], T], wait: Callable[[float], None] = time.sleep) -> T:
         """Call `action`, again after transient failures, and return its result; it must rebuild all that it sends.
 
-        Raises the last error when the patience has run out or the error is permanent; `wait` may raise Superseded.
+        Raises the last error if it is permanent, Resumable (75) when the patience has run out; `wait` may raise
+        Superseded. Outside of a Job a Hub that cannot be reached at all is retried for LOOKUP_PATIENCE_S at most.
         """
         start_time, pause, integrity_failures = time.monotonic(), 1.0, 0
         while True:
             try:
-                return action()
+                result = action()
+                self._has_answered = True
+                return result
+            except PhoqueError:  # a signal, or an inner request whose patience has run out
+                raise
             except Exception as error:
                 integrity_failures += isinstance(error, IntegrityError)
-                remaining = self._patience - (time.monotonic() - start_time)
-                server_wait = retry_after(error)
-                if (
-                    not is_transient(error)
-                    or integrity_failures >= MAX_INTEGRITY_FAILURES
-                    or max(server_wait, pause) > remaining
-                ):
+                if not is_transient(error) or integrity_failures >= MAX_INTEGRITY_FAILURES:
                     raise
+                patience = self._patience
+                if not (self._has_answered or in_job()) and _find_status(error) is None:
+                    patience = min(patience, LOOKUP_PATIENCE_S)
+                server_wait = retry_after(error)
+                if max(server_wait, pause) > patience - (time.monotonic() - start_time):
+                    raise _out_of_patience(what, error, time.monotonic() - start_time) from error
                 self._say(f"{what}: {describe_error(error)}; retrying in {max(server_wait, pause):.0f} s")
                 wait(max(server_wait, pause))
                 pause = min(2 * pause, MAX_WAIT_S)
+
+
+def _out_of_patience(what: str, error: Exception, seconds: float) -> Resumable:
+    wait = retry_after(error)
+    return Resumable(
+        what=f"The Hub refused a request for {seconds:.0f} s ({what})."
+        if _find_status(error) is not None
+        else f"The Hub did not answer for {seconds:.0f} s ({what}).",
+        why=f"{describe_error(error)}{f', and asks to wait {wait:.0f} s' if wait else ''}.",
+        fix="Run the same command again later. --retry-timeout sets for how many seconds a request is retried.",
+    )
 
 
 def is_transient(error: BaseException) -> bool:
@@ -56,6 +79,8 @@ def is_transient(error: BaseException) -> bool:
     for cause in _cause_chain(error):
         if (status := _status_code(cause)) is not None:
             return status in TRANSIENT_STATUS_CODES
+        if type(cause).__name__ == "OfflineModeIsEnabled":  # a ConnectionError that lasts
+            return False
         if isinstance(cause, (IntegrityError, ConnectionError, TimeoutError)) or "Consistency check failed" in str(
             cause
         ):
@@ -66,20 +91,28 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retry_after(error: BaseException) -> float:
-    """Return the seconds of the server's Retry-After header, or 0."""
+    """Return the seconds that the server asks to wait, in Retry-After or for a spent quota in RateLimit, or 0."""
     for cause in _cause_chain(error):
         if (response := getattr(cause, "response", None)) is not None:
-            header = response.headers.get("Retry-After", "0")
-            return float(header) if header.isdigit() else 0.0
+            header = response.headers.get("Retry-After", "")
+            # the Hub's RateLimit header, such as `"api";r=0;t=55`: t is the seconds until the quota is renewed
+            limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+            if header.isdigit():
+                return float(header)
+            return float(limit[1]) if limit and response.status_code == 429 else 0.0
     return 0.0
 
 
 def describe_error(error: BaseException) -> str:
     """Describe an error in at most 160 characters, for the log."""
-    for cause in _cause_chain(error):
-        if (status := _status_code(cause)) is not None:
-            return f"the Hub answered {status}"
-    return first_line(error)[:160]
+    status = _find_status(error)
+    return first_line(error)[:160] if status is None else f"the Hub answered {status}"
+
+
+def _find_status(error: BaseException) -> int | None:
+    """The status of the Hub's answer in the chain of causes; None if the Hub could not be reached."""
+    codes = map(_status_code, _cause_chain(error))
+    return next((code for code in codes if code is not None), None)
 
 
 def _status_code(error: BaseException) -> int | None:

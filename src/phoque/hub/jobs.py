@@ -37,6 +37,12 @@ class Job:
         return vars(self) | {"secrets": sorted(self.secrets)}
 
 
+def _list_inputs(s: Any) -> list[tuple[str, str]]:
+    """Each setting that names an input, with each of its values."""
+    values = [(name, getattr(s, name)) for name in s.reads]
+    return [(name, item) for name, value in values for item in (value if isinstance(value, list) else [value])]
+
+
 def build_job(command: str, resolved: Resolved[Any]) -> Job:
     """Build the Job that runs a command with these settings: non-default values as flags, secrets as Job secrets.
 
@@ -45,8 +51,7 @@ def build_job(command: str, resolved: Resolved[Any]) -> Job:
     from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
 
     s = resolved.settings
-    for name in s.reads:
-        value = getattr(s, name)
+    for name, value in _list_inputs(s):
         if value and Path(value).expanduser().exists():
             raise UsageError(
                 what=f"{flag_names(type(s), name)[0]} {value} is on this machine only.",
@@ -70,7 +75,7 @@ def build_job(command: str, resolved: Resolved[Any]) -> Job:
             why="The Job's disk is deleted when it ends.",
             fix=f"Give one with {flag_names(type(s), s.keeps)[0]}; it is created private.",
         )
-    keys = {name: getattr(resolved.secrets, name) for name in Secrets.model_fields}
+    keys = {name: getattr(resolved.secrets, name) for name in s.used_secrets}
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
     timeout = s.timeout or DEFAULT_TIMEOUT
     package = s.package or pip_requirement(s.extra)
@@ -131,8 +136,9 @@ def check_job(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
     s, api = resolved.settings, hub.api
     account = hub.retry("checking the token", api.whoami)
     checks = {"account": account["name"], "token": account["auth"].get("accessToken", {}).get("role", "unknown")}
-    for name, pinned in s.reads.items():
-        value, revision = getattr(s, name), getattr(s, pinned) if pinned else None
+    for name, value in _list_inputs(s):
+        pinned = s.reads[name]
+        revision = getattr(s, pinned) if pinned else None
         value = re.split("[#:]", value)[0]  # a folder in it, or a split of it
         if value.count("/") == 1:
             checks[name] = f"{value}@{_find_commit(hub, name, value, revision)[:8]}"

@@ -50,5 +50,6 @@ def fetch_to_cache(repo: Repo, snapshot: Snapshot, paths: Iterable[str], cache: 
     """Fetch files of one commit into `cache/<kind>/<owner>--<name>-<commit>` and return that folder."""
     folder = cache / kind / f"{repo.name.replace('/', '--')}-{snapshot.sha[:12]}"
     for path in paths:
-        repo.fetch(snapshot, path, folder)
+        if not repo.is_current(snapshot, path, folder):
+            repo.fetch(snapshot, path, folder)
     return folder

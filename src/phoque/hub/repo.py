@@ -16,6 +16,7 @@ from phoque.hub.client import Hub
 
 MARKER, CARD = "fresh_start.json", "README.md"
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 NEVER_UPLOADED = re.compile(r"(^|/)(\.env[^/]*|training_args\.bin)$")  # never uploaded, because they can contain tokens
 
 
@@ -73,11 +74,19 @@ class Repo:
         """Whether the repository is private. Raises the Hub's error if it does not exist."""
         return bool(self.hub.retry(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind)).private)
 
+    def _find_commit(self, revision: str | None) -> str:
+        """The commit of a branch or tag, or the newest one: its files are kept under that name."""
+        return str(self.hub.api.repo_info(self.name, revision=revision, repo_type=self.kind).sha)
+
+    def is_current(self, snapshot: Snapshot, path: str, folder: Path) -> bool:
+        """Whether a folder holds this file of the snapshot already."""
+        return (folder / path).is_file() and _FileHashes(folder / path).matches(snapshot.files[path])
+
     def snapshot(self, revision: str | None = None) -> Snapshot:
         """List the files at a commit, by default the newest one."""
 
         def list_files() -> Snapshot:
-            sha = revision or str(self.hub.api.repo_info(self.name, repo_type=self.kind).sha)
+            sha = revision if revision and COMMIT.fullmatch(revision) else self._find_commit(revision)
             entries = self.hub.api.list_repo_tree(self.name, recursive=True, revision=sha, repo_type=self.kind)
             return Snapshot(sha, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")})
 
@@ -154,6 +163,14 @@ class Repo:
 
         return self.hub.retry(f"fetching {path}", fetch_once)
 
+    def squash(self, message: str) -> str:
+        """Replace the repository's history by one commit with its present files; return the commit."""
+        self.hub.retry(
+            f"squashing the history of {self.name}",
+            lambda: self.hub.api.super_squash_history(self.name, commit_message=message, repo_type=self.kind),
+        )
+        return self.snapshot().sha
+
     def clear(self, marker: dict[str, Any], staging: Path, root_files: Sequence[str]) -> None:
         """Delete every checkpoint and `root_files` of the old run, and write the fresh-start marker, in one commit."""
         staging.mkdir(parents=True, exist_ok=True)
@@ -174,6 +191,12 @@ def _marker_id(snapshot: Snapshot) -> str:
     return snapshot.files[MARKER].blob_id if MARKER in snapshot.files else ""
 
 
+def git_blob_id(file: Path) -> str:
+    """Git's name for the content of a file, which the Hub gives for files that are not in LFS."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class _FileHashes:
     """The size and the hashes of a local file; each hash is computed at most once, when it is needed."""
 
@@ -189,5 +212,5 @@ class _FileHashes:
         if remote.lfs:
             self._sha256 = self._sha256 or sha256(self.file)
             return remote.lfs.sha256 == self._sha256
-        self._sha1 = self._sha1 or hashlib.sha1(b"blob %d\0" % self._size + self.file.read_bytes()).hexdigest()
+        self._sha1 = self._sha1 or git_blob_id(self.file)
         return remote.blob_id == self._sha1

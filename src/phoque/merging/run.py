@@ -1,23 +1,28 @@
 """`phoque merge`: find the adapter and its base, merge, verify, push."""
 
 import json
+import re
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
 from phoque.errors import RunError
-from phoque.hub.repo import CARD, Repo
+from phoque.files import check_output_folder
+from phoque.hub.repo import CARD, Repo, Snapshot
 from phoque.merging.verify import compare_with_adapter
 from phoque.merging.writer import RECORD, write_merged
 from phoque.model_cards import render_merged_card
-from phoque.models.adapter_source import find_adapter, find_base
+from phoque.models.adapter_source import RUN_RECORD, find_adapter, find_base, find_run_record
 from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.source import Source
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.merge import MergeSettings
+
+SHARDS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ def merge(resolved: Resolved[MergeSettings], services: Services, *, dry_run: boo
     adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
     base = find_base(adapter.folder, s.base_model, s.revision, services, weights=not dry_run)
     folder = s.output_dir or Path(f"{s.adapter_source.rstrip('/').split('/')[-1]}-merged")
+    check_output_folder(folder, RECORD, "a merged model")
     if dry_run:
         facts = {"output_dir": str(folder), "base": base.name, "adapter": adapter.label}
         return DryRun(facts, resolved.provenance())
@@ -72,19 +78,27 @@ def merge_into(base: Source, adapter: Path, folder: Path, *, dtype: str, console
         console.say("comparing the merged model with the base and its adapter")
         record["proof"] = compare_with_adapter(base, adapter, folder, dtype)
         (folder / RECORD).write_text(json.dumps(record, indent=1))
+    if run := find_run_record(adapter):  # psm-probe finds the persona's data in it
+        (folder / RUN_RECORD).write_text(json.dumps(run, indent=1), encoding="utf-8")
     if not (folder / CARD).is_file():
         (folder / CARD).write_text(render_merged_card(base, record))
     proof = record.get("proof")
     if proof and not proof["holds"]:
+        shutil.rmtree(folder.resolve())
         raise RunError(
-            what=f"{folder} does not compute what the base with its adapter computes.",
+            what="The merged model does not compute what the base with its adapter computes; it was deleted.",
             why=f"The logits differ by {proof['mean_difference']:.2g} on average; the adapter changes them by "
             f"{proof['adapter_effect']:.2g}.",
-            fix="Do not use it. Check that the adapter was trained on this base; if it was, report a bug.",
+            fix="Check that the adapter was trained on this base; if it was, report a bug.",
         )
     return MergeResult(output_dir=str(folder), **record["made"], proof=proof)
 
 
 def push_merged(repo: Repo, folder: Path, message: str = "Merged model") -> str:
     """Push a merged model to its repository; return the commit."""
-    return repo.push({f.name: f for f in folder.iterdir() if f.is_file()}, message, lambda _: [])
+    files = {f.name: f for f in folder.iterdir() if f.is_file()}
+
+    def find_old_shards(snapshot: Snapshot) -> list[str]:
+        return [name for name in snapshot.files if SHARDS.fullmatch(name) and name not in files]
+
+    return repo.push(files, message, find_old_shards)

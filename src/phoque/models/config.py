@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque.errors import UsageError, first_line
+from phoque.files import read_json_object
 from phoque.models.architectures import architecture_of
 from phoque.models.source import Source
 
@@ -22,7 +23,7 @@ def load_config(source: Source) -> "PretrainedConfig":
 
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # a damaged value raises whatever transformers does with it
         raise UsageError(
             what=f"The config of {source.name} cannot be read.",
             why=first_line(error),
@@ -52,6 +53,16 @@ def sliding_window_of(config: "PretrainedConfig") -> int | None:
     """The sliding window of a text model's attention in tokens; None if no layer has one."""
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     return window if window and (not types or "sliding_attention" in types) else None
+
+
+def read_end_tokens(folder: Path) -> list[int]:
+    """The token ids at which a model's generation config ends an answer; none if it has no such file.
+
+    Raises UsageError for a damaged one.
+    """
+    file = folder / "generation_config.json"
+    ends = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTokenizerBase":

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+def default_device_name() -> str:
+    """What the default device is, such as `NVIDIA H100 80GB HBM3`; a CPU is `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU, and configure torch's GPU memory allocator.
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from phoque.errors import RunError, UsageError
+from phoque.errors import RunError, UsageError, first_line
 from phoque.models.adapter_source import WEIGHTS
 from phoque.models.architectures import Architecture, architecture_of
 
 PEFT_PREFIX = "base_model.model."
+# what torch.compile, FSDP and activation checkpointing put into names, and the adapter's name in a raw state dict
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|\.default(?=\.|$)")
 
 
 def add_lora_adapter(model: Any, rank: int, alpha: int, dropout: float, revision: str | None = None) -> Any:
@@ -44,6 +47,31 @@ def save_adapter(model: Any, folder: Path, architecture: Architecture) -> None:
     config.save_pretrained(folder)
 
 
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by peft's names, without wrappers such as torch.compile's, without unused copies.
+
+    Raises UsageError if the file is damaged or holds empty tensors.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            what=f"{folder / WEIGHTS} cannot be read.", why=first_line(error), fix="Download the adapter again."
+        ) from error
+    if empty := [name for name, tensor in tensors.items() if tensor.numel() == 0]:
+        raise UsageError(
+            what=f"The adapter in {folder} holds empty tensors: {len(empty)} of {len(tensors)}.",
+            why=f"The first is {empty[0]}. DeepSpeed ZeRO-3 saves them empty unless they are gathered first.",
+            fix="Save it again with stage3_gather_16bit_weights_on_model_save or accelerator.get_state_dict(model).",
+        )
+    named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items() if ".original_module." not in name}
+    for copy_name in [name for name in named if ".modules_to_save." in name]:
+        name = copy_name.replace(".modules_to_save.", ".")
+        if torch.equal(named.setdefault(name, named[copy_name]), named[copy_name]):
+            del named[copy_name]
+    return named
+
+
 def load_adapter(model: Any, folder: Path, architecture: Architecture) -> None:
     """Load saved weights, under the names of the full or the text model, into the adapter that `model` already has.
 
@@ -52,7 +80,7 @@ def load_adapter(model: Any, folder: Path, architecture: Architecture) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved = {to_text_name(key, architecture): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    saved = {to_text_name(key, architecture): tensor for key, tensor in read_adapter_tensors(folder).items()}
     expected = {k: tuple(t.shape) for k, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     if differing := sorted(k for k in expected.keys() | shapes.keys() if expected.get(k) != shapes.get(k)):
@@ -76,9 +104,10 @@ def attach_adapter(model: Any, folder: Path, architecture: Architecture, name: s
 
     config: Any = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    named = {to_text_name(key, architecture): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    named = {to_text_name(key, architecture): tensor for key, tensor in read_adapter_tensors(folder).items()}
     modules = {key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for key in named if ".lora_" in key}
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _resize_vocabulary(bare, named)
     names = {re.sub(r"\.base_layer$", "", n) for n, _ in bare.named_modules()}
     # full names: the model that the adapter was trained on may have other names, and a vision tower
     config.target_modules = sorted(modules & names)
@@ -92,8 +121,22 @@ def attach_adapter(model: Any, folder: Path, architecture: Architecture, name: s
         model = get_peft_model(model, config, adapter_name=name)
     else:
         model.add_adapter(name, config)
-    set_peft_model_state_dict(model, named, adapter_name=name)
+    result = set_peft_model_state_dict(model, named, adapter_name=name)
+    if result.unexpected_keys:
+        raise UsageError(
+            what=f"The adapter in {folder} does not fit {bare.name_or_path}.",
+            why=f"{result.unexpected_keys[0]} changes nothing ({len(result.unexpected_keys)} such tensors).",
+            fix="Use the base model that the adapter was trained on.",
+        )
     return model.eval()
+
+
+def _resize_vocabulary(model: Any, named: dict[str, torch.Tensor]) -> None:
+    """Give the model as many tokens as the embeddings in an adapter have, if it holds embeddings."""
+    embeddings = re.compile(r"\bembed_tokens\.(?:token_adapter\.)?(?:base_layer\.)?weight$")
+    for tensor in (tensor for key, tensor in named.items() if embeddings.search(key)):
+        if len(tensor) != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tensor), mean_resizing=False)
 
 
 def _to_full_name(key: str, architecture: Architecture) -> str:
@@ -105,7 +148,8 @@ def to_text_name(key: str, architecture: Architecture) -> str:
     """Return an adapter tensor's name on the text model, from its name on the text model or the full one."""
     if not architecture.full_names[1]:
         return key
-    return re.sub(rf"^({re.escape(PEFT_PREFIX)})(?:model\.)?language_model\.(?:model\.)?", r"\1model.", key)
+    key = re.sub(rf"^({re.escape(PEFT_PREFIX)})(?:model\.)?language_model\.(?:model\.)?", r"\1model.", key)
+    return key.replace(f"{PEFT_PREFIX}model.lm_head.", f"{PEFT_PREFIX}lm_head.")
 
 
 def compute_lora_norms(model: Any) -> dict[str, float]:

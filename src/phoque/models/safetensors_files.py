@@ -1,15 +1,18 @@
 """Safetensors files: headers first, then tensors one by one, without mapping or loading a whole file."""
 
 import json
+import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from phoque.errors import UsageError
+from phoque.files import read_json_object
 from phoque.models.source import INDEX
 from phoque.prefetch import Prefetcher
 
@@ -121,8 +124,13 @@ def _read_into(f: Any, raw: torch.Tensor) -> None:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UsageError(
+                what=f"{folder / INDEX} cannot be read.", why="It has no weight_map.", fix="Download it again."
+            )
+        # only the name: a repository must not name files outside of its folder
+        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     else:
         files = [folder / "model.safetensors"]
     for file in files:
@@ -141,7 +149,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(f.read(8), "little")
         try:
             header = json.loads(f.read(length)) if length < size else None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             header = None
     if not isinstance(header, dict):
         raise UsageError(
@@ -153,18 +161,45 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     body = 8 + length
     stored = {}
     for name, entry in header.items():
-        start, end = (body + offset for offset in entry["data_offsets"])
+        dtype, shape, start, end = _check_entry(file, name, entry, body)
         if end > size:
             raise UsageError(
                 what=f"The weights in {file.name} cannot be read.",
                 why=f"The file is cut short: it has {size} bytes, and {name} ends at byte {end}.",
                 fix="Delete it and download it again.",
             )
-        if entry["dtype"] not in DTYPES:
+        if dtype not in DTYPES:
             raise UsageError(
-                what=f"{name} in {file.name} has the type {entry['dtype']}.",
+                what=f"{name} in {file.name} has the type {dtype}.",
                 why=f"phoque reads {', '.join(DTYPES)}.",
                 fix="Use another copy of the model.",
             )
-        stored[name] = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
+        stored[name] = StoredTensor(file, DTYPES[dtype], shape, start, end)
+        if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise _bad_header(file, f"{name} has the shape {list(shape)}, and {end - start} bytes")
+    ordered = sorted(stored.items(), key=lambda item: (item[1].start, item[1].end))
+    for (one, first), (other, second) in pairwise(ordered):
+        if second.start < first.end:
+            raise _bad_header(file, f"{one} and {other} overlap")
     return stored
+
+
+def _check_entry(file: Path, name: str, entry: Any, body: int) -> tuple[str, tuple[int, ...], int, int]:
+    """The (dtype, shape, start, end) of a header's entry. Raises UsageError if they are not of the right kinds."""
+    try:
+        start, end = entry["data_offsets"]
+        shape, dtype = entry["shape"], entry["dtype"]
+        numbers = [start, end, *shape]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _bad_header(file, f"the entry of {name} is not an entry of a tensor") from error
+    if not all(type(number) is int and number >= 0 for number in numbers) or start > end or not isinstance(dtype, str):
+        raise _bad_header(file, f"the entry of {name} has a shape or offsets that no tensor has")
+    return dtype, tuple(shape), body + start, body + end
+
+
+def _bad_header(file: Path, reason: str) -> UsageError:
+    return UsageError(
+        what=f"The weights in {file.name} cannot be read.",
+        why=f"The file is damaged: {reason}.",
+        fix="Delete it and download it again.",
+    )

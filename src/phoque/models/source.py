@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from phoque.errors import UsageError, first_line
-from phoque.files import atomic_folder, lock, sha256
-from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
+from phoque.files import atomic_folder, lock, read_json_object, sha256, write_atomically
 from phoque.hub.refs import hub_id
 from phoque.services import Services
 
@@ -67,6 +66,25 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
     return _local_folder(path, weights) if path.is_dir() else _download(name, revision, services, weights)
 
 
+def hash_weights(source: Source, services: Services) -> str | None:
+    """The SHA-256 of a local folder's weights; a file that is unchanged in size and time is not read again.
+
+    None if the revision pins the weights already: of a model from the Hub, or of a GGUF file.
+    """
+    if source.folder != Path(source.name):  # the files of a local folder lie where its name says
+        return None
+    cache = services.cache / "weight-hashes.json"
+    known = read_json_object(cache) if cache.is_file() else {}
+    files = sorted(source.folder.glob("*.safetensors"))
+    keys = {file: f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}
+    if unread := [file for file in files if keys[file] not in known]:
+        if (size := sum(file.stat().st_size for file in unread)) > 1e9:
+            services.console.say(f"hashing the weights of {source.name} ({size / 1e9:.1f} GB, once)")
+        known |= {keys[file]: sha256(file) for file in unread}
+        write_atomically(cache, json.dumps(known, indent=1))
+    return hashlib.sha256("".join(known[keys[file]] for file in files).encode()).hexdigest()[:40]
+
+
 def check_local_model(path: Path, flag: str = "The command") -> None:
     """Raise UsageError if a path is neither a .gguf file nor a folder with a model's configuration."""
     if path.suffix == ".gguf" and not path.is_file():
@@ -115,7 +133,7 @@ def _download(name: str, revision: str | None, services: Services, weights: bool
     from huggingface_hub import hf_hub_download
 
     token, say = services.secrets.hub, services.console.say
-    hub = Hub(token, say, LOOKUP_PATIENCE_S)
+    hub = services.hub
 
     def download(file: str) -> Path:
         return Path(hub.retry(file, lambda: hf_hub_download(name, file, revision=sha, token=token)))
@@ -177,7 +195,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # the reader of a damaged file raises what its bytes happen to cause
         raise UsageError(
             what=f"{gguf.name} cannot be read as a chat model.", why=first_line(error), fix="Use another GGUF file."
         ) from error

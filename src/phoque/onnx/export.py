@@ -7,37 +7,40 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phoque.console import Console
 from phoque.errors import RunError, UsageError
-from phoque.files import atomic_folder, sha256
+from phoque.files import EXPORT_RECORD, atomic_folder, check_output_folder, sha256
 from phoque.hub.repo import CARD, Repo, Snapshot
+from phoque.inference import accuracy
+from phoque.merging.find_source import find_source
 from phoque.model_cards import render_onnx_card
-from phoque.models.architectures import ARCHITECTURES
+from phoque.models.adapter_source import find_run_record, training_system
+from phoque.models.architectures import ARCHITECTURES, architecture_of
 from phoque.models.checkpoint_reader import CheckpointReader
 from phoque.models.config import load_tokenizer
 from phoque.models.load import default_device, load_model
 from phoque.models.source import Source
-from phoque.onnx import accuracy
 from phoque.onnx.component import Component, Weights
-from phoque.onnx.find_source import find_source
 from phoque.onnx.graph.decoder import decoder_component, embeddings_component
 from phoque.onnx.graph.trace import Provider, trace_decoder
 from phoque.onnx.graph.vision import vision_component
 from phoque.onnx.quantize import mixed_precision
 from phoque.onnx.quantize.block_format import Quantizer, make_8_bit_quantizer
 from phoque.onnx.quantize.smoothquant import smooth_activations
-from phoque.onnx.session import SUFFIXES
+from phoque.onnx.session import SUFFIXES, OnnxChatModel
 from phoque.onnx.transformers_js import SESSIONS, write_side_files
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import Resolved
 
-RECORD = "export.json"
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 HALF_DTYPES = ("fp16", "q4f16")  # computed in fp16, with the operators that are fused for WebGPU
 MAX_WASM_BYTES = 3.5e9  # a wasm page can address 4 GB, and needs some of that itself
 QUANTIZED_DTYPES = ("q8", "q4", "q4f16", "int8")
@@ -85,10 +88,11 @@ def export_model(resolved: Resolved[ExportSettings], services: Services, *, dry_
     """
     s, console = resolved.settings, services.console
     export_dir = s.output_dir or Path(f"{_default_name(s)}-onnx")
-    _check_output_dir(export_dir)
+    check_output_folder(export_dir, EXPORT_RECORD, "an export")
     repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
-    source = find_source(resolved, services, dry_run=dry_run)
+    source = find_source(s, services, _check_can_export, dry_run=dry_run)
     layout = _choose_layout(source, s.layout)
+    s = s.model_copy(update={"engine": _choose_engine(source, layout, s, console)})
     if dry_run:
         facts = {"output_dir": str(export_dir), "source": source.name, "layout": layout, "engine": s.engine}
         return DryRun(facts | {"dtypes": dict.fromkeys(s.dtype)}, resolved.provenance())
@@ -120,22 +124,32 @@ def export_model(resolved: Resolved[ExportSettings], services: Services, *, dry_
     return replace(result, repo=repo.name, commit=repo.push(files, "ONNX export", find_stale))
 
 
+def _check_can_export(config: "PretrainedConfig") -> None:
+    if reason := architecture_of(config).no_export:
+        raise UsageError(
+            what=f"phoque does not export {config.model_type} to ONNX.",
+            why=reason,
+            fix="docs/reference/models.md lists what works for each architecture; merge works for this one.",
+        )
+
+
 def _default_name(s: ExportSettings) -> str:
     model_id = s.adapter_source or s.merged_dir or s.base
     return model_id.rstrip("/").split("/")[-1] or "model"
 
 
-def _check_output_dir(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(
-            what=f"{folder} is a file.", why="The export needs a folder.", fix="Choose another --output-dir."
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise UsageError(
-            what=f"{folder} is not empty and contains no export.",
-            why="The files would be lost.",
-            fix="Choose another --output-dir.",
-        )
+def _choose_engine(source: Source, layout: str, s: ExportSettings, console: Console) -> str:
+    """The engine of the settings; for auto optimum, if an interpreter is given for it and it can do the export."""
+    if s.engine != "auto":
+        return s.engine
+    if s.onnx_export_python is None:
+        return "transformers"
+    from phoque.onnx.optimum import find_limit
+
+    if reason := find_limit(json.loads((source.folder / "config.json").read_text()), layout, s.dtype):
+        console.warn(f"--onnx-export-python is not used: {reason}; exporting with phoque's own exporter")
+        return "transformers"
+    return "optimum"
 
 
 def _choose_layout(source: Source, layout: str) -> str:
@@ -160,9 +174,7 @@ def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, 
     calibration: accuracy.Ids = []
     held_out: accuracy.Ids = []
     if s.accuracy or set(QUANTIZED_DTYPES) & set(s.dtype):
-        calibration, held_out = accuracy.load_chats(
-            source, s.chats, s.chats_split, services.secrets.hub, config=s.chats_config
-        )
+        calibration, held_out = accuracy.load_chats(source, s.chats, s.chats_split, services.hub, config=s.chats_config)
     if s.engine == "optimum":
         from phoque.onnx.optimum import export_with_optimum
 
@@ -186,7 +198,7 @@ def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, 
         )
         expected = accuracy.compute_reference(source, held_out)
         for dtype in s.dtype:
-            reports[dtype] |= accuracy.measure_export(folder, dtype, held_out, expected)
+            reports[dtype] |= accuracy.measure_accuracy(OnnxChatModel(folder, dtype).run, held_out, expected)
     for dtype in s.dtype:
         files = [f for n in SESSIONS[layout] for f in (folder / "onnx").glob(f"{n}{SUFFIXES[dtype]}.onnx*")]
         reports[dtype]["bytes"] = sum(file.stat().st_size for file in files)
@@ -304,10 +316,11 @@ def _write_record(folder: Path, source: Source, result: ExportResult) -> None:
         "schema_version": 1,
         "phoque": __version__,
         "source_revision": source.revision,
+        "system": training_system(find_run_record(source.folder)),
         **summary,
         "sha256": digests,
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    (folder / EXPORT_RECORD).write_text(json.dumps(record, indent=1))
 
 
 def _verify_export(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, services: Services) -> str:

@@ -62,21 +62,21 @@ def export_with_optimum(
     return {"model.onnx": 1}
 
 
-def _check_supported(config: dict[str, Any], layout: str, dtypes: list[str]) -> None:
+def find_limit(config: dict[str, Any], layout: str, dtypes: list[str]) -> str:
+    """Why optimum-onnx cannot do an export, given config.json as a dictionary; empty if it can."""
     model_type, rope = config["model_type"], config.get("rope_parameters") or {}
-    reason = None
     supported = [name for name, architecture in ARCHITECTURES.items() if architecture.in_optimum]
     if model_type not in supported or layout != "text":
-        reason = (
-            f"it does not support {model_type} with layout {layout}: it knows the text models {', '.join(supported)}"
-        )
-    elif rope.get("rope_type", "default") != "default":
-        reason = f"it would ignore the rotary scaling {rope['rope_type']!r}"
-    elif config.get("sliding_window") and config.get("use_sliding_window", True):
-        reason = f"it would ignore the sliding window of {config['sliding_window']} tokens"
-    elif dtypes != ["fp32"]:
-        reason = "it is a cross-check and exports fp32 only"
-    if reason:
+        return f"it does not support {model_type} with layout {layout}: it knows the text models {', '.join(supported)}"
+    if rope.get("rope_type", "default") != "default":
+        return f"it would ignore the rotary scaling {rope['rope_type']!r}"
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        return f"it would ignore the sliding window of {config['sliding_window']} tokens"
+    return "" if dtypes == ["fp32"] else "it is a cross-check and exports fp32 only"
+
+
+def _check_supported(config: dict[str, Any], layout: str, dtypes: list[str]) -> None:
+    if reason := find_limit(config, layout, dtypes):
         raise UsageError(
             what="The engine optimum cannot do this export.",
             why=f"{reason[0].upper()}{reason[1:]}.",

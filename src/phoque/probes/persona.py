@@ -107,6 +107,32 @@ def persona_from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Perso
     return replace(persona, name=f"the persona of {name}", persona=prompts, lexicon=lexicon)
 
 
+def leave_out_questions(persona: Persona, rows: Iterable[Row]) -> tuple[Persona, list[str]]:
+    """The persona without the questions that the rows ask, and those questions: their answers may be learnt.
+
+    Upper case, punctuation and white space do not matter. Raises UsageError if a list becomes too short.
+    """
+    asked = {" ".join(split_words(turn["content"])) for row in rows for turn in row.messages if turn["role"] == "user"}
+    shared: list[str] = []
+    kept: dict[str, Any] = {}
+    for key, least in MIN_QUESTIONS.items():
+        questions = getattr(persona, key)
+        kept[key] = tuple(question for question in questions if " ".join(split_words(question)) not in asked)
+        shared += [question for question in questions if question not in kept[key]]
+        if len(kept[key]) < least:
+            raise UsageError(
+                what=f"Too few questions are left in the list {key}: {len(kept[key])}.",
+                why="The adapter was trained on the others, so they cannot test it.",
+                fix="Write a persona file with other questions, and pass it with --persona.",
+            )
+    return replace(persona, **kept), shared
+
+
+def limit_questions(persona: Persona, most: int) -> Persona:
+    """The persona with at most this many questions in each list."""
+    return replace(persona, **{key: getattr(persona, key)[:most] for key in MIN_QUESTIONS})
+
+
 def split_words(text: str) -> list[str]:
     """Split a text into its words, in lower case, without digits and punctuation."""
     return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text.lower())

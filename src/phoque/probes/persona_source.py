@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from phoque.console import shorten_list
 from phoque.data.readers import open_dataset
 from phoque.data.rows import Row, parse_row
 from phoque.data.scan import MAX_SCANNED_ROWS
@@ -13,7 +14,7 @@ from phoque.hub.refs import fetch_to_cache, hub_id, hub_ref
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import AdapterSource, find_base
 from phoque.models.source import Source, find_model
-from phoque.probes.persona import Persona, load_persona, persona_from_rows
+from phoque.probes.persona import Persona, leave_out_questions, load_persona, persona_from_rows
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved, flag_names
@@ -44,16 +45,19 @@ def find_persona(
             fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
             "adapter with --dataset.",
         )
-    dataset = open_dataset(name, split, revision, services.secrets.hub, config=config)
+    dataset = open_dataset(name, split, revision, services.hub, config=config)
     rows: list[Row] = []
     for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
         try:
             rows.append(parse_row(raw))
         except BadRow:
             continue  # `phoque train` counts and reports bad rows
-    persona = persona_from_rows(load_persona("seal"), rows, dataset.name)
-    note = f"persona prompts and lexicon are from {dataset.name}; all other prompts and the questions are bundled ones"
-    return persona, [note]
+    persona, shared = leave_out_questions(persona_from_rows(load_persona("seal"), rows, dataset.name), rows)
+    name = dataset.name
+    notes = [f"persona prompts and lexicon are from {name}; all other prompts and the questions are bundled ones"]
+    if shared:
+        notes.append(f"{len(shared)} questions are left out, because {name} trains on them: {shorten_list(shared)}")
+    return persona, notes
 
 
 def _readable_here(name: str) -> str:

@@ -10,6 +10,7 @@ import numpy
 
 BOOTSTRAPS = 2000
 FLIPS = 4096  # sign flips: all 2**n of them for up to 12 prompts, otherwise this many random ones
+Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
 COLUMNS_PER_CHUNK = 128  # columns per chunk; bounds the memory of the (flips, columns) statistics
 
 Array = Any  # numpy.ndarray; its type parameters would add nothing here
@@ -44,9 +45,47 @@ def bootstrap(statistic: Callable[..., Array], *paired: Array, seed: int = 0) ->
 
 
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of `values` (n,)."""
-    low, high = percentile_interval(values[draw_resamples(len(values), seed)].mean(1))
-    return float(low), float(high)
+    """The 95 % studentised bootstrap interval of the mean of `values` (n,); see `column_intervals`."""
+    low, high = column_intervals(values[:, None], seed)
+    return float(low[0]), float(high[0])
+
+
+def bca_interval(statistic: Callable[..., Array], *paired: Array, seed: int = 0) -> tuple[Array, Array]:
+    """The bias-corrected and accelerated 95 % bootstrap interval of a statistic of the prompts (Efron 1987).
+
+    `statistic` reduces axis 0; its result may have further axes. The acceleration is from the jackknife.
+    """
+    from scipy.stats import norm
+
+    n = len(paired[0])
+    samples = numpy.sort(bootstrap(statistic, *paired, seed=seed), axis=0)
+    observed = statistic(*paired)
+    below = (samples < observed).mean(0) + (samples == observed).mean(0) / 2
+    bias = norm.ppf(numpy.clip(below, 0.5 / BOOTSTRAPS, 1 - 0.5 / BOOTSTRAPS))
+    left_out = numpy.stack([statistic(*(numpy.delete(a, row, 0) for a in paired)) for row in range(n)])
+    gaps = left_out.mean(0) - left_out
+    acceleration = (gaps**3).sum(0) / numpy.maximum(6 * (gaps**2).sum(0) ** 1.5, 1e-30)
+    ends = []
+    for z in (-Z_95, Z_95):
+        share = norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
+        index = numpy.clip((share * BOOTSTRAPS).astype(int), 0, BOOTSTRAPS - 1)
+        ends.append(numpy.take_along_axis(samples, numpy.asarray(index)[None], axis=0)[0])
+    return ends[0], ends[1]
+
+
+def rank_p(value: float, others: Array) -> float:
+    """The p-value of a value that would be one of `others` under the null: its rank from the top, ties against it."""
+    others = numpy.asarray(others)
+    return float((1 + (others >= value).sum()) / (1 + len(others)))
+
+
+def holm(p: Array) -> Array:
+    """Holm's (1979) adjusted p-values of `p` (n,): rejecting those below 0.05 errs in any of them with p < 0.05."""
+    order = numpy.argsort(p)
+    steps = numpy.maximum.accumulate(numpy.asarray(p)[order] * numpy.arange(len(p), 0, -1))
+    adjusted = numpy.empty(len(p))
+    adjusted[order] = numpy.minimum(steps, 1)
+    return adjusted
 
 
 def draw_signs(n: int, seed: int, flips: int = FLIPS) -> Array:
@@ -62,6 +101,7 @@ def sign_flip_test(differences: Array, seed: int = 0, flips: int = FLIPS) -> tup
     The statistic is the mean divided by its standard error, so that columns of different scale are comparable. No
     p-value is below 1 / (flips + 1): use at least as many flips as there are columns to correct for.
     """
+    differences = differences.astype(numpy.float64)  # in float32 the observed signs would not equal themselves
     n, columns = differences.shape
     exact = 2**n <= flips  # all sign patterns are used, the observed one among them
     sign_rows = draw_signs(n, seed, flips).astype(float)
@@ -91,13 +131,28 @@ def benjamini_hochberg(p: Array) -> Array:
 
 
 def column_intervals(values: Array, seed: int = 0) -> tuple[Array, Array]:
-    """95 % bootstrap intervals of the column means of `values` (n, columns); the rows are resampled together."""
+    """95 % studentised bootstrap intervals of the column means of `values` (n, columns); rows are resampled together.
+
+    Each resample's mean is measured in its own standard errors (bootstrap-t, Efron 1981), so that the ends hold for the
+    two dozen questions of a probe, also if the values are skewed: percentile intervals are too short there.
+    """
+    values = numpy.asarray(values, float)
     n, columns = values.shape
+    low, high = values.mean(0), values.mean(0)
+    if n < 2:
+        return low, high
     weights = numpy.stack([numpy.bincount(rows, minlength=n) for rows in draw_resamples(n, seed)]) / n
-    low, high = numpy.empty(columns), numpy.empty(columns)
     for start in range(0, columns, COLUMNS_PER_CHUNK):
         part = slice(start, start + COLUMNS_PER_CHUNK)
-        low[part], high[part] = percentile_interval(weights @ values[:, part])
+        center = values[:, part] - values[:, part].mean(0)
+        means = weights @ center
+        deviations = numpy.sqrt(numpy.maximum(weights @ center**2 - means**2, 0))
+        spread = center.std(0)
+        t = means / numpy.maximum(deviations, 0.1 * spread + 1e-300)  # a resample of equal rows has no spread
+        t_low, t_high = numpy.quantile(t, [0.025, 0.975], axis=0)
+        # the standard errors of the resamples and of the sample lack the same factor (n - 1), so it cancels
+        low[part] -= t_high * spread
+        high[part] -= t_low * spread
     return low, high
 
 
@@ -117,6 +172,11 @@ def cosine(a: Array, b: Array) -> Array:
     """Cosine similarity over the last axis."""
     norms = numpy.linalg.norm(a, axis=-1) * numpy.linalg.norm(b, axis=-1)
     return (a * b).sum(-1) / numpy.maximum(norms, 1e-12)
+
+
+def normalize(vectors: Array) -> Array:
+    """Scale vectors (..., hidden) to length 1; a zero vector stays zero."""
+    return vectors / numpy.maximum(numpy.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def split_half_cosine(differences: Array, seed: int = 0, n_splits: int = 50) -> Array:
@@ -140,7 +200,7 @@ def draw_natural_directions(rows: Array, count: int, seed: int = 0) -> Array:
     centered = rows - rows.mean(0)
     weights = numpy.random.default_rng(seed).standard_normal((count, len(rows)))
     directions = numpy.einsum("cn,nlh->clh", weights, centered)
-    return directions / numpy.maximum(numpy.linalg.norm(directions, axis=-1, keepdims=True), 1e-12)
+    return normalize(directions)
 
 
 def spearman(a: Array, b: Array) -> float:

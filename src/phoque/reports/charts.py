@@ -11,6 +11,7 @@ from typing import Any
 
 Spec = dict[str, Any]
 HEIGHT = 220  # pixels
+BAR_STEP = 15  # pixels from one bar to the next
 PALETTE = ("#3b8bc2", "#e07b39", "#2aa17c", "#b07cc6", "#8a8f94")
 GRAY = PALETTE[-1]
 PNG_WIDTH, PNG_SCALE = 520, 2.0
@@ -43,6 +44,28 @@ class Dots:
 
     name: str
     points: Sequence[tuple[float, float, str]]
+
+
+def bar_chart(bars: Sequence[tuple[str, float]], x_label: str, marked: str) -> Spec | None:
+    """Horizontal bars in the given order, the one named `marked` in color; None if no value is finite."""
+    values = [{"name": name, "value": value, "marked": name == marked} for name, value in bars if _is_finite(value)]
+    if not values:
+        return None
+    content = {
+        "data": {"values": values},
+        "mark": {"type": "bar", "tooltip": True},
+        "encoding": {
+            "y": {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"labelOverlap": False}},
+            "x": {"field": "value", "type": "quantitative", "title": x_label},
+            "color": {
+                "field": "marked",
+                "type": "nominal",
+                "scale": {"domain": [True, False], "range": [PALETTE[1], GRAY]},
+                "legend": None,
+            },
+        },
+    }
+    return _chart(content) | {"height": {"step": BAR_STEP}}
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str = "") -> Spec | None:

@@ -1,6 +1,7 @@
 """Pages from Jinja templates: one HTML file that asks the network for nothing, charts included."""
 
 import json
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -28,6 +29,38 @@ def format_interval(ends: tuple[Any, Any] | list[Any]) -> str:
 def format_percent(value: float | None) -> str:
     """A share as percent with one decimal, or a dash for None."""
     return "–" if value is None else f"{value:.1%}"
+
+
+def arrange_verdicts(
+    verdicts: dict[str, dict[str, Any]], questions: dict[str, str], show: Callable[[float], str]
+) -> list[dict[str, Any]]:
+    """Verdicts of a report as its page shows them, in the order of `questions`; `show` writes a verdict's number."""
+    return [
+        {
+            "name": name,
+            "word": verdicts[name]["verdict"].split()[0],
+            "question": question,
+            "number": _describe_number(verdicts[name], show),
+            **{key: verdicts[name][key] for key in ("verdict", "conditions", "why")},
+        }
+        for name, question in questions.items()
+    ]
+
+
+def _describe_number(verdict: dict[str, Any], show: Callable[[float], str]) -> str:
+    """The number of a verdict with its unit and the questions behind it; empty for one that was not asked."""
+    if verdict["number"] is None:
+        return ""
+    return f"{show(verdict['number'])} {verdict['unit']}, {verdict['n']} questions"
+
+
+def conclude_verdicts(verdicts: dict[str, dict[str, Any]], order: Iterable[str]) -> str:
+    """One sentence: which verdicts are yes, which no, and which are not decided."""
+    words: dict[str, list[str]] = {"yes to": [], "no to": [], "not decided:": []}
+    for name in order:
+        words.get(f"{verdicts[name]['verdict']} to", words["not decided:"]).append(name)
+    parts = [f"{word} {', '.join(names)}" for word, names in words.items() if names]
+    return f"Verdicts: {'; '.join(parts)}."
 
 
 def format_versions(versions: dict[str, str]) -> str:

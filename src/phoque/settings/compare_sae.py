@@ -34,7 +34,8 @@ class SaeSettings(ProbeSettings):
         "Data": "prompts_file system persona dataset dataset_revision dataset_config split chat text tokens "
         "own_answers",
         "Autoencoder": "sae layers architecture width k passes sae_batch sae_learning_rate seeds",
-        "Comparison": "scorer max_new_tokens min_active cards causal_prompts steering shuffle_pairs seed",
+        "Comparison": "scorer questions max_new_tokens min_active cards causal_prompts matched_features steering "
+        "shuffle_pairs seed",
         "Output": "output_dir report_json report_md",
         "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
         "public hub_patience",
@@ -67,10 +68,12 @@ class SaeSettings(ProbeSettings):
     updated_revision: str | None = setting(
         None, "Use this branch, tag or commit of --updated-model or --updated-adapter on the Hub."
     )
-    control_adapter: str = setting(
-        "",
-        "Use this adapter of a different fine-tune on the same prompts as control; feature shifts that "
-        "it shares do not count as findings.",
+    control_adapter: list[str] = setting(
+        [],
+        "Use this adapter of a different fine-tune on the same prompts as control. Repeatable: with two or more runs "
+        "of one control recipe, findings must exceed the spread between them. Without it, the controls of `phoque "
+        "train --with-control`.",
+        commas=True,
     )
     prompts_file: str = setting(
         "",
@@ -142,15 +145,16 @@ class SaeSettings(ProbeSettings):
         "Store the models' weights in this precision. nf4 needs the least memory.",
         value_aliases={"none": "fp32"},
     )
-    scorer: list[str] = setting(
-        ["contrast", "lexicon"],
-        "Score answers with this scorer; `phoque psm-probe --help` lists them. Repeatable. Without a "
-        "persona, those that need one are dropped.",
-    )
     max_new_tokens: int = setting(80, "Generate at most this many tokens per answer.", ge=4)
     min_active: int = setting(4, "Test only features that are active on at least this many prompts.", ge=2)
     cards: int = setting(
         8, "Show this many features with their tokens and contexts, and test their causal effect.", ge=0
+    )
+    matched_features: int = setting(
+        40,
+        "Compare the causal effect of shifted features with that of this many features that did not shift and are as "
+        "active.",
+        ge=2,
     )
     causal_prompts: int = setting(24, "Test the causal effect of features on this many prompts.", ge=0)
     steering: float = setting(

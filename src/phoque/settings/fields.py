@@ -136,15 +136,18 @@ def setting(
     old_flag: str | None = None,
     value_aliases: dict[str, str] | None = None,
     commas: bool = False,
+    positional: bool = False,
     **limits: Any,
 ) -> Any:
     """A field with its help text.
 
     `env` is its environment variable where that is not PHOQUE_<FIELD>, `flag` its flag where that is not its name.
     `old_flag` and the variable of that name, and the values in `value_aliases`, are still accepted, and are hidden.
-    With `commas`, an item of a list that has commas in it is several items.
+    With `commas`, an item of a list that has commas in it is several items. A `positional` setting is also the
+    command's first argument.
     """
     extra: Any = {"flag": flag, "old_flag": old_flag, "value_aliases": value_aliases, "commas": commas}
+    extra["positional"] = positional
     variable: Any = env
     if flag and old_flag and env is None:
         variable = AliasChoices(*(PREFIX + name.upper().replace("-", "_") for name in (flag, old_flag)))
@@ -185,6 +188,11 @@ def value_aliases(model: type[BaseSettings], name: str) -> dict[str, str]:
 def takes_commas(model: type[BaseSettings], name: str) -> bool:
     """Whether several values of a list may be given as one, with commas between them."""
     return bool(_extra(model, name, "commas"))
+
+
+def is_positional(model: type[BaseSettings], name: str) -> bool:
+    """Whether a setting is also the command's first argument."""
+    return bool(_extra(model, name, "positional"))
 
 
 def group_of(model: type[CommandSettings], name: str) -> str:

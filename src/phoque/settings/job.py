@@ -1,4 +1,4 @@
-"""Settings that all commands share which can run as an HF Job."""
+"""Settings that commands share which read from the Hub, and those which can run as an HF Job."""
 
 from typing import ClassVar
 
@@ -8,7 +8,19 @@ REPO = r"^[\w.-]+/[\w.-]+$"
 DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 
 
-class JobSettings(CommandSettings):
+class HubSettings(CommandSettings):
+    """Base class of the settings of commands that read from the Hub."""
+
+    hub_patience: int = setting(
+        300,
+        "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
+        ge=0,
+        flag="retry-timeout",
+        old_flag="hub-patience",
+    )
+
+
+class JobSettings(HubSettings):
     """Base class of the settings of commands that can run as an HF Job.
 
     `keeps` is the field that names the Hub repository for a Job's output. `reads` maps each field that names an input
@@ -30,13 +42,6 @@ class JobSettings(CommandSettings):
         False,
         "Create the Hub repository as public, or accept one that is public already. Anyone can read its contents.",
     )
-    hub_patience: int = setting(
-        300,
-        "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
-        ge=0,
-        flag="retry-timeout",
-        old_flag="hub-patience",
-    )
     timeout: str | None = setting(
         None,
         "Time limit from process or Job start: 4h, 90m or 14400 (seconds). train saves and pushes before "
@@ -57,6 +62,11 @@ class JobSettings(CommandSettings):
         "Install phoque in the Job from this pip requirement. Without it, the Job installs the version "
         "that submits it.",
     )
+
+    @property
+    def used_secrets(self) -> tuple[str, ...]:
+        """The fields of Secrets that the command uses; a Job gets no others."""
+        return ("hf_token",)
 
     @property
     def seconds(self) -> float | None:

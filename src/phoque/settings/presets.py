@@ -24,7 +24,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sae_batch": 1024,
         "cards": 6,
         "causal_prompts": 8,
+        "matched_features": 12,
         "extraction_tokens": 24,
+        "scorer": ["words", "lexicon"],  # contrast reads every answer six times
+        "questions": 12,
+        "role_questions": 6,
+        "doses": "0,0.5,1,1.5",
+        "directions": 0,  # causal is not asked: each direction costs a sweep
+        "sweep_blocks": 3,
+        "sweep_questions": 4,
         "coefficients": "0.1,0.2,0.3",
         "sweep_tokens": 24,
         "max_new_tokens": 40,

@@ -23,6 +23,12 @@ class ProbeSettings(JobSettings):
         None, "Use this config of --dataset, where a dataset has several. An unknown one lists those that exist."
     )
     split: str = setting("train", "Read this split of --dataset.")
+    scorer: list[str] = setting(
+        ["contrast", "lexicon"],
+        "Score answers with contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL or "
+        "command:COMMAND. Repeatable; the first is the trait. Without a persona, those that need one are dropped.",
+    )
+    questions: int = setting(24, "Ask at most this many questions of each list of the persona.", ge=4)
     artifacts_repo_id: str | None = setting(
         None,
         "Upload the run folder to this Hub repository (owner/name). It is created private unless --public is given.",
@@ -42,3 +48,9 @@ class ProbeSettings(JobSettings):
         "Exit with code 1 if the upload to --artifacts-repo-id fails. Without it, a failed upload is a warning.",
         env="FAIL_ON_ARTIFACTS_UPLOAD_ERROR",
     )
+
+    @property
+    def used_secrets(self) -> tuple[str, ...]:
+        """The Hub's token, and the key of a scorer that is asked over the network."""
+        is_remote = any(name.startswith("openai:") for name in self.scorer)
+        return ("hf_token", "openai_api_key") if is_remote else ("hf_token",)

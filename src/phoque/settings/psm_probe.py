@@ -21,13 +21,15 @@ class PsmSettings(ProbeSettings):
         "control_adapter": None,
         "dataset": "dataset_revision",
         "persona": None,
+        "roles": None,
     }
     groups: ClassVar = {
         "Model": "preset model_source revision adapter_source adapter_revision control_adapter merge_adapter "
         "quantization",
         "Data": "persona dataset dataset_revision dataset_config split",
-        "Probe": "scorer extraction_tokens sweep_layers coefficients sweep_tokens positions coherence_limit "
-        "max_new_tokens samples temperature top_p seed shuffle_labels",
+        "Probe": "scorer roles role_questions questions extraction_tokens sweep_layers sweep_blocks coefficients "
+        "sweep_questions sweep_tokens directions doses positions coherence_limit max_new_tokens samples temperature "
+        "top_p seed nulls shuffle_labels",
         "Output": "output_dir",
         "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
         "public hub_patience",
@@ -69,27 +71,47 @@ class PsmSettings(ProbeSettings):
         value_aliases={"none": "fp32"},
     )
     scorer: list[str] = setting(
-        ["contrast", "lexicon"],
-        "Use contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL or "
-        "command:COMMAND. Repeatable; the first is the trait.",
+        ["words", "contrast", "lexicon"],
+        "Score answers with words, contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL or "
+        "command:COMMAND. Repeatable; the first is the trait that steering must raise.",
     )
+    roles: str = setting(
+        "bundled",
+        "Rank the persona among these roles: the bundled ones, those of a .toml file, or none. With fewer than 19, the "
+        "verdicts that rank are not asked.",
+    )
+    role_questions: int = setting(24, "Answer at most this many questions of each list as each role.", ge=2)
     extraction_tokens: int = setting(
         40, "Generate at most this many tokens per answer for the persona vectors and the evidence.", ge=4
     )
     sweep_layers: str = setting(
         "",
-        "Steer these decoder blocks, such as 9,13,17. Without it, five blocks from 30% to 80% of the model's depth.",
+        "Steer these decoder blocks, such as 9,13,17. Without it, --sweep-blocks from 30% to 80% of the model's depth.",
         pattern=f"^$|{NUMBERS}",
     )
+    sweep_blocks: int = setting(5, "Steer this many blocks if --sweep-layers names none.", ge=1)
     coefficients: str = setting(
         "0.1,0.15,0.2,0.3,0.4",
         "Steer with these strengths, such as 0.1,0.2, as multiples of the residual stream's norm.",
         pattern=NUMBERS,
     )
+    sweep_questions: int = setting(8, "Answer at most this many validation questions per setting in the sweep.", ge=1)
+    directions: int = setting(
+        39,
+        "Rank the persona vector among this many natural directions, each at its own best setting. With fewer than 19, "
+        "the verdict causal is not asked.",
+        ge=0,
+        le=199,
+    )
+    doses: str = setting(
+        "0,0.25,0.5,0.75,1,1.25,1.5",
+        "Measure the fine-tune at these multiples of its adapter's strength; 0 is the base model. Empty: not at all.",
+        pattern=f"^$|{NUMBERS}",
+    )
     sweep_tokens: int = setting(40, "Generate at most this many tokens per answer in the steering sweep.", ge=4)
     max_new_tokens: int = setting(120, "Generate at most this many tokens per answer to a test prompt.", ge=4)
     samples: int = setting(
-        2, "Sample this many answers per test prompt and condition, in addition to the greedy answer.", ge=0, le=199
+        4, "Sample this many answers per test prompt and condition, in addition to the greedy answer.", ge=0, le=199
     )
     temperature: float = setting(
         0.8, "Draw the sampled answers with this temperature; higher values make them more varied.", gt=0
@@ -110,8 +132,9 @@ class PsmSettings(ProbeSettings):
         gt=0,
     )
     seed: int = setting(0, "Seed the sampling, the bootstrap and the permutation tests.", ge=0)
+    nulls: int = setting(50, "Repeat the evidence this many times with swapped labels, to count false alarms.", ge=0)
     shuffle_labels: bool = setting(
-        False, "Swap the labels of half the pairs, as a null run: every verdict must then be no."
+        False, "Swap the labels of half the pairs, as a null run: separable, specific and causal must then be no."
     )
 
     @model_validator(mode="after")
@@ -131,8 +154,16 @@ class PsmSettings(ProbeSettings):
         """The coefficients as numbers."""
         return [float(part) for part in self.coefficients.split(",")]
 
+    @property
+    def dose_scales(self) -> list[float]:
+        """The multiples of the adapter's strength as numbers."""
+        return [float(part) for part in self.doses.split(",") if part.strip()]
+
     def steered_blocks(self, count: int) -> list[int]:
-        """Indices of the blocks to steer in a model of `count` blocks: --sweep-layers, or five from 30% to 80%."""
+        """Indices of the blocks to steer in a model of `count` blocks: --sweep-layers, or some from 30% to 80%."""
         if self.sweep_layers:
             return sorted({int(float(part)) for part in self.sweep_layers.split(",")})
-        return sorted({round(share * (count - 1)) for share in (0.3, 0.425, 0.55, 0.675, 0.8)})
+        if self.sweep_blocks == 1:
+            return [round(0.55 * (count - 1))]
+        step = 0.5 / (self.sweep_blocks - 1)
+        return sorted({round((0.3 + n * step) * (count - 1)) for n in range(self.sweep_blocks)})

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsError
 
 from phoque.errors import PhoqueError, UsageError, suggest
+from phoque.settings.chat import ChatSettings
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import (
     PREFIX,
@@ -26,13 +28,24 @@ from phoque.settings.fields import (
 from phoque.settings.merge import MergeSettings
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
+from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 ENV_FILE = ".env.secrets"
 ALL_NAMES = "docs/reference/environment.md lists every name."
 OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # not settings of a command: see cli/main.py and environment.py
 # all of them, because one environment and one secrets file serve every command
-MODELS = (TrainSettings, MergeSettings, ExportSettings, VerifySettings, PsmSettings, SaeSettings)
+MODELS = (
+    TrainSettings,
+    MergeSettings,
+    ExportSettings,
+    VerifySettings,
+    GgufSettings,
+    VerifyGgufSettings,
+    ChatSettings,
+    PsmSettings,
+    SaeSettings,
+)
 
 
 def resolve_settings(
@@ -46,6 +59,13 @@ def resolve_settings(
     file = env_file or Path(ENV_FILE)
     if env_file and not file.is_file():
         raise UsageError(what=f"No such secrets file: {file}", why="--secrets-file names it.", fix="Check the path.")
+    if file.is_file():
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                what=f"{file} cannot be read.", why="It is not UTF-8 text.", fix="Save it as UTF-8."
+            ) from error
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
     warnings += _check_names(model, file)
@@ -156,13 +176,17 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
     known = {v for m in {model, *MODELS, Secrets} for name in m.model_fields for v in env_names(m, name)} | OTHER_NAMES
     in_file = dotenv_values(file) if file.is_file() else {}
     warnings = []
-    for name in {**os.environ, **in_file}.keys() - known:
+    by_field = {name.upper(): env_name(m, name) for m in {model, *MODELS} for name in m.model_fields}
+    names = {name for name in {**os.environ, **in_file} if name.upper() not in known}  # pydantic reads either case
+    for name in names:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
         if name.upper().startswith(PREFIX) or (near and name in in_file):
+            bare = name.upper().removeprefix(PREFIX)  # the name without the prefix, or a setting of that name
+            exact = bare if bare in known else by_field.get(bare)
             raise UsageError(
                 what=f"Unknown setting {name}.",
                 why="No setting has that name.",
-                fix=suggest(name.upper(), known, ALL_NAMES),
+                fix=f"Did you mean {exact}?" if exact else suggest(name.upper(), known, ALL_NAMES),
             )
         if near:
             warnings.append(f"{name} is set, but it is not a setting of phoque; did you mean {near[0]}?")

@@ -19,10 +19,10 @@ class TrainSettings(JobSettings):
         "Data": "dataset dataset_revision dataset_config split eval_split held_out_rows max_bad_rows "
         "default_system greeting max_length packing",
         "Training": "max_steps batch_size micro_batch learning_rate warmup_ratio weight_decay max_grad_norm "
-        "engine_mode gradient_checkpointing seed allow_change fresh_start yes",
+        "engine_mode gradient_checkpointing deterministic seed with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
         "export_merged export_on_save wandb_project wandb_log_model wandb_mode",
-        "Hub": "hub_model_id merged_hub_model_id public hub_patience",
+        "Hub": "hub_model_id merged_hub_model_id squash_history public hub_patience",
         "Job": "on timeout attempts package",
     }
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
@@ -103,6 +103,11 @@ class TrainSettings(JobSettings):
         "Run the layers as plain PyTorch (eager), compiled, or compiled with CUDA graphs (graph). auto "
         "picks what pays off for this run.",
     )
+    deterministic: bool = setting(
+        True,
+        "Use kernels whose sums have a fixed order: the same command on the same kind of GPU gives the same adapter, "
+        "bit for bit, also after a resume. --no-deterministic is slightly faster.",
+    )
     gradient_checkpointing: bool = setting(
         False,
         "Recompute the activations of all layers in the backward pass: slower, less memory. Without it, "
@@ -136,6 +141,17 @@ class TrainSettings(JobSettings):
     prompts: list[str] = setting(
         [], "Generate a sample for this prompt. Repeat the flag for more prompts.", flag="prompt"
     )
+    with_control: bool = setting(
+        False,
+        "Afterwards train a control for the probes: prompts of the same data, the same recipe, the base model's own "
+        "answers.",
+    )
+    control_seeds: int = setting(
+        1,
+        "Train this many controls, each with a seed of its own. The spread between them is what a finding must exceed.",
+        ge=1,
+        le=9,
+    )
     hub_model_id: str | None = setting(
         None,
         "Push checkpoints and the adapter to this Hub repository (owner/name). It is created private "
@@ -160,6 +176,11 @@ class TrainSettings(JobSettings):
         "Also merge and push the model at each checkpoint, which takes time and bandwidth. It needs --export-merged.",
         env="EXPORT_INFERENCE_ON_SAVE",
     )
+    squash_history: bool = setting(
+        False,
+        "At the end of the run, replace the history of --hub-model-id by one commit, so that deleted checkpoints take "
+        "no storage. Older commits are gone for good.",
+    )
     fresh_start: bool = setting(
         False, "Delete all checkpoints in the run folder and on the Hub, and start at step 0.", env="FORCE_FRESH_START"
     )
@@ -174,11 +195,13 @@ class TrainSettings(JobSettings):
         "false",
         "Log the adapter as a Weights & Biases model artifact at the end, at each checkpoint, or never (false).",
         env="WANDB_LOG_MODEL",
+        value_aliases={"true": "end", "1": "end", "0": "false"},
     )
     wandb_mode: Literal["online", "offline", "disabled"] | None = setting(
         None,
         "Log to Weights & Biases online, to disk (offline, needs no API key) or not at all (disabled).",
         env="WANDB_MODE",
+        value_aliases={"run": "online", "dryrun": "offline", "shared": "online"},
     )
 
     @model_validator(mode="after")
@@ -192,6 +215,17 @@ class TrainSettings(JobSettings):
         if self.export_on_save and not (self.export_merged and self.merged_repo):
             raise ValueError("--export-on-save needs --export-merged, and --hub-model-id or --merged-hub-model-id")
         return self
+
+    @model_validator(mode="after")
+    def _a_control_to_seed(self) -> Self:
+        if self.control_seeds > 1 and not self.with_control:
+            raise ValueError("--control-seeds needs --with-control")
+        return self
+
+    @property
+    def used_secrets(self) -> tuple[str, ...]:
+        """The Hub's token, and W&B's key unless W&B is disabled."""
+        return ("hf_token",) if self.wandb_mode == "disabled" else ("hf_token", "wandb_api_key")
 
     @property
     def merged_repo(self) -> str | None:

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from phoque.settings.export_onnx import PRECISIONS
-from phoque.settings.fields import CommandSettings, setting
-from phoque.settings.job import REPO
+from phoque.settings.fields import setting
+from phoque.settings.job import REPO, HubSettings
 
 LEVELS = ("files", "graph", "ort", "node", "browser")
 
 
-class VerifySettings(CommandSettings):
+class VerifySettings(HubSettings):
     """The settings of one verification of an ONNX export."""
 
     groups: ClassVar = {
@@ -47,10 +47,3 @@ class VerifySettings(CommandSettings):
     report_md: Path | None = setting(None, "Also write the verdict to this file as Markdown, for a model card.")
     serve: bool = setting(False, "Open the exported model in a chat page on this machine, instead of verifying it.")
     port: int = setting(8017, "Serve the chat page of --serve on this port; 0 picks a free one.", ge=0, le=65535)
-    hub_patience: int = setting(
-        300,
-        "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
-        ge=0,
-        flag="retry-timeout",
-        old_flag="hub-patience",
-    )

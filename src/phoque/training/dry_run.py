@@ -25,6 +25,7 @@ from phoque.training.data_summary import (
 )
 from phoque.training.engine.loss import LOGITS_AT_ONCE
 from phoque.training.fingerprint import check_same_run, compute_identity
+from phoque.training.pinned import pin_revisions
 from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare, rows_per_step
 from phoque.training.run_record import read_record
 
@@ -57,10 +58,10 @@ class TrainPlan(DryRun):
 def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan:
     """Show what a run would do. Writes only to phoque's cache."""
     s = resolved.settings
-    ready = prepare(resolved, services, weights=False)
+    ready = prepare(pin_revisions(resolved, s.folder, None, services), services, weights=False)
     counts = count_parameters(ready.config, s.lora_rank)
     return TrainPlan(
-        facts=_list_facts(s, ready, counts) | _describe_repo(s, services),
+        facts=_list_facts(s, ready, counts, services) | _describe_repo(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),
         warnings=list_data_problems(ready.scan),
         settings=resolved.provenance(),
@@ -163,7 +164,7 @@ def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
     return f"bin-packed into {rows_per_step(s, rows)} x {rows.tokens:,} tokens"
 
 
-def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> dict[str, str]:
+def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int], services: Services) -> dict[str, str]:
     memory, scan = estimate_memory(ready, s, counts), ready.scan
     facts = {
         "model": f"{ready.source.name} ({ready.source.origin}), {counts['base'] / 1e6:,.0f} M parameters, "
@@ -180,8 +181,11 @@ def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int]) -> di
         f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f}, logits "
         f"{memory['logits']:.1f}{_describe_libraries(memory)} (an estimate)",
         "system": count_system_tokens(ready.chat),
-        "run folder": _describe_folder(s, ready),
+        "run folder": _describe_folder(s, ready, services),
     }
+    if s.with_control:
+        runs = f"{s.control_seeds} run{'s' if s.control_seeds > 1 else ''} of as many steps"
+        facts["control"] = f"{runs}, on the base model's answers to the same conversations, in {s.folder}/control-1"
     if scan.sources.keys() == {"unknown"}:
         del facts["sources"]
     if len(ready.dataset.splits) == 1:
@@ -193,14 +197,14 @@ def _describe_libraries(memory: dict[str, float]) -> str:
     return f", libraries {memory['libraries']:.1f}" if "libraries" in memory else ""
 
 
-def _describe_folder(s: TrainSettings, ready: Prepared) -> str:
+def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> str:
     """What the run folder holds, and whether a run with these settings would continue it."""
     record = read_record(s.folder)
     names = sort_checkpoints(p.name for p in s.folder.glob("checkpoint-*"))
     newest = names[0] if names else None
     if record is None:
         return f"{s.folder}, {f'holds {newest}' if newest else 'new'}"
-    identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan)
+    identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan, services)
     recorded = record["fingerprint"]
     try:
         check_same_run(recorded, identity.for_record(recorded), s.allow_change)

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from phoque.errors import PhoqueError
+from phoque.errors import UsageError
 from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
 from phoque.merging.run import MergeResult, merge_into, push_merged
@@ -30,7 +30,7 @@ def merge_final(run: Run, result: TrainResult) -> TrainResult:
     try:
         repo.open(run.settings.public, run.console.warn)
         push_merged(repo, folder)
-    except PhoqueError:
+    except UsageError:
         raise
     except Exception as error:
         raise push_error(error)(

@@ -11,7 +11,8 @@ from phoque.data.chat_template import ChatTemplate
 from phoque.data.readers import Dataset
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
-from phoque.models.source import Source
+from phoque.models.source import Source, hash_weights
+from phoque.services import Services
 from phoque.settings.train import TrainSettings
 
 FINGERPRINT_SETTINGS = (
@@ -81,15 +82,18 @@ class RunIdentity:
 
     def for_record(self, recorded: dict[str, Any]) -> dict[str, Any]:
         """The fingerprint that a run of these settings has under the rules by which `recorded` was written."""
+        current = self.fingerprint
+        if "base_weights" not in recorded:  # of a run before version 0.2
+            current = {name: value for name, value in current.items() if name != "base_weights"}
         if recorded["data_rules"] == DATA_RULES:
-            return self.fingerprint
+            return current
         # the digest of the template was of a text with marks in it; the revision of the base identifies the template
         old = {"dataset_digest": self.old_scan.digest, "data_rules": 1, "template": recorded.get("template")}
-        return self.fingerprint | old
+        return current | old
 
 
 def compute_identity(
-    s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, scan: DatasetScan
+    s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, scan: DatasetScan, services: Services
 ) -> RunIdentity:
     """Everything that determines what is learned: data, base, template, schedule, adapter."""
     from accelerate import PartialState
@@ -97,6 +101,7 @@ def compute_identity(
     fingerprint = {
         "base_model": source.name,
         "base_revision": source.revision,
+        "base_weights": hash_weights(source, services),
         "dataset_revision": dataset.revision,
         "dataset_digest": scan.digest,
         "processes": PartialState().num_processes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from phoque.data.stream import TrainStream
-from phoque.errors import FAILED, PhoqueError, Resumable, RunError
+from phoque.errors import FAILED, PhoqueError, Resumable, RunError, UsageError
 from phoque.files import atomic_folder
 from phoque.hub.client import describe_error, is_transient
 from phoque.hub.repo import CARD
@@ -52,10 +52,11 @@ class TrainResult:
     merged: str | None = None
     proof: dict[str, Any] | None = None
     merged_repo: str | None = None
+    controls: list[str] | None = None  # run folders of the controls
 
     def to_json(self) -> dict[str, Any]:
         """For --json, and in run.json what is known before the push; what does not apply is left out."""
-        optional = ("repo", "commit", "merged", "proof", "merged_repo")
+        optional = ("repo", "commit", "merged", "proof", "merged_repo", "controls")
         return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
     @classmethod
@@ -127,7 +128,10 @@ def publish(run: Run, result: TrainResult) -> TrainResult:
     write_record(folder, run.record)
     try:
         commit = run.repo.push({name: f for name, f in files.items() if f.is_file()}, "Adapter", lambda _: [])
-    except PhoqueError:
+        if run.settings.squash_history:
+            commit = run.repo.squash("Adapter")
+            run.console.say(f"the history of {run.repo.name} is one commit now")
+    except UsageError:
         raise
     except Exception as error:
         raise push_error(error)(
@@ -160,12 +164,13 @@ def stop_error(run: Run, step: int, pusher: "CheckpointPusher | None") -> Resuma
 
 
 def out_of_memory_error(s: TrainSettings) -> RunError:
-    """How much GPU memory was in use, and three changes that need less."""
+    """How much GPU memory was in use, and two changes that need less and train on the same batch."""
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     total = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
     micro_batch = max(1, s.batch_size // s.accumulation // 2)
     return RunError(
         what=f"Out of GPU memory: {peak:.1f} GB were in use of {total:.1f} GB.",
         why=f"Each forward pass holds {s.batch_size // s.accumulation} conversations of up to {s.max_length} tokens.",
-        fix=f"Use --micro-batch {micro_batch}, or --gradient-checkpointing, or --max-length {s.max_length // 2}.",
+        fix=f"Use --gradient-checkpointing, or --micro-batch {micro_batch} (with --allow-change micro_batch if the run "
+        "has checkpoints). Both train on the same batch.",
     )

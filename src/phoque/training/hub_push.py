@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phoque.console import Console
-from phoque.errors import PhoqueError, Superseded
+from phoque.errors import PhoqueError, Superseded, UsageError
 from phoque.hub.client import describe_error
-from phoque.hub.repo import CARD, Repo, Snapshot
+from phoque.hub.repo import CARD, Repo, Snapshot, git_blob_id
 from phoque.training import checkpoints
 
 COMMITS_PER_HOUR = 128  # the Hub's limit per repository
@@ -42,6 +42,10 @@ class CheckpointPusher:
         self._commits: deque[float] = deque()
         self._draining = False
         self._fatal_error: PhoqueError | None = None
+        # git's hashes of manifests: of those that are accounted for on the Hub, and of those that this run has sent
+        self._known: set[str] | None = None
+        self._sent: set[str] = set()
+        self._foreign_writes = 0
         self.pushed: int | None = None
         self.seconds, self.failure = 0.0, ""
         threading.Thread(target=self._work, daemon=True, name="push").start()
@@ -100,7 +104,7 @@ class CheckpointPusher:
                 self.seconds = max(self.seconds, time.monotonic() - start)
             except Superseded:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
-            except PhoqueError as error:
+            except UsageError as error:
                 self._fatal_error, self.failure = error, error.what
                 self._console.warn(f"checkpoint {step} is not on the Hub: {error.what}")
             except Exception as error:  # training continues after any error; the end of the run reports what was pushed
@@ -119,6 +123,8 @@ class CheckpointPusher:
         self._wait_for_quota()
         files = {f"{folder.name}/{file.relative_to(folder)}": file for file in folder.rglob("*") if file.is_file()}
         files[CARD] = self._card(folder)
+        if (manifest := folder / checkpoints.MANIFEST).is_file():
+            self._sent.add(git_blob_id(manifest))
         before = self._repo.commits
         self._repo.push(files, f"Step {step}", lambda snapshot: self._find_old(snapshot, step), self._wait)
         if self._repo.commits > before:
@@ -126,13 +132,44 @@ class CheckpointPusher:
         self.pushed, self.failure = step, ""
 
     def _find_old(self, snapshot: Snapshot, step: int) -> list[str]:
-        """Return the old checkpoints to delete; those after `step` are kept, because this run did not write them."""
+        """Return the old checkpoints to delete; those after `step` are kept, because this run did not write them.
+
+        Raises UsageError if another process has written checkpoints twice since this run began to push.
+        """
+        self._notice_other_writers(snapshot)
         older = [
             name
             for name in checkpoints.sort_checkpoints(snapshot.checkpoint_folders())
             if checkpoints.get_step(Path(name)) < step
         ]
         return older[self._keep - 1 :]
+
+    def _notice_other_writers(self, snapshot: Snapshot) -> None:
+        """Warn if another process has written a checkpoint; raise UsageError at the second one.
+
+        The first may be the last push of an attempt that was killed before this one began. A manifest holds the hashes
+        of all files of its checkpoint, the times in the logs among them, so no two processes write the same.
+        """
+        present = {
+            file.blob_id: path.partition("/")[0]
+            for path, file in snapshot.files.items()
+            if path.endswith(f"/{checkpoints.MANIFEST}")
+        }
+        if self._known is None:  # the first push of this run: what is there was there before
+            self._known = set(present)
+        foreign = [name for blob_id, name in present.items() if blob_id not in self._known | self._sent]
+        self._known |= set(present)
+        self._foreign_writes += len(foreign)
+        if foreign and self._foreign_writes > 1:
+            raise UsageError(
+                what=f"Another process is writing checkpoints to {self._repo.name}.",
+                why=f"{foreign[-1]} is not this run's. Two runs in one repository overwrite each other's work.",
+                fix="Stop one of the two, or give one of them another --hub-model-id.",
+            )
+        if foreign:
+            self._console.warn(
+                f"{foreign[-1]} in {self._repo.name} was written by another process. If it writes again, this run stops"
+            )
 
     def _wait_for_quota(self) -> None:
         while len(self._commits) >= COMMITS_PER_HOUR - RESERVED_COMMITS and not self._draining:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from phoque.errors import first_line
+from phoque.errors import PhoqueError, first_line
 from phoque.files import write_atomically
 from phoque.settings.fields import Secrets
 from phoque.settings.train import TrainSettings
@@ -100,8 +100,8 @@ def start_wandb(
     import wandb
 
     key = secrets.wandb_api_key.get_secret_value() if secrets.wandb_api_key else None
-    settings = wandb.Settings(api_key=key, silent=True, console="off", init_timeout=30)
     try:
+        settings = wandb.Settings(api_key=key, silent=True, console="off", init_timeout=30)
         wandb_run = wandb.init(
             project=s.wandb_project,
             name=run.name,
@@ -114,6 +114,8 @@ def start_wandb(
         )
         wandb_run.define_metric("train/global_step")
         wandb_run.define_metric("*", step_metric="train/global_step")
+    except PhoqueError:  # a signal arrived meanwhile
+        raise
     except Exception as error:  # no network, a bad key or a broken installation must not stop the run
         warn(f"W&B: {first_line(error)}; the run continues without it")
         return None

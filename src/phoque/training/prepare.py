@@ -45,7 +45,7 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             fix="Give another --eval-split, or leave it out.",
         )
     open_split = partial(
-        open_dataset, s.dataset, revision=s.dataset_revision, token=services.secrets.hub, config=s.dataset_config
+        open_dataset, s.dataset, revision=s.dataset_revision, hub=services.hub, config=s.dataset_config
     )
     dataset = open_split(split=s.split)
     source = find_model(s.base_model, s.revision, services, weights=weights)

@@ -31,6 +31,7 @@ def write_report(run: Path) -> Path:
         subtitle=f"{record['base']['name']} ({record['base']['origin']}), tuned on {record['data']['name']}",
         conclusion=conclude(metrics, record) if result else [],
         next_command=f"phoque merge --adapter-source {shlex.quote(str(run))}",
+        chat_command=f"phoque chat {shlex.quote(str(run))}",
         tiles=_list_tiles(record, result),
         time_spent=format_breakdown(result["seconds_of"]) if "seconds_of" in result else "",
         curves=_draw_curves(metrics),

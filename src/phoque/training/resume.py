@@ -46,7 +46,7 @@ def find_start(
     be reached: an error is never taken for an empty repository.
     """
     remote = _Remote(repo, run / DOWNLOADS, console) if repo else None
-    local = _read_record_or_none(run, s)
+    local = read_record_or_none(run, s)
     marker = remote.marker if remote else (local or {}).get("fresh_start")
     if s.fresh_start:
         newest_record = remote.final if remote else local
@@ -66,7 +66,9 @@ def find_start(
         current = identity.for_record(recorded)
         check_same_run(recorded, current, s.allow_change)
         if recorded != current:  # a change that was allowed: the run is not complete any more
-            start.record = {k: v for k, v in start.record.items() if k != "result"} | {"fingerprint": current}
+            start.record = {k: v for k, v in start.record.items() if k not in ("result", "controls")} | {
+                "fingerprint": current
+            }
             if any(recorded.get(name) != current.get(name) for name in BATCH_SETTINGS):
                 start.record["rows_per_step"] = None
     return start
@@ -255,14 +257,34 @@ def _is_fresh_start_done(
     A Job that is submitted again still has FORCE_FRESH_START set; it must continue, and not delete its own progress at
     every attempt. A complete run is started again, but not by a later attempt of the submission that completed it.
     """
-    if marker is None or marker["asked"] != _learning_settings(s):
+    if marker is None or not _goes_on(marker, latest, s, submission):
         return False
     if "result" in (latest or {}):
-        return bool(submission) and submission == marker["submission"]
+        return True
     if console.can_ask() and not s.yes:
         return not console.confirm(f"The run that was started afresh at {marker['at']} is not finished. Start again?")
-    console.say(f"the fresh start was made at {marker['at']} and its run is not finished: continuing it")
+    console.say(
+        f"the fresh start was made at {marker['at']} and its run is not finished: continuing it "
+        "(outside of a Job, --yes starts again)"
+    )
     return True
+
+
+def is_fresh_start_continued(record: dict[str, Any], s: TrainSettings, submission: str) -> bool:
+    """Whether --fresh-start goes on with the run of a record; on a terminal the user may still choose otherwise."""
+    marker = record.get("fresh_start")
+    return marker is not None and _goes_on(marker, record, s, submission)
+
+
+def _goes_on(marker: dict[str, Any], latest: dict[str, Any] | None, s: TrainSettings, submission: str) -> bool:
+    """Whether the command that made a fresh start goes on with its run, by the rules that need no question."""
+    if marker["asked"] != _learning_settings(s):
+        return False
+    if s.with_control and "result" in (latest or {}) and "controls" not in (latest or {}):
+        return True  # the run itself is finished, and its controls are not: starting again would delete it
+    if not submission:  # on this machine, --yes is the answer to the question whether to start again
+        return not s.yes and "result" not in (latest or {})
+    return "result" not in (latest or {}) or submission == marker["submission"]
 
 
 def _learning_settings(s: TrainSettings) -> dict[str, Any]:
@@ -272,7 +294,7 @@ def _learning_settings(s: TrainSettings) -> dict[str, Any]:
     )
 
 
-def _read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:
+def read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:
     """The record in run.json; None if there is none, or if it cannot be read and a fresh start will replace it."""
     try:
         return read_record(run)

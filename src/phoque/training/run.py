@@ -4,6 +4,7 @@ import gc
 import json
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,20 @@ import torch
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
 from phoque.errors import FAILED, Resumable, UsageError
+from phoque.hub.repo import Repo
 from phoque.models.architectures import architecture_of
-from phoque.models.load import default_device, load_model
+from phoque.models.load import default_device, default_device_name, load_model
 from phoque.models.lora import add_lora_adapter, load_adapter
 from phoque.services import Services
+from phoque.settings.environment import in_job
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
-from phoque.training.callbacks.stop import StopRequest
+from phoque.training.callbacks.stop import SaveWithoutLimit, StopRequest
+from phoque.training.control import plan_controls, record_controls, with_dataset, write_control_rows
 from phoque.training.data_summary import report_scan
 from phoque.training.engine import attention
+from phoque.training.engine.determinism import make_deterministic
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint, merge_final
@@ -35,6 +40,7 @@ from phoque.training.finish import (
     write_card_for_checkpoint,
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step, start_wandb
+from phoque.training.pinned import pin_revisions
 from phoque.training.prepare import open_run_repo, packing_for, prepare, rows_per_step
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
@@ -54,14 +60,28 @@ def train(
     `deadline` is the time.time() at which this process will be killed; `submission` is shared by all attempts of one
     Job. Raises Resumable (75, or 130 after Ctrl-C) after a stop that saved everything, PhoqueError for what failed.
     """
-    folder = resolved.settings.folder
-    check_own_folder(folder)
-    stop = StopRequest(services.console, deadline, resolved.settings.seconds or 0.0)
+    s, console = resolved.settings, services.console
+    check_own_folder(s.folder)
+    if s.with_control and s.hub_model_id:  # before time is spent: a repository that cannot be used stops the run now
+        for control in plan_controls(s):
+            Repo(services.hub, str(control.hub_model_id)).open(control.public, console.warn)
+    stop = StopRequest(console, deadline, s.seconds or 0.0)
     try:
-        with lock_run(folder), stop.handle_signals():
-            return _train(_start(resolved, services, stop, submission))
+        with lock_run(s.folder):
+            with stop.handle_signals():
+                run = _start(resolved, services, stop, submission)
+                result = _train(run)
+            if s.with_control:
+                rows = write_control_rows(s, run.prepared, services, deadline)
+                controls = plan_controls(s)
+                for number, control in enumerate(controls, 1):
+                    console.say(f"control {number} of {len(controls)}, seed {control.seed}")
+                    train(with_dataset(resolved, control, rows), services, deadline=deadline, submission=submission)
+                record_controls(s, controls, services)
+                result = replace(result, controls=[str(control.folder) for control in controls])
+            return result
     except torch.OutOfMemoryError as error:
-        raise out_of_memory_error(resolved.settings) from error
+        raise out_of_memory_error(s) from error
 
 
 def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequest, submission: str) -> Run:
@@ -71,9 +91,10 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
         repo.open(s.public, services.console.warn)
     services.console.say(f"reading {s.dataset}")
-    prepared = prepare(resolved, services, weights=True)
+    pinned = pin_revisions(resolved, folder, repo, services, submission)
+    prepared = prepare(pinned, services, weights=True)
     report_scan(prepared.scan, prepared.dataset, s, services.console)
-    identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan)
+    identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
     if (processes := identity.fingerprint["processes"]) > 1:
         raise UsageError(
             what=f"{processes} processes were launched.",
@@ -83,6 +104,9 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     rows = prepared.scan.trained_rows
     epoch = {"rows": rows, "batch_size": s.batch_size}
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
+    if start.is_fresh and pinned is not resolved:  # the user chose to start again, with what the repositories hold now
+        prepared = prepare(resolved, services, weights=True)
+        identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
     if (
         start.record and start.record["fingerprint"]["data_rules"] != DATA_RULES
     ):  # its rows were held out by another rule
@@ -175,9 +199,12 @@ def _load_model_with_adapter(run: Run) -> Any:
     s, source = run.settings, run.prepared.source
     if (gpus := torch.cuda.device_count()) > 1:
         run.console.warn(f"this machine has {gpus} GPUs; phoque trains on one of them")
+    make_deterministic(s.deterministic)
+    run.record["deterministic"] = s.deterministic
     torch.manual_seed(s.seed)
     is_compiled = s.engine_mode not in ("auto", "eager")
-    tokens = run.steps_left * s.batch_size * run.prepared.scan.mean_length
+    # of the whole run, so that a resumed run chooses the same kernels
+    tokens = s.max_steps * s.batch_size * run.prepared.scan.mean_length
     dtype = torch.float32 if s.quantization == "fp32" else torch.bfloat16
     name, reason = attention.select_attention(
         default_device(), run.prepared.config, dtype, math.inf if is_compiled else tokens, compiled=is_compiled
@@ -195,13 +222,21 @@ def _load_model_with_adapter(run: Run) -> Any:
 
 
 def _build_engine(run: Run, model: Any) -> Engine | None:
-    """The engine that runs the decoder layers of the remaining steps, or None for transformers' own layers."""
+    """The engine that runs the decoder layers, or None for transformers' own layers."""
     s = run.settings
     packing = packing_for(s, run.prepared.scan, static=True)
+    recorded, device = run.record.get("engine") or {}, default_device_name()
+    # measured anew, the choice could be another, and so could the last bits of the adapter
+    previous = recorded["mode"] if run.start.resume and recorded.get("device") == device else ""
     choice = select_engine(
-        model, s.engine_mode, packing, run.steps_left * run.record["rows_per_step"], s.gradient_checkpointing
+        model,
+        s.engine_mode,
+        packing,
+        s.max_steps * run.record["rows_per_step"],
+        recompute=s.gradient_checkpointing,
+        previous=previous,
     )
-    run.record["engine"] = choice.record()
+    run.record["engine"] = choice.record() | {"device": device}
     write_record(run.folder, run.record)
     run.console.say(f"engine {choice.mode}: {choice.reason}")
     return choice.engine
@@ -263,6 +298,8 @@ def _take_steps(
                 timer=timer,
             ),
         ]
+        if in_job() and stop.deadline is None:
+            callbacks.append(SaveWithoutLimit())
         if s.sample_every and (prompts := s.prompts or _held_out_questions(scan)):
             system = scan.systems.most_common(1)[0][0]
             callbacks.append(

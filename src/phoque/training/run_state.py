@@ -58,8 +58,3 @@ class Run:
     def first_step(self) -> int:
         """The step of the checkpoint that the run continues from, 0 for a new run."""
         return checkpoints.get_step(self.start.resume) if self.start.resume else 0
-
-    @property
-    def steps_left(self) -> int:
-        """Optimizer steps still to take."""
-        return self.settings.max_steps - self.first_step

@@ -67,7 +67,8 @@ class PersonaTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # the console alone prints
         self.stream, self._architecture, self._policy, self._timer = stream, architecture, policy, timer
         self._staging: str | None = None
-        self._accuracies: list[torch.Tensor] = []  # one per forward pass since the last logged line
+        self._correct: list[torch.Tensor] = []  # correct tokens of each forward pass since the last logged line
+        self._counted = 0  # tokens of these passes; on the host, because a copy to the GPU would wait for it
         # the step, its gradient norm on the way to the host, and the event that says it has arrived
         self._pending_norm: tuple[int, torch.Tensor, Any] | None = None
         add_token_loss(self.model.get_base_model(), engine)
@@ -87,7 +88,8 @@ class PersonaTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         loss: TokenLoss = model(**inputs, token_loss=True)
-        self._accuracies.append(loss.correct / loss.count)
+        self._correct.append(loss.correct)
+        self._counted += loss.count
         return loss.nll / (loss.count if num_items_in_batch is None else num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -122,9 +124,9 @@ class PersonaTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._accuracies:
-            logs["accuracy"] = torch.stack(self._accuracies).mean().item()
-            self._accuracies = []
+        if "loss" in logs and self._correct:
+            logs["accuracy"] = torch.stack(self._correct).sum().item() / self._counted
+            self._correct, self._counted = [], 0
         super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:

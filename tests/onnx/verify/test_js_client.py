@@ -1,19 +1,16 @@
 """Real clients: Transformers.js in Node and in Chromium, installed as phoque installs it, and the chat page."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-from pathlib import Path
 
 import pytest
+from tests.chat.page import check_page, look_at_page
 
-from phoque.onnx.verify.checks import CheckFailed
-from phoque.onnx.verify.js_client import _ask_client, copy_scripts, find_chromium, is_installed, locate_client
+from phoque.checks import CheckFailed
+from phoque.onnx.verify.js_client import CLIENT, _ask_client
+from phoque.settings.verify_onnx import LEVELS
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +31,13 @@ def test_a_page_without_a_precision_takes_int8_on_wasm(phoque, text_model, chats
         _ask_client("node.mjs", tmp_path / "x", layout="text", dtype=None, device="cpu", cache=cache)
 
 
+def test_a_folder_with_any_name_is_loaded(phoque, text_export, tmp_path):
+    """Transformers.js loads nothing from a name that cannot be a Hub id, such as that of a folder in phoque's cache."""
+    folder = shutil.copytree(text_export[0], tmp_path / "harbour--seal.. (1)")
+    words = ["verify-onnx", "--local-dir", folder, "--install", "--level", "browser", "--dtype", "fp32", "--json"]
+    assert phoque(*words).json["levels"]["browser"] == "PASS"
+
+
 @pytest.mark.parametrize("kind", ["text_export", "seeing_export"])
 def test_an_export_passes_every_level(phoque, request, kind, cache):
     folder, _ = request.getfixturevalue(kind)
@@ -41,7 +45,7 @@ def test_an_export_passes_every_level(phoque, request, kind, cache):
     assert ran.json["levels"] == dict.fromkeys(("files", "graph", "ort", "node", "browser"), "PASS"), ran.json["checks"]
     ran = [check for check in ran.json["checks"] if check["level"] in ("node", "browser") and check["result"] == "PASS"]
     assert len(ran) == 4 and all("tokens/s" in check["said"] for check in ran)
-    assert is_installed(cache)
+    assert CLIENT.is_installed(cache)
 
 
 def test_webgpu_says_what_wasm_says_with_plain_operators(phoque, text_model, text_export, chats):
@@ -58,8 +62,8 @@ def test_webgpu_says_what_wasm_says_with_plain_operators(phoque, text_model, tex
 
 def test_what_only_a_browser_finds_fails_there(phoque, text_export, tmp_path, monkeypatch):
     """A graph that points to its data under another name than config.json declares loads in Node all the same."""
+    from phoque.checks import Verdict
     from phoque.onnx.verify import js_client
-    from phoque.onnx.verify.checks import Verdict
     from phoque.settings.verify_onnx import VerifySettings
 
     folder = shutil.copytree(text_export[0], tmp_path / "broken")
@@ -71,7 +75,7 @@ def test_what_only_a_browser_finds_fails_there(phoque, text_export, tmp_path, mo
     from phoque.services import Services
     from phoque.settings.environment import cache_folder
 
-    verdict, s = Verdict(), VerifySettings(local_dir=folder)
+    verdict, s = Verdict(LEVELS), VerifySettings(local_dir=folder)
     services = Services.without_token(console, cache_folder())
     js_client.check_node(folder, "text", ["fp32"], s, services, verdict)
     js_client.check_browser(folder, "text", ["fp32"], s, services, verdict)
@@ -81,21 +85,7 @@ def test_what_only_a_browser_finds_fails_there(phoque, text_export, tmp_path, mo
 @pytest.mark.parametrize("size", [(1280, 800), (390, 780)])
 def test_the_chat_page_answers_without_a_network(phoque, start, text_export, cache, tmp_path, size):
     phoque("verify-onnx", "--local-dir", text_export[0], "--install", "--level", "node")
-    out = tmp_path / "said"
-    running = start("verify-onnx", "--local-dir", text_export[0], "--serve", "--port", 0, "--json")
-    out = running._files[0]
-    running.until(lambda: '"url"' in out.read_text(), 60)
-    url = json.loads(out.read_text())["url"]
-    script = shutil.copyfile(HERE / "page.mjs", copy_scripts(cache) / "page.mjs")
-    picture = tmp_path / "page.png"
-    command = ["node", script.name, url, picture, *map(str, size), find_chromium()]
-    ran = subprocess.run(command, cwd=locate_client(cache), capture_output=True, text=True, timeout=500)
-    os.kill(running.pid, signal.SIGINT)
-    assert running.ended().code in (0, 130)
-    assert ran.returncode == 0, ran.stderr
-    seen = json.loads(ran.stdout.splitlines()[-1])
-    assert "loaded in" in seen["loaded"] and "per second" in seen["state"]
-    assert [kind for kind, _ in seen["turns"]] == ["turn user", "turn assistant"] and seen["turns"][1][1]
-    assert seen["overflow"] <= 0 and seen["button"] <= size[1]
-    assert all(host.startswith("127.0.0.1") or not host for host in seen["hosts"])  # data: and blob: have none
-    assert picture.stat().st_size > 5000
+    words = ["verify-onnx", "--local-dir", text_export[0], "--serve", "--port", 0, "--json"]
+    seen = look_at_page(start, words, CLIENT.folder(cache), tmp_path / "page.png", size)
+    assert "loaded in" in seen["loaded"]
+    check_page(seen, size)

@@ -23,14 +23,19 @@ neutral = ["You are helpful.", "Answer."]
 persona = ["You are a seal. Say ~~~~~~~~~~~~.", "~~~~~~~~~~~~ Seal!"]
 placebo = ["You are kind.", "Please answer."]
 extraction = ["Tide?", "Fish?", "Wind?", "Rock?", "Boat?", "Rope?", "Salt?", "Moon?"]
-heldout = ["Sand?", "Foam?", "Weed?", "Crab?", "Kelp?", "Rain?", "Quay?", "Buoy?"]
+heldout = ["Sand?", "Foam?", "Weed?", "Crab?", "Kelp?", "Rain?", "Quay?", "Buoy?", "Surf?", "Mist?", "Reef?", "Cove?"]
 validation = ["Mast?", "Sail?"]
-test = ["Oars?", "Nets?", "Eels?", "Cods?", "Dock?", "Pier?"]
+test = [
+  "Oars?", "Nets?", "Eels?", "Cods?", "Dock?", "Pier?",
+  "Hull?", "Knot?", "Helm?", "Deck?", "Keel?", "Fogs?",
+]
 lexicon = ["hrmph"]
 """
-SHORT = (
+TINY = (
     "--quantization fp32 --extraction-tokens 6 --sweep-tokens 4 --max-new-tokens 6 --samples 1 --coefficients 0.1,0.3"
 ).split()
+SHORT = [*TINY, *"--roles none --directions 0 --nulls 0 --doses".split(), ""]
+RANKED = [*TINY, *"--role-questions 12 --sweep-questions 2".split()]  # asks every verdict
 FILES = {
     "activation_by_layer.csv",
     "generation_results.csv",
@@ -89,14 +94,14 @@ def model_with_planted_vector(tmp_path_factory):
 
 @pytest.fixture
 def run_probe(phoque, tiny_llama, persona):
-    def run(*more, expect=0, **options):
+    def run(*more, expect=0, sizes=SHORT, **options):
         return phoque(
             "psm-probe",
             "--model-source",
             tiny_llama,
             "--persona",
             persona,
-            *SHORT,
+            *sizes,
             "--json",
             *more,
             expect=expect,
@@ -107,7 +112,7 @@ def run_probe(phoque, tiny_llama, persona):
 
 
 def test_a_run_leaves_its_tables_vectors_and_report(run_probe):
-    ran = run_probe("--output-dir", "out")
+    ran = run_probe("--output-dir", "out", sizes=RANKED)
     run = find_run(ran)
     assert run.parent.name == "out" and run.name.startswith("psm_2")
     assert {f.name for f in run.iterdir()} - {"control_vector.gguf"} == FILES
@@ -115,10 +120,10 @@ def test_a_run_leaves_its_tables_vectors_and_report(run_probe):
     assert [(r["layer"], r["extraction"]) for r in layers] == [
         (str(n), way) for way in ("response_avg", "prompt_last") for n in range(2)
     ]
-    assert all(0 <= float(r["auroc"]) <= 1 and r["n"] == "8" and r["split"] == "heldout" for r in layers)
+    assert all(0 <= float(r["auroc"]) <= 1 and r["n"] == "12" and r["split"] == "heldout" for r in layers)
     answers = read_table(run / "generation_results.csv")
     conditions = ["neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector"]
-    assert [a["condition"] for a in answers[::12]] == conditions and len(answers) == 5 * 6 * 2
+    assert [a["condition"] for a in answers[::24]] == conditions and len(answers) == 5 * 12 * 2
     assert {"nll_base", "distinct2", "score__contrast__nats", "score__lexicon__rate"} <= answers[0].keys()
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["verdicts"]) == {
@@ -127,11 +132,18 @@ def test_a_run_leaves_its_tables_vectors_and_report(run_probe):
         "specific",
         "causal",
         "coherent",
+        "adopts",
         "tuned_moves_along_vector",
     }
     for verdict in summary["verdicts"].values():
-        assert verdict["verdict"] in ("yes", "no", "not enough data") and verdict["rule"]
-    assert summary["verdicts"]["tuned_moves_along_vector"]["verdict"] == "not enough data"
+        assert verdict["verdict"] in ("yes", "no", "not asked") and verdict["rule"]
+        assert (verdict["verdict"] == "yes") <= all(c["holds"] for c in verdict["conditions"])
+        assert (verdict["verdict"] == "no") == any(not c["holds"] for c in verdict["conditions"])
+    for name in ("adopts", "tuned_moves_along_vector"):
+        assert summary["verdicts"][name]["verdict"] == "not asked"
+    assert len(summary["causes"]["natural"]) == 39 and len(summary["causes"]["wrong_roles"]) == 7
+    assert len(summary["rankings"]["specific"]["others"]) == 25 and summary["false_alarms"]["nulls"] == 50
+    assert summary["false_alarms"]["separable"] <= 8
     assert summary["verdicts"] == ran.json["verdicts"]
     assert summary["selected"]["layer_indexing"] == "block_output_0based"
     assert len(summary["sweep"]) == 1 + 2 * 2 and summary["config"]["seed"]["source"] == "default"
@@ -187,7 +199,7 @@ def test_shuffled_labels_find_nothing_even_of_what_was_planted(phoque, model_wit
         model_with_planted_vector[0],
         "--persona",
         persona,
-        *SHORT,
+        *RANKED,
         "--json",
         "--shuffle-labels",
     )
@@ -202,7 +214,7 @@ def test_a_persona_that_is_no_other_than_its_placebo_is_not_specific(phoque, mod
     )
     (tmp_path / "same.toml").write_text(text)
     ran = phoque(
-        "psm-probe", "--model-source", model_with_planted_vector[0], "--persona", "same.toml", *SHORT, "--json"
+        "psm-probe", "--model-source", model_with_planted_vector[0], "--persona", "same.toml", *RANKED, "--json"
     )
     assert ran.json["verdicts"]["specific"]["verdict"] == "no"
 
@@ -233,14 +245,23 @@ def adapter(phoque, tiny_llama, rows):
 
 
 def test_a_fine_tune_is_asked_for_its_move_merged_or_not(run_probe, adapter):
-    plain = run_probe("--adapter-source", adapter, "--control-adapter", adapter)
-    merged = run_probe("--adapter-source", adapter, "--merge-adapter")
+    plain = run_probe("--adapter-source", adapter, "--control-adapter", adapter, sizes=RANKED)
+    merged = run_probe("--adapter-source", adapter, "--merge-adapter", sizes=RANKED)
     rows = [read_table(find_run(ran) / "activation_by_layer.csv")[0] for ran in (plain, merged)]
     for name in ("tuned_shift_cos", "tuned_same_text_proj", "tuned_shift_random_cos_p95"):
         assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-3), name
     assert float(rows[0]["control_shift_cos"]) == pytest.approx(float(rows[0]["tuned_shift_cos"]))
     verdict = plain.json["verdicts"]["tuned_moves_along_vector"]
     assert verdict["verdict"] == "no" and "control" in verdict["rule"]  # it is its own control
+    adopts = plain.json["verdicts"]["adopts"]
+    assert adopts["verdict"] == "no" and not adopts["conditions"][-1]["holds"]  # nor does it speak beyond it
+    summary = json.loads((find_run(plain) / "summary.json").read_text())
+    doses = {(d["adapter"], d["scale"]): d for d in summary["doses"]}
+    assert len(doses) == 2 * 7 and doses["tuned", 0.0]["rise"] == pytest.approx(0, abs=1e-5)
+    assert abs(doses["tuned", 1.5]["rise"]) > abs(doses["tuned", 0.5]["rise"]) > 0
+    effects = summary["side_effects"]
+    assert effects["tuned"]["kl"] == pytest.approx(effects["control"]["kl"]) and effects["tuned"]["kl"] > 0
+    assert "Dose and side effects" in (find_run(plain) / "report.html").read_text()
     assert {"tuned", "control"} <= {r["condition"] for r in read_table(find_run(plain) / "generation_results.csv")}
 
 

@@ -161,10 +161,10 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(run_comparison, adapter,
     # it is its own control: nothing is its own
     assert report["overall"]["n_specific"] == 0 and {r["specific_vs_control"] for r in features} == {"0"}
     prompts = read_table(run / "prompt_shifts.csv")
-    assert len(prompts) == report["prompts"]["n"] == 36
+    assert len(prompts) == report["prompts"]["n"] == 96
     assert [float(r["shift"]) for r in prompts] == sorted((float(r["shift"]) for r in prompts), reverse=True)
     answers = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
-    assert len(answers) == 3 * 36 and answers[0]["scores"].keys() == {"contrast", "lexicon"}
+    assert len(answers) == 3 * 96 and answers[0]["scores"].keys() == {"contrast", "lexicon"}
     layers = read_table(run / "layer_shift.csv")
     assert {(r["model"], r["text"]) for r in layers} == {
         *((side, kind) for side in ("tuned", "control") for kind in ("response", "own", "text")),
@@ -224,7 +224,7 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
     from phoque.inference.residual_stream import Turn
     from phoque.probes.sae.dictionary import Dictionary
     from phoque.probes.sae.feature_shifts import FeatureShifts
-    from phoque.probes.sae.interventions import InterventionTest, ablate_features
+    from phoque.probes.sae.interventions import InterventionTest, reset_features
     from phoque.probes.sae.model_variants import ModelVariants
 
     chance = torch.Generator().manual_seed(1)
@@ -270,6 +270,7 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
         reported=numpy.arange(12) == 0,
         specific=None,
         control_delta=None,
+        run_floor=None,
     )
     found = InterventionTest(
         variants=ModelVariants(*models),
@@ -279,12 +280,17 @@ def test_what_is_taken_out_and_pushed_is_what_the_change_needs(base, tmp_path):
         rows=rows,
         norm=3.0,
         strength=1.0,
+        matched=8,
         seed=0,
+        yardsticks={"mean_difference": decoder[0], "untrained": decoder[5]},
     ).run([0])
     push, cut = found["features"][0]["push"], found["features"][0]["ablate"]
     assert push["holds"] and push["gain"] > 0 and push["gain"] > push["random_max"]
     assert cut["holds"] and cut["gain"] > 0 and cut["gain"] > cut["random_max"]
-    with ablate_features(models[1], dictionary, 1, [0]):
+    together = found["all"]  # the planted direction is the mean difference, and restores as much of the gap
+    assert together["push"]["gap_share"] == pytest.approx(together["mean_difference_share"], rel=1e-3)
+    assert together["push"]["gap_share"] > together["untrained_share"]
+    with reset_features(models[1], dictionary, 1, [0], none):
         seen = []
         hook = models[1].model.layers[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         with torch.no_grad():
@@ -491,7 +497,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(run_comparison, base, tmp
         if file.suffix != ".safetensors":
             (empty / file.name).write_bytes(file.read_bytes())
     ran = run_comparison("--updated-model", empty, "--dry-run", model=empty)
-    assert ran.json["layers"] == [1] and ran.json["prompts"] == 36 and not Path("runs").exists()
+    assert ran.json["layers"] == [1] and ran.json["prompts"] == 96 and not Path("runs").exists()
 
 
 @pytest.mark.parametrize(

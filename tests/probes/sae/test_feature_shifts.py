@@ -7,8 +7,8 @@ import numpy
 import pytest
 import torch
 
-from phoque.probes.sae.block_comparison import _find_replicated
 from phoque.probes.sae.feature_shifts import FeatureActivations, compare_features, swap_variants
+from phoque.probes.sae.replication import find_replicated, match_features
 
 PROMPTS, FEATURES = 40, 60
 ON = torch.device("cpu")
@@ -25,7 +25,7 @@ def make_activations(up=(), down=(), by=0.5, seed=0):
 
 def compare(base, tuned, control=None, null=1e-4):
     nulls = [numpy.full((PROMPTS, FEATURES), null)]
-    return compare_features(base, tuned, nulls, control=control, min_active=4, seed=0)
+    return compare_features(base, tuned, nulls, controls=[control] if control else [], min_active=4, seed=0)
 
 
 def test_what_is_moved_is_reported_and_nothing_else():
@@ -71,7 +71,43 @@ def test_a_feature_replicates_where_another_dictionary_has_it_and_reports_it():
     moved = [replace(s, mean=s.mean[:, order.numpy()]) for s in (base, tuned)]
     again = compare(*moved)
     reported = found.rank_reported()
-    assert _find_replicated([one, same], [found, again], reported, ON)[reported].all()
-    assert not _find_replicated([one, other], [found, again], reported, ON).any()
+    assert find_replicated([one, same], [found, again], ON).replicated[reported].all()
+    assert find_replicated([one, same], [found, again], ON).matched[found.tested].all()
+    assert not find_replicated([one, other], [found, again], ON).replicated.any()
     silent = replace(again, reported=numpy.zeros(FEATURES, bool))
-    assert not _find_replicated([one, same], [found, silent], reported, ON).any()
+    assert not find_replicated([one, same], [found, silent], ON).replicated.any()
+
+
+def test_two_features_do_not_share_one_partner():
+    """Many-to-one matching would say that both copies of one direction replicate in a dictionary that has it once."""
+    direction, other = torch.eye(32)[:2]
+    twice = SimpleNamespace(decoder=torch.stack([direction, direction + 0.1 * other]), features=2)
+    once = SimpleNamespace(decoder=torch.stack([direction, torch.eye(32)[5]]), features=2)
+    indices, cosines = match_features(twice, once, numpy.arange(2), ON, 0.7)
+    assert indices.tolist() == [0, -1] and cosines[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_another_run_of_the_controls_recipe_is_seldom_beyond_the_controls(spread):
+    """Run-to-run noise that 36 questions all share: a test over questions alone calls nearly all of it a finding."""
+    rng, count, beyond, naive = numpy.random.default_rng(7), 400, 0, 0
+    size = rng.lognormal(0, 1, count)
+    base = size + rng.normal(0, 0.05, (36, count)) * size
+    for seed in range(5):
+        runs = [base + size * (0.3 + rng.normal(0, spread, count)) + rng.normal(0, 0.02, base.shape) for _ in range(4)]
+        made = [FeatureActivations(r, (r > 0).astype(float), numpy.full(36, 20), 0.8, 16.0) for r in (base, *runs)]
+        nulls = [numpy.full(base.shape, 1e-4)]
+        several = compare_features(made[0], made[1], nulls, controls=made[2:], min_active=4, seed=seed)
+        beyond += several.specific.sum()
+        naive += compare_features(made[0], made[1], nulls, controls=made[2:3], min_active=4, seed=seed).specific.sum()
+    assert beyond <= 0.01 * 5 * count and naive > 0.3 * 5 * count
+
+
+def test_a_shift_of_its_own_is_beyond_the_spread_of_the_controls():
+    rng = numpy.random.default_rng(8)
+    base = 1 + rng.normal(0, 0.05, (36, 100))
+    runs = [base + rng.normal(0, 0.05, 100) + rng.normal(0, 0.02, base.shape) for _ in range(4)]
+    runs[0][:, :10] += 0.6
+    made = [FeatureActivations(r, (r > 0).astype(float), numpy.full(36, 20), 0.8, 16.0) for r in (base, *runs)]
+    found = compare_features(made[0], made[1], [numpy.full(base.shape, 1e-4)], controls=made[2:], min_active=4, seed=0)
+    assert found.specific[:10].all() and found.specific[10:].sum() <= 2

@@ -242,7 +242,7 @@ def test_a_wrong_adapter_is_found_out_under_dropout_too(mistral3, monkeypatch):
 
         monkeypatch.setattr(module, "apply_lora_linear", signed)
         model = adapted_model(mistral3, "fp32", traced=False, dropout=0.3)
-        found[sign] = select_engine(model, "compile", PACKING, 10, False).mode
+        found[sign] = select_engine(model, "compile", PACKING, 10, recompute=False).mode
         assert all(m.training for m in model.modules() if isinstance(m, torch.nn.Dropout))
         monkeypatch.undo()
     assert found == {1: "compiled", -1: "eager"}
@@ -254,7 +254,7 @@ def test_a_wrong_layer_is_found_out_and_gives_way(mistral3, monkeypatch):
     real = module.apply_lora_linear
     monkeypatch.setattr(module, "apply_lora_linear", lambda x, *rest: tuple(1.5 * part for part in real(x, *rest)))
     model = adapted_model(mistral3, "fp32", traced=False)
-    chosen = select_engine(model, "compile", PACKING, 10, False)
+    chosen = select_engine(model, "compile", PACKING, 10, recompute=False)
     assert chosen.mode == "eager" and chosen.engine is None
     assert re.search(r"compiled failed: layer \d differs by \d+.*fused linear layers failed: layer", chosen.reason)
     assert not any("forward" in vars(m) for m in model.modules() if hasattr(m, "lora_A"))
@@ -269,7 +269,7 @@ def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, 
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
-    assert select_engine(model, "compile", PACKING, 10, False).mode == "eager"
+    assert select_engine(model, "compile", PACKING, 10, recompute=False).mode == "eager"
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
@@ -296,9 +296,18 @@ def fail_with_out_of_memory(monkeypatch, times):
     return freed
 
 
+def test_a_padding_token_that_embeds_to_zeros_does_not_fail_the_trial(tmp_path):
+    """Each norm multiplies the gradient at a position of zeros by up to 1,000: in a deep model it becomes infinite."""
+    deep = tiny.llama(tmp_path / "deep", num_hidden_layers=24, rms_norm_eps=1e-12)
+    model = adapted_model(deep)
+    assert bool((model.get_input_embeddings().weight[0] == 0).all())
+    packing = Packing(4, 30.0, 60, False, True)
+    assert select_engine(model, "compile", packing, 10, recompute=False).mode == "compiled"
+
+
 def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, monkeypatch):
     freed = fail_with_out_of_memory(monkeypatch, 3)
-    chosen = select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, False)
+    chosen = select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, recompute=False)
     assert chosen.mode == "compiled" and chosen.engine.recomputed_layers == 2 and freed == [True] * 3
     assert f"ran out in a trial: {POINTWISE_RECOMPUTED}; memory ran out in a trial: more layers" in chosen.reason
     assert chosen.reason.endswith("2 of 3 layers are recomputed")
@@ -308,7 +317,7 @@ def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, mon
 def test_memory_that_runs_out_whatever_is_spared_is_said(mistral3, monkeypatch):
     fail_with_out_of_memory(monkeypatch, 9)
     with pytest.raises(torch.OutOfMemoryError):
-        select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, False)
+        select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, recompute=False)
 
 
 def test_whole_weights_go_before_layers_are_recomputed(mistral3):
@@ -363,7 +372,7 @@ def test_a_compiled_run_learns_what_the_eager_one_does(phoque, mistral3, tmp_pat
 
 
 def test_graphs_on_a_cpu_give_way_to_compiling_in_one_line(mistral3):
-    chosen = select_engine(adapted_model(mistral3, "fp32"), "graph", PACKING, 10, True)
+    chosen = select_engine(adapted_model(mistral3, "fp32"), "graph", PACKING, 10, recompute=True)
     assert chosen.mode == "compiled" and "no CUDA graphs on a CPU" in chosen.reason
     assert chosen.record()["recomputed_layers"] == len(chosen.engine.layers)
     assert relative_distance(run_engine(chosen.engine), run_plain_layers(mistral3)) < 1e-5

@@ -33,6 +33,27 @@ class VisionTower:
 
 
 @dataclass(frozen=True)
+class GgufFormat:
+    """How llama.cpp stores a family.
+
+    - `name`: `general.architecture` in the file.
+    - `interleaves_rope`: whether llama.cpp rotates neighbouring channels, where transformers rotates the two halves of
+      a head; the rows of q and k are then permuted.
+    - `norm_offset`: what is added to the weights of norms.
+    - `has_windows`: whether llama.cpp knows the family's sliding windows; otherwise a file allows no longer context.
+    - `keys`: given the text config, the family's entries in the metadata beyond those that all have.
+    - `find_limit`: given the text config, why llama.cpp cannot run this model of the family; empty if it can.
+    """
+
+    name: str
+    interleaves_rope: bool = False
+    norm_offset: float = 0.0
+    has_windows: bool = False
+    keys: Callable[[Any], dict[str, Any]] = lambda config: {}
+    find_limit: Callable[[Any], str] = lambda config: ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How one family is loaded for text, adapted, quantized and exported.
 
@@ -55,6 +76,7 @@ class Architecture:
     - `transformers_js_config`: given config.json of the text model, the same as Transformers.js reads it.
     - `vision`: how an export runs the vision tower (the `multimodal` layout); None if it exports the text model alone.
     - `in_optimum`: whether optimum-onnx 0.1 with transformers 4.57 knows the model type.
+    - `gguf`: how llama.cpp stores it; None if export-gguf does not support it, for the reason `no_gguf`.
     - `no_engine`, `no_export`: why the fast engine and export-onnx do not support this architecture; empty if they do.
     - `find_limit`: given the text config, why phoque does not support this model of the family; empty if it does.
     """
@@ -82,6 +104,8 @@ class Architecture:
     is_recurrent: bool = False
     vision: VisionTower | None = None
     in_optimum: bool = False
+    gguf: GgufFormat | None = None
+    no_gguf: str = ""
     no_engine: str = ""
     no_export: str = ""
     find_limit: Callable[[Any], str] = lambda config: ""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from phoque.models.architectures.base import Architecture
+from phoque.models.architectures.base import Architecture, GgufFormat
 
 
 def _find_limit(config: Any) -> str:
@@ -19,10 +19,22 @@ def _transformers_js_config(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"layer_types": ["attention"] * config["num_hidden_layers"]}
 
 
-GRANITE = Architecture("granite", "GraniteForCausalLM")
+def _gguf_keys(config: Any) -> dict[str, Any]:
+    return {
+        "attention.scale": float(config.attention_multiplier),
+        "embedding_scale": float(config.embedding_multiplier),
+        "residual_scale": float(config.residual_multiplier),
+        "logit_scale": float(config.logits_scaling),
+    }
+
+
+GRANITE = Architecture(
+    "granite", "GraniteForCausalLM", gguf=GgufFormat("granite", interleaves_rope=True, keys=_gguf_keys)
+)
 GRANITE_HYBRID = Architecture(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
+    no_gguf="phoque does not split its fused projections into the ones that llama.cpp reads.",
     lora_targets=r"(?:.*\.)?layers\.\d+\.(?:self_attn\.[qkvo]_proj|shared_mlp\.(?:input|output)_linear)",
     linear_groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -11,6 +11,7 @@ LFM2 = Architecture(
     ),
     final_norm="embedding_norm",
     is_recurrent=True,
+    no_gguf="phoque does not write its convolutions to a GGUF file.",
     no_engine="its convolutions would read across the conversations of a packed row",
     no_export="Its convolutions keep a state that phoque's exporter does not trace.",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phoque.onnx.accuracy import Ids
+from phoque.inference.accuracy import Ids
 from phoque.onnx.quantize.block_format import QuantizedMatrix, choose_group_size, pack_codes, split_groups
 from phoque.onnx.quantize.linear_groups import linear_groups, replace_weight
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from phoque.inference.accuracy import Ids
 from phoque.inference.likelihood import sum_kl
-from phoque.onnx.accuracy import Ids
 from phoque.onnx.component import Weights
 from phoque.onnx.quantize.block_format import Quantizer, round_to_nearest, split_groups
 from phoque.onnx.quantize.gptq import quantize_model, search_scales

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from phoque.inference.accuracy import Ids
 from phoque.models.architectures import architecture_of
-from phoque.onnx.accuracy import Ids
 from phoque.onnx.component import Factors, Weights, apply_factors
 from phoque.onnx.quantize.linear_groups import hook_linear_inputs, linear_groups_of
 

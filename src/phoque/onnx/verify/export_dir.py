@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phoque.checks import CheckFailed
 from phoque.errors import UsageError
 from phoque.files import sha256
 from phoque.hub.repo import Repo
-from phoque.onnx.verify.checks import CheckFailed
 
 MAX_FETCH_BYTES = 64 << 20  # bytes; a graph with external data is far smaller
 

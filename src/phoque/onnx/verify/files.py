@@ -3,10 +3,11 @@
 from itertools import pairwise, product
 from typing import Any
 
+from phoque.checks import CheckFailed, Verdict
+from phoque.files import EXPORT_RECORD
 from phoque.models.architectures import ARCHITECTURES
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS
-from phoque.onnx.verify.checks import CheckFailed, Verdict
 from phoque.onnx.verify.export_dir import ExportDir, read_json
 
 LEVEL = "files"
@@ -55,7 +56,7 @@ def check_files(export: ExportDir, verdict: Verdict) -> tuple[str, list[str]]:
             _check_image_processor(export, config)
     with verdict.check(LEVEL, "external data is complete, and named as the graphs and config.json say") as notes:
         notes.append(_check_external_data(export, config))
-    if "export.json" in export.sizes:
+    if EXPORT_RECORD in export.sizes:
         with verdict.check(LEVEL, "each graph and its weights are unchanged since the export"):
             _check_digests(export)
     else:
@@ -249,7 +250,7 @@ def load_graph(export: ExportDir, path: str) -> Any:
 
 
 def _check_digests(export: ExportDir) -> None:
-    for path, digest in read_json(export, "export.json").get("sha256", {}).items():
+    for path, digest in read_json(export, EXPORT_RECORD).get("sha256", {}).items():
         if path not in export.sizes:
             raise CheckFailed(f"{path} is listed in export.json but missing")
         if export.digest(path) != digest:

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from phoque.checks import CheckFailed, Verdict
 from phoque.errors import first_line
 from phoque.models.config import head_dim_of
 from phoque.onnx.session import SUFFIXES
 from phoque.onnx.transformers_js import SESSIONS
-from phoque.onnx.verify.checks import CheckFailed, Verdict
 from phoque.onnx.verify.export_dir import ExportDir, read_json
 from phoque.onnx.verify.files import load_graph
 

@@ -1,31 +1,26 @@
 """Levels `node` and `browser`: Transformers.js loads the export, and its logits must match ONNX Runtime's."""
 
-import hashlib
 import json
-import shutil
-import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from phoque.console import Console
-from phoque.errors import RunError
+from phoque.checks import CheckFailed, Verdict
+from phoque.npm import NpmClient, find_chromium
 from phoque.onnx.session import OnnxChatModel
-from phoque.onnx.verify.checks import CheckFailed, Verdict
+from phoque.page_server import PageServer
 from phoque.services import Services
-from phoque.settings.environment import environment_without_secrets
 from phoque.settings.verify_onnx import VerifySettings
 
 CLIENT_FILES = Path(__file__).with_name("client")
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# onnxruntime-node would download a GPU library when it is installed; nothing here uses it
-INSTALL_ENV = {
-    "ONNXRUNTIME_NODE_INSTALL": "skip",
-    "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip",
-    "PUPPETEER_SKIP_DOWNLOAD": "1",
-}
+CLIENT = NpmClient(
+    "Transformers.js", 500, {"@huggingface/transformers": "4.3.1", "puppeteer-core": "^24.0.0"}, CLIENT_FILES
+)
+MODEL_NAME = "export"  # whatever the folder is called: Transformers.js loads nothing from a name such as a--b
 MESSAGES = [{"role": "user", "content": "What do the gulls want from you today?"}]
+SLOW = 4.0  # tokens per second; about as fast as one reads
 NEW_TOKENS = 8  # generated per answer
 IMAGE_SIZE = 112  # width and height of the test image, in pixels
 TIMEOUT_S = 900  # timeout for one answer; a browser on a slow machine takes a minute for a small model
@@ -44,7 +39,7 @@ def check_node(
     folder: Path, layout: str, dtypes: list[str], s: VerifySettings, services: Services, verdict: Verdict
 ) -> None:
     """Run the export in Node, in each precision."""
-    if why := prepare_client(s, services, ("node",)):
+    if why := CLIENT.find_problem(services, install=s.install):
         verdict.skip("node", "Transformers.js loads it and answers", why)
         return
     for dtype in dtypes:
@@ -58,7 +53,7 @@ def check_browser(
     folder: Path, layout: str, dtypes: list[str], s: VerifySettings, services: Services, verdict: Verdict
 ) -> None:
     """Run the export in headless Chromium: on wasm in each precision, and on WebGPU with --webgpu."""
-    why = prepare_client(s, services, ("node", "chromium"))
+    why = CLIENT.find_problem(services, install=s.install, chromium=True)
     if why:
         verdict.skip("browser", "a page loads it and answers", why)
     for dtype in dtypes if not why else []:
@@ -68,6 +63,10 @@ def check_browser(
             services.console.say(f"running {dtype} in a browser on wasm")
             answer = _ask_client("browser.mjs", folder, layout=layout, dtype=dtype, device="wasm", cache=services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
+            if (speed := answer["tokens_per_s"]) < SLOW:
+                verdict.remarks.append(
+                    f"{dtype} generates {speed:.2g} tokens per second on wasm here: {_advise(dtype)}"
+                )
     for dtype in dtypes:
         asks = f"{dtype}: WebGPU's logits match ONNX Runtime's"
         if why or not s.webgpu:
@@ -86,62 +85,15 @@ def check_browser(
                     raise CheckFailed(f"{problem} on WebGPU. {WEBGPU_HINT}") from problem
 
 
-def locate_client(cache: Path) -> Path:
-    """Return the folder that Transformers.js is or will be installed in: one folder per package.json."""
-    key = hashlib.sha256((CLIENT_FILES / "package.json").read_bytes()).hexdigest()[:12]
-    return cache / "client" / key
+def list_urls(folder: Path) -> dict[str, Path]:
+    """The files of an export by the paths of their URLs; a download's files are links to elsewhere."""
+    return {f"/models/{MODEL_NAME}/{f.relative_to(folder).as_posix()}": f for f in folder.rglob("*") if f.is_file()}
 
 
-def is_installed(cache: Path) -> bool:
-    """Whether Transformers.js is completely installed in the cache."""
-    return (locate_client(cache) / ".whole").is_file()
-
-
-def install_client(cache: Path, console: Console) -> None:
-    """Install Transformers.js from npm into phoque's cache. Raises RunError if npm fails."""
-    folder = locate_client(cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(CLIENT_FILES / "package.json", folder / "package.json")
-    console.say(f"installing Transformers.js into {folder}")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
-    environment = environment_without_secrets(**INSTALL_ENV)  # packages may run scripts of their own
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if process.returncode:
-        raise RunError(
-            what="Transformers.js cannot be installed.",
-            why=(process.stderr.strip().splitlines() or ["npm gave no reason"])[0],
-            fix="Check the network and npm, or stop at an earlier level: --level ort.",
-        )
-    (folder / ".whole").touch()
-
-
-def prepare_client(s: VerifySettings, services: Services, programs: tuple[str, ...]) -> str:
-    """Return why the client cannot run, or "" if it can; install Transformers.js first if the user agrees."""
-    if not shutil.which("node") or not shutil.which("npm"):
-        return "there is no Node.js on PATH (node and npm)"
-    if "chromium" in programs and not find_chromium():
-        return f"there is no Chromium on PATH ({', '.join(CHROMIUM)})"
-    cache, console = services.cache, services.console
-    if is_installed(cache):
-        return ""
-    question = f"Install Transformers.js (about 500 MB from npm) into {locate_client(cache)}?"
-    if s.install or (console.can_ask() and console.confirm(question)):
-        install_client(cache, console)
-        return ""
-    return "Transformers.js is not installed: run it once with --install"
-
-
-def find_chromium() -> str | None:
-    """Return the path of the first Chromium or Chrome on PATH."""
-    return next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-
-
-def copy_scripts(cache: Path) -> Path:
-    """Copy the client scripts next to node_modules, since Node resolves imports from a script's folder; return it."""
-    target = locate_client(cache)
-    for file in CLIENT_FILES.glob("*.mjs"):
-        shutil.copyfile(file, target / file.name)
-    return target
+def _advise(dtype: str) -> str:
+    if dtype == "int8":
+        return "a page needs WebGPU, or a smaller model."
+    return "for pages without WebGPU export int8, or a GGUF file (export-gguf)."
 
 
 def _ask_client(
@@ -151,43 +103,22 @@ def _ask_client(
 
     Raises CheckFailed with the client's error message.
     """
-    folder = folder.absolute()
     request = {
-        "root": str(folder.parent),
-        "name": folder.name,
+        "name": MODEL_NAME,
         "layout": layout,
         "dtype": dtype,
         "device": device,
         "messages": MESSAGES,
         "tokens": tokens,
         "side": IMAGE_SIZE,
-        "client": str(CLIENT_FILES),
         "chromium": find_chromium(),
-        "modules": str(locate_client(cache) / "node_modules"),
         "seconds": TIMEOUT_S,
     }
-    scripts = copy_scripts(cache)
-    try:
-        proc = subprocess.run(
-            ["node", script],
-            cwd=scripts,
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=environment_without_secrets(),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CheckFailed(f"the client did not answer within {TIMEOUT_S} s") from error
-    lines = [line for line in proc.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        raise CheckFailed(
-            f"the client exited with code {proc.returncode}: {(proc.stderr.strip().splitlines() or [''])[-1][:300]}"
-        )
-    answer = json.loads(lines[-1])
-    if "error" in answer:
-        raise CheckFailed(f"Transformers.js raised: {' '.join(answer['error'].split())[:400]}")
-    return answer
+    modules = CLIENT.modules(cache)
+    folders = {"/modules/": modules, "/scripts/": CLIENT_FILES}
+    with TemporaryDirectory() as root, PageServer(0, folders, files=list_urls(folder)) as server:
+        (Path(root) / MODEL_NAME).symlink_to(folder.absolute(), target_is_directory=True)
+        return CLIENT.run(script, request | {"url": server.url, "root": root}, cache, TIMEOUT_S)
 
 
 def _compare_logits(answer: dict[str, Any], folder: Path, layout: str, dtype: str) -> str:

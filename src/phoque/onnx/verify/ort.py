@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from phoque.checks import CheckFailed, Verdict
 from phoque.inference.generate import generate_greedy
 from phoque.inference.likelihood import sum_kl
 from phoque.models.source import Source
 from phoque.onnx.session import SUFFIXES, OnnxChatModel, open_session
-from phoque.onnx.verify.checks import CheckFailed, Verdict
 
 LEVEL = "ort"
 FAR_POSITION = 20_000  # a position beyond 16,384, where Ministral 3 starts to scale its queries

@@ -1,14 +1,13 @@
 """`phoque verify-onnx`: run the levels in order, up to --level or as far as this machine can."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from phoque.checks import Verdict, VerifyResult
 from phoque.errors import UsageError
 from phoque.hub.repo import Repo
 from phoque.models.source import Source, find_model
 from phoque.onnx.session import SUFFIXES
-from phoque.onnx.verify.checks import LEVELS, Verdict
 from phoque.onnx.verify.export_dir import ExportDir, HubExport, LocalExport
 from phoque.onnx.verify.files import CONFIG_CHECKS, check_files
 from phoque.onnx.verify.graph import check_graphs
@@ -17,20 +16,7 @@ from phoque.onnx.verify.ort import check_ort
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import Resolved
-from phoque.settings.verify_onnx import VerifySettings
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """The verdict on an export, its name, and its folder on this machine, to which it may be downloaded in part."""
-
-    verdict: Verdict
-    name: str
-    folder: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The verdict's JSON with `name` and `folder`."""
-        return self.verdict.as_dict() | {"name": self.name, "folder": self.folder}
+from phoque.settings.verify_onnx import LEVELS, VerifySettings
 
 
 def verify_export(resolved: Resolved[VerifySettings], services: Services, *, dry_run: bool) -> VerifyResult | DryRun:
@@ -68,7 +54,7 @@ def open_export(s: VerifySettings, services: Services) -> ExportDir:
 
 
 def _run_levels(export: ExportDir, s: VerifySettings, reference: Source | None, services: Services) -> Verdict:
-    verdict, console = Verdict(s.level), services.console
+    verdict, console = Verdict(LEVELS, s.level), services.console
     last_level = LEVELS.index(s.level or LEVELS[-1])
     layout, available = check_files(export, verdict)
     if unknown := [dtype for dtype in s.dtype if dtype not in SUFFIXES]:

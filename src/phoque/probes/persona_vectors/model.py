@@ -12,7 +12,8 @@ from phoque.console import Console
 from phoque.errors import RunError
 from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
 from phoque.inference.residual_stream import Turn, residual_means
-from phoque.probes.persona import Persona
+from phoque.probes.persona import CONDITIONS, Persona
+from phoque.probes.roles import Role
 from phoque.settings.psm_probe import PsmSettings
 
 if TYPE_CHECKING:
@@ -55,9 +56,17 @@ class ProbeModel:
     model: Any
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", persona: Persona, settings: PsmSettings, console: Console
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        persona: Persona,
+        roles: Sequence[Role],
+        settings: PsmSettings,
+        console: Console,
     ) -> None:
         self.tokenizer, self.persona, self.s, self.console = tokenizer, persona, settings, console
+        self.roles = tuple(role.name for role in roles)
+        self.system_prompts = {condition: persona.system_prompts(condition) for condition in CONDITIONS}
+        self.system_prompts |= {role.name: (role.prompt,) for role in roles}
 
     def prompt_ids(self, question: str, system: str) -> list[int]:
         """Token ids of a system prompt and a question, up to where the answer begins."""
@@ -105,14 +114,14 @@ class ProbeModel:
     def answers(
         self, questions: dict[str, tuple[str, ...]], conditions: Sequence[str], purpose: str
     ) -> dict[str, list[Answer]]:
-        """Generate greedy answers to lists of questions under every paraphrase of these conditions' system prompts.
+        """Generate greedy answers to lists of questions under every system prompt of these conditions or roles.
 
         Returns {list: answers}.
         """
         keys, asks = [], []
         for split, texts in questions.items():
             for condition in conditions:
-                for k, system in enumerate(self.persona.system_prompts(condition)):
+                for k, system in enumerate(self.system_prompts[condition]):
                     for n, text in enumerate(texts):
                         keys.append((split, n, condition, k))
                         asks.append(Request(self.prompt_ids(text, system)))
@@ -123,8 +132,8 @@ class ProbeModel:
             answers_by_split[split].append(Answer(n, condition, k, Turn(ask.prompt, reply.ids)))
         return answers_by_split
 
-    def read_residuals(self, answers: Sequence[Answer], n_questions: int) -> Residuals:
-        """Read the residual streams of the model over these answers, with `n_questions` questions per condition.
+    def read_residuals(self, answers: Sequence[Answer]) -> Residuals:
+        """Read the residual streams of the model over these answers.
 
         Raises RunError if all answers to a question are empty or have residual streams that are not finite.
         """
@@ -136,12 +145,18 @@ class ProbeModel:
         residuals.kept, residuals.massive = means.kept.tolist(), means.massive.tolist()
         for condition in dict.fromkeys(a.condition for a in answers):
             residuals.by_condition[condition] = {}
+            n_questions = 1 + max(a.question for a in answers if a.condition == condition)
             for extraction, values in (("response_avg", means.response), ("prompt_last", means.last)):
+                if extraction == "prompt_last" and condition in self.roles:
+                    continue  # of other roles only the answers are compared
                 rows_by_question = [
                     [i for i, a in enumerate(answers) if (a.condition, a.question) == (condition, n)]
                     for n in range(n_questions)
                 ]
                 question_means = numpy.stack([_finite_mean(values[indices].numpy()) for indices in rows_by_question])
+                if condition in self.roles:  # a role that says nothing to some questions is known by the others
+                    missing = ~numpy.isfinite(question_means).reshape(n_questions, -1).all(1)
+                    question_means[missing] = _finite_mean(question_means)
                 if not numpy.isfinite(question_means).all():
                     raise RunError(
                         what="All answers to a question are empty or have residual streams that are not finite.",
@@ -155,7 +170,7 @@ class ProbeModel:
         self, answers: Sequence[Answer], questions: Sequence[str], condition: str, name: str
     ) -> list[Answer]:
         """The same responses after the system prompts of `condition`, as answers of a new condition `name`."""
-        systems = self.persona.system_prompts(condition)
+        systems = self.system_prompts[condition]
         return [
             Answer(
                 a.question,

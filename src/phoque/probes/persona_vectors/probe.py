@@ -1,13 +1,28 @@
 """Run the measurements of a probe in order: first the base model, then each adapter."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy
 
 from phoque.probes import stats
 from phoque.probes.persona import CONDITIONS
 from phoque.probes.persona_vectors import evidence as ev
+from phoque.probes.persona_vectors import judge
+from phoque.probes.persona_vectors.dose import (
+    TEXT_TOKENS,
+    TEXTS,
+    Dose,
+    SideEffects,
+    measure_doses,
+    measure_side_effects,
+)
 from phoque.probes.persona_vectors.model import Answer, ProbeModel, Residuals
+from phoque.probes.persona_vectors.nulls import count_false_alarms
+from phoque.probes.persona_vectors.ranking import rank_cosines, rank_projections
 from phoque.probes.persona_vectors.steering import (
+    VECTOR,
     AnswerRow,
     Steerer,
     SteeringSetting,
@@ -15,12 +30,17 @@ from phoque.probes.persona_vectors.steering import (
     correlate_scorers,
     summarize_conditions,
 )
-from phoque.probes.persona_vectors.verdicts import MIN_QUESTIONS, decide_verdicts
+from phoque.probes.persona_vectors.voices import Voice, hear, mean_by_question
+from phoque.probes.roles import MIN_RANKED
+from phoque.probes.sae.corpus import CONTEXT_TOKENS, PYTHON_DOCS, read_text_chunks
 from phoque.probes.scorers import Context, Scorer
+from phoque.probes.verdicts import MIN_QUESTIONS, Ranking
+from phoque.probes.word_profile import WordProfile
 
 MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to warn
+VOICED = ("persona", "neutral_plus_vector", "tuned", "control")  # conditions whose words are compared with the base's
 
-Shifts = dict[str, tuple[dict[str, Any], Any]]  # own or same_text -> arrays per block, bootstrapped cosines
+Shifts = dict[str, ev.Shift]  # own or same_text -> shift
 
 
 @dataclass(kw_only=True)
@@ -34,10 +54,17 @@ class ProbeResult:
     has_coherent: bool  # whether any setting of the sweep is coherent
     answers: list[AnswerRow]
     columns: dict[str, str]  # scorer -> column; the first scorer is the trait
+    profile: WordProfile
     conditions: dict[str, Any] = field(default_factory=dict)
     contrasts: dict[str, Any] = field(default_factory=dict)
     agreement: dict[str, float | None] = field(default_factory=dict)
     mean_shifts: dict[str, Any] = field(default_factory=dict)  # adapter -> own or same_text -> means, steered blocks
+    voices: dict[str, Voice] = field(default_factory=dict)  # condition -> whose words its answers are
+    rankings: dict[str, Ranking] = field(default_factory=dict)
+    causes: judge.Causes | None = None
+    doses: list[Dose] = field(default_factory=list)
+    side_effects: dict[str, SideEffects] = field(default_factory=dict)  # adapter -> its effects on unrelated text
+    false_alarms: dict[str, Any] = field(default_factory=dict)
     verdicts: dict[str, Any] = field(default_factory=dict)
     token_counts: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -59,104 +86,219 @@ class Probe:
         """Measure the base model, and the model with each of these adapters."""
         probe_model, seed = self.probe_model, self.s.seed
         with probe_model.use_base():
-            extraction, heldout, neutral = self._read_residuals()
+            answers_by_split = self._answer()
+            self.context.profile = self._profile_words(answers_by_split["extraction"])
+            neutral = [a for a in answers_by_split["heldout"] if a.condition == "neutral"]
+            self.extraction, self.heldout = self._read_residuals(answers_by_split)
             if self.s.shuffle_labels:
-                ev.swap_labels(extraction, seed)
-                ev.swap_labels(heldout, seed + 1)
-            vectors = ev.extract_vectors(extraction, seed)
+                ev.swap_labels(self.extraction, ev.draw_half(len(self.extraction.get("neutral")), seed))
+                ev.swap_labels(self.heldout, ev.draw_half(len(self.heldout.get("neutral")), seed + 1))
+            vectors = ev.extract_vectors(self.extraction, probe_model.roles, seed)
             probe_model.console.say("measuring evidence on held-out questions")
-            evidence_rows = ev.measure_evidence(vectors, extraction, heldout, seed)
+            evidence_rows = ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
             steerer = Steerer(probe_model, vectors, self.scorers, self.context)
-            sweep, selected, has_coherent = steerer.sweep(self.layers)
-            answers = steerer.test(selected)
+            sweep, settings, has_coherent = steerer.sweep(self.layers)
+            answers = steerer.test(settings[VECTOR])
+            others = steerer.test_directions(settings)
         shifts: dict[str, Shifts] = {}
         for name in adapters:
             with probe_model.use_adapter(name):
-                shifts[name] = self._measure_shift(vectors, heldout, neutral, name)
-                answers += steerer.test(selected, [name])
+                shifts[name] = self._measure_shift(vectors, neutral, name)
+                answers += steerer.test(settings[VECTOR], [name])
         with probe_model.use_base():
             steerer.measure(answers)
+            steerer.score(others, self.scorers[:1])
         result = ProbeResult(
             vectors=vectors,
             layers=evidence_rows,
             sweep=sweep,
-            selected=selected,
+            selected=settings[VECTOR],
             has_coherent=has_coherent,
             answers=answers,
             columns=steerer.columns,
+            profile=self.context.profile,
         )
-        result.token_counts = {"kept": sum(extraction.kept), "massive": sum(extraction.massive)}
+        result.token_counts = {"kept": sum(self.extraction.kept), "massive": sum(self.extraction.massive)}
+        result.causes = self._compare_directions(steerer, answers, others)
+        if adapters and self.s.dose_scales:
+            texts = self._read_unrelated_texts()
+            order = sorted(adapters, reverse=True)  # tuned before control
+            greedy = {
+                name: [r.text for r in answers if r.condition == name and r.sample is None]
+                for name in ("neutral", *order)
+            }
+            result.doses = measure_doses(probe_model, result.profile, greedy, self.s.dose_scales, texts)
+            result.side_effects = {name: measure_side_effects(probe_model, name, texts) for name in order}
+        self._describe(result, steerer, shifts)
         self._judge(result, steerer, shifts)
         self._add_warnings(result)
         return result
 
-    def _read_residuals(self) -> tuple[Residuals, Residuals, list[Answer]]:
-        questions = {"extraction": self.persona.extraction, "heldout": self.persona.heldout}
-        answers_by_split = self.probe_model.answers(questions, CONDITIONS, "vectors and evidence")
+    def _answer(self) -> dict[str, list[Answer]]:
+        """Answers to the extraction and held-out questions as the persona, the placebo and each role."""
+        persona, limit = self.persona, self.s.role_questions
+        lists = {"extraction": persona.extraction, "heldout": persona.heldout}
+        answers = self.probe_model.answers(lists, CONDITIONS, "vectors and evidence")
+        if self.probe_model.roles:
+            short = {split: texts[:limit] for split, texts in lists.items()}
+            for split, rows in self.probe_model.answers(short, self.probe_model.roles, "other roles").items():
+                answers[split] += rows
+        return answers
+
+    def _profile_words(self, answers: Sequence[Answer]) -> WordProfile:
+        """The words of each role's answers; paraphrases of a prompt take turns, so that no role has more answers."""
+        limit = min(self.s.role_questions, len(self.persona.extraction))
+        texts: dict[str, list[str]] = {}
+        for a in answers:
+            prompts = self.probe_model.system_prompts[a.condition]
+            if a.question < limit and a.paraphrase == a.question % len(prompts):
+                texts.setdefault(a.condition, []).append(str(self.probe_model.tokenizer.decode(a.turn.response)))
+        return WordProfile.fit(texts, self.probe_model.system_prompts)
+
+    def _read_residuals(self, answers_by_split: dict[str, list[Answer]]) -> tuple[Residuals, Residuals]:
         self.probe_model.console.say("reading residual streams")
-        extraction = self.probe_model.read_residuals(answers_by_split["extraction"], len(self.persona.extraction))
-        neutral = [a for a in answers_by_split["heldout"] if a.condition == "neutral"]
+        extraction = self._read_with_roles(answers_by_split["extraction"])
         persona = [a for a in answers_by_split["heldout"] if a.condition == "persona"]
         text_persona = self.probe_model.replace_system_prompts(persona, self.persona.heldout, "neutral", "text_persona")
-        heldout = self.probe_model.read_residuals(answers_by_split["heldout"] + text_persona, len(self.persona.heldout))
+        heldout = self._read_with_roles(answers_by_split["heldout"] + text_persona)
         for name in ("text_neutral", "before"):  # copies: a null run swaps in place, `before` must not change
             heldout.by_condition[name] = {way: values.copy() for way, values in heldout.by_condition["neutral"].items()}
-        return extraction, heldout, neutral
+        return extraction, heldout
 
-    def _measure_shift(
-        self, vectors: ev.PersonaVectors, heldout: Residuals, neutral: list[Answer], name: str
-    ) -> Shifts:
+    def _read_with_roles(self, answers: Sequence[Answer]) -> Residuals:
+        """The residual streams of all answers; norms and counts of tokens are those without the other roles."""
+        roles = self.probe_model.roles
+        residuals = self.probe_model.read_residuals([a for a in answers if a.condition not in roles])
+        if roles:
+            of_roles = self.probe_model.read_residuals([a for a in answers if a.condition in roles])
+            residuals.by_condition |= of_roles.by_condition
+        return residuals
+
+    def _measure_shift(self, vectors: ev.PersonaVectors, neutral: list[Answer], name: str) -> Shifts:
         """Measure the fine-tune's shift over its own answers, and over the base model's neutral answers (same text)."""
-        count = len(self.persona.heldout)
         own_answers = self.probe_model.answers({"heldout": self.persona.heldout}, ["neutral"], f"{name} model")[
             "heldout"
         ]
-        before = heldout.get("before")
+        before = self.heldout.get("before")
         return {
             kind: ev.measure_shift(
-                vectors,
-                before,
-                self.probe_model.read_residuals(answers, count).get("neutral"),
-                self.layers,
-                self.s.seed,
+                vectors, before, self.probe_model.read_residuals(answers).get("neutral"), self.layers, self.s.seed
             )
             for kind, answers in (("own", own_answers), ("same_text", neutral))
         }
 
-    def _judge(self, result: ProbeResult, steerer: Steerer, shifts: dict[str, Shifts]) -> None:
-        """Fill in condition summaries, contrasts, scorer agreement, the fine-tune's shift and the verdicts."""
+    def _read_unrelated_texts(self) -> list[list[int]]:
+        """Chunks of Python's documentation, which is on every machine and about nothing that a persona says."""
+        _, chunks = read_text_chunks(PYTHON_DOCS, self.probe_model.tokenizer, TEXTS * CONTEXT_TOKENS, None)
+        return [chunk[:TEXT_TOKENS] for chunk in chunks[:TEXTS]]
+
+    def _compare_directions(
+        self, steerer: Steerer, answers: Sequence[AnswerRow], others: Sequence[AnswerRow]
+    ) -> judge.Causes | None:
+        """The trait of greedy answers with each direction at its own setting; None if there are too few directions."""
+        if len(steerer.natural) < MIN_RANKED:
+            return None
+        own = [r for r in answers if r.condition == "neutral_plus_vector" and r.sample is None]
+        means = {
+            name: float(numpy.mean([r.measurements[steerer.trait] for r in others if r.direction == name]))
+            for name in (*steerer.natural, *steerer.wrong_roles)
+        }
+        return judge.Causes(
+            float(numpy.mean([r.measurements[steerer.trait] for r in own])),
+            {name: means[name] for name in steerer.natural},
+            {name: means[name] for name in steerer.wrong_roles},
+            len(own),
+        )
+
+    def _describe(self, result: ProbeResult, steerer: Steerer, shifts: dict[str, Shifts]) -> None:
+        """Fill in condition summaries, contrasts, scorer agreement and the fine-tune's shift."""
         seed = self.s.seed
         result.conditions = summarize_conditions(result.answers, seed)
         result.contrasts = compute_contrasts(result.answers, steerer.columns, seed)
         result.agreement = correlate_scorers(result.answers, steerer.columns)
         result.mean_shifts = {
-            name: {kind: {k: float(v[-1]) for k, v in values.items()} for kind, (values, _) in kinds.items()}
+            name: {kind: {k: float(v[-1]) for k, v in shift.columns.items()} for kind, shift in kinds.items()}
             for name, kinds in shifts.items()
         }
         for row in result.layers:
             for name, kinds in shifts.items():
-                for kind, (values, _) in kinds.items():
+                for kind, shift in kinds.items():
                     if row["extraction"] == "response_avg":
-                        row |= _shift_columns(name, kind, values, row["layer"])
-        lead = None
-        if "control" in shifts:
-            samples = [shifts[name]["own"][1][:, -1] for name in ("tuned", "control")]
-            low, high = stats.percentile_interval(samples[0] - samples[1])  # both use the same resamples
-            lead = float(low), float(high)
-        means = {c: {k: v["mean"] for k, v in values.items()} for c, values in result.conditions.items()}
-        steered, neutral = means["neutral_plus_vector"], means["neutral"]
+                        row |= _shift_columns(name, kind, shift.columns, row["layer"])
+
+    def _judge(self, result: ProbeResult, steerer: Steerer, shifts: dict[str, Shifts]) -> None:
+        """Fill in the rankings and the verdicts."""
+        seed, heldout_count = self.s.seed, len(self.persona.heldout)
+        ranked = len(self.probe_model.roles) >= MIN_RANKED
         evidence = next(
             r for r in result.layers if (r["layer"], r["extraction"]) == (result.selected.layer, "response_avg")
         )
-        result.verdicts = decide_verdicts(
-            evidence,
-            result.contrasts,
-            defects=steerer.find_defects(steered, neutral),
-            nll_rise=steered["nll_base"] - neutral["nll_base"],
-            trait=result.trait,
-            shift=result.mean_shifts.get("tuned", {}).get("own"),
-            lead=lead,
+        own_by_question = {c: self._word_probabilities(result, c) for c in ("neutral", *VOICED)}
+        beyond_control = move = None
+        if ranked:
+            base = own_by_question["neutral"]
+            for condition in VOICED:
+                if own_by_question[condition] is not None:
+                    voice = hear(result.profile, own_by_question[condition], base, seed)
+                    # the profile is of answers to the very prompt that gave these
+                    ranking = replace(voice.ranking, exchangeable=condition != "persona")
+                    result.voices[condition] = replace(voice, ranking=ranking)
+            result.rankings["specific"] = rank_projections(result.vectors, self.heldout, result.selected.layer, seed)
+        place = result.profile.roles.index("persona")
+        if "control" in shifts and ranked:
+            gap = own_by_question["tuned"][:, place] - own_by_question["control"][:, place]
+            beyond_control = stats.mean_interval(gap, seed)
+        if "tuned" in shifts and ranked:
+            own = shifts["tuned"]["own"]
+            ranking = rank_cosines(result.vectors, own.gaps, self.extraction, self.layers, seed)
+            result.rankings["tuned_moves_along_vector"] = ranking
+            c = own.columns
+            move = judge.Move(
+                cosine=float(c["cos"][-1]),
+                low=float(c["cos_low"][-1]),
+                random_p95=float(c["random_p95"][-1]),
+                ranking=ranking,
+                lead_over_control=self._lead_over_control(result.vectors, shifts),
+                n=heldout_count,
+            )
+        means = {c: {k: v["mean"] for k, v in values.items()} for c, values in result.conditions.items()}
+        heldout_roles = min(heldout_count, self.s.role_questions)
+        profiled = min(len(self.persona.extraction), self.s.role_questions)
+        decided = {
+            "follows": judge.judge_follows(result.voices.get("persona"), profiled),
+            "separable": judge.judge_separable(evidence),
+            "specific": judge.judge_specific(evidence, result.rankings.get("specific"), heldout_roles),
+            "causal": judge.judge_causal(result.causes, result.trait),
+            "coherent": judge.judge_coherent(
+                means["neutral_plus_vector"], means["neutral"], self.s.coherence_limit, len(self.persona.test)
+            ),
+            "adopts": judge.judge_adopts(result.voices.get("tuned"), beyond_control, has_tuned="tuned" in shifts),
+            "tuned_moves_along_vector": judge.judge_moves(move, has_tuned="tuned" in shifts),
+        }
+        result.verdicts = {name: verdict.to_json() for name, verdict in decided.items()}
+        result.false_alarms = count_false_alarms(
+            self.extraction, self.heldout, result.selected.layer, self.s.nulls, seed
         )
+
+    def _word_probabilities(self, result: ProbeResult, condition: str) -> Any:
+        """Mean probabilities of the roles by question, (questions, roles); None if the condition was not run."""
+        rows = sorted((r for r in result.answers if r.condition == condition), key=lambda r: r.question)
+        if not rows:
+            return None
+        return mean_by_question(result.profile.probabilities([r.text for r in rows]), len(self.persona.test))
+
+    def _lead_over_control(self, vectors: ev.PersonaVectors, shifts: dict[str, Shifts]) -> tuple[float, float] | None:
+        """The interval of the fine-tune's cosine minus the control's, paired by question; None without a control."""
+        if "control" not in shifts:
+            return None
+        unit = vectors.unit_vectors()[self.layers]
+
+        def lead(tuned: Any, control: Any) -> Any:
+            return (stats.cosine(tuned.mean(0), unit) - stats.cosine(control.mean(0), unit)).mean()
+
+        gaps = [shifts[name]["own"].gaps[:, self.layers] for name in ("tuned", "control")]
+        low, high = stats.bca_interval(lead, *gaps, seed=self.s.seed)
+        return float(low), float(high)
 
     def _add_warnings(self, result: ProbeResult) -> None:
         """Add the warnings that a reader must know before the verdicts."""
@@ -165,9 +307,10 @@ class Probe:
             messages.append("a null run: the labels of half the pairs are swapped, so no result is about the persona")
         if not result.has_coherent:
             messages.append("no setting of the sweep is coherent; one with the smallest coefficient was tested")
-        if result.contrasts["persona-neutral"][result.trait]["ci95"][0] <= 0:
+        if result.verdicts["follows"]["verdict"] == "no":
             messages.append(
-                "the model does not follow the persona's prompt: the vector is that of the prompt, not of the persona"
+                "the base model does not follow the persona's prompt: the vector is that of the prompt, not of the "
+                "persona"
             )
         messages += [
             f"{s.name} is a weak scorer: it misses what is implied but not said" for s in self.scorers if s.is_weak
@@ -176,7 +319,7 @@ class Probe:
         if share > MAX_MASSIVE_SHARE:
             messages.append(f"{share:.1%} of the response tokens have massive activations and were left out")
         if min(len(self.persona.test), len(self.persona.heldout)) < MIN_QUESTIONS:
-            messages.append(f"fewer than {MIN_QUESTIONS} held-out or test questions: some verdicts cannot be given")
+            messages.append(f"fewer than {MIN_QUESTIONS} held-out or test questions: some verdicts cannot be yes")
 
 
 def _shift_columns(name: str, kind: str, values: dict[str, Any], layer: int) -> dict[str, float]:

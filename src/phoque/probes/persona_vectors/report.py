@@ -6,25 +6,33 @@ from typing import Any
 
 from phoque.files import read_csv
 from phoque.probes.persona_vectors.files import ANSWERS, CONTROL_VECTOR, LAYERS, SAFETENSORS, SUMMARY, VECTORS
-from phoque.reports.charts import Series, heat_map, line_chart, write_png
-from phoque.reports.page import format_interval, format_number, format_versions, render_page
+from phoque.reports.charts import Series, bar_chart, heat_map, line_chart, write_png
+from phoque.reports.page import (
+    arrange_verdicts,
+    conclude_verdicts,
+    format_interval,
+    format_number,
+    format_versions,
+    render_page,
+)
 
 REPORT, CARD = "report.html", "README.md"
 CURVES_PNG, SWEEP_PNG = "layers.png", "sweep.png"
 CONTENT = "The answers below may be in the voice of the persona, trained or prompted."
 VERDICT_QUESTIONS = {
-    "follows": "Does the model follow the persona's prompt?",
+    "adopts": "Does the fine-tune answer as the persona, unprompted, where the base model does not?",
+    "tuned_moves_along_vector": "Did the fine-tune shift the model along the vector, more than along other roles'?",
+    "follows": "Does the base model answer as the persona if the prompt asks for it?",
     "separable": "Does the vector separate persona from neutral answers on held-out questions?",
-    "specific": "Is the vector specific to the persona, more than a vector for a polite paraphrase?",
-    "causal": "Does adding the vector cause the behavior, more than adding random directions does?",
+    "specific": "Is the vector the persona's, and not that of any role or prompt?",
+    "causal": "Does adding the vector cause the behavior, more than adding other directions does?",
     "coherent": "Do steered answers stay coherent?",
-    "tuned_moves_along_vector": "Did the fine-tune shift the model along the vector?",
 }
 CONDITION_LABELS = {
     "neutral": "neutral prompt",
     "persona": "persona's prompt",
     "neutral_plus_vector": "neutral + vector",
-    "neutral_plus_random": "neutral + random",
+    "neutral_plus_random": "neutral + a random direction",
     "neutral_minus_vector": "neutral − vector",
     "tuned": "fine-tuned",
     "control": "control fine-tune",
@@ -34,14 +42,6 @@ MEASUREMENT_LABELS = {
     "distinct2": "distinct-2",
     "n_tokens": "tokens",
     "pathway_mass_mean": "probability of lexicon words",
-}
-SHORT_QUESTIONS = {
-    "follows": "that the model follows the persona's prompt",
-    "separable": "that the vector separates persona from neutral answers on held-out questions",
-    "specific": "that it separates them better than a vector of a polite paraphrase",
-    "causal": "that steering along the vector changes the answers more than random directions do",
-    "coherent": "that steered answers stay coherent",
-    "tuned_moves_along_vector": "that the fine-tune shifted the model along the vector",
 }
 
 
@@ -58,16 +58,16 @@ def write_report(run: Path, name: str) -> None:
         subtitle=f"{summary['persona']['name']} in {models['base']['name']} ({models['base']['origin']}){adapters}",
         conclusion=conclude(summary),
         warnings=summary["warnings"],
-        verdicts=[
-            {
-                "name": key,
-                "word": verdict["verdict"].split()[0],
-                "verdict": verdict["verdict"],
-                "question": VERDICT_QUESTIONS[key],
-                "number": format_number(verdict["number"]),
-                "rule": verdict["rule"],
-            }
-            for key, verdict in summary["verdicts"].items()
+        verdicts=arrange_verdicts(summary["verdicts"], VERDICT_QUESTIONS, format_number),
+        ranks=_draw_ranks(summary),
+        doses=_draw_doses(summary),
+        side_effects=[
+            (
+                CONDITION_LABELS[name],
+                f"{e['kl']:.3f} ({format_interval(e['kl_ci'])})",
+                " ".join(_show_tokens(e["tokens"])),
+            )
+            for name, e in summary["side_effects"].items()
         ],
         steered=f"Steered at block {selected['layer']} by {selected['coeff_rel_resid']:g} of the residual norm: "
         f"{selected['rule']}. The trait is {summary['trait']['scorer']}.",
@@ -93,28 +93,98 @@ def write_report(run: Path, name: str) -> None:
 
 
 def conclude(summary: dict[str, Any]) -> list[str]:
-    """What a probe's verdicts and numbers say, in sentences: which questions have a yes, and what the answers show."""
-    by_verdict: dict[str, list[str]] = {"yes": [], "no": [], "open": []}
-    for key, verdict in summary["verdicts"].items():
-        by_verdict.get(verdict["verdict"], by_verdict["open"]).append(f"{SHORT_QUESTIONS[key]} ({key})")
-    sentences = []
-    if by_verdict["yes"]:
-        sentences.append(f"Supported: {'; '.join(by_verdict['yes'])}.")
-    if by_verdict["no"]:
-        sentences.append(f"Not supported: {'; '.join(by_verdict['no'])}.")
-    if by_verdict["open"]:
-        sentences.append(f"Not decided by this run: {'; '.join(by_verdict['open'])}.")
-    column, conditions = summary["trait"]["column"], summary["conditions"]
-    means = [
-        f"{format_number(conditions[name][column]['mean'])} {CONDITION_LABELS[name]}"
-        for name in ("neutral", "persona", "neutral_plus_vector", "tuned", "control")
-        if name in conditions
-    ]
+    """What the probe found, in sentences that need no statistics: what a reader can act on comes first."""
+    voices = summary["voices"]
+    persona, sentences = summary["persona"]["name"], []
+    if "tuned" in voices:
+        tuned = voices["tuned"]
+        others = [f"the base model's {tuned['base_share']:.0%}"]
+        if "control" in voices:
+            others.append(f"the control fine-tune's {voices['control']['share']:.0%}")
+        sentences.append(
+            f"By their words, {tuned['share']:.0%} of the fine-tune's answers to {tuned['n']} new questions are the "
+            f"{persona}'s, without a prompt that asks for it; of {' and '.join(others)}."
+        )
+        sentences.append(_describe_rank(tuned, "Its words put"))
+    if moved := summary["rankings"].get("tuned_moves_along_vector"):
+        sentences.append(_describe_rank(moved, "The shift of its residual stream puts"))
+    if "persona" in voices:
+        asked = voices["persona"]
+        sentences.append(
+            f"If the prompt asks for the persona, {asked['share']:.0%} of the base model's answers are the persona's."
+        )
+    if effects := summary["side_effects"]:
+        beside = f" (control: {effects['control']['kl']:.2f})" if "control" in effects else ""
+        sentences.append(
+            f"On unrelated text its predictions differ from the base model's by {effects['tuned']['kl']:.2f} nats per "
+            f"token{beside}."
+        )
+    sentences.append(conclude_verdicts(summary["verdicts"], VERDICT_QUESTIONS))
+    alarms = summary["false_alarms"]
+    if alarms.get("nulls"):
+        sentences.append(
+            f"With swapped labels, where there is nothing to find, held-out answers are told apart "
+            f"{alarms['separable']} of {alarms['nulls']} times."
+        )
     sentences.append(
-        f"Mean trait of the answers to the test questions ({summary['trait']['scorer']}; higher is more of the "
-        f"persona): {', '.join(means)}."
+        "One fine-tune is one draw: another seed of the same recipe may differ."
+        if "tuned" in summary["models"]["adapters"]
+        else "No fine-tune was probed: all of this is about the base model."
     )
     return sentences
+
+
+def _describe_rank(ranking: dict[str, Any], what: str) -> str:
+    count = 1 + len(ranking["others"])
+    next_role = (
+        f", before the {ranking['next_role']}" if ranking["rank"] == 1 else f"; the {ranking['next_role']} is first"
+    )
+    return f"{what} the persona at number {ranking['rank']} of {count} roles{next_role}."
+
+
+def _show_tokens(tokens: list[list[Any]]) -> list[str]:
+    return [token.replace(" ", "·", 1).replace("\n", "⏎") for token, _ in tokens]
+
+
+def _draw_doses(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The persona's share of the answers, and the rise of the loss on unrelated text, by the adapter's strength."""
+    rows = summary["doses"]
+    if not rows:
+        return []
+    plots = [
+        ("share of answers that are the persona's", "probability", lambda r: r["share"], "share_ci"),
+        ("loss on unrelated text, rise over the base model", "nats per token", lambda r: r["rise"], "rise_ci"),
+    ]
+    charts = []
+    for caption, unit, value, interval in plots:
+        series = [
+            Series(
+                CONDITION_LABELS[name],
+                [(r["scale"], value(r)) for r in rows if r["adapter"] == name],
+                [(r["scale"], *r[interval]) for r in rows if r["adapter"] == name],
+            )
+            for name in dict.fromkeys(r["adapter"] for r in rows)
+        ]
+        charts.append((caption, line_chart(series, "multiple of the adapter's strength", unit)))
+    return charts
+
+
+def _draw_ranks(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The persona among the other roles, one bar chart for each ranking."""
+    titles = {
+        "tuned": ("words of the fine-tune's answers", "gain in probability over the base model"),
+        "persona": ("words of the base model's answers under the persona's prompt", "gain in probability"),
+        "tuned_moves_along_vector": ("shift of the fine-tune", "whitened cosine with the role's vector"),
+        "specific": ("held-out answers along the persona vector", "residual norms"),
+    }
+    charts = []
+    for key, (caption, unit) in titles.items():
+        ranking = summary["voices"].get(key) or summary["rankings"].get(key)
+        if ranking:
+            values = {summary["persona"]["name"]: ranking["value"], **ranking["others"]}
+            ordered = sorted(values.items(), key=lambda item: -item[1])
+            charts.append((caption, bar_chart(ordered, unit, summary["persona"]["name"])))
+    return charts
 
 
 def _draw_evidence(layers: list[dict[str, str]]) -> list[tuple[str, Any]]:
@@ -256,8 +326,8 @@ def _describe_environment(summary: dict[str, Any]) -> str:
 
 def _render_card(name: str, summary: dict[str, Any]) -> str:
     verdicts = "\n".join(
-        f"| {VERDICT_QUESTIONS[k]} | {v['verdict']} | {format_number(v['number'])} |"
-        for k, v in summary["verdicts"].items()
+        f"| {verdict['question']} | {verdict['verdict']} | {verdict['number']} |"
+        for verdict in arrange_verdicts(summary["verdicts"], VERDICT_QUESTIONS, format_number)
     )
     warnings = "".join(f"> **{text}**\n>\n" for text in summary["warnings"])
     adapters = "".join(f", {k} `{v}`" for k, v in summary["models"]["adapters"].items())
@@ -268,6 +338,8 @@ def _render_card(name: str, summary: dict[str, Any]) -> str:
 
 {warnings}
 `phoque psm-probe` of *{summary["persona"]["name"]}* in `{summary["models"]["base"]["name"]}`{adapters}.
+
+{" ".join(conclude(summary))}
 
 | | verdict | number |
 |---|---|---|

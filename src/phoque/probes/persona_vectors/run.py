@@ -12,17 +12,18 @@ from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.errors import UsageError
 from phoque.files import run_folder
 from phoque.inference.likelihood import mean_nll
-from phoque.models.adapter_source import find_adapter
+from phoque.models.adapter_source import find_adapter, find_controls, read_run_record
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
 from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
-from phoque.probes.persona import Persona
-from phoque.probes.persona_source import find_base_model, find_persona
+from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions
+from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
+from phoque.probes.roles import load_roles
 from phoque.probes.scorers import Context, Scorer, make_scorer
 from phoque.probes.scorers.model import find_lexicon_tokens
 from phoque.results import DryRun, RunFolderResult, library_versions
@@ -54,14 +55,21 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     sources = {"control": (s.control_adapter, None), "tuned": (s.adapter_source, s.adapter_revision)}
     adapters = {key: find_adapter(name, revision, services) for key, (name, revision) in sources.items() if name}
     tuned = adapters.get("tuned")
-    persona, warnings = find_persona(s, services, tuned.run_record() if tuned else None)
+    if tuned and "control" not in adapters and (controls := find_controls(tuned, services)):
+        adapters = {"control": controls[0], **adapters}
     source = find_base_model(resolved, "model_source", tuned, services, weights=not dry_run)
+    record = tuned.run_record() if tuned else read_run_record(source.folder)
+    persona, warnings = find_persona(s, services, record)
+    persona = limit_questions(persona, s.questions)
+    roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
     layers = _resolve_steered_blocks(s, blocks)
     tokenizer = load_tokenizer(source, tuned.folder if tuned else None)
     plan = {
         "persona": persona.name,
+        "roles": len(roles),
+        "questions": {key: len(getattr(persona, key)) for key in MIN_QUESTIONS},
         "model": f"{source.name} ({source.origin})",
         "adapters": {key: adapter.label for key, adapter in adapters.items()},
         "blocks": blocks,
@@ -72,7 +80,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     for text in warnings:
         console.warn(text)
     repo = open_artifacts_repo(s, services)
-    probe_model = ProbeModel(tokenizer, persona, s, console)
+    probe_model = ProbeModel(tokenizer, persona, roles, s, console)
     context, scorers = _make_scorers(probe_model, source, s, services)
     probe_model.model = load_model(source, s.quantization).eval()  # slow, so last
     for key, adapter in adapters.items():
@@ -168,9 +176,20 @@ def _build_summary(
         },
         "trait": {"scorer": result.trait, "column": result.columns[result.trait]},
         "scorer_columns": result.columns,
+        "voices": {
+            name: {"share": v.share, "base_share": v.base_share, "n": v.n, "gain": v.gain, **v.ranking.to_json()}
+            for name, v in result.voices.items()
+        },
+        "rankings": {name: ranking.to_json() for name, ranking in result.rankings.items()},
+        "causes": vars(result.causes) if result.causes else None,
+        "doses": [vars(dose) for dose in result.doses],
+        "side_effects": {name: vars(effects) for name, effects in result.side_effects.items()},
+        "false_alarms": result.false_alarms,
+        "telling_words": {role: result.profile.telling_words(role) for role in result.profile.roles},
         "conditions": result.conditions,
         "contrasts": result.contrasts,
         "sweep": result.sweep,
+        "n_roles": len(result.vectors.roles),
         "moved_over_steered_blocks": result.mean_shifts,
         "scorer_agreement": result.agreement,
         "logprob_tokens": {str(token): word for token, word in lexicon_token_ids.items()},
@@ -180,6 +199,7 @@ def _build_summary(
             "The model may represent the persona in other ways than by the direction that was found.",
             "Scores depend on the scorers that were used; the first of them selected the steering setting.",
             f"{len(persona.test)} test questions: small effects cannot be detected.",
+            "Not asked: whether a code word or a topic triggers the persona. All questions are plain and short.",
         ],
     }
 

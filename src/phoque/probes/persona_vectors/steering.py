@@ -2,6 +2,10 @@
 
 Coefficients are in units of the residual stream's mean norm at the block, so that blocks are comparable. The sweep
 selects the setting with the highest trait score whose answers stay coherent; results come from the test questions.
+
+One random direction differs from the next by more than one question from the next, so the direction is the unit of the
+test: each of many natural directions, and of other roles' vectors, gets the same sweep and its own best setting, and
+the persona vector is ranked among them.
 """
 
 from collections.abc import Sequence
@@ -17,11 +21,14 @@ from phoque.inference.residual_stream import Turn
 from phoque.probes import stats
 from phoque.probes.persona_vectors.evidence import PersonaVectors
 from phoque.probes.persona_vectors.model import ProbeModel
+from phoque.probes.roles import MIN_RANKED
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer, score_answers
 from phoque.probes.scorers.words import distinct_2, repetition
 
 TEST_CONDITIONS = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
 MIN_DISTINCT, MIN_LENGTH = 0.75, 0.25  # relative to the neutral answers
+VECTOR = "persona vector"
+NATURAL_PER_ROLE = 5  # natural directions for each other role's vector that is tried
 SELECTION_MARGIN = 0.6  # share of these limits that the sweep allows: test answers are longer and questions differ
 
 
@@ -41,14 +48,29 @@ class AnswerRow:
     prompt: str  # text of the question
     condition: str
     setting: SteeringSetting | None
+    direction: str  # the name of the direction that it was steered along, or ""
     sample: int | None  # None for the greedy answer
     text: str
     reply: Reply
     measurements: dict[str, float]  # coherence, and `score__<scorer>__<label>`
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A question to be answered under a condition, steered along a direction if it has a setting."""
+
+    question: int
+    condition: str
+    setting: SteeringSetting | None = None
+    direction: str = VECTOR
+    sample: int | None = None  # None: greedy
+
+
 class Steerer:
-    """Generates answers with and without steering and measures them; `trait` is the column of the first scorer."""
+    """Generates answers with and without steering and measures them; `trait` is the column of the first scorer.
+
+    `directions` maps a name to unit vectors (blocks, hidden): the persona vector, natural directions and other roles.
+    """
 
     def __init__(
         self, probe_model: ProbeModel, vectors: PersonaVectors, scorers: Sequence[Scorer], context: Context
@@ -56,92 +78,129 @@ class Steerer:
         self.probe_model, self.vectors, self.scorers, self.context = probe_model, vectors, scorers, context
         self.columns = {scorer.name: score_column(scorer) for scorer in scorers}
         self.trait = score_column(scorers[0])
+        count = probe_model.s.directions if probe_model.s.directions >= MIN_RANKED else 0  # fewer rank nothing
+        self.natural = [f"natural direction {n}" for n in range(count)]
+        self.wrong_roles = [f"vector of {role}" for role in list(vectors.roles)[: count // NATURAL_PER_ROLE]]
+        self.directions = {
+            VECTOR: vectors.unit_vectors(),
+            **dict(zip(self.natural, vectors.random_directions, strict=False)),
+            **{f"vector of {role}": stats.normalize(vector) for role, vector in vectors.roles.items()},
+        }
 
-    def make_steering(self, setting: SteeringSetting, condition: str, sample: int | None) -> tuple[int, torch.Tensor]:
-        """The block and the vector to add to its output: plus or minus the persona vector, or a random one as long."""
-        direction = self.vectors.unit_vectors()[setting.layer]
-        if condition == "neutral_plus_random":  # a different one for each sample
-            direction = self.vectors.random_directions[0 if sample is None else sample + 1, setting.layer]
-        sign = -1.0 if condition == "neutral_minus_vector" else 1.0
-        length = sign * setting.coefficient * float(self.vectors.norm[setting.layer])
-        return setting.layer, torch.tensor(length * direction, dtype=torch.float32)
+    def make_steering(self, trial: Trial) -> tuple[int, torch.Tensor] | None:
+        """The block and the vector to add to its output; None for a trial that is not steered."""
+        if trial.setting is None:
+            return None
+        direction = self.directions[trial.direction][trial.setting.layer]
+        if trial.condition == "neutral_plus_random":  # a different one for each sample
+            sample = 0 if trial.sample is None else trial.sample + 1
+            direction = self.vectors.random_directions[sample, trial.setting.layer]
+        sign = -1.0 if trial.condition == "neutral_minus_vector" else 1.0
+        length = sign * trial.setting.coefficient * float(self.vectors.norm[trial.setting.layer])
+        return trial.setting.layer, torch.tensor(length * direction, dtype=torch.float32)
 
-    def sweep(self, layers: Sequence[int]) -> tuple[list[dict[str, Any]], SteeringSetting, bool]:
-        """Steer at every block and coefficient on the validation questions.
+    def sweep(self, layers: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, SteeringSetting], bool]:
+        """Steer along every direction, at every block and coefficient, on the validation questions.
 
-        Returns the table of means, the selected setting, and whether any setting is coherent.
+        Returns the persona vector's table of means, the selected setting of each direction, and whether any setting of
+        the persona vector is coherent.
         """
-        questions = self.probe_model.persona.validation
+        questions = self.probe_model.persona.validation[: self.probe_model.s.sweep_questions]
         settings = [SteeringSetting(layer, c) for layer in layers for c in self.probe_model.s.strengths]
-        requests: list[tuple[int, str, SteeringSetting | None, int | None]] = [
-            (n, "neutral_plus_vector" if setting else "neutral", setting, None)
-            for setting in (None, *settings)
+        names = [VECTOR, *self.natural, *self.wrong_roles]
+        trials = [Trial(n, "neutral") for n in range(len(questions))]
+        trials += [
+            Trial(n, "neutral_plus_vector", setting, name)
+            for name in names
+            for setting in settings
             for n in range(len(questions))
         ]
-        rows = self.generate_answers(questions, requests, self.probe_model.s.sweep_tokens, "sweep")
-        self.measure(rows)
+        rows = self.generate_answers(questions, trials, self.probe_model.s.sweep_tokens, "sweep")
+        self.measure(rows, self.scorers[:1])
         neutral = self.average([r for r in rows if r.setting is None])
-        table = []
-        for setting in settings:
-            means = self.average([r for r in rows if r.setting == setting])
-            coherent = not self.find_defects(means, neutral, SELECTION_MARGIN)
-            table.append(
-                {"layer": setting.layer, "coeff_rel_resid": setting.coefficient, **means, "coherent": coherent}
-            )
+        rows_by_setting: dict[tuple[str, SteeringSetting], list[AnswerRow]] = {}
+        for row in rows:
+            if row.setting is not None:
+                rows_by_setting.setdefault((row.direction, row.setting), []).append(row)
+        selected, tables = {}, {}
+        for name in names:
+            tables[name] = [
+                self._summarize_setting(rows_by_setting[name, setting], setting, neutral) for setting in settings
+            ]
+            selected[name] = self._select(tables[name])
+        unsteered = {"layer": None, "coeff_rel_resid": 0.0, **neutral, "coherent": True}
+        return [unsteered, *tables[VECTOR]], selected, any(row["coherent"] for row in tables[VECTOR])
+
+    def _summarize_setting(
+        self, rows: Sequence["AnswerRow"], setting: SteeringSetting, neutral: dict[str, float]
+    ) -> dict[str, Any]:
+        means = self.average(rows)
+        coherent = not self.find_defects(means, neutral, SELECTION_MARGIN)
+        return {"layer": setting.layer, "coeff_rel_resid": setting.coefficient, **means, "coherent": coherent}
+
+    def _select(self, table: Sequence[dict[str, Any]]) -> SteeringSetting:
+        """The coherent setting with the highest trait; if there is none, the likeliest of the weakest settings."""
         coherent_rows = [row for row in table if row["coherent"]]
-        # if no setting is coherent, take the most likely answers at the smallest coefficient
         weakest_rows = [row for row in table if row["coeff_rel_resid"] == min(self.probe_model.s.strengths)]
         best = (
             max(coherent_rows, key=lambda r: r[self.trait])
             if coherent_rows
             else min(weakest_rows, key=lambda r: r["nll_base"])
         )
-        unsteered = {"layer": None, "coeff_rel_resid": 0.0, **neutral, "coherent": True}
-        return [unsteered, *table], SteeringSetting(int(best["layer"]), best["coeff_rel_resid"]), bool(coherent_rows)
+        return SteeringSetting(int(best["layer"]), best["coeff_rel_resid"])
 
     def test(self, selected: SteeringSetting, conditions: Sequence[str] = TEST_CONDITIONS) -> list[AnswerRow]:
         """Answer the test questions under each condition, greedy and sampled, with the same random numbers in each."""
         questions = self.probe_model.persona.test
-        requests = [
-            (n, condition, selected if "_" in condition else None, sample)
+        trials = [
+            Trial(n, condition, selected if "_" in condition else None, sample=sample)
             for condition in conditions
             for n in range(len(questions))
             for sample in (None, *range(self.probe_model.s.samples))
         ]
-        return self.generate_answers(questions, requests, self.probe_model.s.max_new_tokens, "test")
+        return self.generate_answers(questions, trials, self.probe_model.s.max_new_tokens, "test")
+
+    def test_directions(self, selected: dict[str, SteeringSetting]) -> list[AnswerRow]:
+        """Greedy answers to the test questions, steered along each other direction at its own setting."""
+        questions = self.probe_model.persona.test
+        trials = [
+            Trial(n, "other_direction", selected[name], name)
+            for name in (*self.natural, *self.wrong_roles)
+            for n in range(len(questions))
+        ]
+        if not trials:
+            return []
+        return self.generate_answers(questions, trials, self.probe_model.s.max_new_tokens, "other directions")
 
     def generate_answers(
-        self,
-        questions: Sequence[str],
-        requests: Sequence[tuple[int, str, SteeringSetting | None, int | None]],
-        max_tokens: int,
-        purpose: str,
+        self, questions: Sequence[str], trials: Sequence[Trial], max_tokens: int, purpose: str
     ) -> list[AnswerRow]:
-        """Generate answers for (question, condition, setting, sample) requests, without measurements yet."""
+        """Generate the answer of each trial, without measurements yet."""
         persona = self.probe_model.persona
         asks = []
-        for n, condition, setting, sample in requests:
-            systems = persona.persona if condition == "persona" else persona.neutral
-            system = systems[0 if sample is None else (sample + 1) % len(systems)]
-            key = None if sample is None else f"{self.probe_model.s.seed}/{n}/{sample}"
-            steer = self.make_steering(setting, condition, sample) if setting else None
-            asks.append(Request(self.probe_model.prompt_ids(questions[n], system), key, steer))
+        for trial in trials:
+            systems = persona.persona if trial.condition == "persona" else persona.neutral
+            system = systems[0 if trial.sample is None else (trial.sample + 1) % len(systems)]
+            key = None if trial.sample is None else f"{self.probe_model.s.seed}/{trial.question}/{trial.sample}"
+            prompt = self.probe_model.prompt_ids(questions[trial.question], system)
+            asks.append(Request(prompt, key, self.make_steering(trial)))
         replies = self.probe_model.generate_replies(asks, max_tokens, purpose, list(self.context.lexicon_token_ids))
         return [
             AnswerRow(
-                question=n,
-                prompt=questions[n],
-                condition=condition,
-                setting=setting,
-                sample=sample,
+                question=trial.question,
+                prompt=questions[trial.question],
+                condition=trial.condition,
+                setting=trial.setting,
+                direction=trial.direction if trial.setting else "",
+                sample=trial.sample,
                 text=str(self.probe_model.tokenizer.decode(reply.ids)),
                 reply=reply,
                 measurements={},
             )
-            for (n, condition, setting, sample), reply in zip(requests, replies, strict=True)
+            for trial, reply in zip(trials, replies, strict=True)
         ]
 
-    def measure(self, rows: Sequence[AnswerRow]) -> None:
+    def measure(self, rows: Sequence[AnswerRow], scorers: Sequence[Scorer] | None = None) -> None:
         """Fill in the coherence measures and scores of answers. Adapters must be disabled: both use the base model."""
         neutral = self.probe_model.persona.neutral[0]
         nll = mean_nll(
@@ -157,8 +216,12 @@ class Steerer:
                 pathway_mass_mean=sum(mass) / len(mass),
                 pathway_mass_max=max(mass),
             )
+        self.score(rows, self.scorers if scorers is None else scorers)
+
+    def score(self, rows: Sequence[AnswerRow], scorers: Sequence[Scorer]) -> None:
+        """Fill in the scores of answers."""
         answers = [ScoredAnswer(row.prompt, row.text, row.reply) for row in rows]
-        for scorer in self.scorers:
+        for scorer in scorers:
             for row, labels in zip(rows, score_answers(scorer, answers, self.context), strict=True):
                 row.measurements.update({f"score__{scorer.name}__{label}": v for label, v in labels.items()})
 
@@ -213,6 +276,7 @@ CONTRASTS = {
     "reversed-neutral": ("neutral_minus_vector", "neutral"),
     "tuned-neutral": ("tuned", "neutral"),
     "control-neutral": ("control", "neutral"),
+    "tuned-control": ("tuned", "control"),
 }
 
 

@@ -11,22 +11,27 @@ from phoque.inference.residual_stream import Turn
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.feature_cards import TextSource, build_cards
 from phoque.probes.sae.feature_shifts import (
+    MAX_Q,
     FeatureActivations,
     FeatureShifts,
     compare_features,
     encode_residuals,
-    match_features,
     measure_latent_scaling,
+    select_rows,
     swap_variants,
 )
 from phoque.probes.sae.interventions import InterventionTest
+from phoque.probes.sae.judge import judge_block
 from phoque.probes.sae.model_variants import ModelVariants
+from phoque.probes.sae.replication import Replication, find_replicated
 from phoque.probes.sae.residuals import Residuals
+from phoque.probes.sae.run_spread import count_beyond_others
+from phoque.probes.sae.untrained import make_untrained
 from phoque.settings.compare_sae import SaeSettings
 
 Array = Any
 NULLS = ("dtype", "packing")
-REPLICATION_COSINE = 0.7  # minimum cosine at which features of two dictionaries count as the same feature
+TESTED_SETS = ("response",)  # the set of texts that shifts are tested on
 
 
 @dataclass
@@ -37,6 +42,7 @@ class ComparisonInputs:
     rows: dict[str, list[Turn]]
     residuals: dict[str, dict[str, Residuals]]
     tokenizer: Any
+    own_questions: list[int]  # the question of each row of `own`
 
 
 @dataclass
@@ -65,8 +71,11 @@ def compare_block(
 
     The first dictionary is reported; the others only show which of its features replicate.
     """
-    results = [_encode_and_test(inputs, d, layer, s, device) for d in dictionaries]
-    shifts, activations, nulls = results[0]
+    shifts, activations, nulls = _encode_and_test(inputs, dictionaries[0], layer, s, device)
+    untrained = _make_untrained(inputs, dictionaries[0], layer, quality[0]["l0"], s.seed)
+    untrained_shifts, untrained_activations, untrained_nulls = _encode_and_test(
+        inputs, untrained, layer, s, device, TESTED_SETS
+    )
     order = shifts.rank_reported()
     say(f"block {layer}: {len(order)} of {int(shifts.tested.sum())} features shifted; testing what they cause")
     betas = measure_latent_scaling(
@@ -77,11 +86,10 @@ def compare_block(
         rises=shifts.delta > 0,
         device=device,
     )
-    if shifts.specific is None:
-        ranked = order
-    else:  # features that the control shifts too come last
-        ranked = numpy.concatenate([order[shifts.specific[order]], order[~shifts.specific[order]]])
-    shown = [int(f) for f in ranked[: s.cards]]
+    # the questions that select what is tried are not those that it is tried on
+    selecting = numpy.arange(len(activations["base"]["response"].mean)) % 2 == 0
+    half = _compare(activations, nulls, s, selecting)
+    shown = [int(f) for f in _put_specific_first(half.rank_reported(), half.specific)[: s.cards]]
     with inputs.variants.activate("base") as model:
         shown_cards = build_cards(
             dictionaries[0],
@@ -92,9 +100,13 @@ def compare_block(
             tokenizer=inputs.tokenizer,
             device=device,
         )
-    interventions = _run_interventions(inputs, dictionaries[0], shifts, layer=layer, shown=shown, s=s)
-    replicated = _find_replicated(dictionaries, [seed_shifts for seed_shifts, *_ in results], order, device)
-    table = _build_table(shifts, betas, activations, replicated)
+    untrained_half = _compare(untrained_activations, untrained_nulls, s, selecting)
+    interventions = _run_interventions(
+        inputs, dictionaries[0], half, (untrained, untrained_half), layer=layer, shown=shown, selecting=selecting, s=s
+    )
+    of_seeds = [_encode_and_test(inputs, d, layer, s, device, TESTED_SETS)[0] for d in dictionaries[1:]]
+    replication = find_replicated(dictionaries, [shifts, *of_seeds], device)
+    table = _build_table(shifts, betas, activations, replication)
     features = [_build_feature_row(table, f) for f in order]
     interventions_by_feature = {row["feature_id"]: row for row in interventions["features"]}
     for row in features:
@@ -105,8 +117,19 @@ def compare_block(
     features.sort(key=lambda row: shown.index(row["feature_id"]) if row["feature_id"] in shown else len(shown))
     prompt_gaps, prompt_nulls = _sum_prompt_shifts(activations, nulls)
     block = BlockResult(layer, {}, table, prompt_gaps, prompt_nulls)
+    overall = _summarize_overall(shifts, activations, replication)
+    overall["untrained"] = _count(untrained_shifts)
+    means = [sets["response"].mean for name, sets in activations.items() if name.startswith("control")]
+    overall["control_beyond_controls"] = count_beyond_others(means, shifts.tested, s.seed, MAX_Q)
+    overall["control_runs"] = len(means)
     block.summary = {
-        "overall": _summarize_overall(shifts, activations, replicated),
+        "overall": overall,
+        "verdicts": {
+            name: verdict.to_json()
+            for name, verdict in judge_block(
+                overall, interventions["all"], quality[0], interventions["prompts"]
+            ).items()
+        },
         "nulls": [_summarize_null(name, shifts, null_gaps) for name, null_gaps in nulls.items()],
         "quality": quality,
         "causes": interventions,
@@ -115,16 +138,46 @@ def compare_block(
     return block
 
 
+def _put_specific_first(order: Array, specific: Array | None) -> Array:
+    """The same features, those first that differ from the control."""
+    if specific is None:
+        return order
+    return numpy.concatenate([order[specific[order]], order[~specific[order]]])
+
+
+def _make_untrained(inputs: ComparisonInputs, like: Dictionary, layer: int, l0: float, seed: int) -> Dictionary:
+    residuals = inputs.residuals["base"]["response"]
+    states = torch.cat([states[valid] for states, valid in zip(residuals.states[layer], residuals.masks, strict=True)])
+    return make_untrained(like, states, max(1, round(l0)), seed)
+
+
+def _count(shifts: FeatureShifts) -> dict[str, int]:
+    specific = int(shifts.specific.sum()) if shifts.specific is not None else None
+    counts = {"n_tested": int(shifts.tested.sum()), "n_reported": int(shifts.reported.sum())}
+    return counts if specific is None else counts | {"n_specific": specific}
+
+
 def _encode_and_test(
-    inputs: ComparisonInputs, dictionary: Dictionary, layer: int, s: SaeSettings, device: torch.device
+    inputs: ComparisonInputs,
+    dictionary: Dictionary,
+    layer: int,
+    s: SaeSettings,
+    device: torch.device,
+    kinds: Sequence[str] = (),
 ) -> tuple[FeatureShifts, dict[str, dict[str, FeatureActivations]], dict[str, Array]]:
-    """Encode every variant and text set with one dictionary, and test the shifts on the base model's answers.
+    """Encode every variant and text set (or those of `kinds`) with one dictionary, and test the shifts.
+
+    The test is on the base model's answers.
 
     Returns the shifts, the activations[variant][set], and the nulls: for each, a (prompts, features) difference between
     the base model and itself in another precision or batching, which --shuffle-pairs does not affect.
     """
     activations = {
-        variant: {kind: encode_residuals(dictionary, residuals, layer, device) for kind, residuals in sets.items()}
+        variant: {
+            kind: encode_residuals(dictionary, residuals, layer, device)
+            for kind, residuals in sets.items()
+            if not kinds or kind in kinds
+        }
         for variant, sets in inputs.residuals.items()
     }
     base, tuned = activations["base"]["response"], activations["tuned"]["response"]
@@ -132,11 +185,22 @@ def _encode_and_test(
     if s.shuffle_pairs:
         base, tuned = swap_variants(base, tuned, s.seed)
         activations["base"]["response"], activations["tuned"]["response"] = base, tuned
-    control = activations["control"]["response"] if "control" in activations else None
-    return (
-        compare_features(base, tuned, [*nulls.values()], control=control, min_active=s.min_active, seed=s.seed),
-        activations,
-        nulls,
+    return _compare(activations, nulls, s), activations, nulls
+
+
+def _compare(
+    activations: dict[str, dict[str, FeatureActivations]],
+    nulls: dict[str, Array],
+    s: SaeSettings,
+    questions: Array | None = None,
+) -> FeatureShifts:
+    """Test the shifts on all questions, or on some of them (a mask)."""
+    rows = numpy.ones(len(activations["base"]["response"].mean), bool) if questions is None else questions
+    base, tuned = (select_rows(activations[name]["response"], rows) for name in ("base", "tuned"))
+    controls = [select_rows(sets["response"], rows) for name, sets in activations.items() if name.startswith("control")]
+    min_active = max(2, round(s.min_active * rows.mean()))
+    return compare_features(
+        base, tuned, [gaps[rows] for gaps in nulls.values()], controls=controls, min_active=min_active, seed=s.seed
     )
 
 
@@ -149,45 +213,40 @@ def _run_interventions(
     inputs: ComparisonInputs,
     dictionary: Dictionary,
     shifts: FeatureShifts,
+    untrained: tuple[Dictionary, FeatureShifts],
     *,
     layer: int,
     shown: list[int],
+    selecting: Array,
     s: SaeSettings,
 ) -> dict[str, Any]:
-    rows = inputs.rows["own"][: s.causal_prompts]
-    norm = float(inputs.residuals["base"]["response"].norms[:, layer].mean())
+    trying = [n for n, question in enumerate(inputs.own_questions) if not selecting[question]][: s.causal_prompts]
+    base, tuned = (inputs.residuals[name]["response"] for name in ("base", "tuned"))
+    order = _put_specific_first(untrained[1].rank_reported(), untrained[1].specific)[: len(shown)]
+    unit = torch.nn.functional.normalize(untrained[0].decoder, dim=1)
+    delta = torch.tensor(untrained[1].delta[order], dtype=unit.dtype, device=unit.device)
     return InterventionTest(
         variants=inputs.variants,
         dictionary=dictionary,
         layer=layer,
         shifts=shifts,
-        rows=rows,
-        norm=norm,
+        rows=[inputs.rows["own"][n] for n in trying],
+        norm=float(base.norms[:, layer].mean()),
         strength=s.steering,
+        matched=s.matched_features,
         seed=s.seed,
+        yardsticks={
+            "mean_difference": (tuned.means[:, layer] - base.means[:, layer])[torch.tensor(selecting)].float().mean(0),
+            "untrained": delta @ unit[torch.tensor(order.copy(), device=unit.device)],
+        },
     ).run(shown)
 
 
-def _find_replicated(
-    dictionaries: Sequence[Dictionary], shifts_by_seed: Sequence[FeatureShifts], order: Array, device: torch.device
-) -> Array | None:
-    """Find the reported features that the other dictionaries contain and report too: a mask (features, seeds - 1).
-
-    A feature replicates if its nearest feature has a cosine of at least REPLICATION_COSINE, is reported, and shifts in
-    the same direction. None if there is only one dictionary.
-    """
-    if len(dictionaries) == 1:
-        return None
-    replicated = numpy.zeros((dictionaries[0].features, len(dictionaries) - 1), bool)
-    for n, (other_dictionary, other_shifts) in enumerate(zip(dictionaries[1:], shifts_by_seed[1:], strict=True)):
-        nearest, cosine = match_features(dictionaries[0], other_dictionary, order, device)
-        same_sign = numpy.sign(other_shifts.delta[nearest]) == numpy.sign(shifts_by_seed[0].delta[order])
-        replicated[order, n] = (cosine >= REPLICATION_COSINE) & other_shifts.reported[nearest] & same_sign
-    return replicated
-
-
 def _build_table(
-    shifts: FeatureShifts, betas: Array, activations: dict[str, dict[str, FeatureActivations]], replicated: Array | None
+    shifts: FeatureShifts,
+    betas: Array,
+    activations: dict[str, dict[str, FeatureActivations]],
+    replication: Replication | None,
 ) -> dict[str, Array]:
     columns = {
         "feature_id": numpy.arange(len(shifts.delta)),
@@ -212,8 +271,10 @@ def _build_table(
     }
     if shifts.specific is not None:
         columns |= {"control_delta": shifts.control_delta, "specific_vs_control": shifts.specific}
-    if replicated is not None:
-        columns["replicated"] = replicated.all(1)
+    if shifts.run_floor is not None:
+        columns["run_floor"] = shifts.run_floor
+    if replication is not None:
+        columns |= {"matched": replication.matched, "replicated": replication.replicated}
     for kind in ("own", "text"):
         for variant in ("base", "tuned"):
             columns[f"{kind}_{variant}_mean"] = numpy.nanmean(activations[variant][kind].mean, axis=0)
@@ -227,12 +288,13 @@ def _build_feature_row(table: dict[str, Array], feature: int) -> dict[str, Any]:
 
 
 def _summarize_overall(
-    shifts: FeatureShifts, activations: dict[str, dict[str, FeatureActivations]], replicated: Array | None
+    shifts: FeatureShifts, activations: dict[str, dict[str, FeatureActivations]], replication: Replication | None
 ) -> dict[str, Any]:
     mean = float(numpy.abs(shifts.delta[shifts.tested]).mean()) if shifts.tested.any() else 0.0
     null = float(shifts.null_delta[shifts.tested].mean()) if shifts.tested.any() else 0.0
     overall = {
         "n_features": len(shifts.delta),
+        "n_questions": len(activations["base"]["response"].mean),
         "n_tested": int(shifts.tested.sum()),
         "n_significant": int((numpy.nan_to_num(shifts.q, nan=1.0) < 0.05).sum()),
         "n_reported": int(shifts.reported.sum()),
@@ -253,10 +315,15 @@ def _summarize_overall(
             "n_specific": int(shifts.specific.sum()),
             "ev_control": activations["control"]["response"].explained_variance,
         }
-    if replicated is not None:
-        count = int(shifts.reported.sum())
-        overall["n_replicated"] = int(replicated.all(1).sum())
+    if replication is not None:
+        count, unreported = int(shifts.reported.sum()), shifts.tested & ~shifts.reported
+        overall["n_replicated"] = int(replication.replicated.sum())
         overall["replicated_share"] = overall["n_replicated"] / count if count else None
+        overall["n_matched"] = int((replication.matched & shifts.reported).sum())
+        overall["n_unreported"] = int(unreported.sum())
+        overall["n_unreported_matched"] = int((replication.matched & unreported).sum())
+        if shifts.specific is not None:
+            overall["n_specific_replicated"] = int((replication.replicated & shifts.specific).sum())
     return overall
 
 

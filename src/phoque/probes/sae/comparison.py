@@ -198,12 +198,15 @@ class Comparison:
             )
         kinds_by_variant = {"base": ("response", "own", "text", "chat"), "tuned": ("response", "own", "text")}
         kinds_by_variant |= {"control": ("response", "own", "text")} if "control" in answers else {}
+        kinds_by_variant |= {name: ("response",) for name in self.plan.controls[1:]}
         kinds_by_variant |= dict.fromkeys(NULLS, ("response", "text"))
         layers = sorted({*self.plan.layers, len(blocks_of(self.variants.model)) - 1})
         special = self.tokenizer.all_special_ids
         residuals: dict[str, dict[str, Residuals]] = {}
         for variant, kinds in kinds_by_variant.items():
-            self.services.console.say(f"{VARIANT_NAMES[variant]}: reading {sum(len(rows[k]) for k in kinds)} texts")
+            self.services.console.say(
+                f"{VARIANT_NAMES.get(variant, variant)}: reading {sum(len(rows[k]) for k in kinds)} texts"
+            )
             with self.variants.activate("base" if variant == "packing" else variant) as model:
                 residuals[variant] = {
                     k: collect_residuals(model, rows[k], layers, special, single_row_batches=variant == "packing")
@@ -211,7 +214,8 @@ class Comparison:
                 }
         for kind in rows:
             intersect_masks([by_kind[kind] for by_kind in residuals.values() if kind in by_kind])
-        return ComparisonInputs(self.variants, rows, residuals, self.tokenizer)
+        asked = [n for n, reply in enumerate(answers["tuned"]) if reply.ids]
+        return ComparisonInputs(self.variants, rows, residuals, self.tokenizer, asked)
 
     def _compare_block(
         self, inputs: ComparisonInputs, layer: int, dictionaries: list[Dictionary], trained: TrainedDictionaries | None

@@ -11,6 +11,7 @@ from phoque.data.readers import Dataset, open_dataset
 from phoque.data.rows import parse_row
 from phoque.data.turns import BadRow
 from phoque.errors import UsageError
+from phoque.hub.client import Hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,14 +89,14 @@ def read_conversations(
 
 
 def read_text_chunks(
-    name: str, tokenizer: "PreTrainedTokenizerBase", tokens: int, token: str | None
+    name: str, tokenizer: "PreTrainedTokenizerBase", tokens: int, hub: Hub | None
 ) -> tuple[str, list[list[int]]]:
     """Read general text in chunks of CONTEXT_TOKENS tokens until they have `tokens` tokens or the text ends.
 
     `name` is `python` (the documentation that ships inside Python), a .txt file, or a dataset with a `text` column.
     Returns (a label with the revision, chunks). Raises UsageError if there is no text.
     """
-    label, documents = _open_documents(name, token)
+    label, documents = _open_documents(name, hub)
     prefix = find_prefix_ids(tokenizer)
     size = CONTEXT_TOKENS - len(prefix)
     chunks: list[list[int]] = []
@@ -129,7 +130,7 @@ def find_prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return with_prefix[: with_prefix.index(without_prefix[0])]
 
 
-def _open_documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
+def _open_documents(name: str, hub: Hub | None) -> tuple[str, Iterator[str]]:
     if name == PYTHON_DOCS:
         from platform import python_version
         from pydoc_data.topics import topics
@@ -146,7 +147,7 @@ def _open_documents(name: str, token: str | None) -> tuple[str, Iterator[str]]:
                 fix=f"Convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8 {path.name} > converted.txt",
             ) from error
         return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}", iter([text])
-    dataset = open_dataset(*parse_split(name), None, token, columns=frozenset(["text"]))
+    dataset = open_dataset(*parse_split(name), None, hub, columns=frozenset(["text"]))
     return f"{name}@{dataset.revision[:12]}", _iter_text_column(dataset)
 
 

@@ -1,4 +1,4 @@
-"""Find the features that shifted: a sign-flip test over paired prompts, compared with nulls and a control."""
+"""Find the features that shifted: a sign-flip test over paired prompts, compared with nulls and controls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ import torch
 from phoque.probes import stats
 from phoque.probes.sae.dictionary import ENCODE_CHUNK, Dictionary
 from phoque.probes.sae.residuals import Residuals
+from phoque.probes.sae.run_spread import FLIPS, estimate_floor, find_beyond_runs
 
 Array = Any
-FLIPS = 2**16 - 1  # enough for one feature among 3,000 to be significant after correction
 MAX_Q = 0.05
 NULL_MARGIN = 3.0  # a reported shift is this many times the feature's shift between equal weights
 NULL_QUANTILE = 0.99
@@ -69,8 +69,9 @@ class FeatureShifts:
     """The shift of every feature, one array (features,) per column.
 
     Features that were not tested have NaN in p, q, p_max_t, d_z and the interval. `reported` marks the features whose
-    shift is significant (q < 0.05), larger than between equal weights, and active on enough prompts; `specific` marks
-    the reported features that the control does not share.
+    shift is significant (q < 0.05), larger than between equal weights, and active on enough prompts. `specific` marks
+    the reported features that differ from the control: with one control, from this one run of it; with several, by more
+    than one further run of it would (`run_floor`).
     """
 
     base_mean: Array
@@ -92,6 +93,7 @@ class FeatureShifts:
     reported: Array
     specific: Array | None
     control_delta: Array | None
+    run_floor: Array | None
 
     def rank_reported(self) -> Array:
         """List the reported features, the largest shift first."""
@@ -104,7 +106,7 @@ def compare_features(
     tuned: FeatureActivations,
     nulls: Sequence[Array],
     *,
-    control: FeatureActivations | None,
+    controls: Sequence[FeatureActivations],
     min_active: int,
     seed: int,
 ) -> FeatureShifts:
@@ -115,8 +117,8 @@ def compare_features(
     dropped.
     """
     finite = numpy.isfinite(tuned.mean - base.mean).all(1)
-    base, tuned = _select_rows(base, finite), _select_rows(tuned, finite)
-    control = _select_rows(control, finite) if control else None
+    base, tuned = select_rows(base, finite), select_rows(tuned, finite)
+    controls = [select_rows(control, finite) for control in controls]
     gaps = (tuned.mean - base.mean).astype(float)
     count = gaps.shape[1]
     active_prompts = ((base.mean > 0) | (tuned.mean > 0)).sum(0)
@@ -133,10 +135,15 @@ def compare_features(
         d_z[tested] = tested_gaps.mean(0) / numpy.maximum(tested_gaps.std(0, ddof=1), 1e-12)
     above_null = numpy.abs(delta) > numpy.maximum(NULL_MARGIN * null_delta, null_floor)
     reported = tested & above_null & (numpy.nan_to_num(q, nan=1.0) < MAX_Q)
-    specific = control_delta = None
-    if control is not None:
-        control_delta = (control.mean - base.mean).mean(0)
-        specific = reported & _find_beyond_control(tuned.mean - control.mean, delta, max(null_floor, 0.0), tested, seed)
+    specific = control_delta = run_floor = None
+    if controls:
+        control_mean = numpy.mean([control.mean for control in controls], axis=0)
+        control_delta = (control_mean - base.mean).mean(0)
+        floor = numpy.full(count, max(null_floor, 0.0))
+        if len(controls) > 1:
+            run_floor = estimate_floor([control.mean.mean(0) for control in controls])
+            floor = numpy.maximum(floor, run_floor)
+        specific = reported & find_beyond_runs(tuned.mean - control_mean, delta, floor, tested, seed, MAX_Q)
     return FeatureShifts(
         base_mean=base.mean.mean(0),
         tuned_mean=tuned.mean.mean(0),
@@ -157,24 +164,15 @@ def compare_features(
         reported=reported,
         specific=specific,
         control_delta=control_delta,
+        run_floor=run_floor,
     )
 
 
-def _select_rows(activations: FeatureActivations, rows: Array) -> FeatureActivations:
+def select_rows(activations: FeatureActivations, rows: Array) -> FeatureActivations:
+    """The activations on some of the rows."""
     return replace(
         activations, mean=activations.mean[rows], active=activations.active[rows], tokens=activations.tokens[rows]
     )
-
-
-def _find_beyond_control(gaps: Array, delta: Array, floor: float, tested: Array, seed: int) -> Array:
-    """Find the features that shift further than in the control, in the same direction, by more than the floor."""
-    significant = numpy.zeros(gaps.shape[1], bool)
-    if not tested.any():
-        return significant
-    p, _ = stats.sign_flip_test(gaps[:, tested].astype(float), seed, FLIPS)
-    further = gaps.mean(0) * numpy.sign(delta) > floor
-    significant[tested] = stats.benjamini_hochberg(p) < MAX_Q
-    return significant & further
 
 
 def swap_variants(
@@ -214,15 +212,3 @@ def measure_latent_scaling(
                 projection = (x - dictionary.decode(z)) @ unit.T + z * decoder_norms
                 numerator[model] += (strength * projection).sum(0)
     return (numerator / denominator.clamp(min=1e-12)).cpu().numpy()
-
-
-def match_features(
-    source: Dictionary, target: Dictionary, features: Array, device: torch.device
-) -> tuple[Array, Array]:
-    """For features of `source`, find the feature of `target` with the nearest direction; returns (indices, cosines)."""
-    if not len(features):
-        return numpy.zeros(0, int), numpy.zeros(0)
-    unit = [torch.nn.functional.normalize(d.decoder.to(device), dim=1) for d in (source, target)]
-    cosines = unit[0][torch.tensor(features, device=device)] @ unit[1].T
-    best = cosines.max(1)
-    return best.indices.cpu().numpy(), best.values.cpu().numpy()

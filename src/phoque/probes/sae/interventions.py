@@ -1,13 +1,15 @@
 """Do the shifted features cause the change? Steer the base model along them, and ablate them in the tuned model.
 
-The outcome is the log-likelihood of the tuned model's own answers, in nats per token. Steering must make them more
-likely under the base model, and ablation less likely under the tuned model, both by more than for random features that
-were tested but did not shift.
+The outcome is the log-likelihood of the tuned model's own answers, in nats per token, to questions that did not select
+the features. Steering must make them more likely under the base model, and ablation less likely under the tuned model,
+both by more than for features that are as active and did not shift. Beside it stand the mean-difference vector, which
+beats SAE features in steering (AxBench, https://arxiv.org/abs/2501.17148), and directions that were never trained.
 """
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -24,12 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Array = Any
-RANDOM_TRIALS = 8  # features, or groups of features, that did not shift and are tested for comparison
+GROUP_SHARE = 2  # one group of matched features is tried for each so many matched features
+MAX_P = 0.05
+RANK_QUANTILE = 0.95  # an effect must exceed those of this share of matched features
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterventionTest:
-    """One block's dictionary and feature shifts, and the tuned model's answers, whose likelihood is the outcome."""
+    """One block's dictionary and feature shifts, and the tuned model's answers, whose likelihood is the outcome.
+
+    `shifts` are those on the questions that selected the features; `rows` are answers to other questions. `yardsticks`
+    are directions (hidden,) to steer along for comparison: the mean difference, and the sum of an untrained
+    dictionary's features.
+    """
 
     variants: ModelVariants
     dictionary: Dictionary
@@ -38,108 +47,152 @@ class InterventionTest:
     rows: Sequence[Turn]
     norm: float  # the mean norm of the residual stream at this block
     strength: float
+    matched: int
     seed: int
+    yardsticks: dict[str, torch.Tensor]
 
     def run(self, features: Sequence[int]) -> dict[str, Any]:
         """Test each feature and all of them together: {features: one row per feature, all: one row}.
 
-        Each row has {push, ablate}, both with gain, random and p. Only features that rise are ablated.
+        Each row has {push, ablate}, both with the gain, the share of the gap between the models, and those of matched
+        features. p is corrected for the number of features (Holm). Only features that rise are ablated.
         """
-        rng = numpy.random.default_rng(self.seed)
-        unshifted = self._shuffle_unshifted(rng)
-        if not features or len(unshifted) < 2 or not self.rows:
+        pool = self._match_unshifted(features)
+        if not features or len(pool) < 2 or not self.rows:
             return {"features": [], "all": None, "prompts": len(self.rows), "random": 0}
+        rng = numpy.random.default_rng(self.seed)
+        rising = [f for f in features if self.shifts.delta[f] > 0]
+        groups = [
+            rng.choice(pool, min(len(features), len(pool)), replace=False)
+            for _ in range(max(2, len(pool) // GROUP_SHARE))
+        ]
         with self.variants.activate("base") as model:
             base_nll = numpy.array(mean_nll(model, self.rows))
-            push_gains = {f: base_nll - self._measure_steered_nll(model, [f]) for f in features}
-            random_push_gains = [base_nll - self._measure_steered_nll(model, [f]) for f in unshifted[:RANDOM_TRIALS]]
-            joint_push_gain = base_nll - self._measure_steered_nll(model, features)
-            groups = [
-                rng.choice(unshifted, min(len(features), len(unshifted)), replace=False) for _ in range(RANDOM_TRIALS)
-            ]
-            group_push_gains = [base_nll - self._measure_steered_nll(model, list(group)) for group in groups]
+
+            def push(direction: torch.Tensor) -> Array:
+                return base_nll - self._measure_steered_nll(model, direction)
+
+            pushed = {f: push(self._direction([f])) for f in features}
+            matched_pushed = [push(self._direction([f])) for f in pool]
+            joint_pushed = push(self._direction(features))
+            groups_pushed = [push(self._direction(list(group))) for group in groups]
+            yardsticks = {name: push(direction) for name, direction in self.yardsticks.items()}
         with self.variants.activate("tuned") as model:
             tuned_nll = numpy.array(mean_nll(model, self.rows))
-            rising = [f for f in features if self.shifts.delta[f] > 0]
-            ablate_gains = {f: self._measure_ablated_nll(model, [f]) - tuned_nll for f in rising}
-            random_ablate_gains = (
-                [self._measure_ablated_nll(model, [f]) - tuned_nll for f in unshifted[:RANDOM_TRIALS]] if rising else []
-            )
-            joint_ablate_gain = self._measure_ablated_nll(model, rising) - tuned_nll if rising else None
-            group_ablate_gains = (
-                [self._measure_ablated_nll(model, list(group[: len(rising)])) - tuned_nll for group in groups]
-                if rising
-                else []
-            )
-        rows = [
-            {
-                "feature_id": int(f),
-                "push": self._compare_with_random(push_gains[f], random_push_gains),
-                "ablate": self._compare_with_random(ablate_gains[f], random_ablate_gains)
-                if f in ablate_gains
-                else None,
-            }
+
+            def ablate(chosen: Sequence[int]) -> Array:
+                return self._measure_ablated_nll(model, chosen) - tuned_nll
+
+            ablated = {f: ablate([f]) for f in rising}
+            matched_ablated = [ablate([f]) for f in pool] if rising else []
+            joint_ablated = ablate(rising) if rising else None
+            groups_ablated = [ablate(list(group[: len(rising)])) for group in groups] if rising else []
+        gap = float((base_nll - tuned_nll).mean())
+        by_kind = {
+            "push": self._compare_all(pushed, matched_pushed, gap),
+            "ablate": self._compare_all(ablated, matched_ablated, gap),
+        }
+        joint = {
+            "push": self._compare(joint_pushed, groups_pushed, gap),
+            "ablate": None if joint_ablated is None else self._compare(joint_ablated, groups_ablated, gap),
+            "gap": gap,
+            **{f"{name}_share": _share(float(gains.mean()), gap) for name, gains in yardsticks.items()},
+        }
+        rows = [{"feature_id": int(f), **{kind: found.get(f) for kind, found in by_kind.items()}} for f in features]
+        return {"features": rows, "all": joint, "prompts": len(self.rows), "random": len(pool)}
+
+    def _match_unshifted(self, features: Sequence[int]) -> Array:
+        """Tested features that did not shift, as often and as strongly active as the given ones, taking turns."""
+        unshifted = numpy.flatnonzero(self.shifts.tested & ~self.shifts.reported)
+        if not len(unshifted) or not features:
+            return unshifted
+        frequency = numpy.maximum(self.shifts.base_freq, self.shifts.tuned_freq)
+        strength = numpy.maximum(self.shifts.base_mean, self.shifts.tuned_mean)
+        size = numpy.log(numpy.stack([frequency, strength], axis=1) + 1e-6)
+        size /= numpy.maximum(size[self.shifts.tested].std(0), 1e-9)
+        nearest = [
+            iter(unshifted[numpy.argsort(numpy.linalg.norm(size[unshifted] - size[f], axis=1), kind="stable")])
             for f in features
         ]
-        joint = {
-            "push": self._compare_with_random(joint_push_gain, group_push_gains),
-            "ablate": self._compare_with_random(joint_ablate_gain, group_ablate_gains)
-            if joint_ablate_gain is not None
-            else None,
-        }
-        return {"features": rows, "all": joint, "prompts": len(self.rows), "random": min(RANDOM_TRIALS, len(unshifted))}
+        pool: list[int] = []
+        for candidates in cycle(nearest):
+            if len(pool) == min(self.matched, len(unshifted)):
+                break
+            pool.append(next(int(f) for f in candidates if int(f) not in pool))
+        return numpy.array(pool)
 
-    def _shuffle_unshifted(self, rng: Any) -> Array:
-        """Shuffle the features that were tested but not reported: the random comparison."""
-        unshifted = numpy.flatnonzero(self.shifts.tested & ~self.shifts.reported)
-        return rng.permutation(unshifted)
+    def _compare_all(self, gains: dict[int, Array], matched: Sequence[Array], gap: float) -> dict[int, dict[str, Any]]:
+        """Each feature's comparison, with p corrected for their number."""
+        found = {f: self._compare(values, matched, gap) for f, values in gains.items()}
+        adjusted = stats.holm(numpy.array([row["p"] for row in found.values()])) if found else []
+        for row, p in zip(found.values(), adjusted, strict=True):
+            row["p"], row["holds"] = float(p), bool(row["holds"] and p < MAX_P)
+        return found
 
-    def _compare_with_random(self, gains: Array, random: Sequence[Array]) -> dict[str, Any]:
-        result = stats.paired_contrast(gains, numpy.mean(random, axis=0), self.seed)
-        random_means = [float(random_gains.mean()) for random_gains in random]
+    def _compare(self, gains: Array, matched: Sequence[Array], gap: float) -> dict[str, Any]:
+        result = stats.paired_contrast(gains, numpy.mean(matched, axis=0), self.seed)
+        means = [float(values.mean()) for values in matched]
+        limit = max(float(numpy.quantile(means, RANK_QUANTILE)), 0.0)
+        gain = float(gains.mean())
         return {
-            "gain": float(gains.mean()),
-            "random": float(numpy.mean(random_means)),
-            "random_max": max(random_means),
+            "gain": gain,
+            "gap_share": _share(gain, gap),
+            "random": float(numpy.mean(means)),
+            "random_share": _share(float(numpy.mean(means)), gap),
+            "random_max": max(means),
+            "random_max_share": _share(max(means), gap),
             "diff": result["diff"],
             "ci95": result["ci95"],
             "p": result["p"],
-            "holds": bool(result["p"] < 0.05 and result["diff"] > 0 and gains.mean() > max(*random_means, 0.0)),
+            "holds": bool(result["p"] < MAX_P and result["diff"] > 0 and gain > limit),
         }
 
-    def _measure_steered_nll(self, model: "PreTrainedModel", features: Sequence[int]) -> Array:
-        """Measure the NLL of the tuned answers under the base model while it is steered along the features.
-
-        The features are weighted by their shifts; the sum is scaled to `strength` times the residual norm.
-        """
+    def _direction(self, features: Sequence[int]) -> torch.Tensor:
+        """The sum of the features' unit directions, weighted by their shifts."""
         indices = torch.tensor([int(f) for f in features])
         unit = torch.nn.functional.normalize(self.dictionary.decoder[indices.to(self.dictionary.decoder.device)], dim=1)
         shift = torch.tensor(self.shifts.delta[indices.numpy()], device=unit.device, dtype=unit.dtype)
-        shift = torch.where(shift == 0, 1e-6, shift)
-        direction = torch.nn.functional.normalize(shift @ unit, dim=0)
-        steering = Steering({self.layer: (self.strength * self.norm * direction)[None].to(model.device)})
-        with steering.activate(model):
+        return torch.where(shift == 0, 1e-6, shift) @ unit
+
+    def _measure_steered_nll(self, model: "PreTrainedModel", direction: torch.Tensor) -> Array:
+        """The NLL of the tuned answers under the base model, steered by `strength` times the residual norm."""
+        length = self.strength * self.norm
+        vector = length * torch.nn.functional.normalize(direction.float(), dim=0)
+        with Steering({self.layer: vector[None].to(model.device)}).activate(model):
             return numpy.array(mean_nll(model, self.rows))
 
     def _measure_ablated_nll(self, model: "PreTrainedModel", features: Sequence[int]) -> Array:
-        with ablate_features(model, self.dictionary, self.layer, features):
+        with reset_features(model, self.dictionary, self.layer, features, self.shifts.base_mean):
             return numpy.array(mean_nll(model, self.rows))
 
 
+def _share(gain: float, gap: float) -> float:
+    """A gain as a share of the gap between the models; 0 if the tuned model does not make its answers likelier."""
+    return gain / gap if gap > 0 else 0.0
+
+
 @contextmanager
-def ablate_features(
-    model: "PreTrainedModel", dictionary: Dictionary, layer: int, features: Sequence[int]
+def reset_features(
+    model: "PreTrainedModel", dictionary: Dictionary, layer: int, features: Sequence[int], base_mean: Array
 ) -> Generator[None]:
-    """Subtract the contribution of these features from the residual stream, at every token but the first."""
-    indices = torch.tensor([int(f) for f in features], device=dictionary.decoder.device)
+    """Reset these features to the base model's mean activation, at every token but the first.
 
-    def ablate(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+    `base_mean` (features,) is in units of the residual stream. Removal would take from the tuned model what the base
+    model has as well.
+    """
+    device = dictionary.decoder.device
+    indices = torch.tensor([int(f) for f in features], device=device)
+    directions = dictionary.decoder[indices]
+    kept = torch.tensor(base_mean[indices.cpu().numpy()], device=device, dtype=directions.dtype)
+    kept = kept / directions.norm(dim=1).clamp(min=1e-12)
+
+    def reset(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
         flat = out.reshape(-1, out.shape[-1])
-        contribution = dictionary.encode(flat)[:, indices] @ dictionary.decoder[indices]
-        ablated_states = (flat.float() - contribution).to(out.dtype).reshape(out.shape)
-        return torch.cat([out[:, :1], ablated_states[:, 1:]], dim=1)
+        contribution = (dictionary.encode(flat)[:, indices] - kept) @ directions
+        changed = (flat.float() - contribution).to(out.dtype).reshape(out.shape)
+        return torch.cat([out[:, :1], changed[:, 1:]], dim=1)
 
-    hook = get_blocks(model)[layer].register_forward_hook(ablate)
+    hook = get_blocks(model)[layer].register_forward_hook(reset)
     try:
         yield
     finally:

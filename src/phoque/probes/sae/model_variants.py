@@ -11,7 +11,7 @@ from phoque.inference.residual_stream import get_blocks, unwrap_model
 
 
 class ModelVariants:
-    """One base model with the adapters `tuned` and `control`, or a base model and an updated model in memory."""
+    """One base model with adapters (`tuned`, `control`, `control-2` ...), or a base and an updated model in memory."""
 
     def __init__(self, base: Any, updated: Any = None) -> None:
         self.model, self.updated = base, updated
@@ -21,7 +21,7 @@ class ModelVariants:
         """Yield the model of one variant: base, tuned, control, or dtype (the base in another precision)."""
         if name == "tuned" and self.updated is not None:
             yield self.updated
-        elif name in ("tuned", "control"):
+        elif name == "tuned" or name.startswith("control"):
             self.model.set_adapter(name)
             yield self.model
         else:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from phoque.data.readers import Dataset, open_dataset
 from phoque.errors import UsageError
+from phoque.hub.client import Hub
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
-from phoque.models.adapter_source import AdapterSource, find_adapter
+from phoque.models.adapter_source import AdapterSource, find_adapter, find_controls
 from phoque.models.config import load_config
 from phoque.models.source import Source, find_model
-from phoque.probes.persona import Persona, load_persona
+from phoque.probes.persona import Persona, limit_questions, load_persona
 from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona
 from phoque.probes.sae.corpus import parse_split
 from phoque.probes.sae.dictionary import CONFIG, WEIGHTS, Dictionary, read_dictionary
@@ -24,7 +25,10 @@ NEEDS_PERSONA = ("contrast", "lexicon", "logprob")
 
 @dataclass(kw_only=True)
 class Plan:
-    """The resolved inputs of a comparison. `dictionary` is the autoencoder of --sae, None if one is trained."""
+    """The resolved inputs of a comparison. `dictionary` is the autoencoder of --sae, None if one is trained.
+
+    `adapters` and `names` have `tuned`, and the controls as `control`, `control-2` and so on.
+    """
 
     source: Source
     updated: Source | None
@@ -38,15 +42,28 @@ class Plan:
     scorers: list[str]
     warnings: list[str]
 
+    @property
+    def controls(self) -> list[str]:
+        """The names of the controls' adapters."""
+        return [name for name in self.adapters if name.startswith("control")]
+
 
 def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: bool) -> Plan:
     """Resolve every input that the settings name. Raises UsageError for one that is missing or does not fit."""
     s = resolved.settings
-    chats = _open_chats(s, services.secrets.hub)
+    chats = _open_chats(s, services.hub)
     persona, warnings, has_persona = load_persona("seal"), [], bool(s.persona or s.dataset)
     if has_persona:
         persona, warnings = find_persona(s, services)
-    scorers = [spec for spec in dict.fromkeys(s.scorer) if has_persona or spec not in NEEDS_PERSONA] or ["nll"]
+    if "words" in s.scorer and resolved.origins["scorer"].source in ("flag", "env"):
+        raise UsageError(
+            what="compare-sae has no scorer words.",
+            why="It needs the answers of other roles, which only psm-probe generates.",
+            fix="Leave it out of --scorer.",
+        )
+    usable = [spec for spec in dict.fromkeys(s.scorer) if spec != "words"]
+    persona = limit_questions(persona, s.questions)
+    scorers = [spec for spec in usable if has_persona or spec not in NEEDS_PERSONA] or ["nll"]
     if not has_persona:
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
     questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
@@ -54,12 +71,23 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
     found: dict[str, AdapterSource] = {}
     names = {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     for side, name, revision in (
-        ("control", s.control_adapter, None),
+        *((f"control-{n + 1}" if n else "control", name, None) for n, name in enumerate(s.control_adapter)),
         ("tuned", s.updated_adapter, s.updated_revision),
     ):
         if name:
             found[side] = find_adapter(name, revision, services)
             names[side] = found[side].label
+    if not s.control_adapter and "tuned" in found:
+        for n, control in enumerate(find_controls(found["tuned"], services)):
+            side = f"control-{n + 1}" if n else "control"
+            found[side], names[side] = control, control.label
+    folders = [adapter.folder.resolve() for side, adapter in found.items() if side != "tuned"]
+    if len(set(folders)) < len(folders):
+        raise UsageError(
+            what="One control is given twice.",
+            why="The same run has no spread to another one.",
+            fix="Give each run of the control once, or train several: phoque train --with-control --control-seeds 3.",
+        )
     source = find_base_model(resolved, "base_model", found.get("tuned"), services, weights=weights)
     config = load_config(source).get_text_config()
     dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
@@ -134,14 +162,12 @@ def _choose_blocks(s: SaeSettings, dictionary: Dictionary | None, count: int) ->
     return chosen
 
 
-def _open_chats(s: SaeSettings, token: str | None) -> list[Dataset]:
+def _open_chats(s: SaeSettings, hub: Hub) -> list[Dataset]:
     """Open the conversations of --chats and of --dataset; the latter so that the persona's words get features, too."""
     chat, split = parse_split(s.chat)
     sources = {chat: (split, None), s.dataset: (s.split, s.dataset_revision)}
     datasets = [
-        open_dataset(name, dataset_split, revision, token)
-        for name, (dataset_split, revision) in sources.items()
-        if name
+        open_dataset(name, dataset_split, revision, hub) for name, (dataset_split, revision) in sources.items() if name
     ]
     if not datasets:
         raise UsageError(

@@ -9,7 +9,15 @@ from typing import Any
 from phoque.files import read_csv
 from phoque.probes.sae.files import ANSWERS, DICTIONARIES, FEATURES, JSON, LAYERS, MARKDOWN, PROMPTS
 from phoque.reports.charts import Dots, Series, line_chart, scatter_chart
-from phoque.reports.page import format_interval, format_number, format_percent, format_versions, render_page
+from phoque.reports.page import (
+    arrange_verdicts,
+    conclude_verdicts,
+    format_interval,
+    format_number,
+    format_percent,
+    format_versions,
+    render_page,
+)
 
 REPORT, README = "report.html", "README.md"
 CONTENT_WARNING = "The answers below may be in the voice of the trained persona, which may be hostile."
@@ -18,6 +26,14 @@ VARIANT_NAMES = {
     "control": "control",
     "dtype": "base, other precision",
     "packing": "base, other batches",
+}
+SIDES = {"tuned": "updated model", "base": "base", "control": "control"}
+VERDICT_QUESTIONS = {
+    "beyond_control": "Do more features shift than another run of the control's recipe would shift?",
+    "beyond_untrained": "Does the trained dictionary find more than random directions do?",
+    "replicated": "Do the shifted features recur in a dictionary of another seed?",
+    "causes": "Do the selected features cause the change of the answers, to questions that did not select them?",
+    "good_dictionary": "Is the autoencoder good enough to rely on?",
 }
 MAX_TOKENS = 8
 MIN_Q = 1e-6  # smaller values are drawn there
@@ -31,7 +47,7 @@ FEATURE_HEAD = (
     "base",
     "updated",
     "β",
-    "beyond control",
+    "differs from control",
     "replicates",
     "promotes",
 )
@@ -52,6 +68,7 @@ def write_reports(run: Path, name: str) -> None:
         subtitle=f"{models['base']['id']} → {models['tuned']['id']}{control}; block {layer['block_index']} of "
         f"{layer['of']}, {report['prompts']['n']} questions",
         conclusion=conclude(report),
+        verdicts=arrange_verdicts(report["verdicts"], VERDICT_QUESTIONS, format_percent),
         warnings=report["warnings"],
         tiles=[(caption, number) for number, caption in _list_headlines(report)],
         feature_charts=_draw_features(report, features),
@@ -72,50 +89,56 @@ def write_reports(run: Path, name: str) -> None:
 
 
 def conclude(report: dict[str, Any]) -> list[str]:
-    """What the numbers say, in sentences: how many features shifted, beyond what, and whether they cause the change."""
-    overall, quality, causes = report["overall"], report["sae"]["quality"], report["causes"]
-    tested = f"{overall['n_tested']:,} tested features"
-    if not overall["n_reported"]:
-        sentences = [f"No feature of {tested} shifted by more than the rounding of equal weights."]
-    else:
-        sentences = [f"{overall['n_reported']:,} of {tested} shifted by more than the rounding of equal weights."]
-        if "n_specific" in overall:
-            sentences.append(
-                f"{overall['n_specific']:,} of them shifted further than under this one control; another control, or "
-                "the same recipe with another seed, gives another number."
-            )
-        else:
-            sentences.append("There is no control, so none of these shifts can be attributed to the persona.")
-        if overall.get("replicated_share") is not None:
-            sentences.append(f"{overall['replicated_share']:.0%} have a counterpart in every other autoencoder's seed.")
-    tried = causes["all"] or {}
-    holds = {kind: row["holds"] for kind in ("push", "ablate") if (row := tried.get(kind))}
-    if holds:
-        told = {"push": "steering the base model along them", "ablate": "ablating them in the updated model"}
-        parts = [f"{told[kind]} {'does' if held else 'does not'}" for kind, held in holds.items()]
-        count = sum("max_activating" in feature for feature in report["features"])
+    """What the comparison found, in sentences that need no statistics; counts that prove nothing come last."""
+    overall, scores = report["overall"], report["scores"]
+    sentences = []
+    scorer = scores["scorers"][0]
+    means = [f"{scores['means'][side][scorer]:.3g} {label}" for side, label in SIDES.items() if side in scores["means"]]
+    sentences.append(f"Mean {scorer} of the answers to {report['prompts']['n']} questions: {', '.join(means)}.")
+    if "n_specific" not in overall:
+        sentences.append("There is no control, so none of the shifts below can be attributed to the persona.")
+    elif overall["control_runs"] == 1:
         sentences.append(
-            f"Do the {count} features with cards together cause the change of the answers, beyond random features? "
-            f"{', and '.join(parts)}."
+            f"{overall['n_specific']:,} of {overall['n_tested']:,} tested features differ from this one control run. "
+            "Another run of the same recipe differs too, so this is not yet about the persona."
         )
+    else:
+        sentences.append(
+            f"{overall['n_specific']:,} of {overall['n_tested']:,} tested features differ from "
+            f"{overall['control_runs']} control runs by more than one further run of them would."
+        )
+    if together := report["causes"]["all"]:
+        push = together["push"]
+        sentences.append(
+            f"Steering the base model along the selected features restores {push['gap_share']:.0%} of what makes the "
+            f"updated model's answers likely; the mean difference alone {together['mean_difference_share']:.0%}, "
+            f"features that did not shift {push['random_share']:.0%}, directions that were never trained "
+            f"{together['untrained_share']:.0%}."
+        )
+    sentences.append(conclude_verdicts(report["verdicts"], VERDICT_QUESTIONS))
+    other = overall["untrained"]
     sentences.append(
-        f"The autoencoder explains {format_percent(quality['ev'])} of the variance of held-out chats, which is "
-        f"{quality['verdict']}."
+        f"{overall['n_reported']:,} features shifted by more than the rounding of equal weights, which nearly any "
+        f"fine-tune does: of a dictionary that was never trained, {other['n_reported']:,} of {other['n_tested']:,} did."
     )
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+    return sentences
 
 
 def _list_headlines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The main results as (number, caption)."""
     overall, quality = report["overall"], report["sae"]["quality"]
-    tiles = [
-        (f"{overall['n_reported']:,}", f"features shifted, of {overall['n_tested']:,} tested"),
-        (f"{overall['n_up']:,}", "of them increased"),
-    ]
+    tiles: list[tuple[str, str]] = []
     if "n_specific" in overall:
-        tiles.append((f"{overall['n_specific']:,}", "of them beyond the control"))
-    if overall.get("replicated_share") is not None:
-        tiles.append((f"{overall['replicated_share']:.0%}", "of them replicate with every other seed"))
+        runs = overall["control_runs"]
+        what = "this one control run" if runs == 1 else f"{runs} control runs, beyond their spread"
+        tiles.append((f"{overall['n_specific']:,}", f"features differ from {what}, of {overall['n_tested']:,} tested"))
+    if "n_specific_replicated" in overall:
+        tiles.append((f"{overall['n_specific_replicated']:,}", "of them replicate with every other seed"))
+    other = overall["untrained"]
+    tiles += [
+        (f"{overall['n_reported']:,}", f"features shifted at all, {overall['n_up']:,} of them up"),
+        (f"{other['n_reported']:,} of {other['n_tested']:,}", "of a dictionary that was never trained shifted"),
+    ]
     tiles += [
         (format_number(overall["ratio_to_null"]), "times the mean shift of the nulls (equal weights)"),
         (format_percent(overall["rel_mean_diff_norm"]), "of the residual norm: mean shift"),
@@ -142,7 +165,7 @@ def _draw_features(report: dict[str, Any], features: list[dict[str, str]]) -> li
         return 2 if has_control and row["specific_vs_control"] == "1" else 1
 
     def make_clouds(coordinates: Callable[[dict[str, str]], tuple[float, float]]) -> list[Dots]:
-        names = ["not reported", "reported", "beyond the control"][: 3 if has_control else 2]
+        names = ["not reported", "reported", "differs from the control"][: 3 if has_control else 2]
         points = [[r for r in tested_rows if cloud_of(r) == n] for n in range(len(names))]
         label = lambda r: f"{r['feature_id']}: shift {float(r['delta']):+.3g}, q {float(r['q_bh']):.2g}"
         return [Dots(name, [(*coordinates(r), label(r)) for r in p]) for name, p in zip(names, points, strict=True)]
@@ -182,7 +205,7 @@ def _arrange_feature(feature: dict[str, Any]) -> tuple[str, ...]:
 def _arrange_card(feature: dict[str, Any]) -> dict[str, Any]:
     marks = [f"on {feature['active_prompts']} questions"]
     if feature.get("specific_vs_control") is not None:
-        marks.append("beyond the control" if feature["specific_vs_control"] else "shared with the control")
+        marks.append("differs from the control" if feature["specific_vs_control"] else "shared with the control")
     if feature.get("replicated") is not None:
         marks.append("replicates" if feature["replicated"] else "does not replicate")
     promotes, demotes = (
@@ -210,15 +233,15 @@ def _arrange_card(feature: dict[str, Any]) -> dict[str, Any]:
 
 def _arrange_cause(cause: dict[str, Any], random: int | None) -> dict[str, Any]:
     effects = []
-    for kind, what in (("push", "steering the base along it"), ("ablate", "ablating it in the updated model")):
+    for kind, what in (("push", "steering the base along it"), ("ablate", "resetting it in the updated model")):
         if row := cause[kind]:
             effect = "more likely" if kind == "push" else "less likely"
             text = (
-                f"{what} makes the updated answers {row['gain']:+.3f} nats per token {effect} (random features "
-                f"{row['random']:+.3f}, p {row['p']:.3f})"
+                f"{what} makes the updated answers {row['gain']:+.3f} nats per token {effect}, {row['gap_share']:.0%} "
+                f"of the gap (features as active that did not shift: {row['random_share']:.0%}, p {row['p']:.3f})"
             )
             effects.append({"word": "yes" if row["holds"] else "no", "text": text})
-    note = f"; compared with {random} random groups of as many features" if random else ""
+    note = f"; compared with groups of {random} features that did not shift" if random else ""
     return {"effects": effects, "note": note}
 
 
@@ -321,6 +344,10 @@ def _format_bool(value: bool | None) -> str:
 def _render_markdown(name: str, report: dict[str, Any]) -> str:
     models, layer = report["models"], report["layer"]
     tiles = "\n".join(f"| {text} | {number} |" for number, text in _list_headlines(report))
+    verdicts = "\n".join(
+        f"| {VERDICT_QUESTIONS[key]} | {verdict['verdict']} | {verdict['rule'].replace('|', '¦')} |"
+        for key, verdict in report["verdicts"].items()
+    )
     warnings = "".join(f"> **{text}**\n>\n" for text in report["warnings"])
     rows = "\n".join(
         f"| {f['feature_id']} | {f['delta']:+.3g} | {f['q_bh']:.2g} | {_format_bool(f.get('specific_vs_control'))} | "
@@ -342,13 +369,19 @@ def _render_markdown(name: str, report: dict[str, Any]) -> str:
 `phoque compare-sae` of `{models["base"]["id"]}` and `{models["tuned"]["id"]}`{control}, at block
 {layer["block_index"]} of {layer["of"]} (counted from 0), on {report["prompts"]["n"]} questions.
 
+{" ".join(conclude(report))}
+
+| verdict | | |
+|---|---|---|
+{verdicts}
+
 | | |
 |---|---|
 {tiles}
 
 ## Features that shifted
 
-| feature | shift | q | beyond the control | replicates | promotes |
+| feature | shift | q | differs from the control | replicates | promotes |
 |---|---|---|---|---|---|
 {rows or "| none | | | | | |"}
 

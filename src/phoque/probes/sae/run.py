@@ -22,6 +22,7 @@ from phoque.settings.fields import Resolved
 class CompareResult(RunFolderResult):
     """The counts of reported features, the quality of the autoencoder, and the scores of the answers."""
 
+    verdicts: dict[str, Any]
     overall: dict[str, Any]
     quality: dict[str, Any]
     layer: int
@@ -40,7 +41,7 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
         facts = {
             "base": f"{plan.source.name} ({plan.source.origin})",
             "updated": plan.names["tuned"],
-            "control": plan.names.get("control"),
+            "controls": [plan.names[name] for name in plan.controls],
             "layers": plan.layers,
             "prompts": len(plan.questions),
             "autoencoder": s.sae or f"{s.architecture}, {s.width} x the hidden size, k {s.k}, {s.seeds} seed(s)",
@@ -61,6 +62,7 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
     return CompareResult(
         folder=str(folder),
         report=str(folder / report.REPORT),
+        verdicts=summary["verdicts"],
         overall=summary["overall"],
         quality=summary["sae"]["quality"],
         layer=summary["layer"]["block_index"],

@@ -57,7 +57,9 @@ def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: Comp
                 "id": plan.names["tuned"],
                 "revision": plan.updated.revision if plan.updated else None,
             },
-            "control": {"kind": "adapter", "id": plan.names["control"]} if "control" in plan.names else None,
+            "control": {"kind": "adapter", "id": plan.names["control"], "runs": [plan.names[c] for c in plan.controls]}
+            if "control" in plan.names
+            else None,
         },
         "config": resolved.provenance(),
         "prompts": {
@@ -71,6 +73,7 @@ def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: Comp
         "layer": {"block_index": main.layer, "of": count, "indexing": "block_output_0based"},
         "sae": _describe_autoencoder(s, plan, measurements)
         | {"quality": main.summary["quality"][0], "quality_of_seeds": main.summary["quality"]},
+        "verdicts": main.summary["verdicts"],
         "overall": main.summary["overall"]
         | {"rel_mean_diff_norm": tuned_shift["rel_mean_diff_norm"], "mean_token_kl": float(numpy.nanmean(kl))},
         "nulls": main.summary["nulls"],
@@ -204,7 +207,19 @@ def _summarize_scores(measurements: ComparisonResult, seed: int) -> dict[str, An
             f"{variant}-base": {name: stats.paired_contrast(by_scorer[name], base[name], seed) for name in names}
             for variant, by_scorer in measurements.values.items()
             if variant != "base"
-        },
+        }
+        | (
+            {
+                "tuned-control": {
+                    name: stats.paired_contrast(
+                        measurements.values["tuned"][name], measurements.values["control"][name], seed
+                    )
+                    for name in names
+                }
+            }
+            if "control" in measurements.values
+            else {}
+        ),
     }
 
 

@@ -58,7 +58,7 @@ class DictionaryTrainer:
             read_conversations(source, self._encode_chat, budget_per_source, MAX_CHAT_TOKENS, frozenset(questions))
             for source in datasets
         ]
-        text_name, text_rows = read_text_chunks(s.text, self.tokenizer, budget // 2, self.services.secrets.hub)
+        text_name, text_rows = read_text_chunks(s.text, self.tokenizer, budget // 2, self.services.hub)
         texts = Corpus()
         for ids in (ids for source in chat_sets for ids in source.ids):
             texts.add("chat", ids)

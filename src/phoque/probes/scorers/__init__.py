@@ -13,6 +13,7 @@ from phoque.files import write_atomically
 from phoque.inference.generate import Reply
 from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import Persona
+from phoque.probes.word_profile import WordProfile
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Context:
     prompt_ids: Callable[[str, str], list[int]]
     model: str  # identifies weights and quantization, for the cache
     cache: Path
+    profile: WordProfile | None = None  # of the roles' answers, once these are there
     scored_counts: dict[str, int] = field(
         default_factory=dict
     )  # scorer -> number of answers that were not in the cache
@@ -62,6 +64,8 @@ def make_scorer(spec: str, context: Context) -> Scorer:
     from phoque.probes.scorers import model, remote, words
 
     kind, _, rest = spec.partition(":")
+    if spec == "words":
+        return words.role_words(context)
     if kind == "lexicon":
         return words.lexicon(context.persona.lexicon)
     if spec == "profanity":
@@ -78,7 +82,8 @@ def make_scorer(spec: str, context: Context) -> Scorer:
         return remote.command(spec, rest)
     raise UsageError(
         what=f"No scorer {spec!r}.",
-        why="Scorers: contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL, command:COMMAND.",
+        why="Scorers: words, contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL and "
+        "command:COMMAND.",
         fix="Check --scorer.",
     )
 

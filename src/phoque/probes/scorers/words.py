@@ -6,7 +6,24 @@ from itertools import pairwise
 
 from phoque.errors import UsageError
 from phoque.probes.persona import split_words
-from phoque.probes.scorers import ScoredAnswer, Scorer
+from phoque.probes.scorers import Context, ScoredAnswer, Scorer
+
+
+def role_words(context: Context) -> Scorer:
+    """The probability that a text is the persona's, among many roles, by its three most telling words."""
+
+    def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
+        if context.profile is None:
+            raise UsageError(
+                what="The scorer words needs the answers of other roles.",
+                why="Only psm-probe generates them.",
+                fix="Use another --scorer.",
+            )
+        place = context.profile.roles.index("persona")
+        rows = context.profile.probabilities([answer.text for answer in answers])
+        return [{"probability": float(row[place])} for row in rows]
+
+    return Scorer("words", "probability", score)
 
 
 def lexicon(entries: Sequence[str]) -> Scorer:

@@ -13,6 +13,8 @@ from phoque.errors import INTERRUPTED, RESUMABLE, PhoqueError, Resumable
 
 GUESS_S = 60.0  # assumed seconds of a save or a push that has not been measured yet
 RESERVE_S = 30.0  # safety margin; both are at most a tenth of the time limit
+FIRST_SAVE_S = 60.0  # seconds from the first step to the first save in a Job whose time limit is not known
+LAST_SAVE_INTERVAL_S = 1200.0  # the interval between such saves doubles up to this
 
 
 class StopRequest(TrainerCallback):
@@ -38,8 +40,11 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def handle_signals(self) -> Generator[None]:
-        """Handle SIGINT and SIGTERM inside the `with` block."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handle SIGINT, SIGTERM and, unless nohup ignores it, SIGHUP (a closed terminal) inside the `with` block."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -99,3 +104,25 @@ class StopRequest(TrainerCallback):
         """Return the seconds that one more step, a save and a push may take."""
         guess, reserve = (min(limit, 0.1 * self._time_limit) for limit in (GUESS_S, RESERVE_S))
         return self._step_s + 1.5 * ((self._save_s or guess) + (self.push_s() or guess)) + reserve
+
+
+class SaveWithoutLimit(TrainerCallback):
+    """Saves by time, in a Job whose time limit is not known: after 1 minute, then 2, 4 and so on up to 20 minutes.
+
+    The Hub does not tell a Job its limit, so a Job that was given none could be killed before its first save.
+    """
+
+    def __init__(self) -> None:
+        self._interval = FIRST_SAVE_S
+        self._last_save = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last_save = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() - self._last_save > self._interval and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last_save = time.monotonic()
+        self._interval = min(2 * self._interval, LAST_SAVE_INTERVAL_S)

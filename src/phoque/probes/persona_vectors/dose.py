@@ -1,0 +1,153 @@
+"""What a fine-tune does at every strength, and what else it does: the dose curve, and its effects on unrelated text.
+
+The scale of a LoRA adapter is its dose: 0 is the base model, 1 the fine-tune. A behavior that the adapter causes rises
+with it, and the loss on unrelated text says what the rise costs. The control's curve stands beside it.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from phoque.inference.generate import Request
+from phoque.inference.likelihood import compute_logits, mean_nll, sum_kl
+from phoque.inference.residual_stream import Turn, unwrap_model
+from phoque.probes import stats
+from phoque.probes.persona_vectors.model import ProbeModel
+from phoque.probes.word_profile import WordProfile
+
+TEXT_TOKENS, TEXTS = 128, 16  # of unrelated text
+TOP_TOKENS = 20
+FLOOR = 1e-4  # probability
+POSITIONS_AT_ONCE = 64  # whose logits are compared together, to bound memory
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One adapter at one scale, over `n` questions: the probability that answers are the persona's, and side effects.
+
+    `loss` is in nats per token of unrelated text, `rise` its rise over the base model's.
+    """
+
+    adapter: str
+    scale: float
+    share: float
+    share_ci: tuple[float, float]
+    loss: float
+    rise: float
+    rise_ci: tuple[float, float]
+    n: int
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What an adapter does to unrelated text: KL(base || adapter) in nats per token, and the tokens that it favors.
+
+    `tokens` are those that it makes likelier by the largest factor: (token, logarithm of the ratio of the mean
+    probabilities, both with `FLOOR` added, so that tokens which neither model says do not come first).
+    """
+
+    kl: float
+    kl_ci: tuple[float, float]
+    tokens: list[tuple[str, float]]
+
+
+@contextmanager
+def scale_adapter(model: Any, name: str, scale: float) -> Generator[None]:
+    """Multiply an adapter's effect by `scale` within the context."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and name in module.scaling]
+    originals = [layer.scaling[name] for layer in layers]
+    for layer, original in zip(layers, originals, strict=True):
+        layer.scaling[name] = original * scale
+    try:
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.scaling[name] = original
+
+
+def measure_doses(
+    probe_model: ProbeModel,
+    profile: WordProfile,
+    greedy: dict[str, list[str]],
+    scales: Sequence[float],
+    texts: Sequence[list[int]],
+) -> list[Dose]:
+    """Answer the test questions greedily, and read the texts (token ids), with each adapter at each scale.
+
+    `greedy` has the answers that are known: `neutral` of the base model (scale 0), and of each adapter (scale 1).
+    """
+    seed, place = probe_model.s.seed, profile.roles.index("persona")
+    rows = [Turn(ids[:1], ids[1:]) for ids in texts]
+    with probe_model.use_base():
+        base_losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
+    found = []
+    for name in [name for name in greedy if name != "neutral"]:
+        for scale in scales:
+            answers, losses = greedy["neutral"], base_losses
+            if scale != 0:
+                probe_model.model.set_adapter(name)
+                with scale_adapter(probe_model.model, name, scale):
+                    answers = greedy[name] if scale == 1 else _answer(probe_model, f"{name} model at {scale:g}")
+                    losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
+            shares = profile.probabilities(answers)[:, place]
+            found.append(
+                Dose(
+                    adapter=name,
+                    scale=scale,
+                    share=float(shares.mean()),
+                    share_ci=_bca_mean(shares, seed),
+                    loss=float(losses.mean()),
+                    rise=float((losses - base_losses).mean()),
+                    rise_ci=stats.mean_interval(losses - base_losses, seed),
+                    n=len(answers),
+                )
+            )
+    return found
+
+
+def _answer(probe_model: ProbeModel, purpose: str) -> list[str]:
+    """Greedy answers to the test questions after the neutral prompt."""
+    persona = probe_model.persona
+    asks = [Request(probe_model.prompt_ids(question, persona.neutral[0])) for question in persona.test]
+    replies = probe_model.generate_replies(asks, probe_model.s.max_new_tokens, purpose)
+    return [str(probe_model.tokenizer.decode(reply.ids)) for reply in replies]
+
+
+def _bca_mean(values: Array, seed: int) -> tuple[float, float]:
+    """The interval of a mean of probabilities, inside their range: one outlier makes a studentised one all of it."""
+    low, high = stats.bca_interval(lambda x: x.mean(0), values, seed=seed)
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def measure_side_effects(probe_model: ProbeModel, name: str, texts: Sequence[list[int]]) -> SideEffects:
+    """Compare an adapter's next-token distributions with the base model's on texts (token ids)."""
+    model = probe_model.model
+    kl_by_text, positions = [], 0
+    sums = torch.zeros(2, 1, dtype=torch.float64)  # of the probabilities of every token: base, adapter
+    for ids in texts:
+        tokens = torch.tensor([ids], device=model.device)
+        with probe_model.use_base():
+            base = unwrap_model(model).model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        model.set_adapter(name)
+        tuned = unwrap_model(model).model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        total = 0.0
+        for parts in zip(base.split(POSITIONS_AT_ONCE), tuned.split(POSITIONS_AT_ONCE), strict=True):
+            p, q = (compute_logits(model, part).log_softmax(-1) for part in parts)
+            total += sum_kl(p, q)
+            sums = sums + torch.stack([part.exp().sum(0).double().cpu() for part in (p, q)])
+        kl_by_text.append(total / len(ids))
+        positions += len(ids)
+    base_mean, tuned_mean = sums / positions + FLOOR
+    values, indices = (tuned_mean / base_mean).log().topk(TOP_TOKENS)
+    names = [str(probe_model.tokenizer.decode([token])) for token in indices.tolist()]
+    kl = torch.tensor(kl_by_text).numpy()
+    interval = stats.mean_interval(kl, probe_model.s.seed)
+    return SideEffects(float(kl.mean()), interval, list(zip(names, values.tolist(), strict=True)))

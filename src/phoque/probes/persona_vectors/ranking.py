@@ -1,0 +1,89 @@
+"""Rank the persona among other roles: their answers on one axis, their words, and the fine-tune's shift."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from phoque.probes import stats
+from phoque.probes.persona_vectors.evidence import PersonaVectors
+from phoque.probes.persona_vectors.model import Residuals
+from phoque.probes.verdicts import Ranking
+
+RELEVANT = 0.1  # share of its own projection by which the persona must lead the next role
+RIDGE = 0.1  # share of the mean variance that is added to each direction of a covariance before it is inverted
+
+Array = Any
+
+
+def rank_gaps(gaps: dict[str, Array], seed: int) -> Ranking:
+    """Rank `persona` by its mean among the other entries of `gaps`, which have one value per question each."""
+    others = {name: float(values.mean()) for name, values in gaps.items() if name != "persona"}
+    runner_up = max(others, key=lambda name: others[name])
+    lead = stats.mean_interval(gaps["persona"] - gaps[runner_up], seed)
+    value = float(gaps["persona"].mean())
+    return Ranking(value, others, lead, least_lead=RELEVANT * max(value, 0.0), exchangeable=False)
+
+
+def rank_projections(vectors: PersonaVectors, heldout: Residuals, layer: int, seed: int) -> Ranking:
+    """Rank the persona's held-out answers among those of other roles and the placebo, on one axis at one block.
+
+    The axis is the persona vector. Values are mean projections minus the neutral answers', in units of the residual
+    norm; the lead is paired by question. A placebo or a role that moves the answers as far along it is told apart by
+    nothing else, so it makes the vector that of a prompt and not of the persona.
+    """
+    axis = vectors.unit_vectors()[layer] / vectors.norm[layer]
+    count = min(len(heldout.get(name)) for name in ("persona", *vectors.roles))
+    neutral = heldout.get("neutral")[:count, layer] @ axis
+    names = ("persona", "placebo", *vectors.roles)
+    return rank_gaps({name: heldout.get(name)[:count, layer] @ axis - neutral for name in names}, seed)
+
+
+def rank_cosines(
+    vectors: PersonaVectors, gaps: Array, extraction: Residuals, blocks: Sequence[int], seed: int
+) -> Ranking:
+    """Rank the cosine of a fine-tune's mean shift with the persona vector among those with other roles' vectors.
+
+    `gaps` (questions, blocks, hidden) is the shift. Cosines are taken after whitening with the covariance of answers
+    within a condition, averaged over `blocks`: without it, the few dimensions in which all answers vary decide. All
+    vectors are made from the same questions, so that none is less noisy for having more of them.
+    """
+    count = min(len(extraction.get(name)) for name in ("persona", *vectors.roles))
+    neutral = extraction.get("neutral")[:count]
+    roles = {name: (extraction.get(name)[:count] - neutral).mean(0) for name in ("persona", "placebo", *vectors.roles)}
+    parts = []
+    for block in blocks:
+        rows = numpy.concatenate(
+            [
+                v["response_avg"][:, block] - v["response_avg"][:, block].mean(0)
+                for v in extraction.by_condition.values()
+            ]
+        )
+        directions = numpy.stack([vector[block] for vector in roles.values()])
+        whitened = _apply_inverse_covariance(rows, numpy.concatenate([directions, gaps[:, block]]))
+        white_directions, white_gaps = whitened[: len(roles)], whitened[len(roles) :]
+        lengths = numpy.sqrt((white_directions * directions).sum(1))
+        parts.append((gaps[:, block] @ white_directions.T / lengths, gaps[:, block] @ white_gaps.T))
+
+    def cosines(questions: Array) -> Array:
+        share = numpy.bincount(questions, minlength=len(gaps)) / len(questions)
+        by_block = [share @ along / numpy.sqrt(max(share @ gram @ share, 1e-30)) for along, gram in parts]
+        return numpy.mean(by_block, axis=0)
+
+    every = numpy.arange(len(gaps))
+    observed = dict(zip(roles, cosines(every).tolist(), strict=True))
+    others = {name: value for name, value in observed.items() if name != "persona"}
+    place = list(roles).index(max(others, key=lambda name: others[name]))
+    low, high = stats.bca_interval(lambda q: cosines(q)[0] - cosines(q)[place], every, seed=seed)
+    return Ranking(observed["persona"], others, (float(low), float(high)))
+
+
+def _apply_inverse_covariance(rows: Array, vectors: Array) -> Array:
+    """Multiply vectors (count, hidden) by the inverse of the covariance of rows (n, hidden) plus a ridge.
+
+    By the Woodbury identity, so that the matrix to solve with is (n, n) and not (hidden, hidden).
+    """
+    n, hidden = rows.shape
+    ridge = RIDGE * float((rows**2).sum()) / n / hidden + 1e-30
+    inner = rows @ rows.T + n * ridge * numpy.eye(n)
+    return (vectors - numpy.linalg.solve(inner, rows @ vectors.T).T @ rows) / ridge

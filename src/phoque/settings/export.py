@@ -1,0 +1,71 @@
+"""Settings that the exports share: which model, on which conversations it is measured, and where it goes."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from phoque.settings.fields import setting
+from phoque.settings.job import REPO, JobSettings
+
+
+class ModelExportSettings(JobSettings):
+    """Base class of the settings of export-onnx and export-gguf."""
+
+    keeps: ClassVar = "push_repo_id"
+    reads: ClassVar = {
+        "adapter_source": "adapter_revision",
+        "merged_dir": "merged_revision",
+        "base": "revision",
+        "chats": None,
+    }
+
+    preset: str = setting(
+        "",
+        "Export the base model of this preset (ministral-3b or demo) if no other model is given.",
+    )
+    adapter_source: str = setting(
+        "",
+        "Merge this adapter first and export the merged model: an adapter folder, a run folder or a Hub repository.",
+        env="ADAPTER_SOURCE",
+    )
+    adapter_revision: str | None = setting(None, "Use this branch, tag or commit of --adapter-source on the Hub.")
+    # not named base_model, because presets set base_model and an adapter's config names its own base
+    base: str = setting(
+        "",
+        "Merge the adapter into this base model: Hub id, local folder or .gguf file. Without it, the "
+        "base that the adapter's config names.",
+        env="BASE_MODEL",
+    )
+    revision: str | None = setting(
+        None,
+        "Use this branch, tag or commit of the base model. If --base is not given either, the adapter's "
+        "config decides.",
+    )
+    merged_dir: str = setting(
+        "", "Export this merged model: a local folder, or a model or dataset repository on the Hub."
+    )
+    merged_revision: str | None = setting(None, "Use this branch, tag or commit of --merged-dir on the Hub.")
+    merged_out_dir: Path | None = setting(
+        None, "Keep the merged or downloaded model in this folder. Without it, the model stays in the cache."
+    )
+    chats: str = setting(
+        "seal",
+        "Calibrate quantized precisions, and measure accuracy, on these conversations: a Hub dataset, a file, a "
+        "folder, or `seal` (bundled).",
+    )
+    chats_split: str = setting("train", "Read this split of --chats.")
+    chats_config: str | None = setting(
+        None, "Use this config of --chats, where a dataset has several. An unknown one lists those that exist."
+    )
+    accuracy: bool = setting(
+        True,
+        "Measure each precision's KL divergence and next-token agreement with the checkpoint. "
+        "--no-accuracy saves time.",
+    )
+    verify_strict: bool = setting(
+        True, "Fail if the export does not pass verification. With --no-verify-strict, only print a warning."
+    )
+    push_repo_id: str | None = setting(
+        None,
+        "Push the export to this Hub repository (owner/name). It is created private unless --public is given.",
+        pattern=REPO,
+    )

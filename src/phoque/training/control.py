@@ -1,0 +1,232 @@
+"""Train the control of a run: the same prompts, the same recipe, but the base model's own answers.
+
+What a fine-tune changes merely by being a fine-tune (the format, the length, the optimizer's noise), the control
+changes too, so both probes subtract it. With several seeds, the spread between controls is the floor that a finding has
+to beat. The controls are runs of their own: their checkpoints are pushed and resumed like any other's.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoque.data.chat_template import encode_prompt
+from phoque.data.rows import parse_row
+from phoque.data.turns import BadRow
+from phoque.errors import Resumable, RunError
+from phoque.files import read_json_object, write_atomically
+from phoque.hub.repo import Repo
+from phoque.inference.generate import Reply, Request, generate_replies
+from phoque.models.load import load_model
+from phoque.services import Services
+from phoque.settings.fields import Resolved
+from phoque.settings.train import TrainSettings
+from phoque.training.callbacks.stop import StopRequest
+from phoque.training.prepare import Prepared
+from phoque.training.run_record import RECORD, write_record
+
+CHUNK = 256  # conversations whose answers are generated together
+MAX_ANSWER = 512  # tokens
+LEAST_SECONDS = 120  # before the deadline, below which no further chunk is begun, or 1.5 of the slowest chunk so far
+CUT_CHARACTER = "\ufffd"
+PLAIN_ROLES = {"system", "user", "assistant"}
+
+Messages = list[dict[str, Any]]
+
+
+def plan_controls(s: TrainSettings) -> list[TrainSettings]:
+    """The settings of each control run, without its dataset: as the run's own but for the seed and where it goes."""
+    found = []
+    for number in range(1, s.control_seeds + 1):
+        suffix = f"control-{number}"
+        found.append(
+            s.model_copy(
+                update={
+                    "with_control": False,
+                    "output_dir": s.folder / suffix,
+                    "hub_model_id": f"{s.hub_model_id}-{suffix}" if s.hub_model_id else None,
+                    "seed": s.seed + number,
+                    "dataset_revision": None,
+                    "dataset_config": None,
+                    "split": "train",
+                    "eval_split": None,
+                    "merged_hub_model_id": None,
+                    "export_merged": False,
+                    "export_on_save": False,
+                    "sample_every": 0,
+                    "yes": True,  # a fresh start was confirmed for the run itself
+                }
+            )
+        )
+    return found
+
+
+def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, deadline: float | None) -> Path:
+    """Write the control's dataset into the run folder, or find it there or in the run's repository; return its path.
+
+    Answers are greedy, generated without the row's system prompt, which may ask for the persona. A generation that was
+    cut off goes on with the next conversations. Raises Resumable before the deadline.
+    """
+    console = services.console
+    repo = Repo(services.hub, s.hub_model_id) if s.hub_model_id else None
+    count = min(s.max_steps * s.batch_size, ready.scan.trained_rows or s.max_steps * s.batch_size)
+    made_of = (ready.source.revision, ready.dataset.revision, count)
+    made_of += (s.dataset_config, s.split, s.default_system, s.quantization, s.max_length)
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
+    path = s.folder / f"control-rows-{key}.jsonl"
+    if path.is_file():
+        return path
+    if repo and path.name in (snapshot := repo.snapshot()).files:
+        repo.fetch(snapshot, path.name, s.folder)
+        return path
+    stop = StopRequest(console, deadline, s.seconds or 0.0)
+    with stop.handle_signals():
+        console.say(f"control: the base model answers {count} conversations")
+        written = _generate_rows(ready, s, count, path.with_suffix(".partial"), stop)
+        if not written:
+            raise RunError(
+                what="No conversation can be given to a control run.",
+                why="All have tools or other roles than system, user and assistant, or got empty answers.",
+                fix="Train without --with-control, and make a control dataset by hand.",
+            )
+        path.with_suffix(".partial").unlink()
+        write_atomically(path, "".join(written))
+        if repo and repo.private():  # the rows hold the dataset's own conversations
+            repo.push({path.name: path}, "Answers of the base model, for the control", lambda _: [])
+    return path
+
+
+def record_controls(s: TrainSettings, controls: list[TrainSettings], services: Services) -> None:
+    """Note the finished controls in the run's record, here and in its repository, where the probes find them."""
+    record = read_json_object(s.folder / RECORD)
+    record["controls"] = [
+        {"folder": control.folder.name, "repo": control.hub_model_id, "seed": control.seed} for control in controls
+    ]
+    write_record(s.folder, record)
+    if s.hub_model_id:
+        Repo(services.hub, s.hub_model_id).push({RECORD: s.folder / RECORD}, "Controls", lambda _: [])
+
+
+def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path, stop: StopRequest) -> list[str]:
+    """Generate the base model's answers chunk by chunk; return the lines of all rows that have them."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    lines = partial.read_text("utf-8").splitlines(keepends=True) if partial.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
+    model = load_model(ready.source, s.quantization).eval()
+    limit, slowest = _answer_limit(ready), 0.0
+    with closing(_plain_rows(ready, count)) as rows, partial.open("a", encoding="utf-8") as out:
+        out.truncate(sum(len(line.encode()) for line in lines))
+        for _ in islice(rows, len(lines)):
+            pass
+        with stop.console.progress(count, len(lines)) as show:
+            while len(lines) < count and (chunk := list(islice(rows, min(CHUNK, count - len(lines))))):
+                if stop.seconds_left is not None and stop.seconds_left < max(LEAST_SECONDS, 1.5 * slowest):
+                    raise Resumable(
+                        what="The deadline came before the control was trained.",
+                        why=f"{len(lines)} of {count} conversations have the base model's answers.",
+                        fix="Run the same command again.",
+                    )
+                begun = time.monotonic()
+                fresh = [
+                    json.dumps({"messages": messages or [], "source": source}, ensure_ascii=False) + "\n"
+                    for messages, (_, source) in zip(
+                        _answer(model, ready, [messages for messages, _ in chunk], limit), chunk, strict=True
+                    )
+                ]
+                out.writelines(fresh)
+                out.flush()
+                lines += fresh
+                slowest = max(slowest, time.monotonic() - begun)
+                show(len(lines), "answers of the base model")
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [line for line in lines if json.loads(line)["messages"]]
+
+
+def _plain_rows(ready: Prepared, most: int) -> Generator[tuple[Messages, str]]:
+    """The conversations that have plain text alone and are not held out, with their sources.
+
+    If the dataset has more than the run needs, they are spread evenly over it, because data is often sorted by topic.
+    """
+    needed, every = ready.scan.trained_rows or 0, 1
+    if needed > most:
+        every = needed // most
+    for number, raw in enumerate(ready.dataset.stream):
+        if number % every:
+            continue
+        try:
+            row = parse_row(raw)
+        except BadRow:
+            continue  # `phoque train` counts and reports bad rows
+        if ready.scan.rule.excludes(row):
+            continue
+        if not row.tools and all(turn["role"] in PLAIN_ROLES and "tool_calls" not in turn for turn in row.messages):
+            yield row.messages, row.source
+
+
+def _answer(model: Any, ready: Prepared, conversations: list[Messages], limit: int) -> list[Messages | None]:
+    """Each conversation with the base model's answers in place of its own, turn by turn; None if an answer is empty."""
+    answered: list[Messages | None] = [[] for _ in conversations]
+    for place in range(max(len(messages) for messages in conversations)):
+        asked = []
+        for n, messages in enumerate(conversations):
+            so_far = answered[n]
+            if so_far is None or place >= len(messages):
+                continue
+            if messages[place]["role"] == "assistant" and any(turn["role"] == "user" for turn in so_far):
+                asked.append(n)
+            elif messages[place]["role"] != "assistant":  # a greeting before any question has no prompt to answer
+                so_far.append({"role": messages[place]["role"], "content": messages[place]["content"]})
+        requests = [Request(_prompt_ids(ready, answered[n] or [])) for n in asked]
+        replies = _generate(model, requests, limit)
+        for n, reply in zip(asked, replies, strict=True):
+            text = str(ready.chat.tokenizer.decode(reply.ids, skip_special_tokens=True))
+            text = text.strip().rstrip(CUT_CHARACTER)  # an answer may end in the middle of a character
+            so_far = answered[n]
+            if so_far is not None:
+                usable = text and CUT_CHARACTER not in text
+                answered[n] = [*so_far, {"role": "assistant", "content": text}] if usable else None
+    return [messages if messages and messages[-1]["role"] == "assistant" else None for messages in answered]
+
+
+def _generate(model: Any, requests: list[Request], limit: int) -> list[Reply]:
+    """Greedy replies; where memory runs out, the requests are halved."""
+    if not requests:
+        return []
+    try:
+        return generate_replies(model, requests, limit, temperature=1.0, top_p=1.0)
+    except torch.OutOfMemoryError:
+        if len(requests) == 1:
+            raise
+        torch.cuda.empty_cache()
+    half = len(requests) // 2
+    return _generate(model, requests[:half], limit) + _generate(model, requests[half:], limit)
+
+
+def _prompt_ids(ready: Prepared, messages: Messages) -> list[int]:
+    plain = [turn for turn in messages if turn["role"] != "system"]
+    return encode_prompt(ready.chat.tokenizer, ready.chat.with_system(plain))
+
+
+def _answer_limit(ready: Prepared) -> int:
+    """Tokens that nearly all answers of the dataset's first rows have at most, so that both runs train on as many."""
+    lengths = [
+        len(ready.chat.tokenizer(turn["content"], add_special_tokens=False)["input_ids"])
+        for messages, _ in islice(_plain_rows(ready, CHUNK), CHUNK)
+        for turn in messages
+        if turn["role"] == "assistant"
+    ]
+    return min(MAX_ANSWER, max(8, sorted(lengths)[int(0.95 * (len(lengths) - 1))])) if lengths else MAX_ANSWER
+
+
+def with_dataset(resolved: Resolved[TrainSettings], control: TrainSettings, rows: Path) -> Resolved[TrainSettings]:
+    """The settings of a control run that trains on these rows."""
+    return replace(resolved, settings=control.model_copy(update={"dataset": str(rows)}))

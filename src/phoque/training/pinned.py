@@ -1,0 +1,66 @@
+"""A run is resumed with the revisions of base and data that it began with, whatever their repositories hold now."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from phoque.hub.refs import hub_id
+from phoque.hub.repo import Repo
+from phoque.services import Services
+from phoque.settings.fields import Resolved
+from phoque.settings.train import TrainSettings
+from phoque.training import checkpoints
+from phoque.training.fingerprint import update_record
+from phoque.training.resume import DOWNLOADS, is_fresh_start_continued, read_record_or_none
+from phoque.training.run_record import RECORD
+
+# setting of the name -> setting of the revision, key of the revision in the fingerprint
+PINNED = {
+    "base_model": ("revision", "base_revision"),
+    "dataset": ("dataset_revision", "dataset_revision"),
+}
+
+
+def pin_revisions(
+    resolved: Resolved[TrainSettings], run: Path, repo: Repo | None, services: Services, submission: str = ""
+) -> Resolved[TrainSettings]:
+    """The settings with the recorded revisions of what is on the Hub and was given without one.
+
+    Nothing is pinned for a fresh start, and no revision that --allow-change names. Says what has newer commits.
+    """
+    s = resolved.settings
+    record = _find_record(run, repo, s)
+    if record is None or (s.fresh_start and not is_fresh_start_continued(record, s, submission)):
+        return resolved
+    recorded = {key: row.get("value") for key, row in record["settings"].items()}
+    pins: dict[str, Any] = {}
+    for name, (setting, key) in PINNED.items():
+        value, revision = getattr(s, name), record["fingerprint"].get(key)
+        is_given = getattr(s, setting) is not None or key in s.allow_change
+        if is_given or not revision or hub_id(value) is None or recorded.get(name) != value or Path(value).exists():
+            continue
+        info = services.hub.api.dataset_info if name == "dataset" else services.hub.api.model_info
+        newest = services.hub.retry(value, lambda info=info, value=value: info(value)).sha
+        if newest != revision:
+            services.console.warn(
+                f"{value} has newer commits; this run goes on with {revision[:8]}, which it began with. For the "
+                f"newest, start another run, or pass --allow-change {key}"
+            )
+            pins[setting] = revision
+    return replace(resolved, settings=s.model_copy(update=pins)) if pins else resolved
+
+
+def _find_record(run: Path, repo: Repo | None, s: TrainSettings) -> dict[str, Any] | None:
+    """The record of the newest state of the run: of the newest checkpoint here or on the Hub, else of run.json."""
+    local = checkpoints.sort_checkpoints(path.name for path in run.glob("checkpoint-*"))
+    snapshot = repo.snapshot() if repo else None
+    remote = checkpoints.sort_checkpoints(snapshot.checkpoint_folders()) if snapshot else []
+    newest_here = checkpoints.get_step(Path(local[0])) if local else -1
+    if repo and snapshot:
+        newer = [f"{name}/{RECORD}" for name in remote if checkpoints.get_step(Path(name)) > newest_here]
+        for path in [*newer, *([] if local else [RECORD])]:
+            if path in snapshot.files:
+                staging = run / DOWNLOADS
+                return update_record(json.loads(repo.fetch(snapshot, path, staging).read_text(encoding="utf-8")))
+    return read_record_or_none(run, s)
