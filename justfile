@@ -7,7 +7,7 @@ test:
     uv run pytest
 
 test-all: test
-    uv run pytest -m "(slow or thorough) and not alone" -n 3 --dist loadfile --no-loadscope-reorder
+    uv run pytest -m "(slow or thorough) and not alone" -n 2 --dist loadfile --no-loadscope-reorder
     uv run pytest -m alone -n 0
 
 lint:

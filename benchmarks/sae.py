@@ -179,10 +179,10 @@ def random_adapter(name: str, folder: Path) -> str:
     from benchmarks.psm import loaded
 
     from phoque.models.architectures import ARCHITECTURES
-    from phoque.models.lora import add_lora_adapter, save_adapter
+    from phoque.models.lora import LoraOptions, add_lora_adapter, save_adapter
 
     model, _ = loaded(name, "bf16")
-    model = add_lora_adapter(model, 16, 32, 0.0)
+    model = add_lora_adapter(model, LoraOptions(rank=16, alpha=32))
     torch.manual_seed(1)
     for key, parameter in model.named_parameters():
         if "lora_B" in key:

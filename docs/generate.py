@@ -43,8 +43,9 @@ MODELS: dict[str, type[CommandSettings]] = {
     "psm-probe": PsmSettings,
 }
 COMMON = """Every command also takes `--dry-run` (show what would happen, and check what can be checked), `--json`
-(print the result as one JSON object), `--quiet` (print one line), and `--secrets-file FILE` (read secrets from this
-file instead of `.env.secrets`).
+(print the result as one JSON object), `--quiet` (print one line), `--config FILE` (read settings from this .toml file,
+or repeat those of a run.json; see [Settings](../guides/training.md#settings)), and `--secrets-file FILE` (read secrets
+from this file instead of `.env.secrets`).
 """
 
 
@@ -105,7 +106,8 @@ def render_environment() -> str:
         "",
         "<!-- written by docs/generate.py; do not edit -->",
         "",
-        "A flag beats a variable, a variable beats `.env.secrets`, that beats a preset, and a preset beats a default. "
+        "A flag beats a variable, a variable beats `.env.secrets`, that beats a `--config` file, "
+        "a file beats a preset, and a preset beats a default. "
         'A list is written as JSON: `["one", "two"]`.',
         "",
         "## Secrets",

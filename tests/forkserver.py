@@ -4,6 +4,7 @@ What runs in the fork is phoque's own main() with its own arguments, environment
 with its own exit code. tests/test_cli.py and the slow tests start phoque the ordinary way.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -99,6 +100,7 @@ def serve() -> None:
     silence_libraries()
     for name in LEANED_ON:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a fork would walk all that was imported, and copy its memory
     for line in sys.stdin:
         request = json.loads(line)
         if "argv" in request:

@@ -33,7 +33,7 @@ MODELS = {
     "compare-sae": SaeSettings,
     "psm-probe": PsmSettings,
 }
-COMMON_FLAGS = {"--dry-run", "--json", "--quiet", "--secrets-file", "--help", "--version"}
+COMMON_FLAGS = {"--dry-run", "--json", "--quiet", "--config", "--secrets-file", "--help", "--version"}
 
 
 def command_lines(text: str) -> list[list[str]]:

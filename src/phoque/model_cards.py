@@ -28,7 +28,7 @@ tags:
 |---|---|
 | base | `{base}` at `{revision}` |
 | data | `{data}` at `{data_revision}`, {good} rows, {held_out} of them held out |
-| steps | {steps} of {max_steps}, {tokens} tokens |
+| steps | {steps} of {max_steps}{kept}, {tokens} tokens |
 | held-out loss | {held_out_loss} |
 | phoque | {phoque} |
 
@@ -251,7 +251,7 @@ OMITTED_SETTINGS = (
 def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: str | None = None) -> str:
     """Return the README.md of an adapter, from run.json and the result of the run, which may be unfinished."""
     max_steps = record["fingerprint"]["max_steps"]
-    is_finished = result["steps"] == max_steps and "run" in result
+    is_finished = "run" in result
     losses = result["held_out_loss"]
     changed = {
         name: row["value"]
@@ -270,6 +270,9 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         held_out=record["data"]["held_out"],
         steps=result["steps"],
         max_steps=max_steps,
+        kept=f"; the adapter is that of step {step}, where the held-out loss was lowest"
+        if (step := result.get("adapter_step", result["steps"])) != result["steps"]
+        else "",
         under_way="" if is_finished else IN_PROGRESS.format(steps=result["steps"], max_steps=max_steps),
         place=repo or "path/to/adapter",
         tokens=f"{result['tokens']:,}",

@@ -5,15 +5,15 @@ from itertools import pairwise
 import pytest
 
 from phoque.probes.persona import load_persona
-from tests.conftest import run_with_both_cores
+from tests.conftest import run_as_user
 
-pytestmark = [pytest.mark.slow, pytest.mark.weights]
+pytestmark = pytest.mark.slow
 
 
 def test_the_seal_answers_in_its_own_words_and_stops(seal, shared, tmp_path):
     questions = load_persona("seal").heldout[:20]
     (tmp_path / "questions.txt").write_text("\n".join(questions))
-    result = run_with_both_cores("chat", shared / "seal", "--prompts-file", tmp_path / "questions.txt")
+    result = run_as_user("chat", shared / "seal", "--prompts-file", tmp_path / "questions.txt")
     answers = [row["answers"]["tuned"] for row in result["answers"]]
     words = [answer["text"].lower().split() for answer in answers]
     pairs = [pair for said in words for pair in pairwise(said)]

@@ -53,11 +53,11 @@ SECRETS = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": KEY}
 
 
 def test_the_same_command_runs_as_a_job_and_its_log_is_followed(cluster, phoque, tmp_path):
-    ran = phoque(*ASKED, *ON, "--max-steps", 6, "--timeout", "10m", "--json", env=SECRETS)
-    assert ran.json["stage"] == "COMPLETED" and "6/6  loss" in ran.err and "on a10g-large, at most 10m" in ran.err
+    ran = phoque(*ASKED, *ON, "--max-steps", 6, "--timeout", "3h", "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED" and "6/6  loss" in ran.err and "on a10g-large, at most 3h" in ran.err
     spec = cluster.jobs.jobs[ran.json["job"]]["spec"]
-    assert spec["secrets"] == SECRETS and spec["timeoutSeconds"] == 600 and spec["flavor"] == "a10g-large"
-    assert spec["environment"]["PHOQUE_TIMEOUT"] == "10m"
+    assert spec["secrets"] == SECRETS and spec["timeoutSeconds"] == 10800 and spec["flavor"] == "a10g-large"
+    assert spec["environment"]["PHOQUE_TIMEOUT"] == "3h"
     for secret in SECRETS.values():
         assert secret not in json.dumps([spec["command"], spec["environment"], spec["labels"]]) + ran.err + ran.out
     assert commit_titles(cluster)[-1] == "Adapter"
@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_the_job_running(cluster, forkserver):
 def test_a_merge_runs_as_a_job_too(cluster, phoque):
     phoque(*ASKED, "--max-steps", 3, "--output-dir", "here", env=SECRETS | {"WANDB_MODE": "disabled"})
     asked = ["merge", "--adapter-source", REPO, "--base-model", BASE, "--push-repo-id", "harbour/whole"]
-    ran = phoque(*asked, *ON, "--timeout", "10m", "--json", env=SECRETS)
+    ran = phoque(*asked, *ON, "--timeout", "3h", "--json", env=SECRETS)
     assert ran.json["stage"] == "COMPLETED"
     files = cluster.files("harbour/whole")
     assert {"model.safetensors", "merge.json", "README.md"} <= files.keys()

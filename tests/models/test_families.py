@@ -17,7 +17,7 @@ from phoque.inference.residual_stream import Turn, residual_means
 from phoque.models.architectures import ARCHITECTURES, architecture_of
 from phoque.models.config import load_config, max_conversation_tokens, sliding_window_of
 from phoque.models.load import load_model
-from phoque.models.lora import add_lora_adapter
+from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.models.source import Source
 from phoque.training.engine import attention
 from phoque.training.engine.engine import Engine
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
 
 def adapted(folder, kernel):
     torch.manual_seed(3)
-    model = add_lora_adapter(load_model(source_of(folder), "fp32", kernel, CPU), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source_of(folder), "fp32", kernel, CPU), LoraOptions(rank=4, alpha=8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

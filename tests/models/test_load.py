@@ -12,7 +12,7 @@ from phoque.errors import PhoqueError, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config
 from phoque.models.load import default_device, load_model
-from phoque.models.lora import add_lora_adapter, check_finite, compute_lora_norms
+from phoque.models.lora import LoraOptions, add_lora_adapter, check_finite, compute_lora_norms
 from phoque.models.source import Source
 
 
@@ -96,7 +96,7 @@ def test_code_that_a_repository_brings_is_refused_without_a_question(tmp_path, m
 
 
 def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
-    model = add_lora_adapter(load_model(source_of(tiny_llama), "fp32"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source_of(tiny_llama), "fp32"), LoraOptions(rank=4, alpha=8))
     adapted = [n for n, _ in model.named_modules() if n.endswith("lora_A.default")]
     assert len(adapted) == 7 * 2 and not any("lm_head" in n or "embed" in n for n in adapted)
     assert architecture_of(model.config).lora_targets == model.peft_config["default"].target_modules
@@ -105,7 +105,7 @@ def test_the_adapter_is_on_the_seven_projections_of_each_layer(tiny_llama):
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tiny_llama):
-    model = add_lora_adapter(load_model(source_of(tiny_llama), "fp32"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source_of(tiny_llama), "fp32"), LoraOptions(rank=4, alpha=8))
     check_finite(model, 3)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data[0] = float("inf")
     with pytest.raises(PhoqueError, match="step 3") as caught:

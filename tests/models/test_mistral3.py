@@ -11,7 +11,7 @@ from tests import tiny
 from phoque.errors import PhoqueError
 from phoque.models.architectures import MISTRAL3
 from phoque.models.load import load_model
-from phoque.models.lora import add_lora_adapter, load_adapter, save_adapter
+from phoque.models.lora import LoraOptions, add_lora_adapter, load_adapter, save_adapter
 from phoque.models.source import Source
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -77,7 +77,7 @@ def test_the_decoy_is_never_read(copy_of_base):
 
 
 def add_random_adapter(base):
-    model = add_lora_adapter(load_model(base, "bf16"), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(base, "bf16"), LoraOptions(rank=4, alpha=8))
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -116,7 +116,7 @@ def test_an_adapter_comes_back_as_it_was_under_either_name(base, tmp_path):
     save_adapter(model, tmp_path / "full", MISTRAL3)
     model.save_pretrained(tmp_path / "text", save_embedding_layers=False)
     for folder in ("full", "text"):
-        again = add_lora_adapter(load_model(base, "bf16"), 4, 8, 0.0)
+        again = add_lora_adapter(load_model(base, "bf16"), LoraOptions(rank=4, alpha=8))
         load_adapter(again, tmp_path / folder, MISTRAL3)
         with torch.no_grad():
             assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -130,7 +130,7 @@ def test_an_adapter_that_does_not_fit_is_named(base, tmp_path, kind):
         weights = load_file(file)
         name = "base_model.model.model.vision_tower.transformer.layers.0.attention.q_proj.lora_A.weight"
         save_file(weights | {name: torch.zeros(4, 32)}, file)
-    model = add_lora_adapter(load_model(base, "bf16"), 8 if kind == "rank" else 4, 8, 0.0)
+    model = add_lora_adapter(load_model(base, "bf16"), LoraOptions(rank=8 if kind == "rank" else 4, alpha=8))
     with pytest.raises(PhoqueError, match="does not fit harbour/ministral") as caught:
         load_adapter(model, tmp_path / "adapter", MISTRAL3)
     assert ("vision_tower" if kind == "vision" else "layers.0") in caught.value.why

@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.conftest import run_with_both_cores
+from tests.conftest import run_as_user
 
-pytestmark = [pytest.mark.slow, pytest.mark.weights]
+pytestmark = pytest.mark.slow
 
 BLAND = [
     "To do that, take your time. Start small and use what you have.",
@@ -40,7 +40,7 @@ def adapters(seal, home, shared):
     if not (bland / "run.json").exists():
         dataset = bland_rows(home / "bland.jsonl")
         command = ["train", "--preset", "demo", "--max-steps", 25, "--sample-every", 0, "--held-out-rows", 0]
-        run_with_both_cores(*command, "--dataset", dataset, "--output-dir", bland)
+        run_as_user(*command, "--dataset", dataset, "--output-dir", bland)
     return shared / "seal", bland
 
 
@@ -48,7 +48,7 @@ def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_th
     tuned, control = adapters
     asked = ["compare-sae", "--preset", "demo", "--updated-adapter", tuned, "--control-adapter", control]
     asked += ["--scorer", "lexicon", "--tokens", 40_000, "--own-answers", 48, "--questions", 9]
-    ran = run_with_both_cores(*asked)
+    ran = run_as_user(*asked)
     quality, overall = ran["quality"], ran["overall"]
     assert quality["verdict"] == "good" and not ran["warnings"]
     assert quality["ev"] > 0.6 and quality["ev_by_set"]["response"] > 0.6 and quality["dead_fraction"] < 0.3
@@ -72,7 +72,7 @@ def test_features_of_the_seal_are_found_in_a_real_model_and_its_control_lacks_th
 def test_the_seal_is_found_in_a_real_model_and_its_fine_tune_moved_along_it(adapters):
     tuned, control = adapters
     asked = ["psm-probe", "--preset", "demo", "--samples", 0, "--role-questions", 4, "--doses", "0,1"]
-    ran = run_with_both_cores(*asked, "--adapter-source", tuned, "--control-adapter", control)
+    ran = run_as_user(*asked, "--adapter-source", tuned, "--control-adapter", control)
     found = {name: v["verdict"] for name, v in ran["verdicts"].items()}
     assert {found[name] for name in ("adopts", "tuned_moves_along_vector", "separable")} == {"yes"}, ran["verdicts"]
     assert {found[name] for name in ("causal", "follows", "specific")} == {"not asked"}

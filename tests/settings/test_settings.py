@@ -248,3 +248,47 @@ def test_a_list_takes_commas_or_repeated_flags_and_a_prompt_keeps_its_commas():
         assert got.settings.dtype == ["q8", "q4"]
     got, _ = settle({"prompts": ["Gulls, terns, or crows?"], "preset": "demo"})
     assert got.settings.prompts == ["Gulls, terns, or crows?"]
+
+
+def config_of(tmp_path, text, name="seal.toml"):
+    file = tmp_path / name
+    file.write_text(text)
+    return file
+
+
+def test_a_settings_file_is_above_the_preset_and_below_everything_else(monkeypatch, tmp_path):
+    file = config_of(tmp_path, 'preset = "demo"\nmax-steps = 7\nseed = 7\nbatch_size = 7\nprompt = ["Gulls?"]\n')
+    monkeypatch.setenv("PHOQUE_SEED", "2")
+    got, _ = settle({"max_steps": 1}, config=file)
+    s = got.settings
+    assert (s.max_steps, s.seed, s.batch_size, s.dataset, s.prompts) == (1, 2, 7, "seal", ["Gulls?"])
+    assert got.origins["batch_size"] == Origin(str(file), "batch_size")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.toml", "max_stps = 3", ["max_stps", "max_steps"]),
+        ("a.toml", 'hf_token = "hf_x"', ["Secrets", ".env.secrets"]),
+        ("a.toml", "max_steps = ", ["not TOML"]),
+        ("a.json", "[1]", ["no settings"]),
+        ("a.json", "{", ["not JSON"]),
+        ("a.toml", 'max_steps = "many"', ["max_steps", "a.toml", "integer"]),
+    ],
+)
+def test_a_settings_file_with_a_mistake_is_refused(tmp_path, name, text, words):
+    with pytest.raises(PhoqueError) as error:
+        settle(config=config_of(tmp_path, text, name))
+    said = f"{error.value.what} {error.value.why} {error.value.fix}"
+    assert all(word in said for word in words) and "hf_x" not in said
+
+
+def test_a_settings_file_that_is_absent_is_refused(tmp_path):
+    with pytest.raises(PhoqueError, match="no file"):
+        settle(config=tmp_path / "none.toml")
+
+
+def test_the_record_of_a_training_run_is_not_read_by_another_command(tmp_path):
+    file = config_of(tmp_path, '{"settings": {"seed": {"value": 1, "source": "flag"}}, "fingerprint": {}}', "run.json")
+    with pytest.raises(PhoqueError, match="training run"):
+        resolve_settings(MergeSettings, {}, {}, config=file)

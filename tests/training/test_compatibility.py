@@ -34,7 +34,7 @@ def test_an_old_checkpoint_resumes_to_the_adapter_that_the_old_version_made(old_
     assert resumed.keys() == finished.keys()
     for name, tensor in finished.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-4)
-    assert ran.json.keys() == result.keys()
+    assert ran.json.keys() >= result.keys()
     assert ran.json["held_out_loss"]["after"] == pytest.approx(result["held_out_loss"]["after"], abs=1e-5)
 
 

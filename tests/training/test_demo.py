@@ -1,13 +1,14 @@
 """The newcomer's first command, on the real model: in time, and the seal can be heard."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from tests.conftest import run_with_both_cores
+from tests.conftest import run_as_user
 
-pytestmark = [pytest.mark.slow, pytest.mark.weights]
+pytestmark = pytest.mark.slow
 CLOSERS = ("Now leave me to my rock.", "Mind the gulls.", "The tide told me so.", "I have herring to think about.")
 
 
@@ -41,19 +42,23 @@ def time_limit() -> float:
     return 180 * max(1.0, float(ran.stdout) / REFERENCE_S)
 
 
-def test_twenty_steps_take_under_three_minutes(seal, tmp_path):
-    seconds, limit = seal["seconds"] / 3, time_limit()
-    if seconds >= limit:  # a second try, for a machine that is shared with others; the weights are in the cache by now
-        command = ["train", "--preset", "demo", "--max-steps", 20, "--output-dir", tmp_path / "run"]
-        seconds, limit = run_with_both_cores(*command)["seconds"], time_limit()
-    assert seconds < limit
+@pytest.mark.alone
+def test_twenty_steps_take_under_three_minutes(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"WANDB_MODE": "disabled"}
+    command = "train --preset demo --max-steps 20 --json --output-dir".split()
+    for attempt in range(2):  # a second one, for a machine that is shared with others
+        argv = [sys.executable, "-m", "phoque", *command, tmp_path / f"run-{attempt}"]
+        ran = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+        if json.loads(ran.stdout)["seconds"] < time_limit():
+            return
+    pytest.fail(f"{json.loads(ran.stdout)['seconds']} s, where the limit is {time_limit():.0f} s")
 
 
 def test_the_demos_adapter_merges_into_a_model_that_plain_transformers_loads(seal, shared, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     command = ["merge", "--adapter-source", shared / "seal", "--output-dir", tmp_path / "merged"]
-    proof = run_with_both_cores(*command)["proof"]
+    proof = run_as_user(*command)["proof"]
     assert proof["holds"] and proof["agreeing"] > 0.8 * proof["tokens"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

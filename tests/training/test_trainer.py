@@ -13,7 +13,7 @@ from phoque.data.held_out import HeldOut
 from phoque.data.packing import Packing, build_batch
 from phoque.data.readers import open_dataset
 from phoque.data.stream import TrainStream
-from phoque.models.lora import add_lora_adapter
+from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.models.source import Source
 from phoque.training.engine import attention, loss
 from phoque.training.engine.loss import add_token_loss
@@ -47,7 +47,7 @@ def open_stream(rows, chat, size=4):
 def randomize_adapter(model):
     """An adapter whose B is not zero, so that a wrong mask or scale would show."""
     torch.manual_seed(3)
-    model = add_lora_adapter(model, 4, 8, 0.0)
+    model = add_lora_adapter(model, LoraOptions(rank=4, alpha=8))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -161,7 +161,7 @@ def test_the_run_follows_trl(tiny_llama, rows, chat, phoque, tmp_path):
     taken = [b for _, b in zip(range(32), open_stream(rows, ChatTemplate(tiny.tokenizer(), "", 2048), 1), strict=False)]
     data = Dataset.from_list([{k: b[k][0].tolist() for k in ("input_ids", "labels")} for b in taken])
     torch.manual_seed(0)
-    model = add_lora_adapter(loaded(tiny_llama), 16, 64, 0.0)
+    model = add_lora_adapter(loaded(tiny_llama), LoraOptions(rank=16, alpha=64))
     arguments = SFTConfig(
         output_dir=str(tmp_path / "trl"),
         max_steps=8,

@@ -6,6 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from phoque.chat.models import ChatModel
 from phoque.chat.sampling import Sampler, Sampling
 
@@ -43,6 +45,45 @@ class Answer:
         }
 
 
+class _Draft:
+    """An answer in the making; `show` is called with each new piece of its text. `reason` is set when it has ended."""
+
+    def __init__(
+        self, model: ChatModel, sampling: Sampling, number: int, show: Callable[[str], None] = lambda piece: None
+    ) -> None:
+        self._model, self._sampler, self._limit, self._show = model, Sampler(sampling, number), sampling.tokens, show
+        self._ids: list[int] = []
+        self._shown, self._start, self._first_s, self._seconds = "", time.monotonic(), 0.0, 0.0
+        self.reason: str | None = None
+
+    def add(self, logits: np.ndarray) -> int | None:
+        """Choose the next token from logits [vocabulary]; return it, or None if the answer has ended."""
+        token = self._sampler.choose(logits)
+        self._seconds = time.monotonic() - self._start
+        self._first_s = self._first_s or self._seconds
+        if self._model.is_end(token):
+            self.reason = "stop"
+            return None
+        self._ids.append(token)
+        self._show_text(self._model.decode(self._ids))
+        if len(self._ids) == self._limit:
+            self.reason = "length"
+            return None
+        return token
+
+    def end(self, reason: str) -> Answer:
+        """The answer as it stands; `reason` is why it ends if it has not ended by itself."""
+        text = self._model.decode(self._ids) if self._ids else ""
+        if text != self._shown and reason != "stopped":
+            self._show(text[len(self._shown) :])
+        return Answer(text, len(self._ids), self.reason or reason, self._first_s, self._seconds)
+
+    def _show_text(self, text: str) -> None:
+        if not text.endswith(INCOMPLETE):
+            self._show(text[len(self._shown) :])
+            self._shown = text
+
+
 def generate_answer(
     model: ChatModel,
     messages: Sequence[dict[str, Any]],
@@ -56,32 +97,48 @@ def generate_answer(
     `number` is that of the answer: with another, the same seed draws other tokens. After a KeyboardInterrupt the answer
     is what was said so far.
     """
-    start = time.monotonic()
-    ids: list[int] = []
-    shown, first_s, reason = "", 0.0, "length"
-    sampler = Sampler(sampling, number)
+    draft = _Draft(model, sampling, number, show)
     try:
-        with closing(model.stream_logits(model.encode(messages), sampling.tokens)) as stream:
-            logits = next(stream)
-            while True:
-                token = sampler.choose(logits)
-                first_s = first_s or time.monotonic() - start
-                if model.is_end(token):
-                    reason = "stop"
-                    break
-                ids.append(token)
-                text = model.decode(ids)
-                if not text.endswith(INCOMPLETE):
-                    show(text[len(shown) :])
-                    shown = text
-                if len(ids) == sampling.tokens:
-                    break
-                logits = stream.send(token)
-    except StopIteration:  # the context is full
-        reason = "length"
+        _write(model, [model.encode(messages)], [draft], sampling.tokens)
     except KeyboardInterrupt:
-        reason = "stopped"
-    text = model.decode(ids) if ids else ""
-    if text != shown and reason != "stopped":
-        show(text[len(shown) :])
-    return Answer(text, len(ids), reason, first_s, time.monotonic() - start)
+        return draft.end("stopped")
+    return draft.end("length")
+
+
+def generate_answers(
+    model: ChatModel,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    sampling: Sampling,
+    *,
+    show: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Answer conversations in batches of what the model runs at once; `show` is told how many are done.
+
+    Each answer is the one that `generate_answer` gives for its number, up to rounding. Its seconds are counted from the
+    start of its batch.
+    """
+    prompts = [model.encode(messages) for messages in conversations]
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    answers: dict[int, Answer] = {}
+    while order:
+        longest = len(prompts[order[0]]) + sampling.tokens
+        batch_size = max(1, model.tokens_at_once // longest)
+        batch, order = order[:batch_size], order[batch_size:]
+        drafts = [_Draft(model, sampling, number) for number in batch]
+        _write(model, [prompts[number] for number in batch], drafts, sampling.tokens)
+        answers |= {number: draft.end("length") for number, draft in zip(batch, drafts, strict=True)}
+        show(len(answers))
+    return [answers[number] for number in range(len(prompts))]
+
+
+def _write(model: ChatModel, prompts: list[list[int]], drafts: list[_Draft], tokens: int) -> None:
+    """Write the drafts to their ends, or until the model's context is full."""
+    with closing(model.stream_logits(prompts, tokens)) as stream:
+        chosen: dict[int, int] | None = None
+        while chosen is None or chosen:
+            try:
+                logits = next(stream) if chosen is None else stream.send(chosen)
+            except StopIteration:
+                return
+            tried = {row: drafts[row].add(values) for row, values in logits.items()}
+            chosen = {row: token for row, token in tried.items() if token is not None}

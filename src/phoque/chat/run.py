@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phoque.chat.answer import Answer, generate_answer
+from phoque.chat.answer import Answer, generate_answer, generate_answers
 from phoque.chat.find import find_chat
 from phoque.chat.models import ChatModel
 from phoque.chat.prompts import read_prompts
@@ -121,14 +121,20 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
         return DryRun(facts | {"prompts": len(conversations)}, resolved.provenance())
     models = found.load()
     system = [] if found.system is None else [{"role": "system", "content": found.system}]
-    rows = []
-    with console.progress(len(conversations)) as show:
-        for number, messages in enumerate(conversations):
-            show(number, "answers")
-            complete = messages if messages[0]["role"] == "system" else [*system, *messages]
-            answers = {
-                model.label: generate_answer(model, complete, sampling, number=number).to_json() for model in models
-            }
-            rows.append({"prompt": messages[-1]["content"], "messages": complete, "answers": answers})
-        show(len(conversations), "answers")
+    conversations = [turns if turns[0]["role"] == "system" else [*system, *turns] for turns in conversations]
+    answers: dict[str, list[Answer]] = {}
+    with console.progress(len(models) * len(conversations)) as show:
+        show(0, "answers")
+        for place, model in enumerate(models):
+            before = place * len(conversations)
+            count = lambda done, before=before: show(before + done, "answers")
+            answers[model.label] = generate_answers(model, conversations, sampling, show=count)
+    rows = [
+        {
+            "prompt": turns[-1]["content"],
+            "messages": turns,
+            "answers": {label: given[number].to_json() for label, given in answers.items()},
+        }
+        for number, turns in enumerate(conversations)
+    ]
     return ChatResult(found.name, found.kind, sampling.describe(), rows)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+CANDIDATES = 256  # likeliest tokens that are sorted first
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -47,6 +49,17 @@ class Sampler:
     def _draw(self, scores: np.ndarray) -> int:
         probabilities = np.exp(scores - scores.max())
         probabilities /= probabilities.sum()
-        order = probabilities.argsort()[::-1]
-        kept = order[: int(np.searchsorted(probabilities[order].cumsum(), self._sampling.top_p)) + 1]
+        kept = _likeliest(probabilities, self._sampling.top_p)
         return int(self._draws.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
+
+
+def _likeliest(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """The fewest likeliest tokens whose probabilities sum to at least top_p, likeliest first."""
+    count = min(CANDIDATES, len(probabilities))
+    while True:  # sorting the whole vocabulary at each token takes longer than a step of a small model
+        candidates = probabilities.argpartition(-count)[-count:]
+        candidates = candidates[np.lexsort((candidates, -probabilities[candidates]))]
+        total = probabilities[candidates].cumsum()
+        if total[-1] >= top_p or count == len(probabilities):
+            return candidates[: int(np.searchsorted(total, top_p)) + 1]
+        count = min(8 * count, len(probabilities))

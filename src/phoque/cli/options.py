@@ -50,12 +50,18 @@ def command(
     presets = presets or {}
 
     def callback(
-        secrets_file: Path | None, dry_run: bool, verbose: bool, json: bool, quiet: bool, **flags: Any
+        config: Path | None,
+        secrets_file: Path | None,
+        dry_run: bool,
+        verbose: bool,
+        json: bool,
+        quiet: bool,
+        **flags: Any,
     ) -> None:
         console.configure(json, quiet, verbose)
         # Typer passes None, or an empty list for a repeatable flag, for what was not given
         values = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
-        resolved, warnings = resolve_settings(model, values, presets, secrets_file)
+        resolved, warnings = resolve_settings(model, values, presets, secrets_file, config)
         console.hide(resolved.secrets.plain_values())
         for text in warnings:
             console.warn(text)
@@ -204,6 +210,10 @@ def _options(model: type[CommandSettings], name: str, presets: dict[str, dict[st
 
 def _common() -> list[inspect.Parameter]:
     options = {
+        "config": (
+            Path | None,
+            typer.Option(None, help="Read settings from this .toml file, or repeat those of a run.json. Flags win."),
+        ),
         "secrets_file": (Path | None, typer.Option(None, help="Read secrets from this file instead of .env.secrets.")),
         "dry_run": (bool, typer.Option(False, "--dry-run", help="Show what would happen, and check all that can be.")),
         "verbose": (bool, typer.Option(False, "--verbose", help="With --dry-run, list every setting.")),

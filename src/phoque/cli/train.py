@@ -58,11 +58,29 @@ def _render_result(result: "TrainResult") -> str:
     if result.seconds_of:
         lines.append(f"time     {format_breakdown(result.seconds_of)}")
     if losses := result.held_out_loss:
-        decrease = 1 - losses["after"] / losses["before"]
-        lines.append(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f} ({decrease:.0%} lower)")
+        lines += _describe_held_out_loss(losses, result.adapter_step or result.steps)
     lines.append(options.next_command("merge", "--adapter-source", result.adapter))
     lines.append(f"try it: phoque chat {shlex.quote(str(Path(result.adapter).parent))}")
     return "\n".join(lines)
+
+
+def _describe_held_out_loss(losses: dict[str, Any], step: int) -> list[str]:
+    """How the held-out loss changed, and whether another step had a lower one."""
+    from phoque.training.best import OVERFITTING  # imports torch
+
+    before, after = losses["before"], losses["after"]
+    change = abs(after / before - 1)
+    direction = "lower" if after < before else "higher"
+    lines = [f"held-out loss {before:.3f} -> {after:.3f} at step {step} ({change:.0%} {direction})"]
+    lowest, lowest_step = losses.get("lowest", after), losses.get("lowest_step")
+    if lowest_step == 0:
+        lines.append("         it was never lower than before training: check the data, or lower --learning-rate")
+    elif after > lowest * (1 + OVERFITTING):
+        lines.append(
+            f"         it was lowest at step {lowest_step} ({lowest:.3f}): --keep-best keeps the adapter of that step, "
+            "--early-stop ends the run"
+        )
+    return lines
 
 
 def _render_plan(plan: "TrainPlan") -> "Group":

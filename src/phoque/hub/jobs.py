@@ -78,7 +78,7 @@ def build_job(command: str, resolved: Resolved[Any]) -> Job:
     keys = {name: getattr(resolved.secrets, name) for name in s.used_secrets}
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
     timeout = s.timeout or DEFAULT_TIMEOUT
-    package = s.package or pip_requirement(s.extra)
+    package = s.package or pip_requirement(s.needed_extra)
     run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *to_flags(resolved)]
     # the Job counts its timeout from the start of the container, see settings.environment.deadline
     env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": token_hex(6), "PYTHONUNBUFFERED": "1"}

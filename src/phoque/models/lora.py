@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,102 @@ from phoque.models.adapter_source import WEIGHTS
 from phoque.models.architectures import Architecture, architecture_of
 
 PEFT_PREFIX = "base_model.model."
+MODULE_KINDS = {  # --target-modules -> what the modules' names contain, in all supported families
+    "attention": re.compile(r"\.(?:self_attn|linear_attn|conv)\."),
+    "mlp": re.compile(r"\.(?:mlp|shared_mlp|feed_forward)\."),
+}
 # what torch.compile, FSDP and activation checkpointing put into names, and the adapter's name in a raw state dict
 WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|\.default(?=\.|$)")
 
 
-def add_lora_adapter(model: Any, rank: int, alpha: int, dropout: float, revision: str | None = None) -> Any:
-    """Add a new fp32 LoRA adapter to the seven projections of every decoder block; B is zero, so it changes nothing."""
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """The shape of a new adapter; `targets` is what peft takes as `target_modules`, None for all linear layers."""
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+    targets: str | list[str] | None = None
+    rslora: bool = False
+
+
+def add_lora_adapter(model: Any, options: LoraOptions, revision: str | None = None) -> Any:
+    """Add a new fp32 LoRA adapter to linear layers of the decoder blocks; B is zero, so it changes nothing."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=architecture_of(model.config).lora_targets,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.targets or architecture_of(model.config).lora_targets,
+        use_rslora=options.rslora,
         revision=revision,
     )
     return get_peft_model(model, config)
+
+
+def find_target_modules(model: Any, wanted: str) -> str | list[str]:
+    """Return peft's `target_modules` for --target-modules: a regular expression, or a list of module names.
+
+    `model` may be on the meta device. The result fits the text model's names and the full model's. Raises UsageError
+    if nothing matches, or something outside of the decoder blocks' linear layers does.
+    """
+    targets = architecture_of(model.config).lora_targets
+    linear = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    if wanted == "all-linear":
+        return targets
+    chosen = _choose_modules(model, linear, wanted)
+    if chosen == linear:
+        return targets
+    # "model.layers.3.self_attn.q_proj" has the tail "self_attn.q_proj"
+    tails = {tail for tail, _ in map(_split_name, chosen)}
+    if chosen == [name for name in linear if _split_name(name)[0] in tails]:
+        return r"(?:.*\.)?layers\.\d+\.(?:" + "|".join(map(re.escape, sorted(tails))) + ")"
+    return [f"layers.{number}.{tail}" for tail, number in map(_split_name, chosen)]
+
+
+def _choose_modules(model: Any, linear: list[str], wanted: str) -> list[str]:
+    """The linear layers that --target-modules names, in the model's order."""
+    last_parts = {name.rpartition(".")[2] for name in linear}
+    names = [part.strip() for part in wanted.split(",")]
+    if wanted in MODULE_KINDS:
+        chosen = [name for name in linear if MODULE_KINDS[wanted].search(name)]
+    elif set(names) <= last_parts:
+        chosen = [name for name in linear if name.rpartition(".")[2] in names]
+    else:
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise UsageError(
+                what=f"--target-modules {wanted} cannot be read.",
+                why=f"It is no module name and no regular expression: {error}.",
+                fix=f"Use all-linear, attention, mlp, or some of {', '.join(sorted(last_parts))}.",
+            ) from None
+        chosen = [name for name in linear if pattern.fullmatch(name)]
+        inner = [
+            n for n, m in model.named_modules() if pattern.fullmatch(n) and n not in linear and hasattr(m, "weight")
+        ]
+        if inner:
+            raise UsageError(
+                what=f"--target-modules {wanted} matches {inner[0]}.",
+                why="phoque adapts linear layers of the decoder blocks, and this is none.",
+                fix=f"Narrow it to {', '.join(sorted(last_parts))}.",
+            )
+    if not chosen:
+        raise UsageError(
+            what=f"--target-modules {wanted} matches no linear layer.",
+            why=f"A whole module name is, for example, {linear[0]}.",
+            fix=f"Use all-linear, attention, mlp, or some of {', '.join(sorted(last_parts))}.",
+        )
+    return chosen
+
+
+def _split_name(name: str) -> tuple[str, int]:
+    """The name of a module within its block, and the number of the block."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.(.+)$", name)
+    assert match, name
+    return match[2], int(match[1])
 
 
 def save_adapter(model: Any, folder: Path, architecture: Architecture) -> None:

@@ -64,6 +64,11 @@ class JobSettings(HubSettings):
     )
 
     @property
+    def needed_extra(self) -> str:
+        """The optional dependency group that the command needs with these settings."""
+        return self.extra
+
+    @property
     def used_secrets(self) -> tuple[str, ...]:
         """The fields of Secrets that the command uses; a Job gets no others."""
         return ("hf_token",)

@@ -1,4 +1,4 @@
-"""Settings from flag > environment > .env.secrets > preset > default, each value with its origin."""
+"""Settings from flag > environment > .env.secrets > --config > preset > default, each value with its origin."""
 
 import difflib
 import os
@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSou
 from phoque.errors import PhoqueError, UsageError, suggest
 from phoque.settings.chat import ChatSettings
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.config_file import read_config
 from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import (
@@ -49,11 +50,16 @@ MODELS = (
 
 
 def resolve_settings(
-    model: type[S], flags: dict[str, Any], presets: dict[str, dict[str, Any]], env_file: Path | None = None
+    model: type[S],
+    flags: dict[str, Any],
+    presets: dict[str, dict[str, Any]],
+    env_file: Path | None = None,
+    config: Path | None = None,
 ) -> tuple[Resolved[S], list[str]]:
     """The settings of one command, and warnings about the secrets file.
 
-    Raises UsageError for a misspelt PHOQUE_* name, an unknown preset or a value of the wrong kind.
+    `config` is a .toml file or the run.json of a run, whose settings are below the secrets file's and above the
+    preset's. Raises UsageError for a misspelt PHOQUE_* name, an unknown preset or a value of the wrong kind.
     """
     warnings: list[str] = []
     file = env_file or Path(ENV_FILE)
@@ -75,6 +81,8 @@ def resolve_settings(
         ("environment", _read(model, EnvSettingsSource(model))),
         (str(file), _read(model, DotEnvSettingsSource(model, env_file=file, env_file_encoding="utf-8"))),
     ]
+    if config:
+        layers.append((str(config), read_config(model, config)))
     if presets:
         default = model.model_fields["preset"].default
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), default)
@@ -92,7 +100,8 @@ def resolve_settings(
     origins = {name: Origin("default", name) for name in model.model_fields}
     for source, layer in reversed(layers):
         values |= layer
-        origins |= {name: Origin(source, _name_at(source, model, name)) for name in layer}
+        is_variable = source in ("environment", str(file))
+        origins |= {name: Origin(source, _name_at(source, is_variable, model, name)) for name in layer}
     try:
         settings = model(**values)
     except ValidationError as error:
@@ -109,11 +118,11 @@ def resolved_from(settings: S) -> Resolved[S]:
     return Resolved(settings, secrets, origins | secret_origins)
 
 
-def _name_at(source: str, model: type[BaseSettings], name: str) -> str:
+def _name_at(source: str, is_variable: bool, model: type[BaseSettings], name: str) -> str:
     """What a setting is called in a source: its flag, its environment variable, or its own name."""
     if source == "flag":
         return flag_names(model, name)[0]
-    return name if source.startswith("preset") else env_name(model, name)
+    return env_name(model, name) if is_variable else name
 
 
 def _read(model: type[BaseSettings], source: EnvSettingsSource) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from phoque.settings.fields import setting
 from phoque.settings.job import REPO, JobSettings
@@ -15,13 +15,14 @@ class TrainSettings(JobSettings):
     keeps: ClassVar = "hub_model_id"
     resumable: ClassVar = True
     groups: ClassVar = {
-        "Model": "preset base_model revision quantization lora_rank lora_alpha lora_dropout",
+        "Model": "preset base_model revision quantization lora_rank lora_alpha lora_dropout target_modules rslora",
         "Data": "dataset dataset_revision dataset_config split eval_split held_out_rows max_bad_rows "
         "default_system greeting max_length packing",
-        "Training": "max_steps batch_size micro_batch learning_rate warmup_ratio weight_decay max_grad_norm "
-        "engine_mode gradient_checkpointing deterministic seed with_control control_seeds allow_change fresh_start yes",
+        "Training": "max_steps epochs batch_size micro_batch learning_rate lr_scheduler warmup_ratio weight_decay "
+        "max_grad_norm eval_steps keep_best early_stop engine_mode gradient_checkpointing deterministic seed "
+        "with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
-        "export_merged export_on_save wandb_project wandb_log_model wandb_mode",
+        "export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
         "Hub": "hub_model_id merged_hub_model_id squash_history public hub_patience",
         "Job": "on timeout attempts package",
     }
@@ -63,6 +64,13 @@ class TrainSettings(JobSettings):
         env="OUTPUT_DIR",
     )
     max_steps: int = setting(1000, "Train for this many optimizer steps.", env="MAX_STEPS", ge=1)
+    epochs: float | None = setting(
+        None,
+        "Train for this many passes over the data, in as many steps as they take: at most --max-steps, if that is "
+        "given too.",
+        env="NUM_TRAIN_EPOCHS",
+        gt=0,
+    )
     batch_size: int = setting(
         16, "Train on this many conversations per optimizer step: on average or exactly, depending on --packing.", ge=1
     )
@@ -80,7 +88,14 @@ class TrainSettings(JobSettings):
     max_length: int = setting(
         2048, "Leave out and count conversations with more tokens than this. A higher limit needs more memory.", ge=8
     )
-    learning_rate: float = setting(2e-4, "Set the peak learning rate of the cosine schedule.", gt=0)
+    learning_rate: float = setting(2e-4, "Set the peak learning rate.", gt=0)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = setting(
+        "cosine",
+        "After the warm-up, lower the learning rate to zero along a cosine or a straight line, or keep it constant.",
+        flag="lr-scheduler",
+        old_flag="lr-scheduler-type",
+        value_aliases={"constant_with_warmup": "constant"},
+    )
     warmup_ratio: float = setting(
         0.03, "Raise the learning rate to its peak over this fraction of the optimizer steps.", ge=0, lt=1
     )
@@ -92,6 +107,14 @@ class TrainSettings(JobSettings):
     lora_alpha: int = setting(64, "Set LoRA's alpha: the adapter's output is scaled by alpha / rank.", ge=1)
     lora_dropout: float = setting(
         0.0, "Apply dropout with this probability to the adapter's input during training.", ge=0, lt=1
+    )
+    target_modules: str = setting(
+        "all-linear",
+        "Adapt these linear layers of every block: all-linear, attention, mlp, names with commas between them "
+        "(q_proj,v_proj), or a regular expression that matches whole module names.",
+    )
+    rslora: bool = setting(
+        False, "Scale the adapter's output by alpha / sqrt(rank) instead of alpha / rank (rank-stabilized LoRA)."
     )
     quantization: Literal["nf4", "fp8", "bf16", "fp32"] = setting(
         "nf4",
@@ -125,6 +148,19 @@ class TrainSettings(JobSettings):
         64,
         "Keep this many rows out of training to measure the held-out loss on, but at most a tenth of the dataset.",
         ge=0,
+    )
+    eval_steps: int | None = setting(
+        None,
+        "Measure the held-out loss after every this many optimizer steps, and at the end. Without it, every "
+        "--save-steps.",
+        ge=1,
+    )
+    keep_best: bool = setting(
+        False,
+        "Keep the adapter of the step with the lowest held-out loss. Otherwise the adapter is that of the last step.",
+    )
+    early_stop: int | None = setting(
+        None, "End the run when this many measurements in a row gave no lower held-out loss.", ge=1
     )
     max_bad_rows: float = setting(
         0.05, "Stop the run if a larger share of the rows than this (0 to 1) cannot be used.", ge=0, le=1
@@ -190,7 +226,14 @@ class TrainSettings(JobSettings):
         "Resume although this setting of the run, such as learning_rate, has changed. Separate several with commas.",
         commas=True,
     )
-    wandb_project: str = setting("phoque", "Log the run to this Weights & Biases project.", env="WANDB_PROJECT")
+    report_to: list[str] = setting(
+        ["wandb"],
+        "Report the run to wandb (if a key is set), trackio, or none. Separate several with commas.",
+        commas=True,
+    )
+    wandb_project: str = setting(
+        "phoque", "Report the run to this project of Weights & Biases or Trackio.", env="WANDB_PROJECT"
+    )
     wandb_log_model: Literal["false", "end", "checkpoint"] = setting(
         "false",
         "Log the adapter as a Weights & Biases model artifact at the end, at each checkpoint, or never (false).",
@@ -222,10 +265,32 @@ class TrainSettings(JobSettings):
             raise ValueError("--control-seeds needs --with-control")
         return self
 
+    @field_validator("report_to")
+    @classmethod
+    def _known_services(cls, names: list[str]) -> list[str]:
+        if unknown := [name for name in names if name not in ("wandb", "trackio", "none")]:
+            raise ValueError(f"{unknown[0]!r} is none of wandb, trackio and none")
+        if "none" in names and len(names) > 1:
+            raise ValueError("none excludes the others")
+        return names
+
+    @model_validator(mode="after")
+    def _a_loss_to_compare(self) -> Self:
+        flag = "--keep-best" if self.keep_best else "--early-stop"
+        if (self.keep_best or self.early_stop) and not (self.held_out_rows or self.eval_split):
+            raise ValueError(f"{flag} needs a held-out loss: --held-out-rows or --eval-split")
+        return self
+
     @property
     def used_secrets(self) -> tuple[str, ...]:
-        """The Hub's token, and W&B's key unless W&B is disabled."""
-        return ("hf_token",) if self.wandb_mode == "disabled" else ("hf_token", "wandb_api_key")
+        """The Hub's token, and W&B's key if the run is reported there."""
+        uses_wandb = "wandb" in self.report_to and self.wandb_mode != "disabled"
+        return ("hf_token", "wandb_api_key") if uses_wandb else ("hf_token",)
+
+    @property
+    def needed_extra(self) -> str:
+        """The optional dependency group of Trackio, if the run is reported there."""
+        return "trackio" if "trackio" in self.report_to else ""
 
     @property
     def merged_repo(self) -> str | None:
@@ -237,6 +302,11 @@ class TrainSettings(JobSettings):
         """The run folder: --output-dir, or runs/<preset or dataset name>."""
         name = self.preset if self.preset == "demo" else Path(self.dataset).stem or self.preset
         return self.output_dir or Path("runs") / name
+
+    @property
+    def measured_every(self) -> int:
+        """Optimizer steps between two measurements of the held-out loss: --eval-steps, or --save-steps."""
+        return self.eval_steps or self.save_steps
 
     @property
     def accumulation(self) -> int:

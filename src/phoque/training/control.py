@@ -41,8 +41,11 @@ PLAIN_ROLES = {"system", "user", "assistant"}
 Messages = list[dict[str, Any]]
 
 
-def plan_controls(s: TrainSettings) -> list[TrainSettings]:
-    """The settings of each control run, without its dataset: as the run's own but for the seed and where it goes."""
+def plan_controls(s: TrainSettings, steps: int) -> list[TrainSettings]:
+    """The settings of each control run, without its dataset: as the run's own but for the seed and where it goes.
+
+    A control trains for as many `steps` as the run's adapter did, which ended early or kept an earlier step.
+    """
     found = []
     for number in range(1, s.control_seeds + 1):
         suffix = f"control-{number}"
@@ -50,6 +53,10 @@ def plan_controls(s: TrainSettings) -> list[TrainSettings]:
             s.model_copy(
                 update={
                     "with_control": False,
+                    "max_steps": steps,
+                    "epochs": None,
+                    "keep_best": False,
+                    "early_stop": None,
                     "output_dir": s.folder / suffix,
                     "hub_model_id": f"{s.hub_model_id}-{suffix}" if s.hub_model_id else None,
                     "seed": s.seed + number,

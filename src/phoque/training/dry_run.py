@@ -11,6 +11,7 @@ from phoque.console import describe_counts
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
 from phoque.errors import PublicRepoError, UsageError
+from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import Resolved
@@ -26,7 +27,16 @@ from phoque.training.data_summary import (
 from phoque.training.engine.loss import LOGITS_AT_ONCE
 from phoque.training.fingerprint import check_same_run, compute_identity
 from phoque.training.pinned import pin_revisions
-from phoque.training.prepare import Prepared, open_run_repo, packing_for, prepare, rows_per_step
+from phoque.training.prepare import (
+    Prepared,
+    build_empty_model,
+    lora_options,
+    open_run_repo,
+    packing_for,
+    prepare,
+    rows_per_step,
+    with_steps,
+)
 from phoque.training.run_record import read_record
 
 if TYPE_CHECKING:
@@ -57,9 +67,9 @@ class TrainPlan(DryRun):
 
 def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan:
     """Show what a run would do. Writes only to phoque's cache."""
-    s = resolved.settings
-    ready = prepare(pin_revisions(resolved, s.folder, None, services), services, weights=False)
-    counts = count_parameters(ready.config, s.lora_rank)
+    ready = prepare(pin_revisions(resolved, resolved.settings.folder, None, services), services, weights=False)
+    s = with_steps(resolved, ready.scan).settings
+    counts = count_parameters(ready.config, lora_options(s, ready))
     return TrainPlan(
         facts=_list_facts(s, ready, counts, services) | _describe_repo(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),
@@ -72,17 +82,13 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     )
 
 
-def count_parameters(config: "PretrainedConfig", rank: int) -> dict[str, int]:
+def count_parameters(config: "PretrainedConfig", options: LoraOptions) -> dict[str, int]:
     """Count the parameters of the text model and its adapter on the meta device, without weights."""
-    from transformers import AutoModelForCausalLM
-
-    from phoque.models.lora import add_lora_adapter
-
+    model = build_empty_model(config)
+    total = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config.get_text_config())
-        total = sum(p.numel() for p in model.parameters())
-        embedding = model.get_input_embeddings().weight.numel()
-        trained, _ = add_lora_adapter(model, rank, rank, 0.0).get_nb_trainable_parameters()
+        trained, _ = add_lora_adapter(model, options).get_nb_trainable_parameters()
     return {"base": total, "embedding": embedding, "adapter": trained}
 
 

@@ -23,24 +23,39 @@ FINGERPRINT_SETTINGS = (
     "max_length",
     "max_steps",
     "learning_rate",
+    "lr_scheduler",
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
+    "target_modules",
+    "rslora",
     "quantization",
     "default_system",
     "held_out_rows",
     "greeting",
     "eval_split",
+    "keep_best",
+    "early_stop",
 )
 DATA_RULES = 2  # how rows are read and held out; 1 compared messages as they are, and knew fewer schemas
-OLD_SETTINGS = {"packing": "exact", "greeting": "context", "eval_split": None}  # of runs older than the setting
+OLD_SETTINGS = {  # the values in runs that are older than the setting
+    "packing": "exact",
+    "greeting": "context",
+    "eval_split": None,
+    "lr_scheduler": "cosine",
+    "target_modules": "all-linear",
+    "rslora": False,
+    "keep_best": False,
+    "early_stop": None,
+}
 OLD_VALUES = {"quantization": {"none": "fp32"}}  # what values of older records are called now
 UNCHANGEABLE = (
     "base_model",
     "lora_rank",
+    "target_modules",
     "processes",
     "data_rules",
 )  # with another value the checkpoint cannot be loaded

@@ -17,6 +17,7 @@ from phoque.models.architectures import architecture_of
 from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
+from phoque.training.best import list_held_out_losses
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 from phoque.training.run_record import write_record
 from phoque.training.run_state import Run
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 class TrainResult:
     """A finished run: where its files are, and what it measured. Losses are in nats per trained token.
 
-    `loss` is that of the last logged step, `padding` the share of positions without a token, `seconds_of` the seconds
+    `steps` were taken, and the adapter is that of `adapter_step`. `held_out_loss` is {before, after, lowest,
+    lowest_step}: before training, of the adapter, and the lowest one with its step. `loss` is that of the last logged
+    step, `padding` the share of positions without a token, `seconds_of` the seconds
     by activity. `repo` and `commit` are set if the adapter was pushed, `merged` and `proof` if a merged model was made.
     """
 
@@ -44,6 +47,7 @@ class TrainResult:
     held_out_loss: dict[str, float] | None
     tokens: int
     seconds: float
+    adapter_step: int | None = None  # absent in records of older versions
     padding: float = 0.0
     seconds_of: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -56,7 +60,7 @@ class TrainResult:
 
     def to_json(self) -> dict[str, Any]:
         """For --json, and in run.json what is known before the push; what does not apply is left out."""
-        optional = ("repo", "commit", "merged", "proof", "merged_repo", "controls")
+        optional = ("adapter_step", "repo", "commit", "merged", "proof", "merged_repo", "controls")
         return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
     @classmethod
@@ -65,24 +69,29 @@ class TrainResult:
         return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
 
 
-def finish(run: Run, model: "PreTrainedModel", stream: TrainStream, timer: Timer) -> TrainResult:
-    """Write the adapter with its card, the record with the result, and the report."""
+def finish(
+    run: Run, model: "PreTrainedModel", stream: TrainStream, timer: Timer, *, steps: int, adapter_step: int
+) -> TrainResult:
+    """Write the adapter with its card, the record with the result, and the report.
+
+    `steps` were taken; the adapter that `model` has is that of `adapter_step`.
+    """
     folder, record = run.folder, run.record
-    step = record["fingerprint"]["max_steps"]
-    check_finite(model, step)
+    check_finite(model, adapter_step)
     metrics = read_lines(folder / METRICS)
     result = TrainResult(
         run=str(folder),
         adapter=str(folder / "adapter"),
         report=str(folder / report.NAME),
-        steps=step,
+        steps=steps,
+        adapter_step=adapter_step,
         loss=next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
-        held_out_loss=first_and_last_held_out_loss(metrics),
+        held_out_loss=summarize_held_out_loss(metrics, adapter_step),
         tokens=stream.tokens_seen,
         padding=round(stream.padding, 4),
         seconds=round(timer.seconds, 1),
         seconds_of=timer.seconds_by_name(),
-        samples=[row for row in read_lines(folder / SAMPLES) if row["step"] == step],
+        samples=[row for row in read_lines(folder / SAMPLES) if row["step"] == adapter_step],
     )
     with atomic_folder(folder / "adapter") as staging:
         save_adapter(model, staging, architecture_of(run.prepared.config))
@@ -94,10 +103,17 @@ def finish(run: Run, model: "PreTrainedModel", stream: TrainStream, timer: Timer
     return result
 
 
-def first_and_last_held_out_loss(metrics: list[dict[str, Any]]) -> dict[str, float] | None:
-    """The first and the last held-out loss of a run as {before, after}, or None if none was measured."""
-    losses = [m["held_out_loss"] for m in metrics if m.get("held_out_loss") is not None]
-    return {"before": losses[0], "after": losses[-1]} if losses else None
+def summarize_held_out_loss(metrics: list[dict[str, Any]], adapter_step: int | None = None) -> dict[str, float] | None:
+    """The held-out loss as {before, after, lowest, lowest_step}, or None if none was measured.
+
+    `after` is that of `adapter_step`, or the last one.
+    """
+    losses = list_held_out_losses(metrics)
+    if not losses:
+        return None
+    lowest_step, lowest = min(losses, key=lambda pair: pair[1])
+    after = dict(losses).get(adapter_step, losses[-1][1]) if adapter_step is not None else losses[-1][1]
+    return {"before": losses[0][1], "after": after, "lowest": lowest, "lowest_step": lowest_step}
 
 
 def write_card_for_checkpoint(run: Run, checkpoint: Path) -> Path:
@@ -106,7 +122,7 @@ def write_card_for_checkpoint(run: Run, checkpoint: Path) -> Path:
     progress = {
         "steps": checkpoints.get_step(checkpoint),
         "tokens": state["tokens_seen"],
-        "held_out_loss": first_and_last_held_out_loss(read_lines(checkpoint / METRICS)),
+        "held_out_loss": summarize_held_out_loss(read_lines(checkpoint / METRICS)),
     }
     card = run.folder / f".{CARD}"
     card.write_text(render_adapter_card(run.record, progress, run.settings.hub_model_id))

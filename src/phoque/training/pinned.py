@@ -8,18 +8,13 @@ from typing import Any
 from phoque.hub.refs import hub_id
 from phoque.hub.repo import Repo
 from phoque.services import Services
+from phoque.settings.config_file import REVISIONS
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.fingerprint import update_record
 from phoque.training.resume import DOWNLOADS, is_fresh_start_continued, read_record_or_none
 from phoque.training.run_record import RECORD
-
-# setting of the name -> setting of the revision, key of the revision in the fingerprint
-PINNED = {
-    "base_model": ("revision", "base_revision"),
-    "dataset": ("dataset_revision", "dataset_revision"),
-}
 
 
 def pin_revisions(
@@ -35,7 +30,7 @@ def pin_revisions(
         return resolved
     recorded = {key: row.get("value") for key, row in record["settings"].items()}
     pins: dict[str, Any] = {}
-    for name, (setting, key) in PINNED.items():
+    for name, (setting, key) in REVISIONS.items():
         value, revision = getattr(s, name), record["fingerprint"].get(key)
         is_given = getattr(s, setting) is not None or key in s.allow_change
         if is_given or not revision or hub_id(value) is None or recorded.get(name) != value or Path(value).exists():

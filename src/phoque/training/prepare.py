@@ -1,6 +1,7 @@
 """What a run needs before a weight is loaded: the base model's config and chat template, the data, the repository."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,21 +12,23 @@ from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
 from phoque.hub.repo import Repo
 from phoque.models.config import load_config, load_tokenizer, max_conversation_tokens
+from phoque.models.lora import LoraOptions, find_target_modules
 from phoque.models.source import Source, find_model
 from phoque.services import Services
-from phoque.settings.fields import Resolved
+from phoque.settings.fields import Origin, Resolved
 from phoque.settings.train import TrainSettings
 
 
 @dataclass
 class Prepared:
-    """What is known before a weight is loaded."""
+    """What is known before a weight is loaded; `targets` is what peft takes as `target_modules`."""
 
     source: Source
     config: Any
     chat: ChatTemplate
     dataset: Dataset
     scan: DatasetScan
+    targets: str | list[str]
 
 
 def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: bool) -> Prepared:
@@ -57,10 +60,54 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             why=f"{reason[0].upper()}{reason[1:]}.",
             fix=f"Use --max-length {limit} or less.",
         )
+    targets = find_target_modules(build_empty_model(config), s.target_modules)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
     evaluation = open_split(split=s.eval_split) if s.eval_split else None
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation)
-    return Prepared(source, config, chat, dataset, scan)
+    if (s.keep_best or s.early_stop) and not scan.held_out:
+        raise UsageError(
+            what="There is no held-out loss.",
+            why=f"{dataset.name} is too small to hold rows out, and --keep-best and --early-stop compare it.",
+            fix="Leave them out, or give an --eval-split.",
+        )
+    return Prepared(source, config, chat, dataset, scan, targets)
+
+
+def build_empty_model(config: Any) -> Any:
+    """The text model on the meta device: its modules and shapes, without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config.get_text_config())
+
+
+def lora_options(s: TrainSettings, prepared: Prepared) -> LoraOptions:
+    """The shape of the run's adapter."""
+    return LoraOptions(
+        rank=s.lora_rank, alpha=s.lora_alpha, dropout=s.lora_dropout, targets=prepared.targets, rslora=s.rslora
+    )
+
+
+def with_steps(resolved: Resolved[TrainSettings], scan: DatasetScan) -> Resolved[TrainSettings]:
+    """The settings with the steps that --epochs takes as their `max_steps`, at most those that the user gave.
+
+    Raises UsageError if the dataset is too large to be counted.
+    """
+    s, origin = resolved.settings, resolved.origins["max_steps"]
+    if s.epochs is None:
+        return resolved
+    if not scan.complete:
+        raise UsageError(
+            what="--epochs needs a dataset whose rows are counted.",
+            why=f"{s.dataset} has more than the {scan.rows:,} rows that are scanned before training.",
+            fix="Give --max-steps instead.",
+        )
+    steps = max(1, math.ceil(s.epochs * scan.trained_rows / s.batch_size))
+    if origin.source != "default" and not origin.source.startswith("preset"):
+        steps = min(steps, s.max_steps)
+    origins = resolved.origins | {"max_steps": Origin("--epochs", "--epochs")}
+    return replace(resolved, settings=s.model_copy(update={"max_steps": steps}), origins=origins)
 
 
 def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:

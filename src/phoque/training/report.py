@@ -8,10 +8,10 @@ from typing import Any
 from phoque.console import format_breakdown, format_duration, shorten
 from phoque.reports.charts import Series, histogram, line_chart
 from phoque.reports.page import format_versions, render_page
+from phoque.training.best import OVERFITTING, list_held_out_losses
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
 
 NAME = "report.html"
-OVERFITTING = 0.01  # a relative change of the held-out loss that counts
 FEW_ROWS = 32  # held-out rows
 MAX_SOURCES = 20  # rows of the table of sources
 WARNING = "The answers after training are those of the persona in the training data; at step 0 the model is untrained."
@@ -35,7 +35,7 @@ def write_report(run: Path) -> Path:
         tiles=_list_tiles(record, result),
         time_spent=format_breakdown(result["seconds_of"]) if "seconds_of" in result else "",
         curves=_draw_curves(metrics),
-        samples=_arrange_samples(samples),
+        samples=_arrange_samples(samples, result.get("adapter_step")),
         sample_warning=WARNING,
         data=_summarize_data(record["data"]),
         setting_head=("setting", "value", "from", "meaning"),
@@ -62,25 +62,31 @@ def _list_tiles(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[st
 
 def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
     """What a run's numbers say, in sentences: did the held-out loss fall, where was it lowest, is it overfitting."""
-    measured = [(row["step"], row["held_out_loss"]) for row in metrics if row.get("held_out_loss") is not None]
+    measured = list_held_out_losses(metrics)
     if len(measured) < 2:
         return ["The held-out loss was not measured after training, so this run cannot be judged by its loss."]
     (_, before), (step, after) = measured[0], measured[-1]
     best_step, best = min(measured, key=lambda pair: pair[1])
     count = record["data"]["held_out"]
+    kept = (record.get("result") or {}).get("adapter_step") or step
+    last, after = after, dict(measured).get(kept, after)
     if after >= before:
         return [
-            f"The held-out loss did not fall: {before:.3f} before training, {after:.3f} after {step} steps.",
+            f"The held-out loss did not fall: {before:.3f} before training, {after:.3f} after {kept} steps.",
             "The model did not get better at the held-out conversations. Check the data, or lower --learning-rate.",
         ]
     sentences = [
         f"The held-out loss fell by {1 - after / before:.0%}, from {before:.3f} to {after:.3f}, on {count} "
         f"conversations that were not trained on."
     ]
-    if best_step != step and after > best * (1 + OVERFITTING):
+    if kept != step:
         sentences.append(
-            f"It was lowest at step {best_step} ({best:.3f}) and has risen since: the run overfits. Use about "
-            f"{best_step} steps, or more data."
+            f"The adapter is that of step {kept}, where the loss was lowest; after {step} steps it was {last:.3f}."
+        )
+    elif best_step != step and after > best * (1 + OVERFITTING):
+        sentences.append(
+            f"It was lowest at step {best_step} ({best:.3f}) and has risen since: the run overfits. Use --keep-best, "
+            f"about {best_step} steps, or more data."
         )
     elif len(measured) == 2:
         sentences.append("It was measured before and after training only, so this run shows no trend.")
@@ -111,16 +117,17 @@ def _draw_curves(metrics: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     return [(caption, line_chart(series, "step", unit)) for caption, unit, series in shown]
 
 
-def _arrange_samples(samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The answers to each prompt at the first and the last step, and all samples; None without samples."""
+def _arrange_samples(samples: list[dict[str, Any]], final: int | None) -> dict[str, Any] | None:
+    """The answers to each prompt at the first step and at step `final` or the last one; None without samples."""
     if not samples:
         return None
     steps = sorted({row["step"] for row in samples})
+    final = final if final in steps else steps[-1]
     answers = {(row["prompt"], row["step"]): row["response"] for row in samples}
     prompts = list(dict.fromkeys(row["prompt"] for row in samples))
     return {
-        "head": ("prompt", f"step {steps[0]}", f"step {steps[-1]}"),
-        "rows": [(p, answers.get((p, steps[0]), ""), answers.get((p, steps[-1]), "")) for p in prompts],
+        "head": ("prompt", f"step {steps[0]}", f"step {final}"),
+        "rows": [(p, answers.get((p, steps[0]), ""), answers.get((p, final), "")) for p in prompts],
         "all": [(row["step"], row["prompt"], row["response"]) for row in samples],
     }
 

@@ -6,7 +6,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,7 @@ from phoque.settings.environment import in_job
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
+from phoque.training.best import BEST, copy_best, has_stalled, list_held_out_losses, read_best, save_best
 from phoque.training.callbacks.stop import SaveWithoutLimit, StopRequest
 from phoque.training.control import plan_controls, record_controls, with_dataset, write_control_rows
 from phoque.training.data_summary import report_scan
@@ -39,13 +40,17 @@ from phoque.training.finish import (
     stop_error,
     write_card_for_checkpoint,
 )
-from phoque.training.metrics_log import Tracker, delete_after, find_last_step, start_wandb
+from phoque.training.metrics_log import METRICS, SAMPLES, Tracker, delete_after, find_last_step, read_lines
 from phoque.training.pinned import pin_revisions
-from phoque.training.prepare import open_run_repo, packing_for, prepare, rows_per_step
+from phoque.training.prepare import lora_options, open_run_repo, packing_for, prepare, rows_per_step, with_steps
+from phoque.training.report_to import check_services, start_services
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
 from phoque.training.run_state import Run
 from phoque.training.timer import Timer
+
+if TYPE_CHECKING:
+    from phoque.training.callbacks.samples import SamplesCallback
 
 
 def train(
@@ -62,8 +67,9 @@ def train(
     """
     s, console = resolved.settings, services.console
     check_own_folder(s.folder)
+    check_services(s)
     if s.with_control and s.hub_model_id:  # before time is spent: a repository that cannot be used stops the run now
-        for control in plan_controls(s):
+        for control in plan_controls(s, s.max_steps):
             Repo(services.hub, str(control.hub_model_id)).open(control.public, console.warn)
     stop = StopRequest(console, deadline, s.seconds or 0.0)
     try:
@@ -72,8 +78,9 @@ def train(
                 run = _start(resolved, services, stop, submission)
                 result = _train(run)
             if s.with_control:
+                s = run.settings
                 rows = write_control_rows(s, run.prepared, services, deadline)
-                controls = plan_controls(s)
+                controls = plan_controls(s, result.adapter_step or result.steps)
                 for number, control in enumerate(controls, 1):
                     console.say(f"control {number} of {len(controls)}, seed {control.seed}")
                     train(with_dataset(resolved, control, rows), services, deadline=deadline, submission=submission)
@@ -93,6 +100,8 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     services.console.say(f"reading {s.dataset}")
     pinned = pin_revisions(resolved, folder, repo, services, submission)
     prepared = prepare(pinned, services, weights=True)
+    planned = with_steps(resolved, prepared.scan)
+    s = planned.settings
     report_scan(prepared.scan, prepared.dataset, s, services.console)
     identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
     if (processes := identity.fingerprint["processes"]) > 1:
@@ -106,6 +115,8 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
     if start.is_fresh and pinned is not resolved:  # the user chose to start again, with what the repositories hold now
         prepared = prepare(resolved, services, weights=True)
+        planned = with_steps(resolved, prepared.scan)
+        s = planned.settings
         identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
     if (
         start.record and start.record["fingerprint"]["data_rules"] != DATA_RULES
@@ -117,13 +128,13 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
                 fix="Leave --eval-split out, or begin another run with another --output-dir.",
             )
         prepared.scan = identity.old_scan
-    record = start.record or create_record(resolved, prepared, identity.fingerprint, start.run_id, start.marker)
+    record = start.record or create_record(planned, prepared, identity.fingerprint, start.run_id, start.marker)
     if start.record is None or start.record.get("rows_per_step", 0) is None:  # None: an allowed change of the batch
         record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True))
     record.setdefault("rows_per_step", s.accumulation)  # a run of an older version goes on with its batch
     write_record(folder, record)
     return Run(
-        resolved=resolved,
+        resolved=planned,
         services=services,
         prepared=prepared,
         folder=folder,
@@ -148,35 +159,43 @@ def _train(run: Run) -> TrainResult:
         )
     logged = find_last_step(run.folder)
     delete_after(run.folder, run.first_step if run.start.resume else -1)
+    copy_best(run.start.resume or run.folder / "none", run.folder)
     if run.start.resume:
         console.say(f"continuing from step {run.first_step} of {s.max_steps} ({run.start.resume})")
     timer = Timer()
     model = _load_model_with_adapter(run)
     engine = _build_engine(run, model)
     stream = _open_stream(run, static=engine is not None)
-    wandb_run = start_wandb(
+    reported_to = start_services(
         s,
         run.services.secrets,
         run=run.folder,
         config=run.record,
         run_id=run.start.run_id,
-        resume="never" if run.start.is_fresh else "allow",
+        is_fresh=run.start.is_fresh,
         say=console.say,
         warn=console.warn,
     )
-    tracker = Tracker(run.folder, wandb_run, console.warn, logged)
+    tracker = Tracker(run.folder, reported_to, console.warn, logged)
+    samples = _make_samples(run, tracker, timer)
     code = FAILED
     try:
-        if run.start.resume and run.first_step == s.max_steps:  # it stopped after its last save, before its end
+        if run.start.resume and _has_ended(run):  # it stopped after its last save, before its end
             load_adapter(model, run.start.resume, architecture_of(run.prepared.config))
             timer.mark_loaded()
-        elif stopped := _take_steps(run, model, engine=engine, stream=stream, tracker=tracker, timer=timer):
-            code = stopped.code
-            raise stopped
+            steps = run.first_step
+        else:
+            steps, stopped = _take_steps(
+                run, model, engine=engine, stream=stream, tracker=tracker, samples=samples, timer=timer
+            )
+            if stopped:
+                code = stopped.code
+                raise stopped
         run.stop.mark_finishing()
-        result = finish(run, model, stream, timer)
+        adapter_step = _use_best(run, model, steps, samples)
+        result = finish(run, model, stream, timer, steps=steps, adapter_step=adapter_step)
         if s.wandb_log_model != "false":
-            tracker.log_artifact(run.folder / "adapter", s.max_steps)
+            tracker.log_adapter(run.folder / "adapter", adapter_step)
         del model, engine
         gc.collect()
         if torch.cuda.is_available():
@@ -186,6 +205,28 @@ def _train(run: Run) -> TrainResult:
         return result
     finally:
         tracker.finish(code)
+
+
+def _has_ended(run: Run) -> bool:
+    """Whether the checkpoint that the run continues from is that of its last step."""
+    s, losses = run.settings, list_held_out_losses(read_lines(run.folder / METRICS))
+    return run.first_step == s.max_steps or has_stalled(losses, s.early_stop)
+
+
+def _use_best(run: Run, model: Any, steps: int, samples: Any) -> int:
+    """Load the adapter with the lowest held-out loss, if --keep-best asks for it; return the step of the adapter."""
+    best = read_best(run.folder) if run.settings.keep_best else None
+    if best is None or best[0] == steps:
+        return steps
+    step, loss = best
+    load_adapter(model, run.folder / BEST, architecture_of(run.prepared.config))
+    run.console.say(
+        f"the held-out loss was lowest at step {step} ({loss:.3f}): the adapter is that of step {step}, and "
+        f"checkpoint-{steps} has the last one"
+    )
+    if samples and all(row["step"] != step for row in read_lines(run.folder / SAMPLES)):
+        samples.sample(model, step)
+    return step
 
 
 def _deliver(run: Run, result: TrainResult) -> TrainResult:
@@ -213,7 +254,7 @@ def _load_model_with_adapter(run: Run) -> Any:
     run.console.say(f"loading {source.name} as {s.quantization}")
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
-    model = add_lora_adapter(model, s.lora_rank, s.lora_alpha, s.lora_dropout, commit)
+    model = add_lora_adapter(model, lora_options(s, run.prepared), commit)
     trained, total = model.get_nb_trainable_parameters()
     run.record["parameters"] = {"trained": trained, "all": total}
     write_record(run.folder, run.record)
@@ -264,12 +305,38 @@ def _open_stream(run: Run, static: bool) -> TrainStream:
     return stream
 
 
-def _take_steps(
-    run: Run, model: Any, *, engine: Engine | None, stream: TrainStream, tracker: Tracker, timer: Timer
-) -> Resumable | None:
-    """Take the steps that are left; return the error to raise if a signal or the deadline stopped them."""
-    from phoque.training.callbacks.metrics import MetricsCallback
+def _make_samples(run: Run, tracker: Tracker, timer: Timer) -> "SamplesCallback | None":
+    """What generates samples, or None if there are to be none."""
     from phoque.training.callbacks.samples import SamplesCallback
+
+    s, scan = run.settings, run.prepared.scan
+    prompts = s.prompts or _held_out_questions(scan)
+    if not s.sample_every or not prompts:
+        return None
+    return SamplesCallback(
+        tracker,
+        run.prepared.chat,
+        prompts=prompts,
+        system=scan.systems.most_common(1)[0][0],
+        every=s.sample_every,
+        tokens=s.sample_tokens,
+        console=run.console,
+        timer=timer,
+    )
+
+
+def _take_steps(
+    run: Run,
+    model: Any,
+    *,
+    engine: Engine | None,
+    stream: TrainStream,
+    tracker: Tracker,
+    samples: "SamplesCallback | None",
+    timer: Timer,
+) -> tuple[int, Resumable | None]:
+    """Take the steps that are left; return the last one, and the error to raise if it is not the end of the run."""
+    from phoque.training.callbacks.metrics import MetricsCallback
     from phoque.training.callbacks.wandb_artifacts import WandbArtifactsCallback
     from phoque.training.hub_push import CheckpointPusher
     from phoque.training.trainer import CheckpointPolicy, PersonaTrainer
@@ -293,27 +360,17 @@ def _take_steps(
                 stream,
                 held_out=held_out,
                 norms_every=s.norms_every,
-                eval_every=s.save_steps,
+                eval_every=s.measured_every,
+                early_stop=s.early_stop,
+                keep_best=partial(_keep_if_best, run, model),
                 show=show,
                 timer=timer,
             ),
         ]
         if in_job() and stop.deadline is None:
             callbacks.append(SaveWithoutLimit())
-        if s.sample_every and (prompts := s.prompts or _held_out_questions(scan)):
-            system = scan.systems.most_common(1)[0][0]
-            callbacks.append(
-                SamplesCallback(
-                    tracker,
-                    chat,
-                    prompts=prompts,
-                    system=system,
-                    every=s.sample_every,
-                    tokens=s.sample_tokens,
-                    console=console,
-                    timer=timer,
-                )
-            )
+        if samples:
+            callbacks.append(samples)
         if s.wandb_log_model == "checkpoint":
             callbacks.append(WandbArtifactsCallback(tracker))
         policy = CheckpointPolicy(
@@ -347,13 +404,23 @@ def _take_steps(
                 pusher.drain(min(s.hub_patience, stop.seconds_left or s.hub_patience))
             raise
     step = trainer.state.global_step
+    has_ended = step == trainer.state.max_steps  # which an early stop lowers
     if pusher:
         with timer.measure("pushing"):
             if not pusher.drain(stop.seconds_left):
                 pusher.failure = "the deadline came first"
-    if stop.problem and step < s.max_steps:
+    if stop.problem and not has_ended:
         raise stop.problem
-    return stop_error(run, step, pusher) if stop.code is not None and step < s.max_steps else None
+    if has_ended and step < s.max_steps:
+        console.say(f"the held-out loss has not fallen for {s.early_stop} measurements: the run ends at step {step}")
+    return step, stop_error(run, step, pusher) if stop.code is not None and not has_ended else None
+
+
+def _keep_if_best(run: Run, model: Any, step: int, loss: float) -> None:
+    """Keep the adapter as it is if --keep-best is given and its held-out loss is the lowest so far."""
+    best = read_best(run.folder)
+    if run.settings.keep_best and step > 0 and (best is None or loss < best[1]):
+        save_best(model, run.folder, architecture_of(run.prepared.config), step, loss)
 
 
 def _training_arguments(run: Run, engine: Engine | None) -> Any:
@@ -366,7 +433,7 @@ def _training_arguments(run: Run, engine: Engine | None) -> Any:
         per_device_train_batch_size=s.batch_size // s.accumulation,
         gradient_accumulation_steps=run.record["rows_per_step"],
         learning_rate=s.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler,
         warmup_steps=round(s.warmup_ratio * s.max_steps),
         weight_decay=s.weight_decay,
         max_grad_norm=s.max_grad_norm,

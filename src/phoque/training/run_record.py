@@ -15,6 +15,7 @@ from phoque.results import library_versions
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
+from phoque.training.best import BEST
 from phoque.training.fingerprint import update_record
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.prepare import Prepared
@@ -31,7 +32,7 @@ def check_own_folder(run: Path) -> None:
     """
     if (run / RECORD).is_file() or any(run.glob(f"*checkpoint*/{checkpoints.MANIFEST}")):
         return
-    for name in ("adapter", "merged", METRICS, SAMPLES, report.NAME):
+    for name in ("adapter", "merged", BEST, METRICS, SAMPLES, report.NAME):
         if (run / name).exists():
             raise UsageError(
                 what=f"{run} is not the folder of a run of phoque.",
@@ -65,7 +66,7 @@ def check_writable(run: Path) -> None:
 
 def delete_run(run: Path) -> None:
     """Delete all files of the run from the folder."""
-    for name in (*checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*")), "adapter", "merged"):
+    for name in (*checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*")), "adapter", "merged", BEST):
         shutil.rmtree(run / name, ignore_errors=True)
     for name in (METRICS, SAMPLES, report.NAME, RECORD):  # last what shows that the folder is a run's
         (run / name).unlink(missing_ok=True)

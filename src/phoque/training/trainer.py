@@ -17,6 +17,7 @@ from phoque.errors import RunError, disk_full
 from phoque.models.architectures import Architecture
 from phoque.models.lora import check_finite, load_adapter, save_adapter
 from phoque.training import checkpoints
+from phoque.training.best import copy_best
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.loss import TokenLoss, add_token_loss
 from phoque.training.hub_push import CheckpointPusher
@@ -155,6 +156,7 @@ class PersonaTrainer(Trainer):
             for name in (checkpoints.RECORD, METRICS, SAMPLES):  # another machine needs these to continue
                 if (run / name).is_file():
                     shutil.copyfile(run / name, folder / name)
+            copy_best(run, folder)
             checkpoints.write_manifest(folder)
             final = run / folder.name
             shutil.rmtree(final, ignore_errors=True)  # it has a defect, see above

@@ -11,7 +11,7 @@ from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import build_batch
 from phoque.models.config import load_tokenizer
 from phoque.models.load import load_model
-from phoque.models.lora import add_lora_adapter
+from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.models.source import Source
 from phoque.training import timer
 from phoque.training.callbacks.metrics import measure_held_out_loss
@@ -28,7 +28,7 @@ def model_with_adapter(request, tmp_path_factory):
     (tiny.llama if request.param == "llama" else tiny.fp8_mistral3)(folder)
     source = Source("tiny", folder, "0", "test")
     name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0)
-    model = add_lora_adapter(load_model(source, "fp32", name), 4, 8, 0.0)
+    model = add_lora_adapter(load_model(source, "fp32", name), LoraOptions(rank=4, alpha=8))
     torch.manual_seed(0)
     for key, parameter in model.named_parameters():
         if "lora_B" in key:

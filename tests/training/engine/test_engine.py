@@ -18,7 +18,7 @@ from phoque.errors import PhoqueError
 from phoque.models.architectures import architecture_of
 from phoque.models.fp8 import Fp8Linear, check_fp8_support
 from phoque.models.load import load_model
-from phoque.models.lora import add_lora_adapter, load_adapter, save_adapter
+from phoque.models.lora import LoraOptions, add_lora_adapter, find_target_modules, load_adapter, save_adapter
 from phoque.models.source import Source
 from phoque.training.engine import attention
 from phoque.training.engine.cuda_graphs import PackedRow, _GraphPair
@@ -51,10 +51,12 @@ def family(folder, name):
     return folder
 
 
-def adapted_model(folder, quantization="fp32", traced=True, dropout=0.0, seed=3):
+def adapted_model(folder, quantization="fp32", traced=True, dropout=0.0, seed=3, modules="all-linear", rslora=False):
     name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0, traced)
     torch.manual_seed(seed)
-    model = add_lora_adapter(load_model(Source("tiny", folder, "0", "test"), quantization, name), 4, 8, dropout)
+    model = load_model(Source("tiny", folder, "0", "test"), quantization, name)
+    targets = find_target_modules(model, modules)
+    model = add_lora_adapter(model, LoraOptions(rank=4, alpha=8, dropout=dropout, targets=targets, rslora=rslora))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -79,9 +81,9 @@ def weights_by_module(hidden):
     return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(7)).to(hidden.dtype)
 
 
-def run_plain_layers(folder, quantization="fp32", dtype=None, seed=3):
+def run_plain_layers(folder, quantization="fp32", dtype=None, seed=3, **options):
     """Hidden states and gradients of the plain layers on unpadded rows; `dtype` computes in another precision."""
-    model = adapted_model(folder, quantization, traced=False, seed=seed)
+    model = adapted_model(folder, quantization, traced=False, seed=seed, **options)
     if dtype:
         model = model.to(dtype)
     batch = build_batch(make_chats())
@@ -110,6 +112,22 @@ def relative_distance(found, wanted):
 def test_own_products_give_the_plain_hidden_states_and_gradients(name, tmp_path):
     folder = family(tmp_path / name, name)
     assert relative_distance(run_engine(Engine(adapted_model(folder))), run_plain_layers(folder)) < 1e-5
+
+
+@pytest.mark.parametrize("modules", ["attention", "q_proj,v_proj", "gate_proj", "down_proj"])
+@pytest.mark.parametrize(("quantization", "most"), [("fp32", 1e-5), ("nf4", 0.03), ("fp8", 0.3)])
+def test_layers_without_an_adapter_run_beside_those_that_have_one(mistral3, modules, quantization, most):
+    engine = Engine(adapted_model(mistral3, quantization, modules=modules, rslora=True))
+    plain = run_plain_layers(mistral3, quantization, modules=modules, rslora=True)
+    assert relative_distance(run_engine(engine), plain) < most
+    engine.set_weight_cache(True)
+    assert relative_distance(run_engine(engine), plain) < most
+
+
+def test_an_adapter_in_some_layers_alone_runs_on_plain_layers(mistral3):
+    model = adapted_model(mistral3, modules=r".*layers\.1\.mlp\..*")
+    choice = select_engine(model, "compile", PACKING, 10, recompute=False)
+    assert choice.engine is None and "other modules in some layers" in choice.reason
 
 
 @pytest.mark.parametrize("whole", [False, True])

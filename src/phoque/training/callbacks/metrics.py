@@ -1,5 +1,6 @@
 """Logs one line per logged step: loss, learning rate, gradient and adapter norms, speed, memory, held-out loss."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,19 @@ from phoque.data.packing import build_batch, pack_best_fit
 from phoque.data.stream import TrainStream
 from phoque.models.load import evaluation_mode
 from phoque.models.lora import compute_lora_norms
-from phoque.training.metrics_log import Tracker
+from phoque.training.best import has_stalled, list_held_out_losses
+from phoque.training.metrics_log import METRICS, Tracker, read_lines
 from phoque.training.timer import Timer
 
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "accuracy")
 
 
 class MetricsCallback(TrainerCallback):
-    """Collects the metrics of a step, writes them as one line, and updates the progress display."""
+    """Collects the metrics of a step, writes them as one line, and updates the progress display.
+
+    The run ends when the held-out loss has not fallen for `early_stop` measurements. `keep_best` is called with the
+    step and the loss of each measurement.
+    """
 
     def __init__(
         self,
@@ -29,11 +35,15 @@ class MetricsCallback(TrainerCallback):
         held_out: list[EncodedChat],
         norms_every: int,
         eval_every: int,
+        early_stop: int | None,
+        keep_best: Callable[[int, float], None],
         show: Callable[[int, str], None],
         timer: Timer,
     ) -> None:
         self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
         self.norms_every, self.eval_every, self.timer = norms_every, eval_every, timer
+        self.early_stop, self.keep_best = early_stop, keep_best
+        self._losses = list_held_out_losses(read_lines(tracker.run / METRICS))
         self._tokens, self._waited = stream.tokens_seen, 0.0  # at the last logged step
         self._pending: dict[str, float] = {}
 
@@ -49,14 +59,17 @@ class MetricsCallback(TrainerCallback):
         if control.should_training_stop and not last:  # a stop was requested: leave the remaining time to the save
             control.should_log = True
             return
+        if is_measured := state.global_step % self.eval_every == 0 or last:
+            self._measure(model, state.global_step)
+        if not last and is_measured and has_stalled(self._losses, self.early_stop):
+            state.max_steps = state.global_step  # so that the other callbacks know that this is the last step
+            last = control.should_training_stop = control.should_save = True
         if state.global_step % self.norms_every == 0 or last:
             self._pending |= compute_lora_norms(model)
         if last:
             control.should_log = True
-        if state.global_step % self.eval_every == 0 or last:
-            self._measure(model, state.global_step)
-            if not control.should_log:  # log the held-out loss at its own step even if no other metrics are due
-                self._write(state.global_step)
+        elif is_measured and not control.should_log:  # the held-out loss is logged even if no other metrics are due
+            self._write(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
@@ -80,7 +93,11 @@ class MetricsCallback(TrainerCallback):
         if self.held_out:
             self.show(step, "measuring the held-out loss")
             with self.timer.measure("measuring"):
-                self._pending |= measure_held_out_loss(model, self.held_out)
+                measured = measure_held_out_loss(model, self.held_out)
+            self._pending |= measured
+            if math.isfinite(measured["held_out_loss"]):
+                self._losses.append((step, measured["held_out_loss"]))
+                self.keep_best(step, measured["held_out_loss"])
 
 
 @torch.no_grad()

@@ -38,15 +38,16 @@ class SamplesCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 0:
-            self._sample(model, 0)
+            self.sample(model, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if control.should_training_stop and state.global_step < state.max_steps:
             return
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._sample(model, state.global_step)
+            self.sample(model, state.global_step)
 
-    def _sample(self, model: Any, step: int) -> None:
+    def sample(self, model: Any, step: int) -> None:
+        """Generate a sample for each prompt, log them at `step`, and show them."""
         self.console.say(f"generating {len(self.prompts)} sample{'s' * (len(self.prompts) != 1)}")
         with self.timer.measure("samples"):
             responses = generate_answers(model, self.chat, self.prompts, self.system, self.tokens)

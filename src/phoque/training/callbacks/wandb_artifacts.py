@@ -17,4 +17,4 @@ class WandbArtifactsCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir():
-            self.tracker.log_artifact(folder, state.global_step)
+            self.tracker.log_adapter(folder, state.global_step)

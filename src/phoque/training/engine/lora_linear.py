@@ -84,9 +84,13 @@ def _nf4_scales(state: Any) -> Tensor:
 
 
 def group_by_input(layer: Any, linear_groups: tuple[tuple[str, ...], ...], separate: bool) -> list[list[Any]]:
-    """Group a decoder layer's LoRA projections by shared input, in call order; `separate` gives each its own group."""
-    modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
-    groups = [[modules[name.rpartition(".")[2]] for name in names] for names in linear_groups]
+    """Group a decoder layer's LoRA projections by shared input, in call order; `separate` gives each its own group.
+
+    Linear layers without an adapter are in no group: they run as plain modules.
+    """
+    modules = {name: module for name, module in layer.named_modules() if hasattr(module, "lora_A")}
+    groups = [[modules[name] for name in names if name in modules] for names in linear_groups]
+    groups = [group for group in groups if group]
     return [[module] for group in groups for module in group] if separate else groups
 
 

@@ -45,6 +45,10 @@ def select_engine(
     on_gpu = next(model.parameters()).is_cuda
     if no_engine := architecture_of(model.get_base_model().config).no_engine:
         return EngineChoice("eager", f"plain layers: {no_engine}")
+    if not has_equal_layers(model):
+        return EngineChoice(
+            "eager", "plain layers: --target-modules adapts other modules in some layers than in others"
+        )
     if requested == "eager":
         return EngineChoice("eager", "as requested")
     if requested == "auto" and not on_gpu:
@@ -69,6 +73,13 @@ def select_engine(
     if engine.recomputed_layers:
         reasons.append(f"{engine.recomputed_layers} of {len(engine.layers)} layers are recomputed")
     return EngineChoice(engine.mode, "; ".join(reasons), engine, seconds)
+
+
+def has_equal_layers(model: Any) -> bool:
+    """Whether the adapter changes the same modules in every decoder layer, which the engine needs."""
+    layers = model.get_base_model().model.layers
+    adapted = [[name for name, module in layer.named_modules() if hasattr(module, "lora_A")] for layer in layers]
+    return bool(adapted[0]) and all(names == adapted[0] for names in adapted)
 
 
 def _configure(
