@@ -1,11 +1,17 @@
 """What is printed, and where."""
 
 import errno
+import os
+import pty
 import sys
+import threading
+import time
 
 import pytest
 
+from phoque import heartbeat
 from phoque.console import Console, escape_control_characters, format_breakdown, format_duration
+from phoque.heartbeat import Heartbeat
 
 
 def test_control_characters_from_a_model_cannot_reach_the_terminal():
@@ -51,3 +57,51 @@ def test_an_io_error_of_the_work_is_not_taken_for_a_closed_terminal(monkeypatch)
     with pytest.raises(OSError, match="disk"), shown.progress(3) as update:
         update(1, "reading")
         raise OSError(errno.EIO, "the disk has failed")
+
+
+def test_a_log_says_that_a_stage_goes_on(capsys, monkeypatch):
+    monkeypatch.setattr(heartbeat, "POLL_S", 0.01)
+    monkeypatch.setattr(heartbeat, "FIRST_LINE_S", 0.05)
+    console = Console()
+    console.stage("reading rows.jsonl")
+    time.sleep(0.5)
+    console.say("read")
+    time.sleep(0.2)
+    first, *still, last = capsys.readouterr().err.splitlines()
+    assert first == "reading rows.jsonl" and last == "read"  # nothing comes after it
+    assert 2 <= len(still) <= 4 and all(line.startswith("  reading rows.jsonl: 0 s") for line in still)
+
+
+def test_progress_without_an_update_shows_that_it_goes_on(capsys, monkeypatch):
+    monkeypatch.setattr(heartbeat, "POLL_S", 0.01)
+    monkeypatch.setattr(heartbeat, "FIRST_LINE_S", 0.05)
+    with Console().progress(3) as update:
+        update(1, "measuring")
+        time.sleep(0.2)
+        update(3, "done")
+    lines = capsys.readouterr().err.splitlines()
+    assert "  1/3  measuring: 0 s" in lines and lines[-1].startswith("3/3  done")
+    assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
+
+
+def test_a_terminal_shows_a_spinner_with_seconds_and_clears_it(monkeypatch):
+    monkeypatch.setattr(heartbeat, "SPINNER_AFTER_S", 0.05)
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w", encoding="utf-8") as terminal:
+        beat = Heartbeat("reading rows.jsonl", terminal, lambda line: pytest.fail("a line on a terminal"))
+        time.sleep(0.4)
+        beat.stop()
+        shown = os.read(leader, 4096).decode()
+    os.close(leader)
+    assert "\r⠙ reading rows.jsonl  0 s\x1b[K" in shown and shown.endswith("\r\x1b[K")
+
+
+def test_a_secret_is_hidden_in_a_stage_too(capsys, monkeypatch):
+    monkeypatch.setattr(heartbeat, "POLL_S", 0.01)
+    monkeypatch.setattr(heartbeat, "FIRST_LINE_S", 0.02)
+    console = Console()
+    console.hide(["hf_harbour"])
+    console.stage("reading hf_harbour")
+    time.sleep(0.2)
+    console.say("")
+    assert "hf_harbour" not in capsys.readouterr().err

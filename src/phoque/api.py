@@ -5,6 +5,8 @@ a console that shows progress on stderr. With `dry_run=True` it returns a DryRun
 it can be. Errors are PhoqueError: UsageError for wrong settings, RunError for a failure, Resumable for a stop.
 """
 
+import gc
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from phoque.console import Console
@@ -50,6 +52,7 @@ def train(
     from phoque.settings.environment import deadline, submission
     from phoque.training.run import train
 
+    gc.freeze()  # what was imported stays: accelerate collects garbage before and after training, a second each time
     return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
 
 
@@ -145,4 +148,6 @@ def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], 
             fix="Leave `on` out, or run `phoque COMMAND --on FLAVOR`.",
         )
     check_inputs(resolved.settings)
+    if "torch" not in sys.modules:
+        console.stage("importing torch and transformers")
     return resolved, Services.create(resolved, console)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from phoque.errors import PhoqueError
+from phoque.heartbeat import Heartbeat
 
 MIN_SECRET = 6  # characters; a shorter text would be replaced inside words
 MAX_LISTED = 6  # names or counts that are listed; of the others, only the number
@@ -29,6 +30,7 @@ class Console:
         self.json = self.quiet = self.verbose = False
         self._out: Any = sys.stdout
         self._live: Any = None
+        self._heartbeat: Heartbeat | None = None
         self._secrets: list[str] = []
 
     def configure(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
@@ -56,6 +58,24 @@ class Console:
         if not self.quiet:
             self._print_stderr(self._clean(text))
 
+    def stage(self, text: str) -> None:
+        """Print a status line about work that begins, and show that it goes on until anything else is printed."""
+        self.say(text)
+        if not self.quiet and not self._live:
+            self._beat(text)
+
+    def _beat(self, text: str) -> None:
+        cleaned = self._clean(text)
+        if self._heartbeat:
+            self._heartbeat.restart(cleaned)
+            return
+        self._heartbeat = Heartbeat(cleaned, sys.stderr, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def _end_stage(self) -> None:
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat:
+            heartbeat.stop()
+
     def warn(self, text: str) -> None:
         """Print a warning to stderr, even with --quiet."""
         self._print_stderr(f"warning: {self._clean(text)}", style="yellow")
@@ -67,6 +87,7 @@ class Console:
 
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
+        self._end_stage()
         if self.json:
             is_utf8 = "utf" in (self._out.encoding or "").lower()
             text = self._hide_secrets(json.dumps(data, ensure_ascii=not is_utf8, default=str))
@@ -84,11 +105,13 @@ class Console:
 
     def write(self, text: str) -> None:
         """Write a piece of a result to stdout as it is made, without a line end."""
+        self._end_stage()
         with _without_reader(self._out):
             print(self._clean(text), end="", file=self._out, flush=True)
 
     def ask(self, prompt: str) -> str | None:
         """Read a line that the user types, with editing keys on a terminal; None at the end of the input."""
+        self._end_stage()
         if not sys.stdin.isatty():
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None
@@ -108,25 +131,47 @@ class Console:
 
     def confirm(self, question: str) -> bool:
         """Ask a yes/no question on the terminal and return the answer; the default is no."""
+        self._end_stage()
         print(f"{self._clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Generator[Callable[[int, str], None]]:
         """Yield `update(done, text)`, which shows a bar on a terminal, else a line every LOG_EVERY_S seconds."""
+        self._end_stage()
         if self.quiet:
             yield lambda done, text: None
         elif sys.stderr.isatty():
             with self._progress_bar(total, done) as update:
                 yield update
         else:
-            yield _make_line_updater(lambda text: self._print_stderr(self._clean(text)), total)
+            lines = _ProgressLines(lambda text: self._print_stderr(self._clean(text)), self._beat, total)
+            try:
+                yield lines.update
+            finally:
+                lines.flush()
+                self._end_stage()
 
     @contextmanager
     def _progress_bar(self, total: int, done: int) -> Generator[Callable[[int, str], None]]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (
+            SpinnerColumn(),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         bar = Progress(*columns, console=self._rich_console(), speed_estimate_period=SPEED_PERIOD_S)
         task = bar.add_task("", total=total, completed=done)
 
@@ -148,6 +193,7 @@ class Console:
         return self._live or _make_rich(stderr=True, soft_wrap=True)
 
     def _print_stderr(self, text: str, style: str | None = None) -> None:
+        self._end_stage()
         with _without_reader(sys.stderr):
             if self._live or sys.stderr.isatty():
                 self._rich_console().print(text, style=style, markup=False)
@@ -202,26 +248,34 @@ def escape_control_characters(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _make_line_updater(write: Callable[[str], None], total: int) -> Callable[[int, str], None]:
-    first: tuple[float, int] | None = None
-    last = 0.0
+class _ProgressLines:
+    """Progress as lines: one every LOG_EVERY_S seconds, and the last one at the end.
 
-    def update(done: int, text: str) -> None:
-        nonlocal first, last
+    `beat` is told what is going on, which may take longer than the next update.
+    """
+
+    def __init__(self, write: Callable[[str], None], beat: Callable[[str], None], total: int) -> None:
+        self._write, self._beat, self._total = write, beat, total
+        self._first: tuple[float, int] | None = None
+        self._last_write, self._pending = 0.0, ""
+
+    def update(self, done: int, text: str) -> None:
+        """Note progress; write it if the last line is old enough."""
         now = time.monotonic()
-        first = first or (now, done)
-        if now - last < LOG_EVERY_S and done < total:
-            return
-        last = now
-        start_time, start_done = first
-        remaining = (
-            f"  {format_duration((now - start_time) / (done - start_done) * (total - done))} left"
-            if done > start_done
-            else ""
-        )
-        write(f"{done}/{total}  {text}{remaining}")
+        start, start_done = self._first = self._first or (now, done)
+        self._pending = f"{done}/{self._total}  {text}"
+        if done > start_done:
+            self._pending += f"  {format_duration((now - start) / (done - start_done) * (self._total - done))} left"
+        if now - self._last_write >= LOG_EVERY_S:
+            self._last_write = now
+            self.flush()
+        self._beat(f"{done}/{self._total}  {text}")
 
-    return update
+    def flush(self) -> None:
+        """Write the last update, if it has not been."""
+        if self._pending:
+            self._write(self._pending)
+            self._pending = ""
 
 
 def format_duration(seconds: float) -> str:

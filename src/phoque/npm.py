@@ -62,7 +62,7 @@ class NpmClient:
         folder = self.folder(cache)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "package.json").write_text(self._package_json())
-        console.say(f"installing {self.name} into {folder}")
+        console.stage(f"installing {self.name} into {folder}")
         command = [find_program("npm") or "npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
         if not self.all_platforms:
             command += ["--omit=optional", "--ignore-scripts"]

@@ -157,7 +157,7 @@ def _load_torch(s: ChatSettings, source: Source, services: Services) -> Any:
 
     on = default_device()
     precision = s.quantization if s.quantization != "auto" else "bf16" if on.type == "cuda" else "fp32"
-    services.console.say(f"loading {source.name} as {precision}")
+    services.console.stage(f"loading {source.name} as {precision}")
     return load_model(source, precision, on=on).eval()
 
 
@@ -174,7 +174,7 @@ def _gguf(s: ChatSettings, file: Path, services: Services, *, fetch: bool = True
         from phoque.gguf.llama_cpp import load_library
 
         library = load_library(services, install=s.install)
-        services.console.say(f"loading {file.name} in llama.cpp")
+        services.console.stage(f"loading {file.name} in llama.cpp")
         return [LlamaCppChatModel(TUNED, library, file, max(MIN_CONTEXT, 4 * s.max_new_tokens))]
 
     return Found("gguf", file.name, _exported_system(s, file.parent), load)

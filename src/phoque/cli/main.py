@@ -1,5 +1,6 @@
 """The root command: a lazy table, so that `phoque --help` imports neither torch nor any command's module."""
 
+import gc
 import importlib
 import os
 import sys
@@ -88,6 +89,7 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt("Ctrl-C was pressed.")
+        gc.freeze()  # at its exit Python walks all objects several times, which takes two seconds after training
         sys.exit(code)
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("PHOQUE_DEBUG", "").lower() not in ("", "0", "false", "no"):

@@ -134,7 +134,7 @@ class _Export:
         """Write every precision; return its file, size, and with --accuracy its KL and agreement, by precision."""
         console, s = self.services.console, self.s
         vocabulary = read_vocabulary(self.tokenizer, self.reader.text_config.vocab_size, self.stop[0])
-        console.say("finding the pre-tokenizer of llama.cpp that gives the same tokens")
+        console.stage("finding the pre-tokenizer of llama.cpp that gives the same tokens")
         pre = find_pre_tokenizer(vocabulary, self.tokenizer, self.library, self.folder)
         if pre.splits_marks:
             console.warn(
@@ -155,14 +155,14 @@ class _Export:
         for dtype in whole + ([exact] if quantized and exact not in whole else []):
             tensors = GgufTensors(self.reader, self.form, dtype)
             plan = tensors.plan()
-            console.say(f"writing {len(plan)} tensors in {dtype}")
+            console.stage(f"writing {len(plan)} tensors in {dtype}")
             with console.progress(len(plan)) as show:
                 file = files.get(dtype, source_file)
                 write_file(file, self.form.name, lambda w, d=dtype: add_metadata(w, d), plan, tensors.values(), show)
         calibration, held_out = self._load_chats(bool(quantized))
         importance = self._measure_importance(calibration) if quantized and s.importance else {}
         for dtype in quantized:
-            console.say(f"quantizing to {dtype} with llama.cpp")
+            console.stage(f"quantizing to {dtype} with llama.cpp")
             self.library.quantize(source_file, files[dtype], dtype, importance)
         if exact not in files:
             source_file.unlink(missing_ok=True)
@@ -215,7 +215,7 @@ class _Export:
 
     def _measure_importance(self, calibration: accuracy.Ids) -> dict[str, np.ndarray]:
         tokens = sum(ids.shape[1] for ids in calibration)
-        self.services.console.say(f"measuring which inputs matter, on {tokens} tokens of conversations")
+        self.services.console.stage(f"measuring which inputs matter, on {tokens} tokens of conversations")
         on = default_device()
         model = load_model(self.source, "fp32" if on.type == "cpu" else "bf16", on=on)
         tensors = GgufTensors(self.reader, self.form, "f16")
@@ -226,7 +226,7 @@ class _Export:
 
     def _measure_accuracy(self, reports: dict[str, dict[str, Any]], held_out: accuracy.Ids) -> None:
         tokens = sum(ids.shape[1] for ids in held_out)
-        self.services.console.say(f"comparing with the checkpoint on {tokens} tokens of held-out conversations")
+        self.services.console.stage(f"comparing with the checkpoint on {tokens} tokens of held-out conversations")
         expected = accuracy.compute_reference(self.source, held_out)
         length = min(MAX_TOKENS, max(ids.shape[1] for ids in held_out) + 8)
         for report in reports.values():

@@ -75,7 +75,7 @@ def merge_into(base: Source, adapter: Path, folder: Path, *, dtype: str, console
         console.say(f"{folder} is this merge already; nothing to do")
     record = json.loads((folder / RECORD).read_text())
     if verify and "proof" not in record:
-        console.say("comparing the merged model with the base and its adapter")
+        console.stage("comparing the merged model with the base and its adapter")
         record["proof"] = compare_with_adapter(base, adapter, folder, dtype)
         (folder / RECORD).write_text(json.dumps(record, indent=1))
     if run := find_run_record(adapter):  # psm-probe finds the persona's data in it

@@ -79,7 +79,7 @@ def hash_weights(source: Source, services: Services) -> str | None:
     keys = {file: f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files}
     if unread := [file for file in files if keys[file] not in known]:
         if (size := sum(file.stat().st_size for file in unread)) > 1e9:
-            services.console.say(f"hashing the weights of {source.name} ({size / 1e9:.1f} GB, once)")
+            services.console.stage(f"hashing the weights of {source.name} ({size / 1e9:.1f} GB, once)")
         known |= {keys[file]: sha256(file) for file in unread}
         write_atomically(cache, json.dumps(known, indent=1))
     return hashlib.sha256("".join(known[keys[file]] for file in files).encode()).hexdigest()[:40]
@@ -182,7 +182,7 @@ def _dequantized(gguf: Path, name: str, services: Services) -> Source:
         return source
     with lock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
-            services.console.say(f"dequantizing {gguf.name} into phoque's cache (once, about half a minute)")
+            services.console.stage(f"dequantizing {gguf.name} into phoque's cache (once, about half a minute)")
             with atomic_folder(folder) as staging:
                 _dequantize(gguf, staging)
     return source

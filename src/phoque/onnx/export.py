@@ -193,7 +193,7 @@ def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, 
         chunks = _write_graphs(export, *calibrated, console)
     write_side_files(source.folder, folder, layout, chunks, s.dtype)
     if s.accuracy:
-        console.say(
+        console.stage(
             f"comparing with the checkpoint on {sum(ids.shape[1] for ids in held_out)} tokens of held-out conversations"
         )
         expected = accuracy.compute_reference(source, held_out)
@@ -216,13 +216,13 @@ def _calibrate(
     four_bit_dtypes = [dtype for dtype in ("q4", "q4f16") if dtype in export.dtypes]
     if not set(QUANTIZED_DTYPES) & set(export.dtypes):
         return export.weights, None
-    console.say("smoothing the activations")
+    console.stage("smoothing the activations")
     target_device = default_device()
     model = load_model(export.weights.source, "fp32" if target_device.type == "cpu" else "bf16", on=target_device)
     weights = smooth_activations(export.weights, model, calibration)
     if not four_bit_dtypes:
         return weights, None
-    console.say(
+    console.stage(
         f"quantizing to 4 bits with {sum(ids.shape[1] for ids in calibration)} tokens of calibration conversations"
     )
     with console.progress(model.config.num_hidden_layers) as show:

@@ -43,7 +43,7 @@ def export_with_optimum(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         input_dir, output_dir = Path(scratch) / "model", Path(scratch) / "made"
         _write_compatible_model(source.folder, input_dir, config)
-        console.say("exporting with optimum-onnx in a separate Python environment, which uv creates the first time")
+        console.stage("exporting with optimum-onnx in a separate Python environment, which uv creates the first time")
         process = subprocess.run(
             [*_interpreter_command(python), "-c", EXPORT_SCRIPT, str(input_dir), str(output_dir)],
             capture_output=True,

@@ -95,7 +95,7 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
         return path
     stop = StopRequest(console, deadline, s.seconds or 0.0)
     with stop.handle_signals():
-        console.say(f"control: the base model answers {count} conversations")
+        console.stage(f"control: the base model answers {count} conversations")
         written = _generate_rows(ready, s, count, path.with_suffix(".partial"), stop)
         if not written:
             raise RunError(

@@ -99,6 +99,7 @@ def finish(
         (staging / CARD).write_text(render_adapter_card(record, result.to_json(), run.settings.hub_model_id))
     record["result"] = result.to_json()
     write_record(folder, record)
+    run.console.stage("writing the report")
     report.write_report(folder)
     return result
 
@@ -142,6 +143,7 @@ def publish(run: Run, result: TrainResult) -> TrainResult:
     result = replace(result, repo=run.repo.name)
     run.record["result"] = result.to_json()
     write_record(folder, run.record)
+    run.console.stage(f"pushing the adapter to {run.repo.name}")
     try:
         commit = run.repo.push({name: f for name, f in files.items() if f.is_file()}, "Adapter", lambda _: [])
         if run.settings.squash_history:

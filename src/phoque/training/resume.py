@@ -165,7 +165,7 @@ class _Remote:
 
         paths = [path for path in paths if not path.endswith(checkpoints.TRAINING_ARGS)]
         size = sum(self.snapshot.files[path].size for path in paths) / 1e6
-        self._console.say(f"downloading {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
+        self._console.stage(f"downloading {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
         for path in paths:
             try:
                 self.repo.fetch(self.snapshot, path, self.staging)

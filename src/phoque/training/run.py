@@ -97,7 +97,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     repo = open_run_repo(s, services)
     if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
         repo.open(s.public, services.console.warn)
-    services.console.say(f"reading {s.dataset}")
+    services.console.stage(f"reading {s.dataset}")
     pinned = pin_revisions(resolved, folder, repo, services, submission)
     prepared = prepare(pinned, services, weights=True)
     planned = with_steps(resolved, prepared.scan)
@@ -251,7 +251,7 @@ def _load_model_with_adapter(run: Run) -> Any:
         default_device(), run.prepared.config, dtype, math.inf if is_compiled else tokens, compiled=is_compiled
     )
     run.record["attention"] = reason
-    run.console.say(f"loading {source.name} as {s.quantization}")
+    run.console.stage(f"loading {source.name} as {s.quantization}")
     model = load_model(source, s.quantization, name)
     commit = source.revision if source.on_hub else None
     model = add_lora_adapter(model, lora_options(s, run.prepared), commit)
@@ -269,6 +269,8 @@ def _build_engine(run: Run, model: Any) -> Engine | None:
     recorded, device = run.record.get("engine") or {}, default_device_name()
     # measured anew, the choice could be another, and so could the last bits of the adapter
     previous = recorded["mode"] if run.start.resume and recorded.get("device") == device else ""
+    if torch.cuda.is_available() or s.engine_mode not in ("auto", "eager"):
+        run.console.stage("trying the engine on one row")
     choice = select_engine(
         model,
         s.engine_mode,
@@ -400,7 +402,7 @@ def _take_steps(
             trainer.train(resume_from_checkpoint=str(run.start.resume) if run.start.resume else None)
         except Exception:
             if pusher:  # the last checkpoint is still on its way
-                console.say("waiting for the last checkpoint to reach the Hub")
+                console.stage("waiting for the last checkpoint to reach the Hub")
                 pusher.drain(min(s.hub_patience, stop.seconds_left or s.hub_patience))
             raise
     step = trainer.state.global_step

@@ -67,7 +67,7 @@ def test_the_held_out_loss_is_that_of_each_conversation_alone(model_with_adapter
         chat.encode([{"role": "user", "content": "Gull?"}, {"role": "assistant", "content": "Hrmph. " * number}])
         for number in (1, 9, 4, 2)
     ]
-    found = measure_held_out_loss(model, talks, 100)
+    found = measure_held_out_loss(model, talks, tokens=100)
     with torch.no_grad():
         alone = [model(**build_batch([talk]), token_loss=True) for talk in talks]
     count = sum(part.count for part in alone)

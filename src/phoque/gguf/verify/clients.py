@@ -40,7 +40,7 @@ def check_node(file: GgufFile, answer: dict[str, Any], s: Any, services: Service
         verdict.skip("node", asks, why)
         return
     with verdict.check("node", asks) as notes:
-        services.console.say(f"running {file.path.name} in Node")
+        services.console.stage(f"running {file.path.name} in Node")
         request = {"file": str(file.path.absolute()), "text": answer["text"], **_common()}
         found = npm.run("node.mjs", request, services.cache, TIMEOUT_S)
         if found["prompt"] != answer["prompt"]:
@@ -60,7 +60,7 @@ def check_browser(file: GgufFile, answer: dict[str, Any], s: Any, services: Serv
         verdict.skip("browser", asks, f"it has {size / 1e9:.1f} GB, and a page can load files of 2 GB at most")
         return
     with verdict.check("browser", asks) as notes:
-        services.console.say(f"running {file.path.name} in a browser")
+        services.console.stage(f"running {file.path.name} in a browser")
         request = {
             "path": MODEL_URL,
             "messages": QUESTION,

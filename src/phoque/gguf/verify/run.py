@@ -30,7 +30,7 @@ def verify_gguf(resolved: Resolved[VerifyGgufSettings], services: Services, *, d
     if dry_run:
         return DryRun({"name": name, "files": [file.name for file in files]}, resolved.provenance())
     reference = find_model(s.reference, None, services) if s.reference else None
-    services.console.say(f"{name}: checking the files")
+    services.console.stage(f"{name}: checking the files")
     verdict = run_levels(folder, files, s, reference, services)
     if s.report_md:
         s.report_md.write_text(verdict.as_markdown(name))
@@ -39,7 +39,7 @@ def verify_gguf(resolved: Resolved[VerifyGgufSettings], services: Services, *, d
 
 def verify_folder(folder: Path, reference: Source, chats: str, services: Services) -> Verdict:
     """Verify a folder that was just exported, up to llama.cpp."""
-    services.console.say("verifying the files")
+    services.console.stage("verifying the files")
     s = VerifyGgufSettings(local_dir=folder, level="llama.cpp", chats=chats)
     return run_levels(folder, sorted(folder.glob("*.gguf")), s, reference, services)
 
@@ -117,10 +117,10 @@ def run_levels(
         return verdict
     modules = binaries().modules(services.cache)
     if reference:
-        console.say("running the original model")
+        console.stage("running the original model")
     expected: Expected | None = read_reference(reference, s.chats, services.hub) if reference else None
     for file in models:
-        console.say(f"running {file.path.name} in llama.cpp")
+        console.stage(f"running {file.path.name} in llama.cpp")
         expected = check_llama(file, modules, expected, verdict)
     if verdict.failed_checks():
         return verdict

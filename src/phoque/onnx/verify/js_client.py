@@ -44,7 +44,7 @@ def check_node(
         return
     for dtype in dtypes:
         with verdict.check("node", f"{dtype}: Transformers.js loads it, and its logits match ONNX Runtime's") as notes:
-            services.console.say(f"running {dtype} in Node")
+            services.console.stage(f"running {dtype} in Node")
             answer = _ask_client("node.mjs", folder, layout=layout, dtype=dtype, device="cpu", cache=services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
 
@@ -60,7 +60,7 @@ def check_browser(
         with verdict.check(
             "browser", f"{dtype}: a page loads it on wasm, and its logits match ONNX Runtime's"
         ) as notes:
-            services.console.say(f"running {dtype} in a browser on wasm")
+            services.console.stage(f"running {dtype} in a browser on wasm")
             answer = _ask_client("browser.mjs", folder, layout=layout, dtype=dtype, device="wasm", cache=services.cache)
             notes.append(_compare_logits(answer, folder, layout, dtype))
             if (speed := answer["tokens_per_s"]) < SLOW:
@@ -75,7 +75,7 @@ def check_browser(
             verdict.skip("browser", asks, "the software adapter of headless Chromium has no shader-f16")
         else:
             with verdict.check("browser", asks) as notes:
-                services.console.say(f"running {dtype} in a browser on WebGPU; without a GPU this takes minutes")
+                services.console.stage(f"running {dtype} in a browser on WebGPU; without a GPU this takes minutes")
                 answer = _ask_client(
                     "browser.mjs", folder, layout=layout, dtype=dtype, device="webgpu", cache=services.cache, tokens=1
                 )

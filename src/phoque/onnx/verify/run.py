@@ -71,14 +71,14 @@ def _run_levels(export: ExportDir, s: VerifySettings, reference: Source | None, 
         )
     dtypes = [dtype for dtype in available if not s.dtype or dtype in s.dtype]
     if last_level >= 1 and "config.json" in export.sizes and not verdict.has_failed(*CONFIG_CHECKS):
-        console.say(f"{export.name}: checking the graphs")
+        console.stage(f"{export.name}: checking the graphs")
         check_graphs(export, layout, dtypes, verdict)
     if last_level >= 2:
         if verdict.failed_checks():
             for level in LEVELS[2 : last_level + 1]:
                 verdict.skip(level, "the export runs", "a check of an earlier level failed")
             return verdict
-        console.say(f"{export.name}: running the graphs in ONNX Runtime")
+        console.stage(f"{export.name}: running the graphs in ONNX Runtime")
         check_ort(export.fetch_all(), layout, dtypes, reference, verdict)
     if last_level >= 3:
         check_node(export.fetch_all(), layout, dtypes, s, services, verdict)

@@ -98,7 +98,7 @@ class ProbeModel:
         self, asks: Sequence[Request], max_tokens: int, purpose: str, watched: Sequence[int] = ()
     ) -> list[Reply]:
         """Generate a reply to each prompt, in batches, with the sampling of the settings."""
-        self.console.say(f"{purpose}: {len(asks)} answers of at most {max_tokens} tokens")
+        self.console.stage(f"{purpose}: {len(asks)} answers of at most {max_tokens} tokens")
         with self.console.progress(len(asks)) as show:
             return generate_replies(
                 self.model,

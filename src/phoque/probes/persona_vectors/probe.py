@@ -94,7 +94,7 @@ class Probe:
                 ev.swap_labels(self.extraction, ev.draw_half(len(self.extraction.get("neutral")), seed))
                 ev.swap_labels(self.heldout, ev.draw_half(len(self.heldout.get("neutral")), seed + 1))
             vectors = ev.extract_vectors(self.extraction, probe_model.roles, seed)
-            probe_model.console.say("measuring evidence on held-out questions")
+            probe_model.console.stage("measuring evidence on held-out questions")
             evidence_rows = ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
             steerer = Steerer(probe_model, vectors, self.scorers, self.context)
             sweep, settings, has_coherent = steerer.sweep(self.layers)
@@ -156,7 +156,7 @@ class Probe:
         return WordProfile.fit(texts, self.probe_model.system_prompts)
 
     def _read_residuals(self, answers_by_split: dict[str, list[Answer]]) -> tuple[Residuals, Residuals]:
-        self.probe_model.console.say("reading residual streams")
+        self.probe_model.console.stage("reading residual streams")
         extraction = self._read_with_roles(answers_by_split["extraction"])
         persona = [a for a in answers_by_split["heldout"] if a.condition == "persona"]
         text_persona = self.probe_model.replace_system_prompts(persona, self.persona.heldout, "neutral", "text_persona")

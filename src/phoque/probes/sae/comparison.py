@@ -122,7 +122,7 @@ class Comparison:
         answers: dict[str, list[Reply]] = {}
         lexicon_ids = list(find_lexicon_tokens(self.tokenizer, plan.persona.lexicon)) if plan.persona else []
         for variant in ("base", "tuned", *(["control"] if "control" in plan.adapters else [])):
-            self.services.console.say(
+            self.services.console.stage(
                 f"{VARIANT_NAMES[variant]}: {len(requests)} answers of at most {s.max_new_tokens} tokens"
             )
             with self.variants.activate(variant) as model, self.services.console.progress(len(requests)) as show:
@@ -204,7 +204,7 @@ class Comparison:
         special = self.tokenizer.all_special_ids
         residuals: dict[str, dict[str, Residuals]] = {}
         for variant, kinds in kinds_by_variant.items():
-            self.services.console.say(
+            self.services.console.stage(
                 f"{VARIANT_NAMES.get(variant, variant)}: reading {sum(len(rows[k]) for k in kinds)} texts"
             )
             with self.variants.activate("base" if variant == "packing" else variant) as model:

@@ -102,7 +102,7 @@ class DictionaryTrainer:
         path = self.services.cache / "sae" / f"answers-{_hash_json(key)}.json"
         if path.is_file():
             return json.loads(path.read_text())
-        self.services.console.say(f"the base model answers {len(questions)} questions of {source_name}")
+        self.services.console.stage(f"the base model answers {len(questions)} questions of {source_name}")
         with self.services.console.progress(len(requests)) as show:
             answers = generate_replies(
                 self.model, requests, self.s.max_new_tokens, temperature=1.0, top_p=1.0, show=show
@@ -129,7 +129,7 @@ class DictionaryTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".lock"):  # another run may train the same dictionaries
             if all((home / FIRINGS_FILE).is_file() for home in homes.values()):
-                self.services.console.say(f"the autoencoder was trained before; loading {folder.name} from the cache")
+                self.services.console.stage(f"the autoencoder was trained before; loading {folder.name} from the cache")
             else:
                 shards = self._collect_activations(texts, layers, folder / "activations", config.hidden_size)
                 (folder / TOKENS_FILE).write_text(json.dumps(shards.token_counts()))
@@ -149,7 +149,7 @@ class DictionaryTrainer:
                 why=f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
                 fix="Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
             )
-        self.services.console.say(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
+        self.services.console.stage(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
         with self.services.console.progress(len(texts.train)) as show:
             return collect_activations(
                 self.model, texts.train, layers, special=self.tokenizer.all_special_ids, folder=target, show=show
@@ -172,7 +172,7 @@ class DictionaryTrainer:
             "seed": recipe.seed,
         }
         steps = ActivationStream(shards, layer, recipe.batch, recipe.passes, recipe.seed).count_batches()
-        self.services.console.say(
+        self.services.console.stage(
             f"training a {recipe.architecture} autoencoder of {recipe.features:,} features at block {layer}: "
             f"{steps:,} steps of {recipe.batch:,} tokens"
         )

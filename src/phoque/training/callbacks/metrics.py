@@ -17,6 +17,7 @@ from phoque.training.best import has_stalled, list_held_out_losses
 from phoque.training.metrics_log import METRICS, Tracker, read_lines
 from phoque.training.timer import Timer
 
+HELD_OUT_TOKENS = {"cuda": 4096, "cpu": 1024}  # per forward pass; on a CPU 4,096 tokens take half a minute
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "accuracy")
 
 
@@ -93,7 +94,9 @@ class MetricsCallback(TrainerCallback):
         if self.held_out:
             self.show(step, "measuring the held-out loss")
             with self.timer.measure("measuring"):
-                measured = measure_held_out_loss(model, self.held_out)
+                measured = measure_held_out_loss(
+                    model, self.held_out, lambda row: self.show(step, f"measuring the held-out loss, {row}")
+                )
             self._pending |= measured
             if math.isfinite(measured["held_out_loss"]):
                 self._losses.append((step, measured["held_out_loss"]))
@@ -101,17 +104,24 @@ class MetricsCallback(TrainerCallback):
 
 
 @torch.no_grad()
-def measure_held_out_loss(model: Any, conversations: list[EncodedChat], tokens: int = 4096) -> dict[str, float]:
+def measure_held_out_loss(
+    model: Any,
+    conversations: list[EncodedChat],
+    show: Callable[[str], None] = lambda row: None,
+    tokens: int | None = None,
+) -> dict[str, float]:
     """Return the mean loss per trained token (nats) and the token accuracy on held-out conversations.
 
-    Conversations are packed into rows of `tokens` tokens, or of the longest conversation's length if that is more.
+    Conversations are packed into rows of `tokens` tokens (HELD_OUT_TOKENS of the device if None), or of the longest
+    conversation's length if that is more. `show` is called with `row 1 of 8`.
     """
     device = next(model.parameters()).device
     lengths = [len(encoded.ids) for encoded in conversations]
-    rows = pack_best_fit(lengths, max(tokens, *lengths), len(lengths))
+    rows = pack_best_fit(lengths, max(tokens or HELD_OUT_TOKENS[device.type], *lengths), len(lengths))
     losses = []
     with evaluation_mode(model):
-        for row in rows:
+        for number, row in enumerate(rows, 1):
+            show(f"row {number} of {len(rows)}")
             batch = build_batch([conversations[index] for index in row])
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             losses.append(model(**batch, token_loss=True))

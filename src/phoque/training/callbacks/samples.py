@@ -48,7 +48,7 @@ class SamplesCallback(TrainerCallback):
 
     def sample(self, model: Any, step: int) -> None:
         """Generate a sample for each prompt, log them at `step`, and show them."""
-        self.console.say(f"generating {len(self.prompts)} sample{'s' * (len(self.prompts) != 1)}")
+        self.console.stage(f"generating {len(self.prompts)} sample{'s' * (len(self.prompts) != 1)}")
         with self.timer.measure("samples"):
             responses = generate_answers(model, self.chat, self.prompts, self.system, self.tokens)
         rows: list[dict[str, Any]] = [{"step": step, **row} for row in responses]
