@@ -22,7 +22,8 @@ from phoque.settings.fields import (
     flag_names,
     old_flag_name,
 )
-from phoque.settings.job import JobSettings
+from phoque.settings.job import HubSettings, JobSettings
+from phoque.settings.jobs import JobsSettings
 from phoque.settings.merge import MergeSettings
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
@@ -35,6 +36,7 @@ MODELS: dict[str, type[CommandSettings]] = {
     "train": TrainSettings,
     "chat": ChatSettings,
     "merge": MergeSettings,
+    "jobs": JobsSettings,
     "export-onnx": ExportSettings,
     "verify-onnx": VerifySettings,
     "export-gguf": GgufSettings,
@@ -78,7 +80,8 @@ def render_cli() -> str:
     for command, model in MODELS.items():
         lines += [f"## phoque {command}", "", COMMANDS[command], ""]
         for group, fields in model.groups.items():
-            if names := [name for name in fields.split() if name not in JobSettings.model_fields]:
+            shared = JobSettings if issubclass(model, JobSettings) else HubSettings
+            if names := [name for name in fields.split() if name not in shared.model_fields]:
                 lines += [f"### {group}", "", *render_options(model, names), ""]
     names = [name for name in JobSettings.model_fields]
     lines += ["## Options of every command but verify-onnx", "", *render_options(JobSettings, names), ""]

@@ -95,7 +95,7 @@ def test_help_has_sections_defaults_and_the_width_of_the_terminal(phoque, comman
     text = phoque(command, "--help", env={"COLUMNS": "130"}).out
     assert "\nHub:\n" in text and "\nCommon:\n" in text and "[default: " in text
     assert 110 < max(map(len, text.splitlines())) <= 130
-    if command not in ("verify-onnx", "verify-gguf", "chat"):
+    if command not in ("verify-onnx", "verify-gguf", "chat", "jobs"):
         assert "--preset [ministral-3b|demo]" in text
 
 

@@ -14,6 +14,7 @@ from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import flag_names
+from phoque.settings.jobs import JobsSettings
 from phoque.settings.merge import MergeSettings
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
@@ -28,6 +29,7 @@ MODELS = {
     "verify-gguf": VerifyGgufSettings,
     "train": TrainSettings,
     "merge": MergeSettings,
+    "jobs": JobsSettings,
     "export-onnx": ExportSettings,
     "verify-onnx": VerifySettings,
     "compare-sae": SaeSettings,

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from tests.fakehub.buckets import Buckets
 from tests.fakehub.faults import Fault, Faults, flipped
+from tests.fakehub.jobs import list_hardware
 from tests.fakehub.store import Refused, Repo, entry, is_lfs, tree, xet_hashes
 
 TOKEN, USER = "hf_harbourharbour", "harbour"
@@ -30,6 +32,7 @@ class FakeHub:
         self.faults, self.log, self.cdn_tokens = Faults(), [], []
         self.xet = xet  # a folder for hf_xet's local store
         self.jobs: Any = None  # a tests.fakehub.jobs.Jobs
+        self.buckets = Buckets()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         port = self._server.server_port
@@ -47,6 +50,7 @@ class FakeHub:
         self.log.clear()
         self.cdn_tokens.clear()
         self.jobs = None
+        self.buckets.empty()
 
     def add(self, kind: str, name: str, files: dict[str, bytes] | None = None) -> Repo:
         self.repos[kind, name] = Repo(True, files)
@@ -145,6 +149,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"errors": [], "warnings": []})
         if path == "api/repos/create":
             return self._create(token, json.loads(body))
+        if path.startswith("api/buckets/"):
+            if not token or (self.command == "POST" and token != TOKEN and not path.endswith("paths-info")):
+                raise Refused(403, "", "You need write access to this bucket")
+            steps = path.split("/")[2:]
+            exists = len(steps) == 2 and self.command == "POST" and "/".join(steps) in self.hub.buckets.found
+            answer = self.hub.buckets.answer(self.hub.url, self.command, steps, query, body)
+            return self._json(answer, status=409 if exists else 200)  # the client reads the URL from a 409 too
+        if path.startswith("buckets/"):
+            return self._send(200, b"", self.hub.buckets.resolve(self.hub.url, path.split("/")[1:]))
         if path.startswith("api/jobs/"):
             return self._jobs(token, path.split("/")[2:], body)
         api = path.startswith("api/")
@@ -284,11 +297,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _jobs(self, token: str, steps: list[str], body: bytes) -> None:
         if not token:
             raise Refused(401, "", "Invalid username or password.")
+        if steps == ["hardware"]:
+            return self._json(list_hardware())
         jobs, number = self.hub.jobs, steps[1] if len(steps) > 1 else ""
         if number and number not in jobs.jobs:
             raise Refused(404, "", "no such job")
+        if len(steps) == 1 and self.command == "GET":
+            labels = parse_qs(urlsplit(self.path).query).get("label", [])
+            return self._json(jobs.listed(steps[0], labels))
         if len(steps) == 1:
             return self._json(jobs.submit(steps[0], json.loads(body)))
+        if steps[2:] == ["duplicate"]:
+            return self._json(jobs.duplicate(number))
         if steps[2:] == ["cancel"]:
             jobs.cancel(number)
         if steps[2:] != ["logs"]:

@@ -25,11 +25,53 @@ class Process:
         return self._process.poll()
 
 
-class Jobs:
-    """Runs what is posted; `grace` is the time between SIGTERM and SIGKILL, `env` what every container has."""
+HARDWARE = [  # as the Hub lists it; prices of 2026-11
+    ("cpu-basic", "CPU Basic", "2 vCPU", "16 GB", None, 167),
+    ("t4-small", "Nvidia T4 - small", "4 vCPU", "15 GB", ("T4", "1", "16 GB"), 6667),
+    ("a10g-large", "Nvidia A10G - large", "12 vCPU", "46 GB", ("A10G", "1", "24 GB"), 25000),
+    ("a10g-largex2", "2x Nvidia A10G - large", "24 vCPU", "92 GB", ("A10G", "2", "48 GB"), 50000),
+    ("a100-large", "Nvidia A100 - large", "12 vCPU", "142 GB", ("A100", "1", "80 GB"), 41667),
+    ("h200", "Nvidia H200", "23 vCPU", "256 GB", ("H200", "1", "141 GB"), 83333),
+]
 
-    def __init__(self, root: Path, env: dict[str, str], grace: float, start: Callable[..., Any] = Process) -> None:
-        self.root, self.env, self.grace, self.start = root, env, grace, start
+
+def list_hardware() -> list[dict[str, Any]]:
+    """What the Hub answers to a request for its hardware."""
+    found = []
+    for name, title, cpu, ram, gpu, price in HARDWARE:
+        accelerator = gpu and {"type": "gpu", "model": gpu[0], "quantity": gpu[1], "vram": gpu[2]}
+        found.append(
+            {
+                "name": name,
+                "prettyName": title,
+                "cpu": cpu,
+                "ram": ram,
+                "ephemeralStorage": "100 GB",
+                "accelerator": accelerator and accelerator | {"manufacturer": "Nvidia"},
+                "unitCostMicroUSD": price,
+                "unitCostUSD": price / 1e6,
+                "unitLabel": "minute",
+            }
+        )
+    return found
+
+
+class Jobs:
+    """Runs what is posted; `grace` is the time between SIGTERM and SIGKILL, `env` what every container has.
+
+    `mount(volume, folder)` fills a folder with what a volume holds; in a container's command and environment, the
+    volume's mount path is replaced by that folder.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        env: dict[str, str],
+        grace: float,
+        start: Callable[..., Any] = Process,
+        mount: Callable[[dict[str, Any], Path], None] | None = None,
+    ) -> None:
+        self.root, self.env, self.grace, self.start, self.mount = root, env, grace, start, mount
         self.jobs: dict[str, dict[str, Any]] = {}
 
     def submit(self, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -55,9 +97,24 @@ class Jobs:
             "secrets": dict.fromkeys(spec.get("secrets", {}), ""),
             "flavor": spec["flavor"],
             "labels": spec.get("labels"),
+            "volumes": spec.get("volumes"),
             "dockerImage": spec.get("dockerImage"),
             "status": {"stage": job["stage"], "message": job["message"]},
+            "durations": {"schedulingSecs": 1, "runningSecs": 90, "totalSecs": 91},
         }
+
+    def listed(self, namespace: str, labels: list[str]) -> list[dict[str, Any]]:
+        """The jobs of a namespace that have all of the labels, each key=value."""
+        wanted = dict(label.split("=", 1) for label in labels)
+        return [
+            self.shown(number)
+            for number, job in self.jobs.items()
+            if job["namespace"] == namespace and wanted.items() <= (job["spec"].get("labels") or {}).items()
+        ]
+
+    def duplicate(self, number: str) -> dict[str, Any]:
+        """Run the same once more."""
+        return self.submit(self.jobs[number]["namespace"], self.jobs[number]["spec"])
 
     def cancel(self, number: str) -> None:
         self.jobs[number]["stage"] = "CANCELED"
@@ -69,7 +126,12 @@ class Jobs:
             place.mkdir(parents=True)
             env = self.env | spec["environment"] | spec.get("secrets", {}) | {"JOB_ID": job["id"]}
             job["stage"] = "RUNNING"
-            process = self.start(spec["command"], env, place, job["log"])
+            command = list(spec["command"])
+            for volume in spec.get("volumes") or []:
+                folder_here = place / volume["mountPath"].strip("/").replace("/", "-")
+                self.mount(volume, folder_here)
+                command = [word.replace(volume["mountPath"], str(folder_here)) for word in command]
+            process = self.start(command, env, place, job["log"])
             end, message = time.monotonic() + (spec.get("timeoutSeconds") or 1800), "Job timeout"
             while process.poll() is None and time.monotonic() < end and job["stage"] == "RUNNING":
                 time.sleep(0.02)

@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,17 +141,24 @@ def tree(files: list[dict], folder: str, recursive: bool) -> list[dict]:
 
 
 def xet_hashes(store: Path) -> dict[str, str]:
-    """sha256 -> xet hash of every file in hf_xet's local store, read from its metadata shards."""
-    found = {}
+    """sha256 -> xet hash of every file in hf_xet's local store that was stored with its sha256."""
+    return {sha256: name for name, _, sha256 in xet_files(store) if sha256}
+
+
+def xet_files(store: Path) -> Iterator[tuple[str, int, str | None]]:
+    """(xet hash, size, sha256) of every file in hf_xet's local store, read from its metadata shards."""
     for shard in store.rglob("*.mdb"):
         data, at = shard.read_bytes(), 48
         while at + 48 <= len(data) and data[at : at + 32] != b"\xff" * 32:
             name, (flags, entries) = data[at : at + 32], struct.unpack_from("<II", data, at + 32)
+            # an entry is a segment: 32 bytes of hash, flags, and its size
+            size = sum(struct.unpack_from("<I", data, at + 48 + 48 * entry + 36)[0] for entry in range(entries))
             at += 48 + 48 * entries * (2 if flags & 0x80000000 else 1)
+            sha256 = None
             if flags & 0x40000000:
-                found[words(data[at : at + 32])] = words(name)
+                sha256 = words(data[at : at + 32])
                 at += 48
-    return found
+            yield words(name), size, sha256
 
 
 def words(raw: bytes) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,26 @@ class Container:
         return self._code
 
 
+def mount(hub, volume, folder):
+    """A bucket's folder, as the container sees it, fetched by huggingface_hub itself."""
+    from huggingface_hub import HfApi
+
+    api, bucket, prefix = HfApi(hub.url, token=TOKEN), volume["source"], volume["path"]
+    assert volume["type"] == "bucket" and volume["readOnly"]
+    paths = [item.path for item in api.list_bucket_tree(bucket, prefix=f"{prefix}/", recursive=True)]
+    files = [(path, folder / path.removeprefix(f"{prefix}/")) for path in paths]
+    for _, file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    api.download_bucket_files(bucket, files)
+
+
 @pytest.fixture
 def cluster(hub, forkserver, tiny_llama, rows, tmp_path):
     hub.add("models", BASE, {p.name: p.read_bytes() for p in tiny_llama.iterdir()})
     hub.add("datasets", DATA, {"train.jsonl": rows.read_bytes()})
     Container.forkserver, Container.prelude = forkserver, ""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_TOKEN", "WANDB"))} | {"WANDB_MODE": "disabled"}
-    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container)
+    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container, partial(mount, hub))
     hub.jobs.root.mkdir()
     return hub
 
@@ -97,7 +111,10 @@ def test_a_job_that_fails_for_good_is_not_submitted_again(cluster, phoque):
     error = phoque(*ASKED, *ON, "--dataset", "harbour/no-such", "--attempts", 3, env=SECRETS, expect=2).error
     assert not cluster.jobs.jobs and "No such repository" in error[0]  # found out before anything is rented
     ran = phoque(*ASKED, *ON, "--split", "night", "--attempts", 3, env=SECRETS, expect=2)
-    assert len(cluster.jobs.jobs) == 1 and "has no split 'night'" in ran.err and "exit code: 2" in ran.error[1]
+    assert not cluster.jobs.jobs and "has no split 'night'" in ran.error[0]  # so is what is wrong with the data
+    Container.prelude = "import sys; print('error: gone', file=sys.stderr); sys.exit(2)"
+    ran = phoque(*ASKED, *ON, "--attempts", 3, env=SECRETS, expect=2)
+    assert len(cluster.jobs.jobs) == 1 and "error: gone" in ran.err and "exit code: 2" in ran.error[1]
 
 
 def test_a_job_that_cannot_go_on_is_not_submitted_again(cluster, phoque):
@@ -109,9 +126,6 @@ def test_a_job_that_cannot_go_on_is_not_submitted_again(cluster, phoque):
 
 def test_what_only_this_machine_has_does_not_go_into_a_job(cluster, phoque, tmp_path):
     asked = ["export-onnx", "--merged-dir", BASE, "--push-repo-id", "harbour/onnx", *ON, "--dry-run"]
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("{}")
-    assert "--chats" in phoque(*asked, "--chats", chats, env=SECRETS, expect=2).error[0]
     assert "--merged-out-dir" in phoque(*asked, "--merged-out-dir", tmp_path, env=SECRETS, expect=2).error[0]
 
 
@@ -136,7 +150,7 @@ def test_ctrl_c_leaves_the_job_running(cluster, forkserver):
     os.kill(process.pid, signal.SIGINT)
     ran = process.ended()
     (number,) = cluster.jobs.jobs
-    assert ran.code == 130 and f"hf jobs logs --follow {number}" in ran.error[1] and "hf jobs cancel" in ran.error[2]
+    assert ran.code == 130 and f"phoque jobs follow {number}" in ran.error[1] and "phoque jobs cancel" in ran.error[2]
     assert cluster.jobs.jobs[number]["stage"] == "RUNNING"
     cluster.jobs.cancel(number)
     while not cluster.jobs.jobs[number]["codes"]:  # it saves and pushes first, and not into the next test's Hub
@@ -155,7 +169,6 @@ def test_a_merge_runs_as_a_job_too(cluster, phoque):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--dataset", "rows.jsonl"], "is on this machine"),
         (["--package", ""], "--package"),
         (["--timeout", "soon"], "--timeout"),
     ],
@@ -184,3 +197,149 @@ def test_the_script_for_hf_jobs_uv_run_is_phoque_train(tmp_path, cluster, tiny_l
     ran = subprocess.run([sys.executable, script], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert commit_titles(cluster)[-1] == "Adapter" and logged_steps(tmp_path / "runs" / "gulls") == [0, 2]
+
+
+LOCAL = ["--max-steps", 4, "--sample-every", 0, "--timeout", "1h"]
+
+
+def asked_with(rows, *more):
+    """ASKED with a local dataset."""
+    words = list(ASKED)
+    words[words.index("--dataset") + 1] = rows
+    return [*words, *ON, *LOCAL, *more]
+
+
+def bucket(cluster):
+    return cluster.buckets.found["harbour/jobs-artifacts"]
+
+
+def test_a_local_dataset_goes_to_a_private_bucket_and_is_deleted_after_the_job(cluster, phoque, rows, tmp_path):
+    shown = phoque(*asked_with(rows), "--dry-run", "--json", env=SECRETS).json
+    assert shown["checked"]["uploads"] == f"{rows} (0.0 MB)" and not cluster.buckets.found
+    (volume,) = shown["job"]["volumes"]
+    assert volume["readOnly"] and volume["mountPath"].startswith("/inputs/")
+    ran = phoque(*asked_with(rows), "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED" and "inputs are deleted" in ran.err
+    assert bucket(cluster).private and not bucket(cluster).files
+    spec = cluster.jobs.jobs[ran.json["job"]]["spec"]
+    mounted = spec["command"][spec["command"].index("--dataset") + 1]
+    assert mounted == f"{volume['mountPath']}/rows.jsonl"  # the same as in the dry run: it follows from the contents
+    record = json.loads(cluster.files(REPO)["run.json"].content)
+    assert record["data"]["name"].endswith("rows.jsonl") and str(rows) not in json.dumps(record)
+
+
+def test_an_interrupted_run_goes_on_though_its_local_data_was_uploaded_again(cluster, phoque, rows):
+    Container.prelude = slowly(0.4)
+    phoque(*asked_with(rows, "--max-steps", 40, "--timeout", "6s"), env=SECRETS, expect=75)
+    assert not bucket(cluster).files
+    Container.prelude = ""
+    ran = phoque(*asked_with(rows, "--max-steps", 40), env=SECRETS)
+    assert "continuing from step" in ran.err
+
+
+def test_inputs_are_kept_if_that_is_asked_for_and_cleaned_later(cluster, phoque, rows):
+    ran = phoque(*asked_with(rows, "--keep-inputs"), env=SECRETS)
+    (kept,) = bucket(cluster).files
+    assert "hf://buckets/harbour/jobs-artifacts/phoque/" in ran.err and kept.endswith("/rows.jsonl")
+    shown = phoque("jobs", "clean", "--dry-run", "--json", env=SECRETS).json
+    assert len(shown["deleted"]) == 1 and bucket(cluster).files
+    phoque("jobs", "clean", env=SECRETS)
+    assert not bucket(cluster).files
+    assert phoque("jobs", "clean", "--json", env=SECRETS).json == {"deleted": []}
+
+
+def test_a_public_bucket_gets_nothing(cluster, phoque, rows):
+    from tests.fakehub.buckets import Bucket
+
+    cluster.buckets.found["harbour/jobs-artifacts"] = Bucket(private=False)
+    error = phoque(*asked_with(rows), env=SECRETS, expect=2).error
+    assert "is public" in error[0] and not bucket(cluster).files and not cluster.jobs.jobs
+
+
+def test_a_local_adapter_goes_without_its_checkpoints(cluster, phoque, tiny_llama, rows):
+    here = ["train", "--base-model", BASE, "--dataset", rows, *COMMON, "--max-steps", 4, "--save-steps", 2]
+    phoque(*here, "--output-dir", "run", env=SECRETS | {"WANDB_MODE": "disabled"})
+    merge = ["merge", "--adapter-source", "run", "--base-model", BASE, "--push-repo-id", "harbour/whole", *ON]
+    ran = phoque(*merge, "--keep-inputs", "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED" and "model.safetensors" in cluster.files("harbour/whole")
+    names = {path.split("/", 3)[3] for path in bucket(cluster).files}
+    assert {"run/run.json", "run/adapter/adapter_model.safetensors"} <= names
+    assert not any("checkpoint" in name for name in names)
+
+
+def test_a_detached_job_is_listed_followed_and_run_again(cluster, phoque, rows):
+    more = ["--detach", "--attempts", 3, "--name", "gulls-1", "--label", "team=pier", "--label", "tool=other"]
+    begun = time.monotonic()
+    ran = phoque(*asked_with(rows, *more), "--json", env=SECRETS)
+    assert ran.json["stage"] == "SUBMITTED" and time.monotonic() - begun < 30
+    number = ran.json["job"]
+    spec = cluster.jobs.jobs[number]["spec"]
+    assert spec["attempts"] == 3  # the Hub makes them
+    labels = spec["labels"]
+    assert labels["name"] == "gulls-1" and labels["team"] == "pier" and labels["tool"] == "phoque"
+    assert bucket(cluster).files and "jobs clean" in ran.err
+    followed = phoque("jobs", "follow", number, "--json", env=SECRETS)
+    assert followed.json == {"job": number, "stage": "COMPLETED"} and "4/4  loss" in followed.err
+    assert phoque("jobs", "--json", env=SECRETS).json == {"jobs": []}
+    (row,) = phoque("jobs", "--all", "--json", env=SECRETS).json["jobs"]
+    assert row["command"] == "train" and row["name"] == "gulls-1" and row["cost"] == "$0.04"  # 90 s at $1.50
+    assert number in phoque("jobs", "--all", env=SECRETS).out
+    again = phoque("jobs", "rerun", number, "--json", env=SECRETS).json["job"]
+    assert again != number and phoque("jobs", "follow", again, env=SECRETS).code == 0
+    assert "is complete" in cluster.jobs.jobs[again]["log"].read_text()
+
+
+def test_a_running_job_is_cancelled_and_its_inputs_stay_till_then(cluster, phoque, rows):
+    Container.prelude = slowly()
+    number = phoque(*asked_with(rows, "--detach", "--max-steps", 300), "--json", env=SECRETS).json["job"]
+    phoque("jobs", "clean", env=SECRETS)
+    assert bucket(cluster).files  # it is running
+    (row,) = phoque("jobs", "--json", env=SECRETS).json["jobs"]
+    assert row["id"] == number and row["stage"] in ("SCHEDULING", "RUNNING")
+    phoque("jobs", "cancel", number, env=SECRETS)
+    assert cluster.jobs.jobs[number]["stage"] == "CANCELED"
+    while not cluster.jobs.jobs[number]["codes"]:
+        time.sleep(0.02)
+    phoque("jobs", "clean", env=SECRETS)
+    assert not bucket(cluster).files
+    assert "ended as CANCELED" in phoque("jobs", "follow", number, env=SECRETS, expect=1).error[0]
+
+
+@pytest.mark.parametrize("action", ["follow", "cancel", "rerun"])
+def test_a_job_that_is_unknown_or_not_named_is_said(cluster, phoque, action):
+    assert "needs the id" in phoque("jobs", action, env=SECRETS, expect=2).error[1]
+    if action != "follow":
+        assert "There is no Job 123" in phoque("jobs", action, "123", env=SECRETS, expect=2).error[0]
+
+
+def test_what_a_job_costs_is_said_before_it_is_submitted(cluster, phoque):
+    more = ["--max-steps", 6, "--timeout", "4h", "--attempts", 2, "--dry-run"]
+    facts = phoque(*ASKED, *ON, *more, "--json", env=SECRETS).json["facts"]
+    assert "$1.50 per hour" in facts["hardware"] and "1 x 24 GB" in facts["hardware"]
+    assert facts["at most"].startswith("$12.00") and "about $" in facts["cost"] and "minutes" in facts["time"]
+    assert "24 GB" in facts["GPU memory"] and not cluster.jobs.jobs
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--on", "a10g-lrge"], ["no hardware flavor 'a10g-lrge'", "Did you mean a10g-large"]),
+        (["--on", "cpu-basic", "--quantization", "nf4"], ["cpu-basic has no GPU", "a10g-large"]),
+        (["--label", "gulls"], ["KEY=VALUE"]),
+        (["--name", "two words"], ["--name"]),
+    ],
+)
+def test_a_job_that_makes_no_sense_is_refused_before_it_costs(cluster, phoque, more, words):
+    error = " ".join(phoque(*ASKED, *ON, *more, "--timeout", "1h", env=SECRETS, expect=2).error)
+    assert all(word in error for word in words) and not cluster.jobs.jobs
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"), [(402, 2, "paid first"), (403, 2, "may not run Jobs"), (429, 75, "too many")]
+)
+def test_a_hub_that_refuses_a_job_is_understood_and_keeps_no_inputs(cluster, phoque, rows, status, code, words):
+    cluster.faults.add("POST /api/jobs/harbour$", status, times=9)
+    error = phoque(*asked_with(rows), env=SECRETS, expect=code).error
+    assert words in error[0] and not bucket(cluster).files and not cluster.jobs.jobs
+    posts = [path for method, path in cluster.log if method == "POST" and path == "api/jobs/harbour"]
+    assert len(posts) == 1  # nothing is submitted twice

@@ -1,33 +1,205 @@
-"""--on FLAVOR, for every command that takes it."""
+"""--on FLAVOR for every command that takes it, and `phoque jobs`."""
 
-from typing import Any
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
 
-from phoque.cli.options import render_plan
+from phoque.cli import options
 from phoque.console import console
+from phoque.errors import PhoqueError, RunError, UsageError
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
+from phoque.settings.job import seconds
+from phoque.settings.jobs import JobsSettings
+
+if TYPE_CHECKING:
+    from phoque.hub.client import Hub
+    from phoque.hub.flavors import Flavor
+
+EPILOG = (
+    "Examples: `phoque jobs` lists the Jobs that phoque submitted. `phoque jobs follow ID` prints a Job's log until it "
+    "ends. `phoque jobs clean` deletes the local files that ended Jobs were given."
+)
+
+
+def command(name: str) -> Any:
+    """The command for the root's table."""
+    return options.command(name, manage, JobsSettings, EPILOG)
 
 
 def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     """Submit the command as a Job and follow it; with --dry-run, show the Job and send nothing but GET and HEAD."""
     from phoque.hub.client import Hub
-    from phoque.hub.jobs import build_job, check_job, run_job
+    from phoque.hub.flavors import find_flavor
+    from phoque.hub.job_inputs import JobInputs, find_local_inputs
+    from phoque.hub.jobs import (
+        build_job,
+        check_job,
+        check_local_settings,
+        find_account,
+        find_commits,
+        with_commits,
+    )
 
     s = resolved.settings
-    job = build_job(command, resolved)
+    check_local_settings(resolved)
+    inputs = find_local_inputs(s)
     hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
     if s.timeout is None:
-        console.warn(f"without --timeout the Job is stopped after {job.timeout}")
-    checked = check_job(hub, resolved)
+        console.warn("without --timeout the Job is stopped after 30m")
+    account, role = find_account(hub)
+    namespace, submission = s.namespace or account, token_hex(6)
+    uploaded = JobInputs(hub, namespace, submission, inputs)
+    volumes = uploaded.volumes() if inputs else []
+    flavor = find_flavor(hub, s.on)
+    commits = find_commits(hub, s)
+    resolved = with_commits(resolved, commits)
+    job = build_job(command, resolved, namespace=namespace, submission=submission, inputs=inputs, volumes=volumes)
+    checked = {"account": account, "token": role} | check_job(hub, resolved, commits)
+    if inputs:
+        uploaded.check()
+        checked["uploads"] = ", ".join(one.describe() for one in inputs)
+    facts = _describe_cost(command, resolved, flavor, job.timeout)
     if dry_run:
         description, command_line = job.to_redacted_dict(), " ".join(job.command)
-        plan = DryRun(description | {"command": command_line} | checked, resolved.provenance())
-        report = {"job": description, "checked": checked, "settings": plan.settings}
-        console.result(report, lambda: render_plan(plan), command_line)
+        shown = {name: value for name, value in description.items() if value not in (None, [], {})}
+        plan = DryRun(shown | {"command": command_line} | facts | checked, resolved.provenance())
+        report = {"job": description, "checked": checked, "facts": facts, "settings": plan.settings}
+        console.result(report, lambda: options.render_plan(plan), command_line)
+        return
+    for name, value in facts.items():
+        console.say(f"{name}: {value}")
+    if inputs:
+        uploaded.upload(console.stage)
+    _submit(hub, job, s, uploaded if inputs else None)
+
+
+def _submit(hub: "Hub", job: Any, s: Any, uploaded: Any) -> None:
+    """Submit, follow unless --detach, and delete the inputs when the Job has ended for good."""
+    from phoque.hub.jobs import NotFollowed, run_job, submit_job
+
+    try:
+        if s.detach:
+            submitted = submit_job(hub, job, console)
+            result: dict[str, Any] = {"job": submitted.id, "url": submitted.url, "stage": "SUBMITTED", "attempts": 0}
+            kept = "`phoque jobs clean` deletes them when the Job has ended"
+        else:
+            result, kept = run_job(hub, job, s.attempts, s.resumable, console), ""
+    except NotFollowed:
+        _say_kept(uploaded, "`phoque jobs clean` deletes them when the Job has ended")
+        raise
+    except PhoqueError:
+        _delete_inputs(uploaded, s.keep_inputs)
+        raise
+    if kept:
+        _say_kept(uploaded, kept)
     else:
-        result = run_job(hub, job, s.attempts, s.resumable, console)
-        console.result(result, lambda: _lines(result), result["url"])
+        _delete_inputs(uploaded, s.keep_inputs)
+    console.result(result, lambda: _render_result(result), result["url"])
 
 
-def _lines(values: dict[str, Any]) -> str:
+def _delete_inputs(uploaded: Any, keep: bool) -> None:
+    if uploaded and keep:
+        _say_kept(uploaded, "--keep-inputs is given")
+    elif uploaded:
+        try:
+            uploaded.delete()
+            console.say("the Job's inputs are deleted from the bucket")
+        except Exception as error:  # the Job's result matters more
+            console.warn(
+                f"the Job's inputs are still in {uploaded.place}: {type(error).__name__}; run phoque jobs clean"
+            )
+
+
+def _say_kept(uploaded: Any, why: str) -> None:
+    if uploaded:
+        console.say(f"the Job's inputs stay in {uploaded.place}: {why}")
+
+
+def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", timeout: str) -> dict[str, str]:
+    """The hardware, its price, the most that the Job can cost, and for training an estimate."""
+    s = resolved.settings
+    _check_gpu(s, flavor)
+    hours = seconds(timeout) / 3600
+    most = hours * s.attempts * flavor.dollars_per_hour
+    attempts = f" in {s.attempts} attempts" if s.attempts > 1 else ""
+    facts = {"hardware": flavor.describe(), "at most": f"${most:.2f}, if it runs for {timeout}{attempts}"}
+    if command != "train":
+        return facts
+    from phoque.services import Services
+    from phoque.training.job_estimate import estimate_job
+
+    console.stage("reading the data, for an estimate")
+    return facts | estimate_job(resolved, Services.create(resolved, console), flavor).describe(flavor)
+
+
+def _check_gpu(s: Any, flavor: "Flavor") -> None:
+    """Raise UsageError for a model in a GPU's precision on a flavor without GPU."""
+    quantization = getattr(s, "quantization", None)
+    if quantization in ("nf4", "fp8", "bf16") and not flavor.gpus:
+        raise UsageError(
+            what=f"{flavor.name} has no GPU.",
+            why=f"--quantization {quantization} on a CPU takes days.",
+            fix="Choose a flavor with a GPU, such as a10g-large, or --quantization fp32 for a small model.",
+        )
+
+
+def _render_result(values: dict[str, Any]) -> str:
     return "\n".join(f"{name:10} {value}" for name, value in values.items())
+
+
+def manage(resolved: Resolved[JobsSettings], dry_run: bool) -> None:
+    """List the Jobs that phoque submitted; follow, cancel or rerun one; delete the inputs of those that have ended."""
+    from phoque.hub.client import Hub
+    from phoque.hub.job_list import cancel_job, clean_inputs, list_jobs, rerun_job
+    from phoque.hub.jobs import find_account, follow_job
+
+    s = resolved.settings
+    if resolved.secrets.hf_token is None:
+        raise UsageError(
+            what="There is no Hub token.", why="Jobs need one.", fix="Set HF_TOKEN, or run `hf auth login`."
+        )
+    hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
+    namespace = s.namespace or find_account(hub)[0]
+    if s.action == "list":
+        rows = list_jobs(hub, namespace, every=s.all)
+        console.result({"jobs": rows}, lambda: _render_jobs(rows), "\n".join(row["id"] for row in rows))
+    elif s.action == "clean":
+        deleted = clean_inputs(hub, namespace, dry_run=dry_run)
+        verb = "would be deleted" if dry_run else "deleted"
+        console.result({"deleted": deleted}, lambda: f"{len(deleted)} folders of inputs {verb}", "\n".join(deleted))
+    elif dry_run:
+        console.result({"action": s.action, "job": s.job}, lambda: f"would {s.action} {s.job}", s.job)
+    elif s.action == "follow":
+        message, stage = follow_job(hub, s.job, namespace, console)
+        if stage != "COMPLETED":
+            raise RunError(
+                what=f"Job {s.job} ended as {stage}.",
+                why=message or "It gave no message.",
+                fix=f"To run it again, from its newest checkpoint if it trains: phoque jobs rerun {s.job}",
+            )
+        result = {"job": s.job, "stage": stage}
+        console.result(result, lambda: _render_result(result), stage)
+    else:
+        result = (cancel_job if s.action == "cancel" else rerun_job)(hub, s.job, namespace)
+        console.result(result, lambda: _render_result(result), result["job"])
+
+
+def _render_jobs(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "phoque has submitted no Job here, or all are older than the Hub lists; --all lists ended ones too"
+    lines = [
+        f"{row['id']}  {row['stage']:10}  {row['command']:12}  {row['flavor']:14}  {_age(row['created']):>8}  "
+        f"{row['minutes']:6.0f} min  {row['cost']:>8}  {row['name']}"
+        for row in rows
+    ]
+    head = f"{'id':24}  {'stage':10}  {'command':12}  {'flavor':14}  {'age':>8}  {'ran':>10}  {'cost':>8}  name"
+    return "\n".join([head, *lines])
+
+
+def _age(created: str) -> str:
+    passed = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if passed >= length:
+            return f"{passed / length:.0f}{unit} ago"
+    return "now"

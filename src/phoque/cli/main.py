@@ -22,6 +22,7 @@ COMMANDS = {
     "export-gguf": "Export a model, or an adapter alone, for llama.cpp and Ollama, and verify the export.",
     "verify-gguf": "Check whether GGUF files run: files, tensors, llama.cpp, Node, browser.",
     "compare-sae": "Show which sparse autoencoder features a fine-tune moved, beyond chance and a control.",
+    "jobs": "List the Jobs that phoque submitted with --on; follow, cancel or rerun one.",
     "psm-probe": "Find a persona's direction in a model, test it with controls, measure a fine-tune along it.",
 }
 

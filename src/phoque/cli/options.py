@@ -198,9 +198,7 @@ def _options(model: type[CommandSettings], name: str, presets: dict[str, dict[st
     option = typer.Option(None, *names, help=text, show_default=False, metavar=metavar)
     options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)]
     if is_positional(model, name):
-        argument = typer.Argument(
-            None, metavar=f"[{name.upper()}]", show_default=False, help=f"The same as {names[0]}."
-        )
+        argument = typer.Argument(None, metavar=name.upper(), show_default=False, help=f"The same as {names[0]}.")
         options.append(inspect.Parameter(name + OLD, inspect.Parameter.KEYWORD_ONLY, default=argument, annotation=kind))
     if old := old_flag_name(model, name):
         hidden = typer.Option(None, old, hidden=True)

@@ -3,27 +3,55 @@
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 from phoque.console import Console
-from phoque.errors import FAILED, INTERRUPTED, RESUMABLE, USAGE, PhoqueError, PublicRepoError, UsageError
+from phoque.errors import (
+    FAILED,
+    INTERRUPTED,
+    RESUMABLE,
+    USAGE,
+    PhoqueError,
+    PublicRepoError,
+    Resumable,
+    UsageError,
+    first_line,
+)
 from phoque.hub.client import Hub, describe_error, is_transient
-from phoque.settings.fields import PREFIX, Resolved, Secrets, env_name, flag_names
+from phoque.hub.job_inputs import LocalInput, with_mounted_paths
+from phoque.settings.fields import PREFIX, Origin, Resolved, Secrets, env_name, flag_names
 from phoque.version import __version__
 
-NOT_PASSED = ("on", "attempts", "package", "output_dir", "yes", "timeout")  # settings that are not passed to the Job
+# settings that are not passed to the Job
+NOT_PASSED = (
+    "on",
+    "attempts",
+    "package",
+    "output_dir",
+    "yes",
+    "timeout",
+    "namespace",
+    "job_name",
+    "labels",
+    "detach",
+    "keep_inputs",
+)
 LOCAL_PATHS = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # settings that name local paths
 DATASET_SETTINGS = ("dataset", "chat", "chats", "text")  # settings that name a dataset
 DEFAULT_TIMEOUT = "30m"  # the limit that HF Jobs apply if none is given
 FINAL_STAGES = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
+TOOL = "tool", "phoque"  # the label by which `phoque jobs` finds its own
+SUBMISSION = "submission"  # label: the folder of the Job's inputs in the bucket
 
 
 @dataclass(frozen=True)
 class Job:
-    """A Job to submit. `secrets` contains the values: display only the result of `to_redacted_dict`."""
+    """A Job to submit. `secrets` contains the values: display only the result of `to_redacted_dict`.
+
+    `attempts` are made by the Hub; it does not look at the exit code.
+    """
 
     image: str
     command: list[str]
@@ -31,33 +59,21 @@ class Job:
     secrets: dict[str, str]
     flavor: str
     timeout: str
+    namespace: str
+    name: str
+    labels: dict[str, str]
+    volumes: list[Any] = field(default_factory=list)
+    attempts: int | None = None
 
     def to_redacted_dict(self) -> dict[str, Any]:
         """Return the fields of the Job, with the names of the secrets in place of their values."""
-        return vars(self) | {"secrets": sorted(self.secrets)}
+        volumes = [volume.to_dict() for volume in self.volumes]
+        return vars(self) | {"secrets": sorted(self.secrets), "volumes": volumes}
 
 
-def _list_inputs(s: Any) -> list[tuple[str, str]]:
-    """Each setting that names an input, with each of its values."""
-    values = [(name, getattr(s, name)) for name in s.reads]
-    return [(name, item) for name, value in values for item in (value if isinstance(value, list) else [value])]
-
-
-def build_job(command: str, resolved: Resolved[Any]) -> Job:
-    """Build the Job that runs a command with these settings: non-default values as flags, secrets as Job secrets.
-
-    Raises UsageError for settings that refer to this machine, and for a missing token or output repository.
-    """
-    from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
-
+def check_local_settings(resolved: Resolved[Any]) -> None:
+    """Raise UsageError for settings that a Job cannot have, for a missing token and a missing output repository."""
     s = resolved.settings
-    for name, value in _list_inputs(s):
-        if value and Path(value).expanduser().exists():
-            raise UsageError(
-                what=f"{flag_names(type(s), name)[0]} {value} is on this machine only.",
-                why="A Job cannot read local files.",
-                fix="Upload it to a private repository on the Hub, and give that repository instead.",
-            )
     for name in LOCAL_PATHS:
         if getattr(s, name, None):
             raise UsageError(
@@ -75,25 +91,58 @@ def build_job(command: str, resolved: Resolved[Any]) -> Job:
             why="The Job's disk is deleted when it ends.",
             fix=f"Give one with {flag_names(type(s), s.keeps)[0]}; it is created private.",
         )
+
+
+def build_job(
+    command: str,
+    resolved: Resolved[Any],
+    *,
+    namespace: str,
+    submission: str,
+    inputs: list[LocalInput],
+    volumes: list[Any],
+) -> Job:
+    """Build the Job that runs a command with these settings: non-default values as flags, secrets as Job secrets.
+
+    `inputs` are mounted as `volumes`. Raises UsageError for a copy of phoque that a Job cannot install.
+    """
+    from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
+
+    s = resolved.settings
     keys = {name: getattr(resolved.secrets, name) for name in s.used_secrets}
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
     timeout = s.timeout or DEFAULT_TIMEOUT
     package = s.package or pip_requirement(s.needed_extra)
-    run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *to_flags(resolved)]
+    flags = to_flags(replace(resolved, settings=with_mounted_paths(s, inputs)))
+    run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *flags]
     # the Job counts its timeout from the start of the container, see settings.environment.deadline
-    env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": token_hex(6), "PYTHONUNBUFFERED": "1"}
-    return Job(DEFAULT_UV_IMAGE, run, env, secrets, s.on, timeout)
+    env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": submission, "PYTHONUNBUFFERED": "1"}
+    own = {TOOL[0]: TOOL[1], "command": command, SUBMISSION: submission}
+    given = dict(label.split("=", 1) for label in s.labels)
+    return Job(
+        image=DEFAULT_UV_IMAGE,
+        command=run,
+        env=env,
+        secrets=secrets,
+        flavor=s.on,
+        timeout=timeout,
+        namespace=namespace,
+        name=s.job_name or f"phoque-{command}",
+        labels=given | own,
+        volumes=volumes,
+        attempts=s.attempts if s.detach and s.resumable else None,
+    )
 
 
 def to_flags(resolved: Resolved[Any]) -> list[str]:
     """Return the flags that reproduce these settings; values from a default or preset are left out."""
     model, flags = type(resolved.settings), []
-    for name, field in model.model_fields.items():
+    for name, info in model.model_fields.items():
         value = getattr(resolved.settings, name)
         if name in NOT_PASSED or value is None or _is_default(resolved.origins[name].source):
             continue
         flag = flag_names(model, name)[0]
-        if field.annotation is bool:
+        if info.annotation is bool:
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             for item in value if isinstance(value, list) else [value]:
@@ -126,22 +175,56 @@ def pip_requirement(extra: str = "") -> str:
     )
 
 
-def check_job(hub: Hub, resolved: Resolved[Any]) -> dict[str, str]:
-    """Check that the Job's inputs and repository are accessible, with GET requests only.
+def _list_inputs(s: Any) -> list[tuple[str, str]]:
+    """Each setting that names an input, with each of its values."""
+    values = [(name, getattr(s, name)) for name in s.reads]
+    items = [(name, item) for name, value in values for item in (value if isinstance(value, list) else [value])]
+    return [(name, str(item)) for name, item in items if item]
 
-    Returns what was found as {name: description}. Raises the Hub's error for anything that is missing.
+
+def find_account(hub: Hub) -> tuple[str, str]:
+    """The name of the token's account, and the token's role."""
+    account = hub.retry("checking the token", hub.api.whoami)
+    return account["name"], account["auth"].get("accessToken", {}).get("role", "unknown")
+
+
+def find_commits(hub: Hub, s: Any) -> dict[str, tuple[str, str]]:
+    """Setting -> (repository, commit) of each input on the Hub. Raises the Hub's error for one that is missing."""
+    found = {}
+    for name, value in _list_inputs(s):
+        pinned = s.reads[name]
+        revision = getattr(s, pinned) if pinned else None
+        repository = re.split("[#:]", value)[0]  # a folder in it, or a split of it
+        if repository.count("/") == 1 and not Path(value).expanduser().exists():
+            found[name] = repository, _find_commit(hub, name, repository, revision)
+    return found
+
+
+def with_commits(resolved: Resolved[Any], commits: dict[str, tuple[str, str]]) -> Resolved[Any]:
+    """The settings with these commits as the revisions of inputs that were given without one.
+
+    Training records its own at its first start, and a later attempt goes on with those.
+    """
+    s = resolved.settings
+    if s.resumable:
+        return resolved
+    # a name from a preset may give way to another, such as the base that an adapter was trained on
+    given = {name: found for name, found in commits.items() if not _is_default(resolved.origins[name].source)}
+    pins = {s.reads[name]: commit for name, (_, commit) in given.items() if s.reads[name]}
+    pins = {setting: commit for setting, commit in pins.items() if getattr(s, setting) is None}
+    origins = {setting: Origin("submission", setting) for setting in pins}
+    return replace(resolved, settings=s.model_copy(update=pins), origins=resolved.origins | origins)
+
+
+def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Check that the Job's repository is accessible and private, with GET requests only; describe it and the inputs.
+
+    Raises PublicRepoError, or the Hub's error.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     s, api = resolved.settings, hub.api
-    account = hub.retry("checking the token", api.whoami)
-    checks = {"account": account["name"], "token": account["auth"].get("accessToken", {}).get("role", "unknown")}
-    for name, value in _list_inputs(s):
-        pinned = s.reads[name]
-        revision = getattr(s, pinned) if pinned else None
-        value = re.split("[#:]", value)[0]  # a folder in it, or a split of it
-        if value.count("/") == 1:
-            checks[name] = f"{value}@{_find_commit(hub, name, value, revision)[:8]}"
+    checks = {name: f"{repository}@{commit[:8]}" for name, (repository, commit) in commits.items()}
     repo, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")
     try:
         private = hub.retry(repo, lambda: api.repo_info(repo, repo_type=kind)).private
@@ -166,21 +249,47 @@ def _find_commit(hub: Hub, setting: str, name: str, revision: str | None) -> str
         return str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
 
 
+def submit_job(hub: Hub, job: Job, console: Console) -> Any:
+    """Submit a Job once. Raises UsageError if the account may not, RunError for another answer of the Hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:  # not retried: if the reply is lost, a retry would start a second Job
+        submitted = hub.api.run_job(**vars(job))
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = first_line(error)[:160]
+        if status == 402:
+            raise UsageError(
+                what="The Hub did not accept the Job: it has to be paid first.",
+                why=reason,
+                fix=f"Add credits to the account {job.namespace}, or give another --namespace.",
+            ) from error
+        if status in (401, 403):
+            raise UsageError(
+                what=f"The token may not run Jobs in {job.namespace}.",
+                why=reason,
+                fix="Use a token with the permission to run Jobs, or give another --namespace.",
+            ) from error
+        if status == 429:
+            raise Resumable(
+                what="The Hub did not accept the Job: too many requests, or too many Jobs.",
+                why=reason,
+                fix="Run the same command later.",
+            ) from error
+        raise
+    console.say(f"job {submitted.id} on {job.flavor}, at most {job.timeout}: {submitted.url}")
+    return submitted
+
+
 def run_job(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console) -> dict[str, Any]:
     """Submit the Job and follow its log; a `resumable` Job that stops early is resubmitted, up to `attempts` times.
 
     Returns {job, url, stage, attempts}. Raises PhoqueError with 75 if the Job can be resumed, 1 or 2 if it failed for
-    good, and 130 at Ctrl-C, which leaves the Job running.
+    good, and NotFollowed, with 130 at Ctrl-C, which leaves the Job running.
     """
     for attempt in range(1, attempts + 1):
-        submitted = hub.api.run_job(**vars(job))  # not retried: if the reply is lost, a retry would start a second Job
-        console.say(f"job {submitted.id} on {job.flavor}, at most {job.timeout}: {submitted.url}")
-        try:
-            message, stage = _follow_log(hub, submitted.id, console)
-        except KeyboardInterrupt:
-            raise _not_followed_error(submitted.id, "", INTERRUPTED) from None
-        except Exception as error:  # reading the log failed; the Job is still running
-            raise _not_followed_error(submitted.id, f"{describe_error(error)}. ", RESUMABLE) from error
+        submitted = submit_job(hub, job, console)
+        message, stage = follow_job(hub, submitted.id, job.namespace, console)
         if stage == "COMPLETED":
             return {"job": submitted.id, "url": submitted.url, "stage": stage, "attempts": attempt}
         code = parse_exit_code(message)
@@ -199,21 +308,38 @@ def run_job(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console
     )
 
 
-def _not_followed_error(job_id: str, why: str, code: int) -> PhoqueError:
-    return PhoqueError(
+class NotFollowed(PhoqueError):
+    """A Job is still running, and its log is no longer read."""
+
+
+def follow_job(hub: Hub, job_id: str, namespace: str, console: Console) -> tuple[str, str]:
+    """Print a Job's log until the Job has ended; return its final message and stage.
+
+    Raises NotFollowed at Ctrl-C, and if the log can no longer be read.
+    """
+    try:
+        return _follow_log(hub, job_id, namespace, console)
+    except KeyboardInterrupt:
+        raise _not_followed_error(job_id, "", INTERRUPTED) from None
+    except Exception as error:  # reading the log failed; the Job is still running
+        raise _not_followed_error(job_id, f"{describe_error(error)}. ", RESUMABLE) from error
+
+
+def _not_followed_error(job_id: str, why: str, code: int) -> NotFollowed:
+    return NotFollowed(
         what=f"Job {job_id} is no longer followed; it keeps running.",
-        why=f"{why}To follow it: hf jobs logs --follow {job_id}",
-        fix=f"To stop it: hf jobs cancel {job_id}",
+        why=f"{why}To follow it: phoque jobs follow {job_id}",
+        fix=f"To stop it: phoque jobs cancel {job_id}",
         code=code,
     )
 
 
-def _follow_log(hub: Hub, number: str, console: Console) -> tuple[str, str]:
-    """Print the log until the Job has ended; return its final message and stage."""
+def _follow_log(hub: Hub, number: str, namespace: str, console: Console) -> tuple[str, str]:
     seen = 0
     while True:
         try:
-            for line_number, line in enumerate(hub.api.fetch_job_logs(job_id=number, follow=True)):
+            lines = hub.api.fetch_job_logs(job_id=number, namespace=namespace, follow=True)
+            for line_number, line in enumerate(lines):
                 if line_number >= seen:  # a stream that is reopened starts at the first line
                     console.say(line)
                     seen += 1
@@ -221,10 +347,16 @@ def _follow_log(hub: Hub, number: str, console: Console) -> tuple[str, str]:
             if not is_transient(error):
                 raise
             console.say(f"reading the log failed: {describe_error(error)}; reconnecting")
-        status = hub.retry("reading the Job's status", lambda: hub.api.inspect_job(job_id=number)).status
-        if str(getattr(status.stage, "value", status.stage)) in FINAL_STAGES:
-            return status.message or "", str(getattr(status.stage, "value", status.stage))
+        inspect = lambda: hub.api.inspect_job(job_id=number, namespace=namespace)
+        status = hub.retry("reading the Job's status", inspect).status
+        if stage_of(status) in FINAL_STAGES:
+            return status.message or "", stage_of(status)
         time.sleep(1.0)
+
+
+def stage_of(status: Any) -> str:
+    """The stage of a Job's status as text."""
+    return str(getattr(status.stage, "value", status.stage))
 
 
 def parse_exit_code(message: str) -> int | None:

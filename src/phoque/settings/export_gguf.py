@@ -7,6 +7,7 @@ from pydantic import field_validator, model_validator
 
 from phoque.settings.export import ModelExportSettings
 from phoque.settings.fields import setting
+from phoque.settings.job import JOB_GROUP
 
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 LORA_DTYPES = ("f32", "f16", "bf16")
@@ -22,7 +23,7 @@ class GgufSettings(ModelExportSettings):
         "Export": "dtype lora importance accuracy verify_strict install",
         "Output": "output_dir system",
         "Hub": "push_repo_id public hub_patience",
-        "Job": "on timeout attempts package",
+        "Job": JOB_GROUP,
     }
 
     output_dir: Path | None = setting(

@@ -7,6 +7,7 @@ from pydantic import field_validator, model_validator
 
 from phoque.settings.export import ModelExportSettings
 from phoque.settings.fields import setting
+from phoque.settings.job import JOB_GROUP
 
 PRECISIONS = ("fp32", "fp16", "q8", "q4", "q4f16", "int8")
 
@@ -21,7 +22,7 @@ class ExportSettings(ModelExportSettings):
         "Export": "dtype layout engine onnx_export_python fuse largest_kl least_agreement accuracy verify_strict",
         "Output": "output_dir",
         "Hub": "push_repo_id public hub_patience",
-        "Job": "on timeout attempts package",
+        "Job": JOB_GROUP,
     }
 
     output_dir: Path | None = setting(

@@ -1,10 +1,14 @@
 """Settings that commands share which read from the Hub, and those which can run as an HF Job."""
 
+import re
 from typing import ClassVar
+
+from pydantic import field_validator
 
 from phoque.settings.fields import CommandSettings, setting
 
 REPO = r"^[\w.-]+/[\w.-]+$"
+JOB_GROUP = "on timeout attempts namespace job_name labels detach keep_inputs package"
 DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 
 
@@ -35,7 +39,7 @@ class JobSettings(HubSettings):
 
     groups: ClassVar = {
         "Hub": "public hub_patience",
-        "Job": "on timeout attempts package",
+        "Job": JOB_GROUP,
     }
 
     public: bool = setting(
@@ -57,11 +61,35 @@ class JobSettings(HubSettings):
         "the newest checkpoint on the Hub.",
         ge=1,
     )
+    namespace: str | None = setting(
+        None, "Run the Job in this user's or organization's namespace. Without it, in yours."
+    )
+    job_name: str | None = setting(
+        None, "Give the Job this name. Without it, phoque and the command.", flag="name", pattern=r"^[\w.-]+$"
+    )
+    labels: list[str] = setting([], "Label the Job: KEY=VALUE. Repeat the flag for more labels.", flag="label")
+    detach: bool = setting(
+        False,
+        "Submit the Job and return. The Hub itself makes further --attempts; `phoque jobs` shows and follows it.",
+    )
+    keep_inputs: bool = setting(
+        False,
+        "Keep the local files that the Job was given in their private bucket. Otherwise they are deleted when it has "
+        "ended.",
+    )
     package: str | None = setting(
         None,
         "Install phoque in the Job from this pip requirement. Without it, the Job installs the version "
         "that submits it.",
     )
+
+    @field_validator("labels")
+    @classmethod
+    def _are_pairs(cls, labels: list[str]) -> list[str]:
+        for label in labels:
+            if not re.fullmatch(r"[\w.-]+=[\w.-]*", label):
+                raise ValueError(f"{label!r} is not KEY=VALUE, of letters, digits, and . _ -")
+        return labels
 
     @property
     def needed_extra(self) -> str:

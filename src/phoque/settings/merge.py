@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from phoque.settings.fields import setting
-from phoque.settings.job import REPO, JobSettings
+from phoque.settings.job import JOB_GROUP, REPO, JobSettings
 
 
 class MergeSettings(JobSettings):
@@ -16,7 +16,7 @@ class MergeSettings(JobSettings):
         "Model": "preset adapter_source adapter_revision base_model revision",
         "Output": "output_dir dtype proof",
         "Hub": "push_repo_id public hub_patience",
-        "Job": "on timeout attempts package",
+        "Job": JOB_GROUP,
     }
 
     preset: str = setting(

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from phoque.settings.fields import setting
+from phoque.settings.job import JOB_GROUP
 from phoque.settings.probe import ProbeSettings
 
 NUMBERS = r"^\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*\s*$"
@@ -33,7 +34,7 @@ class PsmSettings(ProbeSettings):
         "Output": "output_dir",
         "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
         "public hub_patience",
-        "Job": "on timeout attempts package",
+        "Job": JOB_GROUP,
     }
 
     preset: str = setting(

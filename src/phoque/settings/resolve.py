@@ -26,6 +26,7 @@ from phoque.settings.fields import (
     env_names,
     flag_names,
 )
+from phoque.settings.jobs import JobsSettings
 from phoque.settings.merge import MergeSettings
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
@@ -44,6 +45,7 @@ MODELS = (
     GgufSettings,
     VerifyGgufSettings,
     ChatSettings,
+    JobsSettings,
     PsmSettings,
     SaeSettings,
 )

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from phoque.settings.fields import setting
-from phoque.settings.job import REPO, JobSettings
+from phoque.settings.job import JOB_GROUP, REPO, JobSettings
 
 
 class TrainSettings(JobSettings):
@@ -24,7 +24,7 @@ class TrainSettings(JobSettings):
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
         "export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
         "Hub": "hub_model_id merged_hub_model_id squash_history public hub_patience",
-        "Job": "on timeout attempts package",
+        "Job": JOB_GROUP,
     }
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
 

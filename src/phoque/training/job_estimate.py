@@ -1,0 +1,103 @@
+"""What a training Job will take: minutes, dollars and GPU memory, before it is submitted.
+
+A step of LoRA training multiplies each frozen weight twice, forward and backward, so the seconds of a token grow with
+the parameters; attention, the adapter and the head add about as much for every model. Both numbers were fitted to the
+speeds that docs/benchmarks.md has of six models on an H100 and an H200, which they give within 15%. Other GPUs are
+taken to be slower in proportion to what a large matrix product reaches on them; that was not measured.
+"""
+
+from dataclasses import dataclass
+
+from phoque.errors import UsageError
+from phoque.hub.flavors import Flavor
+from phoque.models.lora import LoraOptions
+from phoque.services import Services
+from phoque.settings.fields import Resolved
+from phoque.settings.train import TrainSettings
+from phoque.training.dry_run import count_parameters, estimate_memory
+from phoque.training.prepare import lora_options, prepare, with_steps
+
+# dense bf16 TFLOP/s (T4: fp16) that a large matrix product reaches, by what the Hub calls the GPU
+TFLOPS = {"T4": 40, "L4": 75, "A10G": 65, "A100": 250, "L40S": 250, "H100": 790, "H200": 790, "RTX PRO 6000": 350}
+MEASURED_TFLOPS = 790
+SECONDS_PER_TOKEN = 10.2e-6  # on the measured cards, in rows of about 2,100 tokens, for a model without parameters
+SECONDS_PER_TOKEN_AND_BILLION = 7.15e-6  # and for each billion parameters beside the embeddings
+TIME_FACTOR = {"nf4": 1.0, "bf16": 1.0, "fp8": 0.81, "fp32": 8.0}  # relative to NF4
+RECOMPUTING = 0.55  # more time if all layers are recomputed
+START_MINUTES = 4.0  # installing phoque and torch, downloading and loading a 3B model
+
+
+@dataclass(frozen=True)
+class JobEstimate:
+    """The expected minutes of a Job, of which `training_minutes` train; None if the GPU's speed is not known.
+
+    `memory_gb` is the estimate of a run in which no layer is recomputed, `least_memory_gb` with all of them recomputed.
+    """
+
+    tokens: int
+    training_minutes: float | None
+    memory_gb: float
+    least_memory_gb: float
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes from the start of the container to its end."""
+        return None if self.training_minutes is None else START_MINUTES + self.training_minutes
+
+    def describe(self, flavor: Flavor) -> dict[str, str]:
+        """Facts for a dry run."""
+        facts = {
+            "GPU memory": f"about {self.memory_gb:.1f} GB of {flavor.gpu_memory_gb:g} GB"
+            + (", so layers are recomputed" if self.memory_gb > flavor.gpu_memory_gb else "")
+        }
+        if self.minutes is None:
+            return facts | {"time": f"not known for {flavor.gpu_model or 'a CPU'}"}
+        dollars = self.minutes / 60 * flavor.dollars_per_hour
+        return facts | {
+            "time": f"about {self.minutes:.0f} minutes for {self.tokens / 1e6:,.2f} M tokens, "
+            f"{START_MINUTES:.0f} of them to start",
+            "cost": f"about ${dollars:.2f}",
+        }
+
+
+def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: Flavor) -> JobEstimate:
+    """Read config and data here, and estimate the Job from them.
+
+    Raises UsageError for data that cannot be trained on, and for a model that does not fit the card in any way.
+    """
+    ready = prepare(resolved, services, weights=False)
+    s = with_steps(resolved, ready.scan).settings
+    options: LoraOptions = lora_options(s, ready)
+    counts = count_parameters(ready.config, options)
+    memory = _without_libraries(estimate_memory(ready, s, counts))
+    frugal = s.model_copy(update={"gradient_checkpointing": True})
+    least = _without_libraries(estimate_memory(ready, frugal, counts))
+    if flavor.gpus and least > flavor.gpu_memory_gb:
+        raise UsageError(
+            what=f"The run does not fit {flavor.name}.",
+            why=f"It needs {least:.0f} GB even with all layers recomputed, and a card has {flavor.gpu_memory_gb:g} GB.",
+            fix="Choose a larger flavor, --quantization nf4, --micro-batch or a lower --max-length.",
+        )
+    tokens = round(s.max_steps * s.batch_size * ready.scan.mean_length)
+    minutes = None
+    if limit := TFLOPS.get(_generation(flavor.gpu_model)):
+        billions = (counts["base"] - counts["embedding"]) / 1e9
+        recomputed = min(1.0, max(0.0, memory - flavor.gpu_memory_gb) / max(1e-9, memory - least))
+        per_token = estimate_seconds_per_token(billions, s.quantization, limit) * (1 + RECOMPUTING * recomputed)
+        minutes = tokens * per_token / 60
+    return JobEstimate(tokens, minutes, memory, least)
+
+
+def estimate_seconds_per_token(billions: float, quantization: str, tflops: float) -> float:
+    """Seconds that a trained token takes for a model of so many parameters beside its embeddings, on such a GPU."""
+    seconds = SECONDS_PER_TOKEN + SECONDS_PER_TOKEN_AND_BILLION * billions
+    return seconds * TIME_FACTOR[quantization] * MEASURED_TFLOPS / tflops
+
+
+def _without_libraries(memory: dict[str, float]) -> float:
+    return sum(value for name, value in memory.items() if name not in ("sum", "libraries"))
+
+
+def _generation(model: str) -> str:
+    """The key of TFLOPS for a name such as `Nvidia A100 - large`: the longest one that it contains."""
+    return max((name for name in TFLOPS if name in model), key=len, default="")
