@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "src")]
+sys.path.append(str(Path(__file__).parent))  # last: it has a gguf.py and an onnx.py
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,

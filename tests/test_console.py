@@ -88,7 +88,7 @@ def test_a_terminal_shows_a_spinner_with_seconds_and_clears_it(monkeypatch):
     monkeypatch.setattr(heartbeat, "SPINNER_AFTER_S", 0.05)
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w", encoding="utf-8") as terminal:
-        beat = Heartbeat("reading rows.jsonl", terminal, lambda line: pytest.fail("a line on a terminal"))
+        beat = Heartbeat("reading rows.jsonl", terminal)
         time.sleep(0.4)
         beat.stop()
         shown = os.read(leader, 4096).decode()

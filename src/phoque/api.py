@@ -5,9 +5,10 @@ a console that shows progress on stderr. With `dry_run=True` it returns a DryRun
 it can be. Errors are PhoqueError: UsageError for wrong settings, RunError for a failure, Resumable for a stop.
 """
 
-import gc
 import sys
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from phoque.console import Console
 from phoque.console import console as stderr_console
@@ -38,8 +39,25 @@ if TYPE_CHECKING:
     from phoque.training.finish import TrainResult
 
 S = TypeVar("S", bound=CommandSettings)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _ends_its_stage(function: Callable[P, R]) -> Callable[P, R]:
+    """Let no stage that the function began be shown after it, also if it raises."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            console: Any = kwargs.get("console", stderr_console)
+            console.end_stage()
+
+    return run
+
+
+@_ends_its_stage
 def train(
     settings: "TrainSettings | Resolved[TrainSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "TrainResult | DryRun":
@@ -52,10 +70,10 @@ def train(
     from phoque.settings.environment import deadline, submission
     from phoque.training.run import train
 
-    gc.freeze()  # what was imported stays: accelerate collects garbage before and after training, a second each time
     return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
 
 
+@_ends_its_stage
 def merge(
     settings: "MergeSettings | Resolved[MergeSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "MergeResult | DryRun":
@@ -66,6 +84,7 @@ def merge(
     return merge(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def chat(
     settings: "ChatSettings | Resolved[ChatSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "ChatResult | DryRun":
@@ -76,6 +95,7 @@ def chat(
     return answer_prompts(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def export_onnx(
     settings: "ExportSettings | Resolved[ExportSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "ExportResult | DryRun":
@@ -86,6 +106,7 @@ def export_onnx(
     return export_model(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def verify_onnx(
     settings: "VerifySettings | Resolved[VerifySettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "VerifyResult | DryRun":
@@ -96,6 +117,7 @@ def verify_onnx(
     return verify_export(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def export_gguf(
     settings: "GgufSettings | Resolved[GgufSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "GgufResult | DryRun":
@@ -106,6 +128,7 @@ def export_gguf(
     return export_gguf(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def verify_gguf(
     settings: "VerifyGgufSettings | Resolved[VerifyGgufSettings]",
     *,
@@ -119,6 +142,7 @@ def verify_gguf(
     return verify_gguf(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def psm_probe(
     settings: "PsmSettings | Resolved[PsmSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "ProbeRunResult | DryRun":
@@ -129,6 +153,7 @@ def psm_probe(
     return run_probe(resolved, services, dry_run=dry_run)
 
 
+@_ends_its_stage
 def compare_sae(
     settings: "SaeSettings | Resolved[SaeSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "CompareResult | DryRun":

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -31,6 +32,7 @@ class Console:
         self._out: Any = sys.stdout
         self._live: Any = None
         self._heartbeat: Heartbeat | None = None
+        self._lock = threading.RLock()  # a signal handler may print while its thread holds it
         self._secrets: list[str] = []
 
     def configure(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
@@ -64,17 +66,20 @@ class Console:
         if not self.quiet and not self._live:
             self._beat(text)
 
-    def _beat(self, text: str) -> None:
-        cleaned = self._clean(text)
-        if self._heartbeat:
-            self._heartbeat.restart(cleaned)
-            return
-        self._heartbeat = Heartbeat(cleaned, sys.stderr, lambda line: print(line, file=sys.stderr, flush=True))
-
-    def _end_stage(self) -> None:
-        heartbeat, self._heartbeat = self._heartbeat, None
+    def end_stage(self) -> None:
+        """Show no longer that the last stage goes on."""
+        with self._lock:
+            heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat:
             heartbeat.stop()
+
+    def _beat(self, text: str) -> None:
+        cleaned = self._clean(text)
+        with self._lock:  # the thread that pushes checkpoints reports too
+            if self._heartbeat:
+                self._heartbeat.restart(cleaned)
+            else:
+                self._heartbeat = Heartbeat(cleaned, sys.stderr)
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr, even with --quiet."""
@@ -87,7 +92,7 @@ class Console:
 
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
-        self._end_stage()
+        self.end_stage()
         if self.json:
             is_utf8 = "utf" in (self._out.encoding or "").lower()
             text = self._hide_secrets(json.dumps(data, ensure_ascii=not is_utf8, default=str))
@@ -105,13 +110,13 @@ class Console:
 
     def write(self, text: str) -> None:
         """Write a piece of a result to stdout as it is made, without a line end."""
-        self._end_stage()
+        self.end_stage()
         with _without_reader(self._out):
             print(self._clean(text), end="", file=self._out, flush=True)
 
     def ask(self, prompt: str) -> str | None:
         """Read a line that the user types, with editing keys on a terminal; None at the end of the input."""
-        self._end_stage()
+        self.end_stage()
         if not sys.stdin.isatty():
             line = sys.stdin.readline()
             return line.rstrip("\n") if line else None
@@ -131,14 +136,14 @@ class Console:
 
     def confirm(self, question: str) -> bool:
         """Ask a yes/no question on the terminal and return the answer; the default is no."""
-        self._end_stage()
+        self.end_stage()
         print(f"{self._clean(question)} [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Generator[Callable[[int, str], None]]:
         """Yield `update(done, text)`, which shows a bar on a terminal, else a line every LOG_EVERY_S seconds."""
-        self._end_stage()
+        self.end_stage()
         if self.quiet:
             yield lambda done, text: None
         elif sys.stderr.isatty():
@@ -150,7 +155,7 @@ class Console:
                 yield lines.update
             finally:
                 lines.flush()
-                self._end_stage()
+                self.end_stage()
 
     @contextmanager
     def _progress_bar(self, total: int, done: int) -> Generator[Callable[[int, str], None]]:
@@ -193,7 +198,7 @@ class Console:
         return self._live or _make_rich(stderr=True, soft_wrap=True)
 
     def _print_stderr(self, text: str, style: str | None = None) -> None:
-        self._end_stage()
+        self.end_stage()
         with _without_reader(sys.stderr):
             if self._live or sys.stderr.isatty():
                 self._rich_console().print(text, style=style, markup=False)

@@ -3,7 +3,6 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from typing import TextIO
 
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -16,11 +15,11 @@ POLL_S = 0.5
 class Heartbeat:
     """Runs from its creation to `stop`, in a thread of its own.
 
-    On a terminal a spinner shows `text` below the last line. Elsewhere `write` gets a line with the seconds.
+    On a terminal a spinner shows `text` below the last line. Elsewhere a line with the seconds is written.
     """
 
-    def __init__(self, text: str, stream: TextIO, write: Callable[[str], None]) -> None:
-        self._text, self._stream, self._write = text, stream, write
+    def __init__(self, text: str, stream: TextIO) -> None:
+        self._text, self._stream = text, stream
         self._start, self._wait, self._ended = time.monotonic(), FIRST_LINE_S, threading.Event()
         run = self._spin if stream.isatty() else self._write_lines
         self._thread = threading.Thread(target=run, daemon=True, name="heartbeat")
@@ -50,14 +49,16 @@ class Heartbeat:
 
     def _write_lines(self) -> None:
         while not self._ended.wait(POLL_S):
-            seconds = time.monotonic() - self._start
-            if seconds >= self._wait:
-                self._write(f"  {self._text}: {seconds:.0f} s")
-                self._wait = seconds + min(MOST_S, seconds)
+            start, wait = self._start, self._wait
+            seconds = time.monotonic() - start
+            if seconds >= wait:
+                self._put(f"  {self._text}: {seconds:.0f} s\n")
+                if self._start == start:  # restart may have been called meanwhile
+                    self._wait = seconds + min(MOST_S, seconds)
 
     def _put(self, text: str) -> None:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # the terminal is closed
+        except (OSError, ValueError):  # nobody reads it any more
             self._ended.set()

@@ -68,6 +68,7 @@ class NpmClient:
             command += ["--omit=optional", "--ignore-scripts"]
         environment = _environment(**INSTALL_ENV)  # packages may run scripts of their own
         process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        console.end_stage()
         if process.returncode:
             raise RunError(
                 what=f"{self.name} cannot be installed.",

@@ -300,11 +300,11 @@ class _Handler(BaseHTTPRequestHandler):
         if steps == ["hardware"]:
             return self._json(list_hardware())
         jobs, number = self.hub.jobs, steps[1] if len(steps) > 1 else ""
-        if number and number not in jobs.jobs:
+        if number and jobs.jobs.get(number, {}).get("namespace") != steps[0]:
             raise Refused(404, "", "no such job")
         if len(steps) == 1 and self.command == "GET":
-            labels = parse_qs(urlsplit(self.path).query).get("label", [])
-            return self._json(jobs.listed(steps[0], labels))
+            asked = parse_qs(urlsplit(self.path).query)
+            return self._json(jobs.listed(steps[0], asked.get("label", []), asked.get("stage", [])))
         if len(steps) == 1:
             return self._json(jobs.submit(steps[0], json.loads(body)))
         if steps[2:] == ["duplicate"]:

@@ -100,16 +100,19 @@ class Jobs:
             "volumes": spec.get("volumes"),
             "dockerImage": spec.get("dockerImage"),
             "status": {"stage": job["stage"], "message": job["message"]},
+            "finishedAt": f"{job['finished']:%Y-%m-%dT%H:%M:%S.%f}Z" if "finished" in job else None,
             "durations": {"schedulingSecs": 1, "runningSecs": 90, "totalSecs": 91},
         }
 
-    def listed(self, namespace: str, labels: list[str]) -> list[dict[str, Any]]:
-        """The jobs of a namespace that have all of the labels, each key=value."""
+    def listed(self, namespace: str, labels: list[str], stages: list[str]) -> list[dict[str, Any]]:
+        """The jobs of a namespace with all of the labels, each key=value, in one of the stages, if any are given."""
         wanted = dict(label.split("=", 1) for label in labels)
         return [
             self.shown(number)
             for number, job in self.jobs.items()
-            if job["namespace"] == namespace and wanted.items() <= (job["spec"].get("labels") or {}).items()
+            if job["namespace"] == namespace
+            and (not stages or job["stage"] in stages)
+            and wanted.items() <= (job["spec"].get("labels") or {}).items()
         ]
 
     def duplicate(self, number: str) -> dict[str, Any]:
@@ -142,6 +145,7 @@ class Jobs:
             job["codes"].append(process.poll())
             if process.poll() == 0 or job["stage"] == "CANCELED":
                 break
+        job["finished"] = datetime.now(UTC)
         if job["stage"] == "RUNNING":
             job["stage"], job["message"] = ("COMPLETED", None) if job["codes"][-1] == 0 else ("ERROR", message)
 

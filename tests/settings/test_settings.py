@@ -1,5 +1,6 @@
 """Flag > environment > .env.secrets > preset > default, with provenance; secrets stay secret."""
 
+import json
 import re
 from pathlib import Path
 
@@ -292,3 +293,47 @@ def test_the_record_of_a_training_run_is_not_read_by_another_command(tmp_path):
     file = config_of(tmp_path, '{"settings": {"seed": {"value": 1, "source": "flag"}}, "fingerprint": {}}', "run.json")
     with pytest.raises(PhoqueError, match="training run"):
         resolve_settings(MergeSettings, {}, {}, config=file)
+
+
+RECORD = {
+    "settings": {
+        "dataset": {"value": "harbour/gulls", "source": "flag"},
+        "dataset_revision": {"value": "main", "source": "flag"},
+        "lora_rank": {"value": 4, "source": "preset demo"},
+        "seed": {"value": 9, "source": "default"},
+        "output_dir": {"value": "runs/one", "source": "flag"},
+    },
+    "fingerprint": {"dataset_revision": "a" * 40, "base_revision": "llm"},
+}
+
+
+def test_a_record_gives_the_commit_and_not_the_branch_and_no_other_dataset_gets_it(tmp_path):
+    file = config_of(tmp_path, json.dumps(RECORD), "run.json")
+    got, _ = settle(config=file)
+    s = got.settings
+    assert (s.dataset, s.dataset_revision, s.lora_rank, s.seed, s.output_dir) == ("harbour/gulls", "a" * 40, 4, 0, None)
+    assert settle({"dataset": "harbour/crabs"}, config=file)[0].settings.dataset_revision is None
+    assert settle({"dataset": "harbour/gulls"}, config=file)[0].settings.dataset_revision == "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"settings": {"max_steps": 5}}'),
+        ("a.json", '{"settings": [1]}'),
+        ("a.toml", "preset = 3"),
+        ("a.toml", 'preset = ["demo"]'),
+        ("a.toml", 'lr-scheduler = "linear"\nlr_scheduler = "cosine"'),
+    ],
+)
+def test_a_malformed_settings_file_is_an_error_of_three_lines(tmp_path, name, text):
+    with pytest.raises(PhoqueError):
+        settle(config=config_of(tmp_path, text, name))
+    null = config_of(tmp_path, '{"settings": {}, "fingerprint": null}', "b.json")
+    assert settle(config=null)[0].settings.seed == 0
+
+
+def test_a_settings_file_takes_what_flags_take(tmp_path):
+    file = config_of(tmp_path, 'lr-scheduler-type = "linear"\nreport-to = "wandb,trackio"\nprompt = "Gulls?"\n')
+    s = settle(config=file)[0].settings
+    assert (s.lr_scheduler, s.report_to, s.prompts) == ("linear", ["wandb", "trackio"], ["Gulls?"])

@@ -111,7 +111,8 @@ def test_the_learning_rate_follows_its_schedule(phoque, asked, kind):
     [
         ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("mlp", {"gate_proj", "up_proj", "down_proj"}),
-        ("q_proj,v_proj", {"q_proj", "v_proj"}),
+        ("q_proj, v_proj,", {"q_proj", "v_proj"}),
+        ("mlp,o_proj", {"gate_proj", "up_proj", "down_proj", "o_proj"}),
         (r".*\.self_attn\.[qo]_proj", {"q_proj", "o_proj"}),
     ],
 )
@@ -150,7 +151,7 @@ def test_a_regular_expression_may_choose_layers(phoque, asked, tiny_llama):
     ("wanted", "words"),
     [
         ("q_prj", "matches no linear layer"),
-        ("q_proj,", "matches no linear layer"),
+        (",", "matches no linear layer"),
         ("(", "no regular expression"),
         (".*", "model.embed_tokens"),
         ("lm_head", "lm_head"),
@@ -323,3 +324,47 @@ def test_a_broken_trackio_stops_nothing(phoque, asked, database, broken):
     breaks = f"import trackio\ndef fail(*a, **k): raise ConnectionError('the tide took it')\n{broken} = fail"
     ran = phoque(*asked, "--report-to", "trackio", "--max-steps", 2, prelude=breaks)
     assert "Trackio: the tide took it; the run continues without it" in ran.err and Path("run/adapter").is_dir()
+
+
+def test_new_rows_are_no_other_command_though_epochs_take_more_steps(phoque, start, asked, rows):
+    asked = [*asked, "--epochs", 40, "--save-steps", 3, "--fresh-start"]
+    running = start(*asked, env=QUIET, prelude=slowly(0.05))
+    running.until(lambda: Path("run/checkpoint-3").exists())
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.ended().code == 75
+    kept = sorted(path.name for path in Path("run").glob("checkpoint-*"))
+    with rows.open("a") as f:
+        f.writelines(json.dumps(row(n)) + "\n" for n in range(200, 240))
+    error = phoque(*asked, env=QUIET, expect=2).error
+    assert "a different run" in error[0] and sorted(path.name for path in Path("run").glob("checkpoint-*")) == kept
+
+
+def test_a_run_that_is_repeated_keeps_the_limit_of_its_steps(phoque, asked):
+    phoque(*asked, "--max-steps", 4, "--epochs", 9, env=QUIET)
+    plan = phoque("train", "--config", "run/run.json", "--output-dir", "again", "--dry-run", "--json", env=QUIET).json
+    assert plan["facts"]["length"].startswith("4 steps") and plan["settings"]["max_steps"]["value"] == 4
+
+
+def test_a_stop_at_a_measurement_does_not_lose_it(phoque, start, overfit):
+    asked = [*overfit, "--keep-best", "--early-stop", 3]
+    running = start(*asked, env=QUIET, prelude=slowly(0.15))
+    running.until(lambda: Path("run/metrics.jsonl").exists() and max((m["step"] for m in metrics()), default=0) >= 7)
+    os.kill(running.pid, signal.SIGTERM)  # it stops after step 8, which is measured
+    assert running.ended().code == 75
+    stopped = max(int(path.name.split("-")[1]) for path in Path("run").glob("checkpoint-*"))
+    ran = phoque(*asked, "--json", env=QUIET)
+    after = measured()
+    whole = [word if word != "run" else "whole" for word in asked]
+    alone = phoque(*whole, "--json", env=QUIET)
+    assert after == pytest.approx(measured("whole")) and stopped in (7, 8, 9)
+    assert ran.json["adapter_step"] == alone.json["adapter_step"] and ran.json["steps"] == alone.json["steps"]
+    assert equal(weights("run/adapter"), weights("whole/adapter"))
+
+
+def test_losses_on_other_held_out_rows_are_not_compared(phoque, overfit):
+    phoque(*overfit, "--keep-best", "--max-steps", 8, env=QUIET)
+    lines = Path("data/test.jsonl").read_text().replace("a tide", "g g g g")
+    Path("data/test.jsonl").write_text(lines)
+    allowed = "max_steps,dataset_digest,dataset_revision,held_out_rows"
+    ran = phoque(*overfit, "--keep-best", "--max-steps", 16, "--allow-change", allowed, "--json", env=QUIET)
+    assert ran.json["adapter_step"] > 8

@@ -49,7 +49,7 @@ class _Draft:
     """An answer in the making; `show` is called with each new piece of its text. `reason` is set when it has ended."""
 
     def __init__(
-        self, model: ChatModel, sampling: Sampling, number: int, show: Callable[[str], None] = lambda piece: None
+        self, model: ChatModel, sampling: Sampling, number: int, show: Callable[[str], None] | None = None
     ) -> None:
         self._model, self._sampler, self._limit, self._show = model, Sampler(sampling, number), sampling.tokens, show
         self._ids: list[int] = []
@@ -65,7 +65,8 @@ class _Draft:
             self.reason = "stop"
             return None
         self._ids.append(token)
-        self._show_text(self._model.decode(self._ids))
+        if self._show:
+            self._show_text(self._model.decode(self._ids), self._show)
         if len(self._ids) == self._limit:
             self.reason = "length"
             return None
@@ -74,13 +75,13 @@ class _Draft:
     def end(self, reason: str) -> Answer:
         """The answer as it stands; `reason` is why it ends if it has not ended by itself."""
         text = self._model.decode(self._ids) if self._ids else ""
-        if text != self._shown and reason != "stopped":
+        if self._show and text != self._shown and reason != "stopped":
             self._show(text[len(self._shown) :])
         return Answer(text, len(self._ids), self.reason or reason, self._first_s, self._seconds)
 
-    def _show_text(self, text: str) -> None:
+    def _show_text(self, text: str, show: Callable[[str], None]) -> None:
         if not text.endswith(INCOMPLETE):
-            self._show(text[len(self._shown) :])
+            show(text[len(self._shown) :])
             self._shown = text
 
 
@@ -120,12 +121,20 @@ def generate_answers(
     prompts = [model.encode(messages) for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     answers: dict[int, Answer] = {}
+    tokens_at_once = model.tokens_at_once
     while order:
         longest = len(prompts[order[0]]) + sampling.tokens
-        batch_size = max(1, model.tokens_at_once // longest)
-        batch, order = order[:batch_size], order[batch_size:]
+        batch_size = max(1, tokens_at_once // longest)
+        batch = order[:batch_size]
         drafts = [_Draft(model, sampling, number) for number in batch]
-        _write(model, [prompts[number] for number in batch], drafts, sampling.tokens)
+        try:
+            _write(model, [prompts[number] for number in batch], drafts, sampling.tokens)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError" or len(batch) == 1:
+                raise
+            tokens_at_once = len(batch) * longest // 2  # a GPU with less memory than the limit assumes
+            continue
+        order = order[batch_size:]
         answers |= {number: draft.end("length") for number, draft in zip(batch, drafts, strict=True)}
         show(len(answers))
     return [answers[number] for number in range(len(prompts))]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from phoque.cli import options
 from phoque.console import console
-from phoque.errors import PhoqueError, RunError, UsageError
+from phoque.errors import RunError, UsageError
+from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.job import seconds
@@ -14,8 +15,9 @@ from phoque.settings.jobs import JobsSettings
 
 if TYPE_CHECKING:
     from phoque.hub.client import Hub
-    from phoque.hub.flavors import Flavor
+    from phoque.jobs.flavors import Flavor
 
+WITHOUT_FP8 = ("T4", "A10G", "A100")
 EPILOG = (
     "Examples: `phoque jobs` lists the Jobs that phoque submitted. `phoque jobs follow ID` prints a Job's log until it "
     "ends. `phoque jobs clean` deletes the local files that ended Jobs were given."
@@ -30,9 +32,9 @@ def command(name: str) -> Any:
 def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     """Submit the command as a Job and follow it; with --dry-run, show the Job and send nothing but GET and HEAD."""
     from phoque.hub.client import Hub
-    from phoque.hub.flavors import find_flavor
-    from phoque.hub.job_inputs import JobInputs, find_local_inputs
-    from phoque.hub.jobs import (
+    from phoque.jobs.flavors import find_flavor
+    from phoque.jobs.inputs import JobInputs, find_local_inputs
+    from phoque.jobs.submit import (
         build_job,
         check_job,
         check_local_settings,
@@ -43,16 +45,18 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
 
     s = resolved.settings
     check_local_settings(resolved)
-    inputs = find_local_inputs(s)
+    check_inputs(s)
+    inputs = find_local_inputs(resolved)
     hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
     if s.timeout is None:
         console.warn("without --timeout the Job is stopped after 30m")
     account, role = find_account(hub)
+    flavor = find_flavor(hub, s.on)
+    _check_hardware(s, flavor)
     namespace, submission = s.namespace or account, token_hex(6)
     uploaded = JobInputs(hub, namespace, submission, inputs)
     volumes = uploaded.volumes() if inputs else []
-    flavor = find_flavor(hub, s.on)
-    commits = find_commits(hub, s)
+    commits = find_commits(hub, s, inputs)
     resolved = with_commits(resolved, commits)
     job = build_job(command, resolved, namespace=namespace, submission=submission, inputs=inputs, volumes=volumes)
     checked = {"account": account, "token": role} | check_job(hub, resolved, commits)
@@ -69,30 +73,31 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
         return
     for name, value in facts.items():
         console.say(f"{name}: {value}")
-    if inputs:
-        uploaded.upload(console.stage)
     _submit(hub, job, s, uploaded if inputs else None)
 
 
 def _submit(hub: "Hub", job: Any, s: Any, uploaded: Any) -> None:
-    """Submit, follow unless --detach, and delete the inputs when the Job has ended for good."""
-    from phoque.hub.jobs import NotFollowed, run_job, submit_job
+    """Upload the inputs, submit, follow unless --detach, and delete the inputs when no Job needs them."""
+    from phoque.jobs.submit import NotFollowed, of_namespace, run_job, submit_job
 
+    clean = f"`phoque jobs clean{of_namespace(job.namespace)}` deletes them when the Job has ended"
     try:
+        if uploaded:
+            uploaded.upload(console.stage)
+            console.end_stage()
         if s.detach:
             submitted = submit_job(hub, job, console)
             result: dict[str, Any] = {"job": submitted.id, "url": submitted.url, "stage": "SUBMITTED", "attempts": 0}
-            kept = "`phoque jobs clean` deletes them when the Job has ended"
         else:
-            result, kept = run_job(hub, job, s.attempts, s.resumable, console), ""
-    except NotFollowed:
-        _say_kept(uploaded, "`phoque jobs clean` deletes them when the Job has ended")
+            result = run_job(hub, job, s.attempts, s.resumable, console)
+    except (NotFollowed, KeyboardInterrupt):  # after Ctrl-C during the submission there may be a Job
+        _say_kept(uploaded, clean)
         raise
-    except PhoqueError:
+    except Exception:
         _delete_inputs(uploaded, s.keep_inputs)
         raise
-    if kept:
-        _say_kept(uploaded, kept)
+    if s.detach:
+        _say_kept(uploaded, clean)
     else:
         _delete_inputs(uploaded, s.keep_inputs)
     console.result(result, lambda: _render_result(result), result["url"])
@@ -119,23 +124,36 @@ def _say_kept(uploaded: Any, why: str) -> None:
 def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", timeout: str) -> dict[str, str]:
     """The hardware, its price, the most that the Job can cost, and for training an estimate."""
     s = resolved.settings
-    _check_gpu(s, flavor)
-    hours = seconds(timeout) / 3600
-    most = hours * s.attempts * flavor.dollars_per_hour
-    attempts = f" in {s.attempts} attempts" if s.attempts > 1 else ""
+    count = s.attempts if s.resumable else 1  # other commands are submitted once
+    most = seconds(timeout) / 3600 * count * flavor.dollars_per_hour
+    attempts = f" in {count} attempts" if count > 1 else ""
     facts = {"hardware": flavor.describe(), "at most": f"${most:.2f}, if it runs for {timeout}{attempts}"}
     if command != "train":
         return facts
+    from phoque.jobs.estimate import estimate_job
     from phoque.services import Services
-    from phoque.training.job_estimate import estimate_job
 
     console.stage("reading the data, for an estimate")
-    return facts | estimate_job(resolved, Services.create(resolved, console), flavor).describe(flavor)
+    estimate = estimate_job(resolved, Services.create(resolved, console), flavor)
+    if estimate.minutes is not None and estimate.minutes * 60 > seconds(timeout) * count:
+        console.warn(
+            f"the Job is expected to take {estimate.minutes:.0f} minutes, and its time limit is {timeout}{attempts}: "
+            "raise --timeout or --attempts, or run the command again to go on"
+        )
+    return facts | estimate.describe(flavor)
 
 
-def _check_gpu(s: Any, flavor: "Flavor") -> None:
-    """Raise UsageError for a model in a GPU's precision on a flavor without GPU."""
+def _check_hardware(s: Any, flavor: "Flavor") -> None:
+    """Raise UsageError for a precision that the flavor's hardware does not have; warn of GPUs that stay idle."""
     quantization = getattr(s, "quantization", None)
+    if flavor.gpus > 1:
+        console.warn(f"{flavor.name} has {flavor.gpus} GPUs; phoque uses one of them, and all are paid")
+    if quantization == "fp8" and any(name in flavor.gpu_model for name in WITHOUT_FP8):
+        raise UsageError(
+            what=f"{flavor.name} has no FP8 units.",
+            why=f"--quantization fp8 needs an L4, L40S, H100 or later, and this is an {flavor.gpu_model}.",
+            fix="Choose another flavor, or --quantization nf4.",
+        )
     if quantization in ("nf4", "fp8", "bf16") and not flavor.gpus:
         raise UsageError(
             what=f"{flavor.name} has no GPU.",
@@ -151,8 +169,8 @@ def _render_result(values: dict[str, Any]) -> str:
 def manage(resolved: Resolved[JobsSettings], dry_run: bool) -> None:
     """List the Jobs that phoque submitted; follow, cancel or rerun one; delete the inputs of those that have ended."""
     from phoque.hub.client import Hub
-    from phoque.hub.job_list import cancel_job, clean_inputs, list_jobs, rerun_job
-    from phoque.hub.jobs import find_account, follow_job
+    from phoque.jobs.listing import cancel_job, clean_inputs, inspect_job, list_jobs, rerun_job
+    from phoque.jobs.submit import find_account, follow_job
 
     s = resolved.settings
     if resolved.secrets.hf_token is None:
@@ -171,6 +189,7 @@ def manage(resolved: Resolved[JobsSettings], dry_run: bool) -> None:
     elif dry_run:
         console.result({"action": s.action, "job": s.job}, lambda: f"would {s.action} {s.job}", s.job)
     elif s.action == "follow":
+        inspect_job(hub, s.job, namespace)
         message, stage = follow_job(hub, s.job, namespace, console)
         if stage != "COMPLETED":
             raise RunError(
@@ -198,6 +217,8 @@ def _render_jobs(rows: list[dict[str, Any]]) -> str:
 
 
 def _age(created: str) -> str:
+    if not created:
+        return ""
     passed = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if passed >= length:

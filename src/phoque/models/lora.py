@@ -73,11 +73,10 @@ def find_target_modules(model: Any, wanted: str) -> str | list[str]:
 def _choose_modules(model: Any, linear: list[str], wanted: str) -> list[str]:
     """The linear layers that --target-modules names, in the model's order."""
     last_parts = {name.rpartition(".")[2] for name in linear}
-    names = [part.strip() for part in wanted.split(",")]
-    if wanted in MODULE_KINDS:
-        chosen = [name for name in linear if MODULE_KINDS[wanted].search(name)]
-    elif set(names) <= last_parts:
-        chosen = [name for name in linear if name.rpartition(".")[2] in names]
+    parts = {part.strip() for part in wanted.split(",")} - {""}
+    if parts and parts <= last_parts | MODULE_KINDS.keys():
+        kinds = [MODULE_KINDS[part] for part in parts & MODULE_KINDS.keys()]
+        chosen = [n for n in linear if n.rpartition(".")[2] in parts or any(kind.search(n) for kind in kinds)]
     else:
         try:
             pattern = re.compile(wanted)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import UsageError, first_line, suggest
-from phoque.settings.fields import CommandSettings, Secrets, env_names, flag_names
+from phoque.settings.fields import CommandSettings, Secrets, env_names, flag_names, old_flag_name
 
 # settings of a run.json that say where a run goes and how it was started: a run that repeats it has its own
 NOT_REPEATED = {
@@ -18,13 +18,14 @@ NOT_REPEATED = {
     "fresh_start",
     "yes",
     "allow_change",
+    "squash_history",
     "on",
     "timeout",
     "attempts",
     "package",
 }
-# setting that names a repository -> setting of its revision, and the key of the revision in a run's fingerprint
 COMMIT = r"[0-9a-f]{40}"
+# setting that names a repository -> setting of its revision, and the key of the revision in a run's fingerprint
 REVISIONS = {
     "base_model": ("revision", "base_revision"),
     "dataset": ("dataset_revision", "dataset_revision"),
@@ -38,7 +39,7 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
     that is no setting, and a secret.
     """
     values = _read_values(file)
-    if isinstance(values.get("settings"), dict) and file.suffix == ".json":
+    if file.suffix == ".json" and "settings" in values:
         return _settings_of_run(model, values, file)
     known = {alias: name for name in model.model_fields for alias in _names_of(model, name)}
     found = {}
@@ -56,8 +57,26 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
                 why="No setting of this command has that name.",
                 fix=suggest(plain, known, "`--help` lists every flag."),
             )
-        found[known[plain]] = value
+        name = known[plain]
+        if name in found:
+            raise UsageError(
+                what=f"{file} has {key!r} and another name of the same setting.",
+                why="Only one of the two can be meant.",
+                fix="Delete one.",
+            )
+        is_list = model.model_fields[name].annotation == list[str]
+        found[name] = [value] if is_list and isinstance(value, str) else value
     return found
+
+
+def drop_other_revisions(config: dict[str, Any], overriding: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file without the revisions of repositories that something else replaces."""
+    replaced = [
+        setting
+        for name, (setting, _) in REVISIONS.items()
+        if name in overriding and overriding[name] != config.get(name)
+    ]
+    return {name: value for name, value in config.items() if name not in replaced}
 
 
 def _read_values(file: Path) -> dict[str, Any]:
@@ -87,22 +106,33 @@ def _settings_of_run(model: type[CommandSettings], record: dict[str, Any], file:
             why="This command has other settings.",
             fix="Give a .toml file, or the JSON report of this command.",
         )
+    settings, fingerprint = record["settings"], record.get("fingerprint") or {}
+    if not isinstance(settings, dict) or not all(isinstance(row, dict) for row in settings.values()):
+        raise UsageError(
+            what=f"{file} cannot be read.",
+            why="Its settings are not those of a record: each has a value and a source.",
+            fix="Give a .toml file or a run.json.",
+        )
     repeated = {
         name: row["value"]
-        for name, row in record["settings"].items()
+        for name, row in settings.items()
         if name in model.model_fields
         and name not in NOT_REPEATED
         and row.get("value") is not None
         and row.get("source") not in ("default", "--epochs")
     }
     for name, (setting, key) in REVISIONS.items():
-        revision = record.get("fingerprint", {}).get(key) or ""
+        revision = str(fingerprint.get(key) or "")
         if name in repeated and re.fullmatch(COMMIT, revision):  # files on this machine have hashes of another length
-            repeated.setdefault(setting, revision)
+            repeated[setting] = revision
     return repeated
 
 
 def _names_of(model: type[CommandSettings], name: str) -> set[str]:
     """A setting's name, its flags without dashes, and its variables, in the form that keys are compared in."""
-    flags = {flag.removeprefix("--").replace("-", "_") for flag in flag_names(model, name)}
+    flags = {
+        flag.removeprefix("--").replace("-", "_")
+        for flag in [*flag_names(model, name), old_flag_name(model, name)]
+        if flag
+    }
     return {name, *flags, *(variable.lower() for variable in env_names(model, name))}

@@ -91,7 +91,10 @@ class Secrets(CommandSettings):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from: `source` (flag, environment, .env.secrets, preset, default), and its name there."""
+    """Where a value came from, and its name there.
+
+    `source` is flag, environment, a file (.env.secrets, that of --config), preset, default, or --epochs.
+    """
 
     source: str
     name: str

@@ -9,6 +9,7 @@ from phoque.settings.fields import CommandSettings, setting
 
 REPO = r"^[\w.-]+/[\w.-]+$"
 JOB_GROUP = "on timeout attempts namespace job_name labels detach keep_inputs package"
+OWN_LABELS = ("tool", "command", "submission", "name")
 DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 
 
@@ -65,7 +66,7 @@ class JobSettings(HubSettings):
         None, "Run the Job in this user's or organization's namespace. Without it, in yours."
     )
     job_name: str | None = setting(
-        None, "Give the Job this name. Without it, phoque and the command.", flag="name", pattern=r"^[\w.-]+$"
+        None, "Give the Job this name. Without it, phoque and the command.", flag="name", pattern=r"^[A-Za-z0-9_-]+$"
     )
     labels: list[str] = setting([], "Label the Job: KEY=VALUE. Repeat the flag for more labels.", flag="label")
     detach: bool = setting(
@@ -87,8 +88,10 @@ class JobSettings(HubSettings):
     @classmethod
     def _are_pairs(cls, labels: list[str]) -> list[str]:
         for label in labels:
-            if not re.fullmatch(r"[\w.-]+=[\w.-]*", label):
+            if not re.fullmatch(r"[A-Za-z0-9._-]+=[A-Za-z0-9._-]*", label):
                 raise ValueError(f"{label!r} is not KEY=VALUE, of letters, digits, and . _ -")
+            if (key := label.partition("=")[0]) in OWN_LABELS:
+                raise ValueError(f"the label {key} is phoque's own")
         return labels
 
     @property

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSou
 from phoque.errors import PhoqueError, UsageError, suggest
 from phoque.settings.chat import ChatSettings
 from phoque.settings.compare_sae import SaeSettings
-from phoque.settings.config_file import read_config
+from phoque.settings.config_file import drop_other_revisions, read_config
 from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import (
@@ -84,15 +84,16 @@ def resolve_settings(
         (str(file), _read(model, DotEnvSettingsSource(model, env_file=file, env_file_encoding="utf-8"))),
     ]
     if config:
-        layers.append((str(config), read_config(model, config)))
+        above = {name: value for _, layer in reversed(layers) for name, value in layer.items()}
+        layers.append((str(config), drop_other_revisions(read_config(model, config), above)))
     if presets:
         default = model.model_fields["preset"].default
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), default)
-        if chosen and chosen not in presets:
+        if chosen and (not isinstance(chosen, str) or chosen not in presets):
             raise UsageError(
                 what=f"No preset {chosen!r}.",
                 why=f"phoque knows {', '.join(presets)}.",
-                fix=suggest(chosen, presets, ALL_NAMES),
+                fix=suggest(str(chosen), presets, ALL_NAMES),
             )
         if chosen:
             preset = {name: value for name, value in presets[chosen].items() if name in model.model_fields}

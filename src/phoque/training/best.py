@@ -15,9 +15,16 @@ OVERFITTING = 0.01  # a relative change of the held-out loss that counts
 Losses = list[tuple[int, float]]  # (step, held-out loss in nats per trained token), by step
 
 
-def list_held_out_losses(metrics: list[dict[str, Any]]) -> Losses:
-    """The measurements of the held-out loss in the lines of metrics.jsonl; step 0 is before training."""
-    return [(row["step"], row["held_out_loss"]) for row in metrics if row.get("held_out_loss") is not None]
+def list_held_out_losses(metrics: list[dict[str, Any]], since: int = 0) -> Losses:
+    """The measurements of the held-out loss in the lines of metrics.jsonl; step 0 is before training.
+
+    Those before step `since` were of other held-out rows, after a change that was allowed.
+    """
+    return [
+        (row["step"], row["held_out_loss"])
+        for row in metrics
+        if row.get("held_out_loss") is not None and row["step"] >= since
+    ]
 
 
 def has_stalled(losses: Losses, patience: int | None) -> bool:
@@ -44,8 +51,8 @@ def read_best(folder: Path) -> tuple[int, float] | None:
     return values["step"], values["held_out_loss"]
 
 
-def copy_best(source: Path, target: Path) -> None:
+def copy_best(source: Path | None, target: Path) -> None:
     """Give `target` the best adapter of `source`, or none if that has none."""
     shutil.rmtree(target / BEST, ignore_errors=True)
-    if (source / BEST).is_dir():
+    if source and (source / BEST).is_dir():
         shutil.copytree(source / BEST, target / BEST)

@@ -37,6 +37,7 @@ from phoque.training.prepare import (
     rows_per_step,
     with_steps,
 )
+from phoque.training.report_to import check_services
 from phoque.training.run_record import read_record
 
 if TYPE_CHECKING:
@@ -67,14 +68,16 @@ class TrainPlan(DryRun):
 
 def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan:
     """Show what a run would do. Writes only to phoque's cache."""
+    check_services(resolved.settings)
     ready = prepare(pin_revisions(resolved, resolved.settings.folder, None, services), services, weights=False)
-    s = with_steps(resolved, ready.scan).settings
+    planned = with_steps(resolved, ready.scan)
+    s = planned.settings
     counts = count_parameters(ready.config, lora_options(s, ready))
     return TrainPlan(
         facts=_list_facts(s, ready, counts, services) | _describe_repo(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),
         warnings=list_data_problems(ready.scan),
-        settings=resolved.provenance(),
+        settings=planned.provenance(),
         parameters=counts,
         memory_gb=estimate_memory(ready, s, counts),
         data=ready.scan.summary(),

@@ -42,7 +42,7 @@ def merge_final(run: Run, result: TrainResult) -> TrainResult:
 
 
 def merge_checkpoint(run: Run, checkpoint: Path) -> None:
-    """Merge a checkpoint, push it and delete the folder. The last step is skipped: `merge_final` handles it."""
+    """Merge a checkpoint, push it and delete the folder. The step of --max-steps is skipped: `merge_final` follows."""
     step = checkpoints.get_step(checkpoint)
     repo = _merged_repo(run)
     if step == run.settings.max_steps or repo is None:

@@ -77,6 +77,7 @@ def update_record(record: dict[str, Any]) -> dict[str, Any]:
     """A run.json of any version with the current values in its fingerprint and in its fresh-start marker."""
     fingerprint = use_current_values(record["fingerprint"])
     fingerprint.setdefault("data_rules", 1)
+    fingerprint.setdefault("measured_every", None)
     record = record | {"fingerprint": fingerprint}
     if marker := record.get("fresh_start"):
         record["fresh_start"] = marker | {"asked": use_current_values(marker["asked"])}
@@ -123,6 +124,8 @@ def compute_identity(
         "data_rules": DATA_RULES,
         "template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
         **{name: getattr(s, name) for name in FINGERPRINT_SETTINGS},
+        # it decides which adapter is the best, and when the run ends
+        "measured_every": s.measured_every if s.keep_best or s.early_stop else None,
     }
     old_rules = partial(scan_dataset, dataset, chat, s.held_out_rows, s.max_bad_rows, exact_keys=True)
     return RunIdentity(fingerprint, old_rules)
@@ -142,6 +145,8 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str])
                 if matches and name not in UNCHANGEABLE
                 else f"Parts: {', '.join(sorted(new))}.",
             )
+    if {"keep_best", "early_stop"} & set(allowed):
+        allowed = [*allowed, "measured_every"]  # which is part of the run only with one of the two
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
         raise UsageError(

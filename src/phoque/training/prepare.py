@@ -104,8 +104,8 @@ def with_steps(resolved: Resolved[TrainSettings], scan: DatasetScan) -> Resolved
             fix="Give --max-steps instead.",
         )
     steps = max(1, math.ceil(s.epochs * scan.trained_rows / s.batch_size))
-    if origin.source != "default" and not origin.source.startswith("preset"):
-        steps = min(steps, s.max_steps)
+    if origin.source != "default" and not origin.source.startswith("preset") and s.max_steps <= steps:
+        return resolved
     origins = resolved.origins | {"max_steps": Origin("--epochs", "--epochs")}
     return replace(resolved, settings=s.model_copy(update={"max_steps": steps}), origins=origins)
 

@@ -81,7 +81,7 @@ def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]
     ]
     if kept != step:
         sentences.append(
-            f"The adapter is that of step {kept}, where the loss was lowest; after {step} steps it was {last:.3f}."
+            f"The adapter is that of step {kept}, the lowest loss of all steps; after {step} steps it was {last:.3f}."
         )
     elif best_step != step and after > best * (1 + OVERFITTING):
         sentences.append(

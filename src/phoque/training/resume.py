@@ -24,6 +24,7 @@ from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_r
 from phoque.training.run_state import StartState
 
 DOWNLOADS = ".fetching"
+HELD_OUT = ("dataset_digest", "eval_split", "held_out_rows", "keep_best")  # what losses can be compared by
 BATCH_SETTINGS = ("batch_size", "micro_batch", "packing", "max_length")  # what rows_per_step follows from
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "README.md")
 
@@ -66,6 +67,8 @@ def find_start(
         current = identity.for_record(recorded)
         check_same_run(recorded, current, s.allow_change)
         if recorded != current:  # a change that was allowed: the run is not complete any more
+            if any(recorded.get(name) != current.get(name) for name in HELD_OUT):
+                start.record["held_out_since"] = checkpoints.get_step(start.resume) if start.resume else 0
             start.record = {k: v for k, v in start.record.items() if k not in ("result", "controls")} | {
                 "fingerprint": current
             }
@@ -289,9 +292,10 @@ def _goes_on(marker: dict[str, Any], latest: dict[str, Any] | None, s: TrainSett
 
 def _learning_settings(s: TrainSettings) -> dict[str, Any]:
     """The settings that decide what is learned. New rows in the same dataset do not make it another command."""
-    return s.model_dump(
-        mode="json", include={*FINGERPRINT_SETTINGS, "base_model", "revision", "dataset", "dataset_revision", "split"}
-    )
+    names = {*FINGERPRINT_SETTINGS, "base_model", "revision", "dataset", "dataset_revision", "split"}
+    if s.epochs is not None:  # the steps follow from the rows
+        names = names - {"max_steps"} | {"epochs"}
+    return s.model_dump(mode="json", include=names)
 
 
 def read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from phoque.training.data_summary import report_scan
 from phoque.training.engine import attention
 from phoque.training.engine.determinism import make_deterministic
 from phoque.training.engine.engine import Engine
+from phoque.training.engine.loss import add_token_loss
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint, merge_final
 from phoque.training.fingerprint import DATA_RULES, compute_identity
@@ -159,7 +161,8 @@ def _train(run: Run) -> TrainResult:
         )
     logged = find_last_step(run.folder)
     delete_after(run.folder, run.first_step if run.start.resume else -1)
-    copy_best(run.start.resume or run.folder / "none", run.folder)
+    # after a change of what is measured, earlier losses cannot be compared
+    copy_best(None if run.record.get("held_out_since") == run.first_step else run.start.resume, run.folder)
     if run.start.resume:
         console.say(f"continuing from step {run.first_step} of {s.max_steps} ({run.start.resume})")
     timer = Timer()
@@ -180,6 +183,8 @@ def _train(run: Run) -> TrainResult:
     samples = _make_samples(run, tracker, timer)
     code = FAILED
     try:
+        if run.start.resume:
+            _measure_what_a_stop_skipped(run, model, tracker)
         if run.start.resume and _has_ended(run):  # it stopped after its last save, before its end
             load_adapter(model, run.start.resume, architecture_of(run.prepared.config))
             timer.mark_loaded()
@@ -192,6 +197,10 @@ def _train(run: Run) -> TrainResult:
                 code = stopped.code
                 raise stopped
         run.stop.mark_finishing()
+        if steps < s.max_steps:
+            console.say(
+                f"the held-out loss has not fallen for {s.early_stop} measurements: the run ends at step {steps}"
+            )
         adapter_step = _use_best(run, model, steps, samples)
         result = finish(run, model, stream, timer, steps=steps, adapter_step=adapter_step)
         if s.wandb_log_model != "false":
@@ -209,8 +218,29 @@ def _train(run: Run) -> TrainResult:
 
 def _has_ended(run: Run) -> bool:
     """Whether the checkpoint that the run continues from is that of its last step."""
-    s, losses = run.settings, list_held_out_losses(read_lines(run.folder / METRICS))
+    s = run.settings
+    losses = list_held_out_losses(read_lines(run.folder / METRICS), run.record.get("held_out_since", 0))
     return run.first_step == s.max_steps or has_stalled(losses, s.early_stop)
+
+
+def _measure_what_a_stop_skipped(run: Run, model: Any, tracker: Tracker) -> None:
+    """Measure the held-out loss at the step of the checkpoint, if it was due there and the run was stopped instead.
+
+    Without it, the best step and an early stop would be others than in a run that was not stopped.
+    """
+    from phoque.training.callbacks.metrics import measure_held_out_loss
+
+    step, held_out = run.first_step, [encoded for _, encoded in run.prepared.scan.held_out]
+    measured = {row["step"] for row in read_lines(run.folder / METRICS) if "held_out_loss" in row}
+    if step % run.settings.measured_every or step in measured or not held_out:
+        return
+    load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
+    add_token_loss(model.get_base_model())
+    run.console.stage(f"measuring the held-out loss of step {step}")
+    values = measure_held_out_loss(model, held_out)
+    tracker.log_metrics(step, values)
+    if math.isfinite(values["held_out_loss"]):
+        _keep_if_best(run, model, step, values["held_out_loss"])
 
 
 def _use_best(run: Run, model: Any, steps: int, samples: Any) -> int:
@@ -221,8 +251,8 @@ def _use_best(run: Run, model: Any, steps: int, samples: Any) -> int:
     step, loss = best
     load_adapter(model, run.folder / BEST, architecture_of(run.prepared.config))
     run.console.say(
-        f"the held-out loss was lowest at step {step} ({loss:.3f}): the adapter is that of step {step}, and "
-        f"checkpoint-{steps} has the last one"
+        f"of the steps that were taken, step {step} had the lowest held-out loss ({loss:.3f}): the adapter is that of "
+        f"step {step}, and checkpoint-{steps} has the last one"
     )
     if samples and all(row["step"] != step for row in read_lines(run.folder / SAMPLES)):
         samples.sample(model, step)
@@ -364,6 +394,7 @@ def _take_steps(
                 norms_every=s.norms_every,
                 eval_every=s.measured_every,
                 early_stop=s.early_stop,
+                comparable_since=run.record.get("held_out_since", 0),
                 keep_best=partial(_keep_if_best, run, model),
                 show=show,
                 timer=timer,
@@ -413,8 +444,6 @@ def _take_steps(
                 pusher.failure = "the deadline came first"
     if stop.problem and not has_ended:
         raise stop.problem
-    if has_ended and step < s.max_steps:
-        console.say(f"the held-out loss has not fallen for {s.early_stop} measurements: the run ends at step {step}")
     return step, stop_error(run, step, pusher) if stop.code is not None and not has_ended else None
 
 

@@ -24,8 +24,8 @@ TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "accuracy")
 class MetricsCallback(TrainerCallback):
     """Collects the metrics of a step, writes them as one line, and updates the progress display.
 
-    The run ends when the held-out loss has not fallen for `early_stop` measurements. `keep_best` is called with the
-    step and the loss of each measurement.
+    The run ends when the held-out loss has not fallen for `early_stop` measurements, of those since step
+    `comparable_since`. `keep_best` is called with the step and the loss of each measurement.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class MetricsCallback(TrainerCallback):
         norms_every: int,
         eval_every: int,
         early_stop: int | None,
+        comparable_since: int,
         keep_best: Callable[[int, float], None],
         show: Callable[[int, str], None],
         timer: Timer,
@@ -44,7 +45,7 @@ class MetricsCallback(TrainerCallback):
         self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
         self.norms_every, self.eval_every, self.timer = norms_every, eval_every, timer
         self.early_stop, self.keep_best = early_stop, keep_best
-        self._losses = list_held_out_losses(read_lines(tracker.run / METRICS))
+        self._losses = list_held_out_losses(read_lines(tracker.run / METRICS), comparable_since)
         self._tokens, self._waited = stream.tokens_seen, 0.0  # at the last logged step
         self._pending: dict[str, float] = {}
 

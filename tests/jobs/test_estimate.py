@@ -7,9 +7,9 @@ import pytest
 from benchmarks.family_speed import SHAPES
 from transformers import AutoConfig
 
+from phoque.jobs.estimate import MEASURED_TFLOPS, _generation, estimate_seconds_per_token
 from phoque.models.lora import LoraOptions
 from phoque.training.dry_run import count_parameters
-from phoque.training.job_estimate import MEASURED_TFLOPS, _generation, estimate_seconds_per_token
 
 MEASURED = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
 MINISTRAL_3B = {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26}

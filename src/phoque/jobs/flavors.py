@@ -8,7 +8,7 @@ from typing import Any
 from phoque.errors import UsageError
 from phoque.hub.client import Hub
 
-HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0}  # in one unit of the Hub's prices
+HOURS = {"second": 1 / 3600, "minute": 1 / 60, "hour": 1.0, "day": 24.0}  # in one unit of the Hub's prices
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,18 @@ class Flavor:
         """One line for a dry run."""
         gpus = f", {self.gpus} x {self.gpu_memory_gb:g} GB" if self.gpus else ", no GPU"
         return f"{self.name} ({self.title}{gpus}), ${self.dollars_per_hour:.2f} per hour"
+
+
+def dollars_per_hour(hardware: Any) -> float:
+    """The price that the Hub lists. Raises UsageError for a unit of time that phoque does not know."""
+    unit = hardware.unit_label.removesuffix("s")
+    if unit not in HOURS:
+        raise UsageError(
+            what=f"The price of {hardware.name} cannot be read.",
+            why=f"The Hub gives it per {hardware.unit_label}.",
+            fix="Update phoque; `hf jobs hardware` lists the prices.",
+        )
+    return hardware.unit_cost_usd / HOURS[unit]
 
 
 def find_flavor(hub: Hub, name: str) -> Flavor:
@@ -50,7 +62,7 @@ def _read_flavor(hardware: Any) -> Flavor:
     return Flavor(
         name=hardware.name,
         title=hardware.pretty_name,
-        dollars_per_hour=hardware.unit_cost_usd / HOURS[hardware.unit_label],
+        dollars_per_hour=dollars_per_hour(hardware),
         gpus=gpus,
         gpu_model=accelerator.model if accelerator else "",
         gpu_memory_gb=memory / max(1, gpus),  # the Hub tells the memory of all cards together

@@ -9,7 +9,7 @@ taken to be slower in proportion to what a large matrix product reaches on them;
 from dataclasses import dataclass
 
 from phoque.errors import UsageError
-from phoque.hub.flavors import Flavor
+from phoque.jobs.flavors import Flavor
 from phoque.models.lora import LoraOptions
 from phoque.services import Services
 from phoque.settings.fields import Resolved
@@ -38,6 +38,7 @@ class JobEstimate:
     training_minutes: float | None
     memory_gb: float
     least_memory_gb: float
+    beside: str = ""  # what is part of it, or is not
 
     @property
     def minutes(self) -> float | None:
@@ -46,16 +47,16 @@ class JobEstimate:
 
     def describe(self, flavor: Flavor) -> dict[str, str]:
         """Facts for a dry run."""
-        facts = {
-            "GPU memory": f"about {self.memory_gb:.1f} GB of {flavor.gpu_memory_gb:g} GB"
-            + (", so layers are recomputed" if self.memory_gb > flavor.gpu_memory_gb else "")
-        }
+        facts = {}
+        if flavor.gpus:
+            recomputed = ", so layers are recomputed" if self.memory_gb > flavor.gpu_memory_gb else ""
+            facts["GPU memory"] = f"about {self.memory_gb:.1f} GB of {flavor.gpu_memory_gb:g} GB{recomputed}"
         if self.minutes is None:
             return facts | {"time": f"not known for {flavor.gpu_model or 'a CPU'}"}
         dollars = self.minutes / 60 * flavor.dollars_per_hour
         return facts | {
             "time": f"about {self.minutes:.0f} minutes for {self.tokens / 1e6:,.2f} M tokens, "
-            f"{START_MINUTES:.0f} of them to start",
+            f"{START_MINUTES:.0f} of them to start{self.beside}",
             "cost": f"about ${dollars:.2f}",
         }
 
@@ -80,12 +81,16 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
         )
     tokens = round(s.max_steps * s.batch_size * ready.scan.mean_length)
     minutes = None
+    runs = 1 + s.control_seeds if s.with_control else 1  # a control takes as many steps; its answers are left out
     if limit := TFLOPS.get(_generation(flavor.gpu_model)):
         billions = (counts["base"] - counts["embedding"]) / 1e9
         recomputed = min(1.0, max(0.0, memory - flavor.gpu_memory_gb) / max(1e-9, memory - least))
         per_token = estimate_seconds_per_token(billions, s.quantization, limit) * (1 + RECOMPUTING * recomputed)
-        minutes = tokens * per_token / 60
-    return JobEstimate(tokens, minutes, memory, least)
+        minutes = tokens * per_token / 60 * runs
+    left_out = [text for text, is_asked in (("merging", s.export_merged), ("early stops", s.early_stop)) if is_asked]
+    beside = f"; {s.control_seeds} control runs included" if s.with_control else ""
+    beside += f"; without {' and '.join(left_out)}" if left_out else ""
+    return JobEstimate(tokens, minutes, memory, least, beside)
 
 
 def estimate_seconds_per_token(billions: float, quantization: str, tflops: float) -> float:
@@ -99,5 +104,5 @@ def _without_libraries(memory: dict[str, float]) -> float:
 
 
 def _generation(model: str) -> str:
-    """The key of TFLOPS for a name such as `Nvidia A100 - large`: the longest one that it contains."""
+    """The key of TFLOPS for what the Hub calls a GPU: the longest one that it contains."""
     return max((name for name in TFLOPS if name in model), key=len, default="")

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
@@ -20,7 +19,8 @@ from phoque.errors import (
     first_line,
 )
 from phoque.hub.client import Hub, describe_error, is_transient
-from phoque.hub.job_inputs import LocalInput, with_mounted_paths
+from phoque.hub.refs import hub_ref
+from phoque.jobs.inputs import DATASET_SETTINGS, RESERVED, LocalInput, with_mounted_paths
 from phoque.settings.fields import PREFIX, Origin, Resolved, Secrets, env_name, flag_names
 from phoque.version import __version__
 
@@ -39,8 +39,8 @@ NOT_PASSED = (
     "keep_inputs",
 )
 LOCAL_PATHS = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # settings that name local paths
-DATASET_SETTINGS = ("dataset", "chat", "chats", "text")  # settings that name a dataset
 DEFAULT_TIMEOUT = "30m"  # the limit that HF Jobs apply if none is given
+RUNNING_STAGES = ("SCHEDULING", "RUNNING")
 FINAL_STAGES = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 TOOL = "tool", "phoque"  # the label by which `phoque jobs` finds its own
 SUBMISSION = "submission"  # label: the folder of the Job's inputs in the bucket
@@ -188,15 +188,18 @@ def find_account(hub: Hub) -> tuple[str, str]:
     return account["name"], account["auth"].get("accessToken", {}).get("role", "unknown")
 
 
-def find_commits(hub: Hub, s: Any) -> dict[str, tuple[str, str]]:
-    """Setting -> (repository, commit) of each input on the Hub. Raises the Hub's error for one that is missing."""
-    found = {}
+def find_commits(hub: Hub, s: Any, inputs: list[LocalInput]) -> dict[str, tuple[str, str]]:
+    """Setting -> (repository, commit) of each input that is on the Hub, and not one of the local `inputs`.
+
+    Raises the Hub's error for one that is missing.
+    """
+    found, local = {}, {one.setting for one in inputs}
     for name, value in _list_inputs(s):
         pinned = s.reads[name]
         revision = getattr(s, pinned) if pinned else None
-        repository = re.split("[#:]", value)[0]  # a folder in it, or a split of it
-        if repository.count("/") == 1 and not Path(value).expanduser().exists():
-            found[name] = repository, _find_commit(hub, name, repository, revision)
+        ref = None if value in RESERVED or name in local else hub_ref(value)
+        if ref:
+            found[name] = ref.repo, _find_commit(hub, name, ref.repo, revision)
     return found
 
 
@@ -250,35 +253,56 @@ def _find_commit(hub: Hub, setting: str, name: str, revision: str | None) -> str
 
 
 def submit_job(hub: Hub, job: Job, console: Console) -> Any:
-    """Submit a Job once. Raises UsageError if the account may not, RunError for another answer of the Hub."""
+    """Submit a Job once. Raises UsageError or Resumable if the Hub refuses it, NotKnown if its answer was lost."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:  # not retried: if the reply is lost, a retry would start a second Job
         submitted = hub.api.run_job(**vars(job))
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        reason = first_line(error)[:160]
-        if status == 402:
-            raise UsageError(
-                what="The Hub did not accept the Job: it has to be paid first.",
-                why=reason,
-                fix=f"Add credits to the account {job.namespace}, or give another --namespace.",
-            ) from error
-        if status in (401, 403):
-            raise UsageError(
-                what=f"The token may not run Jobs in {job.namespace}.",
-                why=reason,
-                fix="Use a token with the permission to run Jobs, or give another --namespace.",
-            ) from error
-        if status == 429:
-            raise Resumable(
-                what="The Hub did not accept the Job: too many requests, or too many Jobs.",
-                why=reason,
-                fix="Run the same command later.",
-            ) from error
-        raise
+        if refusal := refusal_of(error, job.namespace):
+            raise refusal from error
+        if error.response.status_code < 500:
+            raise
+        raise _unknown_error(job, error) from error
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise _unknown_error(job, error) from error
     console.say(f"job {submitted.id} on {job.flavor}, at most {job.timeout}: {submitted.url}")
     return submitted
+
+
+def _unknown_error(job: Job, error: Exception) -> "NotFollowed":
+    return NotFollowed(
+        what="It is not known whether the Job was submitted.",
+        why=f"{describe_error(error)}.",
+        fix=f"Look first: phoque jobs{of_namespace(job.namespace)}. If it is not there, run the same command again.",
+        code=RESUMABLE,
+    )
+
+
+def refusal_of(error: Any, namespace: str) -> PhoqueError | None:
+    """What a Hub that refuses a Job means: no credits, no permission, or too many Jobs; None for another answer."""
+    status, reason = error.response.status_code, first_line(error)[:160]
+    if status == 402:
+        return UsageError(
+            what="The Hub did not accept the Job: it has to be paid first.",
+            why=reason,
+            fix=f"Add credits to the account {namespace}, or give another --namespace.",
+        )
+    if status in (401, 403):
+        return UsageError(
+            what=f"The token may not run Jobs in {namespace}.",
+            why=reason,
+            fix="Use a token with the permission to run Jobs, or give another --namespace.",
+        )
+    if status == 429:
+        return Resumable(
+            what="The Hub did not accept the Job: too many requests, or too many Jobs.",
+            why=reason,
+            fix="Run the same command later.",
+        )
+    return None
 
 
 def run_job(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console) -> dict[str, Any]:
@@ -309,7 +333,12 @@ def run_job(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console
 
 
 class NotFollowed(PhoqueError):
-    """A Job is still running, and its log is no longer read."""
+    """A Job is running, or may be, and its log is not read any more."""
+
+
+def of_namespace(namespace: str) -> str:
+    """The flag that `phoque jobs` needs to find a Job there."""
+    return f" --namespace {namespace}"
 
 
 def follow_job(hub: Hub, job_id: str, namespace: str, console: Console) -> tuple[str, str]:
@@ -320,16 +349,16 @@ def follow_job(hub: Hub, job_id: str, namespace: str, console: Console) -> tuple
     try:
         return _follow_log(hub, job_id, namespace, console)
     except KeyboardInterrupt:
-        raise _not_followed_error(job_id, "", INTERRUPTED) from None
+        raise _not_followed_error(job_id, namespace, "", INTERRUPTED) from None
     except Exception as error:  # reading the log failed; the Job is still running
-        raise _not_followed_error(job_id, f"{describe_error(error)}. ", RESUMABLE) from error
+        raise _not_followed_error(job_id, namespace, f"{describe_error(error)}. ", RESUMABLE) from error
 
 
-def _not_followed_error(job_id: str, why: str, code: int) -> NotFollowed:
+def _not_followed_error(job_id: str, namespace: str, why: str, code: int) -> NotFollowed:
     return NotFollowed(
         what=f"Job {job_id} is no longer followed; it keeps running.",
-        why=f"{why}To follow it: phoque jobs follow {job_id}",
-        fix=f"To stop it: phoque jobs cancel {job_id}",
+        why=f"{why}To follow it: phoque jobs follow {job_id}{of_namespace(namespace)}",
+        fix=f"To stop it: phoque jobs cancel {job_id}{of_namespace(namespace)}",
         code=code,
     )
 
