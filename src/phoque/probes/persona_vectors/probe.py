@@ -128,6 +128,7 @@ class Probe:
                 for name in ("neutral", *order)
             }
             result.doses = measure_doses(probe_model, result.profile, greedy, self.s.dose_scales, texts)
+            probe_model.console.stage("measuring side effects on unrelated text")
             result.side_effects = {name: measure_side_effects(probe_model, name, texts) for name in order}
         self._describe(result, steerer, shifts)
         self._judge(result, steerer, shifts)
@@ -180,6 +181,7 @@ class Probe:
             "heldout"
         ]
         before = self.heldout.get("before")
+        self.probe_model.console.stage(f"measuring where the {name} model moved")
         return {
             kind: ev.measure_shift(
                 vectors, before, self.probe_model.read_residuals(answers).get("neutral"), self.layers, self.s.seed

@@ -203,6 +203,7 @@ class Steerer:
     def measure(self, rows: Sequence[AnswerRow], scorers: Sequence[Scorer] | None = None) -> None:
         """Fill in the coherence measures and scores of answers. Adapters must be disabled: both use the base model."""
         neutral = self.probe_model.persona.neutral[0]
+        self.probe_model.console.stage(f"measuring how likely {len(rows)} answers are")
         nll = mean_nll(
             self.probe_model.model, [Turn(self.probe_model.prompt_ids(r.prompt, neutral), r.reply.ids) for r in rows]
         )
@@ -222,6 +223,7 @@ class Steerer:
         """Fill in the scores of answers."""
         answers = [ScoredAnswer(row.prompt, row.text, row.reply) for row in rows]
         for scorer in scorers:
+            self.probe_model.console.stage(f"scoring {len(rows)} answers with {scorer.name}")
             for row, labels in zip(rows, score_answers(scorer, answers, self.context), strict=True):
                 row.measurements.update({f"score__{scorer.name}__{label}": v for label, v in labels.items()})
 
