@@ -92,7 +92,7 @@ class _GroupedCommand(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                groups.setdefault(self.sections.get(str(parameter.name), "Common"), []).append(record)
+                groups.setdefault(self.sections.get(str(parameter.name).removesuffix(OLD), "Common"), []).append(record)
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
