@@ -236,7 +236,7 @@ def test_a_template_that_ollama_cannot_express_is_said(phoque, with_llama_cpp, c
 def test_an_export_runs_as_a_job_and_is_pushed(hub, forkserver, phoque, llama_model, chats, tmp_path):
     from tests.fakehub import TOKEN
     from tests.fakehub.jobs import Jobs
-    from tests.hub.test_jobs import Container
+    from tests.jobs.test_jobs import Container
 
     hub.add("models", "harbour/tiny", {file.name: file.read_bytes() for file in llama_model.iterdir()})
     hub.add("datasets", "harbour/chats", {"train.jsonl": chats.read_bytes()})

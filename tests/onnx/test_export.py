@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.fakehub import TOKEN
-from tests.hub.test_jobs import ON, SECRETS, cluster  # noqa: F401
+from tests.jobs.test_jobs import ON, SECRETS, cluster  # noqa: F401
 
 from phoque.models.load import load_model
 from phoque.models.source import Source

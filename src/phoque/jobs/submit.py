@@ -39,6 +39,7 @@ NOT_PASSED = (
     "keep_inputs",
 )
 LOCAL_PATHS = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # settings that name local paths
+EITHER_KIND = ("merged_dir", "persona", "roles", "prompts_file")  # may be in a model or a dataset repository
 DEFAULT_TIMEOUT = "30m"  # the limit that HF Jobs apply if none is given
 RUNNING_STAGES = ("SCHEDULING", "RUNNING")
 FINAL_STAGES = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
@@ -240,20 +241,20 @@ def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, s
 
 
 def _find_commit(hub: Hub, setting: str, name: str, revision: str | None) -> str:
-    """Return the commit of the repository that a setting names; a merged model may be in a dataset repository."""
+    """Return the commit of the repository that a setting names."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     info = hub.api.dataset_info if setting in DATASET_SETTINGS else hub.api.model_info
     try:
         return str(hub.retry(name, lambda: info(name, revision=revision)).sha)
     except RepositoryNotFoundError:
-        if setting != "merged_dir":
+        if setting not in EITHER_KIND:
             raise
         return str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
 
 
 def submit_job(hub: Hub, job: Job, console: Console) -> Any:
-    """Submit a Job once. Raises UsageError or Resumable if the Hub refuses it, NotKnown if its answer was lost."""
+    """Submit a Job once. Raises UsageError or Resumable if the Hub refuses it, NotFollowed if its answer was lost."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:  # not retried: if the reply is lost, a retry would start a second Job

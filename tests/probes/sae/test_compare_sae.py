@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.fakehub import TOKEN
 from tests.fakehub.jobs import Jobs
-from tests.hub.test_jobs import Container
+from tests.jobs.test_jobs import Container
 
 PROSE = "The gulls came at noon and took the herring, one by one. The tide was late; the old seal said nothing. "
 SHORT = (
