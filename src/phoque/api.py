@@ -61,7 +61,10 @@ def _ends_its_stage(function: Callable[P, R]) -> Callable[P, R]:
 def train(
     settings: "TrainSettings | Resolved[TrainSettings]", *, dry_run: bool = False, console: Console = stderr_console
 ) -> "TrainResult | DryRun":
-    """Fine-tune a chat model into a persona; continues from the newest checkpoint of the same run."""
+    """Fine-tune a chat model into a persona; continues from the newest checkpoint of the same run.
+
+    The commands of `then` are run by the command line, not here.
+    """
     resolved, services = _prepare(settings, console)
     if dry_run:
         from phoque.training.dry_run import plan_run

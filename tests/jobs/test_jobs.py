@@ -431,3 +431,11 @@ def test_controls_are_part_of_the_estimate(cluster, phoque):
     three = phoque(*ASKED, *ON, *more, "--with-control", "--control-seeds", 3, env=SECRETS).json["facts"]["time"]
     minutes = [float(text.split()[1]) - 4 for text in (alone, three)]
     assert "3 control runs" in three and minutes[1] == pytest.approx(4 * minutes[0], abs=5)
+
+
+@pytest.mark.thorough
+def test_what_follows_a_training_runs_in_the_same_job(cluster, phoque):
+    asked = [*ASKED, *ON, "--max-steps", 2, "--timeout", "1h", "--then", "merge --dtype fp32"]
+    ran = phoque(*asked, "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED" and "then: phoque merge --dtype fp32" in ran.err
+    assert "model.safetensors" in cluster.files(f"{REPO}-merged")

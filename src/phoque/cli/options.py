@@ -27,6 +27,7 @@ from phoque.settings.fields import (
 )
 from phoque.settings.resolve import resolve_settings
 
+COMMON_FLAGS = {"--config", "--secrets-file", "--dry-run", "--verbose", "--json", "--quiet"}
 MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
 OLD = "__old"  # ends the parameter name of a hidden flag
 

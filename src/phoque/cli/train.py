@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
+from phoque.cli.then import plan_commands, run_commands
 from phoque.console import console, escape_control_characters, format_breakdown
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
@@ -37,6 +38,7 @@ def command(name: str) -> Any:
 
 def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     """Fine-tune a chat model into a persona, from a dataset of conversations."""
+    commands = plan_commands(resolved.settings)
     if resolved.settings.on:
         jobs.run("train", resolved, dry_run)
         return
@@ -45,9 +47,14 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     result = api.train(resolved, dry_run=dry_run)
     if isinstance(result, DryRun):
         plan: Any = result
+        if commands:
+            plan.facts["then"] = [f"phoque {shlex.join(words)}" for words in commands]
         console.result(plan.to_json(), lambda: _render_plan(plan), str(resolved.settings.folder))
-    else:
-        console.result(result.to_json(), lambda: _render_result(result), result.adapter)
+        return
+    values = result.to_json()
+    if commands:
+        values["then"] = run_commands(commands, resolved)
+    console.result(values, lambda: _render_result(result, values.get("then", [])), result.adapter)
 
 
 def _import_trainer(resolved: Resolved[TrainSettings]) -> None:
@@ -62,7 +69,7 @@ def _import_trainer(resolved: Resolved[TrainSettings]) -> None:
     gc.freeze()
 
 
-def _render_result(result: "TrainResult") -> str:
+def _render_result(result: "TrainResult", then: list[dict[str, Any]]) -> str:
     values = {
         "adapter": result.adapter,
         "report": result.report,
@@ -76,6 +83,7 @@ def _render_result(result: "TrainResult") -> str:
         lines.append(f"time     {format_breakdown(result.seconds_of)}")
     if losses := result.held_out_loss:
         lines += _describe_held_out_loss(losses, result.adapter_step or result.steps)
+    lines += [f"done     {done['command']}" for done in then]
     lines.append(options.next_command("merge", "--adapter-source", result.adapter))
     lines.append(f"try it: phoque chat {shlex.quote(str(Path(result.adapter).parent))}")
     return "\n".join(lines)

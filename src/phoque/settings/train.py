@@ -8,6 +8,8 @@ from pydantic import field_validator, model_validator
 from phoque.settings.fields import setting
 from phoque.settings.job import JOB_GROUP, REPO, JobSettings
 
+THEN_EXTRAS = {"export-onnx": "onnx", "export-gguf": "gguf", "compare-sae": "sae"}  # command -> what it needs
+
 
 class TrainSettings(JobSettings):
     """The settings of one training run."""
@@ -22,7 +24,7 @@ class TrainSettings(JobSettings):
         "max_grad_norm eval_steps keep_best early_stop engine_mode gradient_checkpointing deterministic seed "
         "with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
-        "export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
+        "then export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
         "Hub": "hub_model_id merged_hub_model_id squash_history public hub_patience",
         "Job": JOB_GROUP,
     }
@@ -177,6 +179,11 @@ class TrainSettings(JobSettings):
     prompts: list[str] = setting(
         [], "Generate a sample for this prompt. Repeat the flag for more prompts.", flag="prompt"
     )
+    then: list[str] = setting(
+        [],
+        "Afterwards run this command on the adapter: merge, export-onnx, export-gguf, psm-probe or compare-sae, with "
+        "its options in the same argument. Repeat the flag for more commands.",
+    )
     with_control: bool = setting(
         False,
         "Afterwards train a control for the probes: prompts of the same data, the same recipe, the base model's own "
@@ -265,6 +272,13 @@ class TrainSettings(JobSettings):
             raise ValueError("--control-seeds needs --with-control")
         return self
 
+    @field_validator("then")
+    @classmethod
+    def _no_empty_command(cls, commands: list[str]) -> list[str]:
+        if not all(text.strip() for text in commands):
+            raise ValueError("a command of --then is empty")
+        return commands
+
     @field_validator("report_to")
     @classmethod
     def _known_services(cls, names: list[str]) -> list[str]:
@@ -289,8 +303,10 @@ class TrainSettings(JobSettings):
 
     @property
     def needed_extra(self) -> str:
-        """The optional dependency group of Trackio, if the run is reported there."""
-        return "trackio" if "trackio" in self.report_to else ""
+        """The optional dependency groups of Trackio, if the run is reported there, and of the commands of --then."""
+        found = {"trackio"} if "trackio" in self.report_to else set()
+        found |= {THEN_EXTRAS[name] for text in self.then if (name := text.split()[0]) in THEN_EXTRAS}
+        return ",".join(sorted(found))
 
     @property
     def merged_repo(self) -> str | None:
