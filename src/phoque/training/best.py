@@ -1,13 +1,19 @@
 """The held-out loss over a run: where it was lowest, the adapter of that step, and when to stop."""
 
 import json
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phoque.files import atomic_folder
-from phoque.models.architectures import Architecture
-from phoque.models.lora import save_adapter
+from phoque.models.architectures import Architecture, architecture_of
+from phoque.models.lora import load_adapter, save_adapter
+from phoque.training.engine.loss import add_token_loss
+from phoque.training.metrics_log import METRICS, SAMPLES, Tracker, read_lines
+
+if TYPE_CHECKING:
+    from phoque.training.run_state import Run
 
 BEST = "best"  # folder of the adapter with the lowest held-out loss so far, in the run folder and in each checkpoint
 NOTE = "best.json"
@@ -56,3 +62,53 @@ def copy_best(source: Path | None, target: Path) -> None:
     shutil.rmtree(target / BEST, ignore_errors=True)
     if source and (source / BEST).is_dir():
         shutil.copytree(source / BEST, target / BEST)
+
+
+def has_ended(run: "Run") -> bool:
+    """Whether the checkpoint that the run continues from is that of its last step."""
+    s = run.settings
+    losses = list_held_out_losses(read_lines(run.folder / METRICS), run.record.get("held_out_since", 0))
+    return run.first_step == s.max_steps or has_stalled(losses, s.early_stop)
+
+
+def measure_what_a_stop_skipped(run: "Run", model: Any, tracker: Tracker) -> None:
+    """Measure the held-out loss at the step of the checkpoint, if it was due there and the run was stopped instead.
+
+    Without it, the best step and an early stop would be others than in a run that was not stopped.
+    """
+    from phoque.training.callbacks.metrics import measure_held_out_loss
+
+    step, held_out = run.first_step, [encoded for _, encoded in run.prepared.scan.held_out]
+    measured = {row["step"] for row in read_lines(run.folder / METRICS) if "held_out_loss" in row}
+    if step % run.settings.measured_every or step in measured or not held_out:
+        return
+    load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
+    add_token_loss(model.get_base_model())
+    run.console.stage(f"measuring the held-out loss of step {step}")
+    values = measure_held_out_loss(model, held_out)
+    tracker.log_metrics(step, values)
+    if math.isfinite(values["held_out_loss"]):
+        keep_if_best(run, model, step, values["held_out_loss"])
+
+
+def use_best(run: "Run", model: Any, steps: int, samples: Any) -> int:
+    """Load the adapter with the lowest held-out loss, if --keep-best asks for it; return the step of the adapter."""
+    best = read_best(run.folder) if run.settings.keep_best else None
+    if best is None or best[0] == steps:
+        return steps
+    step, loss = best
+    load_adapter(model, run.folder / BEST, architecture_of(run.prepared.config))
+    run.console.say(
+        f"of the steps that were taken, step {step} had the lowest held-out loss ({loss:.3f}): the adapter is that of "
+        f"step {step}, and checkpoint-{steps} has the last one"
+    )
+    if samples and all(row["step"] != step for row in read_lines(run.folder / SAMPLES)):
+        samples.sample(model, step)
+    return step
+
+
+def keep_if_best(run: "Run", model: Any, step: int, loss: float) -> None:
+    """Keep the adapter as it is if --keep-best is given and its held-out loss is the lowest so far."""
+    best = read_best(run.folder)
+    if run.settings.keep_best and step > 0 and (best is None or loss < best[1]):
+        save_best(model, run.folder, architecture_of(run.prepared.config), step, loss)

@@ -6,7 +6,6 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +22,13 @@ from phoque.settings.environment import in_job
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
-from phoque.training.best import BEST, copy_best, has_stalled, list_held_out_losses, read_best, save_best
+from phoque.training.best import copy_best, has_ended, keep_if_best, measure_what_a_stop_skipped, use_best
 from phoque.training.callbacks.stop import SaveWithoutLimit, StopRequest
 from phoque.training.control import plan_controls, record_controls, with_dataset, write_control_rows
 from phoque.training.data_summary import report_scan
 from phoque.training.engine import attention
 from phoque.training.engine.determinism import make_deterministic
 from phoque.training.engine.engine import Engine
-from phoque.training.engine.loss import add_token_loss
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint, merge_final
 from phoque.training.fingerprint import DATA_RULES, compute_identity
@@ -42,7 +40,7 @@ from phoque.training.finish import (
     stop_error,
     write_card_for_checkpoint,
 )
-from phoque.training.metrics_log import METRICS, SAMPLES, Tracker, delete_after, find_last_step, read_lines
+from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.pinned import pin_revisions
 from phoque.training.prepare import lora_options, open_run_repo, packing_for, prepare, rows_per_step, with_steps
 from phoque.training.report_to import check_services, start_services
@@ -184,8 +182,8 @@ def _train(run: Run) -> TrainResult:
     code = FAILED
     try:
         if run.start.resume:
-            _measure_what_a_stop_skipped(run, model, tracker)
-        if run.start.resume and _has_ended(run):  # it stopped after its last save, before its end
+            measure_what_a_stop_skipped(run, model, tracker)
+        if run.start.resume and has_ended(run):  # it stopped after its last save, before its end
             load_adapter(model, run.start.resume, architecture_of(run.prepared.config))
             timer.mark_loaded()
             steps = run.first_step
@@ -201,7 +199,7 @@ def _train(run: Run) -> TrainResult:
             console.say(
                 f"the held-out loss has not fallen for {s.early_stop} measurements: the run ends at step {steps}"
             )
-        adapter_step = _use_best(run, model, steps, samples)
+        adapter_step = use_best(run, model, steps, samples)
         result = finish(run, model, stream, timer, steps=steps, adapter_step=adapter_step)
         if s.wandb_log_model != "false":
             tracker.log_adapter(run.folder / "adapter", adapter_step)
@@ -214,49 +212,6 @@ def _train(run: Run) -> TrainResult:
         return result
     finally:
         tracker.finish(code)
-
-
-def _has_ended(run: Run) -> bool:
-    """Whether the checkpoint that the run continues from is that of its last step."""
-    s = run.settings
-    losses = list_held_out_losses(read_lines(run.folder / METRICS), run.record.get("held_out_since", 0))
-    return run.first_step == s.max_steps or has_stalled(losses, s.early_stop)
-
-
-def _measure_what_a_stop_skipped(run: Run, model: Any, tracker: Tracker) -> None:
-    """Measure the held-out loss at the step of the checkpoint, if it was due there and the run was stopped instead.
-
-    Without it, the best step and an early stop would be others than in a run that was not stopped.
-    """
-    from phoque.training.callbacks.metrics import measure_held_out_loss
-
-    step, held_out = run.first_step, [encoded for _, encoded in run.prepared.scan.held_out]
-    measured = {row["step"] for row in read_lines(run.folder / METRICS) if "held_out_loss" in row}
-    if step % run.settings.measured_every or step in measured or not held_out:
-        return
-    load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
-    add_token_loss(model.get_base_model())
-    run.console.stage(f"measuring the held-out loss of step {step}")
-    values = measure_held_out_loss(model, held_out)
-    tracker.log_metrics(step, values)
-    if math.isfinite(values["held_out_loss"]):
-        _keep_if_best(run, model, step, values["held_out_loss"])
-
-
-def _use_best(run: Run, model: Any, steps: int, samples: Any) -> int:
-    """Load the adapter with the lowest held-out loss, if --keep-best asks for it; return the step of the adapter."""
-    best = read_best(run.folder) if run.settings.keep_best else None
-    if best is None or best[0] == steps:
-        return steps
-    step, loss = best
-    load_adapter(model, run.folder / BEST, architecture_of(run.prepared.config))
-    run.console.say(
-        f"of the steps that were taken, step {step} had the lowest held-out loss ({loss:.3f}): the adapter is that of "
-        f"step {step}, and checkpoint-{steps} has the last one"
-    )
-    if samples and all(row["step"] != step for row in read_lines(run.folder / SAMPLES)):
-        samples.sample(model, step)
-    return step
 
 
 def _deliver(run: Run, result: TrainResult) -> TrainResult:
@@ -395,7 +350,7 @@ def _take_steps(
                 eval_every=s.measured_every,
                 early_stop=s.early_stop,
                 comparable_since=run.record.get("held_out_since", 0),
-                keep_best=partial(_keep_if_best, run, model),
+                keep_best=partial(keep_if_best, run, model),
                 show=show,
                 timer=timer,
             ),
@@ -437,21 +392,14 @@ def _take_steps(
                 pusher.drain(min(s.hub_patience, stop.seconds_left or s.hub_patience))
             raise
     step = trainer.state.global_step
-    has_ended = step == trainer.state.max_steps  # which an early stop lowers
+    is_over = step == trainer.state.max_steps  # which an early stop lowers
     if pusher:
         with timer.measure("pushing"):
             if not pusher.drain(stop.seconds_left):
                 pusher.failure = "the deadline came first"
-    if stop.problem and not has_ended:
+    if stop.problem and not is_over:
         raise stop.problem
-    return step, stop_error(run, step, pusher) if stop.code is not None and not has_ended else None
-
-
-def _keep_if_best(run: Run, model: Any, step: int, loss: float) -> None:
-    """Keep the adapter as it is if --keep-best is given and its held-out loss is the lowest so far."""
-    best = read_best(run.folder)
-    if run.settings.keep_best and step > 0 and (best is None or loss < best[1]):
-        save_best(model, run.folder, architecture_of(run.prepared.config), step, loss)
+    return step, stop_error(run, step, pusher) if stop.code is not None and not is_over else None
 
 
 def _training_arguments(run: Run, engine: Engine | None) -> Any:
