@@ -153,40 +153,25 @@ def test_a_broken_file_is_refused_in_words(phoque, export, tmp_path, kind):
     assert ran.json["verdict"] == "FAIL" and "Traceback" not in ran.err
 
 
+def check_in_llama_cpp(phoque, file, reference):
+    """The checks of a file that fails beside its reference."""
+    words = ["verify-gguf", "--local-dir", file, "--reference", reference, "--level", "llama.cpp", "--install"]
+    return phoque(*words, "--json", expect=1).json["checks"]
+
+
 def test_a_file_of_other_weights_is_found_in_llama_cpp(phoque, export, llama_model, tmp_path):
     file = tmp_path / "other.gguf"
     swap = {"blk.0.attn_q.weight": _values("blk.1.attn_q.weight")(export / "llama-F32.gguf")}
     rewrite(export / "llama-F32.gguf", file, tensors=swap)
-    words = [
-        "verify-gguf",
-        "--local-dir",
-        file,
-        "--reference",
-        llama_model,
-        "--level",
-        "llama.cpp",
-        "--install",
-        "--json",
-    ]
-    checks = phoque(*words, expect=1).json["checks"]
+    checks = check_in_llama_cpp(phoque, file, llama_model)
     assert any("other weights" in check["said"] for check in checks if check["result"] == "FAIL"), checks
 
 
 def test_a_file_that_splits_texts_otherwise_is_found_in_llama_cpp(phoque, export, llama_model, tmp_path):
     file = tmp_path / "other.gguf"
     rewrite(export / "llama-F32.gguf", file, **{"tokenizer.ggml.merges": ["Ġ t"]})
-    words = [
-        "verify-gguf",
-        "--local-dir",
-        file,
-        "--reference",
-        llama_model,
-        "--level",
-        "llama.cpp",
-        "--install",
-        "--json",
-    ]
-    (failed,) = [c for c in phoque(*words, expect=1).json["checks"] if c["result"] == "FAIL" and "tokens" in c["asks"]]
+    checks = check_in_llama_cpp(phoque, file, llama_model)
+    (failed,) = [check for check in checks if check["result"] == "FAIL" and "tokens" in check["asks"]]
     assert "in a conversation of" in failed["said"]
 
 

@@ -170,13 +170,10 @@ def manage(resolved: Resolved[JobsSettings], dry_run: bool) -> None:
     """List the Jobs that phoque submitted; follow, cancel or rerun one; delete the inputs of those that have ended."""
     from phoque.hub.client import Hub
     from phoque.jobs.listing import cancel_job, clean_inputs, inspect_job, list_jobs, rerun_job
-    from phoque.jobs.submit import find_account, follow_job
+    from phoque.jobs.submit import check_token, find_account, follow_job
 
     s = resolved.settings
-    if resolved.secrets.hf_token is None:
-        raise UsageError(
-            what="There is no Hub token.", why="Jobs need one.", fix="Set HF_TOKEN, or run `hf auth login`."
-        )
+    check_token(resolved.secrets)
     hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
     namespace = s.namespace or find_account(hub)[0]
     if s.action == "list":

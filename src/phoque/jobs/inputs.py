@@ -79,16 +79,11 @@ def find_local_inputs(resolved: Resolved[Any]) -> list[LocalInput]:
     without files, with a link that leaves it, or for an adapter whose base model is here and was not given.
     """
     s = resolved.settings
-    found: dict[tuple[str, str], LocalInput] = {}
-    for name in s.reads:
-        origin = resolved.origins[name].source
-        if origin == "default" or origin.startswith("preset"):
-            continue
-        value = getattr(s, name)
-        for item in value if isinstance(value, list) else [value]:
-            if item and str(item) not in RESERVED and (one := _find_input(s, name, str(item))):
-                found[name, str(item)] = one
-    return list(found.values())
+    found = []
+    for name, value in dict.fromkeys(s.list_inputs()):
+        if resolved.origins[name].is_given and value not in RESERVED and (one := _find_input(s, name, value)):
+            found.append(one)
+    return found
 
 
 def _find_input(s: Any, setting: str, value: str) -> LocalInput | None:

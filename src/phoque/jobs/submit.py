@@ -72,6 +72,14 @@ class Job:
         return vars(self) | {"secrets": sorted(self.secrets), "volumes": volumes}
 
 
+def check_token(secrets: Secrets) -> None:
+    """Raise UsageError if there is no Hub token."""
+    if secrets.hf_token is None:
+        raise UsageError(
+            what="There is no Hub token.", why="Jobs need one.", fix="Set HF_TOKEN, or run `hf auth login`."
+        )
+
+
 def check_local_settings(resolved: Resolved[Any]) -> None:
     """Raise UsageError for settings that a Job cannot have, for a missing token and a missing output repository."""
     s = resolved.settings
@@ -82,10 +90,7 @@ def check_local_settings(resolved: Resolved[Any]) -> None:
                 why="A Job's disk is deleted when the Job ends.",
                 fix=f"Leave it out: a Job keeps its output in the repository of {flag_names(type(s), s.keeps)[0]}.",
             )
-    if resolved.secrets.hf_token is None:
-        raise UsageError(
-            what="There is no Hub token.", why="Jobs need one.", fix="Set HF_TOKEN, or run `hf auth login`."
-        )
+    check_token(resolved.secrets)
     if not getattr(s, s.keeps):
         raise UsageError(
             what="A Job needs a Hub repository for its output.",
@@ -140,7 +145,7 @@ def to_flags(resolved: Resolved[Any]) -> list[str]:
     model, flags = type(resolved.settings), []
     for name, info in model.model_fields.items():
         value = getattr(resolved.settings, name)
-        if name in NOT_PASSED or value is None or _is_default(resolved.origins[name].source):
+        if name in NOT_PASSED or value is None or not resolved.origins[name].is_given:
             continue
         flag = flag_names(model, name)[0]
         if info.annotation is bool:
@@ -149,10 +154,6 @@ def to_flags(resolved: Resolved[Any]) -> list[str]:
             for item in value if isinstance(value, list) else [value]:
                 flags += [flag, str(item)]
     return flags
-
-
-def _is_default(source: str) -> bool:
-    return source == "default" or source.startswith("preset ")
 
 
 def pip_requirement(extra: str = "") -> str:
@@ -176,13 +177,6 @@ def pip_requirement(extra: str = "") -> str:
     )
 
 
-def _list_inputs(s: Any) -> list[tuple[str, str]]:
-    """Each setting that names an input, with each of its values."""
-    values = [(name, getattr(s, name)) for name in s.reads]
-    items = [(name, item) for name, value in values for item in (value if isinstance(value, list) else [value])]
-    return [(name, str(item)) for name, item in items if item]
-
-
 def find_account(hub: Hub) -> tuple[str, str]:
     """The name of the token's account, and the token's role."""
     account = hub.retry("checking the token", hub.api.whoami)
@@ -195,7 +189,7 @@ def find_commits(hub: Hub, s: Any, inputs: list[LocalInput]) -> dict[str, tuple[
     Raises the Hub's error for one that is missing.
     """
     found, local = {}, {one.setting for one in inputs}
-    for name, value in _list_inputs(s):
+    for name, value in s.list_inputs():
         pinned = s.reads[name]
         revision = getattr(s, pinned) if pinned else None
         ref = None if value in RESERVED or name in local else hub_ref(value)
@@ -212,8 +206,8 @@ def with_commits(resolved: Resolved[Any], commits: dict[str, tuple[str, str]]) -
     s = resolved.settings
     if s.resumable:
         return resolved
-    # a name from a preset may give way to another, such as the base that an adapter was trained on
-    given = {name: found for name, found in commits.items() if not _is_default(resolved.origins[name].source)}
+    # psm-probe and compare-sae replace a preset's base model by the one that the adapter was trained on
+    given = {name: found for name, found in commits.items() if resolved.origins[name].is_given}
     pins = {s.reads[name]: commit for name, (_, commit) in given.items() if s.reads[name]}
     pins = {setting: commit for setting, commit in pins.items() if getattr(s, setting) is None}
     origins = {setting: Origin("submission", setting) for setting in pins}

@@ -73,8 +73,7 @@ def find_base_model(
     `setting` is the name of the setting for it. Raises UsageError if none is given.
     """
     name, revision = getattr(resolved.settings, setting), resolved.settings.revision
-    source = resolved.origins[setting].source
-    if adapter is not None and (source == "default" or source.startswith("preset")):
+    if adapter is not None and not resolved.origins[setting].is_given:
         return find_base(adapter.folder, "", revision, services, weights=weights)
     if not name:
         flag = flag_names(type(resolved.settings), setting)[0]

@@ -99,6 +99,11 @@ class Origin:
     source: str
     name: str
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the value was given, and is not that of a preset or a default."""
+        return self.source != "default" and not self.source.startswith("preset ")
+
 
 S = TypeVar("S", bound=CommandSettings)
 

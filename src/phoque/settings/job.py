@@ -94,6 +94,12 @@ class JobSettings(HubSettings):
                 raise ValueError(f"the label {key} is phoque's own")
         return labels
 
+    def list_inputs(self) -> list[tuple[str, str]]:
+        """Each setting that names an input, with each of its values."""
+        values = [(name, getattr(self, name)) for name in self.reads]
+        items = [(name, item) for name, value in values for item in (value if isinstance(value, list) else [value])]
+        return [(name, str(item)) for name, item in items if item]
+
     @property
     def needed_extra(self) -> str:
         """The optional dependency group that the command needs with these settings."""

@@ -21,14 +21,14 @@ from phoque.settings.train import TrainSettings
 
 @dataclass
 class Prepared:
-    """What is known before a weight is loaded; `targets` is what peft takes as `target_modules`."""
+    """What is known before a weight is loaded; `targets` is what peft takes as `target_modules`, None for all."""
 
     source: Source
     config: Any
     chat: ChatTemplate
     dataset: Dataset
     scan: DatasetScan
-    targets: str | list[str]
+    targets: str | list[str] | None
 
 
 def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: bool) -> Prepared:
@@ -60,7 +60,8 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             why=f"{reason[0].upper()}{reason[1:]}.",
             fix=f"Use --max-length {limit} or less.",
         )
-    targets = find_target_modules(build_empty_model(config), s.target_modules)
+    is_all = s.target_modules == "all-linear"  # which needs no model to be looked through
+    targets = None if is_all else find_target_modules(build_empty_model(config), s.target_modules)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
     evaluation = open_split(split=s.eval_split) if s.eval_split else None
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation)
@@ -104,7 +105,7 @@ def with_steps(resolved: Resolved[TrainSettings], scan: DatasetScan) -> Resolved
             fix="Give --max-steps instead.",
         )
     steps = max(1, math.ceil(s.epochs * scan.trained_rows / s.batch_size))
-    if origin.source != "default" and not origin.source.startswith("preset") and s.max_steps <= steps:
+    if origin.is_given and s.max_steps <= steps:
         return resolved
     origins = resolved.origins | {"max_steps": Origin("--epochs", "--epochs")}
     return replace(resolved, settings=s.model_copy(update={"max_steps": steps}), origins=origins)

@@ -5,8 +5,9 @@ import importlib.util
 import io
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from phoque.errors import PhoqueError, UsageError, first_line
 from phoque.settings.fields import Secrets
@@ -93,25 +94,33 @@ class Trackio:
             self._run.finish()
 
 
-def start_services(
-    s: TrainSettings,
-    secrets: Secrets,
-    *,
-    run: Path,
-    config: dict[str, Any],
-    run_id: str,
-    is_fresh: bool,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> list[Service]:
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run as services know it: its folder, the record that they show, and its id, by which it is continued."""
+
+    settings: TrainSettings
+    secrets: Secrets
+    run: Path
+    record: dict[str, Any]
+    run_id: str
+    is_fresh: bool
+    say: Callable[[str], None]
+
+    @property
+    def resume(self) -> Literal["never", "allow"]:
+        """Whether an existing run of this id may be continued, as both services call it."""
+        return "never" if self.is_fresh else "allow"
+
+
+def start_services(report: Report, warn: Callable[[str], None]) -> list[Service]:
     """Start a run, or continue the one of the same id, in each service of --report-to that can be reached."""
     starts = {"wandb": (Wandb.name, _start_wandb), "trackio": (Trackio.name, _start_trackio)}
     services: list[Service] = []
     for choice, (name, start) in starts.items():
-        if choice not in s.report_to:
+        if choice not in report.settings.report_to:
             continue
         try:
-            service = start(s, secrets, run, config, run_id, is_fresh, say)
+            service = start(report)
         except PhoqueError:  # a signal arrived meanwhile
             raise
         except Exception as error:  # no network, a bad key or a broken installation must not stop the run
@@ -131,19 +140,12 @@ def check_services(s: TrainSettings) -> None:
         )
 
 
-def _start_wandb(
-    s: TrainSettings,
-    secrets: Secrets,
-    run: Path,
-    config: dict[str, Any],
-    run_id: str,
-    is_fresh: bool,
-    say: Callable[[str], None],
-) -> Service | None:
+def _start_wandb(report: Report) -> Service | None:
+    s, secrets = report.settings, report.secrets
     mode = s.wandb_mode or ("online" if secrets.wandb_api_key else "disabled")
     if mode == "disabled":
         if s.wandb_mode is None:
-            say("W&B: WANDB_API_KEY is not set, so metrics are only written to the run folder")
+            report.say("W&B: WANDB_API_KEY is not set, so metrics are only written to the run folder")
         return None
     os.environ.setdefault("WANDB_SILENT", "true")  # its banner would appear between phoque's log lines
     import wandb
@@ -152,12 +154,12 @@ def _start_wandb(
     settings = wandb.Settings(api_key=key, silent=True, console="off", init_timeout=30)
     wandb_run = wandb.init(
         project=s.wandb_project,
-        name=run.name,
-        id=run_id,
+        name=report.run.name,
+        id=report.run_id,
         mode=mode,
-        dir=str(run),
-        config=config,
-        resume="never" if is_fresh else "allow",
+        dir=str(report.run),
+        config=report.record,
+        resume=report.resume,
         settings=settings,
     )
     wandb_run.define_metric(STEP)
@@ -165,29 +167,23 @@ def _start_wandb(
     return Wandb(wandb_run)
 
 
-def _start_trackio(
-    s: TrainSettings,
-    secrets: Secrets,
-    run: Path,
-    config: dict[str, Any],
-    run_id: str,
-    is_fresh: bool,
-    say: Callable[[str], None],
-) -> Service:
+def _start_trackio(report: Report) -> Service:
+    s = report.settings
+    name = f"{report.run.name}-{report.run_id[:6]}"  # Trackio finds the run to continue by its name
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its own banner, and --json has stdout
         import trackio
 
         trackio_run = trackio.init(
             project=s.wandb_project,
-            name=f"{run.name}-{run_id[:6]}",  # Trackio finds the run to continue by its name
-            config=_flatten(config),
-            resume="never" if is_fresh else "allow",
+            name=name,
+            config=_flatten(report.record),
+            resume=report.resume,
             private=not s.public,  # of a Space, if TRACKIO_SPACE_ID names one; without this it would be public
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-    say(f"Trackio: `trackio show --project {s.wandb_project}` shows the run {run.name}-{run_id[:6]}")
+    report.say(f"Trackio: `trackio show --project {s.wandb_project}` shows the run {name}")
     return Trackio(trackio_run)
 
 
@@ -196,6 +192,6 @@ def _group_names(values: dict[str, float]) -> dict[str, float]:
     return {f"{'eval' if name.startswith('held_out') else 'train'}/{name}": value for name, value in values.items()}
 
 
-def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     """The settings of a record by name, for a table of settings."""
-    return {name: row["value"] for name, row in config["settings"].items() if "flag" in row}
+    return {name: row["value"] for name, row in record["settings"].items() if "flag" in row}

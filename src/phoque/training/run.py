@@ -43,7 +43,7 @@ from phoque.training.finish import (
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.pinned import pin_revisions
 from phoque.training.prepare import lora_options, open_run_repo, packing_for, prepare, rows_per_step, with_steps
-from phoque.training.report_to import check_services, start_services
+from phoque.training.report_to import Report, check_services, start_services
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
 from phoque.training.run_state import Run
@@ -167,17 +167,16 @@ def _train(run: Run) -> TrainResult:
     model = _load_model_with_adapter(run)
     engine = _build_engine(run, model)
     stream = _open_stream(run, static=engine is not None)
-    reported_to = start_services(
-        s,
-        run.services.secrets,
+    report = Report(
+        settings=s,
+        secrets=run.services.secrets,
         run=run.folder,
-        config=run.record,
+        record=run.record,
         run_id=run.start.run_id,
         is_fresh=run.start.is_fresh,
         say=console.say,
-        warn=console.warn,
     )
-    tracker = Tracker(run.folder, reported_to, console.warn, logged)
+    tracker = Tracker(run.folder, start_services(report, console.warn), console.warn, logged)
     samples = _make_samples(run, tracker, timer)
     code = FAILED
     try:
