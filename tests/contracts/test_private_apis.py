@@ -42,7 +42,8 @@ def check_llama_layout(tmp_path):
 import ctypes, pathlib, sys
 from phoque.console import Console
 from phoque.errors import RunError
-from phoque.gguf.llama_cpp import ContextParams, Library, binaries, open_library
+from phoque.gguf.c_api import ContextParams
+from phoque.gguf.llama_cpp import Library, binaries, open_library
 client, cache = binaries(), pathlib.Path(sys.argv[1])
 client.install(cache, Console())
 library = open_library(client.modules(cache))
