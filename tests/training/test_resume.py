@@ -169,7 +169,8 @@ def test_a_public_repository_needs_to_be_meant(train, hub, tmp_path):
     hub.add("models", REPO).private = False
     error = train("--output-dir", tmp_path / "run", expect=2).error
     assert "public" in error[0] and "--public" in error[2]
-    assert "anyone" in train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1).err
+    shown = train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1).err
+    assert "anyone" in shown and f"name {tmp_path}" not in shown and f"and {tmp_path / 'run'} of this machine" in shown
     train("--output-dir", tmp_path / "other", "--public", "--max-steps", 1, repo="harbour/open")
     assert not hub.repos["models", "harbour/open"].private
 
@@ -329,6 +330,14 @@ def test_a_checkpoint_of_plain_trainer_is_accepted_with_a_warning(train, hub, tm
     local = tmp_path / "local"
     shutil.copytree(plain, local / "checkpoint-4")
     assert "continuing from step 4 of 8" in train("--output-dir", local, "--max-steps", 8, repo=None).err
+    # with another optimizer it cannot be resumed, and what is said is not that it lacks a manifest
+    other = tmp_path / "other"
+    shutil.copytree(plain, other / "checkpoint-4")
+    state = torch.load(other / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    state["state"] = {name: {"step": 4, "state1": torch.zeros(2)} for name in state["state"]}
+    torch.save(state, other / "checkpoint-4" / "optimizer.pt")
+    refused = train("--output-dir", other, "--max-steps", 8, repo=None, expect=1).error
+    assert "plain Trainer" in refused[0] and "not torch's AdamW" in refused[1] and "--fresh-start" in refused[2]
     # and not when a part is missing, which plain Trainer would not notice
     hub.put(REPO, {p: None for p in hub.files(REPO) if not p.startswith(name)})
     hub.put(REPO, {f"{name}/optimizer.pt": None})

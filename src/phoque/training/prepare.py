@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate
@@ -136,5 +137,11 @@ def open_run_repo(s: TrainSettings, services: Services) -> Repo | None:
             what="There is no Hub token.",
             why=f"{s.hub_model_id} cannot be written without one.",
             fix="Set HF_TOKEN, or run `hf auth login`.",
+        )
+    named = [str(path) for path in (s.base_model, s.dataset, s.folder) if Path(path).is_absolute()]
+    if s.public and named:
+        services.console.warn(
+            f"{s.hub_model_id} is public, and its run.json, report and card name {' and '.join(named)} of this "
+            "machine; relative paths say less"
         )
     return Repo(services.hub, s.hub_model_id)

@@ -212,15 +212,22 @@ def _download_newer(
 
 
 def _import_newest_trainer_checkpoint(run: Path, epoch: dict[str, Any], console: Console) -> None:
-    """Import the newest whole checkpoint of plain Trainer in the folder, unless phoque has made any there."""
+    """Import the newest whole checkpoint of plain Trainer in the folder, unless phoque has made any there.
+
+    Raises RunError if none can be resumed: it has another optimizer, or a part is missing.
+    """
     names = checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*"))
     if not names or any(checkpoints.is_phoque_checkpoint(run / name) for name in names):
         return
-    for name in names:
-        reason = checkpoints.find_trainer_defect(run / name)
-        if reason is None:
-            checkpoints.import_trainer_checkpoint(run / name, epoch, console.warn)
-            return
+    reasons = {name: checkpoints.find_trainer_defect(run / name) for name in names}
+    whole = next((name for name, reason in reasons.items() if reason is None), None)
+    if whole is None:
+        raise RunError(
+            what=f"{run} holds checkpoints of plain Trainer, and none can be resumed.",
+            why=f"{names[0]}: {reasons[names[0]]}.",
+            fix="Choose another --output-dir, or start over with --fresh-start, which deletes them.",
+        )
+    checkpoints.import_trainer_checkpoint(run / whole, epoch, console.warn)
 
 
 def _start_fresh(
