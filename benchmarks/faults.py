@@ -1,6 +1,7 @@
 """What a run survives: every fault of the table injected for real, into phoque and into plain Trainer beside it.
 
     uv run python benchmarks/faults.py            43 faults, a few minutes on two cores
+    uv run python benchmarks/faults.py --folder   33 faults, with the run in a folder of a bucket (--run-dir)
     uv run python benchmarks/faults.py --soak 200 one long run, killed or hurt 200 times
 
 A fault is survived only if the exit code is the documented one, the same command then ends with the very adapter (bit
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ class Bench:
             need(ended.code == expect, f"exit {ended.code} instead of {expect}: {ended.text[-300:]}")
         return ended
 
+    def files(self) -> dict[str, bytes]:
+        """What the repository holds."""
+        return {path: blob.content for path, blob in self.hub.files(REPO).items()}
+
+    def put(self, changes: dict[str, bytes | None]) -> None:
+        """Change what the repository holds; None deletes a file."""
+        self.hub.put(REPO, changes)
+
     def adapter(self) -> bytes | None:
         repo = self.hub.repos.get(("models", REPO))
         blob = repo.commits[-1].files.get("adapter_model.safetensors") if repo else None
@@ -129,40 +138,15 @@ class Phoque(Bench):
     stopped, refused, failed = 75, 2, 1
 
     def start(self, *more: Any, prelude: str = "", repo: str = REPO, **env: str) -> Started:
-        argv = [
-            "train",
-            "--base-model",
-            BASE,
-            "--dataset",
-            self.rows,
-            "--quantization",
-            "fp32",
-            "--batch-size",
-            4,
-            "--packing",
-            "exact",
-            "--log-every",
-            1,
-            "--sample-every",
-            0,
-            "--learning-rate",
-            0.01,
-            "--lora-dropout",
-            0.1,
-            "--max-steps",
-            STEPS,
-            "--max-bad-rows",
-            0.2,
-            "--save-steps",
-            SAVE,
-            "--hub-model-id",
-            repo,
-            "--hub-patience",
-            30,
-            "--output-dir",
-            "run",
-        ]
+        argv = ["train", "--base-model", BASE, "--dataset", self.rows, "--quantization", "fp32", "--batch-size", 4]
+        argv += ["--packing", "exact", "--log-every", 1, "--sample-every", 0, "--learning-rate", 0.01]
+        argv += ["--lora-dropout", 0.1, "--max-steps", STEPS, "--max-bad-rows", 0.2, "--save-steps", SAVE]
+        argv += [*self.keeps(repo), "--hub-patience", 30, "--output-dir", "run"]
         return Started(self, [str(a) for a in (*argv, *more)], {"WANDB_MODE": "disabled"} | env, prelude)
+
+    def keeps(self, repo: str) -> list[Any]:
+        """Where the run is kept."""
+        return ["--hub-model-id", repo]
 
     def steps(self) -> list[tuple[int, float]]:
         path = self.place / "run" / "metrics.jsonl"
@@ -180,6 +164,53 @@ class Phoque(Bench):
         seen = json.loads(state.read_text())["rows_seen"] if state.is_file() else 4 * STEPS
         need(seen == 4 * STEPS, f"{seen} rows seen")
         need(self.leaked() is None, self.leaked() or "")
+
+
+class Folder(Phoque):
+    """phoque with the run in a folder that outlives the machines, as a bucket does that a Job mounts."""
+
+    @property
+    def store(self) -> Path:
+        return self.root / "bucket"
+
+    def begin(self) -> None:
+        shutil.rmtree(self.store, ignore_errors=True)
+        self.seen: set[tuple[Path, int]] = set()
+        super().begin()
+
+    def keeps(self, repo: str) -> list[Any]:
+        return ["--run-dir", self.store]
+
+    def files(self) -> dict[str, bytes]:
+        found = (path for path in self.store.rglob("*") if path.is_file() and path.name != "phoque-run.txt")
+        return {path.relative_to(self.store).as_posix(): path.read_bytes() for path in found}
+
+    def put(self, changes: dict[str, bytes | None]) -> None:
+        for name, content in changes.items():
+            path = self.store / name
+            if content is None:
+                path.unlink()
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+
+    def adapter(self) -> bytes | None:
+        return self.files().get("adapter_model.safetensors")
+
+    def commits(self) -> int:
+        """The last files of a push that were seen so far; asked for often enough, that is the number of pushes."""
+        last = [*self.store.glob("checkpoint-*/MANIFEST.json"), *self.store.glob("fresh_start.json")]
+        for path in [*last, *self.store.glob("run.json")]:
+            with suppress(FileNotFoundError):
+                self.seen.add((path, path.stat().st_mtime_ns))
+        return 1 + len(self.seen)
+
+    def pushing(self) -> bool:
+        return any(not (path / "MANIFEST.json").is_file() for path in self.store.glob("checkpoint-*"))
+
+    def leaked(self) -> str | None:
+        inside = (n for n, content in self.files().items() for s in SECRETS.values() if s.encode() in content)
+        return super().leaked() or next((f"a secret in {name} of the bucket" for name in inside), None)
 
 
 class Plain(Bench):
@@ -268,9 +299,10 @@ def signalled(number: int, where: str) -> Callable[[Bench], None]:
     def fault(b: Bench) -> None:
         if where == "upload":
             b.hub.faults.add(COMMIT, "slow", times=3, seconds=1.0)
+        slow_writes = SLOW_WRITES if isinstance(b, Folder) and where == "upload" else ""
         # under nohup, which this script may run under, SIGHUP is ignored
         heard = "\nimport signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        process = b.start(prelude=slowly() + heard)
+        process = b.start(prelude=slowly() + heard + slow_writes)
         process.until({"step": lambda: len(b.steps()) >= 5, "save": b.in_save, "upload": b.pushing}[where])
         process.kill(number)
         ended = process.ended()
@@ -320,12 +352,11 @@ def damaged(how: str) -> Callable[[Bench], None]:
 
     def fault(b: Bench) -> None:
         b.run("--save-steps", 6)
-        gone = {p: None for p in b.hub.files(REPO) if "/" not in p and p != ".gitattributes"}
-        b.hub.put(REPO, gone)
+        b.put({path: None for path in b.files() if "/" not in path and path != ".gitattributes"})
         name = f"checkpoint-{STEPS}"
-        content = b.hub.files(REPO)[f"{name}/optimizer.pt"].content
+        content = b.files()[f"{name}/optimizer.pt"]
         flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
-        parts = [p for p in b.hub.files(REPO) if p.startswith(f"{name}/")]
+        parts = [p for p in b.files() if p.startswith(f"{name}/")]
         changes = {
             "no manifest": {f"{name}/MANIFEST.json": None},
             "no optimizer.pt": {f"{name}/optimizer.pt": None},
@@ -333,7 +364,7 @@ def damaged(how: str) -> Callable[[Bench], None]:
             "bit flip": {f"{name}/optimizer.pt": flipped},
             "empty": {p: None for p in parts if not p.endswith("adapter_config.json")},
         }
-        b.hub.put(REPO, changes[how])
+        b.put(changes[how])
         b.new_machine()
         b.run("--save-steps", 6)
         b.whole()
@@ -465,12 +496,14 @@ def malicious(b: Bench) -> None:
     b.run("--save-steps", 6)
     sentinel = b.root / f"owned-{time.time_ns()}"
     pickled = b"cos\nsystem\n(S'touch " + str(sentinel).encode() + b"'\ntR."
-    wanted = {p: blob.content for p, blob in b.hub.files(REPO).items() if p.startswith(f"checkpoint-{STEPS}/")}
-    stale = {p: None for p in b.hub.files(REPO) if p != ".gitattributes"}
+    wanted = {path: content for path, content in b.files().items() if path.startswith(f"checkpoint-{STEPS}/")}
+    stale = {path: None for path in b.files() if path != ".gitattributes"}
     evil = {p: c for p, c in wanted.items() if not p.endswith(("MANIFEST.json", "data_state.json", "run.json"))}
-    evil |= {f"checkpoint-{STEPS}/optimizer.pt": pickled, f"checkpoint-{STEPS}/../../{sentinel.name}": b"out"}
-    b.hub.put(REPO, stale)
-    b.hub.put(REPO, evil)
+    evil |= {f"checkpoint-{STEPS}/optimizer.pt": pickled}
+    if not isinstance(b, Folder):  # in a folder there are no such paths
+        evil |= {f"checkpoint-{STEPS}/../../{sentinel.name}": b"out"}
+    b.put(stale)
+    b.put(evil)
     b.new_machine()
     ended = b.run(expect=None)
     need(not list(b.root.parent.rglob(sentinel.name)), "it ran what it was sent, or wrote outside of its folder")
@@ -478,7 +511,7 @@ def malicious(b: Bench) -> None:
         ended.code != 0 and (b.failed is None or len(re.findall(r"^(error|  why|   do): ", ended.text, re.M)) == 3),
         f"exit {ended.code}",
     )
-    b.hub.put(REPO, {p: None for p in b.hub.files(REPO) if p != ".gitattributes"})
+    b.put({path: None for path in b.files() if path != ".gitattributes"})
     b.new_machine()
     b.run()
     b.whole()
@@ -545,6 +578,66 @@ def two_runs(b: Bench) -> None:
     b.whole()
 
 
+SLOW_WRITES = """
+import time
+from phoque.hub.folder_store import FolderStore
+write = FolderStore._write
+def slow(*arguments):
+    time.sleep(0.2)
+    write(*arguments)
+FolderStore._write = slow
+"""
+FAILING_WRITES = """
+from phoque.hub.folder_store import FolderStore
+write, written = FolderStore._write, []
+def failing(store, path, source):
+    written.append(path)
+    if 20 < len(written) < 40:
+        raise OSError(5, "Input/output error")
+    write(store, path, source)
+FolderStore._write = failing
+"""
+
+
+def bucket_full(b: Folder) -> None:
+    """The disk of the store is full, and then it is not."""
+    b.store.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", b.store], check=True)  # needs root, as CI has
+    try:
+        (b.store / "phoque-run.txt").write_text("")
+        ballast = b.store / "ballast"
+        ballast.write_bytes(bytes(3_900_000))
+        ended = b.run(expect=b.stopped)
+        need("No space left" in ended.text and "un the same command" in ended.text, f"it said {ended.text[-300:]}")
+        ballast.unlink()
+        b.run()
+        b.whole()
+    finally:
+        subprocess.run(["umount", b.store], check=True)
+
+
+def bucket_fails(b: Folder) -> None:
+    """Twenty writes in a row fail."""
+    ended = b.run(prelude=FAILING_WRITES, expect=None)
+    need("Input/output error" in ended.text, "it did not say what is wrong")
+    b.new_machine()
+    b.run()
+    b.whole()
+
+
+def cut_off(name: str) -> Callable[[Folder], None]:
+    """A file at the root was cut off while it was written."""
+
+    def fault(b: Folder) -> None:
+        b.run()
+        b.put({name: b.files()[name][:100]})
+        b.new_machine()
+        b.run()
+        b.whole()
+
+    return fault
+
+
 BAD = ['{"messages": null}', '{"messages": []}', '{"messages": [{"role": "gull", "content": "kri"}]}']
 FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("commit answers 429", in_push(COMMIT, 429, Retry_After="2")),
@@ -590,6 +683,17 @@ FAULTS: list[tuple[str, Callable[[Any], None]]] = [
     ("a token with a line end", token_with_a_line_end),
     ("files of the user's in the run folder", foreign_files),
     ("two runs in one repository", two_runs),
+]
+
+
+ON_THE_HUB = {"a token with a line end", "two runs in one repository"}
+FOLDER_FAULTS = [
+    *(pair for pair in FAULTS[10:] if pair[0] not in ON_THE_HUB and not pair[0].startswith("start:")),
+    ("two runs in one folder", two_runs),
+    ("the bucket is full", bucket_full),
+    ("the bucket: 20 writes fail", bucket_fails),
+    ("the bucket: run.json cut off", cut_off("run.json")),
+    ("the bucket: adapter cut off", cut_off("adapter_model.safetensors")),
 ]
 
 
@@ -653,8 +757,8 @@ def soak(b: Phoque, times: int, seed: int) -> int:
 
 
 @contextmanager
-def sides() -> Iterator[tuple[Phoque, Plain]]:
-    """Both, on one Hub, with one forkserver: what they lean on is imported once."""
+def sides() -> Iterator[tuple[Phoque, Folder, Plain]]:
+    """All, on one Hub, with one forkserver: what they lean on is imported once."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     hub = FakeHub()
@@ -668,7 +772,7 @@ def sides() -> Iterator[tuple[Phoque, Plain]]:
     base, rows = tiny.llama(root / "llama"), write_rows(root / "rows.jsonl", [row(n) for n in range(40)])
     forkserver = ForkServer()
     made = []
-    for side in (Phoque, Plain):
+    for side in (Phoque, Folder, Plain):
         (root / side.__name__).mkdir()
         made.append(side(root / side.__name__, hub, forkserver, base, rows))
     try:
@@ -679,15 +783,16 @@ def sides() -> Iterator[tuple[Phoque, Plain]]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def table(only: list[int], peer: bool) -> int:
+def table(only: list[int], peer: bool, folder: bool) -> int:
     """Print the table; return how many faults phoque did not survive."""
     lost, plain_lost = {}, {}
-    with sides() as (phoque, plain):
+    faults = FOLDER_FAULTS if folder else FAULTS
+    with sides() as (on_hub, in_folder, plain):
         print("| # | fault | phoque | plain Trainer |\n|---|---|---|---|")
-        for number, (name, fault) in enumerate(FAULTS, 1):
+        for number, (name, fault) in enumerate(faults, 1):
             if only and number not in only:
                 continue
-            if (why := tried(phoque, fault)) is not None:
+            if (why := tried(in_folder if folder else on_hub, fault)) is not None:
                 lost[number] = why
             if peer and (why := tried(plain, fault)) is not None:
                 plain_lost[number] = why
@@ -696,7 +801,7 @@ def table(only: list[int], peer: bool) -> int:
             )
             ours = f"LOST: {lost[number]}" if number in lost else "survived"
             print(f"| {number} | {name} | {ours} | {theirs} |", flush=True)
-    count = len(only or FAULTS)
+    count = len(only or faults)
     lost_steps = "0 steps lost" if not lost else f"lost in {len(lost)}"
     print(f"\nfaults: {count} injected, {count - len(lost)} survived, {lost_steps}")
     if peer:
@@ -710,11 +815,12 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", default=[])
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--folder", action="store_true", help="keep the run in a folder, as on a mounted bucket")
     asked = parser.parse_args()
     if asked.soak:
-        with sides() as (phoque, _):
+        with sides() as (phoque, *_):
             print(
                 f"soak: {asked.soak} kills and faults over one run, {soak(phoque, asked.soak, asked.seed)} steps lost"
             )
     else:
-        sys.exit(table(asked.only, not asked.no_peer) > 0)
+        sys.exit(table(asked.only, not (asked.no_peer or asked.folder), asked.folder) > 0)

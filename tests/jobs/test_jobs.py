@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,12 +43,18 @@ class Container:
         return self._code
 
 
-def mount(hub, volume, folder):
-    """A bucket's folder, as the container sees it, fetched by huggingface_hub itself."""
+def mount(hub, kept, volume, folder):
+    """A bucket's folder, as the container sees it, fetched by huggingface_hub itself.
+
+    One for writing is a folder below `kept`, which outlives the container.
+    """
     from huggingface_hub import HfApi
 
     api, bucket, prefix = HfApi(hub.url, token=TOKEN), volume["source"], volume["path"]
-    assert volume["type"] == "bucket" and volume["readOnly"]
+    assert volume["type"] == "bucket"
+    if not volume["readOnly"]:
+        (kept / prefix).mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(kept / prefix)
     paths = [item.path for item in api.list_bucket_tree(bucket, prefix=f"{prefix}/", recursive=True)]
     assert paths, "a folder that does not exist fails the Job"
     files = [(path, folder / path.removeprefix(f"{prefix}/")) for path in paths]
@@ -62,7 +69,7 @@ def cluster(hub, forkserver, tiny_llama, rows, tmp_path):
     hub.add("datasets", DATA, {"train.jsonl": rows.read_bytes()})
     Container.forkserver, Container.prelude = forkserver, ""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_TOKEN", "WANDB"))} | {"WANDB_MODE": "disabled"}
-    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container, partial(mount, hub))
+    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container, partial(mount, hub, tmp_path / "buckets"))
     hub.jobs.root.mkdir()
     return hub
 
@@ -431,6 +438,25 @@ def test_a_time_limit_that_is_too_short_and_idle_gpus_are_said(cluster, phoque):
     assert "GPU memory" not in cpu and "not known" in cpu["time"]
 
 
+def test_a_run_that_goes_on_is_estimated_by_its_own_speed(cluster, phoque):
+    more = ["--max-steps", 6, "--output-dir", "here", "--wandb-mode", "disabled"]
+    phoque(*ASKED, *more, env=SECRETS)
+    changed = {}
+    for path, blob in cluster.files(REPO).items():
+        if path == "checkpoint-6/run.json":
+            changed[path] = json.dumps(json.loads(blob.content) | {"device": "NVIDIA A10G"}).encode()
+        if path == "checkpoint-6/metrics.jsonl":
+            changed[path] = b'{"step": 6, "loss": 1.0, "tokens_per_s": 1000.0}\n'
+    cluster.put(REPO, changed)
+    asked = [*ASKED, *ON, "--max-steps", 100_006, "--timeout", "1h", "--dry-run", "--json"]
+    time_on_a10g = phoque(*asked, env=SECRETS).json["facts"]["time"]
+    assert "from step 6 on at its own 1,000 tokens per second" in time_on_a10g
+    minutes, tokens = [float(text.replace(",", "")) for text in re.findall(r"[\d,.]*\d", time_on_a10g)[:2]]
+    assert minutes == pytest.approx(4 + tokens * 1e6 / 1000 / 60, abs=1)
+    elsewhere = phoque(*asked, "--on", "a100-large", env=SECRETS).json["facts"]["time"]
+    assert "from step 6 on" in elsewhere and "its own" not in elsewhere
+
+
 def test_controls_are_part_of_the_estimate(cluster, phoque):
     more = ["--max-steps", 100_000, "--timeout", "1h", "--dry-run", "--json"]
     alone = phoque(*ASKED, *ON, *more, env=SECRETS).json["facts"]["time"]
@@ -445,3 +471,65 @@ def test_what_follows_a_training_runs_in_the_same_job(cluster, phoque):
     ran = phoque(*asked, "--json", env=SECRETS)
     assert ran.json["stage"] == "COMPLETED" and "then: phoque merge --dtype fp32" in ran.err
     assert "model.safetensors" in cluster.files(f"{REPO}-merged")
+
+
+KEPT = "hf://buckets/harbour/runs/seal"
+
+
+@pytest.fixture
+def public_inputs(cluster):
+    for kind, name in (("models", BASE), ("datasets", DATA)):
+        cluster.repos[kind, name].private = False
+    return cluster
+
+
+def asked_without_token(*more):
+    words = [word for word in ASKED if word not in ("--hub-model-id", REPO)]
+    return [*words, *ON, "--run-dir", KEPT, "--no-token", *more]
+
+
+def test_a_job_keeps_its_run_in_a_bucket_and_has_no_token(public_inputs, phoque, tmp_path):
+    cluster = public_inputs
+    asked = asked_without_token("--max-steps", 6, "--sample-every", 0, "--timeout", LIMIT)
+    shown = phoque(*asked, "--dry-run", "--json", env=SECRETS).json
+    assert shown["checked"]["run folder"] == f"{KEPT}, will be made, private" and not cluster.buckets.found
+    assert shown["job"]["secrets"] == ["WANDB_API_KEY"]
+    (volume,) = shown["job"]["volumes"]
+    assert volume == {"type": "bucket", "source": "harbour/runs", "mountPath": "/run-dir", "path": "seal"} | {
+        "readOnly": False
+    }
+    ran = phoque(*asked, "--json", env=SECRETS)
+    assert ran.json["stage"] == "COMPLETED" and "checkpoint 6 is in" in ran.err
+    assert cluster.buckets.found["harbour/runs"].private
+    assert list(cluster.buckets.found["harbour/runs"].files) == ["seal/phoque-run.txt"]
+    spec = cluster.jobs.jobs[ran.json["job"]]["spec"]
+    assert TOKEN not in json.dumps(spec) and "--no-token" not in spec["command"]
+    kept = tmp_path / "buckets" / "seal"
+    assert (kept / "adapter_model.safetensors").is_file() and ("models", REPO) not in cluster.repos
+    # the next Job of the same command finds a finished run there
+    assert "is complete; nothing to train" in phoque(*asked, env=SECRETS).err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--run-dir", "runs/seal"], ["not a folder of a bucket", "hf://buckets/"]),
+        (["--run-dir", "hf://buckets/harbour/runs"], ["holds several runs"]),
+        (["--dataset", "harbour/secret"], ["harbour/secret is private", "without a token"]),
+        (["--then", "merge"], ["--then"]),
+    ],
+)
+def test_what_a_job_without_a_token_cannot_do_is_refused(public_inputs, phoque, rows, more, words):
+    cluster = public_inputs
+    cluster.add("datasets", "harbour/secret", {"train.jsonl": rows.read_bytes()})
+    error = " ".join(phoque(*asked_without_token("--timeout", "1h", *more), env=SECRETS, expect=2).error)
+    assert all(word in error for word in words) and not cluster.jobs.jobs and not cluster.buckets.found
+
+
+def test_a_public_bucket_does_not_keep_a_run(public_inputs, phoque):
+    from tests.fakehub.buckets import Bucket
+
+    cluster = public_inputs
+    cluster.buckets.found["harbour/runs"] = Bucket(private=False)
+    error = phoque(*asked_without_token("--timeout", "1h"), env=SECRETS, expect=2).error
+    assert "is public" in error[0] and not cluster.jobs.jobs

@@ -5,6 +5,7 @@ import json
 import pytest
 from tests import tiny
 from tests.fakehub import TOKEN
+from tests.training.test_run_dir import AUDIT
 
 SHORT = ["--quantization", "fp32", "--max-steps", 4, "--batch-size", 4, "--learning-rate", 0.02, "--sample-every", 0]
 WITHOUT_WANDB = {"WANDB_MODE": "disabled"}
@@ -53,6 +54,15 @@ def test_a_control_has_the_same_prompts_and_the_base_models_answers(train, rows,
     assert weights[0] != weights[1] != (run / "adapter" / "adapter_model.safetensors").read_bytes()
     again = train("--with-control", "--control-seeds", 2, "--output-dir", "run")
     assert again.err.count("is complete; nothing to train") == 3
+
+
+@pytest.mark.thorough
+def test_controls_are_kept_in_the_run_dir_and_found_there(train, phoque, tmp_path):
+    kept = tmp_path / "kept"
+    train("--with-control", "--output-dir", "run", "--run-dir", kept, prelude=AUDIT)
+    assert (kept / "control-1" / "adapter_model.safetensors").is_file() and list(kept.glob("control-rows-*.jsonl"))
+    ran = phoque("psm-probe", "--adapter-source", kept, "--dry-run", "--json")
+    assert ran.json["adapters"]["control"] == str(kept / "control-1")
 
 
 def test_the_probe_finds_the_control_by_itself(train, phoque, tmp_path):

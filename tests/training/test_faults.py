@@ -21,5 +21,9 @@ def test_every_fault_of_the_table_is_survived():
     assert "faults: 43 injected, 43 survived, 0 steps lost" in ran("--no-peer")
 
 
+def test_every_fault_is_survived_in_a_folder_of_a_bucket():
+    assert "faults: 33 injected, 33 survived, 0 steps lost" in ran("--folder")
+
+
 def test_twenty_kills_and_faults_of_one_run_lose_no_step():
     assert "20 kills and faults over one run, 0 steps lost" in ran("--soak", "20")

@@ -34,6 +34,7 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     from phoque.hub.client import Hub
     from phoque.jobs.flavors import find_flavor
     from phoque.jobs.inputs import JobInputs, find_local_inputs
+    from phoque.jobs.run_dir import MOUNT, find_bucket_folder
     from phoque.jobs.submit import (
         build_job,
         check_job,
@@ -58,8 +59,21 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     volumes = uploaded.volumes() if inputs else []
     commits = find_commits(hub, s, inputs)
     resolved = with_commits(resolved, commits)
-    job = build_job(command, resolved, namespace=namespace, submission=submission, inputs=inputs, volumes=volumes)
+    run_folder = find_bucket_folder(s.run_dir) if getattr(s, "run_dir", None) else None
+    if run_folder:
+        volumes.append(run_folder.volume())
+    job = build_job(
+        command,
+        resolved,
+        namespace=namespace,
+        submission=submission,
+        inputs=inputs,
+        volumes=volumes,
+        run_dir=MOUNT if run_folder else "",
+    )
     checked = {"account": account, "token": role} | check_job(hub, resolved, commits)
+    if run_folder:
+        checked["run folder"] = run_folder.describe(hub)
     if inputs:
         uploaded.check()
         checked["uploads"] = ", ".join(one.describe() for one in inputs)
@@ -73,6 +87,8 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
         return
     for name, value in facts.items():
         console.say(f"{name}: {value}")
+    if run_folder:
+        run_folder.create(hub)
     _submit(hub, job, s, uploaded if inputs else None)
 
 

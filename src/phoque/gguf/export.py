@@ -24,7 +24,8 @@ from phoque.gguf.tensors import GgufTensors
 from phoque.gguf.verify.files import MODELFILE
 from phoque.gguf.vocabulary import find_pre_tokenizer, read_vocabulary
 from phoque.gguf.writer import write_file
-from phoque.hub.repo import CARD, Repo, Snapshot
+from phoque.hub.repo import Repo
+from phoque.hub.store import CARD, Snapshot
 from phoque.inference import accuracy
 from phoque.merging.find_source import find_source
 from phoque.model_cards import render_gguf_card

@@ -104,9 +104,12 @@ def retry_after(error: BaseException) -> float:
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe an error in at most 160 characters, for the log."""
-    status = _find_status(error)
-    return first_line(error)[:160] if status is None else f"the Hub answered {status}"
+    """Describe an error in one line, for the log."""
+    if (status := _find_status(error)) is not None:
+        return f"the Hub answered {status}"
+    if isinstance(error, PhoqueError):
+        return f"{error.what.rstrip('.')} ({error.why.rstrip('.')})"
+    return first_line(error)[:160]
 
 
 def _find_status(error: BaseException) -> int | None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from phoque.hub.repo import Repo, Snapshot
+from phoque.hub.repo import Repo
+from phoque.hub.store import Snapshot
 
 _ID = r"(?P<repo>[\w-][\w.-]*/[\w.-]+)"
 _REF = re.compile(rf"^{_ID}(?:(?P<mark>[/#:])(?P<inside>.*))?$")

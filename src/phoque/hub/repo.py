@@ -1,52 +1,28 @@
 """A Hub repository. Pushes are one commit each and are read back; downloads are compared with the tree's hashes."""
 
-import hashlib
-import json
 import re
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import IntegrityError, PublicRepoError, UsageError
-from phoque.files import sha256
+from phoque.errors import IntegrityError, PublicRepoError
 from phoque.hub.client import Hub
+from phoque.hub.store import CARD, NEVER_UPLOADED, FileHashes, Snapshot, Store
 
-MARKER, CARD = "fresh_start.json", "README.md"
-CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-NEVER_UPLOADED = re.compile(r"(^|/)(\.env[^/]*|training_args\.bin)$")  # never uploaded, because they can contain tokens
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A repository at one commit: `sha`, and `files` from path to the entry of the Hub's tree listing."""
-
-    sha: str
-    files: dict[str, Any]
-
-    def checkpoint_folders(self) -> dict[str, list[Any]]:
-        """Return the checkpoint folders and the tree entries of their files."""
-        by_folder: dict[str, list[Any]] = {}
-        for path, file in self.files.items():
-            if folder := CHECKPOINT.match(path):
-                by_folder.setdefault(folder[1], []).append(file)
-        return by_folder
-
-
-class Repo:
+class Repo(Store):
     """The Hub repository for the output of a run; `kind` is model or dataset."""
 
-    def __init__(self, hub: Hub, name: str, kind: str = "model") -> None:
-        self.hub, self.name, self.kind = hub, name, kind
-        self.commits = 0  # number of commits that this object has created
-        self._marker: str | None = None
+    place = "on the Hub"
+    flag = "--hub-model-id"
+    commits_per_hour = 128  # the Hub's limit per repository
 
-    def pin(self, current: Snapshot) -> None:
-        """Remember the fresh-start marker. Later pushes are refused if another run has replaced it."""
-        self._marker = _marker_id(current)
+    def __init__(self, hub: Hub, name: str, kind: str = "model") -> None:
+        super().__init__()
+        self.hub, self.name, self.kind = hub, name, kind
 
     def open(self, public: bool, warn: Callable[[str], None]) -> None:
         """Create the repository if it does not exist, private unless `public`, and check that the token can write.
@@ -80,7 +56,7 @@ class Repo:
 
     def is_current(self, snapshot: Snapshot, path: str, folder: Path) -> bool:
         """Whether a folder holds this file of the snapshot already."""
-        return (folder / path).is_file() and _FileHashes(folder / path).matches(snapshot.files[path])
+        return (folder / path).is_file() and FileHashes(folder / path).matches(snapshot.files[path])
 
     def snapshot(self, revision: str | None = None) -> Snapshot:
         """List the files at a commit, by default the newest one."""
@@ -107,16 +83,11 @@ class Repo:
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        local = {path: _FileHashes(file) for path, file in files.items() if not NEVER_UPLOADED.search(path)}
+        local = {path: FileHashes(file) for path, file in files.items() if not NEVER_UPLOADED.search(path)}
 
         def push_once() -> str:
             before = self.snapshot()
-            if self._marker is not None and MARKER not in local and _marker_id(before) != self._marker:
-                raise UsageError(
-                    what=f"{self.name} was restarted by another run.",
-                    why="A fresh start has deleted the checkpoints that this run continues.",
-                    fix="Stop one of the two runs, or give one of them another --hub-model-id.",
-                )
+            self.check_same_run(before, list(local))
             missing = [path for path, file in local.items() if not file.matches(before.files.get(path))]
             deletions = stale(before)
             if not missing and not deletions:
@@ -156,7 +127,7 @@ class Repo:
                     force_download=True,
                 )
             )
-            if not _FileHashes(file).matches(snapshot.files[path]):
+            if not FileHashes(file).matches(snapshot.files[path]):
                 file.unlink()
                 raise IntegrityError(f"{path} was damaged during the download")
             return file
@@ -170,47 +141,3 @@ class Repo:
             lambda: self.hub.api.super_squash_history(self.name, commit_message=message, repo_type=self.kind),
         )
         return self.snapshot().sha
-
-    def clear(self, marker: dict[str, Any], staging: Path, root_files: Sequence[str]) -> None:
-        """Delete every checkpoint and `root_files` of the old run, and write the fresh-start marker, in one commit."""
-        staging.mkdir(parents=True, exist_ok=True)
-        file = staging / MARKER
-        file.write_text(json.dumps(marker))
-
-        def find_stale(snapshot: Snapshot) -> list[str]:
-            return sorted(snapshot.checkpoint_folders()) + [name for name in root_files if name in snapshot.files]
-
-        try:
-            self.push({MARKER: file}, "Fresh start: delete all checkpoints", find_stale)
-            self.pin(self.snapshot())
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _marker_id(snapshot: Snapshot) -> str:
-    return snapshot.files[MARKER].blob_id if MARKER in snapshot.files else ""
-
-
-def git_blob_id(file: Path) -> str:
-    """Git's name for the content of a file, which the Hub gives for files that are not in LFS."""
-    content = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-class _FileHashes:
-    """The size and the hashes of a local file; each hash is computed at most once, when it is needed."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self._size = file, file.stat().st_size
-        self._sha256: str | None = None
-        self._sha1: str | None = None
-
-    def matches(self, remote: Any) -> bool:
-        """Whether a tree entry has the same content: by SHA-256 for LFS files, else by git's blob SHA-1."""
-        if remote is None or remote.size != self._size:
-            return False
-        if remote.lfs:
-            self._sha256 = self._sha256 or sha256(self.file)
-            return remote.lfs.sha256 == self._sha256
-        self._sha1 = self._sha1 or git_blob_id(self.file)
-        return remote.blob_id == self._sha1

@@ -3,19 +3,27 @@
 A step of LoRA training multiplies each frozen weight twice, forward and backward, so the seconds of a token grow with
 the parameters; attention, the adapter and the head add about as much for every model. Both numbers were fitted to the
 speeds that docs/benchmarks.md has of six models on an H100 and an H200, which they give within 15%. Other GPUs are
-taken to be slower in proportion to what a large matrix product reaches on them; that was not measured.
+taken to be slower in proportion to what a large matrix product reaches on them; that was not measured. A run that is
+resumed on the same GPU is estimated by its own speed.
 """
 
+import json
+import statistics
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from phoque.errors import UsageError
+from phoque.hub.store import Snapshot, Store
 from phoque.jobs.flavors import Flavor
 from phoque.models.lora import LoraOptions
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
+from phoque.training.checkpoints import RECORD, get_step, sort_checkpoints
 from phoque.training.dry_run import count_parameters, estimate_memory
-from phoque.training.prepare import lora_options, prepare, with_steps
+from phoque.training.metrics_log import METRICS, read_lines
+from phoque.training.prepare import find_store, lora_options, prepare, with_steps
 
 # dense bf16 TFLOP/s (T4: fp16) that a large matrix product reaches, by what the Hub calls the GPU
 TFLOPS = {"T4": 40, "L4": 75, "A10G": 65, "A100": 250, "L40S": 250, "H100": 790, "H200": 790, "RTX PRO 6000": 350}
@@ -24,6 +32,7 @@ SECONDS_PER_TOKEN = 10.2e-6  # on the measured cards, in rows of about 2,100 tok
 SECONDS_PER_TOKEN_AND_BILLION = 7.15e-6  # and for each billion parameters beside the embeddings
 TIME_FACTOR = {"nf4": 1.0, "bf16": 1.0, "fp8": 0.81, "fp32": 8.0}  # relative to NF4
 RECOMPUTING = 0.55  # more time if all layers are recomputed
+LAST_LINES = 20  # of the metrics, from which the speed of a run is taken
 START_MINUTES = 4.0  # installing phoque and torch, downloading and loading a 3B model
 
 
@@ -79,18 +88,62 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
             why=f"It needs {least:.0f} GB even with all layers recomputed, and a card has {flavor.gpu_memory_gb:g} GB.",
             fix="Choose a larger flavor, --quantization nf4, --micro-batch or a lower --max-length.",
         )
-    tokens = round(s.max_steps * s.batch_size * ready.scan.mean_length)
+    so_far = Progress() if s.run_dir else find_progress(find_store(s, services), flavor)
+    per_step = s.batch_size * ready.scan.mean_length
+    tokens = round(max(0, s.max_steps - so_far.steps) * per_step)
     minutes = None
-    runs = 1 + s.control_seeds if s.with_control else 1  # a control takes as many steps; its answers are left out
-    if limit := TFLOPS.get(_generation(flavor.gpu_model)):
+    controls = s.control_seeds if s.with_control else 0  # each takes as many steps; its answers are left out
+    all_tokens = tokens + controls * s.max_steps * per_step
+    if so_far.tokens_per_s:
+        minutes = all_tokens / so_far.tokens_per_s / 60
+    elif limit := TFLOPS.get(_generation(flavor.gpu_model)):
         billions = (counts["base"] - counts["embedding"]) / 1e9
         recomputed = min(1.0, max(0.0, memory - flavor.gpu_memory_gb) / max(1e-9, memory - least))
         per_token = estimate_seconds_per_token(billions, s.quantization, limit) * (1 + RECOMPUTING * recomputed)
-        minutes = tokens * per_token / 60 * runs
+        minutes = all_tokens * per_token / 60
     left_out = [text for text, is_asked in (("merging", s.export_merged), ("early stops", s.early_stop)) if is_asked]
     beside = f"; {s.control_seeds} control runs included" if s.with_control else ""
+    beside += so_far.describe()
     beside += f"; without {' and '.join(left_out)}" if left_out else ""
     return JobEstimate(tokens, minutes, memory, least, beside)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has done before: its steps, and its tokens per second if that was on the GPU of the flavor."""
+
+    steps: int = 0
+    tokens_per_s: float | None = None
+
+    def describe(self) -> str:
+        """For the estimate: what it rests on; empty for a new run."""
+        speed = f" at its own {self.tokens_per_s:,.0f} tokens per second" if self.tokens_per_s else ""
+        return f"; from step {self.steps} on{speed}" if self.steps else ""
+
+
+def find_progress(store: Store | None, flavor: Flavor) -> Progress:
+    """Read how far the run in a store has come, from its newest checkpoint."""
+    snapshot = _find_snapshot(store)
+    names = sort_checkpoints(snapshot.checkpoint_folders()) if snapshot else []
+    newest = next((name for name in names if f"{name}/{METRICS}" in snapshot.files), None) if snapshot else None
+    if store is None or snapshot is None or newest is None:
+        return Progress()
+    with TemporaryDirectory() as folder:
+        fetched = [store.fetch(snapshot, f"{newest}/{name}", Path(folder)) for name in (METRICS, RECORD)]
+        rows, record = read_lines(fetched[0]), json.loads(fetched[1].read_text())
+    speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")][-LAST_LINES:]
+    generation = _generation(flavor.gpu_model)
+    is_same_gpu = bool(generation) and generation == _generation(record.get("device", ""))
+    return Progress(get_step(Path(newest)), statistics.median(speeds) if speeds and is_same_gpu else None)
+
+
+def _find_snapshot(store: Store | None) -> Snapshot | None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return store.snapshot() if store else None
+    except RepositoryNotFoundError:
+        return None
 
 
 def estimate_seconds_per_token(billions: float, quantization: str, tflops: float) -> float:

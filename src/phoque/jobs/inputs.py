@@ -18,7 +18,7 @@ from phoque.errors import UsageError
 from phoque.files import read_json_object, sha256
 from phoque.hub.client import Hub
 from phoque.hub.refs import hub_id
-from phoque.models.adapter_source import RUN_RECORD, find_local_adapter
+from phoque.models.adapter_source import ADAPTER_FILES, RUN_RECORD, WEIGHTS, find_local_adapter
 from phoque.models.source import PACKAGED_MODELS
 from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import Resolved, flag_names
@@ -31,6 +31,9 @@ ADAPTER_SETTINGS = ("adapter_source", "updated_adapter", "control_adapter")
 RESERVED = {*BUNDLED_DATASETS, *PACKAGED_MODELS, BUNDLED, NONE, "python"}  # names that stand for no path
 # of a run folder, what the commands read of an adapter; checkpoints and merged models stay here
 RUN_FILES = (RUN_RECORD, "adapter/*", "control-*/run.json", "control-*/adapter/*")
+STORED_FILES = tuple(
+    f"{folder}{name}*" for folder in ("", "control-*/") for name in ADAPTER_FILES
+)  # as in a repository
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "venv", "wandb"}
 
 
@@ -104,8 +107,9 @@ def _list_files(setting: str, flag: str, path: Path) -> dict[str, Path]:
     """The files of an input by their path from the input's parent."""
     if path.is_file():
         return {path.name: path}
-    is_run = setting in ADAPTER_SETTINGS and (path / RUN_RECORD).is_file()
-    patterns = RUN_FILES if is_run else ("**/*",)
+    patterns: tuple[str, ...] = ("**/*",)
+    if setting in ADAPTER_SETTINGS and (path / RUN_RECORD).is_file():
+        patterns = STORED_FILES if (path / WEIGHTS).is_file() else RUN_FILES
     files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     kept = [file for file in files if _is_wanted(setting, file.relative_to(path))]
     if not kept:

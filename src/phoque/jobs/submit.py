@@ -27,6 +27,7 @@ from phoque.version import __version__
 # settings that are not passed to the Job
 NOT_PASSED = (
     "on",
+    "send_token",
     "attempts",
     "package",
     "output_dir",
@@ -91,7 +92,7 @@ def check_local_settings(resolved: Resolved[Any]) -> None:
                 fix=f"Leave it out: a Job keeps its output in the repository of {flag_names(type(s), s.keeps)[0]}.",
             )
     check_token(resolved.secrets)
-    if not getattr(s, s.keeps):
+    if not (getattr(s, s.keeps) or getattr(s, "run_dir", None)):
         raise UsageError(
             what="A Job needs a Hub repository for its output.",
             why="The Job's disk is deleted when it ends.",
@@ -107,10 +108,12 @@ def build_job(
     submission: str,
     inputs: list[LocalInput],
     volumes: list[Any],
+    run_dir: str = "",
 ) -> Job:
     """Build the Job that runs a command with these settings: non-default values as flags, secrets as Job secrets.
 
-    `inputs` are mounted as `volumes`. Raises UsageError for a copy of phoque that a Job cannot install.
+    `inputs` are mounted as `volumes`, and the folder that keeps the run at `run_dir`. Raises UsageError for a copy of
+    phoque that a Job cannot install.
     """
     from huggingface_hub._jobs_api import DEFAULT_UV_IMAGE
 
@@ -119,7 +122,8 @@ def build_job(
     secrets = {env_name(Secrets, name): key.get_secret_value() for name, key in keys.items() if key}
     timeout = s.timeout or DEFAULT_TIMEOUT
     package = s.package or pip_requirement(s.needed_extra)
-    flags = to_flags(replace(resolved, settings=with_mounted_paths(s, inputs)))
+    mounted = with_mounted_paths(s, inputs).model_copy(update={"run_dir": run_dir} if run_dir else {})
+    flags = to_flags(replace(resolved, settings=mounted))
     run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *flags]
     # the Job counts its timeout from the start of the container, see settings.environment.deadline
     env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": submission, "PYTHONUNBUFFERED": "1"}
@@ -186,15 +190,23 @@ def find_account(hub: Hub) -> tuple[str, str]:
 def find_commits(hub: Hub, s: Any, inputs: list[LocalInput]) -> dict[str, tuple[str, str]]:
     """Setting -> (repository, commit) of each input that is on the Hub, and not one of the local `inputs`.
 
-    Raises the Hub's error for one that is missing.
+    Raises the Hub's error for one that is missing, and UsageError for one that a Job without a token cannot read.
     """
     found, local = {}, {one.setting for one in inputs}
+    has_token = getattr(s, "send_token", True)
     for name, value in s.list_inputs():
         pinned = s.reads[name]
         revision = getattr(s, pinned) if pinned else None
         ref = None if value in RESERVED or name in local else hub_ref(value)
         if ref:
-            found[name] = ref.repo, _find_commit(hub, name, ref.repo, revision)
+            info = _find_repo(hub, name, ref.repo, revision)
+            if not has_token and (info.private or getattr(info, "gated", False)):
+                raise UsageError(
+                    what=f"{ref.repo} is {'private' if info.private else 'gated'}.",
+                    why=f"A Job without a token cannot read it, and {flag_names(type(s), name)[0]} names it.",
+                    fix="Leave out --no-token, or download it and give the local copy, which goes to a private bucket.",
+                )
+            found[name] = ref.repo, str(info.sha)
     return found
 
 
@@ -224,6 +236,8 @@ def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, s
     s, api = resolved.settings, hub.api
     checks = {name: f"{repository}@{commit[:8]}" for name, (repository, commit) in commits.items()}
     repo, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")
+    if not repo:
+        return checks
     try:
         private = hub.retry(repo, lambda: api.repo_info(repo, repo_type=kind)).private
         if not private and not s.public:
@@ -234,17 +248,17 @@ def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, s
     return checks
 
 
-def _find_commit(hub: Hub, setting: str, name: str, revision: str | None) -> str:
-    """Return the commit of the repository that a setting names."""
+def _find_repo(hub: Hub, setting: str, name: str, revision: str | None) -> Any:
+    """What the Hub says about the repository that a setting names."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     info = hub.api.dataset_info if setting in DATASET_SETTINGS else hub.api.model_info
     try:
-        return str(hub.retry(name, lambda: info(name, revision=revision)).sha)
+        return hub.retry(name, lambda: info(name, revision=revision))
     except RepositoryNotFoundError:
         if setting not in EITHER_KIND:
             raise
-        return str(hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision)).sha)
+        return hub.retry(name, lambda: hub.api.dataset_info(name, revision=revision))
 
 
 def submit_job(hub: Hub, job: Job, console: Console) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 from phoque.console import Console
 from phoque.errors import RunError
 from phoque.files import check_output_folder
-from phoque.hub.repo import CARD, Repo, Snapshot
+from phoque.hub.repo import Repo
+from phoque.hub.store import CARD, Snapshot
 from phoque.merging.verify import compare_with_adapter
 from phoque.merging.writer import RECORD, write_merged
 from phoque.model_cards import render_merged_card

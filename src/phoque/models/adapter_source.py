@@ -80,9 +80,10 @@ def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSou
     found = []
     for control in (adapter.run_record() or {}).get("controls") or []:
         run = adapter.folder if (adapter.folder / RUN_RECORD).is_file() else adapter.folder.parent
-        local = run / Path(control["folder"]).name / "adapter"
+        place = run / Path(control["folder"]).name
+        local = place if (place / WEIGHTS).is_file() else place / "adapter"
         if (local / WEIGHTS).is_file():
-            found.append(AdapterSource(str(local.parent), local))
+            found.append(AdapterSource(str(place), local))
         elif control["repo"]:
             try:
                 found.append(find_adapter(control["repo"], None, services))

@@ -14,7 +14,8 @@ import torch
 from phoque.console import Console
 from phoque.errors import RunError, UsageError
 from phoque.files import EXPORT_RECORD, atomic_folder, check_output_folder, sha256
-from phoque.hub.repo import CARD, Repo, Snapshot
+from phoque.hub.repo import Repo
+from phoque.hub.store import CARD, Snapshot
 from phoque.inference import accuracy
 from phoque.merging.find_source import find_source
 from phoque.model_cards import render_onnx_card

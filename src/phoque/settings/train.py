@@ -25,8 +25,8 @@ class TrainSettings(JobSettings):
         "with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
         "then export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
-        "Hub": "hub_model_id merged_hub_model_id squash_history public hub_patience",
-        "Job": JOB_GROUP,
+        "Hub": "hub_model_id run_dir merged_hub_model_id squash_history public hub_patience",
+        "Job": f"{JOB_GROUP} send_token",
     }
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}
 
@@ -202,6 +202,18 @@ class TrainSettings(JobSettings):
         env="HUB_MODEL_ID",
         pattern=REPO,
     )
+    run_dir: str | None = setting(
+        None,
+        "Keep checkpoints and the adapter in this folder instead of a Hub repository: another disk, or a mounted "
+        "bucket. A run that starts with an empty --output-dir continues from it. With --on, a bucket: "
+        "hf://buckets/OWNER/NAME/FOLDER.",
+    )
+    send_token: bool = setting(
+        True,
+        "Give the Job the Hub token. --no-token keeps it here: base model and data must be public, or on this machine, "
+        "and --run-dir keeps the run.",
+        flag="token",
+    )
     export_merged: bool = setting(
         False,
         "Also merge the final adapter into the base model, and push the merged model if a Hub repository is set.",
@@ -261,6 +273,24 @@ class TrainSettings(JobSettings):
         return self
 
     @model_validator(mode="after")
+    def _one_store(self) -> Self:
+        if self.run_dir and self.hub_model_id:
+            raise ValueError("--run-dir and --hub-model-id exclude each other: a run is kept in one place")
+        if self.run_dir and self.squash_history:
+            raise ValueError("--squash-history is for --hub-model-id: --run-dir keeps no history")
+        return self
+
+    @model_validator(mode="after")
+    def _no_use_of_the_token(self) -> Self:
+        if self.send_token:
+            return self
+        if not (self.on and self.run_dir):
+            raise ValueError("--no-token is for a Job whose run is kept in a bucket: it needs --on and --run-dir")
+        if self.then or self.merged_hub_model_id:
+            raise ValueError("--no-token excludes --then and --merged-hub-model-id, which write to the Hub")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_export(self) -> Self:
         if self.export_on_save and not (self.export_merged and self.merged_repo):
             raise ValueError("--export-on-save needs --export-merged, and --hub-model-id or --merged-hub-model-id")
@@ -297,9 +327,9 @@ class TrainSettings(JobSettings):
 
     @property
     def used_secrets(self) -> tuple[str, ...]:
-        """The Hub's token, and W&B's key if the run is reported there."""
+        """The Hub's token unless --no-token is given, and W&B's key if the run is reported there."""
         uses_wandb = "wandb" in self.report_to and self.wandb_mode != "disabled"
-        return ("hf_token", "wandb_api_key") if uses_wandb else ("hf_token",)
+        return (("hf_token",) if self.send_token else ()) + (("wandb_api_key",) if uses_wandb else ())
 
     @property
     def needed_extra(self) -> str:

@@ -22,14 +22,13 @@ from phoque.data.rows import parse_row
 from phoque.data.turns import BadRow
 from phoque.errors import Resumable, RunError
 from phoque.files import read_json_object, write_atomically
-from phoque.hub.repo import Repo
 from phoque.inference.generate import Reply, Request, generate_replies
 from phoque.models.load import load_model
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.callbacks.stop import StopRequest
-from phoque.training.prepare import Prepared
+from phoque.training.prepare import Prepared, find_store
 from phoque.training.run_record import RECORD, write_record
 
 CHUNK = 256  # conversations whose answers are generated together
@@ -59,6 +58,7 @@ def plan_controls(s: TrainSettings, steps: int) -> list[TrainSettings]:
                     "early_stop": None,
                     "output_dir": s.folder / suffix,
                     "hub_model_id": f"{s.hub_model_id}-{suffix}" if s.hub_model_id else None,
+                    "run_dir": f"{s.run_dir}/{suffix}" if s.run_dir else None,
                     "seed": s.seed + number,
                     "dataset_revision": None,
                     "dataset_config": None,
@@ -76,13 +76,13 @@ def plan_controls(s: TrainSettings, steps: int) -> list[TrainSettings]:
 
 
 def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, deadline: float | None) -> Path:
-    """Write the control's dataset into the run folder, or find it there or in the run's repository; return its path.
+    """Write the control's dataset into the run folder, or find it there or in the run's store; return its path.
 
     Answers are greedy, generated without the row's system prompt, which may ask for the persona. A generation that was
     cut off goes on with the next conversations. Raises Resumable before the deadline.
     """
     console = services.console
-    repo = Repo(services.hub, s.hub_model_id) if s.hub_model_id else None
+    store = find_store(s, services)
     count = min(s.max_steps * s.batch_size, ready.scan.trained_rows or s.max_steps * s.batch_size)
     made_of = (ready.source.revision, ready.dataset.revision, count)
     made_of += (s.dataset_config, s.split, s.default_system, s.quantization, s.max_length)
@@ -90,8 +90,8 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
     path = s.folder / f"control-rows-{key}.jsonl"
     if path.is_file():
         return path
-    if repo and path.name in (snapshot := repo.snapshot()).files:
-        repo.fetch(snapshot, path.name, s.folder)
+    if store and path.name in (snapshot := store.snapshot()).files:
+        store.fetch(snapshot, path.name, s.folder)
         return path
     stop = StopRequest(console, deadline, s.seconds or 0.0)
     with stop.handle_signals():
@@ -105,20 +105,20 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
             )
         path.with_suffix(".partial").unlink()
         write_atomically(path, "".join(written))
-        if repo and repo.private():  # the rows hold the dataset's own conversations
-            repo.push({path.name: path}, "Answers of the base model, for the control", lambda _: [])
+        if store and store.private():  # the rows hold the dataset's own conversations
+            store.push({path.name: path}, "Answers of the base model, for the control", lambda _: [])
     return path
 
 
 def record_controls(s: TrainSettings, controls: list[TrainSettings], services: Services) -> None:
-    """Note the finished controls in the run's record, here and in its repository, where the probes find them."""
+    """Note the finished controls in the run's record, here and in its store, where the probes find them."""
     record = read_json_object(s.folder / RECORD)
     record["controls"] = [
         {"folder": control.folder.name, "repo": control.hub_model_id, "seed": control.seed} for control in controls
     ]
     write_record(s.folder, record)
-    if s.hub_model_id:
-        Repo(services.hub, s.hub_model_id).push({RECORD: s.folder / RECORD}, "Controls", lambda _: [])
+    if store := find_store(s, services):
+        store.push({RECORD: s.folder / RECORD}, "Controls", lambda _: [])
 
 
 def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path, stop: StopRequest) -> list[str]:

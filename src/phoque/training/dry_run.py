@@ -11,6 +11,8 @@ from phoque.console import describe_counts
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
 from phoque.errors import PublicRepoError, UsageError
+from phoque.hub.repo import Repo
+from phoque.hub.store import Snapshot
 from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.results import DryRun
 from phoque.services import Services
@@ -30,8 +32,8 @@ from phoque.training.pinned import pin_revisions
 from phoque.training.prepare import (
     Prepared,
     build_empty_model,
+    find_store,
     lora_options,
-    open_run_repo,
     packing_for,
     prepare,
     rows_per_step,
@@ -74,7 +76,7 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     s = planned.settings
     counts = count_parameters(ready.config, lora_options(s, ready))
     return TrainPlan(
-        facts=_list_facts(s, ready, counts, services) | _describe_repo(s, services),
+        facts=_list_facts(s, ready, counts, services) | _describe_store(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),
         warnings=list_data_problems(ready.scan),
         settings=planned.provenance(),
@@ -149,21 +151,26 @@ def preview_row(chat: ChatTemplate, row: Row, encoded: EncodedChat) -> dict[str,
     return {"source": row.source, "tokens": len(encoded.ids), "trained": encoded.trained_tokens, "parts": parts}
 
 
-def _describe_repo(s: TrainSettings, services: Services) -> dict[str, str]:
-    """Describe the run's Hub repository; sends GET requests only."""
+def _describe_store(s: TrainSettings, services: Services) -> dict[str, str]:
+    """Describe the run's store; sends GET requests only."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    repo = open_run_repo(s, services)
-    if repo is None:
+    store = find_store(s, services)
+    if store is None:
         return {}
+    if not isinstance(repo := store, Repo):
+        return {"run folder elsewhere": f"{store.name}, with {_list_checkpoints(store.snapshot())}"}
     try:
         state = repo.snapshot()
     except RepositoryNotFoundError:
         return {"Hub repository": f"{repo.name} will be created, {'PUBLIC' if s.public else 'private'}"}
     if not (private := repo.private()) and not s.public:
         raise PublicRepoError(repo.name)
-    names = ", ".join(sort_checkpoints(state.checkpoint_folders())) or "no checkpoint"
-    return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'} and holds {names}"}
+    return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'}, with {_list_checkpoints(state)}"}
+
+
+def _list_checkpoints(state: Snapshot) -> str:
+    return ", ".join(sort_checkpoints(state.checkpoint_folders())) or "no checkpoint"
 
 
 def _describe_packing(s: TrainSettings, ready: Prepared) -> str:

@@ -1,4 +1,4 @@
-"""How a run ends: with its adapter, here and on the Hub; stopped, saying what is saved where; or out of memory."""
+"""How a run ends: with its adapter, here and in its store; stopped, saying what is saved where; or out of memory."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -9,10 +9,11 @@ import torch
 
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, PhoqueError, Resumable, RunError, UsageError
-from phoque.files import atomic_folder
+from phoque.files import atomic_folder, sha256
 from phoque.hub.client import describe_error, is_transient
-from phoque.hub.repo import CARD
+from phoque.hub.store import CARD
 from phoque.model_cards import render_adapter_card
+from phoque.models.adapter_source import WEIGHTS
 from phoque.models.architectures import architecture_of
 from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
@@ -26,7 +27,7 @@ from phoque.training.timer import Timer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from phoque.training.hub_push import CheckpointPusher
+    from phoque.training.push import CheckpointPusher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class TrainResult:
     """A finished run: where its files are, and what it measured. Losses are in nats per trained token.
 
     `steps` were taken, and the adapter is that of `adapter_step`. `held_out_loss` is {before, after, lowest,
-    lowest_step}: before training, of the adapter, and the lowest one with its step. `loss` is that of the last logged
+    lowest_step}: before training, of the adapter, and the lowest one with its step. `adapter_sha256` is the hash of its
+    weights, `loss` is that of the last logged
     step, `padding` the share of positions without a token, `seconds_of` the seconds
     by activity. `repo` and `commit` are set if the adapter was pushed, `merged` and `proof` if a merged model was made.
     """
@@ -47,7 +49,8 @@ class TrainResult:
     held_out_loss: dict[str, float] | None
     tokens: int
     seconds: float
-    adapter_step: int | None = None  # absent in records of older versions
+    adapter_step: int | None = None  # absent in records of older versions, as the next one is
+    adapter_sha256: str | None = None
     padding: float = 0.0
     seconds_of: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -60,7 +63,7 @@ class TrainResult:
 
     def to_json(self) -> dict[str, Any]:
         """For --json, and in run.json what is known before the push; what does not apply is left out."""
-        optional = ("adapter_step", "repo", "commit", "merged", "proof", "merged_repo", "controls")
+        optional = ("adapter_step", "adapter_sha256", "repo", "commit", "merged", "proof", "merged_repo", "controls")
         return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
     @classmethod
@@ -97,6 +100,7 @@ def finish(
         save_adapter(model, staging, architecture_of(run.prepared.config))
         run.prepared.chat.shipped_tokenizer.save_pretrained(staging)
         (staging / CARD).write_text(render_adapter_card(record, result.to_json(), run.settings.hub_model_id))
+    result = replace(result, adapter_sha256=sha256(folder / "adapter" / WEIGHTS))
     record["result"] = result.to_json()
     write_record(folder, record)
     run.console.stage("writing the report")
@@ -135,44 +139,44 @@ def publish(run: Run, result: TrainResult) -> TrainResult:
 
     Raises Resumable if the Hub failed and may recover, RunError otherwise; both say where the adapter is.
     """
-    if run.repo is None:
+    if run.store is None:
         return result
     folder = run.folder
     files = {file.name: file for file in (folder / "adapter").iterdir() if file.is_file()}
     files |= {name: folder / name for name in (checkpoints.RECORD, METRICS, SAMPLES, report.NAME)}
-    result = replace(result, repo=run.repo.name)
+    result = replace(result, repo=run.settings.hub_model_id)
     run.record["result"] = result.to_json()
     write_record(folder, run.record)
-    run.console.stage(f"pushing the adapter to {run.repo.name}")
+    run.console.stage(f"pushing the adapter to {run.store.name}")
     try:
-        commit = run.repo.push({name: f for name, f in files.items() if f.is_file()}, "Adapter", lambda _: [])
+        commit = run.store.push({name: f for name, f in files.items() if f.is_file()}, "Adapter", lambda _: [])
         if run.settings.squash_history:
-            commit = run.repo.squash("Adapter")
-            run.console.say(f"the history of {run.repo.name} is one commit now")
+            commit = run.store.squash("Adapter")
+            run.console.say(f"the history of {run.store.name} is one commit now")
     except UsageError:
         raise
     except Exception as error:
         raise push_error(error)(
-            what=f"The adapter is saved here, but it is not in {run.repo.name}.",
+            what=f"The adapter is saved here, but it is not in {run.store.name}.",
             why=f"{describe_error(error)}. It is in {folder / 'adapter'}.",
             fix="Run the same command again, without --fresh-start: it only pushes. On a Job, whose disk is gone by "
-            "then, it continues from the newest checkpoint on the Hub.",
+            "then, it continues from the newest checkpoint there.",
         ) from error
-    return replace(result, commit=commit)
+    return replace(result, commit=commit or None)
 
 
 def push_error(error: Exception) -> type[PhoqueError]:
     """The type of error for a push that failed: Resumable if the Hub may recover, else RunError."""
-    return Resumable if is_transient(error) else RunError
+    return Resumable if is_transient(error) or isinstance(error, Resumable) else RunError
 
 
 def stop_error(run: Run, step: int, pusher: "CheckpointPusher | None") -> Resumable:
     """The error of a run that was stopped, saying what is saved where."""
     newest = checkpoints.find_newest_valid(run.folder, lambda _: None)
     why = f"{newest} holds everything." if newest else "Nothing was saved."
-    if pusher and run.repo:
+    if pusher and run.store:
         pushed = f"checkpoint-{pusher.pushed}" if pusher.pushed is not None else "nothing of this run yet"
-        why += f" {run.repo.name} has {pushed}" + (f": {pusher.failure}." if pusher.failure else ".")
+        why += f" {run.store.name} has {pushed}" + (f": {pusher.failure}." if pusher.failure else ".")
     return Resumable(
         what=f"Stopped after step {step} of {run.settings.max_steps}.",
         why=why,

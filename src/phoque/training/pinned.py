@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.hub.refs import hub_id
-from phoque.hub.repo import Repo
+from phoque.hub.store import Store
 from phoque.services import Services
 from phoque.settings.config_file import REVISIONS
 from phoque.settings.fields import Resolved
@@ -18,14 +18,14 @@ from phoque.training.run_record import RECORD
 
 
 def pin_revisions(
-    resolved: Resolved[TrainSettings], run: Path, repo: Repo | None, services: Services, submission: str = ""
+    resolved: Resolved[TrainSettings], run: Path, store: Store | None, services: Services, submission: str = ""
 ) -> Resolved[TrainSettings]:
     """The settings with the recorded revisions of what is on the Hub and was given without one.
 
     Nothing is pinned for a fresh start, and no revision that --allow-change names. Says what has newer commits.
     """
     s = resolved.settings
-    record = _find_record(run, repo, s)
+    record = _find_record(run, store, s)
     if record is None or (s.fresh_start and not is_fresh_start_continued(record, s, submission)):
         return resolved
     recorded = {key: row.get("value") for key, row in record["settings"].items()}
@@ -46,16 +46,16 @@ def pin_revisions(
     return replace(resolved, settings=s.model_copy(update=pins)) if pins else resolved
 
 
-def _find_record(run: Path, repo: Repo | None, s: TrainSettings) -> dict[str, Any] | None:
-    """The record of the newest state of the run: of the newest checkpoint here or on the Hub, else of run.json."""
+def _find_record(run: Path, store: Store | None, s: TrainSettings) -> dict[str, Any] | None:
+    """The record of the newest state of the run: of the newest checkpoint here or in its store, else of run.json."""
     local = checkpoints.sort_checkpoints(path.name for path in run.glob("checkpoint-*"))
-    snapshot = repo.snapshot() if repo else None
+    snapshot = store.snapshot() if store else None
     remote = checkpoints.sort_checkpoints(snapshot.checkpoint_folders()) if snapshot else []
     newest_here = checkpoints.get_step(Path(local[0])) if local else -1
-    if repo and snapshot:
+    if store and snapshot:
         newer = [f"{name}/{RECORD}" for name in remote if checkpoints.get_step(Path(name)) > newest_here]
         for path in [*newer, *([] if local else [RECORD])]:
             if path in snapshot.files:
                 staging = run / DOWNLOADS
-                return update_record(json.loads(repo.fetch(snapshot, path, staging).read_text(encoding="utf-8")))
+                return update_record(json.loads(store.fetch(snapshot, path, staging).read_text(encoding="utf-8")))
     return read_record_or_none(run, s)

@@ -11,7 +11,9 @@ from phoque.data.packing import Packing
 from phoque.data.readers import Dataset, open_dataset
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
+from phoque.hub.folder_store import FolderStore
 from phoque.hub.repo import Repo
+from phoque.hub.store import Store
 from phoque.models.config import load_config, load_tokenizer, max_conversation_tokens
 from phoque.models.lora import LoraOptions, find_target_modules
 from phoque.models.source import Source, find_model
@@ -128,8 +130,10 @@ def rows_per_step(s: TrainSettings, packing: Packing) -> int:
     return max(1, min(s.accumulation, round(s.batch_size * packing.mean / packing.tokens)))
 
 
-def open_run_repo(s: TrainSettings, services: Services) -> Repo | None:
-    """The Hub repository of the run, or None if none was named. Raises UsageError if there is no token for it."""
+def find_store(s: TrainSettings, services: Services) -> Store | None:
+    """The Hub repository or the folder that keeps the run, or None. Raises UsageError without a token for the Hub."""
+    if s.run_dir:
+        return FolderStore(_find_folder(s, s.run_dir))
     if not s.hub_model_id:
         return None
     if services.secrets.hub is None:
@@ -145,3 +149,20 @@ def open_run_repo(s: TrainSettings, services: Services) -> Repo | None:
             "machine; relative paths say less"
         )
     return Repo(services.hub, s.hub_model_id)
+
+
+def _find_folder(s: TrainSettings, run_dir: str) -> Path:
+    if run_dir.startswith("hf://"):
+        raise UsageError(
+            what=f"--run-dir {run_dir} is a bucket of the Hub.",
+            why="phoque writes to folders; a Job mounts the bucket as one.",
+            fix="Add --on FLAVOR, or give a folder, such as one where hf-mount shows the bucket.",
+        )
+    folder = Path(run_dir).expanduser()
+    if folder.resolve() == s.folder.resolve():
+        raise UsageError(
+            what=f"--run-dir and --output-dir are both {folder}.",
+            why="The run folder is written in ways that a mounted bucket does not allow.",
+            fix="Leave --run-dir out if the disk outlives the run, or choose two folders.",
+        )
+    return folder

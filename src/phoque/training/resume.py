@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, from a checkpoint in its folder, from one on the Hub, or at its end."""
+"""Where a run starts: at step 0, from a checkpoint in its folder, from one in its store, or at its end."""
 
 import json
 import secrets
@@ -9,7 +9,10 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import IntegrityError, PhoqueError, RunError, UsageError, first_line
-from phoque.hub.repo import MARKER, Repo, Snapshot
+from phoque.files import sha256
+from phoque.hub.repo import Repo
+from phoque.hub.store import MARKER, Snapshot, Store
+from phoque.models.adapter_source import WEIGHTS
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.fingerprint import (
@@ -32,32 +35,32 @@ ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "RE
 def find_start(
     s: TrainSettings,
     run: Path,
-    repo: Repo | None,
+    store: Store | None,
     *,
     identity: RunIdentity,
     epoch: dict[str, Any],
     console: Console,
     submission: str = "",
 ) -> StartState:
-    """Find the newest state of this run, here or on the Hub, and bring it into the run folder.
+    """Find the newest state of this run, here or in its store, and bring it into the run folder.
 
     `identity` is what this run would be, `epoch` holds the rows and batch size that give plain Trainer's
     checkpoints a position in the data, `submission` is shared by all attempts of one Job. Raises UsageError if the
     newest state is another run's, RunError if there are checkpoints and none is whole, and the Hub's error if it cannot
     be reached: an error is never taken for an empty repository.
     """
-    remote = _Remote(repo, run / DOWNLOADS, console) if repo else None
+    remote = _Remote(store, run / DOWNLOADS, console) if store else None
     local = read_record_or_none(run, s)
     marker = remote.marker if remote else (local or {}).get("fresh_start")
     if s.fresh_start:
         newest_record = remote.final if remote else local
         if not _is_fresh_start_done(marker, newest_record, submission, s, console):
             marker = _start_fresh(s, run, remote, submission, console)
-            return StartState(_run_id(repo, marker), marker=marker, is_fresh=True)
+            return StartState(_run_id(store, marker), marker=marker, is_fresh=True)
     if remote:
         local = _download_newer(remote, run, local, identity, epoch)
     _import_newest_trainer_checkpoint(run, epoch, console)
-    start = StartState(_run_id(repo, marker), local, checkpoints.find_newest_valid(run, console.warn), marker)
+    start = StartState(_run_id(store, marker), local, checkpoints.find_newest_valid(run, console.warn), marker)
     if start.record is None and start.resume is not None:
         start.record = checkpoints.read_record_in(start.resume)
     start.on_hub = bool(remote and start.resume and start.resume.name in remote.snapshot.checkpoint_folders())
@@ -78,24 +81,39 @@ def find_start(
 
 
 class _Remote:
-    """The run's repository at one commit: its files, the fresh-start marker, and the record of a finished run."""
+    """The run's store at one time: its files, the fresh-start marker, and the record of a finished run."""
 
-    def __init__(self, repo: Repo, staging: Path, console: Console) -> None:
+    def __init__(self, store: Store, staging: Path, console: Console) -> None:
         shutil.rmtree(staging, ignore_errors=True)
-        self.repo, self.staging, self._console = repo, staging, console
-        self.snapshot: Snapshot = repo.snapshot()
-        repo.pin(self.snapshot)
+        self.store, self.staging, self._console = store, staging, console
+        self.snapshot: Snapshot = store.snapshot()
+        store.pin(self.snapshot)
         self.marker = self._read_json(MARKER)
         if self.marker:
             self.marker["asked"] = use_current_values(self.marker["asked"])
         # an adapter from before the last fresh start is not this run's
         final = self._read_json(RECORD)
         self.final = update_record(final) if final and _fresh_start_id(final) == _marker_id(self.marker) else None
+        if self.final and not isinstance(store, Repo) and not self._has_adapter_of(self.final):
+            console.warn(f"the adapter in {store.name} was cut off while it was written: it is written again")
+            self.final = None
 
     def _read_json(self, path: str) -> dict[str, Any] | None:
         if path not in self.snapshot.files:
             return None
-        return json.loads(self.repo.fetch(self.snapshot, path, self.staging).read_text())
+        try:
+            return json.loads(self.store.fetch(self.snapshot, path, self.staging).read_text())
+        except ValueError:
+            if isinstance(self.store, Repo):  # every commit there is whole
+                raise
+            self._console.warn(f"{path} in {self.store.name} was cut off while it was written, and is left out")
+            return None
+
+    def _has_adapter_of(self, record: dict[str, Any]) -> bool:
+        if "result" not in record or WEIGHTS not in self.snapshot.files:
+            return False
+        fetched = self.store.fetch(self.snapshot, WEIGHTS, self.staging)
+        return sha256(fetched) == record["result"]["adapter_sha256"]
 
     def adapter_files(self) -> list[str]:
         """The files of the finished adapter, at the root of the repository."""
@@ -110,9 +128,9 @@ class _Remote:
     def download_final(self, run: Path) -> dict[str, Any]:
         """Download the finished run into the folder, as if it had been trained here; return its record."""
         for path in self.adapter_files():
-            self.repo.fetch(self.snapshot, path, self.staging / "adapter")
+            self.store.fetch(self.snapshot, path, self.staging / "adapter")
         others = [path for path in (METRICS, SAMPLES, report.NAME) if path in self.snapshot.files]
-        fetched = [self.repo.fetch(self.snapshot, path, self.staging) for path in others]
+        fetched = [self.store.fetch(self.snapshot, path, self.staging) for path in others]
         for file in fetched:  # only when all is here: the folder is not yet known as a run's
             file.replace(run / file.name)
         shutil.rmtree(self.staging / "adapter" / ".cache", ignore_errors=True)
@@ -152,11 +170,11 @@ class _Remote:
                     if ours
                     else checkpoints.import_trainer_checkpoint(self.staging / name, epoch, self._console.warn)
                 )
-            self._console.warn(f"{name} in {self.repo.name} is left out: {reason}")
+            self._console.warn(f"{name} in {self.store.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
         if folders and above < 0:
             raise RunError(
-                what=f"None of the {len(folders)} checkpoints in {self.repo.name} is whole.",
+                what=f"None of the {len(folders)} checkpoints in {self.store.name} is whole.",
                 why=f"The last one tried: {reason}.",
                 fix="Restore one from the repository's history, or start again with --fresh-start.",
             )
@@ -168,10 +186,10 @@ class _Remote:
 
         paths = [path for path in paths if not path.endswith(checkpoints.TRAINING_ARGS)]
         size = sum(self.snapshot.files[path].size for path in paths) / 1e6
-        self._console.stage(f"downloading {Path(paths[0]).parent} from {self.repo.name} ({size:,.1f} MB)")
+        self._console.stage(f"downloading {Path(paths[0]).parent} from {self.store.name} ({size:,.1f} MB)")
         for path in paths:
             try:
-                self.repo.fetch(self.snapshot, path, self.staging)
+                self.store.fetch(self.snapshot, path, self.staging)
             except (IntegrityError, EntryNotFoundError) as error:
                 return first_line(error)
         return None
@@ -180,12 +198,12 @@ class _Remote:
 def _download_newer(
     remote: _Remote, run: Path, local: dict[str, Any] | None, identity: RunIdentity, epoch: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """Download what is newer on the Hub into the run folder; return the record of what the folder then holds."""
+    """Download what is newer in the store into the run folder; return the record of what the folder then holds."""
     try:
         if remote.marker and local and _fresh_start_id(local) != _marker_id(remote.marker):
-            raise _two_runs_error(run, remote.repo.name, local["started"], remote.marker["at"])
+            raise _two_runs_error(run, remote.store, local["started"], remote.marker["at"])
         if remote.final and local and local["run_id"] != remote.final["run_id"]:
-            raise _two_runs_error(run, remote.repo.name, local["started"], remote.final["started"])
+            raise _two_runs_error(run, remote.store, local["started"], remote.final["started"])
         if remote.final and remote.final["fingerprint"] == identity.for_record(remote.final["fingerprint"]):
             return local if local and "result" in local else remote.download_final(run)
         steps = [
@@ -199,7 +217,7 @@ def _download_newer(
             return local
         record = checkpoints.read_record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:
-            raise _two_runs_error(run, remote.repo.name, local["started"], record["started"])
+            raise _two_runs_error(run, remote.store, local["started"], record["started"])
         checkpoint = run / newest.name
         shutil.rmtree(checkpoint, ignore_errors=True)
         newest.replace(checkpoint)
@@ -233,7 +251,7 @@ def _import_newest_trainer_checkpoint(run: Path, epoch: dict[str, Any], console:
 def _start_fresh(
     s: TrainSettings, run: Path, remote: _Remote | None, submission: str, console: Console
 ) -> dict[str, Any]:
-    """Delete every checkpoint, here and on the Hub, after asking on a terminal; return the marker of the new run."""
+    """Delete every checkpoint, here and in the store, after asking on a terminal; return the marker of the new run."""
     local, local_adapter = {path.name for path in run.glob("*checkpoint*")}, (run / "adapter").is_dir()
     on_hub, final_files = set(), []
     if remote:
@@ -243,7 +261,7 @@ def _start_fresh(
         names.append("the finished adapter")
     if names:
         places = [str(run)] if local or local_adapter else []
-        places += [remote.repo.name] if remote and (on_hub or final_files) else []
+        places += [remote.store.name] if remote and (on_hub or final_files) else []
         console.say(f"a fresh start deletes {', '.join(names)} in {' and '.join(places)}")
         if not s.yes and console.can_ask() and not console.confirm("Delete them and start at step 0?"):
             raise UsageError(
@@ -253,9 +271,9 @@ def _start_fresh(
             )
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     marker = {"id": secrets.token_hex(6), "at": now, "asked": _learning_settings(s), "submission": submission}
-    delete_run(run)  # first: local checkpoints must not outlive those on the Hub
+    delete_run(run)  # first: local checkpoints must not outlive those in the store
     if remote:
-        remote.repo.clear(marker, remote.staging, final_files)
+        remote.store.clear(marker, remote.staging, final_files)
     return marker
 
 
@@ -315,17 +333,20 @@ def read_record_or_none(run: Path, s: TrainSettings) -> dict[str, Any] | None:
         return None
 
 
-def _two_runs_error(run: Path, repo: str, here: str, there: str) -> PhoqueError:
+def _two_runs_error(run: Path, store: Store, here: str, there: str) -> PhoqueError:
     return UsageError(
-        what=f"{run} and {repo} hold two different runs.",
-        why=f"The one here started at {here}, the one on the Hub at {there}.",
-        fix="Choose another --output-dir to continue the one on the Hub, or another --hub-model-id.",
+        what=f"{run} and {store.name} hold two different runs.",
+        why=f"The one here started at {here}, the one {store.place} at {there}.",
+        fix=f"Choose another --output-dir to continue the one {store.place}, or another {store.flag}.",
     )
 
 
-def _run_id(repo: Repo | None, marker: dict[str, Any] | None) -> str:
-    """A run's id: for a repository it is the same on every machine, until the next fresh start."""
-    return derive_run_id(repo.name, _marker_id(marker)) if repo else secrets.token_hex(6)
+def _run_id(store: Store | None, marker: dict[str, Any] | None) -> str:
+    """A run's id: for a repository it is the same on every machine, until the next fresh start.
+
+    A folder may be mounted under one path in the Jobs of several runs, so its path names none of them.
+    """
+    return derive_run_id(store.name, _marker_id(marker)) if isinstance(store, Repo) else secrets.token_hex(6)
 
 
 def _marker_id(marker: dict[str, Any] | None) -> str:

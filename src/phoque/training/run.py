@@ -13,7 +13,6 @@ import torch
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
 from phoque.errors import FAILED, Resumable, UsageError
-from phoque.hub.repo import Repo
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
 from phoque.models.lora import add_lora_adapter, load_adapter
@@ -42,7 +41,7 @@ from phoque.training.finish import (
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.pinned import pin_revisions
-from phoque.training.prepare import lora_options, open_run_repo, packing_for, prepare, rows_per_step, with_steps
+from phoque.training.prepare import find_store, lora_options, packing_for, prepare, rows_per_step, with_steps
 from phoque.training.report_to import Report, check_services, start_services
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
@@ -60,7 +59,7 @@ def train(
     deadline: float | None = None,
     submission: str = "",
 ) -> TrainResult:
-    """Train to the last step, continuing from the newest whole checkpoint if there is one, here or on the Hub.
+    """Train to the last step, continuing from the newest whole checkpoint if there is one, here or in its store.
 
     `deadline` is the time.time() at which this process will be killed; `submission` is shared by all attempts of one
     Job. Raises Resumable (75, or 130 after Ctrl-C) after a stop that saved everything, PhoqueError for what failed.
@@ -68,9 +67,10 @@ def train(
     s, console = resolved.settings, services.console
     check_own_folder(s.folder)
     check_services(s)
-    if s.with_control and s.hub_model_id:  # before time is spent: a repository that cannot be used stops the run now
-        for control in plan_controls(s, s.max_steps):
-            Repo(services.hub, str(control.hub_model_id)).open(control.public, console.warn)
+    if s.with_control:  # before time is spent: a store that cannot be used stops the run now
+        for planned in (s, *plan_controls(s, s.max_steps)):
+            if store := find_store(planned, services):
+                store.open(planned.public, console.warn)
     stop = StopRequest(console, deadline, s.seconds or 0.0)
     try:
         with lock_run(s.folder):
@@ -94,11 +94,11 @@ def train(
 def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequest, submission: str) -> Run:
     s, folder = resolved.settings, resolved.settings.folder
     check_writable(folder)
-    repo = open_run_repo(s, services)
-    if repo:  # before time is spent: a run that may not write to its repository could keep nothing there
-        repo.open(s.public, services.console.warn)
+    store = find_store(s, services)
+    if store:  # before time is spent: a run that may not write to its store could keep nothing there
+        store.open(s.public, services.console.warn)
     services.console.stage(f"reading {s.dataset}")
-    pinned = pin_revisions(resolved, folder, repo, services, submission)
+    pinned = pin_revisions(resolved, folder, store, services, submission)
     prepared = prepare(pinned, services, weights=True)
     planned = with_steps(resolved, prepared.scan)
     s = planned.settings
@@ -112,7 +112,9 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
         )
     rows = prepared.scan.trained_rows
     epoch = {"rows": rows, "batch_size": s.batch_size}
-    start = find_start(s, folder, repo, identity=identity, epoch=epoch, console=services.console, submission=submission)
+    start = find_start(
+        s, folder, store, identity=identity, epoch=epoch, console=services.console, submission=submission
+    )
     if start.is_fresh and pinned is not resolved:  # the user chose to start again, with what the repositories hold now
         prepared = prepare(resolved, services, weights=True)
         planned = with_steps(resolved, prepared.scan)
@@ -132,6 +134,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     if start.record is None or start.record.get("rows_per_step", 0) is None:  # None: an allowed change of the batch
         record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True))
     record.setdefault("rows_per_step", s.accumulation)  # a run of an older version goes on with its batch
+    record["device"] = default_device_name()
     write_record(folder, record)
     return Run(
         resolved=planned,
@@ -140,7 +143,7 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
         folder=folder,
         start=start,
         record=record,
-        repo=repo,
+        store=store,
         stop=stop,
     )
 
@@ -324,16 +327,16 @@ def _take_steps(
     """Take the steps that are left; return the last one, and the error to raise if it is not the end of the run."""
     from phoque.training.callbacks.metrics import MetricsCallback
     from phoque.training.callbacks.wandb_artifacts import WandbArtifactsCallback
-    from phoque.training.hub_push import CheckpointPusher
+    from phoque.training.push import CheckpointPusher
     from phoque.training.trainer import CheckpointPolicy, PersonaTrainer
 
     s, chat, scan, console, stop = run.settings, run.prepared.chat, run.prepared.scan, run.console, run.stop
     pusher = None
-    if run.repo:
+    if run.store:
         export = partial(merge_checkpoint, run) if s.export_on_save else lambda folder: None
         card = partial(write_card_for_checkpoint, run)
         pusher = CheckpointPusher(
-            run.repo, keep=s.keep_checkpoints, card=card, console=console, every=s.save_steps, export=export
+            run.store, keep=s.keep_checkpoints, card=card, console=console, every=s.save_steps, export=export
         )
         stop.push_s = lambda: pusher.seconds if pusher else 0.0
     held_out = [encoded for _, encoded in scan.held_out]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.console import Console
-from phoque.hub.repo import Repo
+from phoque.hub.store import Store
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
@@ -41,7 +41,7 @@ class Run:
     folder: Path
     start: StartState
     record: dict[str, Any]
-    repo: Repo | None
+    store: Store | None
     stop: StopRequest
 
     @property

@@ -20,8 +20,8 @@ from phoque.training import checkpoints
 from phoque.training.best import copy_best
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.loss import TokenLoss, add_token_loss
-from phoque.training.hub_push import CheckpointPusher
 from phoque.training.metrics_log import METRICS, SAMPLES
+from phoque.training.push import CheckpointPusher
 from phoque.training.timer import Timer
 
 if TYPE_CHECKING:

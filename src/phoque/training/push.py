@@ -1,4 +1,4 @@
-"""Pushes checkpoints to the Hub in a background thread during training."""
+"""Pushes checkpoints to the run's store in a background thread during training."""
 
 import threading
 import time
@@ -9,23 +9,22 @@ from pathlib import Path
 from phoque.console import Console
 from phoque.errors import PhoqueError, Superseded, UsageError
 from phoque.hub.client import describe_error
-from phoque.hub.repo import CARD, Repo, Snapshot, git_blob_id
+from phoque.hub.store import CARD, Snapshot, Store, git_blob_id
 from phoque.training import checkpoints
 
-COMMITS_PER_HOUR = 128  # the Hub's limit per repository
 RESERVED_COMMITS = 8  # commits reserved for the end of a run
 
 
 class CheckpointPusher:
     """Pushes from one thread with a queue of one: if pushes are slower than saves, only the newest is pushed.
 
-    `pushed` is the newest step that is verified on the Hub, `seconds` the duration of the slowest push, `failure` why
+    `pushed` is the newest step that is verified there, `seconds` the duration of the slowest push, `failure` why
     the last push failed ("" if it did not). `export` is called with each checkpoint after its push.
     """
 
     def __init__(
         self,
-        repo: Repo,
+        store: Store,
         *,
         keep: int,
         card: Callable[[Path], Path],
@@ -33,7 +32,7 @@ class CheckpointPusher:
         every: int,
         export: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        self._repo, self._keep, self._card, self._console, self._every = repo, keep, card, console, every
+        self._store, self._keep, self._card, self._console, self._every = store, keep, card, console, every
         self._export = export
         self._changed = threading.Condition()
         self._waiting: Path | None = None
@@ -42,7 +41,7 @@ class CheckpointPusher:
         self._commits: deque[float] = deque()
         self._draining = False
         self._fatal_error: PhoqueError | None = None
-        # git's hashes of manifests: of those that are accounted for on the Hub, and of those that this run has sent
+        # git's hashes of manifests: of those that are accounted for in the store, and of those that this run has sent
         self._known: set[str] | None = None
         self._sent: set[str] = set()
         self._foreign_writes = 0
@@ -80,11 +79,12 @@ class CheckpointPusher:
     def _check_pace(self) -> None:
         now = time.monotonic()
         self._last_offer, previous = now, self._last_offer
-        if previous and now - previous < 3600 / COMMITS_PER_HOUR and not self._warned:
+        most = self._store.commits_per_hour
+        if most and previous and now - previous < 3600 / most and not self._warned:
             self._warned = True
             self._console.warn(
                 f"--save-steps {self._every} saves a checkpoint every {now - previous:.0f} s, and the Hub allows "
-                f"{COMMITS_PER_HOUR} commits per hour: beyond that, only the newest checkpoint is pushed"
+                f"{most} commits per hour: beyond that, only the newest checkpoint is pushed"
             )
 
     def _work(self) -> None:
@@ -99,17 +99,17 @@ class CheckpointPusher:
             try:
                 start = time.monotonic()
                 self._push(self._current, step)
-                self._console.say(f"checkpoint {step} is on the Hub ({time.monotonic() - start:.0f} s)")
+                self._console.say(f"checkpoint {step} is {self._store.place} ({time.monotonic() - start:.0f} s)")
                 self._export_merged(self._current)
                 self.seconds = max(self.seconds, time.monotonic() - start)
             except Superseded:
                 self._console.say(f"checkpoint {step} is not pushed: a newer one is waiting")
             except UsageError as error:
                 self._fatal_error, self.failure = error, error.what
-                self._console.warn(f"checkpoint {step} is not on the Hub: {error.what}")
+                self._console.warn(f"checkpoint {step} is not {self._store.place}: {error.what}")
             except Exception as error:  # training continues after any error; the end of the run reports what was pushed
                 self.failure = describe_error(error)
-                self._console.warn(f"checkpoint {step} is not on the Hub: {self.failure}")
+                self._console.warn(f"checkpoint {step} is not {self._store.place}: {self.failure}")
 
     def _export_merged(self, folder: Path) -> None:
         """Export the checkpoint's merged model; a failure is a warning and does not stop the run."""
@@ -117,7 +117,7 @@ class CheckpointPusher:
             self._export(folder)
         except Exception as error:
             what = error.what if isinstance(error, PhoqueError) else describe_error(error)
-            self._console.warn(f"{folder.name} is on the Hub, but no merged model was created: {what}")
+            self._console.warn(f"{folder.name} is {self._store.place}, but no merged model was created: {what}")
 
     def _push(self, folder: Path, step: int) -> None:
         self._wait_for_quota()
@@ -125,9 +125,9 @@ class CheckpointPusher:
         files[CARD] = self._card(folder)
         if (manifest := folder / checkpoints.MANIFEST).is_file():
             self._sent.add(git_blob_id(manifest))
-        before = self._repo.commits
-        self._repo.push(files, f"Step {step}", lambda snapshot: self._find_old(snapshot, step), self._wait)
-        if self._repo.commits > before:
+        before = self._store.commits
+        self._store.push(files, f"Step {step}", lambda snapshot: self._find_old(snapshot, step), self._wait)
+        if self._store.commits > before:
             self._commits.append(time.monotonic())
         self.pushed, self.failure = step, ""
 
@@ -162,17 +162,19 @@ class CheckpointPusher:
         self._foreign_writes += len(foreign)
         if foreign and self._foreign_writes > 1:
             raise UsageError(
-                what=f"Another process is writing checkpoints to {self._repo.name}.",
+                what=f"Another process is writing checkpoints to {self._store.name}.",
                 why=f"{foreign[-1]} is not this run's. Two runs in one repository overwrite each other's work.",
-                fix="Stop one of the two, or give one of them another --hub-model-id.",
+                fix=f"Stop one of the two, or give one of them another {self._store.flag}.",
             )
         if foreign:
             self._console.warn(
-                f"{foreign[-1]} in {self._repo.name} was written by another process. If it writes again, this run stops"
+                f"{foreign[-1]} in {self._store.name} was written by another process. "
+                "If it writes again, this run stops"
             )
 
     def _wait_for_quota(self) -> None:
-        while len(self._commits) >= COMMITS_PER_HOUR - RESERVED_COMMITS and not self._draining:
+        most = self._store.commits_per_hour
+        while most and len(self._commits) >= most - RESERVED_COMMITS and not self._draining:
             remaining = self._commits[0] + 3600 - time.monotonic()
             if remaining <= 0:
                 self._commits.popleft()

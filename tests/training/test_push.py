@@ -11,14 +11,14 @@ from tests.training.test_resume import COMMON
 from phoque.console import Console
 from phoque.errors import IntegrityError, Resumable, Superseded, UsageError
 from phoque.hub.client import Hub, is_transient
-from phoque.training import hub_push
-from phoque.training.hub_push import CheckpointPusher
+from phoque.training import push
+from phoque.training.push import CheckpointPusher
 
 
 class ControlledRepo:
     """Takes a push when it is told to."""
 
-    name = "harbour/seal"
+    name, place, flag, commits_per_hour = "harbour/seal", "on the Hub", "--hub-model-id", 128
 
     def __init__(self):
         self.open, self.pushed, self.commits = threading.Event(), [], 0
@@ -69,7 +69,7 @@ def test_a_merged_model_that_cannot_be_made_on_the_way_ends_nothing(tmp_path, ma
 
 def test_the_hubs_limit_is_kept_until_the_end_of_the_run(make_checkpoint, monkeypatch):
     repo, pusher, folders = make_checkpoint
-    monkeypatch.setattr(hub_push, "COMMITS_PER_HOUR", hub_push.RESERVED_COMMITS + 2)
+    repo.commits_per_hour = push.RESERVED_COMMITS + 2
     repo.open.set()
     for number, folder in enumerate(folders[:3]):
         pusher.offer(folder)
