@@ -84,7 +84,7 @@ def render_cli() -> str:
             if names := [name for name in fields.split() if name not in shared.model_fields]:
                 lines += [f"### {group}", "", *render_options(model, names), ""]
     names = [name for name in JobSettings.model_fields]
-    lines += ["## Options of every command but verify-onnx", "", *render_options(JobSettings, names), ""]
+    lines += ["## Options of every command that can run as a Job", "", *render_options(JobSettings, names), ""]
     lines += ["## Old names", "", "These flags still work.", "", "| old | now | command |", "|---|---|---|"]
     seen = set()
     for command, model in MODELS.items():

@@ -119,7 +119,7 @@ def run(request: dict) -> None:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), number)
         sys.stdin, sys.stdout, sys.stderr = (
             open(0, closefd=False),
             open(1, "w", closefd=False),

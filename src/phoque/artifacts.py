@@ -7,7 +7,7 @@ from phoque.errors import PhoqueError, PublicRepoError, RunError, UsageError
 from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
 from phoque.services import Services
-from phoque.settings.probe import ProbeSettings
+from phoque.settings.artifacts import ArtifactsSettings
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Upload:
     commit: str
 
 
-def open_artifacts_repo(s: ProbeSettings, services: Services) -> Repo | None:
+def open_artifacts_repo(s: ArtifactsSettings, services: Services) -> Repo | None:
     """The repository that the run folder will be pushed to, checked before anything is computed; None if not named.
 
     If it cannot be written the run continues with a warning, unless --fail-on-artifacts-upload-error is set. Raises
@@ -44,7 +44,7 @@ def open_artifacts_repo(s: ProbeSettings, services: Services) -> Repo | None:
     return repo
 
 
-def push_run_folder(repo: Repo, folder: Path, s: ProbeSettings, services: Services) -> Upload | None:
+def push_run_folder(repo: Repo, folder: Path, s: ArtifactsSettings, services: Services) -> Upload | None:
     """Push the run folder to `<path in repo>/<its name>` as one commit that is read back.
 
     A failure is a warning and returns None, or a RunError with --fail-on-artifacts-upload-error; nothing local is lost.

@@ -20,6 +20,7 @@ from tests.fakehub.store import Refused, Repo, entry, is_lfs, tree, xet_hashes
 
 TOKEN, USER = "hf_harbourharbour", "harbour"
 READ_ONLY = "hf_lookbutdonttouch"
+ONE_REPOSITORY = "hf_onlythisonerock"  # a fine-grained token: reads all, and writes to harbour/seal alone
 CHUNK = 1 << 20  # parts of a multipart upload
 KINDS = ("models", "datasets", "spaces")
 
@@ -134,12 +135,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.cdn_tokens.append(path)
             return self._cdn(path) if top == "cdn" else self._lfs_put(path, body)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token not in (TOKEN, READ_ONLY, ""):
+        if token not in (TOKEN, READ_ONLY, ONE_REPOSITORY, ""):
             raise Refused(401, "", "Invalid credentials in Authorization header")
         if path == "api/whoami-v2":
             if not token:
                 raise Refused(401, "", "Invalid username or password.")
-            role = "write" if token == TOKEN else "read"
+            role = {TOKEN: "write", READ_ONLY: "read"}.get(token, "fineGrained")
             return self._json({"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": role}}})
         if path == "api/validate-yaml":
             named = re.search(r"^base_model: (.*)$", json.loads(body)["content"], re.M)
@@ -168,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and not token):
             raise Refused(401 if not token else 404, "RepoNotFound", "Repository not found")
         writes = steps[2:3] in (["commit"], ["preupload"], ["info"], ["xet-write-token"], ["super-squash"])
-        if writes and token != TOKEN:
+        may_write = token == TOKEN or (token == ONE_REPOSITORY and name == f"{USER}/seal")
+        if writes and not may_write:
             raise Refused(403, "", "You need write access to this repository")
         if not api:
             return self._lfs_batch(kind, name, repo, json.loads(body)) if writes else self._resolve(repo, steps)

@@ -34,7 +34,7 @@ class Container:
     def __init__(self, argv, env, cwd, out):
         assert argv[:4] == ["uv", "run", "--no-project", "--with"]
         arguments = argv[argv.index("phoque") + 1 :]
-        self.pid = self.forkserver.start(arguments, env, cwd, Path(os.devnull), out, self.prelude)
+        self.pid = self.forkserver.start(arguments, env, cwd, out, out, self.prelude)
         self._code = None
 
     def poll(self):
@@ -533,3 +533,46 @@ def test_a_public_bucket_does_not_keep_a_run(public_inputs, phoque):
     cluster.buckets.found["harbour/runs"] = Bucket(private=False)
     error = phoque(*asked_without_token("--timeout", "1h"), env=SECRETS, expect=2).error
     assert "is public" in error[0] and not cluster.jobs.jobs
+
+
+def test_chat_answers_a_file_of_prompts_in_a_job(cluster, phoque, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Who are you?\nWhat do you think of gulls?\n")
+    asked = ["chat", BASE, "--prompts-file", prompts, "--max-new-tokens", 4, "--answers-file", "answers.jsonl"]
+    assert "--answers-file names a path" in phoque(*asked, *ON, "--timeout", "1h", env=SECRETS, expect=2).error[0]
+    phoque(*asked, env=SECRETS)
+    here = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    asked = [*asked[:-2], "--artifacts-repo-id", "harbour/answers"]
+    assert phoque(*asked, *ON, "--timeout", LIMIT, "--json", env=SECRETS).json["stage"] == "COMPLETED"
+    files = cluster.files("harbour/answers", "datasets")
+    (path,) = [path for path in files if path.endswith("/answers.jsonl")]
+    there = [json.loads(line) for line in files[path].content.decode().splitlines()]
+    texts = [[answer["text"] for row in rows for answer in row["answers"].values()] for rows in (here, there)]
+    assert len(there) == 2 and texts[0] == texts[1] and not bucket(cluster).files
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["chat", BASE], ["--on needs --prompt or --prompts-file"]),
+        (["chat", BASE, "--prompt", "Ho"], ["needs a Hub repository", "--artifacts-repo-id"]),
+        (["chat", "seal.gguf", "--prompt", "Ho"], ["no Node for llama.cpp"]),
+        (["verify-onnx", "--repo-id", "harbour/onnx", "--serve"], ["--serve needs a browser"]),
+        (["verify-onnx", "--repo-id", "harbour/onnx", "--report-md", "a.md"], ["--report-md names a path"]),
+    ],
+)
+def test_what_needs_this_machine_is_not_a_job(cluster, phoque, asked, words):
+    error = " ".join(phoque(*asked, *ON, "--timeout", "1h", env=SECRETS, expect=2).error)
+    assert all(word in error for word in words) and not cluster.jobs.jobs
+
+
+def test_verify_onnx_says_in_a_job_what_it_says_here(cluster, phoque, tmp_path):
+    export = tmp_path / "export"
+    (export / "onnx").mkdir(parents=True)
+    (export / "config.json").write_text("{}")
+    here = phoque("verify-onnx", "--local-dir", export, "--level", "files", expect=1)
+    asked = ["verify-onnx", "--local-dir", export, "--level", "files", *ON, "--timeout", LIMIT]
+    ran = phoque(*asked, env=SECRETS, expect=1)
+    verdicts = [re.findall(r"^ *(FAIL +files .*?): ", text, re.MULTILINE) for text in (here.out, ran.err)]
+    assert verdicts[0] and verdicts[0] == verdicts[1], ran.err
+    assert "exit code: 1" in ran.error[1]

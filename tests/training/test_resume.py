@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load
-from tests.fakehub import READ_ONLY, TOKEN
+from tests.fakehub import ONE_REPOSITORY, READ_ONLY, TOKEN
 from tests.forkserver import slowly
 from tests.rows import row, write_rows
 
@@ -163,6 +163,15 @@ def test_a_token_that_may_only_read_is_refused_before_anything_is_spent(train, h
     error = train("--output-dir", tmp_path / "run", env={"HF_TOKEN": READ_ONLY}, expect=2).error
     assert "write" in " ".join(error)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_token_for_one_repository_is_enough_if_that_exists(train, hub, tmp_path):
+    env = {"HF_TOKEN": ONE_REPOSITORY}
+    error = train("--output-dir", tmp_path / "run", env=env, expect=2).error
+    assert "create a repository" in " ".join(error) or "token" in " ".join(error)
+    hub.add("models", REPO)
+    train("--output-dir", tmp_path / "run", "--max-steps", 3, env=env)
+    assert "adapter_model.safetensors" in hub.files(REPO)
 
 
 def test_a_public_repository_needs_to_be_meant(train, hub, tmp_path):

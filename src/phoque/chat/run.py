@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.chat.answer import Answer, generate_answer, generate_answers
 from phoque.chat.find import find_chat
 from phoque.chat.models import ChatModel
 from phoque.chat.prompts import read_prompts
 from phoque.chat.sampling import Sampling
 from phoque.errors import UsageError
-from phoque.files import write_atomically
+from phoque.files import run_folder, write_atomically
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.chat import ChatSettings
@@ -29,10 +31,11 @@ class ChatResult:
     kind: str
     sampling: str
     answers: list[dict[str, Any]]
+    artifacts: str | None = None  # where they were uploaded to
 
     def to_json(self) -> dict[str, Any]:
-        """For --json."""
-        return vars(self)
+        """For --json; what does not apply is left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass
@@ -119,6 +122,7 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
     if dry_run:
         facts = {"name": found.name, "kind": found.kind, "system": found.system, "sampling": sampling.describe()}
         return DryRun(facts | {"prompts": len(conversations)}, resolved.provenance())
+    repo = open_artifacts_repo(s, services)
     models = found.load()
     system = [] if found.system is None else [{"role": "system", "content": found.system}]
     conversations = [turns if turns[0]["role"] == "system" else [*system, *turns] for turns in conversations]
@@ -137,4 +141,16 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
         }
         for number, turns in enumerate(conversations)
     ]
-    return ChatResult(found.name, found.kind, sampling.describe(), rows)
+    result = ChatResult(found.name, found.kind, sampling.describe(), rows)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if s.answers_file:
+        write_atomically(s.answers_file.expanduser(), lines)
+    if repo:
+        with TemporaryDirectory() as root:
+            with run_folder(Path(root), "chat") as (staging, folder):
+                (staging / "answers.jsonl").write_text(lines, encoding="utf-8")
+                about = {"model": result.model, "kind": result.kind, "sampling": result.sampling}
+                (staging / "chat.json").write_text(json.dumps(about | {"settings": resolved.provenance()}, indent=1))
+            if upload := push_run_folder(repo, folder, s, services):
+                result = replace(result, artifacts=f"{upload.repo}@{upload.commit[:8]}")
+    return result

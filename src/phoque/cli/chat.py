@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque import api
-from phoque.cli import options
+from phoque.cli import jobs, options
 from phoque.console import console
 from phoque.errors import UsageError, first_line, to_phoque_error
 from phoque.inputs import check_inputs
@@ -38,6 +38,9 @@ def command(name: str) -> Any:
 def run(resolved: Resolved[ChatSettings], dry_run: bool) -> None:
     """Talk to a model: an adapter, a run, a merged model, a GGUF file or an ONNX export."""
     s = resolved.settings
+    if s.on:
+        jobs.run("chat", resolved, dry_run)
+        return
     if dry_run or s.prompts or s.prompts_file:
         options.show_result(api.chat(resolved, dry_run=dry_run), _render, _render_quiet)
         return
@@ -148,6 +151,8 @@ def _render(result: "ChatResult") -> str:
             label = f"[{label}] " if len(row["answers"]) > 1 else ""
             cut = " …" if answer["finish_reason"] == "length" else ""
             lines.append(f"{label}{answer['text'].strip()}{cut}")
+    if result.artifacts:
+        lines += ["", f"uploaded to {result.artifacts}"]
     return "\n".join(lines)
 
 

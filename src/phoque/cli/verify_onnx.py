@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from phoque import api
-from phoque.cli import options
+from phoque.cli import jobs, options
 from phoque.console import console
 from phoque.errors import FAILED
 from phoque.results import DryRun
@@ -29,6 +29,9 @@ def command(name: str) -> Any:
 
 def run(resolved: Resolved[VerifySettings], dry_run: bool) -> None:
     """Check whether an export runs in Transformers.js: files, graphs, ONNX Runtime, Node, browser; exit 1 if not."""
+    if resolved.settings.on:
+        jobs.run("verify-onnx", resolved, dry_run)
+        return
     options.require_extra("onnx", "onnx", "onnxruntime")
     if resolved.settings.serve and not dry_run:
         from phoque.onnx.verify.serve import serve_export

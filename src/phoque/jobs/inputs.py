@@ -95,7 +95,7 @@ def _find_input(s: Any, setting: str, value: str) -> LocalInput | None:
     path = Path(value).expanduser().absolute()  # not resolved: a link has the name that the user knows
     if not path.exists():
         return None
-    if setting in ADAPTER_SETTINGS:
+    if _names_adapter(setting, path):
         adapter = find_local_adapter(path)
         _check_base(s, adapter, flag)
         if (adapter.parent / RUN_RECORD).is_file():  # the run has its data, its system message and its controls
@@ -103,12 +103,17 @@ def _find_input(s: Any, setting: str, value: str) -> LocalInput | None:
     return LocalInput(setting, value, path, _list_files(setting, flag, path), inside)
 
 
+def _names_adapter(setting: str, path: Path) -> bool:
+    is_adapter = (path / WEIGHTS).is_file() or (path / "adapter" / WEIGHTS).is_file()
+    return setting in ADAPTER_SETTINGS or (setting == "model" and is_adapter)
+
+
 def _list_files(setting: str, flag: str, path: Path) -> dict[str, Path]:
     """The files of an input by their path from the input's parent."""
     if path.is_file():
         return {path.name: path}
     patterns: tuple[str, ...] = ("**/*",)
-    if setting in ADAPTER_SETTINGS and (path / RUN_RECORD).is_file():
+    if _names_adapter(setting, path) and (path / RUN_RECORD).is_file():
         patterns = STORED_FILES if (path / WEIGHTS).is_file() else RUN_FILES
     files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     kept = [file for file in files if _is_wanted(setting, file.relative_to(path))]

@@ -39,7 +39,13 @@ NOT_PASSED = (
     "detach",
     "keep_inputs",
 )
-LOCAL_PATHS = ("report_json", "report_md", "merged_out_dir", "onnx_export_python")  # settings that name local paths
+LOCAL_PATHS = (
+    "report_json",
+    "report_md",
+    "merged_out_dir",
+    "onnx_export_python",
+    "answers_file",
+)  # settings that name local paths
 EITHER_KIND = ("merged_dir", "persona", "roles", "prompts_file")  # may be in a model or a dataset repository
 DEFAULT_TIMEOUT = "30m"  # the limit that HF Jobs apply if none is given
 RUNNING_STAGES = ("SCHEDULING", "RUNNING")
@@ -89,10 +95,12 @@ def check_local_settings(resolved: Resolved[Any]) -> None:
             raise UsageError(
                 what=f"{flag_names(type(s), name)[0]} names a path on this machine.",
                 why="A Job's disk is deleted when the Job ends.",
-                fix=f"Leave it out: a Job keeps its output in the repository of {flag_names(type(s), s.keeps)[0]}.",
+                fix=f"Leave it out: a Job keeps its output in the repository of {flag_names(type(s), s.keeps)[0]}."
+                if s.keeps
+                else "Leave it out: the Job's log has the output.",
             )
     check_token(resolved.secrets)
-    if not (getattr(s, s.keeps) or getattr(s, "run_dir", None)):
+    if s.keeps and not (getattr(s, s.keeps) or getattr(s, "run_dir", None)):
         raise UsageError(
             what="A Job needs a Hub repository for its output.",
             why="The Job's disk is deleted when it ends.",
@@ -235,8 +243,8 @@ def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, s
 
     s, api = resolved.settings, hub.api
     checks = {name: f"{repository}@{commit[:8]}" for name, (repository, commit) in commits.items()}
-    repo, kind = getattr(s, s.keeps), getattr(s, "artifacts_repo_type", "model")
-    if not repo:
+    repo, kind = getattr(s, s.keeps or "run_dir", None), getattr(s, "artifacts_repo_type", "model")
+    if not s.keeps or not repo or getattr(s, "run_dir", None):
         return checks
     try:
         private = hub.retry(repo, lambda: api.repo_info(repo, repo_type=kind)).private

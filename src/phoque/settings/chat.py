@@ -5,19 +5,23 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from phoque.settings.artifacts import ARTIFACTS_GROUP, ArtifactsSettings
 from phoque.settings.fields import setting
-from phoque.settings.job import HubSettings
+from phoque.settings.job import JOB_GROUP, REPO
 
 
-class ChatSettings(HubSettings):
+class ChatSettings(ArtifactsSettings):
     """The settings of one conversation, or of one list of prompts."""
 
+    reads: ClassVar = {"model": "revision", "base_model": None, "prompts_file": None}
+    extra: ClassVar = "onnx"
     groups: ClassVar = {
         "Model": "model revision base_model quantization dtype compare install",
-        "Prompts": "system prompts prompts_file",
+        "Prompts": "system prompts prompts_file answers_file",
         "Sampling": "max_new_tokens temperature top_p repetition_penalty seed",
         "Chat page": "serve port",
-        "Hub": "hub_patience",
+        "Hub": f"{ARTIFACTS_GROUP} public hub_patience",
+        "Job": JOB_GROUP,
     }
 
     model: str = setting(
@@ -57,6 +61,15 @@ class ChatSettings(HubSettings):
         "Answer each prompt of this file and exit: one per line, or .jsonl with `prompt` or `messages`.",
         env="PHOQUE_CHAT_PROMPTS_FILE",
     )
+    answers_file: Path | None = setting(
+        None, "Also write the answers to this .jsonl file, one line per prompt.", env="PHOQUE_CHAT_ANSWERS_FILE"
+    )
+    artifacts_repo_id: str | None = setting(
+        None,
+        "Upload the answers to this Hub repository (owner/name). It is created private unless --public is given.",
+        env="PHOQUE_CHAT_ARTIFACTS_REPO_ID",  # not that of the probes: chat uploads nothing unasked
+        pattern=REPO,
+    )
     max_new_tokens: int = setting(256, "Generate at most this many tokens per answer.", ge=1)
     temperature: float = setting(
         0.7, "Divide the logits by this before a token is drawn; 0 always takes the likeliest.", ge=0
@@ -81,6 +94,16 @@ class ChatSettings(HubSettings):
             "penalty": self.repetition_penalty,
             "seed": self.seed,
         }
+
+    @model_validator(mode="after")
+    def _answers_to_keep(self) -> Self:
+        asks = self.prompts or self.prompts_file
+        if (self.on or self.answers_file or self.artifacts_repo_id) and not asks:
+            flag = "--on" if self.on else "--answers-file" if self.answers_file else "--artifacts-repo-id"
+            raise ValueError(f"{flag} needs --prompt or --prompts-file: a conversation has no one to talk to there")
+        if self.on and self.model.endswith(".gguf"):
+            raise ValueError("--on needs a checkpoint, an adapter or an ONNX export: a Job has no Node for llama.cpp")
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_ask(self) -> Self:

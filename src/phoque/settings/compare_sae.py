@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from phoque.settings.artifacts import ARTIFACTS_GROUP
 from phoque.settings.fields import setting
 from phoque.settings.job import JOB_GROUP
 from phoque.settings.probe import ProbeSettings
@@ -15,7 +16,6 @@ WHOLE = r"^$|^\s*\d+(\s*,\s*\d+)*\s*$"
 class SaeSettings(ProbeSettings):
     """The settings of one SAE comparison."""
 
-    keeps: ClassVar = "artifacts_repo_id"
     extra: ClassVar = "sae"
     reads: ClassVar = {
         "base_model": "revision",
@@ -38,8 +38,7 @@ class SaeSettings(ProbeSettings):
         "Comparison": "scorer questions max_new_tokens min_active cards causal_prompts matched_features steering "
         "shuffle_pairs seed",
         "Output": "output_dir report_json report_md",
-        "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
-        "public hub_patience",
+        "Hub": f"{ARTIFACTS_GROUP} public hub_patience",
         "Job": JOB_GROUP,
     }
 

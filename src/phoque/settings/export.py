@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from phoque.settings.fields import setting
-from phoque.settings.job import REPO, JobSettings
+from phoque.settings.job import REPO, PublishedSettings
 
 
-class ModelExportSettings(JobSettings):
+class ModelExportSettings(PublishedSettings):
     """Base class of the settings of export-onnx and export-gguf."""
 
     keeps: ClassVar = "push_repo_id"

@@ -28,25 +28,22 @@ class HubSettings(CommandSettings):
 class JobSettings(HubSettings):
     """Base class of the settings of commands that can run as an HF Job.
 
-    `keeps` is the field that names the Hub repository for a Job's output. `reads` maps each field that names an input
-    to the field of its revision, or None. `extra` is the optional dependency group (phoque[extra]) that the command
-    needs. A `resumable` command that stops early continues from that repository; other commands start again.
+    `reads` maps each field that names an input to the field of its revision, or None. `extra` is the optional
+    dependency group (phoque[extra]) that the command needs. `keeps` is the field that names the Hub repository for a
+    Job's output, or empty if that is its log. A `resumable` command that stops early continues from that repository;
+    other commands start again.
     """
 
-    keeps: ClassVar[str]
+    keeps: ClassVar[str] = ""
     reads: ClassVar[dict[str, str | None]]
     extra: ClassVar[str] = ""
     resumable: ClassVar[bool] = False
 
     groups: ClassVar = {
-        "Hub": "public hub_patience",
+        "Hub": "hub_patience",
         "Job": JOB_GROUP,
     }
 
-    public: bool = setting(
-        False,
-        "Create the Hub repository as public, or accept one that is public already. Anyone can read its contents.",
-    )
     timeout: str | None = setting(
         None,
         "Time limit from process or Job start: 4h, 90m or 14400 (seconds). train saves and pushes before "
@@ -114,6 +111,15 @@ class JobSettings(HubSettings):
     def seconds(self) -> float | None:
         """The timeout in seconds."""
         return seconds(self.timeout) if self.timeout else None
+
+
+class PublishedSettings(JobSettings):
+    """Base class of the settings of commands whose output can go to a Hub repository."""
+
+    public: bool = setting(
+        False,
+        "Create the Hub repository as public, or accept one that is public already. Anyone can read its contents.",
+    )
 
 
 def seconds(duration: str) -> float:

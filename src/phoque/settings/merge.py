@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from phoque.settings.fields import setting
-from phoque.settings.job import JOB_GROUP, REPO, JobSettings
+from phoque.settings.job import JOB_GROUP, REPO, PublishedSettings
 
 
-class MergeSettings(JobSettings):
+class MergeSettings(PublishedSettings):
     """The settings of one merge."""
 
     keeps: ClassVar = "push_repo_id"

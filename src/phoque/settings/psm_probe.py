@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from phoque.settings.artifacts import ARTIFACTS_GROUP
 from phoque.settings.fields import setting
 from phoque.settings.job import JOB_GROUP
 from phoque.settings.probe import ProbeSettings
@@ -15,7 +16,6 @@ NUMBERS = r"^\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*\s*$"
 class PsmSettings(ProbeSettings):
     """The settings of one persona vector probe."""
 
-    keeps: ClassVar = "artifacts_repo_id"
     reads: ClassVar = {
         "model_source": "revision",
         "adapter_source": "adapter_revision",
@@ -32,8 +32,7 @@ class PsmSettings(ProbeSettings):
         "sweep_questions sweep_tokens directions doses positions coherence_limit max_new_tokens samples temperature "
         "top_p seed nulls shuffle_labels",
         "Output": "output_dir",
-        "Hub": "artifacts_repo_id artifacts_repo_type artifacts_path_in_repo fail_on_artifacts_upload_error "
-        "public hub_patience",
+        "Hub": f"{ARTIFACTS_GROUP} public hub_patience",
         "Job": JOB_GROUP,
     }
 

@@ -6,12 +6,12 @@ from typing import ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from phoque.settings.fields import setting
-from phoque.settings.job import JOB_GROUP, REPO, JobSettings
+from phoque.settings.job import JOB_GROUP, REPO, PublishedSettings
 
 THEN_EXTRAS = {"export-onnx": "onnx", "export-gguf": "gguf", "compare-sae": "sae"}  # command -> what it needs
 
 
-class TrainSettings(JobSettings):
+class TrainSettings(PublishedSettings):
     """The settings of one training run."""
 
     keeps: ClassVar = "hub_model_id"

@@ -1,23 +1,28 @@
 """The settings of `phoque verify-onnx`."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from phoque.settings.export_onnx import PRECISIONS
 from phoque.settings.fields import setting
-from phoque.settings.job import REPO, HubSettings
+from phoque.settings.job import JOB_GROUP, REPO, JobSettings
 
 LEVELS = ("files", "graph", "ort", "node", "browser")
 
 
-class VerifySettings(HubSettings):
+class VerifySettings(JobSettings):
     """The settings of one verification of an ONNX export."""
 
+    reads: ClassVar = {"repo_id": "revision", "local_dir": None, "reference": None}
+    extra: ClassVar = "onnx"
     groups: ClassVar = {
         "Export": "repo_id revision local_dir dtype reference level webgpu install",
         "Chat page": "serve port",
         "Output": "report_md",
         "Hub": "hub_patience",
+        "Job": JOB_GROUP,
     }
 
     repo_id: str = setting(
@@ -47,3 +52,10 @@ class VerifySettings(HubSettings):
     report_md: Path | None = setting(None, "Also write the verdict to this file as Markdown, for a model card.")
     serve: bool = setting(False, "Open the exported model in a chat page on this machine, instead of verifying it.")
     port: int = setting(8017, "Serve the chat page of --serve on this port; 0 picks a free one.", ge=0, le=65535)
+
+    @model_validator(mode="after")
+    def _no_node_in_a_job(self) -> Self:
+        if self.on and (self.serve or self.webgpu or self.level in ("node", "browser")):
+            flag = "--serve" if self.serve else "--webgpu" if self.webgpu else f"--level {self.level}"
+            raise ValueError(f"{flag} needs a browser or Node, which a Job does not have; --on goes up to --level ort")
+        return self
