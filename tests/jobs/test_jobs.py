@@ -43,7 +43,7 @@ class Container:
         return self._code
 
 
-def mount(hub, kept, volume, folder):
+def mount(hub, volume, folder, kept=None):
     """A bucket's folder, as the container sees it, fetched by huggingface_hub itself.
 
     One for writing is a folder below `kept`, which outlives the container.
@@ -69,7 +69,7 @@ def cluster(hub, forkserver, tiny_llama, rows, tmp_path):
     hub.add("datasets", DATA, {"train.jsonl": rows.read_bytes()})
     Container.forkserver, Container.prelude = forkserver, ""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_TOKEN", "WANDB"))} | {"WANDB_MODE": "disabled"}
-    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container, partial(mount, hub, tmp_path / "buckets"))
+    hub.jobs = Jobs(tmp_path / "jobs", env, 5.0, Container, partial(mount, hub, kept=tmp_path / "buckets"))
     hub.jobs.root.mkdir()
     return hub
 

@@ -125,3 +125,12 @@ def test_the_first_of_forty_has_a_p_of_a_fortieth():
 
 def test_holm_is_that_of_the_definition():
     assert stats.holm(numpy.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_further_run_is_beyond_the_spread_once_in_twenty(random_generator):
+    for count in (2, 3, 6):
+        runs = random_generator.normal(3.0, 0.7, (4000, count + 1))
+        spreads = numpy.array([stats.predict_spread(row[:-1]) for row in runs])
+        rate = (runs[:, -1] - runs[:, :-1].mean(1) > spreads).mean()
+        assert rate == pytest.approx(0.05, abs=0.015)
+    assert stats.predict_spread(numpy.array([1.0])) == 0.0

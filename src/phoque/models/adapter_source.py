@@ -1,6 +1,7 @@
 """Adapter name -> folder on this machine: a folder, a run folder, or a Hub repository at one commit; and its base."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,18 @@ def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSou
         else:
             services.console.warn(f"the control {control['folder']} is left out: there is no {local}")
     return found
+
+
+def name_controls(controls: Sequence[AdapterSource]) -> dict[str, AdapterSource]:
+    """The controls as the probes call them: control, control-2, control-3. Raises UsageError if one is there twice."""
+    folders = {adapter.folder.resolve() for adapter in controls}
+    if len(folders) < len(controls):
+        raise UsageError(
+            what="One control is given twice.",
+            why="The same run has no spread to another one.",
+            fix="Give each run of the control once, or train several: phoque train --with-control --control-seeds 3.",
+        )
+    return {f"control-{n}" if n > 1 else "control": adapter for n, adapter in enumerate(controls, 1)}
 
 
 def find_local_adapter(path: Path, flag: str = "The command") -> Path:

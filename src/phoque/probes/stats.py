@@ -44,6 +44,17 @@ def bootstrap(statistic: Callable[..., Array], *paired: Array, seed: int = 0) ->
     return numpy.stack([statistic(*(a[rows] for a in paired)) for rows in draw_resamples(len(paired[0]), seed)])
 
 
+def predict_spread(runs: Array) -> float:
+    """How far one further run of a recipe lies above the mean of these `runs` (n,) at most, 19 times in 20.
+
+    The upper end of the one-sided prediction interval with Student's t; 0 for a single run, which has no spread.
+    """
+    from scipy.stats import t
+
+    count = len(runs)
+    return 0.0 if count < 2 else float(t.ppf(0.95, count - 1) * numpy.std(runs, ddof=1) * numpy.sqrt(1 + 1 / count))
+
+
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
     """The 95 % studentised bootstrap interval of the mean of `values` (n,); see `column_intervals`."""
     low, high = column_intervals(values[:, None], seed)

@@ -59,8 +59,12 @@ class PsmSettings(ProbeSettings):
         "Merge the adapter into the weights while the probe runs. It needs --quantization bf16 or fp32.",
         env="MERGE_ADAPTER",
     )
-    control_adapter: str = setting(
-        "", "Compare --adapter-source with this adapter of a different fine-tune on the same prompts."
+    control_adapter: list[str] = setting(
+        [],
+        "Compare --adapter-source with this adapter of a different fine-tune on the same prompts. Repeatable: with two "
+        "or more runs of one control recipe, the fine-tune must differ by more than they do. Without it, the controls "
+        "of `phoque train --with-control`.",
+        commas=True,
     )
     output_dir: Path = setting(
         Path("runs/psm"), "Create the folder of each run, psm_<time>, in this folder.", env="OUTPUT_DIR"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.fakehub import READ_ONLY, TOKEN
 from tests.fakehub.jobs import Jobs
@@ -264,6 +265,30 @@ def test_a_fine_tune_is_asked_for_its_move_merged_or_not(run_probe, adapter):
     assert effects["tuned"]["kl"] == pytest.approx(effects["control"]["kl"]) and effects["tuned"]["kl"] > 0
     assert "Dose and side effects" in (find_run(plain) / "report.html").read_text()
     assert {"tuned", "control"} <= {r["condition"] for r in read_table(find_run(plain) / "generation_results.csv")}
+
+
+def test_a_fine_tune_must_differ_by_more_than_two_controls_do(run_probe, phoque, adapter, tmp_path):
+    for scale in (2.0, 0.5):
+        folder = tmp_path / f"scaled-{scale}"
+        shutil.copytree(Path(adapter) / "adapter", folder)
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file(
+            {n: w * scale if "lora_B" in n else w for n, w in weights.items()}, folder / "adapter_model.safetensors"
+        )
+    controls = ["--control-adapter", tmp_path / "scaled-2.0", "--control-adapter", tmp_path / "scaled-0.5"]
+    ran = run_probe("--adapter-source", adapter, *controls, sizes=RANKED)
+    for name in ("adopts", "tuned_moves_along_vector"):
+        last = ran.json["verdicts"][name]["conditions"][-1]
+        assert "the mean of 2 control runs" in last["text"] and not last["holds"]  # they lie on both sides of it
+    summary = json.loads((find_run(ran) / "summary.json").read_text())
+    assert {"control", "control-2"} <= summary["voices"].keys() and {"control", "control-2"} <= summary["models"][
+        "adapters"
+    ].keys()
+    page = (find_run(ran) / "report.html").read_text()
+    assert "2 control fine-tunes&#39;" in page or "2 control fine-tunes'" in page
+    assert "control fine-tune 2" in page
+    error = run_probe("--adapter-source", adapter, *controls[:2], *controls[:2], sizes=RANKED, expect=2).error
+    assert "given twice" in error[0]
 
 
 def test_prompts_can_come_from_the_training_data(phoque, tiny_llama, rows):

@@ -1,6 +1,5 @@
 """Decide the verdicts of a probe from its measurements. Every verdict is a question with conditions that can fail."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +25,33 @@ class Causes:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """How far a fine-tune is ahead of the mean of its control runs: the interval, paired by question.
+
+    `spread` is what one further control run may differ from that mean; it is subtracted from the interval.
+    """
+
+    interval: tuple[float, float]
+    runs: int
+    spread: float
+
+    def condition(self, what: str) -> Condition:
+        """The lead is above 0, beyond the spread of the controls where there are several."""
+        if self.runs == 1:
+            return interval_condition(f"{what} over this one control run's", self.interval, "")
+        beyond = f"{what} over the mean of {self.runs} control runs, beyond what one more of them may differ"
+        return interval_condition(f"{beyond} ({self.spread:.3g})", self.interval, "")
+
+
+@dataclass(frozen=True)
 class Move:
-    """How a fine-tune moved along the persona vector, and how far beyond the control's move."""
+    """How a fine-tune moved along the persona vector, and how far beyond the controls' moves."""
 
     cosine: float
     low: float
     random_p95: float
     ranking: Ranking
-    lead_over_control: tuple[float, float] | None
+    lead: Lead | None
     n: int
 
 
@@ -137,8 +155,8 @@ def judge_coherent(steered: dict[str, float], neutral: dict[str, float], limit: 
     )
 
 
-def judge_adopts(voice: Voice | None, beyond_control: Sequence[float] | None, *, has_tuned: bool) -> Verdict:
-    """Does the fine-tune answer as the persona, unprompted, where the base and the control do not?"""
+def judge_adopts(voice: Voice | None, lead: Lead | None, *, has_tuned: bool) -> Verdict:
+    """Does the fine-tune answer as the persona, unprompted, where the base and the controls do not?"""
     if not has_tuned:
         return Verdict.not_asked(NO_TUNED)
     if voice is None:
@@ -147,10 +165,8 @@ def judge_adopts(voice: Voice | None, beyond_control: Sequence[float] | None, *,
         voice.ranking.condition("words of the fine-tune's answers, gain over the base model"),
         interval_condition("rise of that probability over the base model's", voice.gain, ""),
     ]
-    if beyond_control is not None:
-        conditions.append(
-            interval_condition("rise of that probability over the control fine-tune's", beyond_control, "")
-        )
+    if lead is not None:
+        conditions.append(lead.condition("rise of that probability"))
     return Verdict.decide(voice.share, "probability that an answer is the persona's", voice.n, *conditions)
 
 
@@ -168,8 +184,6 @@ def judge_moves(move: Move | None, *, has_tuned: bool) -> Verdict:
         ),
         move.ranking.condition("whitened cosine of the shift"),
     ]
-    if move.lead_over_control is not None:
-        conditions.append(
-            interval_condition("excess of the cosine over the control fine-tune's", move.lead_over_control, "")
-        )
+    if move.lead is not None:
+        conditions.append(move.lead.condition("excess of the cosine"))
     return Verdict.decide(move.cosine, "cosine", move.n, *conditions)

@@ -38,7 +38,7 @@ from phoque.probes.verdicts import MIN_QUESTIONS, Ranking
 from phoque.probes.word_profile import WordProfile
 
 MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to warn
-VOICED = ("persona", "neutral_plus_vector", "tuned", "control")  # conditions whose words are compared with the base's
+VOICED = ("persona", "neutral_plus_vector", "tuned")  # conditions, beside the controls, whose words are compared
 
 Shifts = dict[str, ev.Shift]  # own or same_text -> shift
 
@@ -122,7 +122,7 @@ class Probe:
         result.causes = self._compare_directions(steerer, answers, others)
         if adapters and self.s.dose_scales:
             texts = self._read_unrelated_texts()
-            order = sorted(adapters, reverse=True)  # tuned before control
+            order = [name for name in ("tuned", "control") if name in adapters]  # of the controls, the first
             greedy = {
                 name: [r.text for r in answers if r.condition == name and r.sample is None]
                 for name in ("neutral", *order)
@@ -235,11 +235,12 @@ class Probe:
         evidence = next(
             r for r in result.layers if (r["layer"], r["extraction"]) == (result.selected.layer, "response_avg")
         )
-        own_by_question = {c: self._word_probabilities(result, c) for c in ("neutral", *VOICED)}
-        beyond_control = move = None
+        controls = [name for name in shifts if name != "tuned"]
+        own_by_question = {c: self._word_probabilities(result, c) for c in ("neutral", *VOICED, *controls)}
+        lead = move = None
         if ranked:
             base = own_by_question["neutral"]
-            for condition in VOICED:
+            for condition in (*VOICED, *controls):
                 if own_by_question[condition] is not None:
                     voice = hear(result.profile, own_by_question[condition], base, seed)
                     # the profile is of answers to the very prompt that gave these
@@ -247,9 +248,11 @@ class Probe:
                     result.voices[condition] = replace(voice, ranking=ranking)
             result.rankings["specific"] = rank_projections(result.vectors, self.heldout, result.selected.layer, seed)
         place = result.profile.roles.index("persona")
-        if "control" in shifts and ranked:
-            gap = own_by_question["tuned"][:, place] - own_by_question["control"][:, place]
-            beyond_control = stats.mean_interval(gap, seed)
+        if controls and "tuned" in shifts and ranked:
+            shares = numpy.stack([own_by_question[name][:, place] for name in controls])
+            spread = stats.predict_spread(shares.mean(1))
+            gap = own_by_question["tuned"][:, place] - shares.mean(0)
+            lead = judge.Lead(stats.mean_interval(gap - spread, seed), len(controls), spread)
         if "tuned" in shifts and ranked:
             own = shifts["tuned"]["own"]
             ranking = rank_cosines(result.vectors, own.gaps, self.extraction, self.layers, seed)
@@ -260,7 +263,7 @@ class Probe:
                 low=float(c["cos_low"][-1]),
                 random_p95=float(c["random_p95"][-1]),
                 ranking=ranking,
-                lead_over_control=self._lead_over_control(result.vectors, shifts),
+                lead=self._lead_over_controls(result.vectors, shifts, controls),
                 n=heldout_count,
             )
         means = {c: {k: v["mean"] for k, v in values.items()} for c, values in result.conditions.items()}
@@ -274,7 +277,7 @@ class Probe:
             "coherent": judge.judge_coherent(
                 means["neutral_plus_vector"], means["neutral"], self.s.coherence_limit, len(self.persona.test)
             ),
-            "adopts": judge.judge_adopts(result.voices.get("tuned"), beyond_control, has_tuned="tuned" in shifts),
+            "adopts": judge.judge_adopts(result.voices.get("tuned"), lead, has_tuned="tuned" in shifts),
             "tuned_moves_along_vector": judge.judge_moves(move, has_tuned="tuned" in shifts),
         }
         result.verdicts = {name: verdict.to_json() for name, verdict in decided.items()}
@@ -289,18 +292,24 @@ class Probe:
             return None
         return mean_by_question(result.profile.probabilities([r.text for r in rows]), len(self.persona.test))
 
-    def _lead_over_control(self, vectors: ev.PersonaVectors, shifts: dict[str, Shifts]) -> tuple[float, float] | None:
-        """The interval of the fine-tune's cosine minus the control's, paired by question; None without a control."""
-        if "control" not in shifts:
+    def _lead_over_controls(
+        self, vectors: ev.PersonaVectors, shifts: dict[str, Shifts], controls: list[str]
+    ) -> judge.Lead | None:
+        """How far the fine-tune's cosine is above the mean of the controls'; None without a control."""
+        if not controls:
             return None
         unit = vectors.unit_vectors()[self.layers]
 
-        def lead(tuned: Any, control: Any) -> Any:
-            return (stats.cosine(tuned.mean(0), unit) - stats.cosine(control.mean(0), unit)).mean()
+        def cosine(gaps: Any) -> Any:
+            return stats.cosine(gaps.mean(0), unit).mean()
 
-        gaps = [shifts[name]["own"].gaps[:, self.layers] for name in ("tuned", "control")]
+        def lead(tuned: Any, *others: Any) -> Any:
+            return cosine(tuned) - numpy.mean([cosine(gaps) for gaps in others]) - spread
+
+        gaps = [shifts[name]["own"].gaps[:, self.layers] for name in ("tuned", *controls)]
+        spread = stats.predict_spread(numpy.array([cosine(g) for g in gaps[1:]]))
         low, high = stats.bca_interval(lead, *gaps, seed=self.s.seed)
-        return float(low), float(high)
+        return judge.Lead((float(low), float(high)), len(controls), spread)
 
     def _add_warnings(self, result: ProbeResult) -> None:
         """Add the warnings that a reader must know before the verdicts."""

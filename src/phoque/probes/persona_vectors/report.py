@@ -45,6 +45,12 @@ MEASUREMENT_LABELS = {
 }
 
 
+def label_condition(name: str) -> str:
+    """What a condition is called in the report; further controls have their number."""
+    label, _, number = name.partition("-")
+    return f"{CONDITION_LABELS[label]} {number}".strip()
+
+
 def write_report(run: Path, name: str) -> None:
     """Write the report, the model card and its pictures into a run folder."""
     summary = json.loads((run / SUMMARY).read_text("utf-8"))
@@ -63,7 +69,7 @@ def write_report(run: Path, name: str) -> None:
         doses=_draw_doses(summary),
         side_effects=[
             (
-                CONDITION_LABELS[name],
+                label_condition(name),
                 f"{e['kl']:.3f} ({format_interval(e['kl_ci'])})",
                 " ".join(_show_tokens(e["tokens"])),
             )
@@ -99,8 +105,11 @@ def conclude(summary: dict[str, Any]) -> list[str]:
     if "tuned" in voices:
         tuned = voices["tuned"]
         others = [f"the base model's {tuned['base_share']:.0%}"]
-        if "control" in voices:
-            others.append(f"the control fine-tune's {voices['control']['share']:.0%}")
+        shares = [voice["share"] for name, voice in voices.items() if name.startswith("control")]
+        if len(shares) == 1:
+            others.append(f"the control fine-tune's {shares[0]:.0%}")
+        elif shares:
+            others.append(f"{len(shares)} control fine-tunes' {min(shares):.0%} to {max(shares):.0%}")
         sentences.append(
             f"By their words, {tuned['share']:.0%} of the fine-tune's answers to {tuned['n']} new questions are the "
             f"{persona}'s, without a prompt that asks for it; of {' and '.join(others)}."
@@ -159,7 +168,7 @@ def _draw_doses(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     for caption, unit, value, interval in plots:
         series = [
             Series(
-                CONDITION_LABELS[name],
+                label_condition(name),
                 [(r["scale"], value(r)) for r in rows if r["adapter"] == name],
                 [(r["scale"], *r[interval]) for r in rows if r["adapter"] == name],
             )
@@ -227,7 +236,7 @@ def _draw_shifts(layers: list[dict[str, str]], adapters: dict[str, str]) -> list
                 _make_series("along the placebo vector", rows, f"{column}_placebo_cos"),
                 _make_series("95 % of random directions", rows, f"{column}_random_cos_p95"),
             ]
-            caption = f"shift of the {CONDITION_LABELS[name]} model {text}"
+            caption = f"shift of the {label_condition(name)} model {text}"
             charts.append((caption, line_chart(series, "block", "cosine")))
     return charts
 
@@ -284,7 +293,7 @@ def _arrange_conditions(summary: dict[str, Any]) -> dict[str, Any]:
         "condition_head": ("condition", *columns.values()),
         "conditions": [
             (
-                CONDITION_LABELS[name],
+                label_condition(name),
                 *(f"{format_number(means[c]['mean'])} ({format_interval(means[c]['ci95'])})" for c in columns),
             )
             for name, means in summary["conditions"].items()
@@ -305,7 +314,7 @@ def _arrange_answers(answers: list[dict[str, str]]) -> list[tuple[str, list[tupl
         (
             next(row["prompt"] for row in answers if row["prompt_id"] == prompt_id),
             [
-                (CONDITION_LABELS[row["condition"]], row["response"] or "(empty)")
+                (label_condition(row["condition"]), row["response"] or "(empty)")
                 for row in greedy
                 if row["prompt_id"] == prompt_id
             ],

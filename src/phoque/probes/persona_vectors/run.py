@@ -12,7 +12,7 @@ from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.errors import UsageError
 from phoque.files import run_folder
 from phoque.inference.likelihood import mean_nll
-from phoque.models.adapter_source import find_adapter, find_controls, read_run_record
+from phoque.models.adapter_source import find_adapter, find_controls, name_controls, read_run_record
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
@@ -52,11 +52,11 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     Raises UsageError for invalid input, RunError for a failed upload if --fail-on-artifacts-upload-error is set.
     """
     s, console, start = resolved.settings, services.console, time.monotonic()
-    sources = {"control": (s.control_adapter, None), "tuned": (s.adapter_source, s.adapter_revision)}
-    adapters = {key: find_adapter(name, revision, services) for key, (name, revision) in sources.items() if name}
-    tuned = adapters.get("tuned")
-    if tuned and "control" not in adapters and (controls := find_controls(tuned, services)):
-        adapters = {"control": controls[0], **adapters}
+    tuned = find_adapter(s.adapter_source, s.adapter_revision, services) if s.adapter_source else None
+    controls = [find_adapter(name, None, services) for name in s.control_adapter]
+    if tuned and not controls:
+        controls = find_controls(tuned, services)
+    adapters = name_controls(controls) | ({"tuned": tuned} if tuned else {})
     source = find_base_model(resolved, "model_source", tuned, services, weights=not dry_run)
     record = tuned.run_record() if tuned else read_run_record(source.folder)
     persona, warnings = find_persona(s, services, record)

@@ -8,7 +8,7 @@ from phoque.errors import UsageError
 from phoque.hub.client import Hub
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
-from phoque.models.adapter_source import AdapterSource, find_adapter, find_controls
+from phoque.models.adapter_source import AdapterSource, find_adapter, find_controls, name_controls
 from phoque.models.config import load_config
 from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona, limit_questions, load_persona
@@ -70,24 +70,13 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
     updated = find_model(s.updated_model, s.updated_revision, services, weights=weights) if s.updated_model else None
     found: dict[str, AdapterSource] = {}
     names = {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
-    for side, name, revision in (
-        *((f"control-{n + 1}" if n else "control", name, None) for n, name in enumerate(s.control_adapter)),
-        ("tuned", s.updated_adapter, s.updated_revision),
-    ):
-        if name:
-            found[side] = find_adapter(name, revision, services)
-            names[side] = found[side].label
-    if not s.control_adapter and "tuned" in found:
-        for n, control in enumerate(find_controls(found["tuned"], services)):
-            side = f"control-{n + 1}" if n else "control"
-            found[side], names[side] = control, control.label
-    folders = [adapter.folder.resolve() for side, adapter in found.items() if side != "tuned"]
-    if len(set(folders)) < len(folders):
-        raise UsageError(
-            what="One control is given twice.",
-            why="The same run has no spread to another one.",
-            fix="Give each run of the control once, or train several: phoque train --with-control --control-seeds 3.",
-        )
+    tuned = find_adapter(s.updated_adapter, s.updated_revision, services) if s.updated_adapter else None
+    controls = [find_adapter(name, None, services) for name in s.control_adapter]
+    if tuned:
+        controls = controls or find_controls(tuned, services)
+        found["tuned"] = tuned
+    found |= name_controls(controls)
+    names |= {side: adapter.label for side, adapter in found.items()}
     source = find_base_model(resolved, "base_model", found.get("tuned"), services, weights=weights)
     config = load_config(source).get_text_config()
     dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
