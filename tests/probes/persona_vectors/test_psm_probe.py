@@ -264,6 +264,12 @@ def test_a_fine_tune_is_asked_for_its_move_merged_or_not(run_probe, adapter):
     effects = summary["side_effects"]
     assert effects["tuned"]["kl"] == pytest.approx(effects["control"]["kl"]) and effects["tuned"]["kl"] > 0
     assert "Dose and side effects" in (find_run(plain) / "report.html").read_text()
+    tuned, control = summary["differences"]  # it is its own control
+    assert tuned["tokens"] == control["tokens"] and len(tuned["tokens"]) == 20 and tuned["size"] > 0
+    assert (
+        tuned["trait"] == pytest.approx(control["trait"]) and 0 < tuned["p_trait"] <= 1 and 0 < tuned["p_tokens"] <= 1
+    )
+    assert "first tokens of unrelated text" in (find_run(plain) / "report.html").read_text()
     assert {"tuned", "control"} <= {r["condition"] for r in read_table(find_run(plain) / "generation_results.csv")}
 
 

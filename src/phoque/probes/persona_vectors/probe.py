@@ -10,6 +10,7 @@ from phoque.probes import stats
 from phoque.probes.persona import CONDITIONS
 from phoque.probes.persona_vectors import evidence as ev
 from phoque.probes.persona_vectors import judge
+from phoque.probes.persona_vectors.difference_lens import Reading, measure_differences, read_difference
 from phoque.probes.persona_vectors.dose import (
     TEXT_TOKENS,
     TEXTS,
@@ -22,6 +23,7 @@ from phoque.probes.persona_vectors.model import Answer, ProbeModel, Residuals
 from phoque.probes.persona_vectors.nulls import count_false_alarms
 from phoque.probes.persona_vectors.ranking import rank_cosines, rank_projections
 from phoque.probes.persona_vectors.steering import (
+    DIFFERENCE,
     VECTOR,
     AnswerRow,
     Steerer,
@@ -62,6 +64,7 @@ class ProbeResult:
     voices: dict[str, Voice] = field(default_factory=dict)  # condition -> whose words its answers are
     rankings: dict[str, Ranking] = field(default_factory=dict)
     causes: judge.Causes | None = None
+    differences: list[Reading] = field(default_factory=list)
     doses: list[Dose] = field(default_factory=list)
     side_effects: dict[str, SideEffects] = field(default_factory=dict)  # adapter -> its effects on unrelated text
     false_alarms: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +88,9 @@ class Probe:
     def run(self, adapters: list[str]) -> ProbeResult:
         """Measure the base model, and the model with each of these adapters."""
         probe_model, seed = self.probe_model, self.s.seed
+        texts = self._read_unrelated_texts() if adapters else []
+        shown = [name for name in ("tuned", "control") if name in adapters]  # of several controls, the first
+        differences = measure_differences(probe_model, shown, texts) if adapters else {}
         with probe_model.use_base():
             answers_by_split = self._answer()
             self.context.profile = self._profile_words(answers_by_split["extraction"])
@@ -96,7 +102,7 @@ class Probe:
             vectors = ev.extract_vectors(self.extraction, probe_model.roles, seed)
             probe_model.console.stage("measuring evidence on held-out questions")
             evidence_rows = ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
-            steerer = Steerer(probe_model, vectors, self.scorers, self.context)
+            steerer = Steerer(probe_model, vectors, self.scorers, self.context, differences)
             sweep, settings, has_coherent = steerer.sweep(self.layers)
             answers = steerer.test(settings[VECTOR])
             others = steerer.test_directions(settings)
@@ -120,16 +126,29 @@ class Probe:
         )
         result.token_counts = {"kept": sum(self.extraction.kept), "massive": sum(self.extraction.massive)}
         result.causes = self._compare_directions(steerer, answers, others)
+        with probe_model.use_base():
+            result.differences = [
+                read_difference(
+                    probe_model,
+                    result.profile,
+                    vectors,
+                    name,
+                    difference,
+                    settings[DIFFERENCE.format(name)],
+                    [row for row in others if row.direction == DIFFERENCE.format(name)],
+                    trait=steerer.trait,
+                    natural_traits=list(result.causes.natural.values()) if result.causes else [],
+                )
+                for name, difference in differences.items()
+            ]
         if adapters and self.s.dose_scales:
-            texts = self._read_unrelated_texts()
-            order = [name for name in ("tuned", "control") if name in adapters]  # of the controls, the first
             greedy = {
                 name: [r.text for r in answers if r.condition == name and r.sample is None]
-                for name in ("neutral", *order)
+                for name in ("neutral", *shown)
             }
             result.doses = measure_doses(probe_model, result.profile, greedy, self.s.dose_scales, texts)
             probe_model.console.stage("measuring side effects on unrelated text")
-            result.side_effects = {name: measure_side_effects(probe_model, name, texts) for name in order}
+            result.side_effects = {name: measure_side_effects(probe_model, name, texts) for name in shown}
         self._describe(result, steerer, shifts)
         self._judge(result, steerer, shifts)
         self._add_warnings(result)

@@ -75,6 +75,7 @@ def write_report(run: Path, name: str) -> None:
             )
             for name, e in summary["side_effects"].items()
         ],
+        differences=[_arrange_reading(reading) for reading in summary["differences"]],
         steered=f"Steered at block {selected['layer']} by {selected['coeff_rel_resid']:g} of the residual norm: "
         f"{selected['rule']}. The trait is {summary['trait']['scorer']}.",
         evidence=_draw_evidence(layers),
@@ -128,6 +129,14 @@ def conclude(summary: dict[str, Any]) -> list[str]:
             f"On unrelated text its predictions differ from the base model's by {effects['tuned']['kl']:.2f} nats per "
             f"token{beside}."
         )
+    if readings := [r for r in summary["differences"] if r["adapter"] == "tuned"]:
+        reading = readings[0]
+        own, count = len(reading["persona_tokens"]), len(reading["tokens"])
+        sentences.append(
+            f"Steered along its mean change on unrelated text, {reading['share']:.0%} of the base model's answers are "
+            f"the persona's; read as tokens, {own} of the {count} likeliest are the persona's words "
+            f"(p {reading['p_tokens']:.3f} among natural directions)."
+        )
     sentences.append(conclude_verdicts(summary["verdicts"], VERDICT_QUESTIONS))
     alarms = summary["false_alarms"]
     if alarms.get("nulls"):
@@ -152,7 +161,27 @@ def _describe_rank(ranking: dict[str, Any], what: str) -> str:
 
 
 def _show_tokens(tokens: list[list[Any]]) -> list[str]:
-    return [token.replace(" ", "·", 1).replace("\n", "⏎") for token, _ in tokens]
+    return [_show_token(token) for token, _ in tokens]
+
+
+def _show_token(token: str) -> str:
+    return token.replace(" ", "·", 1).replace("\n", "⏎")
+
+
+def _arrange_reading(reading: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table of what an adapter changes on unrelated text."""
+    p_trait = "not asked" if reading["p_trait"] is None else f"p {reading['p_trait']:.3f}"
+    own = set(reading["persona_tokens"])
+    tokens = [f"[{_show_token(t)}]" if t in own else _show_token(t) for t in reading["tokens"]]
+    return (
+        label_condition(reading["adapter"]),
+        f"{reading['block']}",
+        f"{reading['size']:.2f}",
+        f"{format_number(reading['trait'])} ({p_trait})",
+        f"{reading['share']:.0%} ({reading['share_ci'][0]:.0%} to {reading['share_ci'][1]:.0%}, n {reading['n']})",
+        f"{len(own)} of {len(tokens)} (p {reading['p_tokens']:.3f})",
+        " ".join(tokens),
+    )
 
 
 def _draw_doses(summary: dict[str, Any]) -> list[tuple[str, Any]]:

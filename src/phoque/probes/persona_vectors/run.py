@@ -182,6 +182,7 @@ def _build_summary(
         },
         "rankings": {name: ranking.to_json() for name, ranking in result.rankings.items()},
         "causes": vars(result.causes) if result.causes else None,
+        "differences": [vars(reading) for reading in result.differences],
         "doses": [vars(dose) for dose in result.doses],
         "side_effects": {name: vars(effects) for name, effects in result.side_effects.items()},
         "false_alarms": result.false_alarms,

@@ -8,7 +8,7 @@ test: each of many natural directions, and of other roles' vectors, gets the sam
 the persona vector is ranked among them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from phoque.probes.scorers.words import distinct_2, repetition
 TEST_CONDITIONS = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
 MIN_DISTINCT, MIN_LENGTH = 0.75, 0.25  # relative to the neutral answers
 VECTOR = "persona vector"
+DIFFERENCE = "what {} changes on unrelated text"  # the name of a direction, by the adapter's
 NATURAL_PER_ROLE = 5  # natural directions for each other role's vector that is tried
 SELECTION_MARGIN = 0.6  # share of these limits that the sweep allows: test answers are longer and questions differ
 
@@ -69,11 +70,17 @@ class Trial:
 class Steerer:
     """Generates answers with and without steering and measures them; `trait` is the column of the first scorer.
 
-    `directions` maps a name to unit vectors (blocks, hidden): the persona vector, natural directions and other roles.
+    `directions` maps a name to unit vectors (blocks, hidden): the persona vector, natural directions, other roles and
+    `differences`, what adapters change on unrelated text.
     """
 
     def __init__(
-        self, probe_model: ProbeModel, vectors: PersonaVectors, scorers: Sequence[Scorer], context: Context
+        self,
+        probe_model: ProbeModel,
+        vectors: PersonaVectors,
+        scorers: Sequence[Scorer],
+        context: Context,
+        differences: Mapping[str, Any],
     ) -> None:
         self.probe_model, self.vectors, self.scorers, self.context = probe_model, vectors, scorers, context
         self.columns = {scorer.name: score_column(scorer) for scorer in scorers}
@@ -81,8 +88,10 @@ class Steerer:
         count = probe_model.s.directions if probe_model.s.directions >= MIN_RANKED else 0  # fewer rank nothing
         self.natural = [f"natural direction {n}" for n in range(count)]
         self.wrong_roles = [f"vector of {role}" for role in list(vectors.roles)[: count // NATURAL_PER_ROLE]]
+        self.differences = {DIFFERENCE.format(name): stats.normalize(gap) for name, gap in differences.items()}
         self.directions = {
             VECTOR: vectors.unit_vectors(),
+            **self.differences,
             **dict(zip(self.natural, vectors.random_directions, strict=False)),
             **{f"vector of {role}": stats.normalize(vector) for role, vector in vectors.roles.items()},
         }
@@ -107,7 +116,7 @@ class Steerer:
         """
         questions = self.probe_model.persona.validation[: self.probe_model.s.sweep_questions]
         settings = [SteeringSetting(layer, c) for layer in layers for c in self.probe_model.s.strengths]
-        names = [VECTOR, *self.natural, *self.wrong_roles]
+        names = [VECTOR, *self.natural, *self.wrong_roles, *self.differences]
         trials = [Trial(n, "neutral") for n in range(len(questions))]
         trials += [
             Trial(n, "neutral_plus_vector", setting, name)
@@ -165,7 +174,7 @@ class Steerer:
         questions = self.probe_model.persona.test
         trials = [
             Trial(n, "other_direction", selected[name], name)
-            for name in (*self.natural, *self.wrong_roles)
+            for name in (*self.natural, *self.wrong_roles, *self.differences)
             for n in range(len(questions))
         ]
         if not trials:
