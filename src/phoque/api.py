@@ -18,6 +18,7 @@ from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import CommandSettings, Resolved
 from phoque.settings.resolve import resolved_from
+from phoque.training.launch import claim_gpu
 
 if TYPE_CHECKING:
     from phoque.chat.run import ChatResult
@@ -60,20 +61,30 @@ def _ends_its_stage(function: Callable[P, R]) -> Callable[P, R]:
 @_ends_its_stage
 def train(
     settings: "TrainSettings | Resolved[TrainSettings]", *, dry_run: bool = False, console: Console = stderr_console
-) -> "TrainResult | DryRun":
+) -> "TrainResult | DryRun | None":
     """Fine-tune a chat model into a persona; continues from the newest checkpoint of the same run.
 
-    The commands of `then` are run by the command line, not here.
+    The commands of `then` and the processes of `gpus` are run by the command line, not here. Under a launcher, such as
+    torchrun, every process calls this, and all but process 0 get None.
     """
+    launch = None if dry_run else claim_gpu()
+    if launch and launch.rank:
+        console.mute()
     resolved, services = _prepare(settings, console)
     if dry_run:
         from phoque.training.dry_run import plan_run
 
         return plan_run(resolved, services)
     from phoque.settings.environment import deadline, submission
+    from phoque.training.processes import current, join
     from phoque.training.run import train
 
-    return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
+    if launch:
+        join(launch)
+    try:
+        return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
+    finally:
+        current().finish()
 
 
 @_ends_its_stage

@@ -28,7 +28,7 @@ class Console:
     """The output of a command. Services report to it and do not depend on how their messages are displayed."""
 
     def __init__(self) -> None:
-        self.json = self.quiet = self.verbose = False
+        self.json = self.quiet = self.verbose = self._is_muted = False
         self._out: Any = sys.stdout
         self._live: Any = None
         self._heartbeat: Heartbeat | None = None
@@ -42,6 +42,10 @@ class Console:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal may know ASCII only
         self._out, sys.stdout = sys.stdout, sys.stderr  # what libraries print goes to stderr
+
+    def mute(self) -> None:
+        """Print nothing but errors from now on: another process of the same run speaks."""
+        self.quiet = self._is_muted = True
 
     def hide(self, secrets: Sequence[str]) -> None:
         """Replace these texts by *** in everything that is printed, whatever printed them."""
@@ -83,6 +87,8 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr, even with --quiet."""
+        if self._is_muted:
+            return
         self._print_stderr(f"warning: {self._clean(text)}", style="yellow")
 
     def error(self, error: PhoqueError) -> None:
@@ -93,6 +99,8 @@ class Console:
     def result(self, data: dict[str, Any], human: Callable[[], Any], quiet: str) -> None:
         """Print a command's result to stdout: `data` with --json, `quiet` with --quiet, else what `human()` returns."""
         self.end_stage()
+        if self._is_muted:
+            return
         if self.json:
             is_utf8 = "utf" in (self._out.encoding or "").lower()
             text = self._hide_secrets(json.dumps(data, ensure_ascii=not is_utf8, default=str))

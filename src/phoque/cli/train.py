@@ -3,6 +3,7 @@
 import gc
 import importlib
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
+from phoque.training.launch import claim_gpu, count_processes, launch, own_command
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -43,8 +45,16 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
         jobs.run("train", resolved, dry_run)
         return
     if not dry_run:
-        _import_trainer(resolved)
+        launched = claim_gpu()  # before torch is imported, and with it CUDA's list of devices
+        if launched and launched.rank:
+            console.mute()
+        check_inputs(resolved.settings)
+        if resolved.settings.gpus and not launched and (count := count_processes(resolved.settings.gpus)) > 1:
+            sys.exit(launch(count, own_command()))
+        _import_trainer()
     result = api.train(resolved, dry_run=dry_run)
+    if result is None:  # process 0 shows it
+        return
     if isinstance(result, DryRun):
         plan: Any = result
         if commands:
@@ -57,13 +67,12 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     console.result(values, lambda: _render_result(result, values.get("then", [])), result.adapter)
 
 
-def _import_trainer(resolved: Resolved[TrainSettings]) -> None:
+def _import_trainer() -> None:
     """Import what training needs, and let the garbage collector leave it alone.
 
     accelerate collects garbage before and after training, which takes half a second each time where all imported
     modules are walked.
     """
-    check_inputs(resolved.settings)
     console.stage("importing torch and transformers")
     importlib.import_module("phoque.training.run")
     gc.freeze()

@@ -21,7 +21,7 @@ class TrainSettings(PublishedSettings):
         "Data": "dataset dataset_revision dataset_config split eval_split held_out_rows max_bad_rows "
         "default_system greeting max_length packing",
         "Training": "max_steps epochs batch_size micro_batch learning_rate lr_scheduler warmup_ratio weight_decay "
-        "max_grad_norm eval_steps keep_best early_stop engine_mode gradient_checkpointing deterministic seed "
+        "max_grad_norm eval_steps keep_best early_stop engine_mode gradient_checkpointing deterministic gpus seed "
         "with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
         "then export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
@@ -163,6 +163,12 @@ class TrainSettings(PublishedSettings):
     )
     early_stop: int | None = setting(
         None, "End the run when this many measurements in a row gave no lower held-out loss.", ge=1
+    )
+    gpus: str | None = setting(
+        None,
+        "Train on this many GPUs of this machine, or on `all`: each takes its share of every step. A Job on a flavor "
+        "with several uses all of them.",
+        pattern=r"^(all|[1-9]\d*)$",
     )
     max_bad_rows: float = setting(
         0.05, "Stop the run if a larger share of the rows than this (0 to 1) cannot be used.", ge=0, le=1

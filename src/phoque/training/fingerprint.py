@@ -56,7 +56,6 @@ UNCHANGEABLE = (
     "base_model",
     "lora_rank",
     "target_modules",
-    "processes",
     "data_rules",
 )  # with another value the checkpoint cannot be loaded
 
@@ -112,15 +111,12 @@ def compute_identity(
     s: TrainSettings, source: Source, dataset: Dataset, chat: ChatTemplate, scan: DatasetScan, services: Services
 ) -> RunIdentity:
     """Everything that determines what is learned: data, base, template, schedule, adapter."""
-    from accelerate import PartialState
-
     fingerprint = {
         "base_model": source.name,
         "base_revision": source.revision,
         "base_weights": hash_weights(source, services),
         "dataset_revision": dataset.revision,
         "dataset_digest": scan.digest,
-        "processes": PartialState().num_processes,
         "data_rules": DATA_RULES,
         "template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
         **{name: getattr(s, name) for name in FINGERPRINT_SETTINGS},

@@ -20,6 +20,7 @@ from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.best import list_held_out_losses
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
+from phoque.training.processes import DealtStream
 from phoque.training.run_record import write_record
 from phoque.training.run_state import Run
 from phoque.training.timer import Timer
@@ -73,7 +74,13 @@ class TrainResult:
 
 
 def finish(
-    run: Run, model: "PreTrainedModel", stream: TrainStream, timer: Timer, *, steps: int, adapter_step: int
+    run: Run,
+    model: "PreTrainedModel",
+    stream: TrainStream | DealtStream,
+    timer: Timer,
+    *,
+    steps: int,
+    adapter_step: int,
 ) -> TrainResult:
     """Write the adapter with its card, the record with the result, and the report.
 

@@ -1,4 +1,4 @@
-"""A run is resumed with the revisions of base and data that it began with, whatever their repositories hold now."""
+"""A run is resumed with what it began with: the revisions of base and data, and the rows of its steps."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from phoque.training.run_record import RECORD
 def pin_revisions(
     resolved: Resolved[TrainSettings], run: Path, store: Store | None, services: Services, submission: str = ""
 ) -> Resolved[TrainSettings]:
-    """The settings with the recorded revisions of what is on the Hub and was given without one.
+    """The settings with the recorded --micro-batch, and the revisions of what is on the Hub and was given without one.
 
     Nothing is pinned for a fresh start, and no revision that --allow-change names. Says what has newer commits.
     """
@@ -30,6 +30,8 @@ def pin_revisions(
         return resolved
     recorded = {key: row.get("value") for key, row in record["settings"].items()}
     pins: dict[str, Any] = {}
+    if s.micro_batch is None and "micro_batch" not in s.allow_change:  # chosen by the number of processes, or given
+        pins["micro_batch"] = record["fingerprint"].get("micro_batch")
     for name, (setting, key) in REVISIONS.items():
         value, revision = getattr(s, name), record["fingerprint"].get(key)
         is_given = getattr(s, setting) is not None or key in s.allow_change

@@ -130,6 +130,36 @@ def rows_per_step(s: TrainSettings, packing: Packing) -> int:
     return max(1, min(s.accumulation, round(s.batch_size * packing.mean / packing.tokens)))
 
 
+def choose_micro_batch(s: TrainSettings, processes: int) -> int | None:
+    """Conversations per forward pass so that each process gets as many rows: --micro-batch, or an equal share.
+
+    Raises UsageError if the batch cannot be shared out evenly.
+    """
+    if not s.accumulation % processes:
+        return s.micro_batch
+    if s.micro_batch or s.batch_size % processes:
+        given = f"--batch-size {s.batch_size}" + (f" in parts of {s.micro_batch}" if s.micro_batch else "")
+        raise UsageError(
+            what=f"{given} cannot be dealt to {processes} processes.",
+            why="Every process trains on the same number of rows in every step.",
+            fix=f"Choose a multiple of {processes} conversations"
+            + (", or leave --micro-batch out." * bool(s.micro_batch)),
+        )
+    return s.batch_size // processes
+
+
+def check_dealt(rows: int, s: TrainSettings, scan: DatasetScan, processes: int) -> None:
+    """Raise UsageError if a step's packed rows cannot be dealt to so many processes."""
+    if rows % processes:
+        raise UsageError(
+            what=f"A step has {rows} packed row{'s' * (rows > 1)}, which cannot be dealt to {processes} processes.",
+            why=f"A row holds the longest conversation, and {s.batch_size} conversations of {scan.mean_length:.0f} "
+            "tokens on average fill no more.",
+            fix="Raise --batch-size, lower --max-length, or use --packing exact. A run goes on with the rows that it "
+            "began with: with as many processes, or with a number that divides them.",
+        )
+
+
 def find_store(s: TrainSettings, services: Services) -> Store | None:
     """The Hub repository or the folder that keeps the run, or None. Raises UsageError without a token for the Hub."""
     if s.run_dir:

@@ -3,16 +3,17 @@
 import gc
 import json
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
-from phoque.errors import FAILED, Resumable, UsageError
+from phoque.errors import FAILED, Resumable, RunError, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
 from phoque.models.lora import add_lora_adapter, load_adapter
@@ -41,7 +42,18 @@ from phoque.training.finish import (
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.pinned import pin_revisions
-from phoque.training.prepare import find_store, lora_options, packing_for, prepare, rows_per_step, with_steps
+from phoque.training.prepare import (
+    Prepared,
+    check_dealt,
+    choose_micro_batch,
+    find_store,
+    lora_options,
+    packing_for,
+    prepare,
+    rows_per_step,
+    with_steps,
+)
+from phoque.training.processes import DealtStream, current
 from phoque.training.report_to import Report, check_services, start_services
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
@@ -58,40 +70,85 @@ def train(
     *,
     deadline: float | None = None,
     submission: str = "",
-) -> TrainResult:
+) -> TrainResult | None:
     """Train to the last step, continuing from the newest whole checkpoint if there is one, here or in its store.
 
     `deadline` is the time.time() at which this process will be killed; `submission` is shared by all attempts of one
-    Job. Raises Resumable (75, or 130 after Ctrl-C) after a stop that saved everything, PhoqueError for what failed.
+    Job. Where several processes train together, each calls this, and process 0 alone returns a result. Raises Resumable
+    (75, or 130 after Ctrl-C) after a stop that saved everything, PhoqueError for what failed.
     """
-    s, console = resolved.settings, services.console
-    check_own_folder(s.folder)
-    check_services(s)
-    if s.with_control:  # before time is spent: a store that cannot be used stops the run now
+    s, console, processes = resolved.settings, services.console, current()
+    if processes.is_main:
+        check_own_folder(s.folder)
+        check_services(s)
+    if s.with_control and processes.is_main:  # before time is spent: a store that cannot be used stops the run now
         for planned in (s, *plan_controls(s, s.max_steps)):
             if store := find_store(planned, services):
                 store.open(planned.public, console.warn)
-    stop = StopRequest(console, deadline, s.seconds or 0.0)
+    stop = StopRequest(console, deadline, s.seconds or 0.0, processes.agree)
     try:
-        with lock_run(s.folder):
+        with lock_run(s.folder) if processes.is_main else nullcontext():
             with stop.handle_signals():
                 run = _start(resolved, services, stop, submission)
                 result = _train(run)
             if s.with_control:
                 s = run.settings
-                rows = write_control_rows(s, run.prepared, services, deadline)
-                controls = plan_controls(s, result.adapter_step or result.steps)
+                rows = processes.decide(lambda: write_control_rows(s, run.prepared, services, deadline))
+                processes.share(rows)
+                steps = processes.decide(lambda: result.adapter_step or result.steps if result else 0)
+                controls = plan_controls(s, steps)
                 for number, control in enumerate(controls, 1):
                     console.say(f"control {number} of {len(controls)}, seed {control.seed}")
                     train(with_dataset(resolved, control, rows), services, deadline=deadline, submission=submission)
-                record_controls(s, controls, services)
-                result = replace(result, controls=[str(control.folder) for control in controls])
+                if result:
+                    record_controls(s, controls, services)
+                    result = replace(result, controls=[str(control.folder) for control in controls])
             return result
     except torch.OutOfMemoryError as error:
         raise out_of_memory_error(s) from error
 
 
 def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequest, submission: str) -> Run:
+    """Find out where the run starts, in process 0, and prepare the same in the others."""
+    processes = current()
+    if processes.size == 1:
+        return _open(resolved, services, stop, submission)[0]
+    opened = _open(resolved, services, stop, submission) if processes.is_main else None
+
+    def tell() -> dict[str, Any]:
+        run, pinned = opened if opened else (None, None)
+        if run is None or pinned is None:
+            raise AssertionError("only process 0 is asked")
+        told = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
+        return told | {"digest": run.prepared.scan.digest}
+
+    told = processes.decide(tell)
+    processes.share(told["start"].resume)
+    if opened:
+        return opened[0]
+    prepared = prepare(replace(resolved, settings=told["pinned"]), services, weights=True)
+    if prepared.scan.digest != told["digest"]:
+        raise RunError(
+            what=f"Process {processes.rank} reads other data than process 0.",
+            why=f"{resolved.settings.dataset} is not the same on both machines.",
+            fix="Put the same files on every machine, or use a dataset on the Hub.",
+        )
+    return Run(
+        resolved=replace(resolved, settings=told["planned"]),
+        services=services,
+        prepared=prepared,
+        folder=resolved.settings.folder,
+        start=told["start"],
+        record=told["record"],
+        store=None,
+        stop=stop,
+    )
+
+
+def _open(
+    resolved: Resolved[TrainSettings], services: Services, stop: StopRequest, submission: str
+) -> tuple[Run, TrainSettings]:
+    """The run as it starts, and the settings with pinned revisions by which its data was read."""
     s, folder = resolved.settings, resolved.settings.folder
     check_writable(folder)
     store = find_store(s, services)
@@ -100,24 +157,19 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     services.console.stage(f"reading {s.dataset}")
     pinned = pin_revisions(resolved, folder, store, services, submission)
     prepared = prepare(pinned, services, weights=True)
-    planned = with_steps(resolved, prepared.scan)
+    planned = _plan(resolved, pinned, prepared)
     s = planned.settings
     report_scan(prepared.scan, prepared.dataset, s, services.console)
     identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
-    if (processes := identity.fingerprint["processes"]) > 1:
-        raise UsageError(
-            what=f"{processes} processes were launched.",
-            why="phoque trains in one process: each of them would train on the same rows.",
-            fix="Run `phoque train` without accelerate launch.",
-        )
     rows = prepared.scan.trained_rows
     epoch = {"rows": rows, "batch_size": s.batch_size}
     start = find_start(
         s, folder, store, identity=identity, epoch=epoch, console=services.console, submission=submission
     )
     if start.is_fresh and pinned is not resolved:  # the user chose to start again, with what the repositories hold now
+        pinned = resolved
         prepared = prepare(resolved, services, weights=True)
-        planned = with_steps(resolved, prepared.scan)
+        planned = _plan(resolved, pinned, prepared)
         s = planned.settings
         identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
     if (
@@ -134,9 +186,12 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
     if start.record is None or start.record.get("rows_per_step", 0) is None:  # None: an allowed change of the batch
         record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True))
     record.setdefault("rows_per_step", s.accumulation)  # a run of an older version goes on with its batch
-    record["device"] = default_device_name()
+    check_dealt(record["rows_per_step"], s, prepared.scan, current().size)
+    record |= {"device": default_device_name(), "processes": current().size}
+    if start.record is None:
+        record["seeded_by_row"] = current().size > 1
     write_record(folder, record)
-    return Run(
+    run = Run(
         resolved=planned,
         services=services,
         prepared=prepared,
@@ -146,14 +201,26 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
         store=store,
         stop=stop,
     )
+    return run, pinned.settings
 
 
-def _train(run: Run) -> TrainResult:
-    s, console = run.settings, run.console
+def _plan(
+    resolved: Resolved[TrainSettings], pinned: Resolved[TrainSettings], prepared: Prepared
+) -> Resolved[TrainSettings]:
+    """The settings with the steps of --epochs, and with rows that the processes can share."""
+    planned = with_steps(resolved, prepared.scan)
+    micro_batch = choose_micro_batch(pinned.settings, current().size)
+    return replace(planned, settings=planned.settings.model_copy(update={"micro_batch": micro_batch}))
+
+
+def _train(run: Run) -> TrainResult | None:
+    s, console, processes = run.settings, run.console, current()
     if run.start.result:
         console.say(f"{run.folder} is complete; nothing to train")
         run.stop.mark_finishing()
-        return _deliver(run, TrainResult.from_json(run.start.result))
+        return _deliver(run, TrainResult.from_json(run.start.result)) if processes.is_main else None
+    if not processes.is_main:
+        return _follow(run)
     if run.first_step > s.max_steps:
         raise UsageError(
             what=f"This run has taken {run.first_step} steps already.",
@@ -170,6 +237,7 @@ def _train(run: Run) -> TrainResult:
     model = _load_model_with_adapter(run)
     engine = _build_engine(run, model)
     stream = _open_stream(run, static=engine is not None)
+    is_over = processes.decide(lambda: bool(run.start.resume) and has_ended(run))  # stopped after its last save
     report = Report(
         settings=s,
         secrets=run.services.secrets,
@@ -185,8 +253,8 @@ def _train(run: Run) -> TrainResult:
     try:
         if run.start.resume:
             measure_what_a_stop_skipped(run, model, tracker)
-        if run.start.resume and has_ended(run):  # it stopped after its last save, before its end
-            load_adapter(model, run.start.resume, architecture_of(run.prepared.config))
+        if is_over:
+            load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
             timer.mark_loaded()
             steps = run.first_step
         else:
@@ -216,6 +284,19 @@ def _train(run: Run) -> TrainResult:
         tracker.finish(code)
 
 
+def _follow(run: Run) -> None:
+    """Take the steps that process 0 takes, and leave everything else to it."""
+    processes, timer = current(), Timer()
+    model = _load_model_with_adapter(run)
+    engine = _build_engine(run, model)
+    stream = _open_stream(run, static=engine is not None)
+    if processes.decide(lambda: False):
+        return
+    _, stopped = _take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)
+    if stopped:
+        raise SystemExit(stopped.code)  # process 0 says what was saved
+
+
 def _deliver(run: Run, result: TrainResult) -> TrainResult:
     """Push the finished run, and merge it if --export-merged says so; what exists already is not made again."""
     result = publish(run, result)
@@ -226,7 +307,7 @@ def _load_model_with_adapter(run: Run) -> Any:
     """The base model with a fresh adapter, on the training device."""
     s, source = run.settings, run.prepared.source
     if (gpus := torch.cuda.device_count()) > 1:
-        run.console.warn(f"this machine has {gpus} GPUs; phoque trains on one of them")
+        run.console.warn(f"this machine has {gpus} GPUs, and this run uses one; --gpus all uses them")
     make_deterministic(s.deterministic)
     run.record["deterministic"] = s.deterministic
     torch.manual_seed(s.seed)
@@ -266,14 +347,21 @@ def _build_engine(run: Run, model: Any) -> Engine | None:
         recompute=s.gradient_checkpointing,
         previous=previous,
     )
+    if (mode := current().decide(lambda: choice.mode)) != choice.mode:
+        raise RunError(
+            what=f"Process {current().rank} chose another engine than process 0: {choice.mode}, and not {mode}.",
+            why=choice.reason,
+            fix="Use equal GPUs, or set --engine-mode.",
+        )
     run.record["engine"] = choice.record() | {"device": device}
+    current().equalize([parameter for parameter in model.parameters() if parameter.requires_grad])
     write_record(run.folder, run.record)
     run.console.say(f"engine {choice.mode}: {choice.reason}")
     return choice.engine
 
 
-def _open_stream(run: Run, static: bool) -> TrainStream:
-    """The stream of packed rows, at the position that the checkpoint recorded."""
+def _open_stream(run: Run, static: bool) -> TrainStream | DealtStream:
+    """The stream of packed rows, at the position that the checkpoint recorded; this process's share of several."""
     s, prepared = run.settings, run.prepared
     packing = packing_for(s, prepared.scan, static)
     run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
@@ -291,6 +379,8 @@ def _open_stream(run: Run, static: bool) -> TrainStream:
         state = json.loads((run.start.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
             run.console.warn("rows are packed differently now: some of the latest conversations are trained on again")
+    if run.record.get("seeded_by_row") or current().size > 1:
+        return DealtStream(stream, run.record["rows_per_step"], current())
     return stream
 
 
@@ -319,19 +409,19 @@ def _take_steps(
     model: Any,
     *,
     engine: Engine | None,
-    stream: TrainStream,
-    tracker: Tracker,
+    stream: TrainStream | DealtStream,
+    tracker: Tracker | None,
     samples: "SamplesCallback | None",
     timer: Timer,
 ) -> tuple[int, Resumable | None]:
     """Take the steps that are left; return the last one, and the error to raise if it is not the end of the run."""
-    from phoque.training.callbacks.metrics import MetricsCallback
+    from phoque.training.callbacks.metrics import FollowCallback, MetricsCallback
     from phoque.training.callbacks.wandb_artifacts import WandbArtifactsCallback
     from phoque.training.push import CheckpointPusher
     from phoque.training.trainer import CheckpointPolicy, PersonaTrainer
 
     s, chat, scan, console, stop = run.settings, run.prepared.chat, run.prepared.scan, run.console, run.stop
-    pusher = None
+    pusher, processes = None, current()
     if run.store:
         export = partial(merge_checkpoint, run) if s.export_on_save else lambda folder: None
         card = partial(write_card_for_checkpoint, run)
@@ -342,26 +432,30 @@ def _take_steps(
     held_out = [encoded for _, encoded in scan.held_out]
     with ExitStack() as stack:
         show = stack.enter_context(console.progress(s.max_steps, run.first_step))
-        callbacks: list[Any] = [
-            stop,
-            MetricsCallback(
-                tracker,
-                stream,
-                held_out=held_out,
-                norms_every=s.norms_every,
-                eval_every=s.measured_every,
-                early_stop=s.early_stop,
-                comparable_since=run.record.get("held_out_since", 0),
-                keep_best=partial(keep_if_best, run, model),
-                show=show,
-                timer=timer,
-            ),
-        ]
+        callbacks: list[Any] = [stop]
+        if tracker:
+            callbacks.append(
+                MetricsCallback(
+                    tracker,
+                    stream,
+                    held_out=held_out,
+                    norms_every=s.norms_every,
+                    eval_every=s.measured_every,
+                    early_stop=s.early_stop,
+                    comparable_since=run.record.get("held_out_since", 0),
+                    keep_best=partial(keep_if_best, run, model),
+                    show=show,
+                    timer=timer,
+                    agree=processes.agree,
+                )
+            )
+        elif s.early_stop:
+            callbacks.append(FollowCallback(s.measured_every, processes.agree))
         if in_job() and stop.deadline is None:
             callbacks.append(SaveWithoutLimit())
         if samples:
             callbacks.append(samples)
-        if s.wandb_log_model == "checkpoint":
+        if tracker and s.wandb_log_model == "checkpoint":
             callbacks.append(WandbArtifactsCallback(tracker))
         policy = CheckpointPolicy(
             keep=s.keep_checkpoints,
@@ -380,7 +474,9 @@ def _take_steps(
             timer=timer,
             callbacks=callbacks,
             engine=engine,
+            processes=processes,
         )
+        processes.watch(console)
         if pusher and run.start.resume:
             if run.start.on_hub:
                 pusher.pushed = run.first_step
@@ -412,7 +508,7 @@ def _training_arguments(run: Run, engine: Engine | None) -> Any:
         output_dir=str(run.folder),
         max_steps=s.max_steps,
         per_device_train_batch_size=s.batch_size // s.accumulation,
-        gradient_accumulation_steps=run.record["rows_per_step"],
+        gradient_accumulation_steps=run.record["rows_per_step"] // current().size,
         learning_rate=s.learning_rate,
         lr_scheduler_type="constant_with_warmup" if s.lr_scheduler == "constant" else s.lr_scheduler,
         warmup_steps=round(s.warmup_ratio * s.max_steps),

@@ -19,6 +19,7 @@ from phoque.training.best import BEST
 from phoque.training.fingerprint import update_record
 from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.prepare import Prepared
+from phoque.training.processes import current
 from phoque.version import __version__
 
 RECORD = checkpoints.RECORD
@@ -124,7 +125,9 @@ def create_record(
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
-    """Write run.json atomically if its content has changed."""
+    """Write run.json atomically if its content has changed; of several processes, process 0 does."""
+    if not current().is_main:
+        return
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
     if (run / RECORD).is_file() and (run / RECORD).read_text() == text:
         return

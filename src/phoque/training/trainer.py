@@ -21,6 +21,7 @@ from phoque.training.best import copy_best
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.loss import TokenLoss, add_token_loss
 from phoque.training.metrics_log import METRICS, SAMPLES
+from phoque.training.processes import DealtStream, Processes, seed_row
 from phoque.training.push import CheckpointPusher
 from phoque.training.timer import Timer
 
@@ -57,16 +58,24 @@ class PersonaTrainer(Trainer):
         tokenizer: "PreTrainedTokenizerBase",
         args: TrainingArguments,
         *,
-        stream: TrainStream,
+        stream: TrainStream | DealtStream,
         architecture: Architecture,
         policy: CheckpointPolicy,
         timer: Timer,
         callbacks: list[TrainerCallback],
         engine: Engine | None = None,
+        processes: Processes | None = None,
     ) -> None:
         super().__init__(model=model, args=args, processing_class=tokenizer, callbacks=callbacks)
         self.remove_callback(PrinterCallback)  # the console alone prints
         self.stream, self._architecture, self._policy, self._timer = stream, architecture, policy, timer
+        self._processes, self._engine = processes or Processes(), engine
+        self._shares: list[torch.Tensor] = []  # of the step's loss, of each of this process's rows
+        # of each step since the last logged line, summed over processes: loss and correct tokens, and of how many
+        self._step_losses: list[torch.Tensor] = []
+        self._all_correct: list[torch.Tensor] = []
+        self._all_counted = 0
+        self._rows = iter(())  # the numbers in the step of this process's rows that are still to come
         self._staging: str | None = None
         self._correct: list[torch.Tensor] = []  # correct tokens of each forward pass since the last logged line
         self._counted = 0  # tokens of these passes; on the host, because a copy to the GPU would wait for it
@@ -83,17 +92,27 @@ class PersonaTrainer(Trainer):
         return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in inputs.items()}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        if isinstance(self.stream, DealtStream):
+            self._rows = iter(self.stream.numbers)
+            return self.stream.labels
         return sum(len(batch["loss_at"]) for batch in batch_samples)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
+        if isinstance(self.stream, DealtStream):
+            seed_row(self.args.seed, self.state.global_step, next(self._rows))
         loss: TokenLoss = model(**inputs, token_loss=True)
         self._correct.append(loss.correct)
         self._counted += loss.count
-        return loss.nll / (loss.count if num_items_in_batch is None else num_items_in_batch)
+        share = loss.nll / (loss.count if num_items_in_batch is None else num_items_in_batch)
+        if self._processes.size > 1:
+            self._shares.append(share.detach())
+        return share
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        if self._processes.size > 1:
+            self._sum_over_processes()
         # A NaN or infinity in the loss or in a gradient shows in the norm, before the optimizer writes it to a weight.
         norm = super()._clip_grad_norm(model)
         self._check_pending_norm()
@@ -108,6 +127,17 @@ class PersonaTrainer(Trainer):
             self._pending_norm = self.state.global_step + 1, norm, None
             self._check_pending_norm()
         return norm
+
+    def _sum_over_processes(self) -> None:
+        """Sum the gradients of the step, its loss and its correct tokens over all processes."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._processes.sum_gradients(parameters, self._engine.flat.gradients if self._engine else None)
+        sums = torch.stack([torch.stack(self._shares).sum().double(), torch.stack(self._correct).sum().double()])
+        self._processes.sum(sums)
+        self._step_losses.append(sums[0])
+        self._all_correct.append(sums[1])
+        self._all_counted += cast(DealtStream, self.stream).labels
+        self._shares, self._correct, self._counted = [], [], 0
 
     def _check_pending_norm(self) -> None:
         """Raise RunError if the gradient norm of the last step is not finite."""
@@ -125,7 +155,11 @@ class PersonaTrainer(Trainer):
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._correct:
+        if "loss" in logs and self._step_losses:  # Trainer's own is the mean of the processes' shares
+            logs["loss"] = torch.stack(self._step_losses).mean().item()
+            logs["accuracy"] = torch.stack(self._all_correct).sum().item() / self._all_counted
+            self._step_losses, self._all_correct, self._all_counted = [], [], 0
+        elif "loss" in logs and self._correct:
             logs["accuracy"] = torch.stack(self._correct).sum().item() / self._counted
             self._correct, self._counted = [], 0
         super().log(logs, start_time)
@@ -134,6 +168,8 @@ class PersonaTrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self._processes.is_main:
+            return
         start = time.monotonic()
         with self._timer.measure("saving"):
             self._save_with_manifest(model, trial)

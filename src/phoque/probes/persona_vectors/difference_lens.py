@@ -56,7 +56,7 @@ class Reading:
 def measure_differences(
     probe_model: ProbeModel, adapters: Sequence[str], texts: Sequence[list[int]]
 ) -> dict[str, Array]:
-    """The mean change of the residual stream over the first tokens of texts (token ids): adapter -> (blocks, hidden)."""
+    """The mean change of the residual stream over the first tokens of texts (ids): adapter -> (blocks, hidden)."""
     rows = [Turn(ids[:1], ids[1 : 1 + FIRST_TOKENS]) for ids in texts]
     with probe_model.use_base():
         before = residual_means(probe_model.model, rows).response

@@ -15,6 +15,7 @@ from phoque.models.load import evaluation_mode
 from phoque.models.lora import compute_lora_norms
 from phoque.training.best import has_stalled, list_held_out_losses
 from phoque.training.metrics_log import METRICS, Tracker, read_lines
+from phoque.training.processes import DealtStream
 from phoque.training.timer import Timer
 
 HELD_OUT_TOKENS = {"cuda": 4096, "cpu": 1024}  # per forward pass; on a CPU 4,096 tokens take half a minute
@@ -25,13 +26,14 @@ class MetricsCallback(TrainerCallback):
     """Collects the metrics of a step, writes them as one line, and updates the progress display.
 
     The run ends when the held-out loss has not fallen for `early_stop` measurements, of those since step
-    `comparable_since`. `keep_best` is called with the step and the loss of each measurement.
+    `comparable_since`; `agree` tells the other processes. `keep_best` is called with the step and the loss of each
+    measurement.
     """
 
     def __init__(
         self,
         tracker: Tracker,
-        stream: TrainStream,
+        stream: "TrainStream | DealtStream",
         *,
         held_out: list[EncodedChat],
         norms_every: int,
@@ -41,7 +43,9 @@ class MetricsCallback(TrainerCallback):
         keep_best: Callable[[int, float], None],
         show: Callable[[int, str], None],
         timer: Timer,
+        agree: Callable[[int], int] = lambda code: code,
     ) -> None:
+        self._agree = agree
         self.tracker, self.stream, self.held_out, self.show = tracker, stream, held_out, show
         self.norms_every, self.eval_every, self.timer = norms_every, eval_every, timer
         self.early_stop, self.keep_best = early_stop, keep_best
@@ -63,7 +67,7 @@ class MetricsCallback(TrainerCallback):
             return
         if is_measured := state.global_step % self.eval_every == 0 or last:
             self._measure(model, state.global_step)
-        if not last and is_measured and has_stalled(self._losses, self.early_stop):
+        if self.early_stop and not last and is_measured and self._agree(has_stalled(self._losses, self.early_stop)):
             state.max_steps = state.global_step  # so that the other callbacks know that this is the last step
             last = control.should_training_stop = control.should_save = True
         if state.global_step % self.norms_every == 0 or last:
@@ -102,6 +106,21 @@ class MetricsCallback(TrainerCallback):
             if math.isfinite(measured["held_out_loss"]):
                 self._losses.append((step, measured["held_out_loss"]))
                 self.keep_best(step, measured["held_out_loss"])
+
+
+class FollowCallback(TrainerCallback):
+    """Ends the run in another process when process 0, which measures, finds that the held-out loss has stalled."""
+
+    def __init__(self, eval_every: int, agree: Callable[[int], int]) -> None:
+        self._eval_every, self._agree = eval_every, agree
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last = state.global_step == state.max_steps
+        if last or control.should_training_stop or state.global_step % self._eval_every:
+            return
+        if self._agree(0):
+            state.max_steps = state.global_step
+            control.should_training_stop = True
 
 
 @torch.no_grad()

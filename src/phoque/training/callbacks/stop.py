@@ -20,13 +20,20 @@ LAST_SAVE_INTERVAL_S = 1200.0  # the interval between such saves doubles up to t
 class StopRequest(TrainerCallback):
     """Records a request to stop; the trainer then saves and stops after the current step.
 
-    `deadline` is the time.time() at which the process will be killed, `time_limit` its total time in seconds.
-    `push_s` returns the seconds of the slowest push, `find_problem` the error that the run must stop with, if any. A
-    second signal stops at once.
+    `deadline` is the time.time() at which the process will be killed, `time_limit` its total time in seconds. Where
+    several processes train, all stop if one does: `agree` returns the largest of their codes. `push_s` returns the
+    seconds of the slowest push, `find_problem` the error that the run must stop with, if any. A second signal stops at
+    once.
     """
 
-    def __init__(self, console: Console, deadline: float | None = None, time_limit: float = 0.0) -> None:
-        self.console, self.deadline, self._time_limit = console, deadline, time_limit
+    def __init__(
+        self,
+        console: Console,
+        deadline: float | None = None,
+        time_limit: float = 0.0,
+        agree: Callable[[int], int] = lambda code: code,
+    ) -> None:
+        self.console, self.deadline, self._time_limit, self._agree = console, deadline, time_limit, agree
         self.code: int | None = None
         self._signalled = False
         self.push_s: Callable[[], float] = lambda: 0.0
@@ -93,6 +100,8 @@ class StopRequest(TrainerCallback):
         if self.code is None and (problem := self.find_problem()):
             self.code, self.problem = problem.code, problem
             self.console.say("the data has a problem: saving and stopping")
+        if agreed := self._agree(self.code or 0):
+            self.code = self.code or agreed
         if self.code is not None:
             control.should_save = control.should_training_stop = True
 

@@ -1,0 +1,140 @@
+"""Several processes train one run: which of them this is, as a launcher says it, and `--gpus`, which launches them.
+
+torchrun, accelerate and SLURM each start the same command several times. Each process takes one GPU and its share of
+every step. This module is read before torch is, because what CUDA sees is fixed when CUDA starts.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phoque.errors import FAILED, UsageError
+
+# what accelerate would read: to it, every process is one that trains alone
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+GRACE_S = 30.0  # for the other processes to end by themselves, after one has failed
+FIRST_PORT, PORTS = 15000, 10000  # of which a SLURM job takes the one that its number gives
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One of `size` processes that train together; `address` and `port` are where process 0 is reached."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def find_launch() -> Launch | None:
+    """What the launcher says about this process; None if it trains alone."""
+    env = os.environ
+    if int(env.get("WORLD_SIZE", 1)) > 1 and "RANK" in env:
+        address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])), address, port)
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:  # set by srun, and not for a batch script
+        address = env.get("MASTER_ADDR") or first_node(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        port = int(env.get("MASTER_PORT") or FIRST_PORT + int(env.get("SLURM_JOB_ID", 0)) % PORTS)
+        local = int(env.get("SLURM_LOCALID", 0))
+        return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), local, address, port)
+    return None
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a SLURM list, such as n-01 of `n-[01-03,07],m2`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    return f"{match[1]}{match[2] or ''}" if match else nodes
+
+
+_claimed: Launch | None = None
+
+
+def claim_gpu() -> Launch | None:
+    """Let this process see its own GPU alone, and no sign of the launcher: it then trains like one that is alone.
+
+    Returns what the launcher said, also when it is called again; None if there was no launcher.
+    """
+    global _claimed
+    launch = find_launch()
+    if launch is None:
+        return _claimed
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    own = visible[launch.local_rank : launch.local_rank + 1] or ([] if visible else [str(launch.local_rank)])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    for name in TORCHRUN:
+        os.environ.pop(name, None)
+    _claimed = launch
+    return launch
+
+
+def count_processes(gpus: str) -> int:
+    """The number of processes that --gpus asks for. Raises UsageError if the machine has fewer GPUs."""
+    import torch
+
+    present = torch.cuda.device_count()
+    wanted = present if gpus == "all" else int(gpus)
+    if wanted > present or not wanted:
+        raise UsageError(
+            what=f"--gpus {gpus} needs {'a GPU' if gpus == 'all' else f'{wanted} GPUs'}.",
+            why=f"PyTorch sees {present} on this machine.",
+            fix="Leave --gpus out, or give a number that is there.",
+        )
+    return wanted
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run a command in `count` processes on this machine, and return its exit code.
+
+    That of the first process that fails counts, which the others may follow because they lost it. Ctrl-C reaches all of
+    them from the terminal; SIGTERM is passed on.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        for rank in range(count):
+            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # a handler would be passed on, and SIGINT would not stop a process that ignores it
+            processes.append(subprocess.Popen(list(command), env=env))
+        return _wait(processes)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in processes:
+            process.kill()
+
+
+def _wait(processes: Sequence[Any]) -> int:
+    """Wait for all processes; when one fails, the others have GRACE_S to end. Returns the first code that is not 0."""
+    code, end = 0, float("inf")
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        failed = [process.poll() for process in processes if process.poll()]
+        if failed and not code:
+            code, end = failed[0], time.monotonic() + GRACE_S
+        time.sleep(0.05)
+    codes = [process.poll() for process in processes]
+    code = code or next((found for found in codes if found), 0)
+    return FAILED if code < 0 else code
+
+
+def own_command() -> list[str]:
+    """The command line of this process, to be run again."""
+    return [sys.executable, "-m", "phoque", *sys.argv[1:]]
