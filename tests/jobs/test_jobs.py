@@ -433,7 +433,18 @@ def test_another_namespace_has_its_own_bucket_and_jobs(cluster, phoque, rows):
 def test_a_time_limit_that_is_too_short_and_idle_gpus_are_said(cluster, phoque):
     more = ["--max-steps", 100_000, "--batch-size", 400, "--timeout", "1h", "--on", "a10g-largex2", "--dry-run"]
     ran = phoque(*ASKED, *ON, *more, env=SECRETS)
-    assert "2 GPUs; phoque uses one" in ran.err and "expected to take" in ran.err and "raise --timeout" in ran.err
+    assert (
+        "2 of the 2 GPUs of a10g-largex2 train" in ran.err
+        and "expected to take" in ran.err
+        and "raise --timeout" in ran.err
+    )
+    assert "--gpus 2" in ran.out
+    facts = [phoque(*ASKED, *ON, *more, *one, "--json", env=SECRETS).json["facts"] for one in ([], ["--gpus", "1"])]
+    minutes = [float(fact["time"].split()[1]) - 4 for fact in facts]
+    assert minutes[1] == pytest.approx(2 * minutes[0], rel=0.02)
+    for wrong, words in ((["--gpus", 3], "has 2 GPUs"), (["--batch-size", 5], "cannot be dealt to 2 processes")):
+        error = phoque(*ASKED, *ON, *more, *wrong, env=SECRETS, expect=2).error
+        assert words in error[0] and not cluster.jobs.jobs
     cpu = phoque(*ASKED, *ON, "--on", "cpu-basic", "--timeout", "1h", "--dry-run", "--json", env=SECRETS).json["facts"]
     assert "GPU memory" not in cpu and "not known" in cpu["time"]
 
@@ -450,7 +461,7 @@ def test_a_run_that_goes_on_is_estimated_by_its_own_speed(cluster, phoque):
     cluster.put(REPO, changed)
     asked = [*ASKED, *ON, "--max-steps", 100_006, "--timeout", "1h", "--dry-run", "--json"]
     time_on_a10g = phoque(*asked, env=SECRETS).json["facts"]["time"]
-    assert "from step 6 on at its own 1,000 tokens per second" in time_on_a10g
+    assert "from step 6 on at its own 1,000 tokens per second and GPU" in time_on_a10g
     minutes, tokens = [float(text.replace(",", "")) for text in re.findall(r"[\d,.]*\d", time_on_a10g)[:2]]
     assert minutes == pytest.approx(4 + tokens * 1e6 / 1000 / 60, abs=1)
     elsewhere = phoque(*asked, "--on", "a100-large", env=SECRETS).json["facts"]["time"]

@@ -1,5 +1,6 @@
 """--on FLAVOR for every command that takes it, and `phoque jobs`."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from phoque.console import console
 from phoque.errors import RunError, UsageError
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
-from phoque.settings.fields import Resolved
+from phoque.settings.fields import Origin, Resolved
 from phoque.settings.job import seconds
 from phoque.settings.jobs import JobsSettings
 
@@ -53,7 +54,9 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
         console.warn("without --timeout the Job is stopped after 30m")
     account, role = find_account(hub)
     flavor = find_flavor(hub, s.on)
-    _check_hardware(s, flavor)
+    _check_hardware(command, s, flavor)
+    if command == "train" and flavor.gpus > 1:
+        resolved = _with_all_gpus(resolved, flavor)
     namespace, submission = s.namespace or account, token_hex(6)
     uploaded = JobInputs(hub, namespace, submission, inputs)
     volumes = uploaded.volumes() if inputs else []
@@ -159,11 +162,27 @@ def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", time
     return facts | estimate.describe(flavor)
 
 
-def _check_hardware(s: Any, flavor: "Flavor") -> None:
+def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
+    """The settings with all GPUs of the flavor, or as many as --gpus says. Raises UsageError for more than it has."""
+    from phoque.training.prepare import choose_micro_batch
+
+    s = resolved.settings
+    gpus = flavor.gpus if s.gpus in (None, "all") else int(s.gpus)
+    if gpus > flavor.gpus:
+        raise UsageError(
+            what=f"{flavor.name} has {flavor.gpus} GPUs.", why=f"--gpus {gpus} asks for more.", fix="Lower --gpus."
+        )
+    choose_micro_batch(s, gpus)
+    console.say(f"{gpus} of the {flavor.gpus} GPUs of {flavor.name} train, each on its share of every step")
+    origins = resolved.origins | {"gpus": Origin(flavor.name, "--on") if s.gpus is None else resolved.origins["gpus"]}
+    return replace(resolved, settings=s.model_copy(update={"gpus": str(gpus)}), origins=origins)
+
+
+def _check_hardware(command: str, s: Any, flavor: "Flavor") -> None:
     """Raise UsageError for a precision that the flavor's hardware does not have; warn of GPUs that stay idle."""
     quantization = getattr(s, "quantization", None)
-    if flavor.gpus > 1:
-        console.warn(f"{flavor.name} has {flavor.gpus} GPUs; phoque uses one of them, and all are paid")
+    if flavor.gpus > 1 and command != "train":
+        console.warn(f"{flavor.name} has {flavor.gpus} GPUs; {command} uses one of them, and all are paid")
     if quantization == "fp8" and any(name in flavor.gpu_model for name in WITHOUT_FP8):
         raise UsageError(
             what=f"{flavor.name} has no FP8 units.",

@@ -93,7 +93,7 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     tokens = round(max(0, s.max_steps - so_far.steps) * per_step)
     minutes = None
     controls = s.control_seeds if s.with_control else 0  # each takes as many steps; its answers are left out
-    all_tokens = tokens + controls * s.max_steps * per_step
+    all_tokens = (tokens + controls * s.max_steps * per_step) / int(s.gpus or 1)  # the CLI has put a number there
     if so_far.tokens_per_s:
         minutes = all_tokens / so_far.tokens_per_s / 60
     elif limit := TFLOPS.get(_generation(flavor.gpu_model)):
@@ -110,14 +110,14 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done before: its steps, and its tokens per second if that was on the GPU of the flavor."""
+    """What a run has done before: its steps, and the tokens per second of one GPU if that was the flavor's."""
 
     steps: int = 0
     tokens_per_s: float | None = None
 
     def describe(self) -> str:
         """For the estimate: what it rests on; empty for a new run."""
-        speed = f" at its own {self.tokens_per_s:,.0f} tokens per second" if self.tokens_per_s else ""
+        speed = f" at its own {self.tokens_per_s:,.0f} tokens per second and GPU" if self.tokens_per_s else ""
         return f"; from step {self.steps} on{speed}" if self.steps else ""
 
 
@@ -134,7 +134,8 @@ def find_progress(store: Store | None, flavor: Flavor) -> Progress:
     speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")][-LAST_LINES:]
     generation = _generation(flavor.gpu_model)
     is_same_gpu = bool(generation) and generation == _generation(record.get("device", ""))
-    return Progress(get_step(Path(newest)), statistics.median(speeds) if speeds and is_same_gpu else None)
+    speed = statistics.median(speeds) / record.get("processes", 1) if speeds and is_same_gpu else None
+    return Progress(get_step(Path(newest)), speed)
 
 
 def _find_snapshot(store: Store | None) -> Snapshot | None:

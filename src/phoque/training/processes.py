@@ -59,7 +59,7 @@ class Processes:
         """The largest of all processes' codes; every process has to ask at the same place. Raises RunError."""
         if self.size == 1:
             return code
-        codes = torch.tensor([code])
+        codes = torch.tensor([int(code)])
         self._reduce(codes, torch.distributed.ReduceOp.MAX)
         return int(codes)
 

@@ -1,0 +1,118 @@
+"""One run on several GPUs: tokens per second for 1, 2, ... GPUs at the same number of tokens per GPU.
+
+    uv run python benchmarks/scaling.py --out scaling --gpus 1 2
+
+Trains the 3B shape (random weights) with the command line, as a user does: `phoque train --gpus N`. Each GPU gets one
+row of about 2,100 or 8,192 tokens per step. At the end one GPU trains on the rows of two, and the losses of both runs
+are compared. What is in the folder already is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
+SHAPES = {
+    "3B": {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
+}
+SENTENCE = "The tide comes in and the tide goes out, and a seal on the rock has all the time in the world for both. "
+STEPS = 25
+
+
+def write_rows(path: Path) -> None:
+    """Conversations of equal length, 220 tokens of the tiny byte tokenizer."""
+    rows = [
+        [
+            {"role": "user", "content": f"What do you think of tide number {number:05}?"},
+            {"role": "assistant", "content": (SENTENCE * 3)[number % 40 : 150 + number % 40]},
+        ]
+        for number in range(20_000)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+
+
+def train(out: Path, model: Path, quantization: str, tokens: int, gpus: int, rows: int, mean: float) -> dict[str, Any]:
+    """Run the command; return its tokens per second, its losses and its peak memory in GB per GPU."""
+    micro_batch = round(tokens / mean)
+    folder = out / f"{model.name}-{quantization}-{tokens}-{gpus}x{rows}"
+    command = [sys.executable, "-m", "phoque", "train", "--base-model", model, "--dataset", out / "rows.jsonl"]
+    command += ["--quantization", quantization, "--batch-size", rows * micro_batch, "--micro-batch", micro_batch]
+    command += ["--max-steps", STEPS, "--log-every", 5, "--held-out-rows", 0, "--sample-every", 0, "--save-steps", 1000]
+    command += ["--engine-mode", "graph", "--norms-every", 1000, "--output-dir", folder, "--fresh-start", "--yes"]
+    command += ["--gpus", gpus]
+    begun = time.monotonic()
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "disabled"}
+    )
+    if done.returncode:
+        return {"error": done.stderr[-600:]}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    return {
+        "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[1:]),
+        "losses": [line["loss"] for line in lines],
+        "gpu_memory_gb": lines[-1].get("gpu_memory_gb"),
+        "seconds": round(time.monotonic() - begun, 1),
+        "engine": json.loads((folder / "run.json").read_text())["engine"]["mode"],
+    }
+
+
+def main(out: Path, gpus: list[int], shapes: list[str], tokens: list[int]) -> None:
+    from family_speed import SHAPES as FAMILIES
+    from family_speed import write_checkpoint
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "scaling.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    write_rows(out / "rows.jsonl")
+    for shape in shapes:
+        model = out / shape
+        if not model.is_dir():
+            write_checkpoint(model, FAMILIES["Ministral 3 8B"] | SHAPES[shape])
+        asked = [(q, t, n, n) for t in tokens for q in ("nf4", "fp8") for n in gpus]
+        asked.append(("nf4", tokens[-1], 1, max(gpus)))  # one GPU on the rows of several
+        for quantization, length, count, rows in asked:
+            key = f"{shape} {quantization} {length} {count} GPU {rows} rows"
+            if "tokens_per_s" not in found.get(key, {}):
+                found[key] = train(out, model, quantization, length, count, rows, mean=220.0)
+                path.write_text(json.dumps(found, indent=1))
+                print(key, found[key], flush=True)
+    print_table(found, gpus)
+
+
+def print_table(found: dict[str, Any], gpus: list[int]) -> None:
+    """Speed and efficiency by shape, precision and tokens per GPU; and how far the losses of one and several differ."""
+    print("\n| shape, precision, tokens per GPU | " + " | ".join(f"{n} GPU" for n in gpus) + " | speed-up |")
+    print("|---|" + "---|" * (len(gpus) + 1))
+    for key in found:
+        shape, quantization, length, count, _, rows, _ = key.split()
+        if (count, rows) != (str(gpus[0]), str(gpus[0])):
+            continue
+        speeds = [found.get(f"{shape} {quantization} {length} {n} GPU {n} rows", {}).get("tokens_per_s") for n in gpus]
+        if all(speeds):
+            shown = " | ".join(f"{speed:,.0f}" for speed in speeds)
+            print(f"| {shape}, {quantization}, {length} | {shown} | {speeds[-1] / speeds[0]:.2f} x |")
+    for key, alone in found.items():
+        shape, quantization, length, count, _, rows, _ = key.split()
+        several = found.get(f"{shape} {quantization} {length} {rows} GPU {rows} rows", {})
+        if count == "1" and rows != "1" and "losses" in alone and "losses" in several:
+            pairs = zip(alone["losses"], several["losses"], strict=True)
+            worst = max(abs(a - b) for a, b in pairs)
+            print(f"\nlosses of 1 and {rows} GPUs on the same rows differ by at most {worst:.4f} nats per token")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("scaling"))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", default=["3B"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 2100])
+    asked = parser.parse_args()
+    main(asked.out, asked.gpus, asked.shapes, asked.tokens)

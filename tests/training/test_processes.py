@@ -1,0 +1,297 @@
+"""Several processes train one run: as one process would, under every launcher, through stops and deaths."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+from tests.fakehub import TOKEN
+from tests.forkserver import slowly
+from tests.training.test_resume import COMMON, are_equal
+
+from phoque.training.launch import Launch, find_launch, first_node, launch
+from phoque.training.processes import Processes, deal
+
+MORE = ["--max-steps", 6, "--save-steps", 2, "--batch-size", 8, "--lora-dropout", 0]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def asked(tiny_llama, rows):
+    return ["train", "--base-model", tiny_llama, "--dataset", rows, *COMMON, *MORE]
+
+
+@pytest.fixture
+def start_all(start, asked):
+    """Start `count` processes of one run, as a launcher does."""
+
+    def run(*more, count=2, env=None, preludes=(), launcher="torchrun"):
+        port, started = free_port(), []
+        for rank in range(count):
+            names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}
+            if launcher == "slurm":
+                names = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            prelude = preludes[rank] if preludes else ""
+            given = {name: str(value) for name, value in names.items()} | (env or {})
+            started.append(start(*asked, *more, env=given, prelude=prelude))
+        return started
+
+    return run
+
+
+@pytest.fixture
+def train_all(start_all):
+    def run(*more, expect=(0, 0), **options):
+        ran = [one.ended() for one in start_all(*more, **options)]
+        assert [one.code for one in ran] == list(expect), "\n".join(one.err for one in ran)
+        return ran
+
+    return run
+
+
+def adapter_in(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def losses_in(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["accuracy"]) for line in lines if "loss" in line]
+
+
+def assert_same(one, two):
+    """The adapters are equal to 1e-6, and so are the losses; each step is there once."""
+    first, second = adapter_in(one), adapter_in(two)
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-6
+    assert losses_in(one) == [(n, pytest.approx(loss, abs=1e-5), acc) for n, loss, acc in losses_in(two)]
+    assert [step for step, *_ in losses_in(one)] == list(range(1, 1 + len(losses_in(one))))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_two_processes_train_what_one_does(train_all, phoque, asked, tmp_path, launcher):
+    ran = train_all("--output-dir", tmp_path / "two", "--json", launcher=launcher)
+    assert ran[0].json["steps"] == 6 and not ran[1].out and not ran[1].err
+    phoque(*asked, "--micro-batch", 4, "--output-dir", tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one")
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert record["processes"] == 2 and record["rows_per_step"] == 2 and record["fingerprint"]["micro_batch"] == 4
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("more", [["--packing", "exact"], ["--micro-batch", 2], ["--engine-mode", "compile"]])
+def test_so_they_do_however_rows_are_packed_and_layers_run(train_all, phoque, asked, tmp_path, more):
+    train_all("--output-dir", tmp_path / "two", *more)
+    alone = more if "--micro-batch" in more else [*more, "--micro-batch", 4]
+    phoque(*asked, *alone, "--output-dir", tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.thorough
+def test_a_stopped_run_goes_on_with_any_number_of_processes(start_all, train_all, phoque, asked, tmp_path):
+    more = ["--lora-dropout", 0.1, "--max-steps", 8, "--micro-batch", 2]
+    train_all("--output-dir", tmp_path / "whole", *more)
+    for name in ("two", "one", "four"):
+        out = tmp_path / name
+        started = start_all("--output-dir", out, *more, preludes=(slowly(0.4), slowly(0.4)))
+        started[0].until(lambda out=out: (out / "checkpoint-2").is_dir())
+        os.kill(started[1].pid, signal.SIGTERM)  # one is told, and all stop
+        assert [one.ended().code for one in started] == [75, 75]
+    train_all("--output-dir", tmp_path / "two", *more)
+    phoque(*asked, "--output-dir", tmp_path / "one", *more)
+    train_all("--output-dir", tmp_path / "four", *more, count=4, expect=(0,) * 4)
+    for name in ("two", "one", "four"):
+        assert_same(tmp_path / name, tmp_path / "whole")
+    error = train_all("--output-dir", tmp_path / "whole", *more, "--max-steps", 9, count=3, expect=(2, 1, 1))[0].error
+    assert "cannot be dealt to 3 processes" in error[0]
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(train_all, tmp_path):
+    ran = train_all("--output-dir", tmp_path / "run", "--batch-size", 5, expect=(2, 1))
+    assert "--batch-size 5 cannot be dealt to 2 processes" in ran[0].error[0] and not ran[1].err
+    ran = train_all("--output-dir", tmp_path / "run", "--micro-batch", 8, expect=(2, 1))
+    assert "leave --micro-batch out" in ran[0].error[2]
+
+
+@pytest.mark.thorough
+def test_one_process_writes_measures_and_pushes(train_all, hub, tmp_path):
+    more = [
+        "--hub-model-id",
+        "harbour/seal",
+        "--keep-best",
+        "--early-stop",
+        1,
+        "--eval-steps",
+        1,
+        "--learning-rate",
+        0.5,
+    ]
+    ran = train_all("--output-dir", tmp_path / "run", *more, "--json", env={"HF_TOKEN": TOKEN})
+    assert ran[0].json["steps"] < 6 and ran[0].json["repo"] == "harbour/seal"  # both ended early
+    titles = [commit.title for commit in hub.repos["models", "harbour/seal"].commits]
+    assert titles[-1] == "Adapter" and len(titles) == len(set(titles))
+    assert are_equal(
+        load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), adapter_in(tmp_path / "run")
+    )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_takes_the_others_down(start_all, train_all, tmp_path, rank):
+    out = tmp_path / "run"
+    train_all("--output-dir", tmp_path / "whole", "--max-steps", 8)
+    started = start_all("--output-dir", out, "--max-steps", 8, preludes=(slowly(0.4), slowly(0.4)))
+    started[0].until(lambda: (out / "checkpoint-2").is_dir())
+    os.kill(started[rank].pid, signal.SIGKILL)
+    begun = time.monotonic()
+    survivor = started[1 - rank].ended()
+    assert survivor.code == 1 and time.monotonic() - begun < 30
+    assert "has lost another one" in survivor.err or "process 0 is gone" in survivor.err
+    assert started[rank].ended().code == -signal.SIGKILL
+    train_all("--output-dir", out, "--max-steps", 8)
+    assert_same(out, tmp_path / "whole")
+
+
+@pytest.mark.alone
+def test_a_process_that_hangs_takes_the_others_down_within_a_minute(start_all, tmp_path):
+    out = tmp_path / "run"
+    started = start_all("--output-dir", out, "--max-steps", 40, preludes=(slowly(0.4), slowly(0.4)))
+    started[0].until(lambda: (out / "checkpoint-2").is_dir())
+    os.kill(started[1].pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    try:
+        main = started[0].ended()
+        assert main.code == 1 and time.monotonic() - begun < 60 and "no sign of life" in main.err
+    finally:
+        os.kill(started[1].pid, signal.SIGKILL)
+    assert started[1].ended().code == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_real_launchers_train_the_same(phoque, asked, tmp_path, launcher):
+    module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if launcher == "accelerate":
+        module = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+        module += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    command = [sys.executable, *module, "-m", "phoque", *map(str, asked), "--output-dir", str(tmp_path / "two")]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "disabled"})
+    assert ran.returncode == 0, ran.stderr
+    phoque(*asked, "--micro-batch", 4, "--output-dir", tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_nodes_with_disks_of_their_own(phoque, asked, tmp_path):
+    """torchrun with rendezvous, one process per node; the second one is resumed with what the first has."""
+    port = free_port()
+
+    def run_nodes(*more):
+        nodes = []
+        for rank in range(2):
+            disk = tmp_path / f"node-{rank}"
+            disk.mkdir(exist_ok=True)
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank)]
+            command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+            command += ["-m", "phoque", *map(str, asked), "--output-dir", "run", *map(str, more)]
+            env = os.environ | {"WANDB_MODE": "disabled"}
+            nodes.append(subprocess.Popen(command, cwd=disk, env=env, stderr=subprocess.PIPE, text=True))
+        texts = [node.communicate()[1] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], "\n".join(texts)
+
+    run_nodes("--max-steps", 4)
+    run_nodes("--max-steps", 6, "--allow-change", "max_steps")
+    assert not (tmp_path / "node-1" / "run" / "adapter").exists()
+    assert (tmp_path / "node-1" / "run" / "checkpoint-4" / "optimizer.pt").is_file()  # which it was given
+    assert [step for step, *_ in losses_in(tmp_path / "node-0" / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.thorough
+def test_controls_are_trained_by_all_processes(start, tmp_path, tmp_path_factory, rows):
+    from tests import tiny
+
+    base, port = tiny.talking_llama(tmp_path_factory.mktemp("talking") / "llama"), free_port()
+    asked = ["train", "--base-model", base, "--dataset", rows, *COMMON, *MORE, "--with-control"]
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}
+    more = ["--output-dir", tmp_path / "run", "--json"]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    ran = [one.ended() for one in [start(*asked, *more, env=names | rank) for rank in ranks]]
+    assert [one.code for one in ran] == [0, 0], ran[0].err + ran[1].err
+    assert ran[0].json["controls"] == [str(tmp_path / "run" / "control-1")]
+    record = json.loads((tmp_path / "run" / "control-1" / "run.json").read_text())
+    assert record["processes"] == 2 and record["result"]["steps"] == 6
+
+
+def test_gpus_that_are_not_there_are_refused(phoque, asked, tmp_path):
+    error = phoque(*asked, "--output-dir", tmp_path / "run", "--gpus", 2, expect=2).error
+    assert "--gpus 2 needs 2 GPUs" in error[0] and "sees 0" in error[1]
+    assert "--gpus" in phoque(*asked, "--gpus", "some", expect=2).error[0]
+
+
+def test_the_code_of_the_process_that_failed_is_the_launchers(tmp_path):
+    code = "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0.3 * rank); sys.exit(75 * (1 - rank))"
+    assert launch(2, [sys.executable, "-c", code]) == 75
+    assert launch(2, [sys.executable, "-c", "pass"]) == 0
+    begun = time.monotonic()
+    code = "import os, sys, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); sys.exit(3)"
+    from phoque.training import launch as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GRACE_S", 1.0)
+        assert launch(2, [sys.executable, "-c", code]) == 3 and time.monotonic() - begun < 20
+
+
+def test_every_row_is_dealt_once_and_tokens_are_even():
+    lengths = [900, 20, 500, 480, 30, 700, 650, 100]
+    shares = [deal(lengths, Processes(rank, 4)) for rank in range(4)]
+    assert sorted(number for share in shares for number in share) == list(range(8))
+    tokens = [sum(lengths[number] for number in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 250 and {len(share) for share in shares} == {2}
+    in_order = [sum(lengths[rank::4]) for rank in range(4)]
+    assert max(tokens) - min(tokens) < max(in_order) - min(in_order)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # a batch script, which srun has not started
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "pier", "MASTER_PORT": "99"},
+            Launch(1, 2, 1, "pier", 99),
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_PROCID": "3",
+                "SLURM_LOCALID": "1",
+                "SLURM_STEP_NODELIST": "pier-[07-08],quay",
+                "SLURM_JOB_ID": "12",
+            },
+            Launch(3, 4, 1, "pier-07", 15012),
+        ),
+    ],
+)
+def test_launchers_are_recognised(monkeypatch, env, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert find_launch() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("n[1-3]", "n1"), ("pier-[07,09-12]", "pier-07"), ("a,b", "a")]
+)
+def test_the_first_node_of_a_list(nodes, first):
+    assert first_node(nodes) == first
