@@ -39,7 +39,7 @@ def write_rows(path: Path) -> None:
 
 
 def train(out: Path, model: Path, quantization: str, tokens: int, gpus: int, rows: int, mean: float) -> dict[str, Any]:
-    """Run the command; return its tokens per second, its losses and its peak memory in GB per GPU."""
+    """Run the command; return its tokens per second, losses, peak GB per GPU, and the share of time without data."""
     micro_batch = round(tokens / mean)
     folder = out / f"{model.name}-{quantization}-{tokens}-{gpus}x{rows}"
     command = [sys.executable, "-m", "phoque", "train", "--base-model", model, "--dataset", out / "rows.jsonl"]
@@ -58,6 +58,7 @@ def train(out: Path, model: Path, quantization: str, tokens: int, gpus: int, row
     return {
         "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[1:]),
         "losses": [line["loss"] for line in lines],
+        "waiting_for_data": max(line["waiting_for_data"] for line in lines[1:]),
         "gpu_memory_gb": lines[-1].get("gpu_memory_gb"),
         "seconds": round(time.monotonic() - begun, 1),
         "engine": json.loads((folder / "run.json").read_text())["engine"]["mode"],

@@ -75,6 +75,7 @@ class PersonaTrainer(Trainer):
         self._step_losses: list[torch.Tensor] = []
         self._all_correct: list[torch.Tensor] = []
         self._all_counted = 0
+        self._drops_out = any(config.lora_dropout > 0 for config in model.peft_config.values())
         self._rows = iter(())  # the numbers in the step of this process's rows that are still to come
         self._staging: str | None = None
         self._correct: list[torch.Tensor] = []  # correct tokens of each forward pass since the last logged line
@@ -100,7 +101,7 @@ class PersonaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        if isinstance(self.stream, DealtStream):
+        if isinstance(self.stream, DealtStream) and self._drops_out:
             seed_row(self.args.seed, self.state.global_step, next(self._rows))
         loss: TokenLoss = model(**inputs, token_loss=True)
         self._correct.append(loss.correct)
