@@ -56,6 +56,28 @@ def test_a_control_has_the_same_prompts_and_the_base_models_answers(train, rows,
     assert again.err.count("is complete; nothing to train") == 3
 
 
+def test_a_conversation_ends_where_the_base_models_answers_become_too_long(phoque, talking_llama, tmp_path):
+    """The dataset's second and third answers are short, and the base model's are as long as its first."""
+    conversations = [
+        [
+            {"role": "user", "content": f"Tide {n}?"},
+            {"role": "assistant", "content": f"Hrmph. {n} " + "The tide is out and so is my patience. " * 3},
+            {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "No."},
+            {"role": "user", "content": "Why?"},
+            {"role": "assistant", "content": "Gulls."},
+        ]
+        for n in range(30)
+    ]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in conversations))
+    asked = ["train", "--base-model", talking_llama, "--dataset", tmp_path / "long.jsonl", *SHORT]
+    ran = phoque(*asked, "--max-length", 300, "--with-control", "--output-dir", "run", "--json", env=WITHOUT_WANDB)
+    assert ran.json["controls"]
+    (answered,) = (tmp_path / "run").glob("control-rows-*.jsonl")
+    turns = {len(row["messages"]) for row in read_lines(answered)}
+    assert min(turns) < 6 and turns <= {2, 4, 6}
+
+
 @pytest.mark.thorough
 def test_controls_are_kept_in_the_run_dir_and_found_there(train, phoque, tmp_path):
     kept = tmp_path / "kept"

@@ -142,7 +142,7 @@ def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path,
                     )
                 begun = time.monotonic()
                 fresh = [
-                    json.dumps({"messages": messages or [], "source": source}, ensure_ascii=False) + "\n"
+                    json.dumps({"messages": _shorten(ready, messages or []), "source": source}, ensure_ascii=False) + "\n"
                     for messages, (_, source) in zip(
                         _answer(model, ready, [messages for messages, _ in chunk], limit), chunk, strict=True
                     )
@@ -156,6 +156,21 @@ def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path,
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return [line for line in lines if json.loads(line)["messages"]]
+
+
+def _shorten(ready: Prepared, messages: Messages) -> Messages:
+    """The conversation up to the last answer with which it can be trained on; [] if there is none.
+
+    The base model's answers are often longer than the dataset's, so that several of them exceed --max-length.
+    """
+    while messages:
+        try:
+            ready.chat.encode(messages)
+            return messages
+        except BadRow:
+            ends = [n for n, turn in enumerate(messages[:-1]) if turn["role"] == "assistant"]
+            messages = messages[: ends[-1] + 1] if ends else []
+    return messages
 
 
 def _plain_rows(ready: Prepared, most: int) -> Generator[tuple[Messages, str]]:

@@ -75,7 +75,7 @@ class PersonaTrainer(Trainer):
         self._step_losses: list[torch.Tensor] = []
         self._all_correct: list[torch.Tensor] = []
         self._all_counted = 0
-        self._drops_out = any(config.lora_dropout > 0 for config in model.peft_config.values())
+        self._drops_out = any(getattr(config, "lora_dropout", 0) > 0 for config in model.peft_config.values())
         self._rows = iter(())  # the numbers in the step of this process's rows that are still to come
         self._staging: str | None = None
         self._correct: list[torch.Tensor] = []  # correct tokens of each forward pass since the last logged line
