@@ -36,7 +36,7 @@ class SaeSettings(ProbeSettings):
         "own_answers",
         "Autoencoder": "sae layers architecture width k passes sae_batch sae_learning_rate seeds",
         "Comparison": "scorer questions max_new_tokens min_active cards causal_prompts matched_features steering "
-        "shuffle_pairs seed",
+        "shuffle_pairs nulls seed",
         "Output": "output_dir report_json report_md",
         "Hub": f"{ARTIFACTS_GROUP} public hub_patience",
         "Job": JOB_GROUP,
@@ -161,6 +161,12 @@ class SaeSettings(ProbeSettings):
         0.1,
         "In the causal test, steer each feature with this strength, as a multiple of the residual stream's norm.",
         gt=0,
+    )
+    nulls: int = setting(
+        20,
+        "Repeat the test of shifts this many times with the two models swapped by a coin for each question, to count "
+        "false alarms.",
+        ge=0,
     )
     shuffle_pairs: bool = setting(
         False, "Swap the base and updated model on half the prompts, as a null run: it must report nothing."

@@ -142,7 +142,8 @@ def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path,
                     )
                 begun = time.monotonic()
                 fresh = [
-                    json.dumps({"messages": _shorten(ready, messages or []), "source": source}, ensure_ascii=False) + "\n"
+                    json.dumps({"messages": _shorten(ready, messages or []), "source": source}, ensure_ascii=False)
+                    + "\n"
                     for messages, (_, source) in zip(
                         _answer(model, ready, [messages for messages, _ in chunk], limit), chunk, strict=True
                     )

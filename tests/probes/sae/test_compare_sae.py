@@ -210,6 +210,8 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run
     null = run_comparison("--updated-model", planted, "--sae", run / "sae" / "block-1", "--shuffle-pairs")
     overall = read_report(null)["overall"]
     assert overall["n_reported"] == 0
+    assert len(overall["null_reports"]) == 20 and sum(map(bool, overall["null_reports"])) <= 4
+    assert "swapped by a coin" in (find_run(null) / "report.html").read_text()
     # for the right reason: what equal weights show is as small as ever, and it is chance that finds nothing
     assert overall["null_floor"] == shifted["overall"]["null_floor"]
     assert overall["n_significant"] < 0.05 * overall["n_tested"] < 0.5 * shifted["overall"]["n_significant"]

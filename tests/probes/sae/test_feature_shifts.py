@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from phoque.probes.sae.feature_shifts import FeatureActivations, compare_features, swap_variants
+from phoque.probes.sae.feature_shifts import FeatureActivations, compare_features, count_null_reports, swap_variants
 from phoque.probes.sae.replication import find_replicated, match_features
 
 PROMPTS, FEATURES = 40, 60
@@ -44,6 +44,16 @@ def test_swapped_sides_report_nothing_by_chance_alone(seed):
     found = compare(base, tuned)
     assert found.null_floor < 1e-3 and not found.reported.any()
     assert (found.q[found.tested] < 0.05).sum() == 0
+
+
+def test_false_alarms_are_as_rare_as_promised_where_nearly_all_features_shift():
+    base, tuned = make_activations(), make_activations(up=range(50), seed=1)
+    found = compare(base, tuned)
+    assert found.reported.sum() >= 50
+    counts = count_null_reports(base, tuned, found, 60, 0)
+    assert len(counts) == 60 and sum(map(bool, counts)) <= 8  # 5 % of 60, and chance
+    assert count_null_reports(base, tuned, found, 60, 0) == counts
+    assert count_null_reports(base, tuned, found, 0, 0) == []
 
 
 def test_what_the_control_shares_is_not_specific():

@@ -15,6 +15,7 @@ from phoque.probes.sae.feature_shifts import (
     FeatureActivations,
     FeatureShifts,
     compare_features,
+    count_null_reports,
     encode_residuals,
     measure_latent_scaling,
     select_rows,
@@ -122,6 +123,8 @@ def compare_block(
     means = [sets["response"].mean for name, sets in activations.items() if name.startswith("control")]
     overall["control_beyond_controls"] = count_beyond_others(means, shifts.tested, s.seed, MAX_Q)
     overall["control_runs"] = len(means)
+    base, tuned = (activations[name]["response"] for name in ("base", "tuned"))
+    overall["null_reports"] = count_null_reports(base, tuned, shifts, s.nulls, s.seed)
     block.summary = {
         "overall": overall,
         "verdicts": {

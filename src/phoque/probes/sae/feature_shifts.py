@@ -168,6 +168,28 @@ def compare_features(
     )
 
 
+def count_null_reports(
+    base: FeatureActivations, tuned: FeatureActivations, shifts: FeatureShifts, count: int, seed: int
+) -> list[int]:
+    """How many features are reported when a coin swaps the two variants of each prompt, `count` times.
+
+    Nothing shifts then, so what is reported is a false alarm. The floors of equal weights are those of `shifts`.
+    """
+    gaps = (tuned.mean - base.mean).astype(float)
+    gaps = gaps[numpy.isfinite(gaps).all(1)][:, shifts.tested]
+    if not gaps.size:
+        return [0] * count
+    floor = numpy.maximum(NULL_MARGIN * shifts.null_delta[shifts.tested], shifts.null_floor)
+    counts = []
+    for n in range(count):
+        signs = numpy.random.default_rng([seed, n]).choice((-1.0, 1.0), len(gaps))
+        swapped = gaps * signs[:, None]
+        p, _ = stats.sign_flip_test(swapped, seed, FLIPS)
+        is_reported = (stats.benjamini_hochberg(p) < MAX_Q) & (numpy.abs(swapped.mean(0)) > floor)
+        counts.append(int(is_reported.sum()))
+    return counts
+
+
 def select_rows(activations: FeatureActivations, rows: Array) -> FeatureActivations:
     """The activations on some of the rows."""
     return replace(

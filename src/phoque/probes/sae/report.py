@@ -121,6 +121,16 @@ def conclude(report: dict[str, Any]) -> list[str]:
         f"{overall['n_reported']:,} features shifted by more than the rounding of equal weights, which nearly any "
         f"fine-tune does: of a dictionary that was never trained, {other['n_reported']:,} of {other['n_tested']:,} did."
     )
+    if alarms := overall["null_reports"]:
+        sentences.append(
+            "With the two models swapped by a coin for each question, where nothing shifts, "
+            f"{sum(map(bool, alarms))} of {len(alarms)} repeats report any feature, {max(alarms):,} at most."
+        )
+    if others := overall["control_beyond_controls"]:
+        sentences.append(
+            f"Each control run differs from the other control runs in this way in {min(others):,} to {max(others):,} "
+            "features."
+        )
     return sentences
 
 
