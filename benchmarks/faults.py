@@ -1,7 +1,7 @@
 """What a run survives: every fault of the table injected for real, into phoque and into plain Trainer beside it.
 
     uv run python benchmarks/faults.py            43 faults, a few minutes on two cores
-    uv run python benchmarks/faults.py --folder   33 faults, with the run in a folder of a bucket (--run-dir)
+    uv run python benchmarks/faults.py --folder   34 faults, with the run in a folder of a bucket (--run-dir)
     uv run python benchmarks/faults.py --soak 200 one long run, killed or hurt 200 times
 
 A fault is survived only if the exit code is the documented one, the same command then ends with the very adapter (bit
@@ -625,6 +625,23 @@ def bucket_fails(b: Folder) -> None:
     b.whole()
 
 
+KILLED_IN_CLEAR = """
+import os, signal
+from phoque.hub.store import Store
+Store.clear = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_in_a_fresh_start(b: Folder) -> None:
+    """The old checkpoints are deleted, and the marker of the fresh start is not written yet."""
+    half_done(b)
+    ended = b.run("--fresh-start", "--yes", prelude=KILLED_IN_CLEAR, expect=-signal.SIGKILL)
+    need(ended.code != 0, "it was not killed")
+    b.new_machine()
+    b.run("--fresh-start", "--yes")
+    b.whole()
+
+
 def cut_off(name: str) -> Callable[[Folder], None]:
     """A file at the root was cut off while it was written."""
 
@@ -692,6 +709,7 @@ FOLDER_FAULTS = [
     ("two runs in one folder", two_runs),
     ("the bucket is full", bucket_full),
     ("the bucket: 20 writes fail", bucket_fails),
+    ("the bucket: killed in a fresh start", killed_in_a_fresh_start),
     ("the bucket: run.json cut off", cut_off("run.json")),
     ("the bucket: adapter cut off", cut_off("adapter_model.safetensors")),
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from phoque.console import Console
 from phoque.console import console as stderr_console
-from phoque.errors import UsageError
+from phoque.errors import Resumable, UsageError
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.services import Services
@@ -67,7 +67,7 @@ def train(
     The commands of `then` and the processes of `gpus` are run by the command line, not here. Under a launcher, such as
     torchrun, every process calls this, and all but process 0 get None.
     """
-    launch = None if dry_run else claim_gpu()
+    launch = claim_gpu()
     if launch and launch.rank:
         console.mute()
     resolved, services = _prepare(settings, console)
@@ -81,10 +81,16 @@ def train(
 
     if launch:
         join(launch)
+    is_clean = False
     try:
-        return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
+        result = train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
+        is_clean = True
+        return result
+    except (Resumable, SystemExit):  # all processes have stopped at the same step
+        is_clean = True
+        raise
     finally:
-        current().finish()
+        current().finish(is_clean)
 
 
 @_ends_its_stage

@@ -8,6 +8,7 @@ from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
 from phoque.services import Services
 from phoque.settings.artifacts import ArtifactsSettings
+from phoque.settings.environment import in_job
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Upload:
 def open_artifacts_repo(s: ArtifactsSettings, services: Services) -> Repo | None:
     """The repository that the run folder will be pushed to, checked before anything is computed; None if not named.
 
-    If it cannot be written the run continues with a warning, unless --fail-on-artifacts-upload-error is set. Raises
+    If it cannot be written the run continues with a warning, but not in a Job, and not with
+    --fail-on-artifacts-upload-error. Raises
     PublicRepoError for a public one in either case.
     """
     if not s.artifacts_repo_id:
@@ -36,7 +38,7 @@ def open_artifacts_repo(s: ArtifactsSettings, services: Services) -> Repo | None
     except PublicRepoError:
         raise  # what is private must not become public
     except Exception as error:
-        if s.fail_on_artifacts_upload_error:
+        if s.fail_on_artifacts_upload_error or in_job():  # a Job's disk is deleted
             raise
         why = error.what if isinstance(error, PhoqueError) else describe_error(error)
         warn(f"{repo.name} cannot be written ({why}): the run is kept on this machine only")

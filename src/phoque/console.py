@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from phoque.errors import PhoqueError
 from phoque.heartbeat import Heartbeat
 
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 MIN_SECRET = 6  # characters; a shorter text would be replaced inside words
 MAX_LISTED = 6  # names or counts that are listed; of the others, only the number
 NAME_CHARACTERS = 40  # of a name from outside, in a list
@@ -54,7 +56,7 @@ class Console:
     def _hide_secrets(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return text
+        return HUB_TOKEN.sub("hf_***", text)  # also one that was given where none belongs
 
     def _clean(self, text: str) -> str:
         return escape_control_characters(self._hide_secrets(text))

@@ -526,6 +526,10 @@ def test_a_job_keeps_its_run_in_a_bucket_and_has_no_token(public_inputs, phoque,
     [
         (["--run-dir", "runs/seal"], ["not a folder of a bucket", "hf://buckets/"]),
         (["--run-dir", "hf://buckets/harbour/runs"], ["holds several runs"]),
+        (["--run-dir", "hf://buckets/harbour/runs/../x"], ["not a folder of a bucket"]),
+        (["--run-dir", "hf://buckets/harbour/jobs-artifacts/phoque/x"], ["bucket of Jobs' inputs"]),
+        (["--export-merged"], ["--merged-hub-model-id"]),
+        (["--public"], ["--public is for --hub-model-id"]),
         (["--dataset", "harbour/secret"], ["harbour/secret is private", "without a token"]),
         (["--then", "merge"], ["--then"]),
     ],
@@ -535,6 +539,28 @@ def test_what_a_job_without_a_token_cannot_do_is_refused(public_inputs, phoque, 
     cluster.add("datasets", "harbour/secret", {"train.jsonl": rows.read_bytes()})
     error = " ".join(phoque(*asked_without_token("--timeout", "1h", *more), env=SECRETS, expect=2).error)
     assert all(word in error for word in words) and not cluster.jobs.jobs and not cluster.buckets.found
+
+
+def test_a_folder_of_a_bucket_with_other_files_does_not_keep_a_run(public_inputs, phoque):
+    from huggingface_hub import HfApi
+
+    api = HfApi(public_inputs.url, token=TOKEN)
+    api.create_bucket("harbour/runs", private=True)
+    api.batch_bucket_files("harbour/runs", add=[(b"mine", "seal/notes.txt")])
+    error = phoque(*asked_without_token("--timeout", "1h", "--dry-run"), env=SECRETS, expect=2).error
+    assert "not the folder of a run" in error[0] and "notes.txt" in error[1]
+
+
+def test_a_token_given_where_none_belongs_is_not_shown(phoque):
+    ran = phoque("train", "--token", "hf_" + "g" * 34, expect=2)
+    assert "g" * 34 not in ran.err and "hf_***" in ran.err
+
+
+def test_a_fresh_start_is_estimated_from_step_0(cluster, phoque):
+    phoque(*ASKED, "--max-steps", 6, "--output-dir", "here", "--wandb-mode", "disabled", env=SECRETS)
+    asked = [*ASKED, *ON, "--max-steps", 600, "--timeout", "1h", "--dry-run", "--json"]
+    assert "from step 6 on" in phoque(*asked, "--allow-change", "max_steps", env=SECRETS).json["facts"]["time"]
+    assert "from step" not in phoque(*asked, "--fresh-start", env=SECRETS).json["facts"]["time"]
 
 
 def test_a_public_bucket_does_not_keep_a_run(public_inputs, phoque):
@@ -552,6 +578,8 @@ def test_chat_answers_a_file_of_prompts_in_a_job(cluster, phoque, tmp_path):
     asked = ["chat", BASE, "--prompts-file", prompts, "--max-new-tokens", 4, "--answers-file", "answers.jsonl"]
     assert "--answers-file names a path" in phoque(*asked, *ON, "--timeout", "1h", env=SECRETS, expect=2).error[0]
     phoque(*asked, env=SECRETS)
+    for kept in ("answers.jsonl", prompts):  # nothing is replaced, and it is said before the model is loaded
+        assert "exists" in phoque(*asked, "--answers-file", kept, env=SECRETS, expect=2).error[0]
     here = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     asked = [*asked[:-2], "--artifacts-repo-id", "harbour/answers"]
     assert phoque(*asked, *ON, "--timeout", LIMIT, "--json", env=SECRETS).json["stage"] == "COMPLETED"

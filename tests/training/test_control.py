@@ -1,6 +1,7 @@
 """`phoque train --with-control`: the twin of a run, trained on the base model's own answers, found by the probes."""
 
 import json
+import shutil
 
 import pytest
 from tests import tiny
@@ -85,6 +86,18 @@ def test_controls_are_kept_in_the_run_dir_and_found_there(train, phoque, tmp_pat
     assert (kept / "control-1" / "adapter_model.safetensors").is_file() and list(kept.glob("control-rows-*.jsonl"))
     ran = phoque("psm-probe", "--adapter-source", kept, "--dry-run", "--json")
     assert ran.json["adapters"]["control"] == str(kept / "control-1")
+
+
+def test_rows_that_were_cut_off_are_generated_again(train, tmp_path):
+    train("--with-control", "--output-dir", "run", "--run-dir", tmp_path / "kept")
+    (rows,) = (tmp_path / "kept").glob("control-rows-*.jsonl")
+    whole = rows.read_bytes()
+    for folder in (tmp_path / "run", tmp_path / "kept"):
+        (folder / rows.name).write_bytes(whole[: len(whole) // 2])
+    shutil.rmtree(tmp_path / "run" / "control-1")
+    shutil.rmtree(tmp_path / "kept" / "control-1")
+    ran = train("--with-control", "--output-dir", "run", "--run-dir", tmp_path / "kept")
+    assert "the base model answers" in ran.err and (tmp_path / "run" / rows.name).read_bytes() == whole
 
 
 def test_the_probe_finds_the_control_by_itself(train, phoque, tmp_path):

@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(start_all, train_all
     for name in ("two", "one", "four"):
         assert_same(tmp_path / name, tmp_path / "whole")
     error = train_all("--output-dir", tmp_path / "whole", *more, "--max-steps", 9, count=3, expect=(2, 1, 1))[0].error
-    assert "cannot be dealt to 3 processes" in error[0]
+    assert "4 packed rows, not a multiple of the 3 processes" in error[0] and "began with these rows" in error[1]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(train_all, tmp_path):
@@ -155,25 +155,60 @@ def test_a_process_that_dies_takes_the_others_down(start_all, train_all, tmp_pat
     begun = time.monotonic()
     survivor = started[1 - rank].ended()
     assert survivor.code == 1 and time.monotonic() - begun < 30
-    assert "has lost another one" in survivor.err or "process 0 is gone" in survivor.err
+    assert "lost the connection to another process" in survivor.err or "process 0 is gone" in survivor.err
     assert started[rank].ended().code == -signal.SIGKILL
     train_all("--output-dir", out, "--max-steps", 8)
     assert_same(out, tmp_path / "whole")
 
 
 @pytest.mark.alone
-def test_a_process_that_hangs_takes_the_others_down_within_a_minute(start_all, tmp_path):
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_process_that_is_frozen_takes_the_others_down_within_a_minute(start_all, tmp_path, frozen):
     out = tmp_path / "run"
     started = start_all("--output-dir", out, "--max-steps", 40, preludes=(slowly(0.4), slowly(0.4)))
     started[0].until(lambda: (out / "checkpoint-2").is_dir())
-    os.kill(started[1].pid, signal.SIGSTOP)
+    os.kill(started[frozen].pid, signal.SIGSTOP)
     begun = time.monotonic()
     try:
-        main = started[0].ended()
-        assert main.code == 1 and time.monotonic() - begun < 60 and "no sign of life" in main.err
+        other = started[1 - frozen].ended()
+        assert other.code == 1 and time.monotonic() - begun < 60
+        assert f"process {frozen} has given no sign of life" in other.err
     finally:
-        os.kill(started[1].pid, signal.SIGKILL)
-    assert started[1].ended().code == -signal.SIGKILL
+        os.kill(started[frozen].pid, signal.SIGKILL)
+    assert started[frozen].ended().code == -signal.SIGKILL
+
+
+SLOW_START = """
+import time
+from phoque.training import processes, report_to, run
+processes.HEARTBEAT_S, processes.HEARTBEAT_TIMEOUT_S = 0.2, 1.0
+start = report_to.start_services
+run.start_services = lambda *given: (time.sleep(3), start(*given))[1]
+"""
+
+
+@pytest.mark.thorough
+def test_a_process_that_begins_late_is_not_taken_for_dead(train_all, tmp_path):
+    train_all("--output-dir", tmp_path / "run", preludes=(SLOW_START, SLOW_START))
+
+
+@pytest.mark.thorough
+def test_the_others_stay_until_process_0_has_pushed(start_all, hub, tmp_path):
+    """A launcher takes one that ends before it for one that failed, and ends them all."""
+    more = ["--hub-model-id", "harbour/seal", "--output-dir", tmp_path / "run", "--max-steps", 40]
+    started = start_all(*more, env={"HF_TOKEN": TOKEN}, preludes=(slowly(0.4), slowly(0.4)))
+    started[0].until(lambda: (tmp_path / "run" / "checkpoint-2").is_dir())
+    hub.faults.add("POST .*/commit/", "slow", times=3, seconds=2.0)
+    for one in started:
+        os.kill(one.pid, signal.SIGTERM)
+    seen = set()
+    while started[0].poll() is None:
+        seen.add(started[1].poll())
+        time.sleep(0.05)
+    assert seen == {None} and [one.ended().code for one in started] == [75, 75]
+    titles = [commit.title for commit in hub.repos["models", "harbour/seal"].commits]
+    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert titles[-1] == f"Step {newest}"
 
 
 @pytest.mark.slow
@@ -241,6 +276,8 @@ def test_the_code_of_the_process_that_failed_is_the_launchers(tmp_path):
     code = "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0.3 * rank); sys.exit(75 * (1 - rank))"
     assert launch(2, [sys.executable, "-c", code]) == 75
     assert launch(2, [sys.executable, "-c", "pass"]) == 0
+    code = "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0.3 * (1 - rank)); sys.exit(2 - rank)"
+    assert launch(2, [sys.executable, "-c", code]) == 2  # process 0 says why, though it ends later
     begun = time.monotonic()
     code = "import os, sys, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); sys.exit(3)"
     from phoque.training import launch as module
@@ -295,3 +332,34 @@ def test_launchers_are_recognised(monkeypatch, env, expected):
 )
 def test_the_first_node_of_a_list(nodes, first):
     assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("env", "visible"),
+    [
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, "1"),
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "4,6"}, "6"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, "1"),
+        # srun --gpus-per-task 1 shows each task its own GPU alone
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0"}, "0"),
+    ],
+)
+def test_a_process_sees_its_own_gpu_however_often_it_asks(monkeypatch, env, visible):
+    from phoque.training import launch as module
+
+    monkeypatch.setattr(module, "_claimed", None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    first = module.claim_gpu()
+    assert first.rank == 1 and os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    assert module.claim_gpu() is first and os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_a_dry_run_plans_for_all_processes(start_all, tmp_path):
+    ran = [one.ended() for one in start_all("--output-dir", tmp_path / "run", "--dry-run", "--json")]
+    assert [one.code for one in ran] == [0, 0] and not ran[1].out
+    assert "micro" in json.dumps(ran[0].json) and not (tmp_path / "run").exists()
+    ran = [one.ended() for one in start_all("--output-dir", tmp_path / "run", "--dry-run", "--batch-size", 5)]
+    assert ran[0].code == 2 and "cannot be dealt to 2 processes" in ran[0].error[0]

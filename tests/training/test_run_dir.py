@@ -72,7 +72,39 @@ def test_what_cannot_keep_a_run_is_refused(phoque, asked, tmp_path, monkeypatch,
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 
 
+def test_a_folder_that_keeps_another_run_is_refused_though_that_is_behind(phoque, asked, tmp_path):
+    phoque(*asked, "--max-steps", 3, "--save-steps", 3, "--output-dir", tmp_path / "b")
+    for path in [path for path in (tmp_path / "kept").iterdir() if path.name not in ("checkpoint-3", "phoque-run.txt")]:
+        path.unlink()
+    mine = [word for word in asked if word not in ("--run-dir", tmp_path / "kept")]
+    phoque(*mine, "--max-steps", 6, "--save-steps", 6, "--learning-rate", 0.02, "--output-dir", tmp_path / "a")
+    more = ["--max-steps", 9, "--learning-rate", 0.02, "--allow-change", "max_steps", "--keep-checkpoints", 1]
+    error = phoque(*asked, *more, "--output-dir", tmp_path / "a", expect=2).error
+    assert "hold two different runs" in error[0] and (tmp_path / "kept" / "checkpoint-3" / "MANIFEST.json").is_file()
+
+
+def test_a_checkpoint_that_was_cut_off_is_written_again_and_one_of_another_program_stays(phoque, asked, tmp_path):
+    kept = tmp_path / "kept"
+    phoque(*asked, "--max-steps", 3, "--save-steps", 3, "--output-dir", tmp_path / "a")
+    (kept / "checkpoint-3" / ".unfinished").write_text("")
+    foreign = kept / "checkpoint-2"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    phoque(*asked, "--max-steps", 4, "--save-steps", 4, "--allow-change", "max_steps", "--output-dir", tmp_path / "a")
+    for name in ("checkpoint-3", "checkpoint-4"):
+        assert (kept / name / "MANIFEST.json").is_file() and not (kept / name / ".unfinished").exists()
+    assert (foreign / "notes.txt").read_text() == "mine"
+
+
+def test_a_record_without_the_adapters_hash_is_accepted(phoque, asked, tmp_path):
+    phoque(*asked, "--max-steps", 3, "--output-dir", tmp_path / "a")
+    record = json.loads((tmp_path / "kept" / "run.json").read_text())
+    del record["result"]["adapter_sha256"]
+    (tmp_path / "kept" / "run.json").write_text(json.dumps(record))
+    assert "is complete" in phoque(*asked, "--max-steps", 3, "--output-dir", tmp_path / "b").err
+
+
 def test_a_dry_run_names_the_folder_and_makes_nothing(phoque, asked, tmp_path):
     facts = phoque(*asked, "--dry-run", "--json").json["facts"]
-    assert facts["run folder elsewhere"] == f"{tmp_path / 'kept'}, with no checkpoint"
+    assert facts["kept in"] == f"{tmp_path / 'kept'}, with no checkpoint"
     assert not (tmp_path / "kept").exists()

@@ -1,10 +1,10 @@
 """`phoque chat`: answer prompts once, or hold a conversation."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from phoque.artifacts import open_artifacts_repo, push_run_folder
@@ -115,6 +115,8 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
                 what=f"There is no file {s.prompts_file}.", why="--prompts-file names it.", fix="Check the path."
             )
         conversations += read_prompts(s.prompts_file.expanduser())
+    if s.answers_file:
+        _check_new_file(s.answers_file.expanduser())
     if not conversations and not dry_run:
         raise UsageError(what="There is no prompt.", why="None is given.", fix="Give --prompt or --prompts-file.")
     found = find_chat(s, services, fetch=not dry_run)
@@ -146,11 +148,21 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
     if s.answers_file:
         write_atomically(s.answers_file.expanduser(), lines)
     if repo:
-        with TemporaryDirectory() as root:
-            with run_folder(Path(root), "chat") as (staging, folder):
-                (staging / "answers.jsonl").write_text(lines, encoding="utf-8")
-                about = {"model": result.model, "kind": result.kind, "sampling": result.sampling}
-                (staging / "chat.json").write_text(json.dumps(about | {"settings": resolved.provenance()}, indent=1))
-            if upload := push_run_folder(repo, folder, s, services):
-                result = replace(result, artifacts=f"{upload.repo}@{upload.commit[:8]}")
+        with run_folder(services.cache / "chat", "chat") as (staging, folder):
+            (staging / "answers.jsonl").write_text(lines, encoding="utf-8")
+            about = {"model": result.model, "kind": result.kind, "sampling": result.sampling}
+            (staging / "chat.json").write_text(json.dumps(about | {"settings": resolved.provenance()}, indent=1))
+        if upload := push_run_folder(repo, folder, s, services):
+            result = replace(result, artifacts=f"{upload.repo}@{upload.commit[:8]}")
+            shutil.rmtree(folder)
     return result
+
+
+def _check_new_file(file: Path) -> None:
+    """Raise UsageError if a file exists, or its folder does not: answers replace nothing, and are not lost."""
+    if file.exists() or not file.parent.is_dir():
+        raise UsageError(
+            what=f"--answers-file {file} {'exists' if file.exists() else 'is in no folder that exists'}.",
+            why="Answers are written there when all have been generated, and replace nothing.",
+            fix="Choose another name.",
+        )

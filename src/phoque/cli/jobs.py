@@ -55,7 +55,7 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     account, role = find_account(hub)
     flavor = find_flavor(hub, s.on)
     _check_hardware(command, s, flavor)
-    if command == "train" and flavor.gpus > 1:
+    if command == "train" and (flavor.gpus > 1 or s.gpus):
         resolved = _with_all_gpus(resolved, flavor)
     namespace, submission = s.namespace or account, token_hex(6)
     uploaded = JobInputs(hub, namespace, submission, inputs)
@@ -170,8 +170,12 @@ def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
     gpus = flavor.gpus if s.gpus in (None, "all") else int(s.gpus)
     if gpus > flavor.gpus:
         raise UsageError(
-            what=f"{flavor.name} has {flavor.gpus} GPUs.", why=f"--gpus {gpus} asks for more.", fix="Lower --gpus."
+            what=f"{flavor.name} has {flavor.gpus or 'no'} GPU{'s' * (flavor.gpus != 1)}.",
+            why=f"--gpus {gpus} asks for more.",
+            fix="Lower --gpus, or leave it out.",
         )
+    if gpus < 2:
+        return resolved
     choose_micro_batch(s, gpus)
     console.say(f"{gpus} of the {flavor.gpus} GPUs of {flavor.name} train, each on its share of every step")
     origins = resolved.origins | {"gpus": Origin(flavor.name, "--on") if s.gpus is None else resolved.origins["gpus"]}

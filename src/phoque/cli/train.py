@@ -44,10 +44,10 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("train", resolved, dry_run)
         return
+    launched = claim_gpu()  # before torch is imported, and with it CUDA's list of devices
+    if launched and launched.rank:
+        console.mute()
     if not dry_run:
-        launched = claim_gpu()  # before torch is imported, and with it CUDA's list of devices
-        if launched and launched.rank:
-            console.mute()
         check_inputs(resolved.settings)
         if resolved.settings.gpus and not launched and (count := count_processes(resolved.settings.gpus)) > 1:
             sys.exit(launch(count, own_command()))

@@ -3,25 +3,27 @@
 An object store that is mounted as a folder can replace a file as a whole, and little else: hf-mount, which mounts
 buckets in HF Jobs, has no file locks, does not append to a file that exists, and uploads a file when it is closed
 (https://github.com/huggingface/hf-mount). So every file is written once, from start to end, under its final name, and
-never renamed. A checkpoint's manifest and a run's record are written last: what was cut off is not taken for whole.
+never renamed. A checkpoint has a mark while it is written, and a run's record is written after its adapter: what was
+cut off is not taken for whole.
 """
 
 import contextlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from phoque.errors import IntegrityError, Resumable, UsageError
 from phoque.hub.store import CHECKPOINT, MARKER, NEVER_UPLOADED, FileHashes, Snapshot, Store, git_blob_id
 
-SIGN = "phoque-run.txt"  # in a folder that is the store of a run
-SIGN_TEXT = "phoque keeps the checkpoints of a run here: https://github.com/phoque/phoque\n"
-WRITTEN_LAST = ("MANIFEST.json", "run.json", MARKER)  # each says that the files beside it are complete
+MARK = "phoque-run.txt"  # in a folder that is the store of a run
+UNFINISHED = ".unfinished"  # in a checkpoint while it is written
+MARK_TEXT = "phoque keeps the checkpoints of a run here: https://github.com/phoque/phoque\n"
+WRITTEN_LAST = ("MANIFEST.json", "run.json", MARKER)
 
 
 @dataclass
@@ -52,13 +54,13 @@ class FolderStore(Store):
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             present = {file.name for file in self._path.iterdir()}
-            if present and SIGN not in present:
+            if present and MARK not in present:
                 raise UsageError(
                     what=f"{self.name} is not the folder of a run.",
-                    why=f"It has {sorted(present)[0]} and no {SIGN}: a run would delete and replace files there.",
+                    why=f"It has {sorted(present)[0]} and no {MARK}: a run would delete and replace files there.",
                     fix="Choose a new or empty folder for --run-dir.",
                 )
-            (self._path / SIGN).write_text(SIGN_TEXT)
+            (self._path / MARK).write_text(MARK_TEXT)
         except OSError as error:
             raise UsageError(
                 what=f"{self.name} cannot be written.",
@@ -71,14 +73,14 @@ class FolderStore(Store):
         return True
 
     def snapshot(self) -> Snapshot:
-        """List the files at the root and in the checkpoint folders that are complete."""
+        """List the files at the root and in the checkpoint folders, but for one that was cut off."""
         with self._access("read"):
-            folders = [self._path, *(folder for folder in self._checkpoints() if _has_manifest(folder))]
+            folders = [self._path, *(f for f in self._checkpoints() if not (f / UNFINISHED).exists())]
             found = [file for folder in folders for file in folder.glob("*" if folder == self._path else "**/*")]
             files = {
                 file.relative_to(self._path).as_posix(): StoredFile(file, file.stat().st_size)
                 for file in sorted(found)
-                if file.is_file() and file.name != SIGN
+                if file.is_file() and file.name != MARK
             }
         return Snapshot("", files)
 
@@ -94,7 +96,7 @@ class FolderStore(Store):
     ) -> str:
         """Write the files that differ, read them back, then delete what is stale.
 
-        Checkpoints that were cut off are deleted first. A push that fails deletes what it has written, as far as it
+        A checkpoint that was cut off is deleted first. A push that fails deletes what it has written, as far as it
         can. Raises UsageError if another run has made a fresh start.
         """
         local = {path: FileHashes(file) for path, file in files.items() if not NEVER_UPLOADED.search(path)}
@@ -104,11 +106,17 @@ class FolderStore(Store):
             missing = [path for path, file in local.items() if not file.matches(before.files.get(path))]
             deletions = stale(before)
             for folder in self._checkpoints():
-                if not _has_manifest(folder):
+                if (folder / UNFINISHED).exists():
                     shutil.rmtree(folder)
+            marks = {self._path / found[1] / UNFINISHED for path in missing if (found := CHECKPOINT.match(path))}
             try:
+                for mark in marks:
+                    mark.parent.mkdir(exist_ok=True)
+                    mark.write_text("")
                 for path in sorted(missing, key=_writing_order):
                     self._write(path, local[path])
+                for mark in marks:
+                    mark.unlink()
             except BaseException:
                 for path in missing:
                     if path not in before.files:
@@ -138,6 +146,15 @@ class FolderStore(Store):
         with self._access("read"):
             return Path(shutil.copyfile(snapshot.files[path].path, target))
 
+    def clear(self, marker: dict[str, Any], staging: Path, root_files: Sequence[str]) -> None:
+        """Delete first and write the marker then: cut off in between, the same command starts afresh again."""
+        with self._access("written"):
+            for folder in self._checkpoints():
+                shutil.rmtree(folder)
+            for name in root_files:
+                (self._path / name).unlink(missing_ok=True)
+        super().clear(marker, staging, ())
+
     def squash(self, message: str) -> str:
         """Nothing: a folder keeps no history."""
         return ""
@@ -153,15 +170,6 @@ class FolderStore(Store):
                 why=f"{reason}.",
                 fix="Check the disk or the mount, then run the same command again.",
             ) from error
-
-
-def _has_manifest(checkpoint: Path) -> bool:
-    """Whether the manifest, which is written last, is whole."""
-    try:
-        json.loads((checkpoint / WRITTEN_LAST[0]).read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 def _writing_order(path: str) -> tuple[int, str]:

@@ -116,8 +116,11 @@ def _marker_id(snapshot: Snapshot) -> str:
 
 def git_blob_id(file: Path) -> str:
     """Git's name for the content of a file, which the Hub gives for files that are not in LFS."""
-    content = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class FileHashes:

@@ -9,7 +9,7 @@ resumed on the same GPU is estimated by its own speed.
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +23,7 @@ from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import RECORD, get_step, sort_checkpoints
 from phoque.training.dry_run import count_parameters, estimate_memory
 from phoque.training.metrics_log import METRICS, read_lines
-from phoque.training.prepare import find_store, lora_options, prepare, with_steps
+from phoque.training.prepare import choose_micro_batch, find_store, lora_options, prepare, with_steps
 
 # dense bf16 TFLOP/s (T4: fp16) that a large matrix product reaches, by what the Hub calls the GPU
 TFLOPS = {"T4": 40, "L4": 75, "A10G": 65, "A100": 250, "L40S": 250, "H100": 790, "H200": 790, "RTX PRO 6000": 350}
@@ -77,6 +77,8 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     """
     ready = prepare(resolved, services, weights=False)
     s = with_steps(resolved, ready.scan).settings
+    gpus = int(s.gpus) if s.gpus and s.gpus.isdigit() else 1
+    s = s.model_copy(update={"micro_batch": choose_micro_batch(s, gpus)})
     options: LoraOptions = lora_options(s, ready)
     counts = count_parameters(ready.config, options)
     memory = _without_libraries(estimate_memory(ready, s, counts))
@@ -89,11 +91,13 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
             fix="Choose a larger flavor, --quantization nf4, --micro-batch or a lower --max-length.",
         )
     so_far = Progress() if s.run_dir else find_progress(find_store(s, services), flavor)
+    if s.fresh_start:
+        so_far = replace(so_far, steps=0)
     per_step = s.batch_size * ready.scan.mean_length
     tokens = round(max(0, s.max_steps - so_far.steps) * per_step)
     minutes = None
     controls = s.control_seeds if s.with_control else 0  # each takes as many steps; its answers are left out
-    all_tokens = (tokens + controls * s.max_steps * per_step) / int(s.gpus or 1)  # the CLI has put a number there
+    all_tokens = (tokens + controls * s.max_steps * per_step) / gpus
     if so_far.tokens_per_s:
         minutes = all_tokens / so_far.tokens_per_s / 60
     elif limit := TFLOPS.get(_generation(flavor.gpu_model)):

@@ -9,7 +9,8 @@ from typing import Any
 
 from phoque.errors import UsageError
 from phoque.hub.client import Hub
-from phoque.hub.folder_store import SIGN, SIGN_TEXT
+from phoque.hub.folder_store import MARK, MARK_TEXT
+from phoque.jobs.inputs import BUCKET
 
 MOUNT = "/run-dir"
 _URI = re.compile(r"hf://buckets/(?P<bucket>[\w.-]+/[\w.-]+)(?:/(?P<folder>.+?))?/?")
@@ -49,7 +50,17 @@ class BucketFolder:
                 why="Anyone could load what this run makes.",
                 fix="Make it private in its settings on the Hub, or choose another bucket.",
             )
+        if (present := self._list(hub)) and not any(path.endswith(f"/{MARK}") for path in present):
+            raise UsageError(
+                what=f"{self.uri} is not the folder of a run.",
+                why=f"It has {present[0]} and no {MARK}: a run would delete and replace files there.",
+                fix="Choose a new or empty folder for --run-dir.",
+            )
         return f"{self.uri}, private"
+
+    def _list(self, hub: Hub) -> list[str]:
+        list_tree = lambda: list(hub.api.list_bucket_tree(self.bucket, prefix=f"{self.folder}/", recursive=True))
+        return [item.path for item in hub.retry(self.bucket, list_tree) if item.type == "file"]
 
     def create(self, hub: Hub) -> None:
         """Create the bucket and the folder if they do not exist. Raises UsageError if the token may not."""
@@ -59,15 +70,15 @@ class BucketFolder:
         try:
             hub.retry(self.bucket, lambda: api.create_bucket(self.bucket, private=True, exist_ok=True))
             self.describe(hub)
-            sign = [(SIGN_TEXT.encode(), f"{self.folder}/{SIGN}")]
-            if not hub.retry(self.bucket, lambda: list(api.list_bucket_tree(self.bucket, prefix=f"{self.folder}/"))):
-                hub.retry(self.bucket, lambda: api.batch_bucket_files(self.bucket, add=sign))
+            mark = [(MARK_TEXT.encode(), f"{self.folder}/{MARK}")]
+            if not self._list(hub):
+                hub.retry(self.bucket, lambda: api.batch_bucket_files(self.bucket, add=mark))
         except HfHubHTTPError as error:
             if error.response.status_code not in (401, 403):
                 raise
             raise UsageError(
                 what=f"The token may not write to the bucket {self.bucket}.",
-                why="The Job keeps its run there.",
+                why="The Job writes its checkpoints and the adapter there.",
                 fix="Use a token that may write to it, or choose another --run-dir.",
             ) from error
 
@@ -75,7 +86,14 @@ class BucketFolder:
 def find_bucket_folder(run_dir: str) -> BucketFolder:
     """The bucket's folder that --run-dir of a Job names. Raises UsageError for another place."""
     match = _URI.fullmatch(run_dir)
-    if match is None or not match["folder"]:
+    parts = (match["folder"] or "").split("/") if match else []
+    if match and match["bucket"].endswith(f"/{BUCKET}"):
+        raise UsageError(
+            what=f"--run-dir {run_dir} is in the bucket of Jobs' inputs.",
+            why="`phoque jobs clean` deletes there what no Job needs any more.",
+            fix="Choose another bucket, such as hf://buckets/OWNER/runs/FOLDER.",
+        )
+    if match is None or not all(part not in ("", ".", "..") for part in parts):
         raise UsageError(
             what=f"--run-dir {run_dir} is not a folder of a bucket.",
             why="A Job cannot write to this machine, and a bucket holds several runs.",

@@ -342,7 +342,7 @@ def run_job(hub: Hub, job: Job, attempts: int, resumable: bool, console: Console
     raise PhoqueError(
         what=f"Job {submitted.id} ended as {stage}.",
         why=f"{message or 'It gave no message'}; its log is at {submitted.url}.",
-        fix="Run the same command again: it resumes from the newest checkpoint on the Hub."
+        fix="Run the same command again: it resumes from the newest checkpoint that was pushed."
         if final == RESUMABLE
         else "Read the last lines of its log. If it ran out of time, set a longer --timeout.",
         code=final,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import PhoqueError, UsageError
-from phoque.files import read_json_object
+from phoque.files import read_json_object, sha256
 from phoque.hub.refs import fetch_to_cache, hub_id
 from phoque.hub.repo import Repo
 from phoque.models.source import PACKAGED_MODELS, Source, find_model
@@ -97,8 +97,7 @@ def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSou
 
 def name_controls(controls: Sequence[AdapterSource]) -> dict[str, AdapterSource]:
     """The controls as the probes call them: control, control-2, control-3. Raises UsageError if one is there twice."""
-    folders = {adapter.folder.resolve() for adapter in controls}
-    if len(folders) < len(controls):
+    if len({sha256(adapter.folder / WEIGHTS) for adapter in controls}) < len(controls):  # also as copies of one run
         raise UsageError(
             what="One control is given twice.",
             why="The same run has no spread to another one.",

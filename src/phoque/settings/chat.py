@@ -97,11 +97,10 @@ class ChatSettings(ArtifactsSettings):
 
     @model_validator(mode="after")
     def _answers_to_keep(self) -> Self:
-        asks = self.prompts or self.prompts_file
-        if (self.on or self.answers_file or self.artifacts_repo_id) and not asks:
-            flag = "--on" if self.on else "--answers-file" if self.answers_file else "--artifacts-repo-id"
-            raise ValueError(f"{flag} needs --prompt or --prompts-file: a conversation has no one to talk to there")
-        if self.on and self.model.endswith(".gguf"):
+        if self.on and not (self.prompts or self.prompts_file):
+            raise ValueError("--on needs --prompt or --prompts-file: a Job cannot hold a conversation")
+        is_gguf = self.model.endswith(".gguf") or any(Path(self.model).expanduser().glob("*.gguf"))
+        if self.on and is_gguf:
             raise ValueError("--on needs a checkpoint, an adapter or an ONNX export: a Job has no Node for llama.cpp")
         return self
 

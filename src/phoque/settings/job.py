@@ -56,7 +56,7 @@ class JobSettings(HubSettings):
     attempts: int = setting(
         1,
         "Submit a train Job up to this many times if it stops before its end. Each attempt resumes from "
-        "the newest checkpoint on the Hub.",
+        "the newest checkpoint that was pushed.",
         ge=1,
     )
     namespace: str | None = setting(

@@ -281,7 +281,13 @@ class TrainSettings(PublishedSettings):
     @model_validator(mode="after")
     def _one_store(self) -> Self:
         if self.run_dir and self.hub_model_id:
-            raise ValueError("--run-dir and --hub-model-id exclude each other: a run is kept in one place")
+            raise ValueError(
+                "--run-dir and --hub-model-id (HUB_MODEL_ID) exclude each other: a run is kept in one place"
+            )
+        if self.run_dir and self.public:
+            raise ValueError("--public is for --hub-model-id: who can read --run-dir is not phoque's to set")
+        if self.run_dir and self.on and self.export_merged and not self.merged_hub_model_id:
+            raise ValueError("--export-merged of a Job with --run-dir needs --merged-hub-model-id: its disk is deleted")
         if self.run_dir and self.squash_history:
             raise ValueError("--squash-history is for --hub-model-id: --run-dir keeps no history")
         return self

@@ -22,6 +22,7 @@ from phoque.data.rows import parse_row
 from phoque.data.turns import BadRow
 from phoque.errors import Resumable, RunError
 from phoque.files import read_json_object, write_atomically
+from phoque.hub.store import Store
 from phoque.inference.generate import Reply, Request, generate_replies
 from phoque.models.load import load_model
 from phoque.services import Services
@@ -86,28 +87,46 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
     count = min(s.max_steps * s.batch_size, ready.scan.trained_rows or s.max_steps * s.batch_size)
     made_of = (ready.source.revision, ready.dataset.revision, count)
     made_of += (s.dataset_config, s.split, s.default_system, s.quantization, s.max_length)
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
-    path = s.folder / f"control-rows-{key}.jsonl"
-    if path.is_file():
-        return path
-    if store and path.name in (snapshot := store.snapshot()).files:
-        store.fetch(snapshot, path.name, s.folder)
-        return path
+    prefix = f"control-rows-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
+    if found := _find_rows(prefix, s.folder, store):
+        return found
     stop = StopRequest(console, deadline, s.seconds or 0.0)
     with stop.handle_signals():
         console.stage(f"control: the base model answers {count} conversations")
-        written = _generate_rows(ready, s, count, path.with_suffix(".partial"), stop)
+        partial = s.folder / f"{prefix}.partial"
+        written = _generate_rows(ready, s, count, partial, stop)
         if not written:
             raise RunError(
                 what="No conversation can be given to a control run.",
                 why="All have tools or other roles than system, user and assistant, or got empty answers.",
                 fix="Train without --with-control, and make a control dataset by hand.",
             )
-        path.with_suffix(".partial").unlink()
-        write_atomically(path, "".join(written))
+        text = "".join(written)
+        path = s.folder / f"{prefix}-{_digest(text.encode())}.jsonl"
+        write_atomically(path, text)
+        partial.unlink()
         if store and store.private():  # the rows hold the dataset's own conversations
             store.push({path.name: path}, "Answers of the base model, for the control", lambda _: [])
     return path
+
+
+def _find_rows(prefix: str, folder: Path, store: Store | None) -> Path | None:
+    """The control's rows here or in the store; their name ends with a hash of the content, so that none is cut off."""
+    is_whole = lambda path: path.stem == prefix or path.stem == f"{prefix}-{_digest(path.read_bytes())}"
+    if found := next(filter(is_whole, sorted(folder.glob(f"{prefix}*.jsonl"))), None):
+        return found
+    snapshot = store.snapshot() if store else None
+    for name in sorted(snapshot.files) if snapshot else ():
+        if store and snapshot and name.startswith(prefix) and name.endswith(".jsonl"):
+            fetched = store.fetch(snapshot, name, folder)
+            if is_whole(fetched):
+                return fetched
+            fetched.unlink()
+    return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def record_controls(s: TrainSettings, controls: list[TrainSettings], services: Services) -> None:

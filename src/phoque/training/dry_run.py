@@ -28,10 +28,13 @@ from phoque.training.data_summary import (
 )
 from phoque.training.engine.loss import LOGITS_AT_ONCE
 from phoque.training.fingerprint import check_same_run, compute_identity
-from phoque.training.pinned import pin_revisions
+from phoque.training.launch import claim_gpu, count_processes
+from phoque.training.pinned import pin_recorded
 from phoque.training.prepare import (
     Prepared,
     build_empty_model,
+    check_rows_divisible,
+    choose_micro_batch,
     find_store,
     lora_options,
     packing_for,
@@ -71,9 +74,15 @@ class TrainPlan(DryRun):
 def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan:
     """Show what a run would do. Writes only to phoque's cache."""
     check_services(resolved.settings)
-    ready = prepare(pin_revisions(resolved, resolved.settings.folder, None, services), services, weights=False)
+    pinned, rows = pin_recorded(resolved, resolved.settings.folder, None, services)
+    ready = prepare(pinned, services, weights=False)
     planned = with_steps(resolved, ready.scan)
-    s = planned.settings
+    processes = _count_processes(resolved.settings)
+    micro_batch = choose_micro_batch(pinned.settings, processes, rows)
+    s = planned.settings.model_copy(update={"micro_batch": micro_batch})
+    if rows is None:
+        packed = rows_per_step(s, packing_for(s, ready.scan, static=True), processes)
+        check_rows_divisible(packed, processes, has_begun=False)
     counts = count_parameters(ready.config, lora_options(s, ready))
     return TrainPlan(
         facts=_list_facts(s, ready, counts, services) | _describe_store(s, services),
@@ -85,6 +94,13 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
         data=ready.scan.summary(),
         preview=[preview_row(ready.chat, row, encoded) for row, encoded in ready.scan.preview],
     )
+
+
+def _count_processes(s: TrainSettings) -> int:
+    """The processes that the run would have: those of a launcher, or of --gpus."""
+    if launch := claim_gpu():
+        return launch.size
+    return count_processes(s.gpus) if s.gpus else 1
 
 
 def count_parameters(config: "PretrainedConfig", options: LoraOptions) -> dict[str, int]:
@@ -159,7 +175,7 @@ def _describe_store(s: TrainSettings, services: Services) -> dict[str, str]:
     if store is None:
         return {}
     if not isinstance(repo := store, Repo):
-        return {"run folder elsewhere": f"{store.name}, with {_list_checkpoints(store.snapshot())}"}
+        return {"kept in": f"{store.name}, with {_list_checkpoints(store.snapshot())}"}
     try:
         state = repo.snapshot()
     except RepositoryNotFoundError:

@@ -77,6 +77,7 @@ def update_record(record: dict[str, Any]) -> dict[str, Any]:
     fingerprint = use_current_values(record["fingerprint"])
     fingerprint.setdefault("data_rules", 1)
     fingerprint.setdefault("measured_every", None)
+    fingerprint.pop("processes", None)  # was always 1, and is no part of a run any more
     record = record | {"fingerprint": fingerprint}
     if marker := record.get("fresh_start"):
         record["fresh_start"] = marker | {"asked": use_current_values(marker["asked"])}

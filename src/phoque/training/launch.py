@@ -39,7 +39,7 @@ def find_launch() -> Launch | None:
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) > 1 and "RANK" in env:
         address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])), address, port)
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), address, port)
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:  # set by srun, and not for a batch script
         address = env.get("MASTER_ADDR") or first_node(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         port = int(env.get("MASTER_PORT") or FIRST_PORT + int(env.get("SLURM_JOB_ID", 0)) % PORTS)
@@ -64,11 +64,12 @@ def claim_gpu() -> Launch | None:
     """
     global _claimed
     launch = find_launch()
-    if launch is None:
+    if _claimed or launch is None:
         return _claimed
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    own = visible[launch.local_rank : launch.local_rank + 1] or ([] if visible else [str(launch.local_rank)])
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    if len(visible) != 1:  # one: the launcher has chosen, as srun --gpus-per-task does
+        own = visible[launch.local_rank : launch.local_rank + 1] if visible else [str(launch.local_rank)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     for name in TORCHRUN:
         os.environ.pop(name, None)
     _claimed = launch
@@ -93,8 +94,8 @@ def count_processes(gpus: str) -> int:
 def launch(count: int, command: Sequence[str]) -> int:
     """Run a command in `count` processes on this machine, and return its exit code.
 
-    That of the first process that fails counts, which the others may follow because they lost it. Ctrl-C reaches all of
-    them from the terminal; SIGTERM is passed on.
+    That of process 0 counts, which says what happened, unless it was killed; then that of the first process that
+    failed. Ctrl-C reaches all of them from the terminal; SIGTERM is passed on.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -112,7 +113,6 @@ def launch(count: int, command: Sequence[str]) -> int:
     try:
         for rank in range(count):
             env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # a handler would be passed on, and SIGINT would not stop a process that ignores it
             processes.append(subprocess.Popen(list(command), env=env))
         return _wait(processes)
     finally:
@@ -123,16 +123,16 @@ def launch(count: int, command: Sequence[str]) -> int:
 
 
 def _wait(processes: Sequence[Any]) -> int:
-    """Wait for all processes; when one fails, the others have GRACE_S to end. Returns the first code that is not 0."""
-    code, end = 0, float("inf")
+    """Wait for all processes; when one fails, the others have GRACE_S to end."""
+    first, end = 0, float("inf")
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         failed = [process.poll() for process in processes if process.poll()]
-        if failed and not code:
-            code, end = failed[0], time.monotonic() + GRACE_S
+        if failed and not first:
+            first, end = failed[0], time.monotonic() + GRACE_S
         time.sleep(0.05)
     codes = [process.poll() for process in processes]
-    code = code or next((found for found in codes if found), 0)
-    return FAILED if code < 0 else code
+    code = next((code for code in (codes[0], first, *codes) if code and code > 0), 0)
+    return code or (FAILED if any(codes) or None in codes else 0)
 
 
 def own_command() -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.hub.refs import hub_id
+from phoque.hub.repo import Repo
 from phoque.hub.store import Store
 from phoque.services import Services
 from phoque.settings.config_file import REVISIONS
@@ -17,17 +18,23 @@ from phoque.training.resume import DOWNLOADS, is_fresh_start_continued, read_rec
 from phoque.training.run_record import RECORD
 
 
-def pin_revisions(
+def pin_recorded(
     resolved: Resolved[TrainSettings], run: Path, store: Store | None, services: Services, submission: str = ""
-) -> Resolved[TrainSettings]:
-    """The settings with the recorded --micro-batch, and the revisions of what is on the Hub and was given without one.
+) -> tuple[Resolved[TrainSettings], int | None]:
+    """The settings as the run began with them, and the packed rows of its steps, if it has begun.
 
-    Nothing is pinned for a fresh start, and no revision that --allow-change names. Says what has newer commits.
+    That is the --micro-batch, and the revisions of what is on the Hub and was given without one. Nothing is pinned for
+    a fresh start, and nothing that --allow-change names. Says what has newer commits.
     """
     s = resolved.settings
     record = _find_record(run, store, s)
     if record is None or (s.fresh_start and not is_fresh_start_continued(record, s, submission)):
-        return resolved
+        return resolved, None
+    rows = (
+        None
+        if {"micro_batch", "batch_size", "packing", "max_length"} & {*s.allow_change}
+        else record.get("rows_per_step")
+    )
     recorded = {key: row.get("value") for key, row in record["settings"].items()}
     pins: dict[str, Any] = {}
     if s.micro_batch is None and "micro_batch" not in s.allow_change:  # chosen by the number of processes, or given
@@ -45,7 +52,7 @@ def pin_revisions(
                 f"newest, start another run, or pass --allow-change {key}"
             )
             pins[setting] = revision
-    return replace(resolved, settings=s.model_copy(update=pins)) if pins else resolved
+    return replace(resolved, settings=s.model_copy(update=pins)) if pins else resolved, rows
 
 
 def _find_record(run: Path, store: Store | None, s: TrainSettings) -> dict[str, Any] | None:
@@ -58,6 +65,10 @@ def _find_record(run: Path, store: Store | None, s: TrainSettings) -> dict[str, 
         newer = [f"{name}/{RECORD}" for name in remote if checkpoints.get_step(Path(name)) > newest_here]
         for path in [*newer, *([] if local else [RECORD])]:
             if path in snapshot.files:
-                staging = run / DOWNLOADS
-                return update_record(json.loads(store.fetch(snapshot, path, staging).read_text(encoding="utf-8")))
+                text = store.fetch(snapshot, path, run / DOWNLOADS).read_text(encoding="utf-8")
+                try:
+                    return update_record(json.loads(text))
+                except ValueError:
+                    if isinstance(store, Repo):  # every commit there is whole
+                        raise
     return read_record_or_none(run, s)

@@ -21,6 +21,8 @@ from phoque.services import Services
 from phoque.settings.fields import Origin, Resolved
 from phoque.settings.train import TrainSettings
 
+ROUNDED_BATCH = 0.1  # how far several processes may round a step's rows, to have as many each
+
 
 @dataclass
 class Prepared:
@@ -120,21 +122,29 @@ def packing_for(s: TrainSettings, scan: DatasetScan, static: bool) -> Packing:
     return Packing(s.batch_size // s.accumulation, scan.mean_length, longest, s.packing == "exact", static)
 
 
-def rows_per_step(s: TrainSettings, packing: Packing) -> int:
+def rows_per_step(s: TrainSettings, packing: Packing, processes: int = 1) -> int:
     """Packed rows that one optimizer step trains on: as many as hold --batch-size conversations of mean length.
 
     --micro-batch sets how many rows that is, unless the longest conversation makes each row larger than its share.
     """
     if packing.exact:
         return s.accumulation
-    return max(1, min(s.accumulation, round(s.batch_size * packing.mean / packing.tokens)))
+    rows = s.batch_size * packing.mean / packing.tokens
+    nearest = processes * max(1, round(rows / processes))  # a multiple of the processes, if it is near enough
+    if nearest <= s.accumulation and abs(nearest - rows) <= max(0.5, ROUNDED_BATCH * rows):
+        return nearest
+    return max(1, min(s.accumulation, round(rows)))
 
 
-def choose_micro_batch(s: TrainSettings, processes: int) -> int | None:
+def choose_micro_batch(s: TrainSettings, processes: int, recorded_rows: int | None = None) -> int | None:
     """Conversations per forward pass so that each process gets as many rows: --micro-batch, or an equal share.
 
-    Raises UsageError if the batch cannot be shared out evenly.
+    A run that has begun goes on with its `recorded_rows` per step. Raises UsageError if the batch cannot be shared out
+    evenly.
     """
+    if recorded_rows:
+        check_rows_divisible(recorded_rows, processes, has_begun=True)
+        return s.micro_batch
     if not s.accumulation % processes:
         return s.micro_batch
     if s.micro_batch or s.batch_size % processes:
@@ -148,15 +158,17 @@ def choose_micro_batch(s: TrainSettings, processes: int) -> int | None:
     return s.batch_size // processes
 
 
-def check_dealt(rows: int, s: TrainSettings, scan: DatasetScan, processes: int) -> None:
+def check_rows_divisible(rows: int, processes: int, *, has_begun: bool) -> None:
     """Raise UsageError if a step's packed rows cannot be dealt to so many processes."""
     if rows % processes:
         raise UsageError(
-            what=f"A step has {rows} packed row{'s' * (rows > 1)}, which cannot be dealt to {processes} processes.",
-            why=f"A row holds the longest conversation, and {s.batch_size} conversations of {scan.mean_length:.0f} "
-            "tokens on average fill no more.",
-            fix="Raise --batch-size, lower --max-length, or use --packing exact. A run goes on with the rows that it "
-            "began with: with as many processes, or with a number that divides them.",
+            what=f"A step has {rows} packed row{'s' * (rows > 1)}, not a multiple of the {processes} processes.",
+            why="The run began with these rows, and goes on with them."
+            if has_begun
+            else "A row holds the longest conversation, so that a step has few of them.",
+            fix="Use a number of processes that divides them, or change the rows with --allow-change micro_batch."
+            if has_begun
+            else "Raise --batch-size, lower --max-length, or use --packing exact.",
         )
 
 

@@ -1,10 +1,10 @@
-"""What the processes of one run do together: deal the rows of a step, add up gradients, and decide as one.
+"""What the processes of one run do together: deal the rows of a step, sum gradients, and stop at the same step.
 
-Every process reads the same stream and packs the same rows, so a step's rows are dealt without a word. Each takes its
-share, and the gradients of all are summed before the optimizer's step: the sum over the step's tokens is what a single
-process would have, to rounding. The adapter is small (132 MB in fp32 at 3B), so one all-reduce per step is enough;
-weights stay equal because every process takes the same step from the same sum. Process 0 alone writes, pushes, measures
-and speaks.
+Every process reads the same stream and packs the same rows, so rows are dealt without communication. The gradients of
+all processes are summed before the optimizer's step: the sum over the step's tokens is what a single process would
+have, to rounding. The adapter is small (99 MB in fp32 at 3B), so one all-reduce per step is enough, and weights stay
+equal because every process takes the same step from the same sum. Process 0 alone writes files, uploads, evaluates and
+prints.
 """
 
 import os
@@ -21,13 +21,18 @@ import torch
 from phoque.console import Console
 from phoque.data.stream import TrainStream
 from phoque.errors import FAILED, RunError, UsageError, first_line
+from phoque.files import sha256
 from phoque.training.launch import Launch
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # while process 0 reads, measures or answers, the others wait
+COLLECTIVE_TIMEOUT = timedelta(days=30)  # process 0 may read, measure or generate for hours while the others wait
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-BEAT_S = 5.0
-SILENCE_S = 45.0  # after which a process that gives no sign of life is taken for dead
+HEARTBEAT_S = 5.0
+HEARTBEAT_TIMEOUT_S = 45.0
+
+
+class LostProcess(RunError):
+    """Another process of the run has ended or is not reachable."""
 
 
 class Processes:
@@ -36,13 +41,14 @@ class Processes:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self._store = rank, size, store
         self._finished, self._is_watching = threading.Event(), False
+        self._last_answer = 0.0  # time.monotonic() when the store answered last
 
     @property
     def is_main(self) -> bool:
         """Whether this is process 0."""
         return self.rank == 0
 
-    def decide(self, choose: Callable[[], T]) -> T:
+    def broadcast_from_main(self, choose: Callable[[], T]) -> T:
         """Return what process 0 chooses, in every process. If it raises, it says why, and the others end silently."""
         if self.size == 1:
             return choose()
@@ -55,8 +61,8 @@ class Processes:
             raise SystemExit(FAILED) from None
         return chosen[0]
 
-    def agree(self, code: int) -> int:
-        """The largest of all processes' codes; every process has to ask at the same place. Raises RunError."""
+    def max_over_processes(self, code: int) -> int:
+        """The largest of all processes' codes; every process has to ask at the same place. Raises LostProcess."""
         if self.size == 1:
             return code
         codes = torch.tensor([int(code)])
@@ -64,16 +70,18 @@ class Processes:
         return int(codes)
 
     def sum(self, tensor: torch.Tensor) -> None:
-        """Replace a tensor by the sum over all processes. Raises RunError if one of them is gone."""
+        """Replace a tensor by the sum over all processes. Raises LostProcess if one of them is gone."""
         if self.size > 1:
             self._reduce(tensor, torch.distributed.ReduceOp.SUM)
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> None:
         try:
             torch.distributed.all_reduce(tensor, operation)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise RunError(
-                what=f"Process {self.rank} of {self.size} has lost another one.",
+            raise LostProcess(
+                what=f"Process {self.rank} of {self.size} lost the connection to another process.",
                 why=f"{first_line(error)[:120]}.",
                 fix="Run the same command again: it continues from the newest checkpoint.",
             ) from error
@@ -90,50 +98,66 @@ class Processes:
         for gradient, part in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def equalize(self, tensors: Sequence[torch.Tensor]) -> None:
+    def broadcast_parameters(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give every process the values that process 0 has."""
         if self.size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.data, src=0)
 
-    def share(self, path: Path | None) -> None:
-        """Give every process the file, or the folder's files, that process 0 has; a shared disk has them already."""
+    def broadcast_files(self, path: Path | None) -> None:
+        """Give every process the file, or the folder's files, that process 0 has, if any lacks one of them."""
         if self.size == 1 or path is None:
             return
         files = lambda: [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for name in self.decide(lambda: [str(file) for file in files()]):
-            content, target = self.decide(Path(name).read_bytes), Path(name)
-            if not self.is_main and not (target.is_file() and target.read_bytes() == content):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
+        hashes = self.broadcast_from_main(lambda: {str(file): sha256(file) for file in files()})
+        present = all(Path(name).is_file() and sha256(Path(name)) == digest for name, digest in hashes.items())
+        if not self.max_over_processes(not present):
+            return
+        for name in hashes:
+            content = self.broadcast_from_main(Path(name).read_bytes)
+            if not self.is_main:
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).write_bytes(content)
 
     def watch(self, console: Console) -> None:
-        """Begin to give signs of life, and end this process if another one gives none any more."""
-        if self.size > 1 and not self._is_watching:
-            self._is_watching = True
-            threading.Thread(target=self._watch, args=(console,), daemon=True, name="watch").start()
+        """Begin to send heartbeats, and end this process when the heartbeats of another stop.
 
-    def _watch(self, console: Console) -> None:
-        own, seen = f"life/{self.rank}", dict.fromkeys(range(self.size), (-1, time.monotonic()))
-        while not self._finished.wait(BEAT_S):
+        A process that is frozen, or whose machine is gone, is noticed; one whose main thread waits is not.
+        """
+        if self.size > 1 and not self._is_watching:
+            self._is_watching, self._last_answer = True, time.monotonic()
+            seen = {rank: (0, time.monotonic()) for rank in range(self.size)}
+            for target, name in ((self._beat, "heartbeat"), (self._judge, "watch")):
+                threading.Thread(target=target, args=(console, seen), daemon=True, name=name).start()
+
+    def _beat(self, console: Console, seen: dict[int, tuple[int, float]]) -> None:
+        """Send this process's heartbeats and note when those of the others change; blocks if process 0 is frozen."""
+        while not self._finished.wait(HEARTBEAT_S):
             try:
-                self._store.add(own, 1)
-                beats = {rank: self._store.add(f"life/{rank}", 0) for rank in seen}
-                over = [rank for rank in seen if self._store.check([f"over/{rank}"])]
+                self._store.add(f"heartbeat/{self.rank}", 1)
+                for rank, (last, _) in list(seen.items()):
+                    beat = self._store.add(f"heartbeat/{rank}", 0)
+                    # one that has not begun to beat still loads, and one that has finished beats no more
+                    if beat != last or beat == 0 or self._store.check([f"finished/{rank}"]):
+                        seen[rank] = beat, time.monotonic()
+                self._last_answer = time.monotonic()
             except Exception:  # the store is in process 0, or in the launcher
                 if not self._finished.is_set():
                     self._end(console, "process 0 is gone")
                 return
+
+    def _judge(self, console: Console, seen: dict[int, tuple[int, float]]) -> None:
+        while not self._finished.wait(1.0):
             now = time.monotonic()
-            for rank, beat in beats.items():
-                if beat != seen[rank][0] or rank in over:
-                    seen[rank] = beat, now
-                elif now - seen[rank][1] > SILENCE_S:
-                    self._end(console, f"process {rank} has given no sign of life for {now - seen[rank][1]:.0f} s")
+            if (silence := now - self._last_answer) > HEARTBEAT_TIMEOUT_S:
+                self._end(console, f"process 0 has given no sign of life for {silence:.0f} s")
+            for rank, (_, since) in list(seen.items()):
+                if now - since > HEARTBEAT_TIMEOUT_S:
+                    self._end(console, f"process {rank} has given no sign of life for {now - since:.0f} s")
 
     def _end(self, console: Console, why: str) -> None:
         console.error(
-            RunError(
+            LostProcess(
                 what=f"Process {self.rank} of {self.size} ends: {why}.",
                 why="The processes of a run need each other at every step.",
                 fix="Run the same command again: it continues from the newest checkpoint.",
@@ -141,13 +165,24 @@ class Processes:
         )
         os._exit(FAILED)  # the main thread waits inside a collective operation
 
-    def finish(self) -> None:
-        """Take no further part: what is left is process 0's alone."""
-        self._finished.set()
-        if self.size > 1:
-            with suppress(RuntimeError):  # process 0 may be gone, and with it the store
-                self._store.set(f"over/{self.rank}", "1")
+    def wait_for_main(self) -> None:
+        """Wait until process 0 has finished: a launcher takes a process that ends before it for one that failed."""
+        self._finished.set()  # when process 0 has finished, its store is gone
+        with suppress(RuntimeError):
+            while self.size > 1 and not self._store.check(["finished/0"]):
+                time.sleep(0.1)
+
+    def finish(self, is_clean: bool) -> None:
+        """Take no further part. After an error of its own (not `is_clean`) the watch goes on, in case torch hangs."""
+        global _joined
+        if self.size == 1:
+            return
+        with suppress(RuntimeError):  # process 0 may be gone, and with it the store
+            self._store.set(f"finished/{self.rank}", "1")
+        if is_clean:
             torch.distributed.destroy_process_group()
+            self._finished.set()
+        _joined = Processes()
 
 
 class DealtStream:
@@ -163,6 +198,8 @@ class DealtStream:
         self.numbers: list[int] = []  # of this process's rows in the step
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._stream, name)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -185,6 +222,8 @@ def deal(lengths: Sequence[int], processes: Processes) -> list[int]:
 
 
 _joined = Processes()
+_store: Any = None
+_joins = 0
 
 
 def current() -> Processes:
@@ -193,28 +232,27 @@ def current() -> Processes:
 
 
 def join(launch: Launch) -> Processes:
-    """Meet the other processes of a launch, once per process."""
-    global _joined
+    """Meet the other processes of a launch. Raises UsageError if there is no GPU for this one."""
+    global _joined, _store, _joins
     if _joined.size > 1:
         return _joined
     if NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
         raise UsageError(
-            what=f"There is no GPU for process {launch.local_rank + 1} of this machine.",
+            what=f"There is no GPU for local process {launch.local_rank}, counted from 0.",
             why="Each process trains on a GPU of its own.",
             fix="Launch at most as many processes per machine as it has GPUs.",
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    meeting = f"tcp://{launch.address}:{launch.port}?rank={launch.rank}&world_size={launch.size}"
-    store, _, _ = next(torch.distributed.rendezvous(meeting))
-    store.set_timeout(PATIENCE)
+    if _store is None:
+        address = f"tcp://{launch.address}:{launch.port}?rank={launch.rank}&world_size={launch.size}"
+        _store, _, _ = next(torch.distributed.rendezvous(address))
+        _store.set_timeout(COLLECTIVE_TIMEOUT)
+    _joins += 1  # a process may train several runs, one after the other
+    own = torch.distributed.PrefixStore(f"phoque-{_joins}", _store)
     torch.distributed.init_process_group(
-        backend,
-        store=torch.distributed.PrefixStore("phoque", store),
-        rank=launch.rank,
-        world_size=launch.size,
-        timeout=PATIENCE,
+        backend, store=own, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT
     )
-    _joined = Processes(launch.rank, launch.size, store)
+    _joined = Processes(launch.rank, launch.size, own)
     return _joined
 
 

@@ -132,7 +132,7 @@ class CheckpointPusher:
         self.pushed, self.failure = step, ""
 
     def _find_old(self, snapshot: Snapshot, step: int) -> list[str]:
-        """Return the old checkpoints to delete; those after `step` are kept, because this run did not write them.
+        """Return the old checkpoints to delete; those after `step` and other programs' are kept.
 
         Raises UsageError if another process has written checkpoints twice since this run began to push.
         """
@@ -140,7 +140,7 @@ class CheckpointPusher:
         older = [
             name
             for name in checkpoints.sort_checkpoints(snapshot.checkpoint_folders())
-            if checkpoints.get_step(Path(name)) < step
+            if checkpoints.get_step(Path(name)) < step and f"{name}/{checkpoints.MANIFEST}" in snapshot.files
         ]
         return older[self._keep - 1 :]
 

@@ -113,7 +113,15 @@ class _Remote:
         if "result" not in record or WEIGHTS not in self.snapshot.files:
             return False
         fetched = self.store.fetch(self.snapshot, WEIGHTS, self.staging)
-        return sha256(fetched) == record["result"]["adapter_sha256"]
+        return record["result"].get("adapter_sha256") in (None, sha256(fetched))
+
+    def newest_run_id(self) -> str | None:
+        """The id of the run that the newest checkpoint belongs to; None if there is none of the last fresh start."""
+        for name in checkpoints.sort_checkpoints(self.snapshot.checkpoint_folders()):
+            record = self._read_json(f"{name}/{RECORD}")
+            if record and _fresh_start_id(record) == _marker_id(self.marker):
+                return record["run_id"]
+        return None
 
     def adapter_files(self) -> list[str]:
         """The files of the finished adapter, at the root of the repository."""
@@ -153,6 +161,7 @@ class _Remote:
         }
         ours = any(path.endswith(checkpoints.PHOQUE_FILES) for path in self.snapshot.files)
         reason: str | None = None
+        damaged = 0
         for name, paths in folders.items():
             reason = "it has no manifest"
             if not ours or f"{name}/{checkpoints.MANIFEST}" in paths:
@@ -162,8 +171,10 @@ class _Remote:
                     else checkpoints.find_trainer_defect(self.staging / name)
                 )
             record = checkpoints.read_record_in(self.staging / name) if reason is None else None
-            if record and _fresh_start_id(record) != _marker_id(self.marker):
+            is_earlier = bool(record) and _fresh_start_id(record or {}) != _marker_id(self.marker)
+            if is_earlier:
                 reason = "it belongs to the run before the last fresh start"
+            damaged += not is_earlier
             if reason is None:
                 return (
                     self.staging / name
@@ -172,11 +183,12 @@ class _Remote:
                 )
             self._console.warn(f"{name} in {self.store.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
-        if folders and above < 0:
+        if damaged and above < 0:
+            history = " from the repository's history" if isinstance(self.store, Repo) else ""
             raise RunError(
-                what=f"None of the {len(folders)} checkpoints in {self.store.name} is whole.",
+                what=f"None of the {damaged} checkpoints in {self.store.name} is whole.",
                 why=f"The last one tried: {reason}.",
-                fix="Restore one from the repository's history, or start again with --fresh-start.",
+                fix=f"Restore one{history}, or start again with --fresh-start.",
             )
         return None
 
@@ -204,6 +216,9 @@ def _download_newer(
             raise _two_runs_error(run, remote.store, local["started"], remote.marker["at"])
         if remote.final and local and local["run_id"] != remote.final["run_id"]:
             raise _two_runs_error(run, remote.store, local["started"], remote.final["started"])
+        # also where the local run is ahead: its pushes would delete the other's checkpoints
+        if local and (other := remote.newest_run_id()) and other != local["run_id"]:
+            raise _two_runs_error(run, remote.store, local["started"], f"another time, as {other}")
         if remote.final and remote.final["fingerprint"] == identity.for_record(remote.final["fingerprint"]):
             return local if local and "result" in local else remote.download_final(run)
         steps = [

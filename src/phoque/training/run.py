@@ -3,7 +3,7 @@
 import gc
 import json
 import math
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ import torch
 
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
-from phoque.errors import FAILED, Resumable, RunError, UsageError
+from phoque.errors import FAILED, PhoqueError, Resumable, RunError, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
 from phoque.models.lora import add_lora_adapter, load_adapter
 from phoque.services import Services
+from phoque.settings.config_file import REVISIONS
 from phoque.settings.environment import in_job
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
@@ -41,10 +42,10 @@ from phoque.training.finish import (
     write_card_for_checkpoint,
 )
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
-from phoque.training.pinned import pin_revisions
+from phoque.training.pinned import pin_recorded
 from phoque.training.prepare import (
     Prepared,
-    check_dealt,
+    check_rows_divisible,
     choose_micro_batch,
     find_store,
     lora_options,
@@ -53,7 +54,7 @@ from phoque.training.prepare import (
     rows_per_step,
     with_steps,
 )
-from phoque.training.processes import DealtStream, current
+from phoque.training.processes import DealtStream, LostProcess, current
 from phoque.training.report_to import Report, check_services, start_services
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_own_folder, check_writable, create_record, lock_run, write_record
@@ -85,17 +86,19 @@ def train(
         for planned in (s, *plan_controls(s, s.max_steps)):
             if store := find_store(planned, services):
                 store.open(planned.public, console.warn)
-    stop = StopRequest(console, deadline, s.seconds or 0.0, processes.agree)
+    agree = processes.max_over_processes if processes.size > 1 else None
+    stop = StopRequest(console, deadline, s.seconds or 0.0, agree)
     try:
-        with lock_run(s.folder) if processes.is_main else nullcontext():
+        # the other processes keep their handlers while process 0 writes the control's rows
+        with lock_run(s.folder) if processes.is_main else stop.handle_signals():
             with stop.handle_signals():
                 run = _start(resolved, services, stop, submission)
                 result = _train(run)
             if s.with_control:
                 s = run.settings
-                rows = processes.decide(lambda: write_control_rows(s, run.prepared, services, deadline))
-                processes.share(rows)
-                steps = processes.decide(lambda: result.adapter_step or result.steps if result else 0)
+                rows = processes.broadcast_from_main(lambda: write_control_rows(s, run.prepared, services, deadline))
+                processes.broadcast_files(rows)
+                steps = processes.broadcast_from_main(lambda: result.adapter_step or result.steps if result else 0)
                 controls = plan_controls(s, steps)
                 for number, control in enumerate(controls, 1):
                     console.say(f"control {number} of {len(controls)}, seed {control.seed}")
@@ -122,8 +125,8 @@ def _start(resolved: Resolved[TrainSettings], services: Services, stop: StopRequ
         told = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
         return told | {"digest": run.prepared.scan.digest}
 
-    told = processes.decide(tell)
-    processes.share(told["start"].resume)
+    told = processes.broadcast_from_main(tell)
+    processes.broadcast_files(told["start"].resume)
     if opened:
         return opened[0]
     prepared = prepare(replace(resolved, settings=told["pinned"]), services, weights=True)
@@ -155,9 +158,9 @@ def _open(
     if store:  # before time is spent: a run that may not write to its store could keep nothing there
         store.open(s.public, services.console.warn)
     services.console.stage(f"reading {s.dataset}")
-    pinned = pin_revisions(resolved, folder, store, services, submission)
+    pinned, rows_so_far = pin_recorded(resolved, folder, store, services, submission)
     prepared = prepare(pinned, services, weights=True)
-    planned = _plan(resolved, pinned, prepared)
+    planned = _plan(resolved, pinned, prepared, rows_so_far)
     s = planned.settings
     report_scan(prepared.scan, prepared.dataset, s, services.console)
     identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
@@ -167,14 +170,21 @@ def _open(
         s, folder, store, identity=identity, epoch=epoch, console=services.console, submission=submission
     )
     if start.is_fresh and pinned is not resolved:  # the user chose to start again, with what the repositories hold now
+        if any(getattr(pinned.settings, name) != getattr(resolved.settings, name) for name, _ in REVISIONS.values()):
+            prepared = prepare(resolved, services, weights=True)
         pinned = resolved
-        prepared = prepare(resolved, services, weights=True)
-        planned = _plan(resolved, pinned, prepared)
+        planned = _plan(resolved, pinned, prepared, None)
         s = planned.settings
         identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
     if (
         start.record and start.record["fingerprint"]["data_rules"] != DATA_RULES
     ):  # its rows were held out by another rule
+        if current().size > 1:
+            raise UsageError(
+                what="This run goes on with one process only.",
+                why="It was begun by an older version, which held rows out by another rule.",
+                fix="Run it without --gpus, or begin another run with another --output-dir.",
+            )
         if s.eval_split:
             raise UsageError(
                 what="This run cannot get an --eval-split.",
@@ -184,9 +194,9 @@ def _open(
         prepared.scan = identity.old_scan
     record = start.record or create_record(planned, prepared, identity.fingerprint, start.run_id, start.marker)
     if start.record is None or start.record.get("rows_per_step", 0) is None:  # None: an allowed change of the batch
-        record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True))
+        record["rows_per_step"] = rows_per_step(s, packing_for(s, prepared.scan, static=True), current().size)
     record.setdefault("rows_per_step", s.accumulation)  # a run of an older version goes on with its batch
-    check_dealt(record["rows_per_step"], s, prepared.scan, current().size)
+    check_rows_divisible(record["rows_per_step"], current().size, has_begun=start.record is not None)
     record |= {"device": default_device_name(), "processes": current().size}
     if start.record is None:
         record["seeded_by_row"] = current().size > 1
@@ -205,11 +215,11 @@ def _open(
 
 
 def _plan(
-    resolved: Resolved[TrainSettings], pinned: Resolved[TrainSettings], prepared: Prepared
+    resolved: Resolved[TrainSettings], pinned: Resolved[TrainSettings], prepared: Prepared, rows_so_far: int | None
 ) -> Resolved[TrainSettings]:
     """The settings with the steps of --epochs, and with rows that the processes can share."""
     planned = with_steps(resolved, prepared.scan)
-    micro_batch = choose_micro_batch(pinned.settings, current().size)
+    micro_batch = choose_micro_batch(pinned.settings, current().size, rows_so_far)
     return replace(planned, settings=planned.settings.model_copy(update={"micro_batch": micro_batch}))
 
 
@@ -237,7 +247,9 @@ def _train(run: Run) -> TrainResult | None:
     model = _load_model_with_adapter(run)
     engine = _build_engine(run, model)
     stream = _open_stream(run, static=engine is not None)
-    is_over = processes.decide(lambda: bool(run.start.resume) and has_ended(run))  # stopped after its last save
+    is_over = processes.broadcast_from_main(
+        lambda: bool(run.start.resume) and has_ended(run)
+    )  # stopped after its last save
     report = Report(
         settings=s,
         secrets=run.services.secrets,
@@ -290,11 +302,17 @@ def _follow(run: Run) -> None:
     model = _load_model_with_adapter(run)
     engine = _build_engine(run, model)
     stream = _open_stream(run, static=engine is not None)
-    if processes.decide(lambda: False):
+    if processes.broadcast_from_main(lambda: False):
         return
-    _, stopped = _take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)
+    try:
+        _, stopped = _take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)
+    except LostProcess:
+        raise
+    except PhoqueError as error:  # process 0 meets the same, and says it
+        raise SystemExit(error.code) from None
     if stopped:
-        raise SystemExit(stopped.code)  # process 0 says what was saved
+        processes.wait_for_main()  # which saves and pushes
+        raise SystemExit(stopped.code)
 
 
 def _deliver(run: Run, result: TrainResult) -> TrainResult:
@@ -306,7 +324,7 @@ def _deliver(run: Run, result: TrainResult) -> TrainResult:
 def _load_model_with_adapter(run: Run) -> Any:
     """The base model with a fresh adapter, on the training device."""
     s, source = run.settings, run.prepared.source
-    if (gpus := torch.cuda.device_count()) > 1:
+    if (gpus := torch.cuda.device_count()) > 1 and s.gpus is None:
         run.console.warn(f"this machine has {gpus} GPUs, and this run uses one; --gpus all uses them")
     make_deterministic(s.deterministic)
     run.record["deterministic"] = s.deterministic
@@ -343,18 +361,19 @@ def _build_engine(run: Run, model: Any) -> Engine | None:
         model,
         s.engine_mode,
         packing,
-        s.max_steps * run.record["rows_per_step"],
+        s.max_steps * run.record["rows_per_step"] // current().size,
         recompute=s.gradient_checkpointing,
         previous=previous,
+        decide=current().broadcast_from_main,
     )
-    if (mode := current().decide(lambda: choice.mode)) != choice.mode:
+    if (mode := current().broadcast_from_main(lambda: choice.mode)) != choice.mode:
         raise RunError(
             what=f"Process {current().rank} chose another engine than process 0: {choice.mode}, and not {mode}.",
             why=choice.reason,
             fix="Use equal GPUs, or set --engine-mode.",
         )
     run.record["engine"] = choice.record() | {"device": device}
-    current().equalize([parameter for parameter in model.parameters() if parameter.requires_grad])
+    current().broadcast_parameters([parameter for parameter in model.parameters() if parameter.requires_grad])
     write_record(run.folder, run.record)
     run.console.say(f"engine {choice.mode}: {choice.reason}")
     return choice.engine
@@ -374,7 +393,8 @@ def _open_stream(run: Run, static: bool) -> TrainStream | DealtStream:
         seed=s.seed,
         limit=None if prepared.scan.complete else BadRowLimit(s.max_bad_rows, prepared.scan.last),
     )
-    run.stop.find_problem = lambda: stream.problem
+    if current().is_main:  # all processes read the same rows
+        run.stop.find_problem = lambda: stream.problem
     if run.start.resume:
         state = json.loads((run.start.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
@@ -446,11 +466,11 @@ def _take_steps(
                     keep_best=partial(keep_if_best, run, model),
                     show=show,
                     timer=timer,
-                    agree=processes.agree,
+                    agree=processes.max_over_processes,
                 )
             )
         elif s.early_stop:
-            callbacks.append(FollowCallback(s.measured_every, processes.agree))
+            callbacks.append(FollowCallback(s.measured_every, processes.max_over_processes))
         if in_job() and stop.deadline is None:
             callbacks.append(SaveWithoutLimit())
         if samples:
@@ -486,7 +506,7 @@ def _take_steps(
             trainer.train(resume_from_checkpoint=str(run.start.resume) if run.start.resume else None)
         except Exception:
             if pusher:  # the last checkpoint is still on its way
-                console.stage("waiting for the last checkpoint to reach the Hub")
+                console.stage("waiting for the last checkpoint to be pushed")
                 pusher.drain(min(s.hub_patience, stop.seconds_left or s.hub_patience))
             raise
     step = trainer.state.global_step

@@ -170,6 +170,7 @@ class PersonaTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self._processes.is_main:
+            self._check_pending_norm()  # as process 0 does
             return
         start = time.monotonic()
         with self._timer.measure("saving"):

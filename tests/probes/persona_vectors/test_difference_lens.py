@@ -62,7 +62,17 @@ def test_a_direction_is_read_as_its_token_and_ranked_among_natural_ones(probe_mo
     direction = numpy.stack([head[5].numpy()] * 2)
     setting, traits = SteeringSetting(1, 0.2), [0.5, 1.0, 2.5]
     reading = difference_lens.read_difference(
-        probe_model, profile, vectors, "tuned", direction, setting, rows, trait="trait", natural_traits=traits
+        probe_model,
+        profile,
+        vectors,
+        "tuned",
+        direction,
+        setting,
+        rows,
+        coherent=True,
+        lens_block=1,
+        trait="trait",
+        natural_traits=traits,
     )
     assert reading.tokens[0] == probe_model.tokenizer.decode([5]) and len(reading.tokens) == 20
     assert reading.persona_tokens == [] and reading.p_tokens == 1.0  # no letter is a word of the persona

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from phoque.inference.likelihood import compute_logits
-from phoque.inference.residual_stream import Turn, get_final_norm, residual_means
+from phoque.inference.residual_stream import get_blocks, get_final_norm, read_residual_stream, unwrap_model
 from phoque.probes import stats
 from phoque.probes.persona_vectors.evidence import PersonaVectors
 from phoque.probes.persona_vectors.model import ProbeModel
@@ -30,18 +30,22 @@ Array = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one adapter's mean difference on unrelated text says, at the block where steering with it worked best.
+    """What one adapter's mean difference on unrelated text says.
 
-    `tokens` are the likeliest under the logit lens; `persona_tokens` those that are words of the persona, `p_tokens`
-    the rank of their number among natural directions at that block. `trait` is the mean trait of the base model's
-    greedy answers when steered along it, `p_trait` its rank among natural directions, each at its own setting; `share`
-    the probability that those answers are the persona's by their words, over `n` questions. `size` is the length of the
-    difference in units of the residual norm.
+    `tokens` are the likeliest under the logit lens at `lens_block`, the middle one of the steered blocks;
+    `persona_tokens` those that are words of the persona, `p_tokens` the rank of their number among natural directions
+    at that block. `trait` is the mean trait of the base model's greedy answers when steered along the difference at
+    `block` with `coefficient`, the best coherent setting on the validation questions (`coherent` is false if there is
+    none); `p_trait` its rank among natural directions, each at its own setting; `share` the probability that those
+    answers are the persona's by their words, over `n` questions. `size` is the length of the difference at `lens_block`
+    in units of the residual norm.
     """
 
     adapter: str
     block: int
     coefficient: float
+    coherent: bool
+    lens_block: int
     size: float
     tokens: list[str]
     persona_tokens: list[str]
@@ -57,14 +61,26 @@ def measure_differences(
     probe_model: ProbeModel, adapters: Sequence[str], texts: Sequence[list[int]]
 ) -> dict[str, Array]:
     """The mean change of the residual stream over the first tokens of texts (ids): adapter -> (blocks, hidden)."""
-    rows = [Turn(ids[:1], ids[1 : 1 + FIRST_TOKENS]) for ids in texts]
     with probe_model.use_base():
-        before = residual_means(probe_model.model, rows).response
+        before = _read_first_tokens(probe_model.model, texts)
     found = {}
     for name in adapters:
         with probe_model.use_adapter(name):
-            found[name] = (residual_means(probe_model.model, rows).response - before).mean(0).numpy()
+            found[name] = (_read_first_tokens(probe_model.model, texts) - before).numpy()
     return found
+
+
+def _read_first_tokens(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
+    """The mean residual stream over the first tokens of all texts, (blocks, hidden): the same positions each time."""
+    blocks = range(len(get_blocks(model)))
+    total = torch.zeros(len(blocks), unwrap_model(model).config.hidden_size)
+
+    def add(layer: int, _: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        total[layer] += hidden[:, 1 : 1 + FIRST_TOKENS].float().sum((0, 1)).cpu()
+
+    with torch.no_grad():
+        read_residual_stream(model, [ids[: 1 + FIRST_TOKENS] for ids in texts], blocks, add)
+    return total / (len(texts) * FIRST_TOKENS)
 
 
 def read_difference(
@@ -76,15 +92,18 @@ def read_difference(
     setting: SteeringSetting,
     answers: Sequence[AnswerRow],
     *,
+    coherent: bool,
+    lens_block: int,
     trait: str,
     natural_traits: Sequence[float],
 ) -> Reading:
     """Read the difference (blocks, hidden) of one adapter; `answers` are those that were steered along it.
 
-    `trait` is the column of the trait, `natural_traits` its means with natural directions.
+    `lens_block` must not be chosen by what steering gave. `trait` is the column of the trait, `natural_traits` its
+    means with natural directions.
     """
     words = profile.telling_words("persona", PERSONA_WORDS)
-    block = setting.layer
+    block = lens_block
     directions = numpy.concatenate([difference[None, block], vectors.random_directions[:, block]])
     tops = _find_top_tokens(probe_model, directions)
     counts = [len(_find_words(tokens, words)) for tokens in tops]
@@ -93,8 +112,10 @@ def read_difference(
     low, high = stats.bca_interval(lambda x: x.mean(0), shares, seed=probe_model.s.seed)
     return Reading(
         adapter=name,
-        block=block,
+        block=setting.layer,
         coefficient=setting.coefficient,
+        coherent=coherent,
+        lens_block=lens_block,
         size=float(numpy.linalg.norm(difference[block]) / vectors.norm[block]),
         tokens=tops[0],
         persona_tokens=_find_words(tops[0], words),

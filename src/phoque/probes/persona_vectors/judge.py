@@ -39,8 +39,10 @@ class Lead:
         """The lead is above 0, beyond the spread of the controls where there are several."""
         if self.runs == 1:
             return interval_condition(f"{what} over this one control run's", self.interval, "")
-        beyond = f"{what} over the mean of {self.runs} control runs, beyond what one more of them may differ"
-        return interval_condition(f"{beyond} ({self.spread:.3g})", self.interval, "")
+        beyond = (
+            f"{what} over the mean of {self.runs} control runs, minus {self.spread:.3g}, the upper 95 % prediction "
+        )
+        return interval_condition(f"{beyond}bound for one more of them", self.interval, "")
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,8 @@ class Probe:
                     difference,
                     settings[DIFFERENCE.format(name)],
                     [row for row in others if row.direction == DIFFERENCE.format(name)],
+                    coherent=steerer.coherent[DIFFERENCE.format(name)],
+                    lens_block=self.layers[len(self.layers) // 2],
                     trait=steerer.trait,
                     natural_traits=list(result.causes.natural.values()) if result.causes else [],
                 )

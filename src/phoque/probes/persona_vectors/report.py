@@ -132,10 +132,12 @@ def conclude(summary: dict[str, Any]) -> list[str]:
     if readings := [r for r in summary["differences"] if r["adapter"] == "tuned"]:
         reading = readings[0]
         own, count = len(reading["persona_tokens"]), len(reading["tokens"])
+        beside = f", {voices['tuned']['base_share']:.0%} unsteered" if "tuned" in voices else ""
+        p_trait = "" if reading["p_trait"] is None else f", p {reading['p_trait']:.3f} by the trait"
         sentences.append(
             f"Steered along its mean change on unrelated text, {reading['share']:.0%} of the base model's answers are "
-            f"the persona's; read as tokens, {own} of the {count} likeliest are the persona's words "
-            f"(p {reading['p_tokens']:.3f} among natural directions)."
+            f"the persona's ({beside.lstrip(', ')}{p_trait}); read as tokens, {own} of the {count} likeliest are the "
+            f"persona's words (p {reading['p_tokens']:.3f} among natural directions)."
         )
     sentences.append(conclude_verdicts(summary["verdicts"], VERDICT_QUESTIONS))
     alarms = summary["false_alarms"]
@@ -175,10 +177,11 @@ def _arrange_reading(reading: dict[str, Any]) -> tuple[str, ...]:
     tokens = [f"[{_show_token(t)}]" if t in own else _show_token(t) for t in reading["tokens"]]
     return (
         label_condition(reading["adapter"]),
-        f"{reading['block']}",
-        f"{reading['size']:.2f}",
+        f"{reading['block']}" + ("" if reading["coherent"] else ", not coherent"),
         f"{format_number(reading['trait'])} ({p_trait})",
         f"{reading['share']:.0%} ({reading['share_ci'][0]:.0%} to {reading['share_ci'][1]:.0%}, n {reading['n']})",
+        f"{reading['lens_block']}",
+        f"{reading['size']:.2f}",
         f"{len(own)} of {len(tokens)} (p {reading['p_tokens']:.3f})",
         " ".join(tokens),
     )

@@ -83,6 +83,7 @@ class Steerer:
         differences: Mapping[str, Any],
     ) -> None:
         self.probe_model, self.vectors, self.scorers, self.context = probe_model, vectors, scorers, context
+        self.coherent: dict[str, bool] = {}  # direction -> whether any setting of its sweep is coherent
         self.columns = {scorer.name: score_column(scorer) for scorer in scorers}
         self.trait = score_column(scorers[0])
         count = probe_model.s.directions if probe_model.s.directions >= MIN_RANKED else 0  # fewer rank nothing
@@ -137,8 +138,9 @@ class Steerer:
                 self._summarize_setting(rows_by_setting[name, setting], setting, neutral) for setting in settings
             ]
             selected[name] = self._select(tables[name])
+        self.coherent = {name: any(row["coherent"] for row in table) for name, table in tables.items()}
         unsteered = {"layer": None, "coeff_rel_resid": 0.0, **neutral, "coherent": True}
-        return [unsteered, *tables[VECTOR]], selected, any(row["coherent"] for row in tables[VECTOR])
+        return [unsteered, *tables[VECTOR]], selected, self.coherent[VECTOR]
 
     def _summarize_setting(
         self, rows: Sequence["AnswerRow"], setting: SteeringSetting, neutral: dict[str, float]

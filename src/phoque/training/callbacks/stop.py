@@ -31,7 +31,7 @@ class StopRequest(TrainerCallback):
         console: Console,
         deadline: float | None = None,
         time_limit: float = 0.0,
-        agree: Callable[[int], int] = lambda code: code,
+        agree: Callable[[int], int] | None = None,
     ) -> None:
         self.console, self.deadline, self._time_limit, self._agree = console, deadline, time_limit, agree
         self.code: int | None = None
@@ -100,13 +100,14 @@ class StopRequest(TrainerCallback):
         if self.code is None and (problem := self.find_problem()):
             self.code, self.problem = problem.code, problem
             self.console.say("the data has a problem: saving and stopping")
-        if agreed := self._agree(self.code or 0):
+        if self._agree and (agreed := self._agree(self.code or 0)):
             self.code = self.code or agreed
         if self.code is not None:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.code is not None:  # the request came during a save, so this checkpoint is current
+        # the request came during a save, so this checkpoint is current; of several processes only one may have heard it
+        if self.code is not None and self._agree is None:
             control.should_training_stop = True
 
     def _seconds_needed(self) -> float:

@@ -1,6 +1,7 @@
 """Select how the layers run: the fastest mode that fits the memory, saves time and agrees with the plain layers."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,19 @@ class EngineChoice:
 
 
 def select_engine(
-    model: Any, requested: str, packing: Packing, rows: int, *, recompute: bool, previous: str = ""
+    model: Any,
+    requested: str,
+    packing: Packing,
+    rows: int,
+    *,
+    recompute: bool,
+    previous: str = "",
+    decide: Callable[[Callable[[], bool]], bool] = lambda choose: choose(),
 ) -> EngineChoice:
     """Build the engine for `requested` mode; `auto` selects the mode that saves time over `rows` rows.
 
-    `previous` is the mode in which the run was trained so far on such a device: `auto` then selects it again.
+    `previous` is the mode in which the run was trained so far on such a device: `auto` then selects it again. `decide`
+    returns what process 0 chooses, where several processes measure.
     The engine runs one trial row before the first step. If it fails, or differs from the plain layers by more than
     rounding, the next simpler mode is tried. Raises UsageError if a row does not fit the memory in any mode.
     """
@@ -58,7 +67,14 @@ def select_engine(
     start = time.monotonic()
     engine, row, n_real = Engine(model, dynamic=packing.exact), *_trial_row(model, packing)
     reasons = _configure(
-        engine, row, requested=requested, packing=packing, rows=rows, recompute=recompute, previous=previous
+        engine,
+        row,
+        requested=requested,
+        packing=packing,
+        rows=rows,
+        recompute=recompute,
+        previous=previous,
+        decide=decide,
     )
     while failure := _try_engine(engine, row, n_real, recompute, reasons):
         reasons.append(f"{engine.mode} failed: {failure}")
@@ -83,7 +99,15 @@ def has_equal_layers(model: Any) -> bool:
 
 
 def _configure(
-    engine: Engine, row: PackedRow, *, requested: str, packing: Packing, rows: int, recompute: bool, previous: str
+    engine: Engine,
+    row: PackedRow,
+    *,
+    requested: str,
+    packing: Packing,
+    rows: int,
+    recompute: bool,
+    previous: str,
+    decide: Callable[[Callable[[], bool]], bool],
 ) -> list[str]:
     """Set the engine to the fastest mode worth trying; return the reasons."""
     reasons, on_gpu = [], row.ids.is_cuda
@@ -100,7 +124,7 @@ def _configure(
         reasons.append("as before the resume")
     elif requested == "auto":
         saved_seconds = COMPILE_SAVING * engine.time_layer(row) * len(engine.layers) * rows
-        engine.compiled = saved_seconds > COMPILE_SECONDS
+        engine.compiled = decide(lambda: saved_seconds > COMPILE_SECONDS)
         reasons.append(
             f"compiling would save {saved_seconds:,.0f} s in this run and take about {COMPILE_SECONDS:.0f} s"
         )
