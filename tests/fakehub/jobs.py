@@ -73,6 +73,7 @@ class Jobs:
     ) -> None:
         self.root, self.env, self.grace, self.start, self.mount = root, env, grace, start, mount
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.has_machines = True  # False: what is submitted stays in the queue
 
     def submit(self, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
         number = f"{len(self.jobs) + 1:024x}"
@@ -123,6 +124,10 @@ class Jobs:
         self.jobs[number]["stage"] = "CANCELED"
 
     def _run(self, job: dict[str, Any]) -> None:
+        while not self.has_machines and job["stage"] == "SCHEDULING":
+            time.sleep(0.05)
+        if job["stage"] != "SCHEDULING":
+            return
         spec, folder = job["spec"], self.root / f"container-{job['id']}"
         for attempt in range(spec.get("attempts") or 1):
             place = folder / str(attempt)  # what is on a container's disk is gone with it

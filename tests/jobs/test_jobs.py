@@ -615,3 +615,17 @@ def test_verify_onnx_says_in_a_job_what_it_says_here(cluster, phoque, tmp_path):
     verdicts = [re.findall(r"^ *(FAIL +files .*?): ", text, re.MULTILINE) for text in (here.out, ran.err)]
     assert verdicts[0] and verdicts[0] == verdicts[1], ran.err
     assert "exit code: 1" in ran.error[1]
+
+
+IMPATIENT = "import phoque.jobs.submit as submit; submit.QUEUE_PATIENCE_S = 2"
+
+
+def test_a_job_that_does_not_start_is_not_followed_for_ever(cluster, phoque, rows):
+    cluster.jobs.has_machines = False
+    ran = phoque(*asked_with(rows), env=SECRETS, prelude=IMPATIENT, expect=75)
+    assert "waiting for the hardware" in ran.err and "has not started" in ran.error[0]
+    assert "phoque jobs cancel" in ran.error[2] and bucket(cluster).files  # the Job may still start
+    (number,) = cluster.jobs.jobs
+    assert len(cluster.jobs.jobs) == 1
+    phoque("jobs", "cancel", number, env=SECRETS)
+    assert phoque("jobs", "--all", "--json", env=SECRETS).json["jobs"][0]["stage"] == "CANCELED"

@@ -39,7 +39,7 @@ def test_an_old_checkpoint_resumes_to_the_adapter_that_the_old_version_made(old_
 
 
 def test_an_old_finished_run_is_complete_and_merges(old_run, phoque):
-    assert "complete" in phoque(*TRAIN).err
+    assert "is complete; nothing to train" in phoque(*TRAIN).err
     merged = phoque("merge", "--adapter-source", "run", "--output-dir", "merged", "--dtype", "fp32", "--json").json
     assert merged["changed"] == 14 and merged["proof"]["holds"]
 
@@ -49,7 +49,8 @@ def test_new_records_have_the_keys_of_old_ones(old_run, phoque):
     phoque(*TRAIN[:-2], "--output-dir", "again")
     new = json.loads(Path("again/run.json").read_text())
     assert new.keys() >= old.keys() and new["settings"].keys() >= old["settings"].keys()
-    assert new["fingerprint"].keys() >= old["fingerprint"].keys()
+    # a run may go on with another number of processes now, so that stands beside the fingerprint
+    assert new["fingerprint"].keys() >= old["fingerprint"].keys() - {"processes"} and new["processes"] == 1
     manifest = json.loads((old_run / "checkpoint-6" / "MANIFEST.json").read_text())["sha256"]
     assert json.loads(Path("again/checkpoint-8/MANIFEST.json").read_text())["sha256"].keys() == manifest.keys()
 

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +48,7 @@ LOCAL_PATHS = (
     "answers_file",
 )  # settings that name local paths
 EITHER_KIND = ("merged_dir", "persona", "roles", "prompts_file")  # may be in a model or a dataset repository
+QUEUE_PATIENCE_S = 3600.0  # for which a Job that does not start is followed
 DEFAULT_TIMEOUT = "30m"  # the limit that HF Jobs apply if none is given
 RUNNING_STAGES = ("SCHEDULING", "RUNNING")
 FINAL_STAGES = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
@@ -365,6 +367,8 @@ def follow_job(hub: Hub, job_id: str, namespace: str, console: Console) -> tuple
     """
     try:
         return _follow_log(hub, job_id, namespace, console)
+    except NotFollowed:
+        raise
     except KeyboardInterrupt:
         raise _not_followed_error(job_id, namespace, "", INTERRUPTED) from None
     except Exception as error:  # reading the log failed; the Job is still running
@@ -381,6 +385,9 @@ def _not_followed_error(job_id: str, namespace: str, why: str, code: int) -> Not
 
 
 def _follow_log(hub: Hub, number: str, namespace: str, console: Console) -> tuple[str, str]:
+    inspect = lambda: hub.api.inspect_job(job_id=number, namespace=namespace)
+    read_status = lambda: hub.retry("reading the Job's status", inspect).status
+    _wait_for_start(number, namespace, read_status, console)
     seen = 0
     while True:
         try:
@@ -393,11 +400,27 @@ def _follow_log(hub: Hub, number: str, namespace: str, console: Console) -> tupl
             if not is_transient(error):
                 raise
             console.say(f"reading the log failed: {describe_error(error)}; reconnecting")
-        inspect = lambda: hub.api.inspect_job(job_id=number, namespace=namespace)
-        status = hub.retry("reading the Job's status", inspect).status
+        status = read_status()
         if stage_of(status) in FINAL_STAGES:
             return status.message or "", stage_of(status)
         time.sleep(1.0)
+
+
+def _wait_for_start(number: str, namespace: str, read_status: Callable[[], Any], console: Console) -> None:
+    """Wait until a Job leaves the queue; the client itself would wait for its log without end."""
+    begun = time.monotonic()
+    while stage_of(read_status()) == "SCHEDULING":
+        if (waited := time.monotonic() - begun) > QUEUE_PATIENCE_S:
+            raise NotFollowed(
+                what=f"Job {number} has not started for {waited / 60:.0f} minutes; it stays in the queue.",
+                why=f"No machine is free. To follow it: phoque jobs follow {number}{of_namespace(namespace)}",
+                fix=f"To take it back: phoque jobs cancel {number}{of_namespace(namespace)}",
+                code=RESUMABLE,
+            )
+        if waited < 1.0:
+            console.stage("waiting for the hardware; a Job is not billed before it starts")
+        time.sleep(1.0)
+    console.end_stage()
 
 
 def stage_of(status: Any) -> str:
