@@ -33,10 +33,7 @@ def command(name: str) -> Any:
 def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     """Submit the command as a Job and follow it; with --dry-run, show the Job and send nothing but GET and HEAD."""
     from phoque.hub.client import Hub
-    from phoque.jobs.flavors import find_flavor
-    from phoque.jobs.inputs import JobInputs, find_local_inputs
-    from phoque.jobs.run_dir import MOUNT, find_bucket_folder
-    from phoque.jobs.submit import (
+    from phoque.jobs.build import (
         build_job,
         check_job,
         check_local_settings,
@@ -44,6 +41,9 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
         find_commits,
         with_commits,
     )
+    from phoque.jobs.flavors import find_flavor
+    from phoque.jobs.inputs import JobInputs, find_local_inputs
+    from phoque.jobs.run_dir import MOUNT, find_bucket_folder
 
     s = resolved.settings
     check_local_settings(resolved)
@@ -208,8 +208,9 @@ def _render_result(values: dict[str, Any]) -> str:
 def manage(resolved: Resolved[JobsSettings], dry_run: bool) -> None:
     """List the Jobs that phoque submitted; follow, cancel or rerun one; delete the inputs of those that have ended."""
     from phoque.hub.client import Hub
+    from phoque.jobs.build import check_token, find_account
     from phoque.jobs.listing import cancel_job, clean_inputs, inspect_job, list_jobs, rerun_job
-    from phoque.jobs.submit import check_token, find_account, follow_job
+    from phoque.jobs.submit import follow_job
 
     s = resolved.settings
     check_token(resolved.secrets)

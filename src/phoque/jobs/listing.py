@@ -5,9 +5,10 @@ from typing import Any
 
 from phoque.errors import UsageError
 from phoque.hub.client import Hub
+from phoque.jobs.build import SUBMISSION, TOOL
 from phoque.jobs.flavors import dollars_per_hour
 from phoque.jobs.inputs import BUCKET, FOLDER, delete_inputs, list_inputs
-from phoque.jobs.submit import FINAL_STAGES, RUNNING_STAGES, SUBMISSION, TOOL, refusal_of, stage_of
+from phoque.jobs.submit import FINAL_STAGES, RUNNING_STAGES, refusal_of, stage_of
 
 # seconds for which inputs are left alone: their Job may be about to be submitted, or be saving, or another attempt
 # may follow
