@@ -167,3 +167,49 @@ def test_a_job_runs_logs_times_out_and_is_cancelled(api, hub, tmp_path):
     failed = api.run_job(image="sea", command=["sh", "-c", "exit 2"], attempts=2)
     list(api.fetch_job_logs(job_id=failed.id, follow=True))
     assert hub.jobs.jobs[failed.id]["codes"] == [2, 2] and "exit code: 2" in hub.jobs.jobs[failed.id]["message"]
+
+
+def test_what_the_client_posts_for_a_job_is_what_phoque_means(api, hub, tmp_path):
+    """The contract with huggingface_hub: volumes, labels, attempts, hardware, buckets as the installed client has them.
+
+    If a new version names a field otherwise, this fails, and not a Job that is paid for.
+    """
+    from huggingface_hub import Volume
+
+    hub.jobs = Jobs(tmp_path, dict(os.environ), grace=5, mount=lambda volume, folder: folder.mkdir())
+    api.create_bucket("harbour/pier", private=True)
+    assert hub.buckets.found["harbour/pier"].private and api.bucket_info("harbour/pier").private
+    api.batch_bucket_files("harbour/pier", add=[(b"gull", "in/rows.jsonl")])
+    assert [item.path for item in api.list_bucket_tree("harbour/pier", prefix="in/", recursive=True)] == [
+        "in/rows.jsonl"
+    ]
+    kept = {"type": "bucket", "source": "harbour/pier", "path": "in", "mount_path": "/in"}
+    job = api.run_job(
+        image="sea",
+        command=["true"],
+        env={"A": "b"},
+        secrets={"C": "d"},
+        flavor="a10g-large",
+        timeout="90m",
+        namespace="harbour",
+        name="seal",
+        labels={"tool": "phoque"},
+        volumes=[Volume(**kept, read_only=True), Volume(**(kept | {"mount_path": "/out"}), read_only=False)],
+        attempts=3,
+    )
+    spec = hub.jobs.jobs[job.id]["spec"]
+    posted = {"type": "bucket", "source": "harbour/pier", "path": "in"}
+    assert spec["volumes"] == [
+        posted | {"mountPath": "/in", "readOnly": True},
+        posted | {"mountPath": "/out", "readOnly": False},
+    ]
+    assert spec["labels"] == {"tool": "phoque", "name": "seal"} and spec["attempts"] == 3
+    assert (spec["flavor"], spec["timeoutSeconds"], spec["environment"]) == ("a10g-large", 5400, {"A": "b"})
+    assert spec["secrets"] == {"C": "d"} and spec["dockerImage"] == "sea" and spec["command"] == ["true"]
+    list(api.fetch_job_logs(job_id=job.id, namespace="harbour", follow=True))
+    assert [found.id for found in api.list_jobs(namespace="harbour", labels={"tool": "phoque"})] == [job.id]
+    assert list(api.list_jobs(namespace="harbour", labels={"tool": "other"})) == []
+    again = api.rerun_job(job_id=job.id, namespace="harbour")
+    assert hub.jobs.jobs[again.id]["spec"] == spec
+    (a10g,) = [hardware for hardware in api.list_jobs_hardware() if hardware.name == "a10g-large"]
+    assert a10g.accelerator.model == "A10G" and a10g.accelerator.vram == "24 GB" and a10g.unit_cost_usd > 0
