@@ -22,7 +22,7 @@ from phoque.hub.store import CHECKPOINT, MARKER, NEVER_UPLOADED, FileHashes, Sna
 
 MARK = "phoque-run.txt"  # in a folder that is the store of a run
 UNFINISHED = ".unfinished"  # in a checkpoint while it is written
-MARK_TEXT = "phoque keeps the checkpoints of a run here: https://github.com/phoque/phoque\n"
+MARK_TEXT = "phoque keeps the checkpoints and the adapter of a run here (phoque train --run-dir).\n"
 WRITTEN_LAST = ("MANIFEST.json", "run.json", MARKER)
 
 
