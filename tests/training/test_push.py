@@ -177,4 +177,5 @@ def test_two_runs_in_one_repository_notice_each_other(start, hub, tiny_llama, ro
     ended = [process.ended() for process in running]
     assert sorted(run.code for run in ended) in ([0, 2], [2, 2])
     stopped = next(run for run in ended if run.code == 2)
-    assert "was written by another process" in stopped.err and "Another process is writing" in stopped.error[0]
+    # a warning comes first, unless two checkpoints of the other run arrive between two pushes
+    assert "Another process is writing" in stopped.error[0]

@@ -132,7 +132,7 @@ class Processes:
 
     def _beat(self, console: Console, seen: dict[int, tuple[int, float]]) -> None:
         """Send this process's heartbeats and note when those of the others change; blocks if process 0 is frozen."""
-        while not self._finished.wait(HEARTBEAT_S):
+        while not self._finished.is_set():
             try:
                 self._store.add(f"heartbeat/{self.rank}", 1)
                 for rank, (last, _) in list(seen.items()):
@@ -145,6 +145,7 @@ class Processes:
                 if not self._finished.is_set():
                     self._end(console, "process 0 is gone")
                 return
+            self._finished.wait(HEARTBEAT_S)
 
     def _judge(self, console: Console, seen: dict[int, tuple[int, float]]) -> None:
         while not self._finished.wait(1.0):
