@@ -19,6 +19,8 @@ class Repo(Store):
     place = "on the Hub"
     flag = "--hub-model-id"
     commits_per_hour = 128  # the Hub's limit per repository
+    is_atomic = True
+    has_own_name = True
 
     def __init__(self, hub: Hub, name: str, kind: str = "model") -> None:
         super().__init__()

@@ -39,13 +39,16 @@ class Store(ABC):
     """A place for the output of a run, under `name`; `place` says where for a sentence, as in "is on the Hub".
 
     `commits` counts the pushes of this object that changed something, `commits_per_hour` how many are allowed, and
-    `flag` names the setting that chose the store.
+    `flag` names the setting that chose the store. `is_atomic`: a push is there as a whole or not at all, and earlier
+    ones can be restored. `has_own_name`: no other store has this name anywhere.
     """
 
     name: str
     place: str
     flag: str
     commits_per_hour: int | None = None
+    is_atomic = False
+    has_own_name = False
 
     def __init__(self) -> None:
         self.commits = 0
@@ -80,6 +83,15 @@ class Store(ABC):
     @abstractmethod
     def squash(self, message: str) -> str:
         """Forget earlier contents, if the store keeps them."""
+
+    def read_json(self, snapshot: Snapshot, path: str, into: Path) -> dict[str, Any] | None:
+        """Fetch a file to `into/path` and parse it; None if it was cut off, which an atomic store does not know."""
+        try:
+            return json.loads(self.fetch(snapshot, path, into).read_text(encoding="utf-8"))
+        except ValueError:
+            if self.is_atomic:
+                raise
+            return None
 
     def pin(self, current: Snapshot) -> None:
         """Remember the fresh-start marker. Later pushes are refused if another run has replaced it."""

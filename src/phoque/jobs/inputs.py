@@ -18,6 +18,7 @@ from phoque.errors import UsageError
 from phoque.files import read_json_object, sha256
 from phoque.hub.client import Hub
 from phoque.hub.refs import hub_id
+from phoque.jobs.buckets import check_private, delete_folder, writing
 from phoque.models.adapter_source import ADAPTER_FILES, RUN_RECORD, WEIGHTS, find_local_adapter
 from phoque.models.source import PACKAGED_MODELS
 from phoque.probes.roles import BUNDLED, NONE
@@ -182,65 +183,25 @@ class JobInputs:
 
     def check(self) -> None:
         """Raise UsageError if the bucket exists and is public: whoever finds it could read the data."""
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            info = self._hub.retry(self.bucket, lambda: self._hub.api.bucket_info(self.bucket))
-        except HfHubHTTPError as error:
-            if error.response.status_code == 404:
-                return
-            raise
-        if not info.private:
-            raise UsageError(
-                what=f"The bucket {self.bucket} is public.",
-                why="Anyone could read the files that the Job is given.",
-                fix="Make it private in its settings on the Hub, or give inputs that are in private repositories.",
-            )
+        why = "Anyone could read the files that the Job is given."
+        check_private(self._hub, self.bucket, why=why, fix="give inputs that are in private repositories")
 
     def upload(self, say: Callable[[str], None]) -> None:
         """Upload all files; what the Hub has already is not sent again. Raises UsageError if the token may not."""
-        from huggingface_hub.errors import HfHubHTTPError
-
         api = self._hub.api
         operations = [
             (file, f"{self._folder}/{one.key}/{name}") for one in self._inputs for name, file in one.files.items()
         ]
         say(f"uploading {sum(one.size for one in self._inputs) / 1e6:,.1f} MB to {self.place}")
-        try:
+        fix = "Use a token that may write in this namespace, or give inputs that are on the Hub."
+        with writing(self.bucket, why="The Job's local inputs go there.", fix=fix):
             self._hub.retry(self.bucket, lambda: api.create_bucket(self.bucket, private=True, exist_ok=True))
             self.check()
             self._hub.retry(self.bucket, lambda: api.batch_bucket_files(self.bucket, add=operations))
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (401, 403):
-                raise
-            raise UsageError(
-                what=f"The token may not write to the bucket {self.bucket}.",
-                why="The Job's local inputs go there.",
-                fix="Use a token that may write in this namespace, or give inputs that are on the Hub.",
-            ) from error
 
     def delete(self) -> None:
         """Delete the files of this submission."""
-        delete_inputs(self._hub, self.bucket, self._folder)
-
-
-def list_inputs(hub: Hub, bucket: str, folder: str) -> list[Any]:
-    """The files in a folder of a bucket; none if there is no such bucket."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        listed = hub.retry(bucket, lambda: list(hub.api.list_bucket_tree(bucket, prefix=f"{folder}/", recursive=True)))
-    except HfHubHTTPError as error:
-        if error.response.status_code == 404:  # no Job was ever given a local file
-            return []
-        raise
-    return [item for item in listed if item.type == "file"]
-
-
-def delete_inputs(hub: Hub, bucket: str, folder: str) -> None:
-    """Delete a folder of a bucket."""
-    if paths := [item.path for item in list_inputs(hub, bucket, folder)]:
-        hub.retry(bucket, lambda: hub.api.batch_bucket_files(bucket, delete=paths))
+        delete_folder(self._hub, self.bucket, self._folder)
 
 
 def with_mounted_paths(settings: Any, inputs: list[LocalInput]) -> Any:

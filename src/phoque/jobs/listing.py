@@ -5,9 +5,10 @@ from typing import Any
 
 from phoque.errors import UsageError
 from phoque.hub.client import Hub
+from phoque.jobs.buckets import delete_folder, list_folder
 from phoque.jobs.build import SUBMISSION, TOOL
 from phoque.jobs.flavors import dollars_per_hour
-from phoque.jobs.inputs import BUCKET, FOLDER, delete_inputs, list_inputs
+from phoque.jobs.inputs import BUCKET, FOLDER
 from phoque.jobs.submit import FINAL_STAGES, RUNNING_STAGES, refusal_of, stage_of
 
 # seconds for which inputs are left alone: their Job may be about to be submitted, or be saving, or another attempt
@@ -42,7 +43,7 @@ def rerun_job(hub: Hub, job_id: str, namespace: str) -> dict[str, Any]:
 
     job = inspect_job(hub, job_id, namespace)
     for volume in job.volumes or []:
-        if volume.type == "bucket" and not list_inputs(hub, volume.source, volume.path or ""):
+        if volume.type == "bucket" and not list_folder(hub, volume.source, volume.path or ""):
             raise UsageError(
                 what=f"Job {job_id} cannot be run again.",
                 why=f"The local files that it was given are deleted from {volume.source}.",
@@ -59,7 +60,7 @@ def clean_inputs(hub: Hub, namespace: str, *, dry_run: bool) -> list[str]:
     """Delete the inputs of submissions of which no Job is running or ended in the last hour; return their folders."""
     bucket = f"{namespace}/{BUCKET}"
     newest: dict[str, float] = {}  # by submission; listed before the Jobs, so that a new one is not overlooked
-    for item in list_inputs(hub, bucket, FOLDER):
+    for item in list_folder(hub, bucket, FOLDER):
         submission = item.path.split("/")[1]
         newest[submission] = max(newest.get(submission, 0.0), item.uploaded_at.timestamp())
     now = time.time()
@@ -68,7 +69,7 @@ def clean_inputs(hub: Hub, namespace: str, *, dry_run: bool) -> list[str]:
     folders = [f"{FOLDER}/{submission}" for submission in sorted(unused)]
     if not dry_run:
         for folder in folders:
-            delete_inputs(hub, bucket, folder)
+            delete_folder(hub, bucket, folder)
     return folders
 
 

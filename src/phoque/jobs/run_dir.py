@@ -10,6 +10,7 @@ from typing import Any
 from phoque.errors import UsageError
 from phoque.hub.client import Hub
 from phoque.hub.folder_store import MARK, MARK_TEXT
+from phoque.jobs.buckets import check_private, list_folder, writing
 from phoque.jobs.inputs import BUCKET
 
 MOUNT = "/run-dir"
@@ -35,52 +36,32 @@ class BucketFolder:
         return Volume(type="bucket", source=self.bucket, mount_path=MOUNT, path=self.folder, read_only=False)
 
     def describe(self, hub: Hub) -> str:
-        """For a dry run: the folder and whether its bucket exists. Raises UsageError if the bucket is public."""
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            info = hub.retry(self.bucket, lambda: hub.api.bucket_info(self.bucket))
-        except HfHubHTTPError as error:
-            if error.response.status_code == 404:
-                return f"{self.uri}, will be made, private"
-            raise
-        if not info.private:
-            raise UsageError(
-                what=f"The bucket {self.bucket} is public.",
-                why="Anyone could load what this run makes.",
-                fix="Make it private in its settings on the Hub, or choose another bucket.",
-            )
-        if (present := self._list(hub)) and not any(path.endswith(f"/{MARK}") for path in present):
-            raise UsageError(
-                what=f"{self.uri} is not the folder of a run.",
-                why=f"It has {present[0]} and no {MARK}: a run would delete and replace files there.",
-                fix="Choose a new or empty folder for --run-dir.",
-            )
-        return f"{self.uri}, private"
-
-    def _list(self, hub: Hub) -> list[str]:
-        list_tree = lambda: list(hub.api.list_bucket_tree(self.bucket, prefix=f"{self.folder}/", recursive=True))
-        return [item.path for item in hub.retry(self.bucket, list_tree) if item.type == "file"]
+        """For a dry run: the folder and whether its bucket exists. Raises UsageError if it cannot keep a run."""
+        return f"{self.uri}, private" if self._check(hub)[0] else f"{self.uri}, will be made, private"
 
     def create(self, hub: Hub) -> None:
         """Create the bucket and the folder if they do not exist. Raises UsageError if the token may not."""
-        from huggingface_hub.errors import HfHubHTTPError
-
-        api = hub.api
-        try:
+        api, mark = hub.api, [(MARK_TEXT.encode(), f"{self.folder}/{MARK}")]
+        fix = "Use a token that may write to it, or choose another --run-dir."
+        with writing(self.bucket, why="The Job writes its checkpoints and the adapter there.", fix=fix):
             hub.retry(self.bucket, lambda: api.create_bucket(self.bucket, private=True, exist_ok=True))
-            self.describe(hub)
-            mark = [(MARK_TEXT.encode(), f"{self.folder}/{MARK}")]
-            if not self._list(hub):
+            _, files = self._check(hub)
+            if not files:
                 hub.retry(self.bucket, lambda: api.batch_bucket_files(self.bucket, add=mark))
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (401, 403):
-                raise
+
+    def _check(self, hub: Hub) -> tuple[bool, list[str]]:
+        """Whether the bucket exists, and the folder's files. Raises UsageError if it is public or holds other files."""
+        exists = check_private(
+            hub, self.bucket, why="Anyone could load what this run makes.", fix="choose another bucket"
+        )
+        files = [item.path for item in list_folder(hub, self.bucket, self.folder)] if exists else []
+        if files and not any(path.endswith(f"/{MARK}") for path in files):
             raise UsageError(
-                what=f"The token may not write to the bucket {self.bucket}.",
-                why="The Job writes its checkpoints and the adapter there.",
-                fix="Use a token that may write to it, or choose another --run-dir.",
-            ) from error
+                what=f"{self.uri} is not the folder of a run.",
+                why=f"It has {files[0]} and no {MARK}: a run would delete and replace files there.",
+                fix="Choose a new or empty folder for --run-dir.",
+            )
+        return exists, files
 
 
 def find_bucket_folder(run_dir: str) -> BucketFolder:

@@ -1,12 +1,10 @@
 """A run is resumed with what it began with: the revisions of base and data, and the rows of its steps."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from phoque.hub.refs import hub_id
-from phoque.hub.repo import Repo
 from phoque.hub.store import Store
 from phoque.services import Services
 from phoque.settings.config_file import REVISIONS
@@ -64,11 +62,7 @@ def _find_record(run: Path, store: Store | None, s: TrainSettings) -> dict[str, 
     if store and snapshot:
         newer = [f"{name}/{RECORD}" for name in remote if checkpoints.get_step(Path(name)) > newest_here]
         for path in [*newer, *([] if local else [RECORD])]:
-            if path in snapshot.files:
-                text = store.fetch(snapshot, path, run / DOWNLOADS).read_text(encoding="utf-8")
-                try:
-                    return update_record(json.loads(text))
-                except ValueError:
-                    if isinstance(store, Repo):  # every commit there is whole
-                        raise
+            found = store.read_json(snapshot, path, run / DOWNLOADS) if path in snapshot.files else None
+            if found is not None:
+                return update_record(found)
     return read_record_or_none(run, s)

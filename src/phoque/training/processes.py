@@ -141,7 +141,7 @@ class Processes:
                     if beat != last or beat == 0 or self._store.check([f"finished/{rank}"]):
                         seen[rank] = beat, time.monotonic()
                 self._last_answer = time.monotonic()
-            except Exception:  # the store is in process 0, or in the launcher
+            except RuntimeError:  # the store is in process 0, or in the launcher
                 if not self._finished.is_set():
                     self._end(console, "process 0 is gone")
                 return

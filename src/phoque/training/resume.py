@@ -1,6 +1,5 @@
 """Where a run starts: at step 0, from a checkpoint in its folder, from one in its store, or at its end."""
 
-import json
 import secrets
 import shutil
 import time
@@ -10,7 +9,6 @@ from typing import Any
 from phoque.console import Console
 from phoque.errors import IntegrityError, PhoqueError, RunError, UsageError, first_line
 from phoque.files import sha256
-from phoque.hub.repo import Repo
 from phoque.hub.store import MARKER, Snapshot, Store
 from phoque.models.adapter_source import WEIGHTS
 from phoque.settings.train import TrainSettings
@@ -94,20 +92,16 @@ class _Remote:
         # an adapter from before the last fresh start is not this run's
         final = self._read_json(RECORD)
         self.final = update_record(final) if final and _fresh_start_id(final) == _marker_id(self.marker) else None
-        if self.final and not isinstance(store, Repo) and not self._has_adapter_of(self.final):
+        if self.final and not store.is_atomic and not self._has_adapter_of(self.final):
             console.warn(f"the adapter in {store.name} was cut off while it was written: it is written again")
             self.final = None
 
     def _read_json(self, path: str) -> dict[str, Any] | None:
         if path not in self.snapshot.files:
             return None
-        try:
-            return json.loads(self.store.fetch(self.snapshot, path, self.staging).read_text())
-        except ValueError:
-            if isinstance(self.store, Repo):  # every commit there is whole
-                raise
+        if (found := self.store.read_json(self.snapshot, path, self.staging)) is None:
             self._console.warn(f"{path} in {self.store.name} was cut off while it was written, and is left out")
-            return None
+        return found
 
     def _has_adapter_of(self, record: dict[str, Any]) -> bool:
         if "result" not in record or WEIGHTS not in self.snapshot.files:
@@ -184,7 +178,7 @@ class _Remote:
             self._console.warn(f"{name} in {self.store.name} is left out: {reason}")
             shutil.rmtree(self.staging / name, ignore_errors=True)
         if damaged and above < 0:
-            history = " from the repository's history" if isinstance(self.store, Repo) else ""
+            history = " from the repository's history" if self.store.is_atomic else ""
             raise RunError(
                 what=f"None of the {damaged} checkpoints in {self.store.name} is whole.",
                 why=f"The last one tried: {reason}.",
@@ -361,7 +355,7 @@ def _run_id(store: Store | None, marker: dict[str, Any] | None) -> str:
 
     A folder may be mounted under one path in the Jobs of several runs, so its path names none of them.
     """
-    return derive_run_id(store.name, _marker_id(marker)) if isinstance(store, Repo) else secrets.token_hex(6)
+    return derive_run_id(store.name, _marker_id(marker)) if store and store.has_own_name else secrets.token_hex(6)
 
 
 def _marker_id(marker: dict[str, Any] | None) -> str:

@@ -18,19 +18,10 @@ PLAIN = ["A plan has a first step.", "Read about it and try it."]
 
 
 @pytest.fixture(scope="module")
-def probe_model(tmp_path_factory):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path_factory.mktemp("lens") / "llama"))
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), adapter_name="tuned")
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    settings = SimpleNamespace(merge_adapter=False, seed=0)
+def probe_model(adapted):
     made = ProbeModel.__new__(ProbeModel)
-    made.model, made.s, made.tokenizer = adapted.eval(), settings, tiny.tokenizer()
+    made.model, made.tokenizer = adapted, tiny.tokenizer()
+    made.s = SimpleNamespace(merge_adapter=False, seed=0)
     return made
 
 

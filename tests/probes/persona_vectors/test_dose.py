@@ -1,25 +1,9 @@
 """The dose curve of an adapter, and what it does to unrelated text."""
 
 import numpy
-import pytest
 import torch
-from tests import tiny
 
 from phoque.probes.persona_vectors.dose import scale_adapter
-
-
-@pytest.fixture(scope="module")
-def adapted(tmp_path_factory):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path_factory.mktemp("dose") / "llama"))
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), adapter_name="tuned")
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return adapted.eval()
 
 
 def logits_of(model):

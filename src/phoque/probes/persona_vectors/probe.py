@@ -103,7 +103,7 @@ class Probe:
             probe_model.console.stage("measuring evidence on held-out questions")
             evidence_rows = ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
             steerer = Steerer(probe_model, vectors, self.scorers, self.context, differences)
-            sweep, settings, has_coherent = steerer.sweep(self.layers)
+            sweep, settings = steerer.sweep(self.layers)
             answers = steerer.test(settings[VECTOR])
             others = steerer.test_directions(settings)
         shifts: dict[str, Shifts] = {}
@@ -119,7 +119,7 @@ class Probe:
             layers=evidence_rows,
             sweep=sweep,
             selected=settings[VECTOR],
-            has_coherent=has_coherent,
+            has_coherent=steerer.coherent[VECTOR],
             answers=answers,
             columns=steerer.columns,
             profile=self.context.profile,

@@ -109,11 +109,11 @@ class Steerer:
         length = sign * trial.setting.coefficient * float(self.vectors.norm[trial.setting.layer])
         return trial.setting.layer, torch.tensor(length * direction, dtype=torch.float32)
 
-    def sweep(self, layers: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, SteeringSetting], bool]:
+    def sweep(self, layers: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, SteeringSetting]]:
         """Steer along every direction, at every block and coefficient, on the validation questions.
 
-        Returns the persona vector's table of means, the selected setting of each direction, and whether any setting of
-        the persona vector is coherent.
+        Returns the persona vector's table of means, and the selected setting of each direction; `coherent` then says
+        for which directions any setting is coherent.
         """
         questions = self.probe_model.persona.validation[: self.probe_model.s.sweep_questions]
         settings = [SteeringSetting(layer, c) for layer in layers for c in self.probe_model.s.strengths]
@@ -140,7 +140,7 @@ class Steerer:
             selected[name] = self._select(tables[name])
         self.coherent = {name: any(row["coherent"] for row in table) for name, table in tables.items()}
         unsteered = {"layer": None, "coeff_rel_resid": 0.0, **neutral, "coherent": True}
-        return [unsteered, *tables[VECTOR]], selected, self.coherent[VECTOR]
+        return [unsteered, *tables[VECTOR]], selected
 
     def _summarize_setting(
         self, rows: Sequence["AnswerRow"], setting: SteeringSetting, neutral: dict[str, float]
