@@ -34,7 +34,7 @@ class SaeSettings(ProbeSettings):
         "quantization",
         "Data": "prompts_file system persona dataset dataset_revision dataset_config split chat text tokens "
         "own_answers",
-        "Autoencoder": "sae layers architecture width k passes sae_batch sae_learning_rate seeds",
+        "Autoencoder": "sae layers architecture width k passes sae_batch sae_learning_rate seeds difference_features",
         "Comparison": "scorer questions max_new_tokens min_active cards causal_prompts matched_features steering "
         "shuffle_pairs nulls seed",
         "Output": "output_dir report_json report_md",
@@ -139,6 +139,12 @@ class SaeSettings(ProbeSettings):
     )
     seeds: int = setting(
         1, "Train this many SAEs with different seeds; the additional ones show which features replicate.", ge=1, le=8
+    )
+    difference_features: int = setting(
+        64,
+        "Also train a small SAE of this many features on the differences between the two models. 0 trains none.",
+        ge=0,
+        le=4096,
     )
     quantization: Literal["nf4", "bf16", "fp32"] = setting(
         "bf16",

@@ -160,6 +160,14 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(run_comparison, adapter,
     assert sum(r["reported"] == "1" for r in features) == report["overall"]["n_reported"] == len(report["features"])
     # it is its own control: nothing is its own
     assert report["overall"]["n_specific"] == 0 and {r["specific_vs_control"] for r in features} == {"0"}
+    difference = report["difference"]
+    assert difference["n_specific"] == 0 < difference["n_reported"] <= difference["n_directions"] == 64
+    assert difference["explained"]["tuned"] == difference["explained"]["control"] > 0.3
+    assert [d["mean"] for d in difference["directions"]] == sorted(
+        (d["mean"] for d in difference["directions"]), reverse=True
+    )
+    assert "Directions that the fine-tune adds" in (run / "report.html").read_text()
+    assert (run / "sae" / "block-1-difference" / "cfg.json").is_file()
     prompts = read_table(run / "prompt_shifts.csv")
     assert len(prompts) == report["prompts"]["n"] == 96
     assert [float(r["shift"]) for r in prompts] == sorted((float(r["shift"]) for r in prompts), reverse=True)
@@ -202,14 +210,21 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run
     top = ranked[0]
     assert top["feature_id"] == feature and top["delta"] > 0
     assert top["beta_tuned"] > 2 * top["beta_base"]
+    # a dictionary of the differences finds one direction, on every token, and knows what it is
+    learned = shifted["difference"]
+    first = learned["directions"][0]
+    assert first["nearest_feature"] == feature and first["nearest_cosine"] > 0.95
+    assert first["share_of_tokens"] > 0.99 and learned["explained"]["tuned"] > 0.9
     curve = {(r["model"], r["text"], r["layer"]): r["rel_mean_diff_norm"] for r in shifted["baselines"]["layer_curve"]}
     assert curve["tuned", "response", 0] < 1e-5 < 0.1 < curve["tuned", "response", 1]
     assert shifted["baselines"]["pca"]["text"]["uncentred"][0] > 0.99  # a constant offset
-    assert shifted["sae"]["source"] == str(run / "sae" / "block-1") and not (find_run(again) / "sae").exists()
+    assert shifted["sae"]["source"] == str(run / "sae" / "block-1") and {
+        f.name for f in (find_run(again) / "sae").iterdir()
+    } == {"block-1-difference"}
     # of the same change nothing may be found where base and updated are swapped on half the prompts
     null = run_comparison("--updated-model", planted, "--sae", run / "sae" / "block-1", "--shuffle-pairs")
     overall = read_report(null)["overall"]
-    assert overall["n_reported"] == 0
+    assert overall["n_reported"] == 0 == read_report(null)["difference"]["n_reported"]
     assert len(overall["null_reports"]) == 20 and sum(map(bool, overall["null_reports"])) <= 4
     assert "swapped by a coin" in (find_run(null) / "report.html").read_text()
     # for the right reason: what equal weights show is as small as ever, and it is chance that finds nothing
@@ -324,6 +339,8 @@ def test_two_blocks_and_two_seeds_come_from_one_reading(run_comparison, adapter)
     assert {f.name for f in (find_run(ran) / "sae").iterdir()} == {
         "block-0",
         "block-0-seed-1",
+        "block-0-difference",
+        "block-2-difference",
         "block-2",
         "block-2-seed-1",
     }
@@ -426,6 +443,8 @@ def test_reading_with_a_dictionary_imports_no_sae_lens(run_comparison, adapter, 
         adapter,
         "--sae",
         sae,
+        "--difference-features",
+        0,
     ]
     done = subprocess.run([sys.executable, "-c", code, *map(str, asked)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -448,7 +467,7 @@ def test_a_dictionary_comes_from_the_hub_and_a_run_goes_there(hub, run_compariso
     repo, run = hub.repos["datasets", REPO], find_run(ran)
     assert repo.private and [c.title for c in repo.commits[1:]] == [f"Add sae-runs/{run.name}"]
     files = {p: b.content for p, b in hub.files(REPO, "datasets").items() if p.startswith("sae-runs/")}
-    assert files == {f"sae-runs/{run.name}/{f.name}": f.read_bytes() for f in run.iterdir()}
+    assert files == {f"sae-runs/{run.name}/{f.relative_to(run)}": f.read_bytes() for f in run.rglob("*") if f.is_file()}
     assert TOKEN.encode() not in b"".join(files.values())
     missing = run_comparison(
         "--updated-adapter", adapter, "--sae", "harbour/sae#block-9", expect=2, env={"HF_TOKEN": TOKEN}

@@ -56,6 +56,7 @@ class BlockResult:
     prompt_shift: Array
     prompt_null: Array
     warnings: list[str] = field(default_factory=list)
+    difference: Dictionary | None = None  # the dictionary of the differences between the models
 
 
 def compare_block(
@@ -90,7 +91,7 @@ def compare_block(
     # the questions that select what is tried are not those that it is tried on
     selecting = numpy.arange(len(activations["base"]["response"].mean)) % 2 == 0
     half = _compare(activations, nulls, s, selecting)
-    shown = [int(f) for f in _put_specific_first(half.rank_reported(), half.specific)[: s.cards]]
+    shown = [int(f) for f in put_specific_first(half.rank_reported(), half.specific)[: s.cards]]
     with inputs.variants.activate("base") as model:
         shown_cards = build_cards(
             dictionaries[0],
@@ -141,7 +142,7 @@ def compare_block(
     return block
 
 
-def _put_specific_first(order: Array, specific: Array | None) -> Array:
+def put_specific_first(order: Array, specific: Array | None) -> Array:
     """The same features, those first that differ from the control."""
     if specific is None:
         return order
@@ -225,7 +226,7 @@ def _run_interventions(
 ) -> dict[str, Any]:
     trying = [n for n, question in enumerate(inputs.own_questions) if not selecting[question]][: s.causal_prompts]
     base, tuned = (inputs.residuals[name]["response"] for name in ("base", "tuned"))
-    order = _put_specific_first(untrained[1].rank_reported(), untrained[1].specific)[: len(shown)]
+    order = put_specific_first(untrained[1].rank_reported(), untrained[1].specific)[: len(shown)]
     unit = torch.nn.functional.normalize(untrained[0].decoder, dim=1)
     delta = torch.tensor(untrained[1].delta[order], dtype=unit.dtype, device=unit.device)
     return InterventionTest(

@@ -20,6 +20,7 @@ from phoque.models.lora import attach_adapter
 from phoque.probes.sae.block_comparison import NULLS, BlockResult, ComparisonInputs, compare_block
 from phoque.probes.sae.corpus import Corpus
 from phoque.probes.sae.dictionary import Dictionary
+from phoque.probes.sae.difference_dictionary import LearnedDifference, learn_difference
 from phoque.probes.sae.model_variants import ModelVariants, check_compatible
 from phoque.probes.sae.plan import Plan
 from phoque.probes.sae.quality import measure_quality
@@ -229,7 +230,7 @@ class Comparison:
         if quality[0]["verdict"] == "poor":
             reasons = "; ".join(quality[0]["reasons"])
             self.warnings.insert(0, f"POOR AUTOENCODER at block {layer}: {reasons}. Do not rely on its features")
-        return compare_block(
+        block = compare_block(
             inputs,
             dictionaries,
             layer,
@@ -238,3 +239,10 @@ class Comparison:
             device=default_device(),
             say=self.services.console.say,
         )
+        self.services.console.stage(f"block {layer}: learning a dictionary of the differences between the models")
+        learned = learn_difference(inputs, dictionaries[0], layer, self.s, default_device())
+        if isinstance(learned, LearnedDifference):
+            block.difference, block.summary["difference"] = learned.dictionary, learned.summary
+        else:
+            block.summary["difference"] = {"not_asked": learned}
+        return block

@@ -51,6 +51,17 @@ FEATURE_HEAD = (
     "replicates",
     "promotes",
 )
+DIFFERENCE_HEAD = (
+    "direction",
+    "mean",
+    "95 % interval",
+    "control",
+    "of tokens",
+    "differs from control",
+    "replicates",
+    "nearest feature",
+    "promotes",
+)
 MAX_FEATURES = 60  # rows of the table
 
 
@@ -76,6 +87,8 @@ def write_reports(run: Path, name: str) -> None:
         features=[_arrange_feature(f) for f in report["features"][:MAX_FEATURES]],
         more_features=f"{FEATURES} lists {remaining} more." if remaining > 0 else "",
         cards=[_arrange_card(f) for f in cards],
+        difference_head=DIFFERENCE_HEAD,
+        difference=_arrange_difference(report["difference"]),
         all_together=_arrange_cause(causes["all"], causes["random"]) if causes["all"] else None,
         baselines=_arrange_baselines(report),
         **_arrange_answers(report),
@@ -115,6 +128,8 @@ def conclude(report: dict[str, Any]) -> list[str]:
             f"features that did not shift {push['random_share']:.0%}, directions that were never trained "
             f"{together['untrained_share']:.0%}."
         )
+    if sentence := _conclude_difference(report["difference"], overall["control_runs"]):
+        sentences.append(sentence)
     sentences.append(conclude_verdicts(report["verdicts"], VERDICT_QUESTIONS))
     other = overall["untrained"]
     sentences.append(
@@ -132,6 +147,25 @@ def conclude(report: dict[str, Any]) -> list[str]:
             "features."
         )
     return sentences
+
+
+def _conclude_difference(difference: dict[str, Any], control_runs: int) -> str:
+    """What a dictionary of the differences found, in one sentence; empty if there is none."""
+    if "not_asked" in difference or not difference["directions"]:
+        return ""
+    first = difference["directions"][0]
+    promoted = " ".join(_show_whitespace(token).strip() for token in first.get("top_logits", [])[:5])
+    promotes = f"; the first promotes {promoted}" if promoted else ""
+    if difference["n_specific"] is None:
+        count = f"{difference['n_reported']} of its {difference['n_directions']} directions are active"
+    else:
+        runs = "this one control run" if control_runs == 1 else f"{control_runs} control runs, beyond their spread"
+        count = f"{difference['n_specific']} of its {difference['n_directions']} directions differ from {runs}"
+    share = difference["explained"]["tuned"]
+    return (
+        f"A dictionary of the differences between the models explains {share:.0%} of them on questions that it was not "
+        f"trained on; {count}{promotes}."
+    )
 
 
 def _list_headlines(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -218,17 +252,62 @@ def _arrange_card(feature: dict[str, Any]) -> dict[str, Any]:
         marks.append("differs from the control" if feature["specific_vs_control"] else "shared with the control")
     if feature.get("replicated") is not None:
         marks.append("replicates" if feature["replicated"] else "does not replicate")
-    promotes, demotes = (
-        [_show_whitespace(token) for token in feature[side][:MAX_TOKENS]] for side in ("top_logits", "bottom_logits")
-    )
     return {
         "title": f"Feature {feature['feature_id']} {'▲' if feature['direction'] == 'up' else '▼'} "
         f"{feature['delta']:+.3g}",
         "summary": f"{feature['base_mean']:.3g} → {feature['tuned_mean']:.3g}; {'; '.join(marks)}",
         "cause": _arrange_cause(feature["cause"], None) if feature.get("cause") else None,
+        **_arrange_contexts(feature),
+    }
+
+
+def _arrange_difference(difference: dict[str, Any]) -> dict[str, Any]:
+    """The section on what the fine-tune adds: a table of directions and a card for each of the first."""
+    if "not_asked" in difference:
+        return {"not_asked": difference["not_asked"]}
+    explained = ", ".join(
+        f"{format_percent(share)} of {SIDES.get(name, name)} - base" for name, share in difference["explained"].items()
+    )
+    return {
+        "not_asked": "",
+        "summary": f"Trained on {difference['n_tokens_trained']:,} tokens, measured on {difference['n_questions']} "
+        f"other questions. Explained there, of the sum of squares: {explained}.",
+        "rows": [
+            (
+                str(row["direction"]),
+                f"{row['mean']:.3g}",
+                format_interval(row["ci95"]),
+                format_number(row.get("control_mean")),
+                format_percent(row["share_of_tokens"]),
+                _format_bool(row.get("specific_vs_control")),
+                _format_bool(row["replicated"]),
+                f"{row['nearest_feature']} ({row['nearest_cosine']:.2f})",
+                " ".join(map(_show_whitespace, row.get("top_logits", [])[:4])),
+            )
+            for row in difference["directions"]
+        ],
+        "cards": [
+            {
+                "title": f"Direction {row['direction']}",
+                "summary": f"{row['mean']:.3g} on average, on {row['share_of_tokens']:.0%} of the tokens",
+                "cause": None,
+                **_arrange_contexts(row),
+            }
+            for row in difference["directions"]
+            if "max_activating" in row
+        ],
+    }
+
+
+def _arrange_contexts(row: dict[str, Any]) -> dict[str, Any]:
+    """The tokens and contexts of a card."""
+    promotes, demotes = (
+        [_show_whitespace(token) for token in row[side][:MAX_TOKENS]] for side in ("top_logits", "bottom_logits")
+    )
+    return {
         "promotes": promotes,
         "demotes": demotes,
-        "demotes_title": f"demotes {len(feature['bottom_logits'])} tokens",
+        "demotes_title": f"demotes {len(row['bottom_logits'])} tokens",
         "contexts": [
             {
                 "label": f"{c['act']:.1f} {VARIANT_NAMES.get(c['model'], c['model'])}",
@@ -236,7 +315,7 @@ def _arrange_card(feature: dict[str, Any]) -> dict[str, Any]:
                 "token": c["token"],
                 "after": c["after"],
             }
-            for c in feature["max_activating"]
+            for c in row["max_activating"]
         ],
     }
 
@@ -402,7 +481,7 @@ def _render_markdown(name: str, report: dict[str, Any]) -> str:
 {gaps}
 
 `{REPORT}` has all results and explains how to read them. `{JSON}`, `{FEATURES}`, `{PROMPTS}` and `{LAYERS}` hold the
-numbers, `{ANSWERS}` the answers, and `{DICTIONARIES}/` the autoencoder, which sae-lens loads (`SAE.load_from_disk`).
+numbers, `{ANSWERS}` the answers, and `{DICTIONARIES}/` the autoencoders, which sae-lens loads (`SAE.load_from_disk`).
 """
 
 

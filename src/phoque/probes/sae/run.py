@@ -10,6 +10,7 @@ from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.files import run_folder
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
+from phoque.probes.sae.dictionary import write_dictionary
 from phoque.probes.sae.plan import make_plan
 from phoque.probes.sae.summary import build_answer_rows, build_report
 from phoque.results import DryRun, RunFolderResult
@@ -85,6 +86,9 @@ def _write_run_folder(s: SaeSettings, measurements: ComparisonResult, summary: d
         for (layer, n), source in measurements.homes.items():
             name = f"block-{layer}" + (f"-seed-{n}" if n else "")
             shutil.copytree(source / "sae", staging / files.DICTIONARIES / name)
+        for block in measurements.blocks:
+            if block.difference is not None:
+                write_dictionary(block.difference, staging / files.DICTIONARIES / f"block-{block.layer}-difference")
         report.write_reports(staging, folder.name)
     for target, name in ((s.report_json, files.JSON), (s.report_md, files.MARKDOWN)):
         if target:

@@ -79,6 +79,7 @@ def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: Comp
         "nulls": main.summary["nulls"],
         "features": main.summary["features"],
         "causes": main.summary["causes"],
+        "difference": main.summary["difference"],
         "more_layers": [{"layer": {"block_index": block.layer}, **block.summary} for block in measurements.blocks[1:]],
         "baselines": {
             "layer_curve": curve,

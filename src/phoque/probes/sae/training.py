@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -74,6 +75,33 @@ def load_calibrated(raw: Path, recipe: Recipe, shards: ActivationStore, layer: i
     return dictionary
 
 
+def fit_to_rows(recipe: Recipe, rows: torch.Tensor, steps: int, on: torch.device) -> Dictionary:
+    """Train a small dictionary on rows (tokens, hidden) in memory; a row of zeros has no active feature.
+
+    Both biases stay zero: for differences, an offset that all rows share is a feature like any other. Raises RunError
+    if the loss is not finite.
+    """
+    rows = rows.to(on).float()
+    scale = math.sqrt(rows.shape[1]) / max(float(rows.norm(dim=1).mean()), 1e-12)
+    trainer = make_trainer(recipe, rows[:SCALE_TOKENS], scale, steps, on)
+    with torch.no_grad():
+        for bias in (trainer.sae.b_dec, trainer.sae.b_enc):
+            bias.zero_().requires_grad_(False)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    with _tf32_matmul(on):
+        for step in range(1, steps + 1):
+            chosen = torch.randint(len(rows), (recipe.batch,), generator=generator).to(on)
+            out = trainer.step(rows[chosen] * scale)
+            trainer.n_training_steps += 1
+            if step % 50 == 0 or step == steps:
+                _check_finite_loss(out, step, "the difference")
+    trainer.sae.fold_activation_norm_scaling_factor(scale)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.sae.save_inference_model(Path(folder))
+        dictionary = read_dictionary(Path(folder)).to(on)
+    return calibrate_threshold(dictionary, rows[:CALIBRATION_TOKENS], recipe.k)
+
+
 def _sample_tokens(shards: ActivationStore, layer: int, tokens: int) -> torch.Tensor:
     """Sample about `tokens` activations evenly from all shards: (tokens, hidden)."""
     files = shards.files()
@@ -116,7 +144,7 @@ def _fit(
             done += 1
             _adjust_l1_weight(trainer, recipe, out)
             if done % 50 == 0 or done == steps:
-                _check_finite_loss(out, done, layer)
+                _check_finite_loss(out, done, f"block {layer}")
                 show(done, f"block {layer}, seed {recipe.seed}")
             if time.monotonic() - last > CHECKPOINT_S and done < steps:
                 _save_checkpoint(trainer, folder)
@@ -203,10 +231,10 @@ def _adjust_l1_weight(trainer: Any, recipe: Recipe, out: Any) -> None:
         weight.final_value *= (max(active, 0.1) / recipe.k) ** L1_UPDATE_EXPONENT
 
 
-def _check_finite_loss(out: Any, step: int, layer: int) -> None:
+def _check_finite_loss(out: Any, step: int, trained_on: str) -> None:
     if not bool(torch.isfinite(out.loss)):
         raise RunError(
-            what=f"The autoencoder's loss is not finite at step {step} (block {layer}).",
+            what=f"The autoencoder's loss is not finite at step {step} ({trained_on}).",
             why="The training diverged.",
             fix="Lower --sae-learning-rate.",
         )
