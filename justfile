@@ -33,7 +33,7 @@ bench:
     uv run python benchmarks/merge.py
     uv run python benchmarks/psm.py
     uv run python benchmarks/sae.py
-    uv run python benchmarks/onnx.py
+    uv run python benchmarks/onnx_export.py
 
 demo:
     uv run phoque train --preset demo --max-steps 20

