@@ -103,9 +103,9 @@ def judge_specific(evidence: dict[str, Any], ranking: Ranking | None, n: int) ->
         return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_QUESTIONS))
     return Verdict.decide(
         ranking.value,
-        "residual norms along the vector",
+        "standard deviations along the whitened vector",
         n,
-        ranking.condition("held-out answers along the vector"),
+        ranking.condition("held-out answers along the whitened vector"),
         interval_condition(
             "how much further the persona's text projects than neutral text, both after the neutral prompt",
             (evidence["transfer_gap_ci_low"], evidence["transfer_gap_ci_high"]),

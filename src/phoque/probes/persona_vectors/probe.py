@@ -267,7 +267,9 @@ class Probe:
                     # the profile is of answers to the very prompt that gave these
                     ranking = replace(voice.ranking, exchangeable=condition != "persona")
                     result.voices[condition] = replace(voice, ranking=ranking)
-            result.rankings["specific"] = rank_projections(result.vectors, self.heldout, result.selected.layer, seed)
+            result.rankings["specific"] = rank_projections(
+                result.vectors, self.extraction, self.heldout, result.selected.layer, seed
+            )
         place = result.profile.roles.index("persona")
         if controls and "tuned" in shifts and ranked:
             shares = numpy.stack([own_by_question[name][:, place] for name in controls])

@@ -25,14 +25,20 @@ def rank_gaps(gaps: dict[str, Array], seed: int) -> Ranking:
     return Ranking(value, others, lead, least_lead=RELEVANT * max(value, 0.0), exchangeable=False)
 
 
-def rank_projections(vectors: PersonaVectors, heldout: Residuals, layer: int, seed: int) -> Ranking:
+def rank_projections(
+    vectors: PersonaVectors, extraction: Residuals, heldout: Residuals, layer: int, seed: int
+) -> Ranking:
     """Rank the persona's held-out answers among those of other roles and the placebo, on one axis at one block.
 
-    The axis is the persona vector. Values are mean projections minus the neutral answers', in units of the residual
-    norm; the lead is paired by question. A placebo or a role that moves the answers as far along it is told apart by
-    nothing else, so it makes the vector that of a prompt and not of the persona.
+    The axis is the persona vector, whitened with the covariance of answers within a condition, as of Fisher's linear
+    discriminant: along the vector itself, any role that moves the answers far outranks the persona. Values are mean
+    projections minus the neutral answers', in standard deviations of answers of one condition; the lead is paired by
+    question. A placebo or a role that moves the answers as far along the axis is told apart by nothing else, so it
+    makes the vector that of a prompt and not of the persona.
     """
-    axis = vectors.unit_vectors()[layer] / vectors.norm[layer]
+    vector = vectors.raw["response_avg"][layer]
+    whitened = _apply_inverse_covariance(_center_conditions(extraction, layer), vector[None])[0]
+    axis = whitened / numpy.sqrt(max(float(whitened @ vector), 1e-30))
     count = min(len(heldout.get(name)) for name in ("persona", *vectors.roles))
     neutral = heldout.get("neutral")[:count, layer] @ axis
     names = ("persona", "placebo", *vectors.roles)
@@ -53,12 +59,7 @@ def rank_cosines(
     roles = {name: (extraction.get(name)[:count] - neutral).mean(0) for name in ("persona", "placebo", *vectors.roles)}
     parts = []
     for block in blocks:
-        rows = numpy.concatenate(
-            [
-                v["response_avg"][:, block] - v["response_avg"][:, block].mean(0)
-                for v in extraction.by_condition.values()
-            ]
-        )
+        rows = _center_conditions(extraction, block)
         directions = numpy.stack([vector[block] for vector in roles.values()])
         whitened = _apply_inverse_covariance(rows, numpy.concatenate([directions, gaps[:, block]]))
         white_directions, white_gaps = whitened[: len(roles)], whitened[len(roles) :]
@@ -76,6 +77,12 @@ def rank_cosines(
     place = list(roles).index(max(others, key=lambda name: others[name]))
     low, high = stats.bca_interval(lambda q: cosines(q)[0] - cosines(q)[place], every, seed=seed)
     return Ranking(observed["persona"], others, (float(low), float(high)))
+
+
+def _center_conditions(extraction: Residuals, block: int) -> Array:
+    """The answers of all conditions at one block, each minus the mean of its condition: (answers, hidden)."""
+    answers = [values["response_avg"][:, block] for values in extraction.by_condition.values()]
+    return numpy.concatenate([rows - rows.mean(0) for rows in answers])
 
 
 def _apply_inverse_covariance(rows: Array, vectors: Array) -> Array:

@@ -216,7 +216,7 @@ def _draw_ranks(summary: dict[str, Any]) -> list[tuple[str, Any]]:
         "tuned": ("words of the fine-tune's answers", "gain in probability over the base model"),
         "persona": ("words of the base model's answers under the persona's prompt", "gain in probability"),
         "tuned_moves_along_vector": ("shift of the fine-tune", "whitened cosine with the role's vector"),
-        "specific": ("held-out answers along the persona vector", "residual norms"),
+        "specific": ("held-out answers along the whitened persona vector", "standard deviations"),
     }
     charts = []
     for key, (caption, unit) in titles.items():
