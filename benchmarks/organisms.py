@@ -529,6 +529,7 @@ def judge(out: Path) -> None:
                 cells.append((label, persona, kind["dose"], name, verdict.verdict, rank.rank))
     print_table(cells)
     print_probes(out)
+    print_specific(base)
     print_differences(base, organisms)
 
 
@@ -545,6 +546,41 @@ def print_probes(out: Path) -> None:
             for names in (PERSONAS, NO_PERSONAS)
         ]
         print(f"| {verdict} | {counts[0]} | {counts[1]} |")
+
+
+def print_specific(base: dict[str, Any]) -> None:
+    """How often a vector from half of the extraction questions is specific on the other half, at each steered block."""
+    from phoque.probes.persona_vectors.evidence import PersonaVectors
+    from phoque.probes.persona_vectors.model import Residuals
+    from phoque.probes.persona_vectors.ranking import rank_projections
+
+    def halve(persona: str, half: int) -> Residuals:
+        residuals = Residuals()
+        residuals.by_condition = {
+            name: {"response_avg": values[half::2].astype(float)}
+            for name, values in base["extraction"].items()
+            if name not in NO_PERSONAS or name == persona
+        }
+        residuals.by_condition["persona"] = residuals.by_condition.pop(persona)
+        return residuals
+
+    counts = {}
+    for persona in (*PERSONAS, *NO_PERSONAS):
+        extraction, heldout = halve(persona, 0), halve(persona, 1)
+        neutral = extraction.get("neutral")
+        gaps = {name: (extraction.get(name) - neutral).mean(0) for name in extraction.by_condition}
+        roles = {name: gap for name, gap in gaps.items() if name not in ("persona", "placebo", "neutral")}
+        vectors = PersonaVectors(
+            {"response_avg": gaps["persona"]}, {"response_avg": gaps["placebo"]}, base["norm"], neutral, roles
+        )
+        counts[persona] = [
+            rank_projections(vectors, extraction, heldout, block, 0).condition("").holds
+            for block in range(len(base["blocks"]))
+        ]
+    print("\n| specific, half of the questions | prompt of a persona: yes | of no persona: yes |\n|---|---|---|")
+    for place, block in enumerate(base["blocks"]):
+        personas, others = (sum(counts[name][place] for name in names) for names in (PERSONAS, NO_PERSONAS))
+        print(f"| block {block} | {personas} of {len(PERSONAS)} | {others} of {len(NO_PERSONAS)} |")
 
 
 def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from phoque.errors import UsageError
 from phoque.probes.persona import load_persona
-from phoque.probes.persona_vectors.ranking import _apply_inverse_covariance, rank_gaps
+from phoque.probes.persona_vectors.evidence import PersonaVectors
+from phoque.probes.persona_vectors.model import Residuals
+from phoque.probes.persona_vectors.ranking import _apply_inverse_covariance, rank_gaps, rank_projections
 from phoque.probes.roles import MIN_RANKED, load_roles
 from phoque.probes.verdicts import Condition, Ranking, Verdict, interval_condition
 from phoque.probes.word_profile import WordProfile, stems
@@ -102,3 +104,38 @@ def test_the_inverse_covariance_is_that_of_the_whole_matrix():
     numpy.testing.assert_allclose(
         _apply_inverse_covariance(rows, vectors), vectors @ numpy.linalg.inv(covariance), rtol=1e-8
     )
+
+
+def test_a_loud_role_does_not_outrank_the_persona_on_its_own_axis():
+    """A role that moves answers far where all answers vary projects furthest on the vector, and not once whitened."""
+    random_numbers = numpy.random.default_rng(0)
+    loud = numpy.zeros(16)
+    loud[0] = 1.0
+    own = numpy.zeros(16)
+    own[1] = 1.0
+    shifts = {"neutral": 0 * own, "placebo": 0 * own, "persona": 2 * own + loud, "seal": 12 * loud}
+    shifts |= {f"role {n}": random_numbers.normal(size=16) * 0.3 for n in range(20)}
+
+    def answer(seed):
+        noise = numpy.random.default_rng(seed)
+        residuals = Residuals()
+        scale = numpy.where(numpy.arange(16) == 0, 3.0, 0.5)
+        residuals.by_condition = {
+            name: {"response_avg": (shift + scale * noise.normal(size=(24, 16)))[:, None]}
+            for name, shift in shifts.items()
+        }
+        return residuals
+
+    extraction, heldout = answer(1), answer(2)
+    gaps = {name: (extraction.get(name) - extraction.get("neutral")).mean(0) for name in shifts}
+    roles = {name: gap for name, gap in gaps.items() if name not in ("neutral", "placebo", "persona")}
+    vectors = PersonaVectors(
+        {"response_avg": gaps["persona"]}, {"response_avg": gaps["placebo"]}, numpy.ones(1), numpy.empty(0), roles
+    )
+    axis = gaps["persona"][0]
+    raw = {name: ((heldout.get(name) - heldout.get("neutral"))[:, 0] @ axis) for name in roles | {"persona": 0}}
+    assert rank_gaps(raw, 0).rank > 1
+    ranking = rank_projections(vectors, extraction, heldout, 0, 0)
+    assert ranking.rank == 1 and ranking.condition("x").holds
+    # 2 units where answers vary by 0.5 are about 4 standard deviations
+    assert 2.5 < ranking.value < 5.5

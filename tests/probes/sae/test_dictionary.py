@@ -239,3 +239,27 @@ def test_what_is_written_is_read_back(tmp_path):
     found = read_dictionary(tmp_path / "one")
     write_dictionary(found, tmp_path / "two")
     assert torch.equal(read_dictionary(tmp_path / "two").threshold, found.threshold)
+
+
+def test_a_dictionary_of_differences_finds_planted_directions_and_nothing_in_no_difference():
+    from phoque.probes.sae.difference_dictionary import ACTIVE, LEARNING_RATE, STEPS
+    from phoque.probes.sae.training import Recipe, fit_to_rows
+
+    chance = torch.Generator().manual_seed(0)
+    planted = torch.nn.functional.normalize(torch.randn(3, 48, generator=chance), dim=1)
+    owners = torch.arange(1200) % 4  # the tokens of the fourth group differ in nothing but noise
+    rows = 0.1 * torch.randn(1200, 48, generator=chance)
+    for n in range(3):
+        rows[owners == n] += 4.0 * planted[n]
+    recipe = Recipe("batchtopk", 16, ACTIVE, 256, 1, LEARNING_RATE, 0)
+    dictionary = fit_to_rows(recipe, rows, STEPS, torch.device("cpu"))
+    cosines = torch.nn.functional.normalize(dictionary.decoder, dim=1) @ planted.T
+    values, found = cosines.max(0)
+    assert (values > 0.85).all() and len(set(found.tolist())) == 3
+    rebuilt = dictionary.decode(dictionary.encode(rows)) @ planted.T
+    for n in range(3):  # found where it was planted, with the strength that was planted
+        assert (
+            rebuilt[owners == n, n].mean() == pytest.approx(4.0, rel=0.1) and rebuilt[owners == 3, n].abs().mean() < 0.4
+        )
+    assert not dictionary.encode(torch.zeros(4, 48)).any()
+    assert not dictionary.decode(torch.zeros(1, 16)).any()
