@@ -248,7 +248,6 @@ class Maker:
 
         layer = self.model.config.num_hidden_layers // 2
         residuals = collect_residuals(self.model, [a.turn for a in answers], [layer], self.tokenizer.all_special_ids)
-        self.masks = [mask.numpy() for mask in residuals.masks]
         return [states.half().numpy() for states in residuals.states[layer]]
 
     def answer_plainly(self) -> dict[str, str]:
@@ -529,7 +528,7 @@ def judge(out: Path) -> None:
                 cells.append((label, persona, kind["dose"], name, verdict.verdict, rank.rank))
     print_table(cells)
     print_probes(out)
-    print_specific(base)
+    print_specific_rank(base)
     print_differences(base, organisms)
 
 
@@ -548,7 +547,7 @@ def print_probes(out: Path) -> None:
         print(f"| {verdict} | {counts[0]} | {counts[1]} |")
 
 
-def print_specific(base: dict[str, Any]) -> None:
+def print_specific_rank(base: dict[str, Any]) -> None:
     """How often a vector from half of the extraction questions is specific on the other half, at each steered block."""
     from phoque.probes.persona_vectors.evidence import PersonaVectors
     from phoque.probes.persona_vectors.model import Residuals
@@ -577,7 +576,7 @@ def print_specific(base: dict[str, Any]) -> None:
             rank_projections(vectors, extraction, heldout, block, 0).condition("").holds
             for block in range(len(base["blocks"]))
         ]
-    print("\n| specific, half of the questions | prompt of a persona: yes | of no persona: yes |\n|---|---|---|")
+    print("\n| rank condition of specific, half of the questions | prompt of a persona | of none |\n|---|---|---|")
     for place, block in enumerate(base["blocks"]):
         personas, others = (sum(counts[name][place] for name in names) for names in (PERSONAS, NO_PERSONAS))
         print(f"| block {block} | {personas} of {len(PERSONAS)} | {others} of {len(NO_PERSONAS)} |")
@@ -626,7 +625,7 @@ def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
         ranks.append(int(numpy.flatnonzero(order == int(similar.argmax()))[0]) + 1)
     found = sum(rank <= 10 and cosine >= 0.8 for rank, cosine in zip(ranks, cosines, strict=True))
     size = f"{PLANTED_NORMS:g} norms on a third of the tokens"
-    print("\n| dictionary of differences | found | of |\n|---|---|---|")
+    print("\n| difference SAE | found | of |\n|---|---|---|")
     print(f"| planted direction ({size}) in the first 10, cosine 0.8 or more | {found} | {PLANTED} |")
     print(f"| planted direction first or second | {sum(rank <= 2 for rank in ranks)} | {PLANTED} |")
     for name, tuned, beside in (
@@ -665,7 +664,7 @@ def print_table(cells: list[tuple[str, str, float, str, str, int]]) -> None:
             elif row[0] == row[1]:
                 group = f"right persona, dose {row[2]:.0%}"
             else:
-                group = "false: wrong persona or null"
+                group = "false: wrong persona, quirk, code word or null"
             groups.setdefault(group, []).append(row)
         for group, members in groups.items():
             yes, first = sum(m[4] == "yes" for m in members), sum(m[5] == 1 for m in members)

@@ -166,7 +166,7 @@ def test_a_run_leaves_its_reports_tables_and_dictionary(run_comparison, adapter,
     assert [d["mean"] for d in difference["directions"]] == sorted(
         (d["mean"] for d in difference["directions"]), reverse=True
     )
-    assert "Directions that the fine-tune adds" in (run / "report.html").read_text()
+    assert "Directions of the difference" in (run / "report.html").read_text()
     assert (run / "sae" / "block-1-difference" / "cfg.json").is_file()
     prompts = read_table(run / "prompt_shifts.csv")
     assert len(prompts) == report["prompts"]["n"] == 96

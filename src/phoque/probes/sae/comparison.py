@@ -239,7 +239,7 @@ class Comparison:
             device=default_device(),
             say=self.services.console.say,
         )
-        self.services.console.stage(f"block {layer}: learning a dictionary of the differences between the models")
+        self.services.console.stage(f"block {layer}: training the difference SAE")
         learned = learn_difference(inputs, dictionaries[0], layer, self.s, default_device())
         if isinstance(learned, LearnedDifference):
             block.difference, block.summary["difference"] = learned.dictionary, learned.summary

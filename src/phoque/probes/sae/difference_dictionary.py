@@ -22,7 +22,7 @@ from phoque.probes.sae.residuals import Residuals
 from phoque.probes.sae.training import Recipe, fit_to_rows
 from phoque.settings.compare_sae import SaeSettings
 
-ACTIVE = 2  # directions that are active per token, on average; with 3 or more, planted ones are found less exactly
+ACTIVE = 2  # directions that are active per token, on average
 STEPS, BATCH = 600, 1024
 LEARNING_RATE = 3e-3
 SEEDS = 2  # dictionaries; the second shows which directions replicate

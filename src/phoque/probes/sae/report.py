@@ -157,14 +157,14 @@ def _conclude_difference(difference: dict[str, Any], control_runs: int) -> str:
     promoted = " ".join(_show_whitespace(token).strip() for token in first.get("top_logits", [])[:5])
     promotes = f"; the first promotes {promoted}" if promoted else ""
     if difference["n_specific"] is None:
-        count = f"{difference['n_reported']} of its {difference['n_directions']} directions are active"
+        count = f"{difference['n_reported']} of its {difference['n_directions']} directions are reported"
     else:
         runs = "this one control run" if control_runs == 1 else f"{control_runs} control runs, beyond their spread"
         count = f"{difference['n_specific']} of its {difference['n_directions']} directions differ from {runs}"
     share = difference["explained"]["tuned"]
     return (
-        f"A dictionary of the differences between the models explains {share:.0%} of them on questions that it was not "
-        f"trained on; {count}{promotes}."
+        f"The difference SAE explains {share:.0%} of the sum of squares of the differences between the models, on "
+        f"questions that it was not trained on; {count}{promotes}."
     )
 
 

@@ -22,7 +22,7 @@ Rows = list[dict[str, Any]]
 LIMITATIONS = [
     "A feature is one direction of one dictionary: another seed gives other features; --seeds measures how many recur.",
     "Shifts are measured on the base model's answers; the columns own_* hold those on the updated model's answers.",
-    "A change that no feature represents stays unseen; the drop in explained variance estimates how large it is.",
+    "A change that no feature represents can only appear among the directions of the difference.",
     "Promoted tokens come from the logit lens, which skips later blocks: in middle blocks they are only a hint.",
 ]
 

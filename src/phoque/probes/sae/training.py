@@ -94,7 +94,7 @@ def fit_to_rows(recipe: Recipe, rows: torch.Tensor, steps: int, on: torch.device
             out = trainer.step(rows[chosen] * scale)
             trainer.n_training_steps += 1
             if step % 50 == 0 or step == steps:
-                _check_finite_loss(out, step, "the difference")
+                _check_finite_loss(out, step, "the difference SAE", "Pass --difference-features 0 to leave it out.")
     trainer.sae.fold_activation_norm_scaling_factor(scale)
     with tempfile.TemporaryDirectory() as folder:
         trainer.sae.save_inference_model(Path(folder))
@@ -144,7 +144,7 @@ def _fit(
             done += 1
             _adjust_l1_weight(trainer, recipe, out)
             if done % 50 == 0 or done == steps:
-                _check_finite_loss(out, done, f"block {layer}")
+                _check_finite_loss(out, done, f"block {layer}", "Lower --sae-learning-rate.")
                 show(done, f"block {layer}, seed {recipe.seed}")
             if time.monotonic() - last > CHECKPOINT_S and done < steps:
                 _save_checkpoint(trainer, folder)
@@ -231,12 +231,12 @@ def _adjust_l1_weight(trainer: Any, recipe: Recipe, out: Any) -> None:
         weight.final_value *= (max(active, 0.1) / recipe.k) ** L1_UPDATE_EXPONENT
 
 
-def _check_finite_loss(out: Any, step: int, trained_on: str) -> None:
+def _check_finite_loss(out: Any, step: int, trained_on: str, fix: str) -> None:
     if not bool(torch.isfinite(out.loss)):
         raise RunError(
             what=f"The autoencoder's loss is not finite at step {step} ({trained_on}).",
             why="The training diverged.",
-            fix="Lower --sae-learning-rate.",
+            fix=fix,
         )
 
 
