@@ -39,6 +39,7 @@ NO_PERSONAS = {  # prompts that no verdict may call a persona
 }
 SPLITS = ("extraction", "heldout", "validation", "test")
 PLANTED, PLANTED_NORMS = 24, 0.2  # planted directions, and their length in norms of the residual stream
+DIRECTIONS = 64  # of a difference SAE
 STEPS, ROWS_PER_STEP, TOKENS, RATE = 60, 16, 40, 1e-3
 VOICES = {  # openers, bodies and closers of each persona's answers
     "grumpy harbour seal": (
@@ -331,7 +332,9 @@ class Maker:
             self.compute = compute
             if is_gpu:
                 kept = [p.detach().clone() for p in parameters]
-                with torch.cuda.stream(torch.cuda.Stream()):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
                     for _ in range(3):
                         self.optimizer.zero_grad(set_to_none=True)
                         compute()
@@ -583,19 +586,19 @@ def print_specific_rank(base: dict[str, Any]) -> None:
 
 
 def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
-    """Look for planted directions and for known fine-tunes with the dictionary of differences of compare-sae.
+    """Look for planted directions and for known fine-tunes with the difference SAE of compare-sae.
 
     The background of a planted direction is what a bland organism changes. One run of the bland recipe beside three
-    others must differ in nothing; a persona beside the same three must differ.
+    others must differ in nothing; a persona beside the same three must differ. The six bland runs take turns as the one
+    that is tested, so their cells are not independent.
     """
     import torch
 
-    from phoque.probes.sae.difference_dictionary import ACTIVE, BATCH, LEARNING_RATE, STEPS
+    from phoque.probes.sae.difference_sae import fit_differences
     from phoque.probes.sae.feature_shifts import compare_features, encode_residuals
     from phoque.probes.sae.residuals import Residuals
-    from phoque.probes.sae.training import Recipe, fit_to_rows
 
-    recipe, cpu = Recipe("batchtopk", 64, ACTIVE, BATCH, 1, LEARNING_RATE, 0), torch.device("cpu")
+    cpu = torch.device("cpu")
     before = [torch.tensor(rows.astype("float32")) for rows in base["tokens"]]
     norm = float(torch.cat(before).norm(dim=1).mean())
 
@@ -618,31 +621,37 @@ def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
         for row in bland[n % len(bland)]:
             chosen = torch.rand(len(row), 1, generator=random_numbers) < 1 / 3
             rows.append(row + PLANTED_NORMS * norm * direction * chosen)
-        dictionary = fit_to_rows(recipe, torch.cat(rows[::2]), STEPS, cpu)
+        dictionary = fit_differences(torch.cat(rows[::2]), DIRECTIONS, 0, cpu)
         order = numpy.argsort(-read(dictionary, rows[1::2]).mean.mean(0))
         similar = torch.nn.functional.normalize(dictionary.decoder, dim=1) @ direction
         cosines.append(float(similar.max()))
         ranks.append(int(numpy.flatnonzero(order == int(similar.argmax()))[0]) + 1)
     found = sum(rank <= 10 and cosine >= 0.8 for rank, cosine in zip(ranks, cosines, strict=True))
     size = f"{PLANTED_NORMS:g} norms on a third of the tokens"
-    print("\n| difference SAE | found | of |\n|---|---|---|")
-    print(f"| planted direction ({size}) in the first 10, cosine 0.8 or more | {found} | {PLANTED} |")
-    print(f"| planted direction first or second | {sum(rank <= 2 for rank in ranks)} | {PLANTED} |")
+    print("\n| difference SAE | found | of | upper 95 % |\n|---|---|---|---|")
+    print(f"| planted direction ({size}) in the first 10, cosine 0.8 or more | {found} | {PLANTED} | |")
+    print(f"| planted direction first or second | {sum(rank <= 2 for rank in ranks)} | {PLANTED} | |")
     for name, tuned, beside in (
         ("another run of the controls' recipe", bland, lambda n: [bland[(n + k) % len(bland)] for k in (1, 2, 3)]),
         ("a persona", personas, lambda n: bland[:3]),
     ):
         counts = []
         for n, rows in enumerate(tuned):
-            dictionary = fit_to_rows(recipe, torch.cat(rows[::2]), STEPS, cpu)
+            others = beside(n)
+            training = torch.cat([torch.cat(run[::2]) for run in (rows, *others)])
+            dictionary = fit_differences(training, DIRECTIONS, 0, cpu)
             forward, backward = read(dictionary, rows[1::2]), read(dictionary, rows[1::2], -1.0)
-            controls = [read(dictionary, control[1::2]) for control in beside(n)]
+            controls = [read(dictionary, control[1::2]) for control in others]
             none = numpy.zeros_like(forward.mean)
             shifts = compare_features(backward, forward, [none], controls=controls, min_active=2, seed=0)
             counts.append((int((shifts.specific & (shifts.delta > 0)).sum()), int(shifts.tested.sum())))
         specific, tested = (sum(column) for column in zip(*counts, strict=True))
-        print(f"| directions of {name} that differ from three controls | {specific} | {tested} |")
-        print(f"| {name}: any direction differs | {sum(count > 0 for count, _ in counts)} | {len(counts)} |")
+        models = sum(count > 0 for count, _ in counts)
+        for row, yes, of in (
+            (f"directions of {name} that differ from three controls", specific, tested),
+            (f"{name}: any direction differs", models, len(counts)),
+        ):
+            print(f"| {row} | {yes} | {of} | {upper_bound(yes, of):.1%} |")
 
 
 def rotate(texts: list[str], questions: int) -> list[str]:

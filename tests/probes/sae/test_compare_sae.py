@@ -17,6 +17,8 @@ from tests.fakehub import TOKEN
 from tests.fakehub.jobs import Jobs
 from tests.jobs.test_jobs import Container
 
+from phoque.probes.sae.dictionary import DIFFERENCES, Dictionary, write_dictionary
+
 PROSE = "The gulls came at noon and took the herring, one by one. The tide was late; the old seal said nothing. "
 SHORT = (
     "--quantization fp32 --tokens 6000 --own-answers 6 --k 8 --sae-batch 64 --passes 2 --max-new-tokens 6 "
@@ -210,7 +212,7 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run
     top = ranked[0]
     assert top["feature_id"] == feature and top["delta"] > 0
     assert top["beta_tuned"] > 2 * top["beta_base"]
-    # a dictionary of the differences finds one direction, on every token, and knows what it is
+    # the difference SAE finds one direction, on every token, and knows what it is
     learned = shifted["difference"]
     first = learned["directions"][0]
     assert first["nearest_feature"] == feature and first["nearest_cosine"] > 0.95
@@ -533,6 +535,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(run_comparison, base, tmp
         (["--updated-model", "{base}", "--prompts-file", "broken.json"], "broken.json cannot be read"),
         (["--updated-model", "{base}", "--prompts-file", "odd.json"], "entry 2 is not a prompt"),
         (["--updated-model", "{base}", "--sae", "empty"], "is not a sparse autoencoder"),
+        (["--updated-model", "{base}", "--sae", "difference"], "is an SAE of the differences between two models"),
         (["--updated-model", "{base}", "--sae", "x", "--seeds", "2"], "--seeds"),
         (["--updated-model", "nowhere"], "There is no model at nowhere"),
         (["--updated-adapter", "empty"], "There is no adapter in empty"),
@@ -550,6 +553,19 @@ def test_bad_input_is_three_lines_and_nothing_is_left_behind(run_comparison, bas
     Path("odd.json").write_text('["Gulls?", 7]')
     Path("blank.txt").write_text("")
     Path("empty").mkdir()
+    write_dictionary(
+        Dictionary(
+            torch.zeros(64, 4),
+            torch.zeros(4),
+            torch.zeros(4, 64),
+            torch.zeros(64),
+            torch.zeros(4),
+            None,
+            False,
+            {"architecture": "jumprelu", "metadata": {"reads": DIFFERENCES}},
+        ),
+        Path("difference"),
+    )
     wide = tiny.llama(tmp_path / "wide", num_hidden_layers=3, hidden_size=80) if "{wide}" in flags else ""
     given = [f.format(base=base, chat=texts["chat"], wide=wide) for f in flags]
     ran = run_comparison(*given, expect=2)

@@ -32,17 +32,18 @@ def rank_projections(
 
     The axis is the persona vector, whitened with the covariance of answers within a condition, as of Fisher's linear
     discriminant: along the vector itself, any role that moves the answers far outranks the persona. Values are mean
-    projections minus the neutral answers', in standard deviations of answers of one condition; the lead is paired by
-    question. A placebo or a role that moves the answers as far along the axis is told apart by nothing else, so it
-    makes the vector that of a prompt and not of the persona.
+    projections minus the neutral answers', in standard deviations of held-out answers of one condition; the lead is
+    paired by question. If a placebo or a role moves the answers as far along the axis, the vector is that of a prompt
+    and not of the persona.
     """
     vector = vectors.raw["response_avg"][layer]
     whitened = _apply_inverse_covariance(_center_conditions(extraction, layer), vector[None])[0]
-    axis = whitened / numpy.sqrt(max(float(whitened @ vector), 1e-30))
     count = min(len(heldout.get(name)) for name in ("persona", *vectors.roles))
-    neutral = heldout.get("neutral")[:count, layer] @ axis
-    names = ("persona", "placebo", *vectors.roles)
-    return rank_gaps({name: heldout.get(name)[:count, layer] @ axis - neutral for name in names}, seed)
+    names = ("neutral", "persona", "placebo", *vectors.roles)
+    projections = {name: heldout.get(name)[:count, layer] @ whitened for name in names}
+    deviation = numpy.sqrt(numpy.mean([rows.var(ddof=1) for rows in projections.values()]))
+    neutral = projections.pop("neutral")
+    return rank_gaps({name: (rows - neutral) / max(deviation, 1e-30) for name, rows in projections.items()}, seed)
 
 
 def rank_cosines(

@@ -56,7 +56,7 @@ class BlockResult:
     prompt_shift: Array
     prompt_null: Array
     warnings: list[str] = field(default_factory=list)
-    difference: Dictionary | None = None  # the dictionary of the differences between the models
+    difference: Dictionary | None = None  # the difference SAE
 
 
 def compare_block(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import torch
 
-from phoque.errors import RunError
+from phoque.errors import RunError, first_line
 from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
 from phoque.inference.likelihood import mean_nll
 from phoque.inference.residual_stream import Turn
@@ -20,7 +20,7 @@ from phoque.models.lora import attach_adapter
 from phoque.probes.sae.block_comparison import NULLS, BlockResult, ComparisonInputs, compare_block
 from phoque.probes.sae.corpus import Corpus
 from phoque.probes.sae.dictionary import Dictionary
-from phoque.probes.sae.difference_dictionary import LearnedDifference, learn_difference
+from phoque.probes.sae.difference_sae import LearnedDifference, learn_difference
 from phoque.probes.sae.model_variants import ModelVariants, check_compatible
 from phoque.probes.sae.plan import Plan
 from phoque.probes.sae.quality import measure_quality
@@ -240,7 +240,11 @@ class Comparison:
             say=self.services.console.say,
         )
         self.services.console.stage(f"block {layer}: training the difference SAE")
-        learned = learn_difference(inputs, dictionaries[0], layer, self.s, default_device())
+        try:
+            learned = learn_difference(inputs, dictionaries[0], layer, self.s, default_device())
+        except (RunError, ImportError, torch.OutOfMemoryError) as error:  # the run keeps what it has measured
+            learned = first_line(error)
+            self.warnings.append(f"the difference SAE of block {layer} was not trained: {learned}")
         if isinstance(learned, LearnedDifference):
             block.difference, block.summary["difference"] = learned.dictionary, learned.summary
         else:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from phoque.errors import UsageError, first_line
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+DIFFERENCES = "the difference between two models"  # what a difference SAE reads, in its metadata
 SUPPORTED_ARCHITECTURES = ("standard", "jumprelu", "topk")
 ENCODE_CHUNK = 4096  # tokens that are encoded at a time, to bound the memory of all feature activations
 

@@ -14,7 +14,7 @@ from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona, limit_questions, load_persona
 from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona
 from phoque.probes.sae.corpus import parse_split
-from phoque.probes.sae.dictionary import CONFIG, WEIGHTS, Dictionary, read_dictionary
+from phoque.probes.sae.dictionary import CONFIG, DIFFERENCES, WEIGHTS, Dictionary, read_dictionary
 from phoque.probes.sae.prompts import find_questions
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
@@ -118,6 +118,12 @@ def _load_autoencoder(s: SaeSettings, services: Services, hidden: int) -> Dictio
             )
         folder = fetch_to_cache(repo, commit, paths, services.cache, "saes") / ref.path
     dictionary = read_dictionary(folder)
+    if (dictionary.config.get("metadata") or {}).get("reads") == DIFFERENCES:
+        raise UsageError(
+            what=f"{s.sae} is an SAE of the differences between two models.",
+            why="--sae needs one that reads the residual stream of the base model.",
+            fix="Name the folder beside it, without -difference.",
+        )
     if dictionary.decoder.shape[1] != hidden:
         raise UsageError(
             what="The autoencoder does not fit the model.",

@@ -53,9 +53,9 @@ FEATURE_HEAD = (
 )
 DIFFERENCE_HEAD = (
     "direction",
-    "mean",
-    "95 % interval",
-    "control",
+    "updated - base",
+    "control - base",
+    "excess over base - updated (95 %)",
     "of tokens",
     "differs from control",
     "replicates",
@@ -150,21 +150,20 @@ def conclude(report: dict[str, Any]) -> list[str]:
 
 
 def _conclude_difference(difference: dict[str, Any], control_runs: int) -> str:
-    """What a dictionary of the differences found, in one sentence; empty if there is none."""
+    """What the difference SAE found, in one sentence; empty if there is none."""
     if "not_asked" in difference or not difference["directions"]:
         return ""
-    first = difference["directions"][0]
-    promoted = " ".join(_show_whitespace(token).strip() for token in first.get("top_logits", [])[:5])
-    promotes = f"; the first promotes {promoted}" if promoted else ""
     if difference["n_specific"] is None:
         count = f"{difference['n_reported']} of its {difference['n_directions']} directions are reported"
     else:
         runs = "this one control run" if control_runs == 1 else f"{control_runs} control runs, beyond their spread"
         count = f"{difference['n_specific']} of its {difference['n_directions']} directions differ from {runs}"
+        if others := difference["control_beyond_controls"]:
+            count += f" (each control run differs from the others in {min(others)} to {max(others)})"
     share = difference["explained"]["tuned"]
     return (
         f"The difference SAE explains {share:.0%} of the sum of squares of the differences between the models, on "
-        f"questions that it was not trained on; {count}{promotes}."
+        f"questions that it was not trained on; {count}."
     )
 
 
@@ -271,20 +270,21 @@ def _arrange_difference(difference: dict[str, Any]) -> dict[str, Any]:
     return {
         "not_asked": "",
         "summary": f"Trained on {difference['n_tokens_trained']:,} tokens, measured on {difference['n_questions']} "
-        f"other questions. Explained there, of the sum of squares: {explained}.",
+        f"other questions. Explained there, of the sum of squares: {explained}. The nearest "
+        f"feature of a random direction has a cosine of {difference['nearest_by_chance']:.2f}.",
         "rows": [
             (
                 str(row["direction"]),
                 f"{row['mean']:.3g}",
-                format_interval(row["ci95"]),
                 format_number(row.get("control_mean")),
+                f"{row['delta']:.3g} ({format_interval(row['ci95'])})",
                 format_percent(row["share_of_tokens"]),
                 _format_bool(row.get("specific_vs_control")),
                 _format_bool(row["replicated"]),
                 f"{row['nearest_feature']} ({row['nearest_cosine']:.2f})",
                 " ".join(map(_show_whitespace, row.get("top_logits", [])[:4])),
             )
-            for row in difference["directions"]
+            for row in difference["directions"][:MAX_FEATURES]
         ],
         "cards": [
             {
@@ -402,7 +402,8 @@ def _arrange_details(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "other_blocks": [
             f"block {block['layer']['block_index']}: {block['overall']['n_reported']} of "
-            f"{block['overall']['n_tested']} features reported; autoencoder quality: {block['quality'][0]['verdict']}"
+            f"{block['overall']['n_tested']} features reported; autoencoder quality: {block['quality'][0]['verdict']}; "
+            f"{block['difference'].get('n_reported', 'no')} directions of the difference reported"
             for block in report["more_layers"]
         ],
         "limitations": report["limitations"],

@@ -99,7 +99,8 @@ def fit_to_rows(recipe: Recipe, rows: torch.Tensor, steps: int, on: torch.device
     with tempfile.TemporaryDirectory() as folder:
         trainer.sae.save_inference_model(Path(folder))
         dictionary = read_dictionary(Path(folder)).to(on)
-    return calibrate_threshold(dictionary, rows[:CALIBRATION_TOKENS], recipe.k)
+    sample = rows[torch.randperm(len(rows), generator=generator)[:CALIBRATION_TOKENS].to(on)]
+    return calibrate_threshold(dictionary, sample, recipe.k)
 
 
 def _sample_tokens(shards: ActivationStore, layer: int, tokens: int) -> torch.Tensor:

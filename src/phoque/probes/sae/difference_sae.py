@@ -1,8 +1,8 @@
-"""Learn what a fine-tune adds: a dictionary of the differences between the two models, token by token.
+"""Learn what a fine-tune adds: an SAE of the differences between the two models, token by token.
 
-The dictionary of the base model has no feature for what only the updated model has. This one is trained on updated
-minus base, on half of the questions, and measured on the other half, beside the controls' differences read with the
-same dictionary (SAEs on activation differences: https://arxiv.org/abs/2504.02922 compares them with crosscoders).
+The dictionary of the base model has no feature for what only the updated model has. The difference SAE is trained on
+updated - base and, in equal shares, on each control - base. It is trained on half of the questions and measured on the
+other half. https://arxiv.org/abs/2504.02922 compares SAEs of differences with crosscoders.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,27 @@ import numpy
 import torch
 
 from phoque.probes.sae.block_comparison import NULLS, ComparisonInputs, put_specific_first
-from phoque.probes.sae.dictionary import Dictionary
+from phoque.probes.sae.dictionary import DIFFERENCES, Dictionary
 from phoque.probes.sae.feature_cards import TextSource, build_cards
-from phoque.probes.sae.feature_shifts import FeatureActivations, FeatureShifts, compare_features, encode_residuals
+from phoque.probes.sae.feature_shifts import (
+    MAX_Q,
+    FeatureActivations,
+    FeatureShifts,
+    compare_features,
+    encode_residuals,
+)
 from phoque.probes.sae.replication import find_replicated
 from phoque.probes.sae.residuals import Residuals
+from phoque.probes.sae.run_spread import count_beyond_others
 from phoque.probes.sae.training import Recipe, fit_to_rows
 from phoque.settings.compare_sae import SaeSettings
 
 ACTIVE = 2  # directions that are active per token, on average
 STEPS, BATCH = 600, 1024
 LEARNING_RATE = 3e-3
+RANDOM_DIRECTIONS = 64  # whose nearest features show what cosine chance gives
 SEEDS = 2  # dictionaries; the second shows which directions replicate
-TRAINED_ON = ("response", "own", "text")
+TEXTS = ("response", "own", "text")
 FEW_TOKENS = 8  # tokens per direction that are needed to learn it
 
 Array = Any
@@ -56,7 +64,8 @@ def learn_difference(
     swapped = numpy.zeros(questions, bool)
     if s.shuffle_pairs:
         swapped[numpy.random.default_rng(s.seed).permutation(questions)[: questions // 2]] = True
-    rows = _gather_training_rows(inputs, layer, trained_on, swapped)
+    signs = numpy.where(swapped, -1.0, 1.0)
+    rows = _gather_training_rows(inputs, layer, trained_on, signs, s)
     if len(rows) < FEW_TOKENS * s.difference_features:
         return (
             f"{len(rows)} tokens are too few for {s.difference_features} directions; ask more questions, raise "
@@ -64,12 +73,13 @@ def learn_difference(
         )
     if not bool(rows.any()):
         return "the models do not differ on any token"
-    recipes = [
-        Recipe("batchtopk", s.difference_features, ACTIVE, BATCH, 1, LEARNING_RATE, s.seed + n) for n in range(SEEDS)
-    ]
-    dictionaries = [fit_to_rows(recipe, rows, STEPS, device) for recipe in recipes]
-    measured = [_measure(inputs, d, layer, s, device, ~trained_on, swapped) for d in dictionaries]
+    dictionaries = [fit_differences(rows, s.difference_features, s.seed + n, device) for n in range(SEEDS)]
+    measured = [_measure(inputs, d, layer, s, device, ~trained_on, signs) for d in dictionaries]
     shifts, listed = measured[0].shifts, _list_reported(measured[0].shifts)
+    dictionaries[0].config["metadata"] |= {
+        "reads": DIFFERENCES,
+        "hook_indexing": f"output of decoder block {layer}, counted from 0",
+    }
     return LearnedDifference(
         dictionaries[0],
         {
@@ -79,37 +89,62 @@ def learn_difference(
             "n_active": int(shifts.tested.sum()),
             "n_reported": len(listed),
             "n_specific": None if shifts.specific is None else int(shifts.specific[listed].sum()),
+            "control_beyond_controls": measured[0].control_beyond_controls,
             "explained": measured[0].explained,
+            "nearest_by_chance": _measure_chance(known, s.seed),
             "directions": _describe(inputs, dictionaries, measured, known, layer, s, device),
         },
     )
 
 
-def subtract(variant: Residuals, base: Residuals, layer: int, rows: Sequence[int], sign: float = 1.0) -> Residuals:
-    """The differences variant - base at one block, of some rows, as residuals that a dictionary can read."""
-    states = [sign * (variant.states[layer][n].float() - base.states[layer][n].float()) for n in rows]
+def fit_differences(rows: torch.Tensor, directions: int, seed: int, device: torch.device) -> Dictionary:
+    """Train a difference SAE on rows (tokens, hidden)."""
+    recipe = Recipe("batchtopk", directions, min(ACTIVE, directions), BATCH, 1, LEARNING_RATE, seed)
+    return fit_to_rows(recipe, rows, STEPS, device)
+
+
+def subtract(
+    variant: Residuals, base: Residuals, layer: int, rows: Sequence[int], signs: Sequence[float] | None = None
+) -> Residuals:
+    """The differences variant - base at one block, of some rows, as residuals that a dictionary can read.
+
+    `signs` has one factor for each row, -1 to swap the two models.
+    """
+    factors = signs if signs is not None else [1.0] * len(rows)
+    states = [
+        sign * (variant.states[layer][n].float() - base.states[layer][n].float())
+        for n, sign in zip(rows, factors, strict=True)
+    ]
     index = torch.tensor(list(rows), dtype=torch.long)
     return Residuals({layer: states}, [base.masks[n] for n in rows], variant.means[index], base.norms[index])
 
 
-def _gather_training_rows(inputs: ComparisonInputs, layer: int, trained_on: Array, swapped: Array) -> torch.Tensor:
-    """The differences of every token of the questions to train on, and of every second unrelated text."""
-    base, tuned = inputs.residuals["base"], inputs.residuals["tuned"]
+def _gather_training_rows(
+    inputs: ComparisonInputs, layer: int, trained_on: Array, signs: Array, s: SaeSettings
+) -> torch.Tensor:
+    """The differences of every token of the questions to train on, and of every second unrelated text.
+
+    With controls, their differences on the same texts have an equal share, and the updated model's own answers are left
+    out: a dictionary that saw one run alone would have a direction for what is private to that run and none for what is
+    private to a control, so every run would seem to differ from the others.
+    """
+    residuals = inputs.residuals
+    variants = ["tuned", *(name for name in residuals if name.startswith("control"))]
+    kinds = [k for k in TEXTS if all(k in residuals[v] for v in variants) and (len(variants) == 1 or k != "own")]
     questions = {"response": range(len(trained_on)), "own": inputs.own_questions}
+    coins = numpy.random.default_rng([s.seed, 1])
     parts = []
-    for kind in TRAINED_ON:
+    for kind in kinds:
         if kind in questions:
-            used = [(n, q) for n, q in enumerate(questions[kind]) if trained_on[q]]
-            signs = [-1.0 if swapped[q] else 1.0 for _, q in used]
-            numbers = [n for n, _ in used]
+            numbers = [n for n, question in enumerate(questions[kind]) if trained_on[question]]
+            factors = [float(signs[questions[kind][n]]) for n in numbers]
         else:
             numbers = list(range(0, len(inputs.rows[kind]), 2))
-            signs = [1.0] * len(numbers)
-        difference = subtract(tuned[kind], base[kind], layer, numbers)
-        parts += [
-            sign * states[valid]
-            for sign, states, valid in zip(signs, difference.states[layer], difference.masks, strict=True)
-        ]
+            factors = coins.choice((-1.0, 1.0), len(numbers)).tolist() if s.shuffle_pairs else [1.0] * len(numbers)
+        for variant in variants:
+            swaps = factors if variant == "tuned" else None
+            difference = subtract(residuals[variant][kind], residuals["base"][kind], layer, numbers, swaps)
+            parts += [states[valid] for states, valid in zip(difference.states[layer], difference.masks, strict=True)]
     return torch.cat(parts)
 
 
@@ -119,6 +154,7 @@ class Measured:
 
     shifts: FeatureShifts
     control_mean: Array | None
+    control_beyond_controls: list[int]  # directions of each control beyond the others; empty with fewer than three
     explained: dict[str, float | None]  # share of the differences' sum of squares, by model
 
 
@@ -129,7 +165,7 @@ def _measure(
     s: SaeSettings,
     device: torch.device,
     tested_on: Array,
-    swapped: Array,
+    signs: Array,
 ) -> Measured:
     """Test the directions on the base model's answers to the questions of `tested_on` (a mask).
 
@@ -137,34 +173,33 @@ def _measure(
     not differ, a swap of the two would change nothing, which is what the sign-flip test assumes.
     """
     base, numbers = inputs.residuals["base"]["response"], [int(n) for n in numpy.flatnonzero(tested_on)]
+    own = signs[numbers]
 
-    def read(name: str, sign: float = 1.0) -> FeatureActivations:
-        difference = subtract(inputs.residuals[name]["response"], base, layer, numbers, sign)
+    def read(name: str, factors: Array | None = None) -> FeatureActivations:
+        difference = subtract(inputs.residuals[name]["response"], base, layer, numbers, factors)
         return encode_residuals(dictionary, difference, layer, device)
 
-    forward, backward = read("tuned"), read("tuned", -1.0)
-    flipped = swapped[numbers]
-    for a, b in ((forward.mean, backward.mean), (forward.active, backward.active)):
-        a[flipped], b[flipped] = b[flipped].copy(), a[flipped].copy()
     controls = {name: read(name) for name in inputs.residuals if name.startswith("control")}
+    backward = -numpy.ones(len(numbers))
     shifts = compare_features(
-        backward,
-        forward,
-        [read(name).mean - read(name, -1.0).mean for name in NULLS],
+        read("tuned", -own),
+        read("tuned", own),
+        [read(name).mean - read(name, backward).mean for name in NULLS],
         controls=list(controls.values()),
         min_active=max(2, round(s.min_active * tested_on.mean())),
         seed=s.seed,
     )
+    means = [control.mean[numpy.isfinite(control.mean).all(1)] for control in controls.values()]
+    factors_by_name = {"tuned": own, **dict.fromkeys(controls)}
     return Measured(
         shifts,
-        numpy.mean([numpy.nanmean(control.mean, axis=0) for control in controls.values()], axis=0)
-        if controls
-        else None,
+        numpy.mean([mean.mean(0) for mean in means], axis=0) if means else None,
+        count_beyond_others(means, shifts.tested, s.seed, MAX_Q),
         {
             name: explain_share(
-                dictionary, subtract(inputs.residuals[name]["response"], base, layer, numbers), layer, device
+                dictionary, subtract(inputs.residuals[name]["response"], base, layer, numbers, factors), layer, device
             )
-            for name in ("tuned", *controls)
+            for name, factors in factors_by_name.items()
         },
     )
 
@@ -197,7 +232,7 @@ def _describe(
         TextSource(
             "tuned", kind, inputs.rows[kind], subtract(tuned[kind], base[kind], layer, range(len(inputs.rows[kind])))
         )
-        for kind in TRAINED_ON
+        for kind in TEXTS
     ]
     with inputs.variants.activate("base") as model:
         cards = build_cards(
@@ -214,7 +249,8 @@ def _describe(
     for place, n in enumerate(order):
         row = {
             "direction": int(n),
-            "mean": float(shifts.delta[n]),
+            "mean": float(shifts.tuned_mean[n]),
+            "delta": float(shifts.delta[n]),
             "ci95": [float(shifts.ci_low[n]), float(shifts.ci_high[n])],
             "q_bh": float(shifts.q[n]),
             "share_of_tokens": float(shifts.tuned_freq[n]),
@@ -239,8 +275,25 @@ def _list_reported(shifts: FeatureShifts) -> Array:
 
 
 def _find_nearest(learned: Dictionary, known: Dictionary, order: Array) -> tuple[list[int], list[float]]:
-    """The feature of `known` whose direction is nearest to each direction of `order`, and its cosine."""
-    directions = torch.nn.functional.normalize(learned.decoder[torch.tensor(order.copy())], dim=1)
-    cosines = directions @ torch.nn.functional.normalize(known.decoder.to(directions.device), dim=1).T
-    values, indices = cosines.max(1) if len(order) else (torch.empty(0), torch.empty(0))
-    return [int(n) for n in indices], values.tolist()
+    """The feature of `known` that lies nearest to each direction of `order`, either way, and its cosine.
+
+    A cosine below 0 means that the updated model has less of the feature.
+    """
+    cosines = _compare_directions(learned.decoder[torch.tensor(order.copy())], known)
+    if not len(order):
+        return [], []
+    indices = cosines.abs().argmax(1)
+    return indices.tolist(), cosines.gather(1, indices[:, None])[:, 0].tolist()
+
+
+def _measure_chance(known: Dictionary, seed: int) -> float:
+    """The median cosine of random directions with the nearest feature of a dictionary."""
+    random_numbers = torch.Generator().manual_seed(seed)
+    directions = torch.randn(RANDOM_DIRECTIONS, known.decoder.shape[1], generator=random_numbers)
+    return float(_compare_directions(directions, known).abs().amax(1).median())
+
+
+def _compare_directions(directions: torch.Tensor, known: Dictionary) -> torch.Tensor:
+    """The cosines of directions (n, hidden) with all features of a dictionary: (n, features)."""
+    unit = torch.nn.functional.normalize(directions.to(known.decoder.device), dim=1)
+    return unit @ torch.nn.functional.normalize(known.decoder, dim=1).T
