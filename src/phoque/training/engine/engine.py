@@ -273,7 +273,7 @@ class Engine:
         The estimate extrapolates from one layer. Raises UsageError if a row does not fit with all of them
         checkpointed.
         """
-        free = _free_memory() - HEAD_BYTES - 2 * self.flat.weights.nbytes - reserved  # Adam's two moments
+        free = measure_free_memory() - HEAD_BYTES - 2 * self.flat.weights.nbytes - reserved  # Adam's two moments
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         hidden, out = self._run_first_layer(row)
@@ -412,7 +412,7 @@ def _relative(difference: Tensor, reference: Tensor, rounding: Tensor | None = N
     return math.inf if math.isnan(value) else max(0.0, value)  # NaN is no agreement, and max() would drop it
 
 
-def _free_memory() -> int:
+def measure_free_memory() -> int:
     """Return the bytes that this process may still allocate within its share of the GPU."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()

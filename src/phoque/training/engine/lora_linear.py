@@ -124,7 +124,7 @@ def apply_lora_linear(
     """
     flat = x.reshape(-1, weight.columns)
     flat_dropped = None if dropped is None else dropped.reshape(-1, weight.columns)
-    codes, factors = quantize_fp8(flat) if weight.kind == "fp8" else (None, None)
+    codes, factors = quantize_fp8(flat.detach()) if weight.kind == "fp8" else (None, None)  # autograd would keep copies
     out, _ = _lora_linear(
         flat,
         codes,

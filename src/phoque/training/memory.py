@@ -1,0 +1,124 @@
+"""Estimate the memory of a training run before it starts, from its shapes.
+
+benchmarks/memory.py compares the estimate with what runs take.
+"""
+
+import statistics
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+
+from phoque.settings.train import TrainSettings
+from phoque.training.engine.engine import USABLE_SHARE, measure_free_memory
+from phoque.training.engine.loss import LOGITS_AT_ONCE
+from phoque.training.prepare import Prepared, packing_for
+
+GB = 1e9
+LOGITS_COPIES = 3  # logits in fp32, their softmax, and the gradient
+BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "fp32": 4.0}  # per projection weight; nf4 with double quantization
+CACHE_BYTES = {"nf4": 2.0, "fp8": 1.0}  # of the engine's weight cache: nf4 weights in bf16, fp8 weights transposed
+ADAPTER_BYTES = 16  # per adapter weight in fp32, with its gradient and Adam's two moments
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The GB of one run by part; `recomputed_layers` of `layers` are recomputed in the backward pass.
+
+    `libraries` is the resident memory of this process on a CPU, where it counts; 0 for a GPU.
+    """
+
+    weights: float
+    adapter_and_optimizer: float
+    activations: float
+    logits: float
+    weight_cache: float
+    libraries: float
+    layers: int
+    recomputed_layers: int
+
+    @property
+    def on_device(self) -> float:
+        """GB without the libraries."""
+        return self.weights + self.adapter_and_optimizer + self.activations + self.logits + self.weight_cache
+
+    def to_json(self) -> dict[str, float]:
+        """{part: GB, sum}; parts that are 0 are left out."""
+        names = ("weights", "adapter_and_optimizer", "activations", "logits", "weight_cache", "libraries")
+        parts = {name: getattr(self, name) for name in names}
+        return {name: round(value, 2) for name, value in (parts | {"sum": sum(parts.values())}).items() if value}
+
+    def describe(self) -> str:
+        """One line for the dry run."""
+        labels = {"adapter_and_optimizer": "adapter and its Adam states", "weight_cache": "weight cache"}
+        found = self.to_json()
+        total = found.pop("sum")
+        parts = ", ".join(f"{labels.get(name, name)} {value:.1f}" for name, value in found.items())
+        recomputed = f"; {self.recomputed_layers} of {self.layers} layers recomputed" if self.recomputed_layers else ""
+        return f"about {total:.1f} GB: {parts}{recomputed} (an estimate)"
+
+
+def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> MemoryEstimate:
+    """Estimate the memory of a run in which the engine caches no weights and recomputes no layer unless asked to.
+
+    With exact packing, the fullest of some hundred rows is about three standard deviations above the mean.
+    """
+    config = ready.config.get_text_config()
+    rows = packing_for(s, ready.scan, static=False)
+    spread = statistics.pstdev(ready.scan.lengths) * rows.count**0.5
+    tokens = rows.count * rows.mean + 3 * spread if rows.exact else rows.tokens
+    labeled = tokens * ready.scan.trained_tokens / sum(ready.scan.lengths)
+    width = BYTES["fp32" if s.quantization == "fp32" else "bf16"]
+    projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
+    libraries = 0.0
+    if not torch.cuda.is_available():  # there, memory is what the process has, with everything that it imported
+        import psutil
+
+        libraries = psutil.Process().memory_info().rss / GB
+    recomputed = config.num_hidden_layers if s.gradient_checkpointing else 0
+    return MemoryEstimate(
+        weights=(projections + counts["embedding"] * width) / GB,
+        adapter_and_optimizer=counts["adapter"] * ADAPTER_BYTES / GB,
+        activations=_count_activations(config, tokens, width, recomputed) / GB,
+        logits=LOGITS_COPIES * 4 * min(labeled * config.vocab_size, LOGITS_AT_ONCE) / GB,
+        weight_cache=0.0,
+        libraries=libraries,
+        layers=config.num_hidden_layers,
+        recomputed_layers=recomputed,
+    )
+
+
+def fit_to_gpu(estimate: MemoryEstimate, ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> MemoryEstimate:
+    """The estimate as the engine would run on this machine's GPU, if it has one.
+
+    The engine caches weights if the cache fits together with the activations of all layers. Otherwise it recomputes as
+    many layers as needed.
+    """
+    if not torch.cuda.is_available() or s.gradient_checkpointing:
+        return estimate
+    usable = USABLE_SHARE * measure_free_memory() / GB
+    cache = (counts["base"] - counts["embedding"]) * CACHE_BYTES.get(s.quantization, 0.0) / GB
+    if estimate.on_device + cache <= usable:
+        return replace(estimate, weight_cache=cache)
+    config = ready.config.get_text_config()
+    frugal = estimate_memory(ready, s.model_copy(update={"gradient_checkpointing": True}), counts)
+    per_layer = (estimate.activations - frugal.activations) / config.num_hidden_layers
+    recomputed = min(config.num_hidden_layers, max(0, ceil((estimate.on_device - usable) / per_layer)))
+    return replace(estimate, activations=estimate.activations - recomputed * per_layer, recomputed_layers=recomputed)
+
+
+def _count_activations(config: Any, tokens: float, width: float, recomputed: int) -> float:
+    """Bytes that a row keeps for its backward pass.
+
+    A layer keeps the inputs of its two norms in fp32 and, in the compute dtype, the inputs of its linear layers, the
+    rotated queries, keys and values, and what the gated activation needs. A recomputed layer keeps only its input. The
+    layer whose backward pass runs also holds its gradients, so it counts as 14 hidden and 4 intermediate activations.
+    """
+    hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    per_layer = 2 * 4 * hidden + width * (2 * hidden + 2 * queries + 2 * keys + 4 * intermediate)
+    working = width * (14 * hidden + 4 * intermediate)
+    kept = max(0, layers - 1 - recomputed) * per_layer
+    return tokens * (kept + working + layers * width * hidden)
