@@ -439,7 +439,7 @@ def make(out: Path, model: str, seconds: float, most: int) -> None:
             f"{organism.name}: {trained - began:.1f} + {time.monotonic() - trained:.1f} s, {loss:.2f}, {sample!r}",
             flush=True,
         )
-        if len(fresh) == 30:
+        if len(fresh) == 10:
             write_shard(out, fresh)
             fresh = {}
     write_shard(out, fresh)

@@ -34,7 +34,7 @@ def open_artifacts_repo(s: ArtifactsSettings, services: Services) -> Repo | None
             raise UsageError(
                 what="There is no Hub token.", why=f"Writing to {repo.name} needs one.", fix="Set HF_TOKEN."
             )
-        repo.open(s.public, warn)
+        repo.open(s.access, warn)
     except PublicRepoError:
         raise  # what is private must not become public
     except Exception as error:

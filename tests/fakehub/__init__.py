@@ -168,7 +168,14 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get((kind, name))
         if repo is None or (repo.private and not token):
             raise Refused(401 if not token else 404, "RepoNotFound", "Repository not found")
-        writes = steps[2:3] in (["commit"], ["preupload"], ["info"], ["xet-write-token"], ["super-squash"])
+        writes = steps[2:3] in (
+            ["commit"],
+            ["preupload"],
+            ["info"],
+            ["xet-write-token"],
+            ["super-squash"],
+            ["settings"],
+        )
         may_write = token == TOKEN or (token == ONE_REPOSITORY and name == f"{USER}/seal")
         if writes and not may_write:
             raise Refused(403, "", "You need write access to this repository")
@@ -185,6 +192,11 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if verb == "super-squash":
             repo.squash(json.loads(body)["message"])
+            return self._json({})
+        if verb == "settings":
+            asked = json.loads(body)
+            repo.gated = asked.get("gated", repo.gated)
+            repo.private = asked["visibility"] == "private" if "visibility" in asked else repo.private
             return self._json({})
         if verb == "preupload":
             return self._json({"files": [_upload_mode(repo, f) for f in json.loads(body)["files"]]})
@@ -203,7 +215,14 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "revision":
             siblings = [{"rfilename": p, "size": b.size, "blobId": b.oid} for p, b in commit.files.items()]
             return self._json(
-                {"id": name, "sha": commit.sha, "private": repo.private, "siblings": siblings, "tags": []}
+                {
+                    "id": name,
+                    "sha": commit.sha,
+                    "private": repo.private,
+                    "gated": repo.gated,
+                    "siblings": siblings,
+                    "tags": [],
+                }
             )
         known = self._xet()
         entries = [entry(p, b, known) for p, b in sorted(commit.files.items())]

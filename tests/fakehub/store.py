@@ -53,6 +53,7 @@ class Repo:
 
     def __init__(self, private: bool, files: dict[str, bytes] | None = None) -> None:
         self.private = private
+        self.gated: str | bool = False
         self.commits: list[Commit] = []
         self.lfs: dict[str, bytes | None] = {}
         self.parts: dict[str, dict[int, bytes]] = {}

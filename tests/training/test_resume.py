@@ -180,8 +180,21 @@ def test_a_public_repository_needs_to_be_meant(train, hub, tmp_path):
     assert "public" in error[0] and "--public" in error[2]
     shown = train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1).err
     assert "anyone" in shown and f"name {tmp_path}" not in shown and f"and {tmp_path / 'run'} of this machine" in shown
-    train("--output-dir", tmp_path / "other", "--public", "--max-steps", 1, repo="harbour/open")
-    assert not hub.repos["models", "harbour/open"].private
+    shown = train("--output-dir", tmp_path / "other", "--public", "--max-steps", 1, repo="harbour/open").err
+    made = hub.repos["models", "harbour/open"]
+    assert not made.private and made.gated == "manual" and "if you approve their request" in shown
+
+
+def test_a_public_repository_is_never_without_its_gate(train, hub, tmp_path):
+    """It is created private; one request makes it public and gated. If that request fails, it stays private."""
+    hub.faults.add(f"PUT /api/models/{REPO}/settings", 403)
+    train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1, expect=2)
+    assert hub.repos["models", REPO].private
+    planned = train("--dry-run", "--public", "--output-dir", tmp_path / "b", "--max-steps", 1, repo="harbour/b")
+    assert "harbour/b will be created, PUBLIC, gated (manual)" in planned.out
+    train("--output-dir", tmp_path / "b", "--public", "--gated", "off", "--max-steps", 1, repo="harbour/b")
+    made = hub.repos["models", "harbour/b"]
+    assert not made.private and made.gated is False
 
 
 def damage_newest_checkpoint(hub, how: str, name: str = "checkpoint-12") -> None:

@@ -88,7 +88,7 @@ def _complete(s: TrainSettings, words: list[str]) -> list[str]:
         repository = s.merged_repo if name == "merge" else f"{s.hub_model_id}-{follower.suffix}"
         added += [follower.repository, repository]
     if s.public and "--public" not in given:
-        added += ["--public"]
+        added += ["--public", "--gated", s.gated] if "--gated" not in given else ["--public"]
     return [*words, *map(str, added)]
 
 

@@ -87,7 +87,7 @@ def export_gguf(resolved: Resolved[GgufSettings], services: Services, *, dry_run
         facts = {"output_dir": str(folder), "source": source.name, "dtypes": dict.fromkeys(s.dtypes)}
         return DryRun(facts, resolved.provenance())
     if repo:
-        repo.open(s.public, console.warn)
+        repo.open(s.access, console.warn)
     started = time.monotonic()
     with atomic_folder(folder) as staging:
         export = _Export(source, adapter, s, services, library, staging)

@@ -19,6 +19,7 @@ from typing import Any
 
 from phoque.errors import IntegrityError, Resumable, UsageError
 from phoque.hub.store import CHECKPOINT, MARKER, NEVER_UPLOADED, FileHashes, Snapshot, Store, git_blob_id
+from phoque.settings.job import Access
 
 MARK = "phoque-run.txt"  # in a folder that is the store of a run
 UNFINISHED = ".unfinished"  # in a checkpoint while it is written
@@ -49,7 +50,7 @@ class FolderStore(Store):
         super().__init__()
         self._path, self.name, self.place = path, str(path), f"in {path}"
 
-    def open(self, public: bool, warn: Callable[[str], None]) -> None:
+    def open(self, access: Access, warn: Callable[[str], None]) -> None:
         """Create the folder. Raises UsageError if it holds other files than a run's, or cannot be written."""
         try:
             self._path.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,13 @@ from typing import Any
 from phoque.errors import IntegrityError, PublicRepoError
 from phoque.hub.client import Hub
 from phoque.hub.store import CARD, NEVER_UPLOADED, FileHashes, Snapshot, Store
+from phoque.settings.job import Access
 
+GATES = {  # who can download a public repository, by the Hub's setting
+    "manual": "anyone can see it, and download it if you approve their request on the Hub",
+    "auto": "anyone can see it, and download it after sharing their name and e-mail address",
+    "off": "anyone can see and download the output of this run",
+}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -26,31 +32,50 @@ class Repo(Store):
         super().__init__()
         self.hub, self.name, self.kind = hub, name, kind
 
-    def open(self, public: bool, warn: Callable[[str], None]) -> None:
-        """Create the repository if it does not exist, private unless `public`, and check that the token can write.
+    def open(self, access: Access, warn: Callable[[str], None]) -> None:
+        """Create the repository if it does not exist, with this access, and check that the token can write.
 
-        Raises UsageError if it exists and is public, but `public` is not set.
+        It is created private. Then one request makes it public and gated, so it is never public without its gate.
+        Raises PublicRepoError if it exists and is public, but `access.public` is not set.
         """
-
-        def create() -> None:
-            self.hub.api.create_repo(self.name, repo_type=self.kind, private=not public, exist_ok=True)
-
-        self.hub.retry(self.name, create)
         from huggingface_hub import CommitOperationAdd
+
+        self._create(access)
 
         def check_write_access() -> None:  # writes nothing, and fails if the token has no write access
             self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")], repo_type=self.kind)
 
         self.hub.retry(f"checking write access to {self.name}", check_write_access)
-        private = self.private()
-        if not private and public:
-            warn(f"{self.name} is public: anyone can see and download the output of this run")
-        if not private and not public:
+        info = self._read_info()
+        if not info.private and not access.public:
             raise PublicRepoError(self.name)
+        if not info.private:
+            warn(f"{self.name} is public: {GATES[str(info.gated or 'off')]}")
+
+    def _create(self, access: Access) -> None:
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        api = self.hub.api
+        try:
+            self._read_info()
+            return
+        except RepositoryNotFoundError:
+            self.hub.retry(
+                self.name, lambda: api.create_repo(self.name, repo_type=self.kind, private=True, exist_ok=True)
+            )
+        if access.public:
+            gate: Any = None if access.gated == "off" else access.gated
+            self.hub.retry(
+                self.name,
+                lambda: api.update_repo_settings(self.name, repo_type=self.kind, visibility="public", gated=gate),
+            )
 
     def private(self) -> bool:
         """Whether the repository is private. Raises the Hub's error if it does not exist."""
-        return bool(self.hub.retry(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind)).private)
+        return bool(self._read_info().private)
+
+    def _read_info(self) -> Any:
+        return self.hub.retry(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind))
 
     def _find_commit(self, revision: str | None) -> str:
         """The commit of a branch or tag, or the newest one: its files are kept under that name."""

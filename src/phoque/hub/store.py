@@ -13,6 +13,7 @@ from typing import Any
 
 from phoque.errors import UsageError
 from phoque.files import sha256
+from phoque.settings.job import Access
 
 MARKER, CARD = "fresh_start.json", "README.md"
 CHECKPOINT = re.compile(r"(checkpoint-\d+|last-checkpoint)/")
@@ -55,7 +56,7 @@ class Store(ABC):
         self._marker: str | None = None
 
     @abstractmethod
-    def open(self, public: bool, warn: Callable[[str], None]) -> None:
+    def open(self, access: Access, warn: Callable[[str], None]) -> None:
         """Create the store if it does not exist, and check that it can be written."""
 
     @abstractmethod

@@ -241,7 +241,7 @@ def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, s
             raise PublicRepoError(repo)
         checks["repository"] = f"{repo}, {'private' if private else 'PUBLIC'}"
     except RepositoryNotFoundError:
-        checks["repository"] = f"{repo}, will be made, {'PUBLIC' if s.public else 'private'}"
+        checks["repository"] = f"{repo}, will be made, {s.access}"
     return checks
 
 

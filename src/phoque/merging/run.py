@@ -58,7 +58,7 @@ def merge(resolved: Resolved[MergeSettings], services: Services, *, dry_run: boo
         return DryRun(facts, resolved.provenance())
     repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
     if repo:
-        repo.open(s.public, console.warn)
+        repo.open(s.access, console.warn)
     result = merge_into(base, adapter.folder, folder, dtype=s.dtype, console=console, verify=s.proof)
     result = replace(result, base=base.name, adapter=adapter.label)
     return replace(result, repo=repo.name, commit=push_merged(repo, folder)) if repo else result

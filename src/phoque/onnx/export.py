@@ -98,7 +98,7 @@ def export_model(resolved: Resolved[ExportSettings], services: Services, *, dry_
         facts = {"output_dir": str(export_dir), "source": source.name, "layout": layout, "engine": s.engine}
         return DryRun(facts | {"dtypes": dict.fromkeys(s.dtype)}, resolved.provenance())
     if repo:
-        repo.open(s.public, console.warn)
+        repo.open(s.access, console.warn)
     started = time.monotonic()
     with atomic_folder(export_dir) as staging:
         (staging / "onnx").mkdir()

@@ -20,7 +20,7 @@ class ChatSettings(ArtifactsSettings):
         "Prompts": "system prompts prompts_file answers_file",
         "Sampling": "max_new_tokens temperature top_p repetition_penalty seed",
         "Chat page": "serve port",
-        "Hub": f"{ARTIFACTS_GROUP} public hub_patience",
+        "Hub": f"{ARTIFACTS_GROUP} public gated hub_patience",
         "Job": JOB_GROUP,
     }
 

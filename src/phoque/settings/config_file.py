@@ -15,6 +15,7 @@ NOT_REPEATED = {
     "hub_model_id",
     "merged_hub_model_id",
     "public",
+    "gated",
     "fresh_start",
     "yes",
     "allow_change",

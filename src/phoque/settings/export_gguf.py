@@ -22,7 +22,7 @@ class GgufSettings(ModelExportSettings):
         "Data": "chats chats_split chats_config",
         "Export": "dtype lora importance accuracy verify_strict install",
         "Output": "output_dir system",
-        "Hub": "push_repo_id public hub_patience",
+        "Hub": "push_repo_id public gated hub_patience",
         "Job": JOB_GROUP,
     }
 

@@ -21,7 +21,7 @@ class ExportSettings(ModelExportSettings):
         "Data": "chats chats_split chats_config",
         "Export": "dtype layout engine onnx_export_python fuse largest_kl least_agreement accuracy verify_strict",
         "Output": "output_dir",
-        "Hub": "push_repo_id public hub_patience",
+        "Hub": "push_repo_id public gated hub_patience",
         "Job": JOB_GROUP,
     }
 

@@ -1,7 +1,8 @@
 """Settings that commands share which read from the Hub, and those which can run as an HF Job."""
 
 import re
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -113,13 +114,36 @@ class JobSettings(HubSettings):
         return seconds(self.timeout) if self.timeout else None
 
 
+@dataclass(frozen=True)
+class Access:
+    """Who can read a repository that phoque creates; `gated` matters only if it is public."""
+
+    public: bool
+    gated: str
+
+    def __str__(self) -> str:
+        if not self.public:
+            return "private"
+        return "PUBLIC" if self.gated == "off" else f"PUBLIC, gated ({self.gated})"
+
+
 class PublishedSettings(JobSettings):
     """Base class of the settings of commands whose output can go to a Hub repository."""
 
     public: bool = setting(
         False,
-        "Create the Hub repository as public, or accept one that is public already. Anyone can read its contents.",
+        "Create the Hub repository as public, or accept one that is public already. --gated says who can download it.",
     )
+    gated: Literal["manual", "auto", "off"] = setting(
+        "manual",
+        "Who can download a public repository that phoque creates: those whose request you approve on the Hub "
+        "(manual), all who share their name and e-mail address (auto), or anyone (off).",
+    )
+
+    @property
+    def access(self) -> Access:
+        """Who can read a repository that this command creates."""
+        return Access(self.public, self.gated)
 
 
 def seconds(duration: str) -> float:

@@ -15,7 +15,7 @@ class MergeSettings(PublishedSettings):
     groups: ClassVar = {
         "Model": "preset adapter_source adapter_revision base_model revision",
         "Output": "output_dir dtype proof",
-        "Hub": "push_repo_id public hub_patience",
+        "Hub": "push_repo_id public gated hub_patience",
         "Job": JOB_GROUP,
     }
 

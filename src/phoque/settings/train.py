@@ -25,7 +25,7 @@ class TrainSettings(PublishedSettings):
         "with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
         "then export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
-        "Hub": "hub_model_id run_dir merged_hub_model_id squash_history public hub_patience",
+        "Hub": "hub_model_id run_dir merged_hub_model_id squash_history public gated hub_patience",
         "Job": f"{JOB_GROUP} send_token",
     }
     reads: ClassVar = {"base_model": "revision", "dataset": "dataset_revision"}

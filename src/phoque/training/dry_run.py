@@ -144,7 +144,7 @@ def _describe_store(s: TrainSettings, services: Services) -> dict[str, str]:
     try:
         state = repo.snapshot()
     except RepositoryNotFoundError:
-        return {"Hub repository": f"{repo.name} will be created, {'PUBLIC' if s.public else 'private'}"}
+        return {"Hub repository": f"{repo.name} will be created, {s.access}"}
     if not (private := repo.private()) and not s.public:
         raise PublicRepoError(repo.name)
     return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'}, with {_list_checkpoints(state)}"}

@@ -28,7 +28,7 @@ def merge_final(run: Run, result: TrainResult) -> TrainResult:
     if repo is None:
         return result
     try:
-        repo.open(run.settings.public, run.console.warn)
+        repo.open(run.settings.access, run.console.warn)
         push_merged(repo, folder)
     except UsageError:
         raise
@@ -50,7 +50,7 @@ def merge_checkpoint(run: Run, checkpoint: Path) -> None:
     output = run.folder / TEMPORARY
     shutil.rmtree(output, ignore_errors=True)
     try:
-        repo.open(run.settings.public, run.console.warn)
+        repo.open(run.settings.access, run.console.warn)
         _merge(run, checkpoint, output, verify=False)
         push_merged(repo, output, f"Merged model of step {step}")
         run.console.say(f"the merged model of step {step} is in {repo.name}")

@@ -48,7 +48,7 @@ def train(
     if s.with_control and processes.is_main:  # before time is spent: a store that cannot be used stops the run now
         for planned in (s, *plan_controls(s, s.max_steps)):
             if store := find_store(planned, services):
-                store.open(planned.public, console.warn)
+                store.open(planned.access, console.warn)
     agree = processes.max_over_processes if processes.size > 1 else None
     stop = StopRequest(console, deadline, s.seconds or 0.0, agree)
     try:

@@ -67,7 +67,7 @@ def _open(
     check_writable(folder)
     store = find_store(s, services)
     if store:  # before time is spent: a run that may not write to its store could keep nothing there
-        store.open(s.public, services.console.warn)
+        store.open(s.access, services.console.warn)
     services.console.stage(f"reading {s.dataset}")
     pinned, rows_so_far = pin_recorded(resolved, folder, store, services, submission)
     prepared = prepare(pinned, services, weights=True)
