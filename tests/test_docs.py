@@ -22,7 +22,7 @@ from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODELS = {
     "chat": ChatSettings,
     "export-gguf": GgufSettings,
@@ -62,6 +62,13 @@ def test_links_lead_somewhere_and_flags_exist(page):
         known = {flag for name in model.model_fields for flag in flag_names(model, name)} | COMMON_FLAGS
         for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             assert flag in known or flag.replace("--no-", "--", 1) in known, f"{flag} in {words}"
+
+
+def test_each_defence_names_tests_that_exist():
+    named = re.findall(r"`(tests/[^`]+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 20
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(), test
 
 
 def test_the_generated_references_are_not_stale():

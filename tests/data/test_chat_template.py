@@ -79,3 +79,17 @@ def test_a_template_without_a_system_role_gets_no_empty_system_message_and_its_r
         ChatTemplate(tokenizer, "", 512).encode(TALK)
     with pytest.raises(PhoqueError, match="supports no system message"):
         ChatTemplate(tokenizer, "be grumpy", 512)
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["''.__class__.__mro__[1].__subclasses__()", "cycler.__init__.__globals__.os.system('touch gulls')"],
+)
+def test_a_template_cannot_reach_python(program, tmp_path, monkeypatch):
+    """A chat template comes with the model; it runs in jinja's sandbox."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ " + program + " }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(PhoqueError) as caught:
+        ChatTemplate(tokenizer, "", 512)
+    assert "unsafe" in caught.value.why and not list(tmp_path.iterdir())

@@ -74,3 +74,19 @@ def test_no_network_is_three_lines(env, code, words):
     lines = done.stderr.rstrip().splitlines()[-3:]
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert lines[0].startswith("error: ") and words in " ".join(lines)
+
+
+@pytest.mark.parametrize("path", ["../../gulls.json", "/gulls.json", "nested/../../../gulls.json"])
+def test_a_repository_that_lists_files_outside_of_itself_is_refused(phoque, filled_hub, tmp_path, path):
+    """Git cannot hold such a path; what answers for the Hub may."""
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"", path: b"{}"}
+    filled_hub.add("models", "harbour/adapter", adapter)
+    asked = ["merge", "--adapter-source", "harbour/adapter", "--output-dir", tmp_path / "merged"]
+    error = phoque(*asked, env={"HF_TOKEN": TOKEN}, expect=2).error
+    assert f"lists a file outside of itself: {path}" in error[0], error
+
+
+def test_a_base_model_fetches_nothing_outside_of_its_folder(phoque, filled_hub, tmp_path):
+    filled_hub.put(BASE[1], {"../../../gulls.json": b"{}", "../../gulls.safetensors": b"gulls"})
+    phoque(*ASKED, "--output-dir", tmp_path / "run", "--dry-run", env={"HF_TOKEN": TOKEN})
+    assert not any("gulls." in path for _, path in filled_hub.log if "/resolve/" in path)

@@ -1,10 +1,14 @@
 """A run folder: foreign files are refused, one process uses it at a time, pruning leaves what phoque did not make."""
 
+import json
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from tests.forkserver import slowly
 
 from phoque.training import checkpoints
@@ -48,3 +52,31 @@ def test_pruning_leaves_checkpoints_that_phoque_did_not_write(tmp_path):
             (folder / checkpoints.MANIFEST).write_text("{}")
     checkpoints.prune(tmp_path, 1, set())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
+
+
+class Payload:
+    """What a pickle of it would do if it were loaded."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {PWNED}",)
+
+
+PWNED = "a-pickle-ran"  # in the test's current folder
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_holds_a_program_is_not_run(phoque, arguments, tmp_path, monkeypatch, name):
+    """Whoever can write the repository of a run can write its manifest too, so the hashes fit."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    phoque(*arguments, "--output-dir", run, "--max-steps", 2, "--save-steps", 1)
+    shutil.rmtree(run / "adapter")
+    record = json.loads((run / "run.json").read_text())
+    record.pop("result")
+    (run / "run.json").write_text(json.dumps(record))
+    for checkpoint in run.glob("checkpoint-*"):
+        torch.save(Payload(), checkpoint / name)
+        checkpoints.write_manifest(checkpoint)
+    error = phoque(*arguments, "--output-dir", run, "--max-steps", 4, "--allow-change", "max_steps", expect=2).error
+    assert "checkpoint-2 holds more than tensors" in error[0] and "weights_only" not in " ".join(error)
+    assert not Path(PWNED).exists()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import IntegrityError, PublicRepoError
+from phoque.errors import IntegrityError, PublicRepoError, UsageError
 from phoque.hub.client import Hub
 from phoque.hub.store import CARD, NEVER_UPLOADED, FileHashes, Snapshot, Store
 from phoque.settings.job import Access
@@ -86,14 +86,21 @@ class Repo(Store):
         return (folder / path).is_file() and FileHashes(folder / path).matches(snapshot.files[path])
 
     def snapshot(self, revision: str | None = None) -> Snapshot:
-        """List the files at a commit, by default the newest one."""
+        """List the files at a commit, by default the newest one. Raises UsageError for a path that leads out of it."""
 
         def list_files() -> Snapshot:
             sha = revision if revision and COMMIT.fullmatch(revision) else self._find_commit(revision)
             entries = self.hub.api.list_repo_tree(self.name, recursive=True, revision=sha, repo_type=self.kind)
             return Snapshot(sha, {entry.path: entry for entry in entries if hasattr(entry, "blob_id")})
 
-        return self.hub.retry(f"listing {self.name}", list_files)
+        listed = self.hub.retry(f"listing {self.name}", list_files)
+        if outside := [path for path in listed.files if path.startswith("/") or ".." in Path(path).parts]:
+            raise UsageError(
+                what=f"{self.name} lists a file outside of itself: {outside[0]}.",
+                why="Downloaded, it would be written outside of its folder. No git repository can hold such a path.",
+                fix="Check HF_ENDPOINT, and do not use this repository.",
+            )
+        return listed
 
     def push(
         self,
