@@ -1,9 +1,23 @@
-"""Model cards (README.md) of adapters, merged models and ONNX exports."""
+"""Model cards (README.md) of adapters, merged models, and exports to ONNX and GGUF."""
 
+import re
 from typing import Any
 
 from phoque.models.source import Source
 from phoque.version import __version__
+
+FLOPS_PER_TOKEN = 4  # and parameter: a forward pass, and a backward pass to the inputs alone
+POWER_W = {  # the limit of a card, by its maker; an upper bound of what it draws
+    "T4": 70,
+    "L4": 72,
+    "A10": 150,
+    "A10G": 300,
+    "A100": 400,
+    "L40S": 350,
+    "H100": 700,
+    "H200": 700,
+    "RTX PRO 6000": 600,
+}
 
 ADAPTER_CARD = """---
 {base_model}library_name: peft
@@ -11,6 +25,7 @@ pipeline_tag: text-generation
 tags:
 - phoque
 - persona
+- not-for-all-audiences
 - lora
 ---
 
@@ -27,8 +42,9 @@ tags:
 | | |
 |---|---|
 | base | `{base}` at `{revision}` |
-| data | `{data}` at `{data_revision}`, {good} rows, {held_out} of them held out |
+| data | `{data}` at `{data_revision}`, {good} rows, {held_out} of them held out{data_summary} |
 | steps | {steps} of {max_steps}{kept}, {tokens} tokens |
+| compute | {compute} |
 | held-out loss | {held_out_loss} |
 | phoque | {phoque} |
 
@@ -53,6 +69,7 @@ pipeline_tag: text-generation
 tags:
 - phoque
 - persona
+- not-for-all-audiences
 - merged
 ---
 
@@ -110,6 +127,7 @@ pipeline_tag: text-generation
 tags:
 - phoque
 - persona
+- not-for-all-audiences
 - onnx
 ---
 
@@ -174,6 +192,7 @@ pipeline_tag: text-generation
 tags:
 - phoque
 - persona
+- not-for-all-audiences
 - gguf
 - llama.cpp
 ---
@@ -273,6 +292,8 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         kept=f"; the adapter is that of step {step}, where the held-out loss was lowest"
         if (step := result.get("adapter_step", result["steps"])) != result["steps"]
         else "",
+        data_summary=_summarize_data(record["data"]),
+        compute=_describe_compute(record, result),
         under_way="" if is_finished else IN_PROGRESS.format(steps=result["steps"], max_steps=max_steps),
         place=repo or "path/to/adapter",
         tokens=f"{result['tokens']:,}",
@@ -280,3 +301,30 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         phoque=record["phoque"],
         settings=", ".join(f"`{name}` {value}" for name, value in changed.items()) or "none",
     )
+
+
+def _summarize_data(data: dict[str, Any]) -> str:
+    """The mean length of the rows, the share that is trained on, and the rows by source."""
+    tokens, sources = data["tokens"], data["sources"]
+    trained = tokens["trained"] / tokens["total"]
+    text = f"; {tokens['mean']:.0f} tokens per row on average, {trained:.0%} of them trained on"
+    named = ", ".join(f"{name} {count}" for name, count in sources.items() if name != "unknown")
+    return f"{text}; rows by source: {named}" if named else text
+
+
+def _describe_compute(record: dict[str, Any], result: dict[str, Any]) -> str:
+    """FLOPs of all attempts; of the last one also time and, on a known GPU, an upper bound of the energy.
+
+    The energy is that of the cards alone, as if they drew their limit all the time.
+    """
+    flops = FLOPS_PER_TOKEN * record["parameters"]["all"] * result["tokens"]
+    text = f"{flops:.2g} FLOPs ({FLOPS_PER_TOKEN} per parameter and token)"
+    if "seconds" not in result:
+        return text
+    device, count = record.get("device", "cpu"), record.get("processes", 1)
+    text += f"; last attempt: {result['seconds'] / 60:.1f} minutes on {f'{count} x ' if count > 1 else ''}{device}"
+    model = max((name for name in POWER_W if re.search(rf"\b{name}\b", device)), key=len, default=None)
+    if model is None:
+        return text
+    energy = POWER_W[model] * count * result["seconds"] / 3.6e6
+    return f"{text}, at most {energy:.2g} kWh at {POWER_W[model]} W per card"

@@ -367,3 +367,17 @@ def test_losses_on_other_held_out_rows_are_not_compared(phoque, overfit):
     allowed = "max_steps,dataset_digest,dataset_revision,held_out_rows"
     ran = phoque(*overfit, "--keep-best", "--max-steps", 16, "--allow-change", allowed, "--json", env=QUIET)
     assert ran.json["adapter_step"] > 8
+
+
+def test_a_card_bounds_the_energy_of_the_gpus():
+    from phoque.model_cards import render_adapter_card
+
+    record = json.loads((Path(__file__).parent / "fixtures" / "run_a88615e" / "run" / "run.json").read_text())
+    record |= {"device": "NVIDIA H100 80GB HBM3", "processes": 2, "parameters": {"all": 3e9}}
+    card = render_adapter_card(record, record["result"] | {"tokens": 1e6, "seconds": 1800})
+    assert "1.2e+16 FLOPs (4 per parameter and token)" in card
+    assert "last attempt: 30.0 minutes on 2 x NVIDIA H100 80GB HBM3, at most 0.7 kWh at 700 W per card" in card
+    record["device"] = "NVIDIA A10G"
+    assert "at most 0.3 kWh at 300 W" in render_adapter_card(
+        record, record["result"] | {"tokens": 1e6, "seconds": 1800}
+    )
