@@ -1,10 +1,14 @@
 """The root command: fast, lazy, and never a traceback."""
 
+import os
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from benchmarks.mistakes import MISTAKES, write_files
 
 from phoque.cli.main import COMMANDS
 from phoque.errors import PhoqueError, to_phoque_error
@@ -143,3 +147,25 @@ def test_a_wrong_path_or_flag_is_reported_before_anything_heavy_is_imported(argu
     )
     assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
     assert len(ran.stderr.splitlines()) == 3 and ran.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(("mistake", "asked"), MISTAKES, ids=[mistake for mistake, _ in MISTAKES])
+def test_the_mistakes_of_the_docs_are_three_lines_before_anything_heavy_is_imported(mistake, asked, tmp_path):
+    write_files(tmp_path)
+    script = (
+        "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
+        "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_TOKEN")}
+    ran = subprocess.run(
+        [sys.executable, "-c", script.format(shlex.split(asked), HEAVY)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env=env | {"HF_HOME": str(tmp_path)},
+    )
+    assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
+    lines = [line for line in ran.stderr.splitlines() if not line.startswith("warning")]
+    assert [line.split(":")[0].strip() for line in lines] == ["error", "why", "do"], ran.stderr
+    assert f"| {mistake} |" in (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from phoque.errors import PhoqueError, PublicRepoError, RunError, UsageError
+from phoque.errors import PhoqueError, PublicRepoError, RunError
 from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
 from phoque.services import Services
@@ -30,10 +30,7 @@ def open_artifacts_repo(s: ArtifactsSettings, services: Services) -> Repo | None
         return None
     repo, warn = Repo(services.hub, s.artifacts_repo_id, s.artifacts_repo_type), services.console.warn
     try:
-        if services.secrets.hub is None:
-            raise UsageError(
-                what="There is no Hub token.", why=f"Writing to {repo.name} needs one.", fix="Set HF_TOKEN."
-            )
+        services.secrets.require_hub(repo.name)
         repo.open(s.access, warn)
     except PublicRepoError:
         raise  # what is private must not become public

@@ -4,18 +4,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phoque.data.readers import find_local
+from phoque.data.readers import RowStream, check_dataset, find_local
 from phoque.errors import UsageError
 from phoque.hub.refs import hub_id, hub_ref
-from phoque.models.adapter_source import find_local_adapter
+from phoque.models.adapter_source import check_adapter_name, find_local_adapter
 from phoque.models.source import PACKAGED_MODELS, check_local_model
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
-from phoque.settings.fields import CommandSettings, flag_names
+from phoque.settings.fields import CommandSettings, Resolved, flag_names
+from phoque.training.own_folder import check_own_folder
+
+SMALL_BYTES = 2**20  # of a dataset whose first row is read to see whether it can be
+
+
+def check_run(resolved: Resolved[Any]) -> None:
+    """Raise UsageError if a run has no token for its repository, or if it would replace files in its folder."""
+    s = resolved.settings
+    if s.hub_model_id and not s.run_dir:
+        resolved.secrets.require_hub(s.hub_model_id)
+    check_own_folder(s.folder)
 
 
 def check_inputs(settings: CommandSettings) -> None:
-    """Raise UsageError if an input that a setting names cannot exist: no such path here, and no Hub id."""
+    """Raise UsageError if an input that a setting names cannot exist: no such path here, and no Hub id.
+
+    An input that the command cannot do without must be named.
+    """
+    if "dataset" in settings.required or getattr(settings, "dataset", ""):
+        s: Any = settings
+        found = check_dataset(s.dataset, s.split, s.dataset_config)
+        if found and sum(Path(file.path).stat().st_size for file in found.files) < SMALL_BYTES:
+            next(iter(RowStream(found.files)), None)
+    if "adapter_source" in settings.required:
+        check_adapter_name(getattr(settings, "adapter_source", ""))
     for name, check in CHECKS.items():
         value = getattr(settings, name, None)
         for item in value if isinstance(value, list) else [value]:
@@ -81,7 +102,6 @@ def _check_chat_model(name: str, flag: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str, str], Any]] = {
-    "dataset": find_local,
     "chats": _check_chats,
     "chat": _check_chats,
     "base_model": _check_model,

@@ -11,7 +11,7 @@ from phoque import api
 from phoque.cli import jobs, options
 from phoque.cli.then import plan_commands, run_commands
 from phoque.console import console, escape_control_characters, format_breakdown
-from phoque.inputs import check_inputs
+from phoque.inputs import check_inputs, check_run
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
@@ -49,6 +49,7 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
         console.mute()
     if not dry_run:
         check_inputs(resolved.settings)
+        check_run(resolved)
         if resolved.settings.gpus and not launched and (count := count_processes(resolved.settings.gpus)) > 1:
             sys.exit(launch(count, own_command()))
         _import_trainer()

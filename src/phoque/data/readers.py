@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from phoque.data.data_files import (
     FORMATS,
     DataFile,
+    SplitFiles,
     find_hub_files,
     find_local_files,
     format_of,
@@ -114,20 +115,10 @@ def open_dataset(
 
     Raises UsageError if there is no such dataset, config or split.
     """
-    if not name:
-        raise UsageError(
-            what="No dataset.",
-            why="Neither --dataset nor DATASET_REPO is set.",
-            fix="Set --dataset, or try --dataset seal.",
-        )
-    if local := find_local(name):
-        found = find_local_files(name, local, config, split)
-        paths = [Path(file.path) for file in found.files]
-        if not any(path.stat().st_size for path in paths):
-            raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
+    if found := check_dataset(name, split, config):
         digest = hashlib.sha256()
-        for path in paths:
-            digest.update(bytes.fromhex(sha256(path)))
+        for file in found.files:
+            digest.update(bytes.fromhex(sha256(Path(file.path))))
         return Dataset(
             name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits, found.others
         )
@@ -150,6 +141,27 @@ def find_local(name: str, flag: str = "--dataset") -> Path | None:
             fix=f"Check the path, or name a dataset on the Hub. Files are {', '.join(FORMATS)}.",
         )
     return None
+
+
+def check_dataset(name: str, split: str, config: str | None) -> SplitFiles | None:
+    """The files of a local dataset, or None for a Hub id.
+
+    Raises UsageError if there is no dataset, split or config of this name, or if it is empty.
+    """
+    if not name:
+        raise UsageError(
+            what="No dataset.",
+            why="Neither --dataset nor DATASET_REPO is set.",
+            fix="Set --dataset, or try --dataset seal.",
+        )
+    local = find_local(name)
+    if local is None:
+        return None
+    found = find_local_files(name, local, config, split)
+    size = sum(Path(file.path).stat().st_size for file in found.files)
+    if not size:
+        raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
+    return found
 
 
 @contextmanager

@@ -60,10 +60,7 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
 
     Raises UsageError if there is none of that name.
     """
-    if not name:
-        raise UsageError(
-            what="No adapter was given.", why="No name was given.", fix="Name a folder or a Hub repository."
-        )
+    check_adapter_name(name)
     if hub_id(name) is None:
         return AdapterSource(name, find_local_adapter(Path(name).expanduser()))
     repo = Repo(services.hub, name)
@@ -104,6 +101,16 @@ def name_controls(controls: Sequence[AdapterSource]) -> dict[str, AdapterSource]
             fix="Give each run of the control once, or train several: phoque train --with-control --control-seeds 3.",
         )
     return {f"control-{n}" if n > 1 else "control": adapter for n, adapter in enumerate(controls, 1)}
+
+
+def check_adapter_name(name: str) -> None:
+    """Raise UsageError if no adapter is named."""
+    if not name:
+        raise UsageError(
+            what="No adapter was given.",
+            why="Neither --adapter-source nor ADAPTER_SOURCE is set.",
+            fix="Name a run folder, an adapter's folder or a Hub repository.",
+        )
 
 
 def find_local_adapter(path: Path, flag: str = "The command") -> Path:

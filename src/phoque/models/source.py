@@ -103,6 +103,12 @@ def check_local_model(path: Path, flag: str = "The command") -> None:
             why="It has no config.json.",
             fix="Use a folder that contains a model.",
         )
+    if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        raise UsageError(
+            what=f"{path} has no weights that phoque reads.",
+            why="It has pickled weights; phoque reads safetensors and GGUF only.",
+            fix="Save it as safetensors first.",
+        )
 
 
 def select_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:

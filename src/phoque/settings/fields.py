@@ -6,16 +6,20 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from phoque.errors import UsageError
+
 PREFIX = "PHOQUE_"
 
 
 class CommandSettings(BaseSettings):
     """The base of every command's settings: frozen, and silent about input values in its errors.
 
-    `groups` names the fields of each section of --help, separated by spaces.
+    `groups` names the fields of each section of --help, separated by spaces. `required` names the inputs that the
+    command cannot do without.
     """
 
     groups: ClassVar[dict[str, str]] = {}
+    required: ClassVar[tuple[str, ...]] = ()
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -87,6 +91,15 @@ class Secrets(CommandSettings):
     def hub(self) -> str | None:
         """The Hub token in plain text, for the Hub client."""
         return self.hf_token.get_secret_value() if self.hf_token else None
+
+    def require_hub(self, repository: str) -> None:
+        """Raise UsageError if there is no Hub token, which writing to a repository needs."""
+        if self.hf_token is None:
+            raise UsageError(
+                what="There is no Hub token.",
+                why=f"{repository} cannot be written without one.",
+                fix="Set HF_TOKEN, or run `hf auth login`.",
+            )
 
 
 @dataclass(frozen=True)

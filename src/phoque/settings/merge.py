@@ -11,6 +11,7 @@ class MergeSettings(PublishedSettings):
     """The settings of one merge."""
 
     keeps: ClassVar = "push_repo_id"
+    required: ClassVar = ("adapter_source",)
     reads: ClassVar = {"adapter_source": "adapter_revision", "base_model": "revision"}
     groups: ClassVar = {
         "Model": "preset adapter_source adapter_revision base_model revision",

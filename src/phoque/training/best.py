@@ -11,11 +11,11 @@ from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.lora import load_adapter, save_adapter
 from phoque.training.engine.loss import add_token_loss
 from phoque.training.metrics_log import METRICS, SAMPLES, Tracker, read_lines
+from phoque.training.own_folder import BEST
 
 if TYPE_CHECKING:
     from phoque.training.run_state import Run
 
-BEST = "best"  # folder of the adapter with the lowest held-out loss so far, in the run folder and in each checkpoint
 NOTE = "best.json"
 OVERFITTING = 0.01  # a relative change of the held-out loss that counts
 Losses = list[tuple[int, float]]  # (step, held-out loss in nats per trained token), by step

@@ -15,11 +15,10 @@ import torch
 from phoque.errors import RunError, first_line
 from phoque.files import sha256
 from phoque.training.fingerprint import update_record
+from phoque.training.own_folder import MANIFEST, RECORD
 
-MANIFEST = "MANIFEST.json"
 STAGING = ".saving"
 DATA_STATE = "data_state.json"
-RECORD = "run.json"
 PHOQUE_FILES = (MANIFEST, DATA_STATE)  # only checkpoints written by phoque have these
 TRAINING_ARGS = (
     "training_args.bin"  # plain Trainer's arguments, which contain the token: never listed, pushed or fetched

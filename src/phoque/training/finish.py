@@ -20,6 +20,7 @@ from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.best import list_held_out_losses
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
+from phoque.training.own_folder import REPORT
 from phoque.training.processes import DealtStream
 from phoque.training.run_record import write_record
 from phoque.training.run_state import Run
@@ -92,7 +93,7 @@ def finish(
     result = TrainResult(
         run=str(folder),
         adapter=str(folder / "adapter"),
-        report=str(folder / report.NAME),
+        report=str(folder / REPORT),
         steps=steps,
         adapter_step=adapter_step,
         loss=next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
@@ -150,7 +151,7 @@ def publish(run: Run, result: TrainResult) -> TrainResult:
         return result
     folder = run.folder
     files = {file.name: file for file in (folder / "adapter").iterdir() if file.is_file()}
-    files |= {name: folder / name for name in (checkpoints.RECORD, METRICS, SAMPLES, report.NAME)}
+    files |= {name: folder / name for name in (checkpoints.RECORD, METRICS, SAMPLES, REPORT)}
     result = replace(result, repo=run.settings.hub_model_id)
     run.record["result"] = result.to_json()
     write_record(folder, run.record)

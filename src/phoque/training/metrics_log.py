@@ -8,9 +8,9 @@ from typing import Any
 
 from phoque.errors import first_line
 from phoque.files import write_atomically
+from phoque.training.own_folder import METRICS, SAMPLES
 from phoque.training.report_to import Service
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SAMPLE_COLUMNS = ("step", "prompt", "response", "n_tokens", "latency_s")
 
 

@@ -178,12 +178,7 @@ def find_store(s: TrainSettings, services: Services) -> Store | None:
         return FolderStore(_find_folder(s, s.run_dir))
     if not s.hub_model_id:
         return None
-    if services.secrets.hub is None:
-        raise UsageError(
-            what="There is no Hub token.",
-            why=f"{s.hub_model_id} cannot be written without one.",
-            fix="Set HF_TOKEN, or run `hf auth login`.",
-        )
+    services.secrets.require_hub(s.hub_model_id)
     named = [str(path) for path in (s.base_model, s.dataset, s.folder) if Path(path).is_absolute()]
     if s.public and named:
         services.console.warn(

@@ -10,8 +10,8 @@ from phoque.reports.charts import Series, histogram, line_chart
 from phoque.reports.page import format_versions, render_page
 from phoque.training.best import OVERFITTING, list_held_out_losses
 from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
+from phoque.training.own_folder import REPORT
 
-NAME = "report.html"
 FEW_ROWS = 32  # held-out rows
 MAX_SOURCES = 20  # rows of the table of sources
 WARNING = "The answers after training are those of the persona in the training data; at step 0 the model is untrained."
@@ -43,7 +43,7 @@ def write_report(run: Path) -> Path:
         all_settings=settings,
         environment=_describe_environment(record),
     )
-    path = run / NAME
+    path = run / REPORT
     path.write_text(page, encoding="utf-8")
     return path
 

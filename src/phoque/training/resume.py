@@ -12,7 +12,7 @@ from phoque.files import sha256
 from phoque.hub.store import MARKER, Snapshot, Store
 from phoque.models.adapter_source import WEIGHTS
 from phoque.settings.train import TrainSettings
-from phoque.training import checkpoints, report
+from phoque.training import checkpoints
 from phoque.training.fingerprint import (
     FINGERPRINT_SETTINGS,
     RunIdentity,
@@ -21,6 +21,7 @@ from phoque.training.fingerprint import (
     use_current_values,
 )
 from phoque.training.metrics_log import METRICS, SAMPLES
+from phoque.training.own_folder import REPORT
 from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_record, write_record
 from phoque.training.run_state import StartState
 
@@ -125,13 +126,13 @@ class _Remote:
         """The files of a finished run at the root of the repository; none if phoque has not written a run there."""
         if RECORD not in self.snapshot.files:
             return []
-        return [*self.adapter_files(), RECORD, METRICS, SAMPLES, report.NAME]
+        return [*self.adapter_files(), RECORD, METRICS, SAMPLES, REPORT]
 
     def download_final(self, run: Path) -> dict[str, Any]:
         """Download the finished run into the folder, as if it had been trained here; return its record."""
         for path in self.adapter_files():
             self.store.fetch(self.snapshot, path, self.staging / "adapter")
-        others = [path for path in (METRICS, SAMPLES, report.NAME) if path in self.snapshot.files]
+        others = [path for path in (METRICS, SAMPLES, REPORT) if path in self.snapshot.files]
         fetched = [self.store.fetch(self.snapshot, path, self.staging) for path in others]
         for file in fetched:  # only when all is here: the folder is not yet known as a run's
             file.replace(run / file.name)
@@ -139,7 +140,7 @@ class _Remote:
         shutil.rmtree(run / "adapter", ignore_errors=True)
         (self.staging / "adapter").replace(run / "adapter")
         final: Any = self.final
-        final["result"] |= {"run": str(run), "adapter": str(run / "adapter"), "report": str(run / report.NAME)}
+        final["result"] |= {"run": str(run), "adapter": str(run / "adapter"), "report": str(run / REPORT)}
         write_record(run, final)
         return final
 

@@ -14,32 +14,15 @@ from phoque.models.architectures import architecture_of
 from phoque.results import library_versions
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training import checkpoints, report
-from phoque.training.best import BEST
+from phoque.training import checkpoints
 from phoque.training.fingerprint import update_record
 from phoque.training.metrics_log import METRICS, SAMPLES
+from phoque.training.own_folder import BEST, RECORD, REPORT
 from phoque.training.prepare import Prepared
 from phoque.training.processes import current
 from phoque.version import __version__
 
-RECORD = checkpoints.RECORD
 LOCK = ".lock"
-
-
-def check_own_folder(run: Path) -> None:
-    """Raise UsageError if the folder holds files with the names of a run's, and no run of phoque made them.
-
-    A folder of plain Trainer, which holds checkpoints alone, is accepted.
-    """
-    if (run / RECORD).is_file() or any(run.glob(f"*checkpoint*/{checkpoints.MANIFEST}")):
-        return
-    for name in ("adapter", "merged", BEST, METRICS, SAMPLES, report.NAME):
-        if (run / name).exists():
-            raise UsageError(
-                what=f"{run} is not the folder of a run of phoque.",
-                why=f"It has {name}, which training would replace, and no {RECORD}.",
-                fix="Choose another --output-dir.",
-            )
 
 
 def lock_run(run: Path) -> AbstractContextManager[Any]:
@@ -69,7 +52,7 @@ def delete_run(run: Path) -> None:
     """Delete all files of the run from the folder."""
     for name in (*checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*")), "adapter", "merged", BEST):
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in (METRICS, SAMPLES, report.NAME, RECORD):  # last what shows that the folder is a run's
+    for name in (METRICS, SAMPLES, REPORT, RECORD):  # last what shows that the folder is a run's
         (run / name).unlink(missing_ok=True)
 
 
