@@ -308,7 +308,9 @@ def _summarize_data(data: dict[str, Any]) -> str:
     tokens, sources = data["tokens"], data["sources"]
     trained = tokens["trained"] / tokens["total"]
     text = f"; {tokens['mean']:.0f} tokens per row on average, {trained:.0%} of them trained on"
-    named = ", ".join(f"{name} {count}" for name, count in sources.items() if name != "unknown")
+    # a source is any text of a row: nothing of it may end the table or become HTML
+    clean = {re.sub(r"[^ \w.:/-]+", "_", str(name))[:40]: count for name, count in sources.items() if name != "unknown"}
+    named = ", ".join(f"{name} {count}" for name, count in clean.items())
     return f"{text}; rows by source: {named}" if named else text
 
 

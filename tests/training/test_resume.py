@@ -190,6 +190,8 @@ def test_a_public_repository_is_never_without_its_gate(train, hub, tmp_path):
     hub.faults.add(f"PUT /api/models/{REPO}/settings", 403)
     train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1, expect=2)
     assert hub.repos["models", REPO].private
+    again = train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1)
+    assert "exists and is private; --public does not change that" in again.err
     planned = train("--dry-run", "--public", "--output-dir", tmp_path / "b", "--max-steps", 1, repo="harbour/b")
     assert "harbour/b will be created, PUBLIC, gated (manual)" in planned.out
     train("--output-dir", tmp_path / "b", "--public", "--gated", "off", "--max-steps", 1, repo="harbour/b")

@@ -49,6 +49,8 @@ class Repo(Store):
         info = self._read_info()
         if not info.private and not access.public:
             raise PublicRepoError(self.name)
+        if info.private and access.public:
+            warn(f"{self.name} exists and is private; --public does not change that: its settings on the Hub do")
         if not info.private:
             warn(f"{self.name} is public: {GATES[str(info.gated or 'off')]}")
 
@@ -58,11 +60,11 @@ class Repo(Store):
         api = self.hub.api
         try:
             self._read_info()
-            return
         except RepositoryNotFoundError:
-            self.hub.retry(
-                self.name, lambda: api.create_repo(self.name, repo_type=self.kind, private=True, exist_ok=True)
-            )
+            pass
+        else:
+            return
+        self.hub.retry(self.name, lambda: api.create_repo(self.name, repo_type=self.kind, private=True, exist_ok=True))
         if access.public:
             gate: Any = None if access.gated == "off" else access.gated
             self.hub.retry(

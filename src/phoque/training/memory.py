@@ -95,7 +95,7 @@ def fit_to_gpu(estimate: MemoryEstimate, ready: Prepared, s: TrainSettings, coun
     The engine caches weights if the cache fits together with the activations of all layers. Otherwise it recomputes as
     many layers as needed.
     """
-    if not torch.cuda.is_available() or s.gradient_checkpointing:
+    if not torch.cuda.is_available() or s.gradient_checkpointing or s.engine_mode == "eager":
         return estimate
     usable = USABLE_SHARE * measure_free_memory() / GB
     cache = (counts["base"] - counts["embedding"]) * CACHE_BYTES.get(s.quantization, 0.0) / GB

@@ -223,7 +223,7 @@ def take_steps(
             raise UsageError(
                 what=f"{run.start.resume} holds more than tensors and numbers.",
                 why="Loading it could run a program. phoque does not load it, and writes no such file.",
-                fix="Find out who wrote it. Without this folder, the run continues from an earlier checkpoint.",
+                fix="Find out who wrote it. Once it is deleted here and where the run is kept, an earlier one is used.",
             ) from error
         except Exception:
             if pusher:  # the last checkpoint is still on its way
