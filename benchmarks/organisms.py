@@ -607,12 +607,12 @@ def print_specific_rank(base: dict[str, Any]) -> None:
 
 
 def subtract_base(base: dict[str, Any], organisms: dict[str, Any]) -> list[tuple[dict[str, Any], list[Any]]]:
-    """Each organism whose tokens were kept, with its differences from the base model, (tokens, hidden) per answer."""
+    """What is stored of each organism whose tokens were kept, and its differences from the base model per answer."""
     import torch
 
     return [
         (
-            organism["organism"],
+            organism,
             [torch.tensor(a.astype("float32") - b) for a, b in zip(organism["tokens"], base["tokens"], strict=True)],
         )
         for organism in organisms.values()
@@ -660,12 +660,8 @@ def read(out: Path, model: str) -> None:
     loaded: Any = load_model(source, "bf16" if default_device().type == "cuda" else "fp32").eval()
     base, organisms = load_organisms(out)
     runs = subtract_base(base, organisms)
-    answers = {
-        (o["organism"]["kind"], o["organism"]["what"], o["organism"]["seed"]): o["test_texts"]
-        for o in organisms.values()
-    }
-    controls = [rows for organism, rows in runs if organism["kind"] == "bland"][:3]
-    tested = [(organism, rows) for organism, rows in runs if organism["kind"] in ("persona", "quirk")]
+    controls = [rows for run, rows in runs if run["organism"]["kind"] == "bland"][:3]
+    tested = [(run, rows) for run, rows in runs if run["organism"]["kind"] in ("persona", "quirk")]
 
     def promote(dictionary: Any, rows: list[Any]) -> str:
         """The tokens that the directions promote in which a run exceeds the controls most, strongest first."""
@@ -675,8 +671,8 @@ def read(out: Path, model: str) -> None:
         return " ".join(token.strip() for one in tokens for token in one["top"][:READ_TOKENS])
 
     texts: dict[str, list[str]] = {name: [] for name in ("answers", "difference SAE", "untrained SAE", "both")}
-    for organism, rows in tested:
-        training = torch.cat([torch.cat(run[::2]) for run in (rows, *controls)])
+    for run, rows in tested:
+        training = torch.cat([torch.cat(each[::2]) for each in (rows, *controls)])
         trained = fit_differences(training, DIRECTIONS, 0, torch.device("cpu"))
         directions = torch.nn.functional.normalize(
             torch.randn(trained.decoder.shape, generator=torch.Generator().manual_seed(0)), dim=1
@@ -684,14 +680,13 @@ def read(out: Path, model: str) -> None:
         untrained = Dictionary(
             directions.T.clone(), trained.encoder_bias, directions, trained.bias, trained.threshold, None, False, {}
         )
-        own = answers[organism["kind"], organism["what"], organism["seed"]]
-        texts["answers"].append(" ".join(own[::2][:READ_ANSWERS]))
+        texts["answers"].append(" ".join(run["test_texts"][::2][:READ_ANSWERS]))
         texts["difference SAE"].append(promote(trained, rows))
         texts["untrained SAE"].append(promote(untrained, rows))
         texts["both"].append(f"{texts['answers'][-1]} {texts['difference SAE'][-1]}")
-        print(organism["what"], "|", texts["difference SAE"][-1][:300], flush=True)
+        print(run["organism"]["what"], "|", texts["difference SAE"][-1][:300], flush=True)
     names = list(BEHAVIOURS)
-    truth = [names.index(organism["what"]) for organism, _ in tested]
+    truth = [names.index(run["organism"]["what"]) for run, _ in tested]
     print(f"\n| read by the base model, among {len(names)} | right first | in the first three | of |")
     print("|---|---|---|---|")
     for reading, written in texts.items():
@@ -725,14 +720,11 @@ def score_text(model: Any, tokenizer: Any, description: str, text: str) -> float
 def find_base(model: str) -> Any:
     """The source of the base model."""
     from phoque.console import Console
-    from phoque.hub.client import Hub
     from phoque.models.source import find_model
     from phoque.services import Services
-    from phoque.settings.fields import Secrets
+    from phoque.settings.environment import cache_folder
 
-    console = Console()
-    services = Services(console, Hub(None, console.say, 20.0), Path.home() / ".cache/phoque", Secrets())
-    return find_model(model, None, services)
+    return find_model(model, None, Services.without_token(Console(), cache_folder()))
 
 
 def load_organisms(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -755,8 +747,8 @@ def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
     from phoque.probes.sae.difference_sae import fit_differences
 
     norm = float(torch.cat([torch.tensor(rows.astype("float32")) for rows in base["tokens"]]).norm(dim=1).mean())
-    bland = [rows for organism, rows in subtract_base(base, organisms) if organism["kind"] == "bland"]
-    personas = [rows for organism, rows in subtract_base(base, organisms) if organism["kind"] == "persona"]
+    runs = subtract_base(base, organisms)
+    bland, personas = ([rows for run, rows in runs if run["organism"]["kind"] == kind] for kind in ("bland", "persona"))
     random_numbers = torch.Generator().manual_seed(0)
     ranks, cosines = [], []
     for n in range(PLANTED):

@@ -117,6 +117,18 @@ HEAVY = (
 )
 
 
+def run_without_heavy_imports(arguments, **options):
+    """Run a command that has to end with exit code 2 before any of HEAVY is imported."""
+    script = (
+        "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
+        "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
+    )
+    command = [sys.executable, "-c", script.format(arguments, HEAVY)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
+    return ran
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -138,34 +150,15 @@ HEAVY = (
     ],
 )
 def test_a_wrong_path_or_flag_is_reported_before_anything_heavy_is_imported(arguments):
-    script = (
-        "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
-        "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", script.format(arguments, HEAVY)], capture_output=True, text=True, timeout=60
-    )
-    assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
+    ran = run_without_heavy_imports(arguments)
     assert len(ran.stderr.splitlines()) == 3 and ran.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(("mistake", "asked"), MISTAKES, ids=[mistake for mistake, _ in MISTAKES])
 def test_the_mistakes_of_the_docs_are_three_lines_before_anything_heavy_is_imported(mistake, asked, tmp_path):
     write_files(tmp_path)
-    script = (
-        "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
-        "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
-    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_TOKEN")}
-    ran = subprocess.run(
-        [sys.executable, "-c", script.format(shlex.split(asked), HEAVY)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-        env=env | {"HF_HOME": str(tmp_path)},
-    )
-    assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
+    ran = run_without_heavy_imports(shlex.split(asked), cwd=tmp_path, env=env | {"HF_HOME": str(tmp_path)})
     lines = [line for line in ran.stderr.splitlines() if not line.startswith("warning")]
     assert [line.split(":")[0].strip() for line in lines] == ["error", "why", "do"], ran.stderr
     assert f"| {mistake} |" in (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()

@@ -12,7 +12,7 @@ from phoque.models.source import PACKAGED_MODELS, check_local_model
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import CommandSettings, Resolved, flag_names
-from phoque.training.own_folder import check_own_folder
+from phoque.training.run_files import check_own_folder
 
 SMALL_BYTES = 2**20  # of a dataset whose first row is read to see whether it can be
 
@@ -33,15 +33,13 @@ def check_inputs(settings: CommandSettings) -> None:
     if "dataset" in settings.required or getattr(settings, "dataset", ""):
         s: Any = settings
         found = check_dataset(s.dataset, s.split, s.dataset_config)
-        if found and sum(Path(file.path).stat().st_size for file in found.files) < SMALL_BYTES:
+        if found and found.local_bytes < SMALL_BYTES:
             next(iter(RowStream(found.files)), None)
-    if "adapter_source" in settings.required:
-        check_adapter_name(getattr(settings, "adapter_source", ""))
     for name, check in CHECKS.items():
         value = getattr(settings, name, None)
         for item in value if isinstance(value, list) else [value]:
-            if item:
-                check(str(item), flag_names(type(settings), name)[0])
+            if item or name in settings.required:
+                check(str(item or ""), flag_names(type(settings), name)[0])
 
 
 def _check_chats(name: str, flag: str) -> None:
@@ -56,6 +54,7 @@ def _check_model(name: str, flag: str) -> None:
 
 
 def _check_adapter(name: str, flag: str) -> None:
+    check_adapter_name(name)
     if hub_id(name) is None:
         find_local_adapter(Path(name).expanduser(), flag)
 

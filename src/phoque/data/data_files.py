@@ -125,6 +125,11 @@ class SplitFiles:
     splits: tuple[str, ...]
     others: tuple[str, ...] = ()
 
+    @property
+    def local_bytes(self) -> int:
+        """The size of all files of a local dataset."""
+        return sum(Path(file.path).stat().st_size for file in self.files)
+
 
 def format_of(name: str) -> str | None:
     """json, parquet, csv or arrow, by the suffix of a file name; None for any other file."""

@@ -158,8 +158,7 @@ def check_dataset(name: str, split: str, config: str | None) -> SplitFiles | Non
     if local is None:
         return None
     found = find_local_files(name, local, config, split)
-    size = sum(Path(file.path).stat().st_size for file in found.files)
-    if not size:
+    if not found.local_bytes:
         raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
     return found
 

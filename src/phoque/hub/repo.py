@@ -55,14 +55,8 @@ class Repo(Store):
             warn(f"{self.name} is public: {GATES[str(info.gated or 'off')]}")
 
     def _create(self, access: Access) -> None:
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         api = self.hub.api
-        try:
-            self._read_info()
-        except RepositoryNotFoundError:
-            pass
-        else:
+        if self.hub.retry(self.name, lambda: api.repo_exists(self.name, repo_type=self.kind)):
             return
         self.hub.retry(self.name, lambda: api.create_repo(self.name, repo_type=self.kind, private=True, exist_ok=True))
         if access.public:

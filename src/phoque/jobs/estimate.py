@@ -23,8 +23,9 @@ from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import RECORD, get_step, sort_checkpoints
 from phoque.training.dry_run import count_parameters
 from phoque.training.memory import estimate_memory
-from phoque.training.metrics_log import METRICS, read_lines
+from phoque.training.metrics_log import read_lines
 from phoque.training.prepare import choose_micro_batch, find_store, lora_options, prepare, with_steps
+from phoque.training.run_files import METRICS
 
 # dense bf16 TFLOP/s (T4: fp16) that a large matrix product reaches, by what the Hub calls the GPU
 TFLOPS = {"T4": 40, "L4": 75, "A10G": 65, "A100": 250, "L40S": 250, "H100": 790, "H200": 790, "RTX PRO 6000": 350}

@@ -10,8 +10,8 @@ from phoque.files import atomic_folder
 from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.lora import load_adapter, save_adapter
 from phoque.training.engine.loss import add_token_loss
-from phoque.training.metrics_log import METRICS, SAMPLES, Tracker, read_lines
-from phoque.training.own_folder import BEST
+from phoque.training.metrics_log import Tracker, read_lines
+from phoque.training.run_files import BEST, METRICS, SAMPLES
 
 if TYPE_CHECKING:
     from phoque.training.run_state import Run

@@ -15,7 +15,7 @@ import torch
 from phoque.errors import RunError, first_line
 from phoque.files import sha256
 from phoque.training.fingerprint import update_record
-from phoque.training.own_folder import MANIFEST, RECORD
+from phoque.training.run_files import MANIFEST, RECORD
 
 STAGING = ".saving"
 DATA_STATE = "data_state.json"

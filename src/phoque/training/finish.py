@@ -19,9 +19,9 @@ from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.best import list_held_out_losses
-from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
-from phoque.training.own_folder import REPORT
+from phoque.training.metrics_log import read_lines
 from phoque.training.processes import DealtStream
+from phoque.training.run_files import METRICS, REPORT, SAMPLES
 from phoque.training.run_record import write_record
 from phoque.training.run_state import Run
 from phoque.training.timer import Timer

@@ -8,8 +8,8 @@ from typing import Any
 
 from phoque.errors import first_line
 from phoque.files import write_atomically
-from phoque.training.own_folder import METRICS, SAMPLES
 from phoque.training.report_to import Service
+from phoque.training.run_files import METRICS, SAMPLES
 
 SAMPLE_COLUMNS = ("step", "prompt", "response", "n_tokens", "latency_s")
 

@@ -9,8 +9,8 @@ from phoque.console import format_breakdown, format_duration, shorten
 from phoque.reports.charts import Series, histogram, line_chart
 from phoque.reports.page import format_versions, render_page
 from phoque.training.best import OVERFITTING, list_held_out_losses
-from phoque.training.metrics_log import METRICS, SAMPLES, read_lines
-from phoque.training.own_folder import REPORT
+from phoque.training.metrics_log import read_lines
+from phoque.training.run_files import METRICS, REPORT, SAMPLES
 
 FEW_ROWS = 32  # held-out rows
 MAX_SOURCES = 20  # rows of the table of sources

@@ -20,8 +20,7 @@ from phoque.training.fingerprint import (
     update_record,
     use_current_values,
 )
-from phoque.training.metrics_log import METRICS, SAMPLES
-from phoque.training.own_folder import REPORT
+from phoque.training.run_files import METRICS, REPORT, SAMPLES
 from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_record, write_record
 from phoque.training.run_state import StartState
 

@@ -18,10 +18,10 @@ from phoque.training.control import plan_controls, record_controls, with_dataset
 from phoque.training.export_merged import merge_final
 from phoque.training.finish import TrainResult, finish, out_of_memory_error, publish
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
-from phoque.training.own_folder import check_own_folder
 from phoque.training.prepare import find_store
 from phoque.training.processes import LostProcess, current
 from phoque.training.report_to import Report, check_services, start_services
+from phoque.training.run_files import check_own_folder
 from phoque.training.run_record import lock_run
 from phoque.training.run_state import Run
 from phoque.training.start import start_run

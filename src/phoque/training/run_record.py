@@ -16,10 +16,9 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.fingerprint import update_record
-from phoque.training.metrics_log import METRICS, SAMPLES
-from phoque.training.own_folder import BEST, RECORD, REPORT
 from phoque.training.prepare import Prepared
 from phoque.training.processes import current
+from phoque.training.run_files import BEST, METRICS, RECORD, REPORT, SAMPLES
 from phoque.version import __version__
 
 LOCK = ".lock"

@@ -20,9 +20,9 @@ from phoque.training import checkpoints
 from phoque.training.best import copy_best
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.loss import TokenLoss, add_token_loss
-from phoque.training.metrics_log import METRICS, SAMPLES
 from phoque.training.processes import DealtStream, Processes, seed_row
 from phoque.training.push import CheckpointPusher
+from phoque.training.run_files import METRICS, SAMPLES
 from phoque.training.timer import Timer
 
 if TYPE_CHECKING:

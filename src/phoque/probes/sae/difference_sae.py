@@ -130,6 +130,7 @@ def _gather_training_rows(
     """
     residuals = inputs.residuals
     variants = ["tuned", *(name for name in residuals if name.startswith("control"))]
+    # of the controls after the first, the base model's answers alone are read
     kinds = [k for k in TEXTS if all(k in residuals[v] for v in variants) and (len(variants) == 1 or k != "own")]
     questions = {"response": range(len(trained_on)), "own": inputs.own_questions}
     coins = numpy.random.default_rng([s.seed, 1])

@@ -14,8 +14,9 @@ from phoque.data.stream import TrainStream
 from phoque.models.load import evaluation_mode
 from phoque.models.lora import compute_lora_norms
 from phoque.training.best import has_stalled, list_held_out_losses
-from phoque.training.metrics_log import METRICS, Tracker, read_lines
+from phoque.training.metrics_log import Tracker, read_lines
 from phoque.training.processes import DealtStream
+from phoque.training.run_files import METRICS
 from phoque.training.timer import Timer
 
 HELD_OUT_TOKENS = {"cuda": 4096, "cpu": 1024}  # per forward pass; on a CPU 4,096 tokens take half a minute
