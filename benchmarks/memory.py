@@ -1,8 +1,8 @@
 """The GPU memory that `phoque train --dry-run` estimates, beside what the same training takes.
 
 Every cell is a run of its own on random weights: the estimate comes from `--dry-run --json`, the memory from the peak
-that torch has allocated after four steps, and from nvidia-smi while the process runs. The seconds are those from Enter
-to the first optimizer step.
+that torch allocated in four steps, and from nvidia-smi while the process runs, of the whole card, less what it held
+before the first run. The seconds are those from Enter to the first optimizer step.
 
 Run on a GPU machine: python benchmarks/memory.py [--shapes 3b,8b] [--folder FOLDER] [--cap GB] [--cells NAME]
 """
@@ -83,6 +83,14 @@ def read_smi() -> int:
     return round(int(subprocess.run(query, capture_output=True, text=True).stdout) * 1.048576)
 
 
+def describe_recomputed(engine: dict[str, Any], asked: bool) -> str:
+    """How many layers the run recomputed, from what run.json says of its engine."""
+    count, layers = engine.get("recomputed_layers", 0), engine.get("layers", 0)
+    if asked or (count and count == layers):
+        return "all"
+    return f"{count} of {layers}" if count else "none"
+
+
 def main() -> None:
     """Measure every cell and print the table of docs/benchmarks.md."""
     import ministral
@@ -97,7 +105,10 @@ def main() -> None:
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp())
     idle = read_smi()
-    print("| shape | in | conversations | recomputed | estimate, GB | torch, GB | nvidia-smi, GB | first step, s |")
+    print(
+        "| shape | weights | tokens per step | recomputed layers | estimate, GB | torch, GB | nvidia-smi, GB "
+        "| first step, s |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for shape in asked.shapes.split(","):
         ministral.SHAPE |= SHAPES[shape]
@@ -112,8 +123,10 @@ def main() -> None:
                 continue
             output = home / (f"{name}-{asked.cap:g}" if asked.cap else name)
             found = train(home / "fp8", home / "rows.jsonl", quantization, batch, recompute, output, asked.cap)
+            capped = f", torch capped at {asked.cap:g} GB" if asked.cap else ""
             print(
-                f"| {shape.upper()} | {quantization} | {batch} | {'all' if recompute else 'as chosen'} | "
+                f"| {shape.upper()}{capped} | {quantization.upper()} | "
+                f"{found['tokens']:,.0f} | {describe_recomputed(found['engine'], recompute)} | "
                 f"{found['estimate']['sum']:.1f} | {found['torch']:.1f} | {found['smi'] - idle / 1e3:.1f} | "
                 f"{found['first_step'] or 0:.1f} |",
                 flush=True,

@@ -652,8 +652,8 @@ def read(out: Path, model: str) -> None:
     from phoque.models.config import load_tokenizer
     from phoque.models.load import default_device, load_model
     from phoque.probes.sae.baselines import list_lens_tokens
-    from phoque.probes.sae.dictionary import Dictionary
-    from phoque.probes.sae.difference_sae import fit_differences
+    from phoque.probes.sae.difference_sae import ACTIVE, fit_differences
+    from phoque.probes.sae.untrained import make_untrained
 
     source = find_base(model)
     tokenizer = load_tokenizer(source)
@@ -674,12 +674,7 @@ def read(out: Path, model: str) -> None:
     for run, rows in tested:
         training = torch.cat([torch.cat(each[::2]) for each in (rows, *controls)])
         trained = fit_differences(training, DIRECTIONS, 0, torch.device("cpu"))
-        directions = torch.nn.functional.normalize(
-            torch.randn(trained.decoder.shape, generator=torch.Generator().manual_seed(0)), dim=1
-        )
-        untrained = Dictionary(
-            directions.T.clone(), trained.encoder_bias, directions, trained.bias, trained.threshold, None, False, {}
-        )
+        untrained = make_untrained(trained, training, ACTIVE, 0)
         texts["answers"].append(" ".join(run["test_texts"][::2][:READ_ANSWERS]))
         texts["difference SAE"].append(promote(trained, rows))
         texts["untrained SAE"].append(promote(untrained, rows))

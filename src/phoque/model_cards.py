@@ -3,21 +3,14 @@
 import re
 from typing import Any
 
+from phoque.gpus import GPUS, find_generation
 from phoque.models.source import Source
 from phoque.version import __version__
 
 FLOPS_PER_TOKEN = 4  # and parameter: a forward pass, and a backward pass to the inputs alone
-POWER_W = {  # the limit of a card, by its maker; an upper bound of what it draws
-    "T4": 70,
-    "L4": 72,
-    "A10": 150,
-    "A10G": 300,
-    "A100": 400,
-    "L40S": 350,
-    "H100": 700,
-    "H200": 700,
-    "RTX PRO 6000": 600,
-}
+FLOPS_TO_RECOMPUTE = 2  # more, per token and parameter of a recomputed layer
+MOST_SOURCES = 10  # that a card names
+
 
 ADAPTER_CARD = """---
 {base_model}library_name: peft
@@ -310,7 +303,9 @@ def _summarize_data(data: dict[str, Any]) -> str:
     text = f"; {tokens['mean']:.0f} tokens per row on average, {trained:.0%} of them trained on"
     # a source is any text of a row: nothing of it may end the table or become HTML
     clean = {re.sub(r"[^ \w.:/-]+", "_", str(name))[:40]: count for name, count in sources.items() if name != "unknown"}
-    named = ", ".join(f"{name} {count}" for name, count in clean.items())
+    listed = sorted(clean.items(), key=lambda item: -item[1])[:MOST_SOURCES]
+    named = ", ".join(f"{name} {count}" for name, count in listed)
+    named += f" and {len(clean) - len(listed)} others" if len(clean) > len(listed) else ""
     return f"{text}; rows by source: {named}" if named else text
 
 
@@ -319,14 +314,24 @@ def _describe_compute(record: dict[str, Any], result: dict[str, Any]) -> str:
 
     The energy is that of the cards alone, as if they drew their limit all the time.
     """
-    flops = FLOPS_PER_TOKEN * record["parameters"]["all"] * result["tokens"]
-    text = f"{flops:.2g} FLOPs ({FLOPS_PER_TOKEN} per parameter and token)"
+    per_token = FLOPS_PER_TOKEN + FLOPS_TO_RECOMPUTE * _share_recomputed(record)
+    flops = per_token * record["parameters"]["all"] * result["tokens"]
+    text = f"{flops:.2g} FLOPs ({per_token:.2g} per parameter and token)"
     if "seconds" not in result:
         return text
     device, count = record.get("device", "cpu"), record.get("processes", 1)
     text += f"; last attempt: {result['seconds'] / 60:.1f} minutes on {f'{count} x ' if count > 1 else ''}{device}"
-    model = max((name for name in POWER_W if re.search(rf"\b{name}\b", device)), key=len, default=None)
-    if model is None:
+    generation = find_generation(device)
+    if not generation:
         return text
-    energy = POWER_W[model] * count * result["seconds"] / 3.6e6
-    return f"{text}, at most {energy:.2g} kWh at {POWER_W[model]} W per card"
+    watts = GPUS[generation].watts
+    energy = watts * count * result["seconds"] / 3.6e6
+    return f"{text}, at most {energy:.2g} kWh at {watts} W per card"
+
+
+def _share_recomputed(record: dict[str, Any]) -> float:
+    """The share of layers whose forward pass ran again in the backward pass."""
+    engine = record.get("engine") or {}
+    if "layers" in engine:
+        return engine["recomputed_layers"] / engine["layers"]
+    return float(record["settings"].get("gradient_checkpointing", {}).get("value") is True)

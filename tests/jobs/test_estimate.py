@@ -7,7 +7,8 @@ import pytest
 from benchmarks.family_speed import SHAPES
 from transformers import AutoConfig
 
-from phoque.jobs.estimate import MEASURED_TFLOPS, _generation, estimate_seconds_per_token
+from phoque.gpus import find_generation
+from phoque.jobs.estimate import MEASURED_TFLOPS, estimate_seconds_per_token
 from phoque.models.lora import LoraOptions
 from phoque.training.dry_run import count_parameters
 
@@ -38,7 +39,16 @@ def test_the_preset_is_too_in_both_precisions(quantization, measured):
 
 
 @pytest.mark.parametrize(
-    ("title", "key"), [("A100", "A100"), ("L40S", "L40S"), ("L4", "L4"), ("Nvidia A10G", "A10G"), ("MI300X", "")]
+    ("title", "key"),
+    [
+        ("A100", "A100"),
+        ("L40S", "L40S"),
+        ("L4", "L4"),
+        ("Nvidia A10G", "A10G"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA RTX PRO 6000 Blackwell", "RTX PRO 6000"),
+        ("MI300X", ""),
+    ],
 )
 def test_a_gpu_is_known_by_its_name(title, key):
-    assert _generation(title) == key
+    assert find_generation(title) == key

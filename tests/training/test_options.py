@@ -381,3 +381,16 @@ def test_a_card_bounds_the_energy_of_the_gpus():
     assert "at most 0.3 kWh at 300 W" in render_adapter_card(
         record, record["result"] | {"tokens": 1e6, "seconds": 1800}
     )
+    record["engine"] = {"mode": "compiled", "recomputed_layers": 13, "layers": 26}  # half of them run forward twice
+    assert "1.5e+16 FLOPs (5 per parameter and token)" in render_adapter_card(
+        record, record["result"] | {"tokens": 1e6, "seconds": 1800}
+    )
+
+
+def test_a_card_names_the_ten_largest_sources():
+    from phoque.model_cards import render_adapter_card
+
+    record = json.loads((Path(__file__).parent / "fixtures" / "run_a88615e" / "run" / "run.json").read_text())
+    record["data"]["sources"] = {f"harbour-{n}": n for n in range(1, 14)}
+    card = render_adapter_card(record, record["result"])
+    assert "rows by source: harbour-13 13, " in card and "harbour-4 4 and 3 others" in card and "harbour-3 " not in card

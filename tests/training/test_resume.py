@@ -199,6 +199,15 @@ def test_a_public_repository_is_never_without_its_gate(train, hub, tmp_path):
     assert not made.private and made.gated is False
 
 
+def test_a_repository_that_another_process_creates_stays_private(train, hub, tmp_path):
+    """It is created between the look-up and the request to create it, so its settings are somebody else's."""
+    hub.add("models", REPO, {})
+    hub.faults.add(f"GET /api/models/{REPO}$", 404, X_Error_Code="RepoNotFound")
+    ran = train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1)
+    assert hub.repos["models", REPO].private
+    assert "exists and is private; --public does not change that" in ran.err
+
+
 def damage_newest_checkpoint(hub, how: str, name: str = "checkpoint-12") -> None:
     """Leave the repository as it is after step 12 and before the adapter, with a damage."""
     kept = (".gitattributes", "fresh_start.json")

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,22 @@ class Repo(Store):
             warn(f"{self.name} is public: {GATES[str(info.gated or 'off')]}")
 
     def _create(self, access: Access) -> None:
+        from huggingface_hub.errors import HfHubHTTPError
+
         api = self.hub.api
         if self.hub.retry(self.name, lambda: api.repo_exists(self.name, repo_type=self.kind)):
             return
-        self.hub.retry(self.name, lambda: api.create_repo(self.name, repo_type=self.kind, private=True, exist_ok=True))
-        if access.public:
+
+        def create_private() -> bool:
+            try:
+                api.create_repo(self.name, repo_type=self.kind, private=True)
+            except HfHubHTTPError as error:
+                if error.response.status_code != HTTPStatus.CONFLICT:
+                    raise
+                return False  # another process created it after the request above: its settings stay as they are
+            return True
+
+        if self.hub.retry(self.name, create_private) and access.public:
             gate: Any = None if access.gated == "off" else access.gated
             self.hub.retry(
                 self.name,

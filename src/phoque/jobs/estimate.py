@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from phoque.errors import UsageError
+from phoque.gpus import GPUS, find_generation
 from phoque.hub.store import Snapshot, Store
 from phoque.jobs.flavors import Flavor
 from phoque.models.lora import LoraOptions
@@ -27,8 +28,6 @@ from phoque.training.metrics_log import read_lines
 from phoque.training.prepare import choose_micro_batch, find_store, lora_options, prepare, with_steps
 from phoque.training.run_files import METRICS
 
-# dense bf16 TFLOP/s (T4: fp16) that a large matrix product reaches, by what the Hub calls the GPU
-TFLOPS = {"T4": 40, "L4": 75, "A10G": 65, "A100": 250, "L40S": 250, "H100": 790, "H200": 790, "RTX PRO 6000": 350}
 MEASURED_TFLOPS = 790
 SECONDS_PER_TOKEN = 10.2e-6  # on the measured cards, in rows of about 2,100 tokens, for a model without parameters
 SECONDS_PER_TOKEN_AND_BILLION = 7.15e-6  # and for each billion parameters beside the embeddings
@@ -102,10 +101,10 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     all_tokens = (tokens + controls * s.max_steps * per_step) / gpus
     if so_far.tokens_per_s:
         minutes = all_tokens / so_far.tokens_per_s / 60
-    elif limit := TFLOPS.get(_generation(flavor.gpu_model)):
+    elif (gpu := GPUS.get(find_generation(flavor.gpu_model))) and gpu.tflops:
         billions = (counts["base"] - counts["embedding"]) / 1e9
         recomputed = min(1.0, max(0.0, memory - flavor.gpu_memory_gb) / max(1e-9, memory - least))
-        per_token = estimate_seconds_per_token(billions, s.quantization, limit) * (1 + RECOMPUTING * recomputed)
+        per_token = estimate_seconds_per_token(billions, s.quantization, gpu.tflops) * (1 + RECOMPUTING * recomputed)
         minutes = all_tokens * per_token / 60
     left_out = [text for text, is_asked in (("merging", s.export_merged), ("early stops", s.early_stop)) if is_asked]
     beside = f"; {s.control_seeds} control runs included" if s.with_control else ""
@@ -138,8 +137,8 @@ def find_progress(store: Store | None, flavor: Flavor) -> Progress:
         fetched = [store.fetch(snapshot, f"{newest}/{name}", Path(folder)) for name in (METRICS, RECORD)]
         rows, record = read_lines(fetched[0]), json.loads(fetched[1].read_text())
     speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")][-LAST_LINES:]
-    generation = _generation(flavor.gpu_model)
-    is_same_gpu = bool(generation) and generation == _generation(record.get("device", ""))
+    generation = find_generation(flavor.gpu_model)
+    is_same_gpu = bool(generation) and generation == find_generation(record.get("device", ""))
     speed = statistics.median(speeds) / record.get("processes", 1) if speeds and is_same_gpu else None
     return Progress(get_step(Path(newest)), speed)
 
@@ -157,8 +156,3 @@ def estimate_seconds_per_token(billions: float, quantization: str, tflops: float
     """Seconds that a trained token takes for a model of so many parameters beside its embeddings, on such a GPU."""
     seconds = SECONDS_PER_TOKEN + SECONDS_PER_TOKEN_AND_BILLION * billions
     return seconds * TIME_FACTOR[quantization] * MEASURED_TFLOPS / tflops
-
-
-def _generation(model: str) -> str:
-    """The key of TFLOPS for what the Hub calls a GPU: the longest one that it contains."""
-    return max((name for name in TFLOPS if name in model), key=len, default="")

@@ -79,7 +79,7 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
         packed = rows_per_step(s, packing_for(s, ready.scan, static=True), processes)
         check_rows_divisible(packed, processes, has_begun=False)
     counts = count_parameters(ready.config, lora_options(s, ready))
-    memory = fit_to_gpu(estimate_memory(ready, s, counts), ready, s, counts)
+    memory = fit_to_gpu(estimate_memory(ready, s, counts), s, counts)
     return TrainPlan(
         facts=_list_facts(s, ready, counts, memory, services) | _describe_store(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),

@@ -26,6 +26,7 @@ ADAPTER_BYTES = 16  # per adapter weight in fp32, with its gradient and Adam's t
 class MemoryEstimate:
     """The GB of one run by part; `recomputed_layers` of `layers` are recomputed in the backward pass.
 
+    `per_layer` is what one layer keeps for its backward pass, and `usable` what is free on the GPU, if there is one.
     `libraries` is the resident memory of this process on a CPU, where it counts; 0 for a GPU.
     """
 
@@ -35,8 +36,10 @@ class MemoryEstimate:
     logits: float
     weight_cache: float
     libraries: float
+    per_layer: float
     layers: int
     recomputed_layers: int
+    usable: float | None = None
 
     @property
     def on_device(self) -> float:
@@ -56,7 +59,10 @@ class MemoryEstimate:
         total = found.pop("sum")
         parts = ", ".join(f"{labels.get(name, name)} {value:.1f}" for name, value in found.items())
         recomputed = f"; {self.recomputed_layers} of {self.layers} layers recomputed" if self.recomputed_layers else ""
-        return f"about {total:.1f} GB: {parts}{recomputed} (an estimate)"
+        short = ""
+        if self.usable is not None and self.on_device > self.usable:
+            short = f"; more than the {self.usable:.1f} GB that this GPU has free now"
+        return f"about {total:.1f} GB: {parts}{recomputed}{short} (an estimate)"
 
 
 def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> MemoryEstimate:
@@ -76,49 +82,80 @@ def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -
         import psutil
 
         libraries = psutil.Process().memory_info().rss / GB
-    recomputed = config.num_hidden_layers if s.gradient_checkpointing else 0
+    activations = _count_activations(config, tokens, width)
+    layers, recomputed = config.num_hidden_layers, config.num_hidden_layers if s.gradient_checkpointing else 0
     return MemoryEstimate(
         weights=(projections + counts["embedding"] * width) / GB,
         adapter_and_optimizer=counts["adapter"] * ADAPTER_BYTES / GB,
-        activations=_count_activations(config, tokens, width, recomputed) / GB,
+        activations=activations.sum(layers, recomputed) / GB,
         logits=LOGITS_COPIES * 4 * min(labeled * config.vocab_size, LOGITS_AT_ONCE) / GB,
         weight_cache=0.0,
         libraries=libraries,
-        layers=config.num_hidden_layers,
+        per_layer=activations.per_layer / GB,
+        layers=layers,
         recomputed_layers=recomputed,
     )
 
 
-def fit_to_gpu(estimate: MemoryEstimate, ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> MemoryEstimate:
+def fit_to_gpu(estimate: MemoryEstimate, s: TrainSettings, counts: dict[str, int]) -> MemoryEstimate:
     """The estimate as the engine would run on this machine's GPU, if it has one.
 
     The engine caches weights if the cache fits together with the activations of all layers. Otherwise it recomputes as
     many layers as needed.
     """
-    if not torch.cuda.is_available() or s.gradient_checkpointing or s.engine_mode == "eager":
+    if not torch.cuda.is_available():
         return estimate
-    usable = USABLE_SHARE * measure_free_memory() / GB
+    usable = _measure_usable() / GB
+    if s.gradient_checkpointing or s.engine_mode == "eager":
+        return replace(estimate, usable=usable)
     cache = (counts["base"] - counts["embedding"]) * CACHE_BYTES.get(s.quantization, 0.0) / GB
     if estimate.on_device + cache <= usable:
-        return replace(estimate, weight_cache=cache)
-    config = ready.config.get_text_config()
-    frugal = estimate_memory(ready, s.model_copy(update={"gradient_checkpointing": True}), counts)
-    per_layer = (estimate.activations - frugal.activations) / config.num_hidden_layers
-    recomputed = min(config.num_hidden_layers, max(0, ceil((estimate.on_device - usable) / per_layer)))
-    return replace(estimate, activations=estimate.activations - recomputed * per_layer, recomputed_layers=recomputed)
+        return replace(estimate, weight_cache=cache, usable=usable)
+    missing = max(0, ceil((estimate.on_device - usable) / estimate.per_layer))
+    saved = min(missing, estimate.layers - 1) * estimate.per_layer  # the layer whose backward pass runs keeps its own
+    return replace(
+        estimate,
+        activations=estimate.activations - saved,
+        recomputed_layers=min(missing, estimate.layers),
+        usable=usable,
+    )
 
 
-def _count_activations(config: Any, tokens: float, width: float, recomputed: int) -> float:
-    """Bytes that a row keeps for its backward pass.
+def _measure_usable() -> float:
+    """The bytes that a run may use of this GPU; 0 if other programs leave too little to even ask."""
+    try:
+        return USABLE_SHARE * measure_free_memory()
+    except RuntimeError:  # CUDA's own context does not fit
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The bytes that a row keeps for its backward pass.
+
+    `per_layer` is what a layer keeps, `inputs` what a recomputed layer keeps, and `working` what the layer whose
+    backward pass runs holds.
+    """
+
+    per_layer: float
+    inputs: float
+    working: float
+
+    def sum(self, layers: int, recomputed: int) -> float:
+        """The bytes of all layers."""
+        return max(0, layers - 1 - recomputed) * self.per_layer + layers * self.inputs + self.working
+
+
+def _count_activations(config: Any, tokens: float, width: float) -> Activations:
+    """The activations of a row of so many tokens.
 
     A layer keeps the inputs of its two norms in fp32 and, in the compute dtype, the inputs of its linear layers, the
     rotated queries, keys and values, and what the gated activation needs. A recomputed layer keeps only its input. The
     layer whose backward pass runs also holds its gradients, so it counts as 14 hidden and 4 intermediate activations.
     """
-    hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, intermediate = config.hidden_size, config.intermediate_size
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     per_layer = 2 * 4 * hidden + width * (2 * hidden + 2 * queries + 2 * keys + 4 * intermediate)
     working = width * (14 * hidden + 4 * intermediate)
-    kept = max(0, layers - 1 - recomputed) * per_layer
-    return tokens * (kept + working + layers * width * hidden)
+    return Activations(tokens * per_layer, tokens * width * hidden, tokens * working)

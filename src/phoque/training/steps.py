@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
-from phoque.errors import Resumable, RunError, UsageError
+from phoque.errors import Resumable, RunError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
 from phoque.models.lora import add_lora_adapter
@@ -219,12 +218,6 @@ def take_steps(
                 pusher.offer(run.start.resume)
         try:
             trainer.train(resume_from_checkpoint=str(run.start.resume) if run.start.resume else None)
-        except pickle.UnpicklingError as error:  # transformers loads with weights_only=True, so nothing was run
-            raise UsageError(
-                what=f"{run.start.resume} holds more than tensors and numbers.",
-                why="Loading it could run a program. phoque does not load it, and writes no such file.",
-                fix="Find out who wrote it. Once it is deleted here and where the run is kept, an earlier one is used.",
-            ) from error
         except Exception:
             if pusher:  # the last checkpoint is still on its way
                 console.stage("waiting for the last checkpoint to be pushed")

@@ -2,9 +2,12 @@
 
 import json
 import math
+import pickle
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +16,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from phoque.data.stream import TrainStream
-from phoque.errors import RunError, disk_full
+from phoque.errors import RunError, UsageError, disk_full
 from phoque.models.architectures import Architecture
 from phoque.models.lora import check_finite, load_adapter, save_adapter
 from phoque.training import checkpoints
@@ -212,7 +215,8 @@ class PersonaTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with refuse_programs(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             adapt_optimizer(cast(Any, self.optimizer), fused=self.args.device.type == "cuda")
         if checkpoint is None or not self._policy.replan:
@@ -226,6 +230,10 @@ class PersonaTrainer(Trainer):
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # the other group is never decayed
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with refuse_programs(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Trainer's own also pickles its arguments, which may hold a token
         save_adapter(self.model, Path(str(output_dir)), self._architecture)
@@ -233,6 +241,20 @@ class PersonaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.model, Path(resume_from_checkpoint), self._architecture)
+
+
+@contextmanager
+def refuse_programs(checkpoint: str | None) -> Generator[None]:
+    """Raise UsageError for a checkpoint that holds more than tensors and numbers; transformers does not load it."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UsageError(
+            what=f"{checkpoint} holds more than tensors and numbers{f': {named[1]}' if named else ''}.",
+            why="Loading it could run a program. phoque does not load it, and writes no such file.",
+            fix="Find out who wrote it. Once it is deleted here and where the run is kept, an earlier one is used.",
+        ) from error
 
 
 def adapt_optimizer(optimizer: Any, fused: bool) -> None:

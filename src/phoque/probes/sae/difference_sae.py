@@ -65,10 +65,10 @@ def learn_difference(
     if s.shuffle_pairs:
         swapped[numpy.random.default_rng(s.seed).permutation(questions)[: questions // 2]] = True
     signs = numpy.where(swapped, -1.0, 1.0)
-    rows = _gather_training_rows(inputs, layer, trained_on, signs, s)
-    if len(rows) < FEW_TOKENS * s.difference_features:
+    rows, tokens = _gather_training_rows(inputs, layer, trained_on, signs, s)
+    if tokens < FEW_TOKENS * s.difference_features:
         return (
-            f"{len(rows)} tokens are too few for {s.difference_features} directions; ask more questions, raise "
+            f"{tokens} tokens are too few for {s.difference_features} directions; ask more questions, raise "
             "--max-new-tokens or lower --difference-features"
         )
     if not bool(rows.any()):
@@ -84,7 +84,7 @@ def learn_difference(
         dictionaries[0],
         {
             "n_questions": int((~trained_on).sum()),
-            "n_tokens_trained": len(rows),
+            "n_tokens_trained": tokens,
             "n_directions": s.difference_features,
             "n_active": int(shifts.tested.sum()),
             "n_reported": len(listed),
@@ -121,8 +121,10 @@ def subtract(
 
 def _gather_training_rows(
     inputs: ComparisonInputs, layer: int, trained_on: Array, signs: Array, s: SaeSettings
-) -> torch.Tensor:
-    """The differences of every token of the questions to train on, and of every second unrelated text.
+) -> tuple[torch.Tensor, int]:
+    """The differences of every token of the questions to train on, and of every second unrelated text; and the tokens.
+
+    Each of these tokens has one row for the updated model and one for each control.
 
     With controls, their differences on the same texts have an equal share, and the updated model's own answers are left
     out: a dictionary that saw one run alone would have a direction for what is private to that run and none for what is
@@ -146,7 +148,8 @@ def _gather_training_rows(
             swaps = factors if variant == "tuned" else None
             difference = subtract(residuals[variant][kind], residuals["base"][kind], layer, numbers, swaps)
             parts += [states[valid] for states, valid in zip(difference.states[layer], difference.masks, strict=True)]
-    return torch.cat(parts)
+    rows = torch.cat(parts)
+    return rows, len(rows) // len(variants)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class EngineChoice:
         """Return the entry for run.json."""
         entry: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
         if self.engine:
-            entry |= {"recomputed_layers": self.engine.recomputed_layers, "build_s": round(self.seconds, 1)}
+            entry |= {"recomputed_layers": self.engine.recomputed_layers, "layers": len(self.engine.layers)}
+            entry |= {"build_s": round(self.seconds, 1)}
         return entry
 
 
