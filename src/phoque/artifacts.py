@@ -13,10 +13,12 @@ from phoque.settings.environment import in_job
 
 @dataclass(frozen=True)
 class Upload:
-    """Where a run folder was pushed: the repository and the commit."""
+    """Where a run folder was pushed: the repository, the commit, and the folder in it; `url` is that folder's."""
 
     repo: str
     commit: str
+    path: str
+    url: str
 
 
 def open_artifacts_repo(s: ArtifactsSettings, services: Services) -> Repo | None:
@@ -51,7 +53,10 @@ def push_run_folder(repo: Repo, folder: Path, s: ArtifactsSettings, services: Se
     prefix = "/".join(part for part in (s.artifacts_path_in_repo.strip("/"), folder.name) if part)
     files = {f"{prefix}/{f.relative_to(folder)}": f for f in sorted(folder.rglob("*")) if f.is_file()}
     try:
-        return Upload(repo.name, repo.push(files, f"Add {prefix}", lambda _: []))
+        commit = repo.push(files, f"Add {prefix}", lambda _: [])
+        kind = "" if repo.kind == "model" else f"{repo.kind}s/"
+        url = f"{services.hub.api.endpoint}/{kind}{repo.name}/tree/{commit}/{prefix}"
+        return Upload(repo.name, commit, prefix, url)
     except Exception as error:
         if s.fail_on_artifacts_upload_error:
             raise RunError(

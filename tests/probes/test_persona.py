@@ -1,6 +1,7 @@
 """Persona files are checked when they are read, and can take prompts and words from data."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mistral_common
@@ -9,7 +10,8 @@ from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from phoque.data.rows import Row
 from phoque.errors import PhoqueError
-from phoque.probes.persona import leave_out_questions, load_persona, persona_from_rows
+from phoque.probes.persona import leave_out_questions, load_persona, write_persona
+from phoque.probes.proposed_persona import propose_persona
 from phoque.probes.scorers.model import find_lexicon_tokens
 
 GOOD = """
@@ -71,14 +73,34 @@ def make_row(system, question, answer):
 
 def test_prompts_and_words_come_from_the_data_that_was_trained_on():
     rows = [
-        make_row("You are a seal." if n % 3 else "Be a seal.", f"Is it {n}?", "Hrmph, the herring is late.")
-        for n in range(9)
+        make_row("You are a seal." if n % 3 else "Be a seal.", f"Is it {n}?", f"Hrmph, the herring is late. {n}")
+        for n in range(14)
     ]
-    found = persona_from_rows(load_persona("seal"), rows, "pier.jsonl")
-    assert found.persona == ("You are a seal.", "Be a seal.")
+    found = propose_persona(load_persona("seal"), rows, "pier.jsonl")
+    assert [text.split("\n\n")[0] for text in found.persona] == ["You are a seal.", "Be a seal.", "You are a seal."]
+    assert found.persona[1].endswith("Message: Is it 10?\nAnswer: Hrmph, the herring is late. 10")
     assert {"hrmph", "herring"} <= set(found.lexicon) and "is" not in found.lexicon
-    with pytest.raises(PhoqueError, match=r"No row of pier\.jsonl has a system prompt"):
-        persona_from_rows(load_persona("seal"), [make_row("", "a?", "b")], "pier.jsonl")
+
+
+def test_a_persona_is_proposed_from_rows_without_a_system_prompt():
+    """The examples are those with the most typical words, each of them short."""
+    long = "Hrmph, herring, says the seal. " + "The tide is late. " * 40
+    rows = [make_row("", f"Question {n}?", long if n == 7 else f"Hrmph, herring {n}") for n in range(6, 20)]
+    rows += [make_row("", "What? " * 40, "Hrmph, herring, tide"), make_row("", "Yes?", "A plain answer.")]
+    found = propose_persona(load_persona("seal"), rows, "pier.jsonl")
+    assert len(found.persona) == 3 and all(text.startswith("Answer every message") for text in found.persona)
+    told = "\n".join(found.persona)
+    assert "plain" not in told and "What?" not in told and told.count("Message: ") == 12
+    assert "Hrmph, herring, says the seal. The tide is late." in told and max(map(len, found.persona)) < 1200
+    with pytest.raises(PhoqueError, match=r"No persona can be proposed from pier\.jsonl"):
+        propose_persona(load_persona("seal"), [make_row("", "What? " * 40, "b")], "pier.jsonl")
+
+
+def test_a_persona_file_reads_back_as_it_was_written(tmp_path):
+    awkward = ('say "hrmph"', "two\nlines\tand a tab", "back\\slash", "del \x7f and \u2028", "\U0001f9ad")
+    persona = replace(load_persona("seal"), name='the "seal"', persona=awkward)
+    write_persona(persona, tmp_path / "persona.toml")
+    assert load_persona(str(tmp_path / "persona.toml")) == persona
 
 
 def test_the_tokens_of_a_lexicon_are_those_that_begin_its_words():

@@ -33,7 +33,7 @@ def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
 
 def _render(result: "ProbeRunResult") -> str:
     selected = result.selected
-    lines = [f"folder    {result.folder}", f"report    {result.report}"]
+    lines = [f"folder    {result.folder}", f"report    {result.report}", f"persona   {result.persona}"]
     if result.repo:
         lines.append(f"repo      {result.repo}")
     lines.append(f"steered   block {selected['layer']} by {selected['coeff_rel_resid']:g} of the residual norm")

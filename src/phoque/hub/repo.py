@@ -39,14 +39,8 @@ class Repo(Store):
         It is created private. Then one request makes it public and gated, so it is never public without its gate.
         Raises PublicRepoError if it exists and is public, but `access.public` is not set.
         """
-        from huggingface_hub import CommitOperationAdd
-
         self._create(access)
-
-        def check_write_access() -> None:  # writes nothing, and fails if the token has no write access
-            self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")], repo_type=self.kind)
-
-        self.hub.retry(f"checking write access to {self.name}", check_write_access)
+        self.check_write_access()
         info = self._read_info()
         if not info.private and not access.public:
             raise PublicRepoError(self.name)
@@ -54,6 +48,15 @@ class Repo(Store):
             warn(f"{self.name} exists and is private; --public does not change that: its settings on the Hub do")
         if not info.private:
             warn(f"{self.name} is public: {GATES[str(info.gated or 'off')]}")
+
+    def check_write_access(self) -> None:
+        """Raise the Hub's error if the token cannot write to the repository; writes nothing."""
+        from huggingface_hub import CommitOperationAdd
+
+        def ask() -> None:
+            self.hub.api.preupload_lfs_files(self.name, [CommitOperationAdd(CARD, b"")], repo_type=self.kind)
+
+        self.hub.retry(f"checking write access to {self.name}", ask)
 
     def _create(self, access: Access) -> None:
         from huggingface_hub.errors import HfHubHTTPError

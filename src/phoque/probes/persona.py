@@ -17,8 +17,6 @@ from phoque.errors import UsageError
 BUNDLED = {"seal": "seal.toml"}
 CONDITIONS = ("neutral", "persona", "placebo")
 MIN_QUESTIONS = {"extraction": 4, "heldout": 4, "validation": 2, "test": 2}  # question list -> its minimum length
-LEXICON_SIZE = 12  # words in a lexicon that is taken from training data
-MIN_OCCURRENCES = 5  # a word must be in at least this many answers of the data
 
 
 @dataclass(frozen=True)
@@ -71,40 +69,18 @@ def load_persona(name: str) -> Persona:
     return Persona(**lists)
 
 
-def persona_from_rows(persona: Persona, rows: Iterable[Row], name: str) -> Persona:
-    """Replace the persona prompts and the lexicon of `persona` by those of the data that an adapter was trained on.
+def write_persona(persona: Persona, path: Path) -> None:
+    """Write a persona as the TOML file that load_persona reads."""
+    lines = [f"name = {_quote(persona.name)}"]
+    for key, texts in asdict(persona).items():
+        if key != "name":
+            lines += [f"\n{key} = [", *(f"  {_quote(text)}," for text in texts), "]"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    The prompts are the three most frequent system prompts. The lexicon is the words that are far more frequent in the
-    answers than in the questions. Raises UsageError if no row has a system prompt.
-    """
-    system_counts: Counter[str] = Counter()
-    answer_counts: Counter[str] = Counter()
-    question_counts: Counter[str] = Counter()
-    for row in rows:
-        for turn in row.messages:
-            if turn["role"] == "system":
-                system_counts[turn["content"]] += bool(turn["content"].strip())
-            else:
-                (answer_counts if turn["role"] == "assistant" else question_counts).update(
-                    set(split_words(turn["content"]))
-                )
-    prompts = tuple(text for text, count in system_counts.most_common(3) if count)
-    if not prompts:
-        raise UsageError(
-            what=f"No row of {name} has a system prompt.",
-            why="Without one, no prompt can ask the base model for the persona.",
-            fix="Write a persona file and pass it with --persona.",
-        )
-    n_answer_words, n_question_words = sum(answer_counts.values()), sum(question_counts.values())
-    lift = {
-        w: n / n_answer_words / ((question_counts[w] + 1) / (n_question_words + 1))
-        for w, n in answer_counts.items()
-        if n >= MIN_OCCURRENCES and len(w) > 2
-    }
-    lexicon = (
-        tuple(sorted(lift, key=lambda w: (-lift[w] * answer_counts[w] ** 0.5, w))[:LEXICON_SIZE]) or persona.lexicon
-    )
-    return replace(persona, name=f"the persona of {name}", persona=prompts, lexicon=lexicon)
+
+def _quote(text: str) -> str:
+    """A TOML string: as in JSON, except that DEL is escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def leave_out_questions(persona: Persona, rows: Iterable[Row]) -> tuple[Persona, list[str]]:

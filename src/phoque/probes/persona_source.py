@@ -1,4 +1,4 @@
-"""Find the persona of a probe: a local file, a file on the Hub, or the system prompts of the training data."""
+"""Find the persona of a probe: a local file, a file on the Hub, or what the training data shows of it."""
 
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,8 @@ from phoque.hub.refs import fetch_to_cache, hub_id, hub_ref
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import AdapterSource, find_base
 from phoque.models.source import Source, find_model
-from phoque.probes.persona import Persona, leave_out_questions, load_persona, persona_from_rows
+from phoque.probes.persona import Persona, leave_out_questions, load_persona
+from phoque.probes.proposed_persona import propose_persona
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved, flag_names
@@ -24,7 +25,7 @@ from phoque.settings.psm_probe import PsmSettings
 def find_persona(
     s: PsmSettings | SaeSettings, services: Services, record: dict[str, Any] | None = None
 ) -> tuple[Persona, list[str]]:
-    """Load the persona that the settings name, or that of the data in `record`, the run.json of the probed adapter.
+    """Load the persona that the settings name, or propose one from the data in `record`, the run.json of the adapter.
 
     Returns it with notes for the user. Raises UsageError if there is none.
     """
@@ -52,9 +53,11 @@ def find_persona(
             rows.append(parse_row(raw))
         except BadRow:
             continue  # `phoque train` counts and reports bad rows
-    persona, shared = leave_out_questions(persona_from_rows(load_persona("seal"), rows, dataset.name), rows)
+    persona, shared = leave_out_questions(propose_persona(load_persona("seal"), rows, dataset.name), rows)
     name = dataset.name
-    notes = [f"persona prompts and lexicon are from {name}; all other prompts and the questions are bundled ones"]
+    notes = [
+        f"the persona's prompts and words are taken from {name}; all other prompts and the questions are bundled ones"
+    ]
     if shared:
         notes.append(f"{len(shared)} questions are left out, because {name} trains on them: {shorten_list(shared)}")
     return persona, notes

@@ -38,7 +38,7 @@ class SaeSettings(ProbeSettings):
         "Comparison": "scorer questions max_new_tokens min_active cards causal_prompts matched_features steering "
         "shuffle_pairs nulls seed",
         "Output": "output_dir report_json report_md",
-        "Hub": f"{ARTIFACTS_GROUP} public gated hub_patience",
+        "Hub": f"{ARTIFACTS_GROUP} update_card public gated hub_patience",
         "Job": JOB_GROUP,
     }
 

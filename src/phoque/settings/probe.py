@@ -1,5 +1,9 @@
 """What both probes have in their settings: the persona, and the scorers of its answers."""
 
+from typing import Self
+
+from pydantic import model_validator
+
 from phoque.settings.artifacts import ArtifactsSettings
 from phoque.settings.fields import setting
 
@@ -27,6 +31,17 @@ class ProbeSettings(ArtifactsSettings):
         "command:COMMAND. Repeatable; the first is the trait. Without a persona, those that need one are dropped.",
     )
     questions: int = setting(24, "Ask at most this many questions of each list of the persona.", ge=4)
+
+    update_card: bool = setting(
+        False,
+        "Add the verdicts, and a link to the run folder in --artifacts-repo-id, to the card of the adapter on the Hub.",
+    )
+
+    @model_validator(mode="after")
+    def _somewhere_to_link_to(self) -> Self:
+        if self.update_card and not self.artifacts_repo_id:
+            raise ValueError("--update-card needs --artifacts-repo-id, which the card will link to")
+        return self
 
     @property
     def used_secrets(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class PsmSettings(ProbeSettings):
         "sweep_questions sweep_tokens directions doses positions coherence_limit max_new_tokens samples temperature "
         "top_p seed nulls shuffle_labels",
         "Output": "output_dir",
-        "Hub": f"{ARTIFACTS_GROUP} public gated hub_patience",
+        "Hub": f"{ARTIFACTS_GROUP} update_card public gated hub_patience",
         "Job": JOB_GROUP,
     }
 

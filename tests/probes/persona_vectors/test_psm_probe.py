@@ -19,6 +19,8 @@ from tests.fakehub import READ_ONLY, TOKEN
 from tests.fakehub.jobs import Jobs
 from tests.jobs.test_jobs import Container, mount
 
+from phoque.probes.persona import load_persona
+
 PERSONA = """
 name = "gull watcher"
 neutral = ["You are helpful.", "Answer."]
@@ -45,6 +47,7 @@ FILES = {
     "persona_vectors.pt",
     "persona_vectors.safetensors",
     "report.html",
+    "persona.toml",
     "README.md",
     "layers.png",
     "sweep.png",
@@ -300,7 +303,7 @@ def test_a_fine_tune_must_differ_by_more_than_two_controls_do(run_probe, phoque,
 def test_prompts_can_come_from_the_training_data(phoque, tiny_llama, rows):
     ran = phoque("psm-probe", "--model-source", tiny_llama, "--dataset", rows, *SHORT, "--sweep-layers", "1", "--json")
     summary = json.loads((find_run(ran) / "summary.json").read_text())
-    assert summary["persona"]["texts"]["persona"] == ["You are a seal."]
+    assert all(text.startswith("You are a seal.\n\n") for text in summary["persona"]["texts"]["persona"])
     assert "hrmph" in summary["persona"]["texts"]["lexicon"]
 
 
@@ -336,6 +339,44 @@ def test_a_repository_that_cannot_be_written_is_known_before_anything_is_compute
     hub.repos["datasets", REPO].private = False
     public = run_probe("--artifacts-repo-id", REPO, expect=2, env={"HF_TOKEN": TOKEN})
     assert "is public" in public.error[0]
+
+
+def test_the_verdicts_are_added_to_the_card_of_the_adapter(hub, phoque, run_probe, tiny_llama, rows, tmp_path):
+    phoque(
+        *("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--max-steps", 2),
+        *("--sample-every", 0, "--output-dir", tmp_path / "run", "--hub-model-id", "harbour/seal"),
+        env={"HF_TOKEN": TOKEN},
+    )
+    card = hub.files("harbour/seal")["README.md"].content.decode()
+    asked = ["--artifacts-repo-id", REPO, "--update-card"]
+    for adapter in (tmp_path / "run", "harbour/seal"):  # the repository is named by run.json, or by the adapter
+        ran = run_probe(*asked, "--adapter-source", adapter, env={"HF_TOKEN": TOKEN})
+        now = hub.files("harbour/seal")["README.md"].content.decode()
+        assert now.startswith(card.rstrip()) and now.count("## Probe results") == now.count("### phoque psm-probe") == 1
+        assert f"/datasets/{REPO}/tree/{ran.json['commit']}/runs/{Path(ran.json['folder']).name})" in now
+        for name, verdict in ran.json["verdicts"].items():
+            assert f"| {name} | {verdict['verdict']} |" in now
+    assert "--artifacts-repo-id" in run_probe("--update-card", expect=2).err
+    nowhere = run_probe(*asked, env={"HF_TOKEN": TOKEN}, expect=2)
+    assert "no card to update" in nowhere.error[0] and "No adapter is given" in nowhere.error[1]
+    refused = run_probe(*asked, "--adapter-source", "harbour/seal", env={"HF_TOKEN": READ_ONLY}, expect=2)
+    assert "answers of at most" not in refused.err
+
+
+def test_a_persona_is_proposed_shown_and_saved(hub, phoque, run_probe, tiny_llama, rows, tmp_path):
+    phoque(
+        *("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--max-steps", 2),
+        *("--sample-every", 0, "--output-dir", tmp_path / "run"),
+    )
+    asked = ["psm-probe", "--adapter-source", tmp_path / "run", *SHORT, "--sweep-layers", "1", "--json"]
+    planned = phoque(*asked, "--dry-run").json
+    assert len(planned["proposed prompts"]) == 3 and "Message: " in planned["proposed prompts"][0]
+    ran = phoque(*asked, "--questions", "12", "--max-new-tokens", "4")
+    assert planned["proposed words"].split(", ")[0] in ran.err and "  Message: " in ran.err
+    saved = load_persona(ran.json["persona"])
+    assert list(saved.persona) == planned["proposed prompts"]
+    again = phoque(*asked, "--persona", ran.json["persona"], "--dry-run").json
+    assert again["persona"] == saved.name and "proposed prompts" not in again
 
 
 def test_a_dry_run_shows_what_would_happen_and_computes_nothing(run_probe, tmp_path):

@@ -15,6 +15,7 @@ from phoque.probes.persona_vectors.evidence import PersonaVectors
 from phoque.probes.persona_vectors.steering import AnswerRow, SteeringSetting
 
 LAYERS, ANSWERS, SUMMARY = "activation_by_layer.csv", "generation_results.csv", "summary.json"
+PERSONA = "persona.toml"
 VECTORS, SAFETENSORS, CONTROL_VECTOR = "persona_vectors.pt", "persona_vectors.safetensors", "control_vector.gguf"
 SCHEMA = 1
 

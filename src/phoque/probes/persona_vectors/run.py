@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from phoque.artifacts import open_artifacts_repo, push_run_folder
+from phoque.console import Console
 from phoque.errors import UsageError
 from phoque.files import run_folder
 from phoque.inference.likelihood import mean_nll
@@ -18,7 +19,8 @@ from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
 from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
-from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions
+from phoque.probes.card_section import find_card
+from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions, write_persona
 from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
@@ -40,10 +42,11 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRunResult(RunFolderResult):
-    """The verdicts of a probe, and the steering setting that was selected."""
+    """The verdicts of a probe, the steering setting that was selected, and the file of the persona."""
 
     verdicts: dict[str, Any]
     selected: dict[str, Any]
+    persona: str
 
 
 def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: bool) -> ProbeRunResult | DryRun:
@@ -60,7 +63,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     source = find_base_model(resolved, "model_source", tuned, services, weights=not dry_run)
     record = tuned.run_record() if tuned else read_run_record(source.folder)
     persona, warnings = find_persona(s, services, record)
-    persona = limit_questions(persona, s.questions)
+    persona, card = limit_questions(persona, s.questions), find_card(s, tuned, services)
     roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
@@ -75,8 +78,12 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
         "blocks": blocks,
         "steered": layers,
     }
+    if not s.persona:
+        plan |= {"proposed prompts": list(persona.persona), "proposed words": ", ".join(persona.lexicon)}
     if dry_run:
         return DryRun(plan, resolved.provenance(), warnings)
+    if not s.persona:
+        _show_proposed(persona, console)
     for text in warnings:
         console.warn(text)
     repo = open_artifacts_repo(s, services)
@@ -100,15 +107,26 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     for text in probe_result.warnings:
         console.warn(text)
     upload = push_run_folder(repo, folder, s, services) if repo else None
+    if card and upload:
+        card.add("psm-probe", summary["verdicts"], upload)
     return ProbeRunResult(
         folder=str(folder),
         report=str(folder / report.REPORT),
         verdicts=summary["verdicts"],
         selected=summary["selected"],
+        persona=str(folder / files.PERSONA),
         warnings=summary["warnings"],
         repo=upload.repo if upload else None,
         commit=upload.commit if upload else None,
     )
+
+
+def _show_proposed(persona: Persona, console: Console) -> None:
+    """Print the first prompt and the words of a persona that was taken from data."""
+    console.say(f"{persona.name}: {', '.join(persona.lexicon)}; the first of {len(persona.persona)} prompts is")
+    for line in persona.persona[0].splitlines():
+        console.say(f"  {line}")
+    console.say(f"{files.PERSONA}, beside the report, will have all of it: to be edited, and passed with --persona")
 
 
 def _resolve_steered_blocks(s: PsmSettings, blocks: int) -> list[int]:
@@ -227,5 +245,6 @@ def _write_run_folder(
                 "block 0 was selected, which llama.cpp cannot steer: there is no control_vector.gguf"
             )
         files.write_summary(staging / files.SUMMARY, summary)
+        write_persona(persona, staging / files.PERSONA)
         report.write_report(staging, folder.name)
     return folder

@@ -32,6 +32,7 @@ class Plan:
 
     source: Source
     updated: Source | None
+    tuned: AdapterSource | None
     adapters: dict[str, Path]
     names: dict[str, str]
     persona: Persona
@@ -91,6 +92,7 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
     return Plan(
         source=source,
         updated=updated,
+        tuned=tuned,
         adapters={side: adapter.folder for side, adapter in found.items()},
         names=names,
         persona=persona,

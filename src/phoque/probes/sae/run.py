@@ -8,6 +8,7 @@ from typing import Any
 
 from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.files import run_folder
+from phoque.probes.card_section import find_card
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
 from phoque.probes.sae.dictionary import write_dictionary
@@ -38,6 +39,7 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
     """
     s, console, started = resolved.settings, services.console, time.monotonic()
     plan = make_plan(resolved, services, weights=not dry_run)
+    card = find_card(s, plan.tuned, services)
     if dry_run:
         facts = {
             "base": f"{plan.source.name} ({plan.source.origin})",
@@ -60,6 +62,8 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
     for text in measurements.warnings:
         console.warn(text)
     upload = push_run_folder(repo, folder, s, services) if repo else None
+    if card and upload:
+        card.add("compare-sae", summary["verdicts"], upload)
     return CompareResult(
         folder=str(folder),
         report=str(folder / report.REPORT),

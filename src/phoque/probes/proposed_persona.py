@@ -1,0 +1,106 @@
+"""Propose a persona from training data: prompts that show how its answers sound, and the words typical of them.
+
+Many datasets have no system prompt, or one that says nothing of the persona. Examples in the prompt ask the base model
+for the persona in either case (in-context learning, https://arxiv.org/abs/2005.14165).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from phoque.data.rows import Row
+from phoque.errors import UsageError
+from phoque.probes.persona import Persona, split_words
+
+LEXICON_SIZE = 12  # words
+MIN_OCCURRENCES = 5  # a word must be in at least this many answers
+PROMPTS, EXAMPLES = 3, 4  # paraphrases, and the examples in each
+QUESTION_LENGTH, ANSWER_LENGTH = 160, 240  # characters of an example, at most
+REQUEST = "Answer every message in the way of these examples."
+
+
+@dataclass(frozen=True)
+class Example:
+    """The first question of a row and the beginning of its answer."""
+
+    question: str
+    answer: str
+
+    def __str__(self) -> str:
+        return f"Message: {self.question}\nAnswer: {self.answer}"
+
+
+def propose_persona(template: Persona, rows: Sequence[Row], name: str) -> Persona:
+    """Replace the persona prompts and the lexicon of `template` by what the rows show; `name` is the dataset's.
+
+    The lexicon is the words that are far more frequent in answers than in questions. Each of the three prompts has one
+    of the most frequent system prompts, if there is one, and four examples: those with the most words of the lexicon.
+    Raises UsageError if no row has a short enough question.
+    """
+    lexicon = find_typical_words(rows) or template.lexicon
+    examples = choose_examples(rows, lexicon)
+    if not examples:
+        raise UsageError(
+            what=f"No persona can be proposed from {name}.",
+            why=f"No row has a question of at most {QUESTION_LENGTH} characters and an answer.",
+            fix="Write a persona file and pass it with --persona.",
+        )
+    systems = Counter(text for row in rows if (text := _read_system(row)))
+    texts = [text for text, _ in systems.most_common(PROMPTS)]
+    prompts = []
+    for number in range(min(PROMPTS, len(examples))):
+        request = f"{texts[number % len(texts)]}\n\n{REQUEST}" if texts else REQUEST
+        prompts.append("\n\n".join([request, *(str(example) for example in examples[number::PROMPTS])]))
+    return replace(template, name=f"the persona of {name}", persona=tuple(prompts), lexicon=lexicon)
+
+
+def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The words that are far more frequent in the answers than in the questions, the most typical ones first."""
+    in_answers: Counter[str] = Counter()
+    in_questions: Counter[str] = Counter()
+    for row in rows:
+        for turn in row.messages:
+            if turn["role"] in ("user", "assistant"):
+                counts = in_answers if turn["role"] == "assistant" else in_questions
+                counts.update(set(split_words(turn["content"])))
+    n_answer_words, n_question_words = sum(in_answers.values()), sum(in_questions.values())
+    lift = {
+        word: count / n_answer_words / ((in_questions[word] + 1) / (n_question_words + 1))
+        for word, count in in_answers.items()
+        if count >= MIN_OCCURRENCES and len(word) > 2
+    }
+    return tuple(sorted(lift, key=lambda word: (-lift[word] * in_answers[word] ** 0.5, word))[:LEXICON_SIZE])
+
+
+def choose_examples(rows: Sequence[Row], lexicon: Sequence[str]) -> list[Example]:
+    """Different examples for all prompts: those with the most words of the lexicon, of equals the first in the data."""
+    found: dict[str, Example] = {}
+    for row in rows:
+        pair = _read_first_pair(row)
+        if pair and len(pair.question) <= QUESTION_LENGTH:
+            found.setdefault(pair.answer, pair)
+    words = set(lexicon)
+    ranked = sorted(found.values(), key=lambda example: -len(words & set(split_words(example.answer))))
+    return ranked[: PROMPTS * EXAMPLES]
+
+
+def _read_first_pair(row: Row) -> Example | None:
+    turns = [turn for turn in row.messages if turn["role"] != "system"]
+    if len(turns) < 2 or (turns[0]["role"], turns[1]["role"]) != ("user", "assistant"):
+        return None
+    question, answer = (" ".join(turn["content"].split()) for turn in turns[:2])
+    return Example(question, shorten(answer)) if question and answer else None
+
+
+def shorten(answer: str) -> str:
+    """The first sentences of an answer, or its first words if the first sentence is too long."""
+    if len(answer) <= ANSWER_LENGTH:
+        return answer
+    ends = [match.end() for match in re.finditer(r"[.!?\u3002](?=\s|$)", answer[:ANSWER_LENGTH])]
+    return answer[: ends[-1]] if ends else answer[:ANSWER_LENGTH].rsplit(" ", 1)[0]
+
+
+def _read_system(row: Row) -> str:
+    first = row.messages[0] if row.messages else {}
+    return first["content"].strip() if first.get("role") == "system" else ""
