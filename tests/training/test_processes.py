@@ -115,6 +115,25 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(start_all, train_all
     assert "4 packed rows, not a multiple of the 3 processes" in error[0] and "began with these rows" in error[1]
 
 
+@pytest.mark.parametrize("quantization", ["fp32", pytest.param("nf4", marks=pytest.mark.thorough)])
+def test_a_sharded_base_trains_what_a_whole_one_does(train_all, start_all, phoque, asked, tmp_path, quantization):
+    """Also after a stop, and with a held-out loss, which all processes measure."""
+    more = ["--quantization", quantization, "--eval-steps", 2, "--max-steps", 6]
+    if quantization == "fp32":
+        started = start_all("--fsdp", *more, "--output-dir", tmp_path / "two", preludes=(slowly(0.4), slowly(0.4)))
+        started[0].until(lambda: (tmp_path / "two" / "checkpoint-2").is_dir())
+        os.kill(started[0].pid, signal.SIGTERM)
+        assert [one.ended().code for one in started] == [75, 75]
+    ran = train_all("--fsdp", *more, "--output-dir", tmp_path / "two", "--json")
+    assert ran[0].json["held_out_loss"]["after"] < ran[0].json["held_out_loss"]["before"]
+    shards = json.loads((tmp_path / "two" / "run.json").read_text())["fsdp"]
+    assert shards["gb"] > 0 and shards["gb_here"] == pytest.approx(shards["gb"] / 2)
+    phoque(*asked, *more, "--micro-batch", 4, "--output-dir", tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one")
+    error = phoque(*asked, *more, "--fsdp", "--output-dir", tmp_path / "alone", expect=2).error
+    assert "nothing to share" in error[0]
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(train_all, tmp_path):
     ran = train_all("--output-dir", tmp_path / "run", "--batch-size", 5, expect=(2, 1))
     assert "--batch-size 5 cannot be dealt to 2 processes" in ran[0].error[0] and not ran[1].err

@@ -82,14 +82,15 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     s = s.model_copy(update={"micro_batch": choose_micro_batch(s, gpus)})
     options: LoraOptions = lora_options(s, ready)
     counts = count_parameters(ready.config, options)
-    memory = estimate_memory(ready, s, counts).on_device
+    memory = estimate_memory(ready, s, counts, gpus).on_device
     frugal = s.model_copy(update={"gradient_checkpointing": True})
-    least = estimate_memory(ready, frugal, counts).on_device
+    least = estimate_memory(ready, frugal, counts, gpus).on_device
     if flavor.gpus and least > flavor.gpu_memory_gb:
         raise UsageError(
             what=f"The run does not fit {flavor.name}.",
             why=f"It needs {least:.0f} GB even with all layers recomputed, and a card has {flavor.gpu_memory_gb:g} GB.",
-            fix="Choose a larger flavor, --quantization nf4, --micro-batch or a lower --max-length.",
+            fix="Choose a larger flavor, or several GPUs with --fsdp; or --quantization nf4, --micro-batch, or a lower "
+            "--max-length.",
         )
     so_far = Progress() if s.run_dir else find_progress(find_store(s, services), flavor)
     if s.fresh_start:

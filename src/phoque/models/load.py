@@ -33,8 +33,18 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(source: Source, quantization: str, attention: str = "sdpa", on: torch.device | None = None) -> Any:
+def load_model(
+    source: Source,
+    quantization: str,
+    attention: str = "sdpa",
+    on: torch.device | None = None,
+    *,
+    projections_on_host: bool = False,
+) -> Any:
     """Load the frozen text model in `nf4`, `fp8`, `bf16` or `fp32` on one device, by default `default_device()`.
+
+    With `projections_on_host` the weights of the decoder's linear layers go back to the host's memory, for a model that
+    one device does not hold.
 
     One pass over the checkpoint: each tensor is read, dequantized if it is FP8, cast, quantized and assigned. Names and
     shapes are checked from the headers first. Raises UsageError when a weight is missing, unexpected, of a wrong
@@ -52,7 +62,10 @@ def load_model(source: Source, quantization: str, attention: str = "sdpa", on: t
         _check_names(model, reader, text_names, tied)
         factors = {key: reader.read(scales[key]) for key in text_names if key in scales}
         dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
-        _load_weights(model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype)
+        host = reader.architecture.lora_targets if projections_on_host else None
+        _load_weights(
+            model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype, on_host=host
+        )
     if tied:
         model.tie_weights()
     cast(Any, model).is_loaded_in_4bit = quantization == "nf4"  # peft and TRL read this attribute
@@ -122,8 +135,12 @@ def _load_weights(
     group_size: GroupSize | None,
     on: torch.device,
     dtype: torch.dtype,
+    on_host: str | None,
 ) -> None:
-    """Put every tensor into its parameter on the device, as it arrives; `factors` are the scales of FP8 weights."""
+    """Put every tensor into its parameter on the device, as it arrives; `factors` are the scales of FP8 weights.
+
+    The weights of modules that match `on_host` go on to the host.
+    """
     largest: dict[str, torch.Tensor] = {}
     for key, stored in tensors:
         name = text_names[key]
@@ -132,10 +149,13 @@ def _load_weights(
         if isinstance(module, Fp8Linear) and leaf == "weight":
             module.set_weight(stored.to(on), factors.get(key), group_size)
             largest[name] = module.max_magnitude()
-            continue
-        tensor = (dequantize(stored, factors[key], group_size) if key in factors else stored).to(dtype)
-        largest[name] = largest_magnitude(tensor)
-        _set_parameter(model, name, tensor, on)
+        else:
+            tensor = (dequantize(stored, factors[key], group_size) if key in factors else stored).to(dtype)
+            largest[name] = largest_magnitude(tensor)
+            _set_parameter(model, name, tensor, on)
+        if on_host and leaf == "weight" and re.fullmatch(on_host, path):
+            weight: Any = module.weight.to("cpu")
+            module.weight = weight if type(weight) is not torch.Tensor else torch.nn.Parameter(weight, False)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(on)

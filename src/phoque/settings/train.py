@@ -22,7 +22,7 @@ class TrainSettings(PublishedSettings):
         "Data": "dataset dataset_revision dataset_config split eval_split held_out_rows max_bad_rows "
         "default_system greeting max_length packing",
         "Training": "max_steps epochs batch_size micro_batch learning_rate lr_scheduler warmup_ratio weight_decay "
-        "max_grad_norm eval_steps keep_best early_stop engine_mode gradient_checkpointing deterministic gpus seed "
+        "max_grad_norm eval_steps keep_best early_stop engine_mode gradient_checkpointing deterministic gpus fsdp seed "
         "with_control control_seeds allow_change fresh_start yes",
         "Output": "output_dir save_steps keep_checkpoints log_every sample_every sample_tokens prompts norms_every "
         "then export_merged export_on_save report_to wandb_project wandb_log_model wandb_mode",
@@ -171,6 +171,11 @@ class TrainSettings(PublishedSettings):
         "with several uses all of them.",
         pattern=r"^(all|[1-9]\d*)$",
     )
+    fsdp: bool = setting(
+        False,
+        "Shard the base model over the GPUs of --gpus or of a launcher, for a model that one GPU does not hold. Layers "
+        "run as plain PyTorch, and no samples are generated.",
+    )
     max_bad_rows: float = setting(
         0.05, "Stop the run if a larger share of the rows than this (0 to 1) cannot be used.", ge=0, le=1
     )
@@ -313,6 +318,15 @@ class TrainSettings(PublishedSettings):
     def _a_control_to_seed(self) -> Self:
         if self.control_seeds > 1 and not self.with_control:
             raise ValueError("--control-seeds needs --with-control")
+        return self
+
+    @model_validator(mode="after")
+    def _what_needs_the_whole_base(self) -> Self:
+        if self.fsdp and self.engine_mode not in ("auto", "eager"):
+            raise ValueError("--fsdp runs the layers as plain PyTorch: leave out --engine-mode")
+        if self.fsdp and (self.with_control or self.export_merged):
+            flag = "--with-control" if self.with_control else "--export-merged"
+            raise ValueError(f"--fsdp and {flag} exclude each other: {flag} needs the whole base model on one GPU")
         return self
 
     @field_validator("then")

@@ -11,6 +11,7 @@ from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.lora import load_adapter, save_adapter
 from phoque.training.engine.loss import add_token_loss
 from phoque.training.metrics_log import Tracker, read_lines
+from phoque.training.processes import current
 from phoque.training.run_files import BEST, METRICS, SAMPLES
 
 if TYPE_CHECKING:
@@ -71,24 +72,33 @@ def has_ended(run: "Run") -> bool:
     return run.first_step == s.max_steps or has_stalled(losses, s.early_stop)
 
 
-def measure_what_a_stop_skipped(run: "Run", model: Any, tracker: Tracker) -> None:
+def measure_what_a_stop_skipped(run: "Run", model: Any, tracker: Tracker | None) -> None:
     """Measure the held-out loss at the step of the checkpoint, if it was due there and the run was stopped instead.
 
-    Without it, the best step and an early stop would be others than in a run that was not stopped.
+    Without it, the best step and an early stop would be others than in a run that was not stopped. Process 0, which has
+    the tracker, measures; the others take part where the model is sharded.
     """
     from phoque.training.callbacks.metrics import measure_held_out_loss
 
     step, held_out = run.first_step, [encoded for _, encoded in run.prepared.scan.held_out]
-    measured = {row["step"] for row in read_lines(run.folder / METRICS) if "held_out_loss" in row}
-    if step % run.settings.measured_every or step in measured or not held_out:
+    if not current().broadcast_from_main(lambda: step not in _read_measured(run)):
+        return
+    if step % run.settings.measured_every or not held_out or not (tracker or run.settings.fsdp):
         return
     load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
     add_token_loss(model.get_base_model())
     run.console.stage(f"measuring the held-out loss of step {step}")
     values = measure_held_out_loss(model, held_out)
+    if tracker is None:
+        return
     tracker.log_metrics(step, values)
     if math.isfinite(values["held_out_loss"]):
         keep_if_best(run, model, step, values["held_out_loss"])
+
+
+def _read_measured(run: "Run") -> set[int]:
+    """The steps whose held-out loss is in the log."""
+    return {row["step"] for row in read_lines(run.folder / METRICS) if "held_out_loss" in row}
 
 
 def use_best(run: "Run", model: Any, steps: int, samples: Any) -> int:

@@ -26,6 +26,7 @@ from phoque.training.data_summary import (
     list_data_problems,
 )
 from phoque.training.fingerprint import check_same_run, compute_identity
+from phoque.training.fsdp import check_sharded
 from phoque.training.launch import claim_gpu, count_processes
 from phoque.training.memory import MemoryEstimate, estimate_memory, fit_to_gpu
 from phoque.training.pinned import pin_recorded
@@ -73,13 +74,14 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     ready = prepare(pinned, services, weights=False)
     planned = with_steps(resolved, ready.scan)
     processes = _count_processes(resolved.settings)
+    check_sharded(resolved.settings, processes)
     micro_batch = choose_micro_batch(pinned.settings, processes, rows)
     s = planned.settings.model_copy(update={"micro_batch": micro_batch})
     if rows is None:
         packed = rows_per_step(s, packing_for(s, ready.scan, static=True), processes)
         check_rows_divisible(packed, processes, has_begun=False)
     counts = count_parameters(ready.config, lora_options(s, ready))
-    memory = fit_to_gpu(estimate_memory(ready, s, counts), s, counts)
+    memory = fit_to_gpu(estimate_memory(ready, s, counts, processes), s, counts)
     return TrainPlan(
         facts=_list_facts(s, ready, counts, memory, services) | _describe_store(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),

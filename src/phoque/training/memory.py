@@ -65,8 +65,8 @@ class MemoryEstimate:
         return f"about {total:.1f} GB: {parts}{recomputed}{short} (an estimate)"
 
 
-def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -> MemoryEstimate:
-    """Estimate the memory of a run in which the engine caches no weights and recomputes no layer unless asked to.
+def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int], processes: int = 1) -> MemoryEstimate:
+    """Estimate the memory of one process of a run that caches no weights and recomputes no layer unless asked to.
 
     With exact packing, the fullest of some hundred rows is about three standard deviations above the mean.
     """
@@ -77,6 +77,8 @@ def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int]) -
     labeled = tokens * ready.scan.trained_tokens / sum(ready.scan.lengths)
     width = BYTES["fp32" if s.quantization == "fp32" else "bf16"]
     projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
+    if s.fsdp:  # its share, and the whole weights of a layer that runs and of the next one, which is gathered meanwhile
+        projections *= 1 / processes + 2 / config.num_hidden_layers
     libraries = 0.0
     if not torch.cuda.is_available():  # there, memory is what the process has, with everything that it imported
         import psutil
@@ -106,7 +108,7 @@ def fit_to_gpu(estimate: MemoryEstimate, s: TrainSettings, counts: dict[str, int
     if not torch.cuda.is_available():
         return estimate
     usable = _measure_usable() / GB
-    if s.gradient_checkpointing or s.engine_mode == "eager":
+    if s.gradient_checkpointing or s.engine_mode == "eager" or s.fsdp:
         return replace(estimate, usable=usable)
     cache = (counts["base"] - counts["embedding"]) * CACHE_BYTES.get(s.quantization, 0.0) / GB
     if estimate.on_device + cache <= usable:

@@ -24,6 +24,7 @@ from phoque.training.engine.engine import Engine
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint
 from phoque.training.finish import stop_error, write_card_for_checkpoint
+from phoque.training.fsdp import NO_SAMPLES, shard_base
 from phoque.training.metrics_log import Tracker
 from phoque.training.prepare import lora_options, packing_for
 from phoque.training.processes import DealtStream, current
@@ -52,10 +53,13 @@ def load_model_with_adapter(run: Run) -> Any:
     )
     run.record["attention"] = reason
     run.console.stage(f"loading {source.name} as {s.quantization}")
-    model = load_model(source, s.quantization, name)
+    model = load_model(source, s.quantization, name, projections_on_host=s.fsdp)
     commit = source.revision if source.on_hub else None
     model = add_lora_adapter(model, lora_options(s, run.prepared), commit)
     trained, total = model.get_nb_trainable_parameters()
+    if s.fsdp:
+        shards = run.record["fsdp"] = shard_base(model, current(), default_device())
+        run.console.say(f"base model sharded: {shards['gb_here']:.1f} of {shards['gb']:.1f} GB here")
     run.record["parameters"] = {"trained": trained, "all": total}
     write_record(run.folder, run.record)
     run.console.say(f"base {source.origin} as {s.quantization}; adapter of {trained / 1e6:.1f} M parameters")
@@ -73,7 +77,7 @@ def build_engine(run: Run, model: Any) -> Engine | None:
         run.console.stage("trying the engine on one row")
     choice = select_engine(
         model,
-        s.engine_mode,
+        "eager" if s.fsdp else s.engine_mode,
         packing,
         s.max_steps * run.record["rows_per_step"] // current().size,
         recompute=s.gradient_checkpointing,
@@ -123,6 +127,9 @@ def make_samples(run: Run, tracker: Tracker, timer: Timer) -> "SamplesCallback |
     from phoque.training.callbacks.samples import SamplesCallback
 
     s, scan = run.settings, run.prepared.scan
+    if s.fsdp and s.sample_every:
+        run.console.say(NO_SAMPLES)
+        return None
     prompts = s.prompts or _held_out_questions(scan)
     if not s.sample_every or not prompts:
         return None
@@ -183,8 +190,9 @@ def take_steps(
                     agree=processes.max_over_processes,
                 )
             )
-        elif s.early_stop:
-            callbacks.append(FollowCallback(s.measured_every, processes.max_over_processes))
+        elif s.early_stop or s.fsdp:
+            agree = processes.max_over_processes if s.early_stop else None
+            callbacks.append(FollowCallback(s.measured_every, agree, held_out if s.fsdp else []))
         if in_job() and stop.deadline is None:
             callbacks.append(SaveWithoutLimit())
         if samples:

@@ -110,18 +110,31 @@ class MetricsCallback(TrainerCallback):
 
 
 class FollowCallback(TrainerCallback):
-    """Ends the run in another process when process 0, which measures, finds that the held-out loss has stalled."""
+    """Follows process 0, which measures, in another process.
 
-    def __init__(self, eval_every: int, agree: Callable[[int], int]) -> None:
-        self._eval_every, self._agree = eval_every, agree
+    Ends the run when process 0 finds that the held-out loss has stalled (`agree`), and takes part in each measurement
+    of `held_out`, where a model is sharded.
+    """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __init__(self, eval_every: int, agree: Callable[[int], int] | None, held_out: list[EncodedChat]) -> None:
+        self._eval_every, self._agree, self._held_out = eval_every, agree, held_out
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 0:
+            self._measure(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         last = state.global_step == state.max_steps
-        if last or control.should_training_stop or state.global_step % self._eval_every:
+        if (control.should_training_stop and not last) or (state.global_step % self._eval_every and not last):
             return
-        if self._agree(0):
+        self._measure(model)
+        if self._agree and not last and self._agree(0):
             state.max_steps = state.global_step
             control.should_training_stop = True
+
+    def _measure(self, model: Any) -> None:
+        if self._held_out:
+            measure_held_out_loss(model, self._held_out)
 
 
 @torch.no_grad()
