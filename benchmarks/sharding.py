@@ -3,8 +3,8 @@
     uv run python benchmarks/sharding.py --out sharding --cap 24
 
 Trains the 24B shape of Mistral Small (random weights) with the command line under torchrun, with all layers
-recomputed. Each GPU gets one row of about 2,100 tokens per step; one GPU alone takes the rows of all. torch may allocate
---cap GB on each card. What is in the folder already is not run again.
+recomputed. Each GPU gets one row of about 2,100 tokens per step; one GPU alone takes the rows of all. torch may
+allocate --cap GB on each card. What is in the folder already is not run again.
 """
 
 import argparse
