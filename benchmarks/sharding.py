@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.append(str(Path(__file__).parent))
 SHAPES = {
     "24B": {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "head_dim": 128},
@@ -66,7 +68,7 @@ def train(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "disabled"}
     )
     if done.returncode:
-        return {"error": done.stderr[-1500:]}
+        return {"error": done.stderr[-6000:]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     return {
@@ -89,6 +91,7 @@ def main(out: Path, shape: str, gpus: int, cap: float) -> None:
     path = out / "sharding.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     write_rows(out / "rows.jsonl")
+    torch.manual_seed(0)
     model = out / shape
     if not model.is_dir():
         begun = time.monotonic()

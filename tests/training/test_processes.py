@@ -115,7 +115,10 @@ def test_a_stopped_run_goes_on_with_any_number_of_processes(start_all, train_all
     assert "4 packed rows, not a multiple of the 3 processes" in error[0] and "began with these rows" in error[1]
 
 
-@pytest.mark.parametrize("quantization", ["fp32", pytest.param("nf4", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "quantization",
+    ["fp32", pytest.param("nf4", marks=pytest.mark.thorough), pytest.param("fp8", marks=pytest.mark.thorough)],
+)
 def test_a_sharded_base_trains_what_a_whole_one_does(train_all, start_all, phoque, asked, tmp_path, quantization):
     """Also after a stop, and with a held-out loss, which all processes measure."""
     more = ["--quantization", quantization, "--eval-steps", 2, "--max-steps", 6]

@@ -12,6 +12,7 @@ import torch
 
 from phoque.errors import UsageError
 from phoque.models.architectures import architecture_of
+from phoque.models.lora import PEFT_PREFIX
 from phoque.settings.train import TrainSettings
 from phoque.training.processes import Processes
 
@@ -37,14 +38,13 @@ def shard_base(model: Any, processes: Processes, device: torch.device) -> dict[s
     from torch.distributed.fsdp import fully_shard
 
     decoder = model.get_base_model().model
-    sharded = _unwrap_projections(model, device)
-    for parameter in model.parameters():  # peft creates an adapter where the weight is that it adapts
-        if parameter not in sharded:
-            parameter.data = parameter.data.to(device)
-    whole = {parameter for parameter in model.parameters() if parameter not in sharded}
+    projections = _unwrap_projections(model, device)
+    whole = {parameter for name, parameter in model.named_parameters() if name not in projections}
+    for parameter in whole:  # peft creates an adapter where the weight is that it adapts
+        parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (processes.size,))
     for layer in decoder.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
     shares: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
     return {
@@ -53,19 +53,28 @@ def shard_base(model: Any, processes: Processes, device: torch.device) -> dict[s
     }
 
 
-def _unwrap_projections(model: Any, device: torch.device) -> set[torch.nn.Parameter]:
-    """The projections' weights as plain parameters. The constants of NF4 stay whole, on the device.
+def _unwrap_projections(model: Any, device: torch.device) -> set[str]:
+    """Make the projections' weights plain parameters of a floating-point dtype; returns the names of these.
 
-    Linear4bit takes them from its own attribute if the weight is a plain parameter.
+    FSDP2 of torch 2.11 shards no integers, so packed weights become FP32 numbers of the same bits. As BF16 they would
+    be damaged: on a GPU, FSDP2 copies with _foreach_copy_, which replaces the bits of BF16 NaNs (0.3% of random bytes).
+    A weight whose bytes are no multiple of 4 stays whole. So do the constants of NF4: Linear4bit reads them from its
+    own attribute if its weight is a plain parameter.
     """
-    targets, found = re.compile(architecture_of(model.get_base_model().config).lora_targets), set()
-    for name, module in model.get_base_model().named_modules():
-        if not targets.fullmatch(name):
+    targets, names = re.compile(architecture_of(model.get_base_model().config).lora_targets), set()
+    for name, module in model.named_modules():
+        if not targets.fullmatch(name.removeprefix(PEFT_PREFIX)):
             continue
         linear = getattr(module, "base_layer", module)
-        if type(linear).__name__ == "Linear4bit":
-            linear.quant_state = linear.weight.quant_state
-            linear.quant_state.to(device)
-            linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
-        found.add(linear.weight)
-    return found
+        is_nf4, packed = type(linear).__name__ == "Linear4bit", linear.weight.data
+        if is_nf4:  # (bytes, 1)
+            linear.weight.quant_state.to(device)
+            linear.quant_state, packed = linear.weight.quant_state, packed.reshape(1, -1)
+        if not packed.is_floating_point():
+            if packed.shape[1] % torch.float32.itemsize:
+                linear.weight.data = linear.weight.data.to(device)
+                continue
+            packed = packed.view(torch.float32)
+        linear.weight = torch.nn.Parameter(packed.reshape(-1, 1) if is_nf4 else packed, requires_grad=False)
+        names.add(f"{name}.base_layer.weight" if linear is not module else f"{name}.weight")
+    return names
