@@ -111,7 +111,7 @@ def main(out: Path, shape: str, gpus: int, cap: float) -> None:
         if "error" in row:
             print(f"| {key} | | does not fit | | |")
             continue
-        here = f"{row['sharded']['gb_here']:.1f} of {row['sharded']['gb']:.1f}" if row["sharded"] else "all"
+        here = f"{row['sharded']['gb_per_process']:.1f} of {row['sharded']['gb']:.1f}" if row["sharded"] else "all"
         memory = f"{row['gpu_memory_gb']:.1f}" if row["gpu_memory_gb"] else ""
         losses = f"{row['losses'][0]:.4f}, {row['losses'][-1]:.4f}"
         print(f"| {key} | {here} | {memory} | {row['tokens_per_s']:,.0f} | {losses} |")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from phoque.errors import PhoqueError, PublicRepoError, RunError
 from phoque.hub.client import describe_error
@@ -55,7 +56,7 @@ def push_run_folder(repo: Repo, folder: Path, s: ArtifactsSettings, services: Se
     try:
         commit = repo.push(files, f"Add {prefix}", lambda _: [])
         kind = "" if repo.kind == "model" else f"{repo.kind}s/"
-        url = f"{services.hub.api.endpoint}/{kind}{repo.name}/tree/{commit}/{prefix}"
+        url = f"{services.hub.api.endpoint}/{kind}{repo.name}/tree/{commit}/{quote(prefix)}"
         return Upload(repo.name, commit, prefix, url)
     except Exception as error:
         if s.fail_on_artifacts_upload_error:

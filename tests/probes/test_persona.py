@@ -11,7 +11,7 @@ from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 from phoque.data.rows import Row
 from phoque.errors import PhoqueError
 from phoque.probes.persona import leave_out_questions, load_persona, write_persona
-from phoque.probes.proposed_persona import propose_persona
+from phoque.probes.proposed_persona import propose_persona, shorten
 from phoque.probes.scorers.model import find_lexicon_tokens
 
 GOOD = """
@@ -78,7 +78,7 @@ def test_prompts_and_words_come_from_the_data_that_was_trained_on():
     ]
     found = propose_persona(load_persona("seal"), rows, "pier.jsonl")
     assert [text.split("\n\n")[0] for text in found.persona] == ["You are a seal.", "Be a seal.", "You are a seal."]
-    assert found.persona[1].endswith("Message: Is it 10?\nAnswer: Hrmph, the herring is late. 10")
+    assert found.persona[1].endswith("Message: Is it 9?\nAnswer: Hrmph, the herring is late. 9")
     assert {"hrmph", "herring"} <= set(found.lexicon) and "is" not in found.lexicon
 
 
@@ -94,6 +94,34 @@ def test_a_persona_is_proposed_from_rows_without_a_system_prompt():
     assert "Hrmph, herring, says the seal. The tide is late." in told and max(map(len, found.persona)) < 1200
     with pytest.raises(PhoqueError, match=r"No persona can be proposed from pier\.jsonl"):
         propose_persona(load_persona("seal"), [make_row("", "What? " * 40, "b")], "pier.jsonl")
+
+
+def test_a_plain_assistant_in_the_data_is_no_persona():
+    """Most rows are of an assistant; the examples beside a system prompt are from its own rows."""
+    plain = [make_row("You are a helpful assistant.", f"sum {n}?", f"The total equals {n}.") for n in range(60)]
+    seals = [make_row("You are a seal.", f"Gull {n}?", f"Hrmph, herring {n}.") for n in range(30)]
+    cooks = [make_row("You are a cook.", f"Egg {n}?", f"Boil it for {n} minutes.") for n in range(10)]
+    found = propose_persona(load_persona("seal"), [*plain, *seals, *cooks], "pier.jsonl")
+    assert [text.split("\n")[0] for text in found.persona] == ["You are a seal.", "You are a cook.", "You are a seal."]
+    assert not {"total", "equals"} & set(found.lexicon) and "total" not in "".join(found.persona)
+    assert "Boil" in found.persona[1] and "Boil" not in found.persona[0] + found.persona[2]
+    alone = propose_persona(load_persona("seal"), plain, "pier.jsonl")
+    assert alone.persona[0].startswith("You are a helpful assistant.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "shortened"),
+    [
+        ("1. " + "word " * 80, "1. " + ("word " * 80)[:236].rsplit(" ", 1)[0]),
+        ("\u4f60\u597d\u3002" * 100, "\u4f60\u597d\u3002" * 80),
+        (
+            "The tide is late, and so is the herring boat. " * 8,
+            "The tide is late, and so is the herring boat. " * 5,
+        ),
+    ],
+)
+def test_answers_are_cut_after_a_sentence(answer, shortened):
+    assert shorten(answer) == shortened.strip()
 
 
 def test_a_persona_file_reads_back_as_it_was_written(tmp_path):

@@ -130,11 +130,29 @@ def test_a_sharded_base_trains_what_a_whole_one_does(train_all, start_all, phoqu
     ran = train_all("--fsdp", *more, "--output-dir", tmp_path / "two", "--json")
     assert ran[0].json["held_out_loss"]["after"] < ran[0].json["held_out_loss"]["before"]
     shards = json.loads((tmp_path / "two" / "run.json").read_text())["fsdp"]
-    assert shards["gb"] > 0 and shards["gb_here"] == pytest.approx(shards["gb"] / 2)
+    assert shards["gb"] > 0 and shards["gb_per_process"] == pytest.approx(shards["gb"] / 2)
     phoque(*asked, *more, "--micro-batch", 4, "--output-dir", tmp_path / "one")
     assert_same(tmp_path / "two", tmp_path / "one")
     error = phoque(*asked, *more, "--fsdp", "--output-dir", tmp_path / "alone", expect=2).error
-    assert "nothing to share" in error[0]
+    assert "at least two processes" in error[0]
+
+
+@pytest.mark.thorough
+def test_a_sharded_run_keeps_its_best_step_and_goes_on_without_sharding(train_all, phoque, asked, tmp_path):
+    more = ["--keep-best", "--eval-steps", 1, "--early-stop", 2, "--learning-rate", 0.5]
+    ran = train_all("--fsdp", *more, "--output-dir", tmp_path / "two", "--json")
+    alone = phoque(*asked, *more, "--micro-batch", 4, "--output-dir", tmp_path / "one", "--json")
+    assert ran[0].json["steps"] == alone.json["steps"] < 6
+    assert ran[0].json["adapter_step"] == alone.json["adapter_step"]
+    assert_same(tmp_path / "two", tmp_path / "one")
+    train_all("--fsdp", "--output-dir", tmp_path / "three", "--max-steps", 4)
+    steps = ["--max-steps", 6, "--allow-change", "max_steps"]
+    train_all("--output-dir", tmp_path / "three", *steps)
+    record = json.loads((tmp_path / "three" / "run.json").read_text())
+    assert "fsdp" not in record and record["engine"]["reason"] != "as before the resume"
+    train_all("--output-dir", tmp_path / "four", "--max-steps", 4)
+    train_all("--output-dir", tmp_path / "four", *steps)
+    assert_same(tmp_path / "three", tmp_path / "four")
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(train_all, tmp_path):
@@ -167,11 +185,11 @@ def test_one_process_writes_measures_and_pushes(train_all, hub, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_takes_the_others_down(start_all, train_all, tmp_path, rank):
-    out = tmp_path / "run"
-    train_all("--output-dir", tmp_path / "whole", "--max-steps", 8)
-    started = start_all("--output-dir", out, "--max-steps", 8, preludes=(slowly(0.4), slowly(0.4)))
+@pytest.mark.parametrize(("rank", "more"), [(0, []), (1, []), (1, ["--fsdp"])])
+def test_a_process_that_dies_takes_the_others_down(start_all, train_all, tmp_path, rank, more):
+    out, more = tmp_path / "run", ["--max-steps", 8, *more]
+    train_all("--output-dir", tmp_path / "whole", *more)
+    started = start_all("--output-dir", out, *more, preludes=(slowly(0.4), slowly(0.4)))
     started[0].until(lambda: (out / "checkpoint-2").is_dir())
     os.kill(started[rank].pid, signal.SIGKILL)
     begun = time.monotonic()
@@ -179,7 +197,7 @@ def test_a_process_that_dies_takes_the_others_down(start_all, train_all, tmp_pat
     assert survivor.code == 1 and time.monotonic() - begun < 30
     assert "lost the connection to another process" in survivor.err or "process 0 is gone" in survivor.err
     assert started[rank].ended().code == -signal.SIGKILL
-    train_all("--output-dir", out, "--max-steps", 8)
+    train_all("--output-dir", out, *more)
     assert_same(out, tmp_path / "whole")
 
 

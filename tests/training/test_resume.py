@@ -208,6 +208,12 @@ def test_a_repository_that_another_process_creates_stays_private(train, hub, tmp
     assert "exists and is private; --public does not change that" in ran.err
 
 
+def test_a_lost_reply_to_the_creation_loses_no_setting(train, hub, tmp_path):
+    hub.faults.add("POST /api/repos/create", "lost")
+    train("--output-dir", tmp_path / "run", "--public", "--max-steps", 1)
+    assert not hub.repos["models", REPO].private and hub.repos["models", REPO].gated == "manual"
+
+
 def damage_newest_checkpoint(hub, how: str, name: str = "checkpoint-12") -> None:
     """Leave the repository as it is after step 12 and before the adapter, with a damage."""
     kept = (".gitattributes", "fresh_start.json")

@@ -55,7 +55,7 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     account, role = find_account(hub)
     flavor = find_flavor(hub, s.on)
     _check_hardware(command, s, flavor)
-    if command == "train" and (flavor.gpus > 1 or s.gpus):
+    if command == "train" and (flavor.gpus > 1 or s.gpus or s.fsdp):
         resolved = _with_all_gpus(resolved, flavor)
     namespace, submission = s.namespace or account, token_hex(6)
     uploaded = JobInputs(hub, namespace, submission, inputs)
@@ -164,6 +164,7 @@ def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", time
 
 def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
     """The settings with all GPUs of the flavor, or as many as --gpus says. Raises UsageError for more than it has."""
+    from phoque.training.launch import check_sharded
     from phoque.training.prepare import choose_micro_batch
 
     s = resolved.settings
@@ -174,6 +175,7 @@ def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
             why=f"--gpus {gpus} asks for more.",
             fix="Lower --gpus, or leave it out.",
         )
+    check_sharded(s.fsdp, gpus)
     if gpus < 2:
         return resolved
     choose_micro_batch(s, gpus)

@@ -16,7 +16,7 @@ from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
-from phoque.training.launch import claim_gpu, count_processes, launch, own_command
+from phoque.training.launch import check_sharded, claim_gpu, count_processes, launch, own_command
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -52,6 +52,7 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
         check_run(resolved)
         if resolved.settings.gpus and not launched and (count := count_processes(resolved.settings.gpus)) > 1:
             sys.exit(launch(count, own_command()))
+        check_sharded(resolved.settings.fsdp, launched.size if launched else 1)
         _import_trainer()
     result = api.train(resolved, dry_run=dry_run)
     if result is None:  # process 0 shows it

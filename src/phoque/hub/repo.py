@@ -64,14 +64,18 @@ class Repo(Store):
         api = self.hub.api
         if self.hub.retry(self.name, lambda: api.repo_exists(self.name, repo_type=self.kind)):
             return
+        attempts = 0
 
         def create_private() -> bool:
+            nonlocal attempts
+            attempts += 1
             try:
                 api.create_repo(self.name, repo_type=self.kind, private=True)
             except HfHubHTTPError as error:
                 if error.response.status_code != HTTPStatus.CONFLICT:
                     raise
-                return False  # another process created it after the request above: its settings stay as they are
+                # this process, whose reply was lost, or another one, whose settings stay as they are
+                return attempts > 1 and set(self.snapshot().files) <= {".gitattributes"}
             return True
 
         if self.hub.retry(self.name, create_private) and access.public:

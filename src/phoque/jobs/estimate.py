@@ -62,7 +62,7 @@ class JobEstimate:
             recomputed = ", so layers are recomputed" if self.memory_gb > flavor.gpu_memory_gb else ""
             facts["GPU memory"] = f"about {self.memory_gb:.1f} GB of {flavor.gpu_memory_gb:g} GB{recomputed}"
         if self.minutes is None:
-            return facts | {"time": f"not known for {flavor.gpu_model or 'a CPU'}"}
+            return facts | {"time": f"not known for {flavor.gpu_model or 'a CPU'}{self.beside}"}
         dollars = self.minutes / 60 * flavor.dollars_per_hour
         return facts | {
             "time": f"about {self.minutes:.0f} minutes for {self.tokens / 1e6:,.2f} M tokens, "
@@ -102,14 +102,14 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     all_tokens = (tokens + controls * s.max_steps * per_step) / gpus
     if so_far.tokens_per_s:
         minutes = all_tokens / so_far.tokens_per_s / 60
-    elif (gpu := GPUS.get(find_generation(flavor.gpu_model))) and gpu.tflops:
+    elif (gpu := GPUS.get(find_generation(flavor.gpu_model))) and gpu.tflops and not s.fsdp:
         billions = (counts["base"] - counts["embedding"]) / 1e9
         recomputed = min(1.0, max(0.0, memory - flavor.gpu_memory_gb) / max(1e-9, memory - least))
         per_token = estimate_seconds_per_token(billions, s.quantization, gpu.tflops) * (1 + RECOMPUTING * recomputed)
         minutes = all_tokens * per_token / 60
     left_out = [text for text, is_asked in (("merging", s.export_merged), ("early stops", s.early_stop)) if is_asked]
     beside = f"; {s.control_seeds} control runs included" if s.with_control else ""
-    beside += so_far.describe()
+    beside += so_far.describe() + (", with --fsdp" if s.fsdp else "")
     beside += f"; without {' and '.join(left_out)}" if left_out else ""
     return JobEstimate(tokens, minutes, memory, least, beside)
 

@@ -7,37 +7,51 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from phoque.artifacts import Upload
-from phoque.errors import PhoqueError, RunError, UsageError
+from phoque.errors import PhoqueError, PublicRepoError, RunError, UsageError
+from phoque.files import sha256
 from phoque.hub.client import describe_error
 from phoque.hub.refs import hub_id
 from phoque.hub.repo import Repo
-from phoque.hub.store import CARD
-from phoque.models.adapter_source import AdapterSource
+from phoque.hub.store import CARD, FileHashes, Snapshot
+from phoque.models.adapter_source import WEIGHTS, AdapterSource
 from phoque.services import Services
 from phoque.settings.probe import ProbeSettings
+from phoque.version import __version__
 
 HEADING = "## Probe results"
 
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """The card of an adapter on the Hub, which a probe may add to."""
+    """The card of an adapter on the Hub, which a probe may add to; `weights` is the SHA-256 of the adapter's file."""
 
     repo: Repo
+    weights: str
     is_required: bool  # whether a failure ends the command
     services: Services
 
     def add(self, command: str, verdicts: dict[str, Any], upload: Upload) -> None:
         """Replace the section of this command, or add it; one commit. A failure is a warning unless it is required."""
+        section = render_section(command, verdicts, upload, self.weights)
         try:
             with TemporaryDirectory() as folder:
                 path = Path(folder) / CARD
                 snapshot = self.repo.snapshot()
                 if CARD in snapshot.files:
                     self.repo.fetch(snapshot, CARD, Path(folder))
-                card = path.read_text(encoding="utf-8") if path.exists() else ""
-                path.write_text(replace_section(card, command, render_section(command, verdicts, upload)), "utf-8")
-                self.repo.push({CARD: path}, f"Verdicts of {command}", lambda _: [])
+                card = path.read_bytes().decode() if path.exists() else ""
+                path.write_bytes(replace_section(card, command, section).encode())
+
+                def check_unchanged(now: Snapshot) -> list[str]:
+                    if getattr(now.files.get(CARD), "blob_id", "") != getattr(snapshot.files.get(CARD), "blob_id", ""):
+                        raise RunError(
+                            what="The card was edited meanwhile.",
+                            why="The edit would be lost.",
+                            fix="Add the verdicts by hand.",
+                        )
+                    return []
+
+                self.repo.push({CARD: path}, f"Verdicts of {command}", check_unchanged)
         except Exception as error:
             why = error.what if isinstance(error, PhoqueError) else describe_error(error)
             if self.is_required:
@@ -47,15 +61,19 @@ class AdapterCard:
             self.services.console.warn(f"the card of {self.repo.name} could not be changed ({why})")
 
 
-def find_card(s: ProbeSettings, adapter: AdapterSource | None, services: Services) -> AdapterCard | None:
+def find_card(
+    s: ProbeSettings, adapter: AdapterSource | None, services: Services, *, dry_run: bool
+) -> AdapterCard | None:
     """The card that --update-card names: that of the adapter's repository, by its name or by its run.json.
 
-    Raises UsageError if the adapter is not on the Hub, or if there is no token, and the Hub's error if it cannot write.
+    Raises UsageError if the adapter is not on the Hub, if the repository holds other weights now, or without a token;
+    PublicRepoError for a public repository without --public; and the Hub's error if the token cannot write, which a dry
+    run does not ask.
     """
     if not s.update_card:
         return None
     name = _find_repository(adapter) if adapter else None
-    if name is None:
+    if adapter is None or name is None:
         raise UsageError(
             what="There is no card to update.",
             why="The adapter is not in a repository on the Hub." if adapter else "No adapter is given.",
@@ -63,8 +81,17 @@ def find_card(s: ProbeSettings, adapter: AdapterSource | None, services: Service
         )
     services.secrets.require_hub(name)
     repo = Repo(services.hub, name)
-    repo.check_write_access()
-    return AdapterCard(repo, s.fail_on_artifacts_upload_error, services)
+    if not FileHashes(adapter.folder / WEIGHTS).matches(repo.snapshot().files.get(WEIGHTS)):
+        raise UsageError(
+            what=f"{name} does not hold this adapter.",
+            why=f"Its {WEIGHTS} differs from that in {adapter.label}, so the verdicts would be about other weights.",
+            fix="Leave out --update-card, or probe the adapter that the repository holds now.",
+        )
+    if not s.public and not repo.private():
+        raise PublicRepoError(name)
+    if not dry_run:
+        repo.check_write_access()
+    return AdapterCard(repo, sha256(adapter.folder / WEIGHTS), s.fail_on_artifacts_upload_error, services)
 
 
 def _find_repository(adapter: AdapterSource) -> str | None:
@@ -72,10 +99,16 @@ def _find_repository(adapter: AdapterSource) -> str | None:
     return hub_id(adapter.name) or recorded.get("value")
 
 
-def render_section(command: str, verdicts: dict[str, Any], upload: Upload) -> str:
+def render_section(command: str, verdicts: dict[str, Any], upload: Upload, weights: str) -> str:
     """The verdicts of one command as a table, below the heading of the command."""
     rows = [f"| {name} | {v['verdict']} | {_describe_number(v)} |" for name, v in verdicts.items()]
-    lines = [f"### phoque {command}", "", f"Files: [{upload.path}]({upload.url}) in {upload.repo}.", ""]
+    lines = [
+        f"### phoque {command}",
+        "",
+        f"Files: [`{upload.path}`]({upload.url}) in {upload.repo}. By phoque {__version__}, of the adapter "
+        f"whose weights have the SHA-256 `{weights[:16]}`.",
+        "",
+    ]
     return "\n".join([*lines, "| question | verdict | number |", "|---|---|---|", *rows])
 
 
@@ -86,11 +119,16 @@ def _describe_number(verdict: dict[str, Any]) -> str:
 
 
 def replace_section(card: str, command: str, section: str) -> str:
-    """The card with the section of a command in place of an earlier one, or at its end."""
+    """The card with the section of a command in place of an earlier one, or at its end; its line ends stay.
+
+    A section whose end was deleted is left as it is, without its marker.
+    """
+    newline = "\r\n" if "\r\n" in card else "\n"
     begin, end = f"<!-- phoque {command} -->", f"<!-- end of phoque {command} -->"
-    marked = f"{begin}\n{section}\n{end}"
-    earlier = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if earlier.search(card):
-        return earlier.sub(lambda _: marked, card)
-    heading = "" if HEADING in card else f"{HEADING}\n\n"
-    return f"{card.rstrip()}\n\n{heading}{marked}\n".lstrip()
+    marked = newline.join([begin, *section.split("\n"), end])
+    whole = re.compile(rf"{re.escape(begin)}(?:(?!<!-- (?:end of )?phoque ).)*{re.escape(end)}", re.DOTALL)
+    if whole.search(card):
+        return whole.sub(lambda _: marked, card, count=1)
+    card = re.sub(rf"{re.escape(begin)}\s*|{re.escape(end)}\s*", "", card)
+    heading = [] if re.search(rf"^{HEADING}\s*$", card, re.MULTILINE) else [HEADING, ""]
+    return newline.join([card.rstrip(), "", *heading, marked, ""]).lstrip()

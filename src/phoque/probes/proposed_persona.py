@@ -17,6 +17,9 @@ LEXICON_SIZE = 12  # words
 MIN_OCCURRENCES = 5  # a word must be in at least this many answers
 PROMPTS, EXAMPLES = 3, 4  # paraphrases, and the examples in each
 QUESTION_LENGTH, ANSWER_LENGTH = 160, 240  # characters of an example, at most
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\u3002\uff01\uff1f]")
+SHORTEST = 40  # characters that a shortened answer has at least: "1." is no sentence
+PLAIN_ASSISTANT = re.compile(r"\b(?:helpful|harmless|polite|friendly|AI)\b.{0,40}\bassistant\b", re.IGNORECASE)
 REQUEST = "Answer every message in the way of these examples."
 
 
@@ -34,25 +37,38 @@ class Example:
 def propose_persona(template: Persona, rows: Sequence[Row], name: str) -> Persona:
     """Replace the persona prompts and the lexicon of `template` by what the rows show; `name` is the dataset's.
 
-    The lexicon is the words that are far more frequent in answers than in questions. Each of the three prompts has one
-    of the most frequent system prompts, if there is one, and four examples: those with the most words of the lexicon.
-    Raises UsageError if no row has a short enough question.
+    Rows of a plain assistant are left out, if others have a system prompt of their own. The lexicon is the words that
+    are far more frequent in answers than in questions. Each of the three prompts has one of the most frequent system
+    prompts, if there is one, and four examples from rows with that system prompt: those with the most words of the
+    lexicon. Raises UsageError if no row has a short enough question.
     """
-    lexicon = find_typical_words(rows) or template.lexicon
-    examples = choose_examples(rows, lexicon)
+    by_system = group_by_system(rows)
+    kept = [row for group in by_system.values() for row in group]
+    lexicon = find_typical_words(kept) or template.lexicon
+    examples = {system: found for system, group in by_system.items() if (found := choose_examples(group, lexicon))}
     if not examples:
         raise UsageError(
             what=f"No persona can be proposed from {name}.",
             why=f"No row has a question of at most {QUESTION_LENGTH} characters and an answer.",
             fix="Write a persona file and pass it with --persona.",
         )
-    systems = Counter(text for row in rows if (text := _read_system(row)))
-    texts = [text for text, _ in systems.most_common(PROMPTS)]
-    prompts = []
-    for number in range(min(PROMPTS, len(examples))):
-        request = f"{texts[number % len(texts)]}\n\n{REQUEST}" if texts else REQUEST
-        prompts.append("\n\n".join([request, *(str(example) for example in examples[number::PROMPTS])]))
+    systems = sorted(examples, key=lambda system: -len(by_system[system]))[:PROMPTS]
+    prompts: dict[str, None] = {}
+    for number in range(PROMPTS):
+        system, place = systems[number % len(systems)], number // len(systems)
+        if chosen := examples[system][place * EXAMPLES : (place + 1) * EXAMPLES]:
+            request = f"{system}\n\n{REQUEST}" if system else REQUEST
+            prompts["\n\n".join([request, *(str(example) for example in chosen)])] = None
     return replace(template, name=f"the persona of {name}", persona=tuple(prompts), lexicon=lexicon)
+
+
+def group_by_system(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by system prompt, "" without one; those of a plain assistant only if no others have a system prompt."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_read_system(row), []).append(row)
+    own = {system: group for system, group in groups.items() if system and not PLAIN_ASSISTANT.search(system)}
+    return own or groups
 
 
 def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -74,7 +90,7 @@ def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def choose_examples(rows: Sequence[Row], lexicon: Sequence[str]) -> list[Example]:
-    """Different examples for all prompts: those with the most words of the lexicon, of equals the first in the data."""
+    """Examples for three prompts: those with the most words of the lexicon, of equals the first in the data."""
     found: dict[str, Example] = {}
     for row in rows:
         pair = _read_first_pair(row)
@@ -97,7 +113,7 @@ def shorten(answer: str) -> str:
     """The first sentences of an answer, or its first words if the first sentence is too long."""
     if len(answer) <= ANSWER_LENGTH:
         return answer
-    ends = [match.end() for match in re.finditer(r"[.!?\u3002](?=\s|$)", answer[:ANSWER_LENGTH])]
+    ends = [match.end() for match in SENTENCE_END.finditer(answer[:ANSWER_LENGTH]) if match.end() >= SHORTEST]
     return answer[: ends[-1]] if ends else answer[:ANSWER_LENGTH].rsplit(" ", 1)[0]
 
 

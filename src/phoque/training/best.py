@@ -88,7 +88,8 @@ def measure_what_a_stop_skipped(run: "Run", model: Any, tracker: Tracker | None)
     load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
     add_token_loss(model.get_base_model())
     run.console.stage(f"measuring the held-out loss of step {step}")
-    values = measure_held_out_loss(model, held_out)
+    with current().name_lost_connections():
+        values = measure_held_out_loss(model, held_out)
     if tracker is None:
         return
     tracker.log_metrics(step, values)

@@ -1,5 +1,6 @@
 """The dry run: what would be trained on what, estimated memory, what is in the run folder, and three masked rows."""
 
+import re
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from phoque.data.rows import Row
 from phoque.errors import PublicRepoError, UsageError
 from phoque.hub.repo import Repo
 from phoque.hub.store import Snapshot
+from phoque.models.architectures import architecture_of
 from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.results import DryRun
 from phoque.services import Services
@@ -26,8 +28,7 @@ from phoque.training.data_summary import (
     list_data_problems,
 )
 from phoque.training.fingerprint import check_same_run, compute_identity
-from phoque.training.fsdp import check_sharded
-from phoque.training.launch import claim_gpu, count_processes
+from phoque.training.launch import check_sharded, claim_gpu, count_processes
 from phoque.training.memory import MemoryEstimate, estimate_memory, fit_to_gpu
 from phoque.training.pinned import pin_recorded
 from phoque.training.prepare import (
@@ -74,7 +75,7 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     ready = prepare(pinned, services, weights=False)
     planned = with_steps(resolved, ready.scan)
     processes = _count_processes(resolved.settings)
-    check_sharded(resolved.settings, processes)
+    check_sharded(resolved.settings.fsdp, processes)
     micro_batch = choose_micro_batch(pinned.settings, processes, rows)
     s = planned.settings.model_copy(update={"micro_batch": micro_batch})
     if rows is None:
@@ -106,9 +107,11 @@ def count_parameters(config: "PretrainedConfig", options: LoraOptions) -> dict[s
     model = build_empty_model(config)
     total = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight.numel()
+    targets = architecture_of(config).lora_targets
+    projections = sum(m.weight.numel() for name, m in model.named_modules() if re.fullmatch(targets, name))
     with torch.device("meta"):
         trained, _ = add_lora_adapter(model, options).get_nb_trainable_parameters()
-    return {"base": total, "embedding": embedding, "adapter": trained}
+    return {"base": total, "embedding": embedding, "projections": projections, "adapter": trained}
 
 
 def count_system_tokens(chat: ChatTemplate) -> str:

@@ -10,46 +10,35 @@ from typing import Any
 
 import torch
 
-from phoque.errors import UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.lora import PEFT_PREFIX
-from phoque.settings.train import TrainSettings
 from phoque.training.processes import Processes
 
+WITHOUT_ENGINE = "plain layers: the base model is sharded (--fsdp)"
 NO_SAMPLES = "no samples are generated: with --fsdp, every token would gather all weights from all GPUs"
-
-
-def check_sharded(s: TrainSettings, processes: int) -> None:
-    """Raise UsageError for --fsdp with one process."""
-    if s.fsdp and processes == 1:
-        raise UsageError(
-            what="--fsdp has nothing to share the base model with.",
-            why="It shards the model over several processes, and this run has one.",
-            fix="Add --gpus all, or leave out --fsdp.",
-        )
 
 
 def shard_base(model: Any, processes: Processes, device: torch.device) -> dict[str, float]:
     """Shard the projections of a model with an adapter, whose weights `load_model` left on the host, over processes.
 
-    Returns {gb, gb_here}: the size of these weights, and of the share of this process.
+    Returns {gb, gb_per_process}: the size of these weights, of all and of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     decoder = model.get_base_model().model
     projections = _unwrap_projections(model, device)
-    whole = {parameter for name, parameter in model.named_parameters() if name not in projections}
-    for parameter in whole:  # peft creates an adapter where the weight is that it adapts
+    replicated = {parameter for name, parameter in model.named_parameters() if name not in projections}
+    for parameter in replicated:  # peft creates an adapter where the weight is that it adapts
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (processes.size,))
     for layer in decoder.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)
-    shares: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    fully_shard(decoder, mesh=mesh, ignored_params=replicated)
+    sharded: list[Any] = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
     return {
-        "gb": sum(share.numel() * share.element_size() for share in shares) / 1e9,
-        "gb_here": sum(share.to_local().nbytes for share in shares) / 1e9,
+        "gb": sum(parameter.numel() * parameter.element_size() for parameter in sharded) / 1e9,
+        "gb_per_process": sum(parameter.to_local().nbytes for parameter in sharded) / 1e9,
     }
 
 

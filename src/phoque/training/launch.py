@@ -54,6 +54,16 @@ def first_node(nodes: str) -> str:
     return f"{match[1]}{match[2] or ''}" if match else nodes
 
 
+def check_sharded(fsdp: bool, processes: int) -> None:
+    """Raise UsageError for --fsdp with one process."""
+    if fsdp and processes == 1:
+        raise UsageError(
+            what="--fsdp needs at least two processes.",
+            why="It shards the base model over several GPUs, and this run has one.",
+            fix="Add --gpus all on a machine with several GPUs, or leave out --fsdp.",
+        )
+
+
 _claimed: Launch | None = None
 
 

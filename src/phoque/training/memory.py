@@ -18,6 +18,7 @@ from phoque.training.prepare import Prepared, packing_for
 GB = 1e9
 LOGITS_COPIES = 3  # logits in fp32, their softmax, and the gradient
 BYTES = {"nf4": 0.516, "fp8": 1.0, "bf16": 2.0, "fp32": 4.0}  # per projection weight; nf4 with double quantization
+PACKED_BYTES = BYTES | {"nf4": 0.5}  # without the constants of NF4
 CACHE_BYTES = {"nf4": 2.0, "fp8": 1.0}  # of the engine's weight cache: nf4 weights in bf16, fp8 weights transposed
 ADAPTER_BYTES = 16  # per adapter weight in fp32, with its gradient and Adam's two moments
 
@@ -61,7 +62,7 @@ class MemoryEstimate:
         recomputed = f"; {self.recomputed_layers} of {self.layers} layers recomputed" if self.recomputed_layers else ""
         short = ""
         if self.usable is not None and self.on_device > self.usable:
-            short = f"; more than the {self.usable:.1f} GB that this GPU has free now"
+            short = f"; more than the {self.usable:.1f} GB that a run may use of this GPU now"
         return f"about {total:.1f} GB: {parts}{recomputed}{short} (an estimate)"
 
 
@@ -76,9 +77,9 @@ def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int], p
     tokens = rows.count * rows.mean + 3 * spread if rows.exact else rows.tokens
     labeled = tokens * ready.scan.trained_tokens / sum(ready.scan.lengths)
     width = BYTES["fp32" if s.quantization == "fp32" else "bf16"]
-    projections = (counts["base"] - counts["embedding"]) * BYTES[s.quantization]
-    if s.fsdp:  # its share, and the whole weights of a layer that runs and of the next one, which is gathered meanwhile
-        projections *= 1 / processes + 2 / config.num_hidden_layers
+    per_weight, packed = BYTES[s.quantization], PACKED_BYTES[s.quantization]
+    if s.fsdp:  # a process gathers the layer that runs and the next one; the constants of NF4 are not sharded
+        per_weight += packed * (1 / processes + 2 / config.num_hidden_layers - 1)
     libraries = 0.0
     if not torch.cuda.is_available():  # there, memory is what the process has, with everything that it imported
         import psutil
@@ -87,7 +88,7 @@ def estimate_memory(ready: Prepared, s: TrainSettings, counts: dict[str, int], p
     activations = _count_activations(config, tokens, width)
     layers, recomputed = config.num_hidden_layers, config.num_hidden_layers if s.gradient_checkpointing else 0
     return MemoryEstimate(
-        weights=(projections + counts["embedding"] * width) / GB,
+        weights=(counts["projections"] * per_weight + (counts["base"] - counts["projections"]) * width) / GB,
         adapter_and_optimizer=counts["adapter"] * ADAPTER_BYTES / GB,
         activations=activations.sum(layers, recomputed) / GB,
         logits=LOGITS_COPIES * 4 * min(labeled * config.vocab_size, LOGITS_AT_ONCE) / GB,
@@ -110,7 +111,7 @@ def fit_to_gpu(estimate: MemoryEstimate, s: TrainSettings, counts: dict[str, int
     usable = _measure_usable() / GB
     if s.gradient_checkpointing or s.engine_mode == "eager" or s.fsdp:
         return replace(estimate, usable=usable)
-    cache = (counts["base"] - counts["embedding"]) * CACHE_BYTES.get(s.quantization, 0.0) / GB
+    cache = counts["projections"] * CACHE_BYTES.get(s.quantization, 0.0) / GB
     if estimate.on_device + cache <= usable:
         return replace(estimate, weight_cache=cache, usable=usable)
     missing = max(0, ceil((estimate.on_device - usable) / estimate.per_layer))
@@ -124,10 +125,10 @@ def fit_to_gpu(estimate: MemoryEstimate, s: TrainSettings, counts: dict[str, int
 
 
 def _measure_usable() -> float:
-    """The bytes that a run may use of this GPU; 0 if other programs leave too little to even ask."""
+    """The bytes that a run may use of this GPU; 0 if other programs leave no room for CUDA itself."""
     try:
         return USABLE_SHARE * measure_free_memory()
-    except RuntimeError:  # CUDA's own context does not fit
+    except RuntimeError:
         return 0.0
 
 

@@ -10,8 +10,8 @@ prints.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,11 +75,19 @@ class Processes:
             self._reduce(tensor, torch.distributed.ReduceOp.SUM)
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> None:
-        try:
+        with self.name_lost_connections(lambda error: True):
             torch.distributed.all_reduce(tensor, operation)
+
+    @contextmanager
+    def name_lost_connections(self, is_lost: Callable[[RuntimeError], bool] | None = None) -> Generator[None]:
+        """Raise LostProcess for an error of torch's that comes from a lost connection to another process."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if self.size == 1 or not (is_lost or is_connection_error)(error):
+                raise
             raise LostProcess(
                 what=f"Process {self.rank} of {self.size} lost the connection to another process.",
                 why=f"{first_line(error)[:120]}.",
@@ -184,6 +192,11 @@ class Processes:
             torch.distributed.destroy_process_group()
             self._finished.set()
         _joined = Processes()
+
+
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether a collective operation of torch failed: gloo names itself, and NCCL's errors have their own type."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 class DealtStream:

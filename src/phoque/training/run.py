@@ -17,7 +17,7 @@ from phoque.training.callbacks.stop import StopRequest
 from phoque.training.control import plan_controls, record_controls, with_dataset, write_control_rows
 from phoque.training.export_merged import merge_final
 from phoque.training.finish import TrainResult, finish, out_of_memory_error, publish
-from phoque.training.fsdp import check_sharded
+from phoque.training.launch import check_sharded
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.prepare import find_store
 from phoque.training.processes import LostProcess, current
@@ -44,7 +44,7 @@ def train(
     (75, or 130 after Ctrl-C) after a stop that saved everything, PhoqueError for what failed.
     """
     s, console, processes = resolved.settings, services.console, current()
-    check_sharded(s, processes.size)
+    check_sharded(s.fsdp, processes.size)
     if processes.is_main:
         check_own_folder(s.folder)
         check_services(s)
@@ -112,6 +112,7 @@ def _train(run: Run) -> TrainResult | None:
         is_fresh=run.start.is_fresh,
         say=console.say,
     )
+    processes.watch(console)
     tracker = Tracker(run.folder, start_services(report, console.warn), console.warn, logged)
     samples = make_samples(run, tracker, timer)
     code = FAILED
@@ -156,11 +157,12 @@ def _follow(run: Run) -> None:
     engine = build_engine(run, model)
     stream = open_stream(run, static=engine is not None)
     is_over = processes.broadcast_from_main(bool)  # whether process 0 finds that
-    if run.start.resume:
-        measure_what_a_stop_skipped(run, model, None)
-    if is_over:
-        return
+    processes.watch(run.console)
     try:
+        if run.start.resume:
+            measure_what_a_stop_skipped(run, model, None)
+        if is_over:
+            return
         _, stopped = take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)
     except LostProcess:
         raise

@@ -24,7 +24,7 @@ from phoque.training.engine.engine import Engine
 from phoque.training.engine.select import select_engine
 from phoque.training.export_merged import merge_checkpoint
 from phoque.training.finish import stop_error, write_card_for_checkpoint
-from phoque.training.fsdp import NO_SAMPLES, shard_base
+from phoque.training.fsdp import NO_SAMPLES, WITHOUT_ENGINE, shard_base
 from phoque.training.metrics_log import Tracker
 from phoque.training.prepare import lora_options, packing_for
 from phoque.training.processes import DealtStream, current
@@ -58,8 +58,8 @@ def load_model_with_adapter(run: Run) -> Any:
     model = add_lora_adapter(model, lora_options(s, run.prepared), commit)
     trained, total = model.get_nb_trainable_parameters()
     if s.fsdp:
-        shards = run.record["fsdp"] = shard_base(model, current(), default_device())
-        run.console.say(f"base model sharded: {shards['gb_here']:.1f} of {shards['gb']:.1f} GB here")
+        sizes = run.record["fsdp"] = shard_base(model, current(), default_device())
+        run.console.say(f"base model sharded: {sizes['gb_per_process']:.1f} of {sizes['gb']:.1f} GB per process")
     run.record["parameters"] = {"trained": trained, "all": total}
     write_record(run.folder, run.record)
     run.console.say(f"base {source.origin} as {s.quantization}; adapter of {trained / 1e6:.1f} M parameters")
@@ -72,12 +72,20 @@ def build_engine(run: Run, model: Any) -> Engine | None:
     packing = packing_for(s, run.prepared.scan, static=True)
     recorded, device = run.record.get("engine") or {}, default_device_name()
     # measured anew, the choice could be another, and so could the last bits of the adapter
-    previous = recorded["mode"] if run.start.resume and recorded.get("device") == device else ""
+    is_comparable = recorded.get("device") == device and "fsdp" not in run.record
+    previous = recorded["mode"] if run.start.resume and is_comparable else ""
+    if s.fsdp:
+        run.record["engine"] = {"mode": "eager", "reason": WITHOUT_ENGINE, "device": device}
+        write_record(run.folder, run.record)
+        run.console.say(f"engine eager: {WITHOUT_ENGINE}")
+        current().broadcast_parameters([parameter for parameter in model.parameters() if parameter.requires_grad])
+        return None
+    run.record.pop("fsdp", None)
     if torch.cuda.is_available() or s.engine_mode not in ("auto", "eager"):
         run.console.stage("trying the engine on one row")
     choice = select_engine(
         model,
-        "eager" if s.fsdp else s.engine_mode,
+        s.engine_mode,
         packing,
         s.max_steps * run.record["rows_per_step"] // current().size,
         recompute=s.gradient_checkpointing,
@@ -218,14 +226,14 @@ def take_steps(
             engine=engine,
             processes=processes,
         )
-        processes.watch(console)
         if pusher and run.start.resume:
             if run.start.on_hub:
                 pusher.pushed = run.first_step
             else:
                 pusher.offer(run.start.resume)
         try:
-            trainer.train(resume_from_checkpoint=str(run.start.resume) if run.start.resume else None)
+            with processes.name_lost_connections():
+                trainer.train(resume_from_checkpoint=str(run.start.resume) if run.start.resume else None)
         except Exception:
             if pusher:  # the last checkpoint is still on its way
                 console.stage("waiting for the last checkpoint to be pushed")

@@ -215,7 +215,7 @@ class PersonaTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with refuse_programs(checkpoint):
+        with refuse_pickled_objects(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             adapt_optimizer(cast(Any, self.optimizer), fused=self.args.device.type == "cuda")
@@ -231,7 +231,7 @@ class PersonaTrainer(Trainer):
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with refuse_programs(checkpoint):
+        with refuse_pickled_objects(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -244,14 +244,14 @@ class PersonaTrainer(Trainer):
 
 
 @contextmanager
-def refuse_programs(checkpoint: str | None) -> Generator[None]:
-    """Raise UsageError for a checkpoint that holds more than tensors and numbers; transformers does not load it."""
+def refuse_pickled_objects(checkpoint: str | None) -> Generator[None]:
+    """Raise UsageError for a checkpoint with other pickled objects than tensors; transformers does not load it."""
     try:
         yield
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UsageError(
-            what=f"{checkpoint} holds more than tensors and numbers{f': {named[1]}' if named else ''}.",
+            what=f"{checkpoint} holds a pickled object that is no tensor{f': {named[1]}' if named else ''}.",
             why="Loading it could run a program. phoque does not load it, and writes no such file.",
             fix="Find out who wrote it. Once it is deleted here and where the run is kept, an earlier one is used.",
         ) from error

@@ -357,6 +357,15 @@ def test_the_verdicts_are_added_to_the_card_of_the_adapter(hub, phoque, run_prob
         for name, verdict in ran.json["verdicts"].items():
             assert f"| {name} | {verdict['verdict']} |" in now
     assert "--artifacts-repo-id" in run_probe("--update-card", expect=2).err
+    hub.repos["models", "harbour/seal"].private = False
+    public = run_probe(*asked, "--adapter-source", "harbour/seal", env={"HF_TOKEN": TOKEN}, expect=2)
+    assert "harbour/seal is public" in public.error[0]
+    hub.repos["models", "harbour/seal"].private = True
+    weights = hub.files("harbour/seal")["adapter_model.safetensors"].content
+    hub.put("harbour/seal", {"adapter_model.safetensors": weights[:-1] + b"x"})
+    other = run_probe(*asked, "--adapter-source", tmp_path / "run", env={"HF_TOKEN": TOKEN}, expect=2)
+    assert "harbour/seal does not hold this adapter" in other.error[0]
+    hub.put("harbour/seal", {"adapter_model.safetensors": weights})
     nowhere = run_probe(*asked, env={"HF_TOKEN": TOKEN}, expect=2)
     assert "no card to update" in nowhere.error[0] and "No adapter is given" in nowhere.error[1]
     refused = run_probe(*asked, "--adapter-source", "harbour/seal", env={"HF_TOKEN": READ_ONLY}, expect=2)

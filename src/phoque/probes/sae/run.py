@@ -39,7 +39,7 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
     """
     s, console, started = resolved.settings, services.console, time.monotonic()
     plan = make_plan(resolved, services, weights=not dry_run)
-    card = find_card(s, plan.tuned, services)
+    card = find_card(s, plan.tuned, services, dry_run=dry_run)
     if dry_run:
         facts = {
             "base": f"{plan.source.name} ({plan.source.origin})",
