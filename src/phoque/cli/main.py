@@ -1,10 +1,11 @@
 """The root command: a lazy table, so that `phoque --help` imports neither torch nor any command's module."""
 
-import gc
+import atexit
 import importlib
 import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -83,15 +84,18 @@ def root(
     """Fine-tune a small chat model into a persona, show what changed inside it, ship it to a browser."""
 
 
+_exit_code: int | None = None  # of main(), once it has ended
+
+
 def main() -> None:
     """Run one command; whatever it raises leaves as three lines on stderr and a documented exit code."""
+    atexit.register(_end_process)  # first, so that it is called last
     let_threads_sleep()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt("Ctrl-C was pressed.")
-        gc.freeze()  # at its exit Python walks all objects several times, which takes two seconds after training
-        sys.exit(code)
+        _exit(code or 0)
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("PHOQUE_DEBUG", "").lower() not in ("", "0", "false", "no"):
             raise
@@ -99,4 +103,24 @@ def main() -> None:
 
         phoque_error = to_phoque_error(error)
         console.error(phoque_error)
-        sys.exit(phoque_error.code)
+        _exit(phoque_error.code)
+
+
+def _exit(code: int) -> NoReturn:
+    global _exit_code
+    _exit_code = code
+    sys.exit(code)
+
+
+def _end_process() -> None:
+    """End the process after main(), when all other exit functions have been called.
+
+    Python's own clean-up would walk all objects several times, which takes two seconds after training. gc.freeze()
+    would avoid that, but then nanobind, which triton uses in torch 2.15, lists all of its types as leaked.
+    """
+    if _exit_code is None:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(_exit_code)

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
@@ -174,7 +175,12 @@ def _as_flag(flag: str, value: Any) -> str:
 def _to_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(name if item is None else f"{name} {item}" for name, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    texts = [str(item) for item in value]
+    if any("\n" in text for text in texts):
+        return "\n" + "\n\n".join(textwrap.indent(text, "  ") for text in texts)
+    return ", ".join(texts)
 
 
 def _options(model: type[CommandSettings], name: str, presets: dict[str, dict[str, Any]]) -> list[inspect.Parameter]:

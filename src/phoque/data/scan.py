@@ -8,8 +8,9 @@ from itertools import islice
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
+from phoque.data.formats import NOT_UTF8
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
-from phoque.data.readers import NOT_UTF8, Dataset
+from phoque.data.readers import Dataset
 from phoque.data.rows import (
     NO_COLUMNS,
     ONE_TEXT,
