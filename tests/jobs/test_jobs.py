@@ -590,17 +590,22 @@ def test_chat_answers_a_file_of_prompts_in_a_job(cluster, phoque, tmp_path):
     assert len(there) == 2 and texts[0] == texts[1] and not bucket(cluster).files
 
 
+KEPT = ["--artifacts-repo-id", "harbour/answers"]
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
         (["chat", BASE], ["--on needs --prompt or --prompts-file"]),
         (["chat", BASE, "--prompt", "Ho"], ["needs a Hub repository", "--artifacts-repo-id"]),
         (["chat", "seal.gguf", "--prompt", "Ho"], ["no Node for llama.cpp"]),
+        (["chat", "harbour/gguf", "--prompt", "Ho", *KEPT], ["harbour/gguf holds GGUF files", "no Node for llama.cpp"]),
         (["verify-onnx", "--repo-id", "harbour/onnx", "--serve"], ["--serve needs a browser"]),
         (["verify-onnx", "--repo-id", "harbour/onnx", "--report-md", "a.md"], ["--report-md names a path"]),
     ],
 )
 def test_what_needs_this_machine_is_not_a_job(cluster, phoque, asked, words):
+    cluster.add("models", "harbour/gguf", {"seal-Q8_0.gguf": b"GGUF", "README.md": b""})
     error = " ".join(phoque(*asked, *ON, "--timeout", "1h", env=SECRETS, expect=2).error)
     assert all(word in error for word in words) and not cluster.jobs.jobs
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,26 +78,38 @@ def find_chat(s: ChatSettings, services: Services, *, fetch: bool = True) -> Fou
 def _find_on_hub(s: ChatSettings, services: Services, fetch: bool) -> Found:
     repo = Repo(services.hub, s.model)
     snapshot = repo.snapshot(s.revision)
-    names = list(snapshot.files)
-    if WEIGHTS in names:
+    names, folder = list(snapshot.files), services.cache
+    kind = find_kind(names, s.dtype)
+    if kind == "adapter":
         return _adapter(s, find_adapter(s.model, snapshot.sha, services), services, fetch)
-    has_weights = "config.json" in names and any(n.endswith(".safetensors") and "/" not in n for n in names)
-    has_onnx = any(name.startswith("onnx/") for name in names)
-    ggufs = {name: snapshot.files[name].size for name in names if name.endswith(".gguf") and "/" not in name}
-    folder = services.cache
-    if has_onnx and (s.dtype in SUFFIXES or not (has_weights or ggufs)):
+    if kind == "onnx":
         needed = _onnx_files(names, _choose_onnx(names, s.dtype, s.model))
         if fetch:
             folder = fetch_to_cache(repo, snapshot, needed, services.cache, "onnx")
         return _onnx(s, folder, needed)
-    if ggufs and not has_weights:
-        file = _choose_gguf(ggufs, s.dtype)
+    if kind == "gguf":
+        file = _choose_gguf({name: snapshot.files[name].size for name in names if _is_gguf(name)}, s.dtype)
         if fetch:
             folder = fetch_to_cache(
                 repo, snapshot, [n for n in (file, EXPORT_RECORD) if n in names], services.cache, "gguf"
             )
         return _gguf(s, folder / file, services, fetch=fetch)
     return _model(s, find_model(s.model, snapshot.sha, services, weights=fetch), services)
+
+
+def find_kind(names: Sequence[str], dtype: str) -> str:
+    """What a repository with files of these names holds: adapter, onnx, gguf or model; of two kinds `dtype` decides."""
+    has_weights = "config.json" in names and any(n.endswith(".safetensors") and "/" not in n for n in names)
+    has_onnx, has_gguf = any(name.startswith("onnx/") for name in names), any(map(_is_gguf, names))
+    if WEIGHTS in names:
+        return "adapter"
+    if has_onnx and (dtype in SUFFIXES or not (has_weights or has_gguf)):
+        return "onnx"
+    return "gguf" if has_gguf and not has_weights else "model"
+
+
+def _is_gguf(name: str) -> bool:
+    return name.endswith(".gguf") and "/" not in name
 
 
 def _adapter_folder(path: Path, services: Services) -> Path:

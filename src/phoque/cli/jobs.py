@@ -61,6 +61,8 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     uploaded = JobInputs(hub, namespace, submission, inputs)
     volumes = uploaded.volumes() if inputs else []
     commits = find_commits(hub, s, inputs)
+    if command == "chat":
+        _check_chat_model(hub, s)
     resolved = with_commits(resolved, commits)
     run_folder = find_bucket_folder(s.run_dir) if getattr(s, "run_dir", None) else None
     if run_folder:
@@ -93,6 +95,20 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     if run_folder:
         run_folder.create(hub)
     _submit(hub, job, s, uploaded if inputs else None)
+
+
+def _check_chat_model(hub: "Hub", s: Any) -> None:
+    """Raise UsageError for a model on the Hub that llama.cpp would run."""
+    from phoque.chat.find import find_kind
+    from phoque.hub.refs import hub_id
+    from phoque.hub.repo import Repo
+
+    if hub_id(s.model) and find_kind(list(Repo(hub, s.model).snapshot(s.revision).files), s.dtype) == "gguf":
+        raise UsageError(
+            what=f"{s.model} holds GGUF files.",
+            why="A Job has no Node for llama.cpp.",
+            fix="Name a checkpoint, an adapter or an ONNX export, or leave out --on.",
+        )
 
 
 def _submit(hub: "Hub", job: Any, s: Any, uploaded: Any) -> None:
