@@ -59,14 +59,18 @@ class JobEstimate:
         """Facts for a dry run."""
         facts = {}
         if flavor.gpus:
-            recomputed = ", so layers are recomputed" if self.memory_gb > flavor.gpu_memory_gb else ""
-            facts["GPU memory"] = f"about {self.memory_gb:.1f} GB of {flavor.gpu_memory_gb:g} GB{recomputed}"
+            card = f"the GPU has {flavor.gpu_memory_gb:g} GB"
+            facts["GPU memory"] = (
+                f"about {self.memory_gb:.1f} GB without recomputing; {card}, so layers are recomputed"
+                if self.memory_gb > flavor.gpu_memory_gb
+                else f"about {self.memory_gb:.1f} GB; {card}"
+            )
         if self.minutes is None:
             return facts | {"time": f"not known for {flavor.gpu_model or 'a CPU'}{self.beside}"}
         dollars = self.minutes / 60 * flavor.dollars_per_hour
         return facts | {
             "time": f"about {self.minutes:.0f} minutes for {self.tokens / 1e6:,.2f} M tokens, "
-            f"{START_MINUTES:.0f} of them to start{self.beside}",
+            f"including {START_MINUTES:.0f} minutes to start{self.beside}",
             "cost": f"about ${dollars:.2f}",
         }
 

@@ -78,8 +78,8 @@ class JobSettings(HubSettings):
     )
     package: str | None = setting(
         None,
-        "Install phoque in the Job from this pip requirement. Without it, the Job installs the version "
-        "that submits it.",
+        "Install phoque in the Job from this pip requirement. Without it, the Job installs the release or the git commit "
+        "that submits it; an installation from a clone needs it.",
     )
 
     @field_validator("labels")
