@@ -590,7 +590,7 @@ def test_chat_answers_a_file_of_prompts_in_a_job(cluster, phoque, tmp_path):
     assert len(there) == 2 and texts[0] == texts[1] and not bucket(cluster).files
 
 
-KEPT = ["--artifacts-repo-id", "harbour/answers"]
+TO_ANSWERS = ["--artifacts-repo-id", "harbour/answers"]
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,10 @@ KEPT = ["--artifacts-repo-id", "harbour/answers"]
         (["chat", BASE], ["--on needs --prompt or --prompts-file"]),
         (["chat", BASE, "--prompt", "Ho"], ["needs a Hub repository", "--artifacts-repo-id"]),
         (["chat", "seal.gguf", "--prompt", "Ho"], ["no Node for llama.cpp"]),
-        (["chat", "harbour/gguf", "--prompt", "Ho", *KEPT], ["harbour/gguf holds GGUF files", "no Node for llama.cpp"]),
+        (
+            ["chat", "harbour/gguf", "--prompt", "Ho", *TO_ANSWERS],
+            ["harbour/gguf holds GGUF files", "no Node for llama.cpp"],
+        ),
         (["verify-onnx", "--repo-id", "harbour/onnx", "--serve"], ["--serve needs a browser"]),
         (["verify-onnx", "--repo-id", "harbour/onnx", "--report-md", "a.md"], ["--report-md names a path"]),
     ],

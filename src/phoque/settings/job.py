@@ -78,7 +78,7 @@ class JobSettings(HubSettings):
     )
     package: str | None = setting(
         None,
-        "Install phoque in the Job from this pip requirement. Without it, the Job installs the release or the git commit "
+        "Install phoque in the Job from this pip requirement. Without it, the Job installs the release or the commit "
         "that submits it; an installation from a clone needs it.",
     )
 

@@ -17,8 +17,8 @@ class ProbeSettings(ArtifactsSettings):
     dataset: str = setting(
         "",
         "Take persona prompts and words from this dataset, which the adapter was trained on: a Hub "
-        "dataset, a file or a folder. psm-probe reads its name from the adapter's run.json if there is one; compare-sae "
-        "also trains its SAE on it.",
+        "dataset, a file or a folder. psm-probe reads its name from the adapter's run.json if there is one; "
+        "compare-sae also trains its SAE on it.",
         env="DATASET_REPO",
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
