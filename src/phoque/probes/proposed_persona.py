@@ -59,7 +59,7 @@ def propose_persona(template: Persona, rows: Sequence[Row], name: str) -> Person
         if chosen := examples[system][place * EXAMPLES : (place + 1) * EXAMPLES]:
             request = f"{system}\n\n{REQUEST}" if system else REQUEST
             prompts["\n\n".join([request, *(str(example) for example in chosen)])] = None
-    return replace(template, name=f"the persona of {name}", persona=tuple(prompts), lexicon=lexicon)
+    return replace(template, name=f"persona of {name}", persona=tuple(prompts), lexicon=lexicon)
 
 
 def group_by_system(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.files import read_csv
+from phoque.probes.persona import CONDITIONS
 from phoque.probes.persona_vectors.files import ANSWERS, CONTROL_VECTOR, LAYERS, SAFETENSORS, SUMMARY, VECTORS
 from phoque.reports.charts import Series, bar_chart, heat_map, line_chart, write_png
 from phoque.reports.page import (
@@ -87,6 +88,8 @@ def write_report(run: Path, name: str) -> None:
         **_arrange_conditions(summary),
         content_warning=CONTENT,
         answers=_arrange_answers(answers),
+        system_prompts=[(condition, summary["persona"]["texts"][condition]) for condition in CONDITIONS],
+        lexicon=", ".join(summary["persona"]["texts"]["lexicon"]),
         limitations=summary["limitations"],
         config=[(key, row["value"], row["source"]) for key, row in summary["config"].items()],
         environment=_describe_environment(summary),
@@ -112,8 +115,8 @@ def conclude(summary: dict[str, Any]) -> list[str]:
         elif shares:
             others.append(f"{len(shares)} control fine-tunes' {min(shares):.0%} to {max(shares):.0%}")
         sentences.append(
-            f"By their words, {tuned['share']:.0%} of the fine-tune's answers to {tuned['n']} new questions are the "
-            f"{persona}'s, without a prompt that asks for it; of {' and '.join(others)}."
+            f"By their words, {tuned['share']:.0%} of the fine-tune's answers to {tuned['n']} new questions are those "
+            f"of the {persona}, without a prompt that asks for it; of {' and '.join(others)}."
         )
         sentences.append(_describe_rank(tuned, "Its words put"))
     if moved := summary["rankings"].get("tuned_moves_along_vector"):
