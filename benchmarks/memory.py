@@ -21,11 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 STEPS = 4
-CAPPED = (
-    "import sys, torch; total = torch.cuda.get_device_properties(0).total_memory; "
-    "torch.cuda.set_per_process_memory_fraction({cap} * 1e9 / total); "
-    "from phoque.cli.main import main; sys.exit(main())"
-)
+CAPPED = Path(__file__).parent / "capped.py"
 SHAPES = {
     "3b": {},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
@@ -38,7 +34,7 @@ def train(
     model: Path, rows: Path, quantization: str, batch: int, recompute: bool, output: Path, cap: float
 ) -> dict[str, Any]:
     """Ask for the estimate, then train; returns GB and seconds. With `cap`, torch may allocate so many GB."""
-    start = ["-c", CAPPED.format(cap=cap)] if cap else ["-m", "phoque"]
+    start = [str(CAPPED), str(cap)] if cap else ["-m", "phoque"]
     command = [sys.executable, *start, "train", "--base-model", str(model), "--dataset", str(rows)]
     command += ["--quantization", quantization, "--batch-size", str(batch), "--max-steps", str(STEPS), "--json"]
     command += ["--output-dir", str(output), "--log-every", "1", "--sample-every", "0", "--held-out-rows", "0"]

@@ -47,21 +47,32 @@ def train(out: Path, model: Path, quantization: str, tokens: int, gpus: int, row
     command += ["--max-steps", STEPS, "--log-every", 5, "--held-out-rows", 0, "--sample-every", 0, "--save-steps", 1000]
     command += ["--engine-mode", "graph", "--norms-every", 1000, "--output-dir", folder, "--fresh-start", "--yes"]
     command += ["--gpus", gpus]
+    return run_training(command, folder)
+
+
+def run_training(command: list[Any], folder: Path) -> dict[str, Any]:
+    """Run the command; return its speed, losses, peak GB per GPU, engine and sharded GB, or its error.
+
+    The first logged line is left out of the speed.
+    """
     begun = time.monotonic()
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "disabled"}
     )
     if done.returncode:
-        return {"error": done.stderr[-600:]}
+        return {"error": done.stderr[-6000:]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    record = json.loads((folder / "run.json").read_text())
     return {
-        "tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[1:]),
-        "losses": [line["loss"] for line in lines],
-        "waiting_for_data": max(line["waiting_for_data"] for line in lines[1:]),
-        "gpu_memory_gb": lines[-1].get("gpu_memory_gb"),
+        "tokens_per_s": statistics.median(line["tokens_per_s"] for line in steps[1:]),
+        "losses": [line["loss"] for line in steps],
+        "held_out": [line["held_out_loss"] for line in lines if "held_out_loss" in line],
+        "waiting_for_data": max(line["waiting_for_data"] for line in steps[1:]),
+        "gpu_memory_gb": steps[-1].get("gpu_memory_gb"),
         "seconds": round(time.monotonic() - begun, 1),
-        "engine": json.loads((folder / "run.json").read_text())["engine"]["mode"],
+        "engine": record["engine"]["mode"],
+        "sharded": record.get("fsdp"),
     }
 
 

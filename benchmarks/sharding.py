@@ -9,9 +9,6 @@ allocate --cap GB on each card. What is in the folder already is not run again.
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,59 +23,25 @@ SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 1024},
 }
 STEPS, TOKENS, MEAN = 6, 2100, 220.0
-CAPPED = """
-import sys
-from phoque.training.launch import claim_gpu
-claim_gpu()  # before torch is imported
-import torch
-if torch.cuda.is_available() and {cap}:
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, {cap} * 1e9 / total))
-from phoque.cli.main import main
-sys.exit(main())
-"""
+CAPPED = Path(__file__).parent / "capped.py"
 
 
 def train(
     out: Path, model: Path, quantization: str, gpus: int, rows: int, cap: float, *, shard: bool
 ) -> dict[str, Any]:
     """Run the command; return its tokens per second, losses, and peak GB per GPU, or its error."""
+    from scaling import run_training
+
     micro_batch = round(TOKENS / MEAN)
     folder = out / f"{model.name}-{quantization}-{gpus}{'-fsdp' if shard else ''}-{cap:g}"
-    script = out / f"capped-{cap:g}.py"
-    script.write_text(CAPPED.format(cap=cap))
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", gpus] if gpus > 1 else [sys.executable]
-    command = [
-        *start,
-        script,
-        "train",
-        "--base-model",
-        model,
-        "--dataset",
-        out / "rows.jsonl",
-        "--fresh-start",
-        "--yes",
-    ]
+    command = [*start, CAPPED, cap, "train", "--base-model", model, "--dataset", out / "rows.jsonl"]
+    command += ["--fresh-start", "--yes"]
     command += ["--quantization", quantization, "--batch-size", rows * micro_batch, "--micro-batch", micro_batch]
     command += ["--max-steps", STEPS, "--log-every", 1, "--held-out-rows", 8, "--sample-every", 0, "--save-steps", 1000]
     command += ["--engine-mode", "eager", "--gradient-checkpointing", "--norms-every", 1000, "--output-dir", folder]
     command += ["--fsdp"] if shard else []
-    begun = time.monotonic()
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "disabled"}
-    )
-    if done.returncode:
-        return {"error": done.stderr[-6000:]}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    return {
-        "tokens_per_s": statistics.median(line["tokens_per_s"] for line in steps[1:]),
-        "losses": [line["loss"] for line in steps],
-        "held_out": [line["held_out_loss"] for line in lines if "held_out_loss" in line],
-        "gpu_memory_gb": steps[-1].get("gpu_memory_gb"),
-        "seconds": round(time.monotonic() - begun, 1),
-        "sharded": json.loads((folder / "run.json").read_text()).get("fsdp"),
-    }
+    return run_training(command, folder)
 
 
 def main(out: Path, shape: str, gpus: int, cap: float) -> None:

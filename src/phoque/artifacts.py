@@ -51,11 +51,13 @@ def push_run_folder(repo: Repo, folder: Path, s: ArtifactsSettings, services: Se
 
     A failure is a warning and returns None, or a RunError with --fail-on-artifacts-upload-error; nothing local is lost.
     """
+    from huggingface_hub.constants import REPO_TYPES_URL_PREFIXES
+
     prefix = "/".join(part for part in (s.artifacts_path_in_repo.strip("/"), folder.name) if part)
     files = {f"{prefix}/{f.relative_to(folder)}": f for f in sorted(folder.rglob("*")) if f.is_file()}
     try:
         commit = repo.push(files, f"Add {prefix}", lambda _: [])
-        kind = "" if repo.kind == "model" else f"{repo.kind}s/"
+        kind = REPO_TYPES_URL_PREFIXES.get(repo.kind, "")
         url = f"{services.hub.api.endpoint}/{kind}{repo.name}/tree/{commit}/{quote(prefix)}"
         return Upload(repo.name, commit, prefix, url)
     except Exception as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from phoque.cli import options
 from phoque.console import console
 from phoque.errors import RunError, UsageError
+from phoque.gpus import find_generation
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.settings.fields import Origin, Resolved
@@ -205,7 +206,7 @@ def _check_hardware(command: str, s: Any, flavor: "Flavor") -> None:
     quantization = getattr(s, "quantization", None)
     if flavor.gpus > 1 and command != "train":
         console.warn(f"{flavor.name} has {flavor.gpus} GPUs; {command} uses one of them, and all are paid")
-    if quantization == "fp8" and any(name in flavor.gpu_model for name in WITHOUT_FP8):
+    if quantization == "fp8" and find_generation(flavor.gpu_model) in WITHOUT_FP8:
         raise UsageError(
             what=f"{flavor.name} has no FP8 units.",
             why=f"--quantization fp8 needs an L4, L40S, H100 or later, and this is an {flavor.gpu_model}.",

@@ -68,6 +68,11 @@ class Row:
     unknown_keys: tuple[str, ...] = ()
 
     @property
+    def system(self) -> str | None:
+        """The system message that the row begins with, or None."""
+        return self.messages[0]["content"] if self.messages[0]["role"] == "system" else None
+
+    @property
     def first_question(self) -> str:
         """The first user message, or an empty text."""
         return next((turn["content"] for turn in self.messages if turn["role"] == "user"), "")

@@ -237,7 +237,7 @@ def _count_good(scan: DatasetScan, raw: RawRow, row: Row, encoded: EncodedChat) 
         for name in names:
             counter[name] += 1
             scan.examples.setdefault(name, raw.location)
-    system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else None
+    system = row.system
     if system in scan.systems or len(scan.systems) < 1000:
         scan.systems[system] += 1
     scan.lengths.append(len(encoded.ids))

@@ -89,6 +89,13 @@ class Repo(Store):
         """Whether the repository is private. Raises the Hub's error if it does not exist."""
         return bool(self._read_info().private)
 
+    def check_visibility(self, *, public: bool) -> bool:
+        """Whether the repository is private. Raises PublicRepoError for a public one, unless it may be (`public`)."""
+        private = self.private()
+        if not private and not public:
+            raise PublicRepoError(self.name)
+        return private
+
     def _read_info(self) -> Any:
         return self.hub.retry(self.name, lambda: self.hub.api.repo_info(self.name, repo_type=self.kind))
 

@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,19 @@ class FileHashes:
 
     def __init__(self, file: Path) -> None:
         self.file, self._size = file, file.stat().st_size
-        self._sha256: str | None = None
-        self._sha1: str | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the content, as LFS names it."""
+        return sha256(self.file)
+
+    @cached_property
+    def blob_id(self) -> str:
+        """Git's hash of the content."""
+        return git_blob_id(self.file)
 
     def matches(self, stored: Any) -> bool:
         """Whether a stored file has the same content: by SHA-256 for LFS files, else by git's blob SHA-1."""
         if stored is None or stored.size != self._size:
             return False
-        if stored.lfs:
-            self._sha256 = self._sha256 or sha256(self.file)
-            return stored.lfs.sha256 == self._sha256
-        self._sha1 = self._sha1 or git_blob_id(self.file)
-        return stored.blob_id == self._sha1
+        return stored.lfs.sha256 == self.sha256 if stored.lfs else stored.blob_id == self.blob_id

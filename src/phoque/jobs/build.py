@@ -4,12 +4,10 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phoque.errors import (
-    PublicRepoError,
-    UsageError,
-)
+from phoque.errors import UsageError
 from phoque.hub.client import Hub
 from phoque.hub.refs import hub_ref
+from phoque.hub.repo import Repo
 from phoque.jobs.inputs import DATASET_SETTINGS, RESERVED, LocalInput, with_mounted_paths
 from phoque.settings.fields import PREFIX, Origin, Resolved, Secrets, env_name, flag_names
 from phoque.version import __version__
@@ -230,15 +228,13 @@ def check_job(hub: Hub, resolved: Resolved[Any], commits: dict[str, tuple[str, s
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    s, api = resolved.settings, hub.api
+    s = resolved.settings
     checks = {name: f"{repository}@{commit[:8]}" for name, (repository, commit) in commits.items()}
     repo, kind = getattr(s, s.keeps or "run_dir", None), getattr(s, "artifacts_repo_type", "model")
     if not s.keeps or not repo or getattr(s, "run_dir", None):
         return checks
     try:
-        private = hub.retry(repo, lambda: api.repo_info(repo, repo_type=kind)).private
-        if not private and not s.public:
-            raise PublicRepoError(repo)
+        private = Repo(hub, repo, kind).check_visibility(public=s.public)
         checks["repository"] = f"{repo}, {'private' if private else 'PUBLIC'}"
     except RepositoryNotFoundError:
         checks["repository"] = f"{repo}, will be made, {s.access}"

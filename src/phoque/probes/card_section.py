@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from phoque.artifacts import Upload
-from phoque.errors import PhoqueError, PublicRepoError, RunError, UsageError
-from phoque.files import sha256
+from phoque.errors import PhoqueError, RunError, UsageError
 from phoque.hub.client import describe_error
 from phoque.hub.refs import hub_id
 from phoque.hub.repo import Repo
@@ -32,26 +32,8 @@ class AdapterCard:
 
     def add(self, command: str, verdicts: dict[str, Any], upload: Upload) -> None:
         """Replace the section of this command, or add it; one commit. A failure is a warning unless it is required."""
-        section = render_section(command, verdicts, upload, self.weights)
         try:
-            with TemporaryDirectory() as folder:
-                path = Path(folder) / CARD
-                snapshot = self.repo.snapshot()
-                if CARD in snapshot.files:
-                    self.repo.fetch(snapshot, CARD, Path(folder))
-                card = path.read_bytes().decode() if path.exists() else ""
-                path.write_bytes(replace_section(card, command, section).encode())
-
-                def check_unchanged(now: Snapshot) -> list[str]:
-                    if getattr(now.files.get(CARD), "blob_id", "") != getattr(snapshot.files.get(CARD), "blob_id", ""):
-                        raise RunError(
-                            what="The card was edited meanwhile.",
-                            why="The edit would be lost.",
-                            fix="Add the verdicts by hand.",
-                        )
-                    return []
-
-                self.repo.push({CARD: path}, f"Verdicts of {command}", check_unchanged)
+            self._push(command, render_section(command, verdicts, upload, self.weights))
         except Exception as error:
             why = error.what if isinstance(error, PhoqueError) else describe_error(error)
             if self.is_required:
@@ -59,6 +41,25 @@ class AdapterCard:
                     what=f"The card of {self.repo.name} could not be changed.", why=why, fix=f"See {upload.url}."
                 ) from error
             self.services.console.warn(f"the card of {self.repo.name} could not be changed ({why})")
+
+    def _push(self, command: str, section: str) -> None:
+        before = self.repo.snapshot()
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / CARD
+            if CARD in before.files:
+                self.repo.fetch(before, CARD, Path(folder))
+            card = path.read_bytes().decode() if path.exists() else ""
+            path.write_bytes(replace_section(card, command, section).encode())
+            self.repo.push({CARD: path}, f"Verdicts of {command}", partial(_check_unchanged, before))
+
+
+def _check_unchanged(before: Snapshot, now: Snapshot) -> list[str]:
+    """Raise RunError if somebody edited the card since `before`; no file is to be deleted."""
+    if now.files.get(CARD) != before.files.get(CARD):
+        raise RunError(
+            what="The card was edited meanwhile.", why="The edit would be lost.", fix="Add the verdicts by hand."
+        )
+    return []
 
 
 def find_card(
@@ -81,17 +82,17 @@ def find_card(
         )
     services.secrets.require_hub(name)
     repo = Repo(services.hub, name)
-    if not FileHashes(adapter.folder / WEIGHTS).matches(repo.snapshot().files.get(WEIGHTS)):
+    weights = FileHashes(adapter.folder / WEIGHTS)
+    if not weights.matches(repo.snapshot().files.get(WEIGHTS)):
         raise UsageError(
             what=f"{name} does not hold this adapter.",
             why=f"Its {WEIGHTS} differs from that in {adapter.label}, so the verdicts would be about other weights.",
             fix="Leave out --update-card, or probe the adapter that the repository holds now.",
         )
-    if not s.public and not repo.private():
-        raise PublicRepoError(name)
+    repo.check_visibility(public=s.public)
     if not dry_run:
         repo.check_write_access()
-    return AdapterCard(repo, sha256(adapter.folder / WEIGHTS), s.fail_on_artifacts_upload_error, services)
+    return AdapterCard(repo, weights.sha256, s.fail_on_artifacts_upload_error, services)
 
 
 def _find_repository(adapter: AdapterSource) -> str | None:

@@ -66,7 +66,7 @@ def group_by_system(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows by system prompt, "" without one; those of a plain assistant only if no others have a system prompt."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_read_system(row), []).append(row)
+        groups.setdefault((row.system or "").strip(), []).append(row)
     own = {system: group for system, group in groups.items() if system and not PLAIN_ASSISTANT.search(system)}
     return own or groups
 
@@ -115,8 +115,3 @@ def shorten(answer: str) -> str:
         return answer
     ends = [match.end() for match in SENTENCE_END.finditer(answer[:ANSWER_LENGTH]) if match.end() >= SHORTEST]
     return answer[: ends[-1]] if ends else answer[:ANSWER_LENGTH].rsplit(" ", 1)[0]
-
-
-def _read_system(row: Row) -> str:
-    first = row.messages[0] if row.messages else {}
-    return first["content"].strip() if first.get("role") == "system" else ""

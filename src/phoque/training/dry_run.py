@@ -10,7 +10,7 @@ import torch
 from phoque.console import describe_counts
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
-from phoque.errors import PublicRepoError, UsageError
+from phoque.errors import UsageError
 from phoque.hub.repo import Repo
 from phoque.hub.store import Snapshot
 from phoque.models.architectures import architecture_of
@@ -150,8 +150,7 @@ def _describe_store(s: TrainSettings, services: Services) -> dict[str, str]:
         state = repo.snapshot()
     except RepositoryNotFoundError:
         return {"Hub repository": f"{repo.name} will be created, {s.access}"}
-    if not (private := repo.private()) and not s.public:
-        raise PublicRepoError(repo.name)
+    private = repo.check_visibility(public=s.public)
     return {"Hub repository": f"{repo.name} is {'private' if private else 'PUBLIC'}, with {_list_checkpoints(state)}"}
 
 

@@ -35,6 +35,11 @@ class LostProcess(RunError):
     """Another process of the run has ended or is not reachable."""
 
 
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether a collective operation of torch failed: gloo names itself, and NCCL's errors have their own type."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 class Processes:
     """The processes of a run; one that trains alone is process 0 of 1."""
 
@@ -79,14 +84,14 @@ class Processes:
             torch.distributed.all_reduce(tensor, operation)
 
     @contextmanager
-    def name_lost_connections(self, is_lost: Callable[[RuntimeError], bool] | None = None) -> Generator[None]:
+    def name_lost_connections(self, is_lost: Callable[[RuntimeError], bool] = is_connection_error) -> Generator[None]:
         """Raise LostProcess for an error of torch's that comes from a lost connection to another process."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if self.size == 1 or not (is_lost or is_connection_error)(error):
+            if self.size == 1 or not is_lost(error):
                 raise
             raise LostProcess(
                 what=f"Process {self.rank} of {self.size} lost the connection to another process.",
@@ -192,11 +197,6 @@ class Processes:
             torch.distributed.destroy_process_group()
             self._finished.set()
         _joined = Processes()
-
-
-def is_connection_error(error: RuntimeError) -> bool:
-    """Whether a collective operation of torch failed: gloo names itself, and NCCL's errors have their own type."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 class DealtStream:

@@ -21,7 +21,7 @@ from phoque.training.callbacks.stop import SaveWithoutLimit
 from phoque.training.engine import attention
 from phoque.training.engine.determinism import make_deterministic
 from phoque.training.engine.engine import Engine
-from phoque.training.engine.select import select_engine
+from phoque.training.engine.select import EngineChoice, select_engine
 from phoque.training.export_merged import merge_checkpoint
 from phoque.training.finish import stop_error, write_card_for_checkpoint
 from phoque.training.fsdp import NO_SAMPLES, WITHOUT_ENGINE, shard_base
@@ -75,23 +75,20 @@ def build_engine(run: Run, model: Any) -> Engine | None:
     is_comparable = recorded.get("device") == device and "fsdp" not in run.record
     previous = recorded["mode"] if run.start.resume and is_comparable else ""
     if s.fsdp:
-        run.record["engine"] = {"mode": "eager", "reason": WITHOUT_ENGINE, "device": device}
-        write_record(run.folder, run.record)
-        run.console.say(f"engine eager: {WITHOUT_ENGINE}")
-        current().broadcast_parameters([parameter for parameter in model.parameters() if parameter.requires_grad])
-        return None
-    run.record.pop("fsdp", None)
-    if torch.cuda.is_available() or s.engine_mode not in ("auto", "eager"):
-        run.console.stage("trying the engine on one row")
-    choice = select_engine(
-        model,
-        s.engine_mode,
-        packing,
-        s.max_steps * run.record["rows_per_step"] // current().size,
-        recompute=s.gradient_checkpointing,
-        previous=previous,
-        decide=current().broadcast_from_main,
-    )
+        choice = EngineChoice("eager", WITHOUT_ENGINE)
+    else:
+        run.record.pop("fsdp", None)
+        if torch.cuda.is_available() or s.engine_mode not in ("auto", "eager"):
+            run.console.stage("trying the engine on one row")
+        choice = select_engine(
+            model,
+            s.engine_mode,
+            packing,
+            s.max_steps * run.record["rows_per_step"] // current().size,
+            recompute=s.gradient_checkpointing,
+            previous=previous,
+            decide=current().broadcast_from_main,
+        )
     if (mode := current().broadcast_from_main(lambda: choice.mode)) != choice.mode:
         raise RunError(
             what=f"Process {current().rank} chose another engine than process 0: {choice.mode}, and not {mode}.",

@@ -181,17 +181,19 @@ def _rename_inputs_outputs(graph: ir.Graph, config: "PretrainedConfig", dtype: t
         "attention_mask": [1, "total_sequence_length"],
         "position_ids": [1, "sequence_length"],
     }
-    sides = ((graph.inputs, "past_key_values", "past"), (graph.outputs, "present", "total"))
-    for value, prefix, length in [(value, *names) for values, *names in sides for value in values]:
-        # transformers 5.23 calls the caches input.past_key_values and output.past_key_values, 5.24 past_key_values and
-        # cache
-        if cache := re.fullmatch(r"(?:\w+\.)+layers\.(\d+)\.(key|value)s", str(value.name)):
-            value.name = f"{prefix}.{cache[1]}.{cache[2]}"
-            length = f"{length}_sequence_length"
-            value.shape, value.type = ir.Shape([1, heads, length, head_dim]), ir.TensorType(DTYPES[dtype])
-        elif value.name in shapes:
-            value.shape = ir.Shape(shapes[value.name])
-    for values in (graph.inputs, graph.outputs):
+    sides = (
+        (graph.inputs, "past_key_values", "past_sequence_length"),
+        (graph.outputs, "present", "total_sequence_length"),
+    )
+    for values, prefix, length in sides:
+        for value in values:
+            # transformers 5.23 calls the caches input.past_key_values and output.past_key_values, 5.24 past_key_values
+            # and cache
+            if cache := re.fullmatch(r"(?:\w+\.)+layers\.(\d+)\.(key|value)s", str(value.name)):
+                value.name = f"{prefix}.{cache[1]}.{cache[2]}"
+                value.shape, value.type = ir.Shape([1, heads, length, head_dim]), ir.TensorType(DTYPES[dtype])
+            elif value.name in shapes:
+                value.shape = ir.Shape(shapes[value.name])
         ordered = sorted(values, key=lambda v: [int(n) for n in re.findall(r"\.(\d+)\.", str(v.name))])
         values.clear()
         values.extend(ordered)

@@ -63,7 +63,8 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     source = find_base_model(resolved, "model_source", tuned, services, weights=not dry_run)
     record = tuned.run_record() if tuned else read_run_record(source.folder)
     persona, warnings = find_persona(s, services, record)
-    persona, card = limit_questions(persona, s.questions), find_card(s, tuned, services, dry_run=dry_run)
+    persona = limit_questions(persona, s.questions)
+    card = find_card(s, tuned, services, dry_run=dry_run)
     roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
