@@ -50,12 +50,16 @@ class AdapterCard:
                 self.repo.fetch(before, CARD, Path(folder))
             card = path.read_bytes().decode() if path.exists() else ""
             path.write_bytes(replace_section(card, command, section).encode())
-            self.repo.push({CARD: path}, f"Verdicts of {command}", partial(_check_unchanged, before))
+            self.repo.push({CARD: path}, f"Verdicts of {command}", partial(_check_unchanged, before, path))
 
 
-def _check_unchanged(before: Snapshot, now: Snapshot) -> list[str]:
-    """Raise RunError if somebody edited the card since `before`; no file is to be deleted."""
-    if now.files.get(CARD) != before.files.get(CARD):
+def _check_unchanged(before: Snapshot, card: Path, now: Snapshot) -> list[str]:
+    """Raise RunError if somebody edited the card since `before`; no file is to be deleted.
+
+    The new card may be there already: a push whose reply was lost is repeated.
+    """
+    present = now.files.get(CARD)
+    if present != before.files.get(CARD) and not FileHashes(card).matches(present):
         raise RunError(
             what="The card was edited meanwhile.", why="The edit would be lost.", fix="Add the verdicts by hand."
         )

@@ -356,6 +356,10 @@ def test_the_verdicts_are_added_to_the_card_of_the_adapter(hub, phoque, run_prob
         assert f"/datasets/{REPO}/tree/{ran.json['commit']}/runs/{Path(ran.json['folder']).name})" in now
         for name, verdict in ran.json["verdicts"].items():
             assert f"| {name} | {verdict['verdict']} |" in now
+    hub.faults.add("POST /api/models/harbour/seal/commit/", "lost")  # the retry meets its own commit
+    lost = run_probe(*asked, "--adapter-source", "harbour/seal", env={"HF_TOKEN": TOKEN})
+    assert "could not be changed" not in lost.err
+    assert Path(lost.json["folder"]).name in hub.files("harbour/seal")["README.md"].content.decode()
     assert "--artifacts-repo-id" in run_probe("--update-card", expect=2).err
     hub.repos["models", "harbour/seal"].private = False
     public = run_probe(*asked, "--adapter-source", "harbour/seal", env={"HF_TOKEN": TOKEN}, expect=2)
