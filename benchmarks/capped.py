@@ -2,7 +2,7 @@
 
 import sys
 
-from phoque.training.launch import claim_gpu
+from phoque.distributed.launch import claim_gpu
 
 
 def main() -> None:

@@ -145,6 +145,10 @@ class Running:
             file.unlink()
         return Ran(code, *texts)
 
+    def read_stderr(self) -> str:
+        """What it has printed to stderr so far."""
+        return self._files[1].read_text()
+
     def until(self, condition, seconds: float = 120) -> None:
         """Wait for something to happen while the command runs."""
         end = time.monotonic() + seconds

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from phoque.console import Console
 from phoque.console import console as stderr_console
-from phoque.errors import Resumable, UsageError
+from phoque.distributed.launch import Launch, claim_gpu
+from phoque.errors import UsageError
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import CommandSettings, Resolved
 from phoque.settings.resolve import resolved_from
-from phoque.training.launch import claim_gpu
 
 if TYPE_CHECKING:
     from phoque.chat.run import ChatResult
@@ -67,30 +67,18 @@ def train(
     The commands of `then` and the processes of `gpus` are run by the command line, not here. Under a launcher, such as
     torchrun, every process calls this, and all but process 0 get None.
     """
-    launch = claim_gpu()
-    if launch and launch.rank:
-        console.mute()
+    launch = _claim_gpu(console)
     resolved, services = _prepare(settings, console)
     if dry_run:
         from phoque.training.dry_run import plan_run
 
         return plan_run(resolved, services)
+    from phoque.distributed.processes import take_part
     from phoque.settings.environment import deadline, submission
-    from phoque.training.processes import current, join
     from phoque.training.run import train
 
-    if launch:
-        join(launch)
-    is_clean = False
-    try:
-        result = train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
-        is_clean = True
-        return result
-    except (Resumable, SystemExit):  # all processes have stopped at the same step
-        is_clean = True
-        raise
-    finally:
-        current().finish(is_clean)
+    with take_part(launch):
+        return train(resolved, services, deadline=deadline(resolved.settings.seconds), submission=submission())
 
 
 @_ends_its_stage
@@ -165,23 +153,43 @@ def verify_gguf(
 @_ends_its_stage
 def psm_probe(
     settings: "PsmSettings | Resolved[PsmSettings]", *, dry_run: bool = False, console: Console = stderr_console
-) -> "ProbeRunResult | DryRun":
-    """Find a persona's direction in a model, test it against controls, and ask whether a fine-tune moved along it."""
+) -> "ProbeRunResult | DryRun | None":
+    """Find a persona's direction in a model, test it against controls, and ask whether a fine-tune moved along it.
+
+    Under a launcher, such as torchrun, every process calls this, and all but process 0 get None.
+    """
+    launch = None if dry_run else _claim_gpu(console)
     resolved, services = _prepare(settings, console)
+    from phoque.distributed.processes import take_part
     from phoque.probes.persona_vectors.run import run_probe
 
-    return run_probe(resolved, services, dry_run=dry_run)
+    with take_part(launch):
+        return run_probe(resolved, services, dry_run=dry_run)
 
 
 @_ends_its_stage
 def compare_sae(
     settings: "SaeSettings | Resolved[SaeSettings]", *, dry_run: bool = False, console: Console = stderr_console
-) -> "CompareResult | DryRun":
-    """Show which features of a sparse autoencoder a fine-tune moved, beyond chance and beyond a control."""
+) -> "CompareResult | DryRun | None":
+    """Show which features of a sparse autoencoder a fine-tune moved, beyond chance and beyond a control.
+
+    Under a launcher, such as torchrun, every process calls this, and all but process 0 get None.
+    """
+    launch = None if dry_run else _claim_gpu(console)
     resolved, services = _prepare(settings, console)
+    from phoque.distributed.processes import take_part
     from phoque.probes.sae.run import compare_models
 
-    return compare_models(resolved, services, dry_run=dry_run)
+    with take_part(launch):
+        return compare_models(resolved, services, dry_run=dry_run)
+
+
+def _claim_gpu(console: Console) -> Launch | None:
+    """What a launcher says about this process, if there is one; all processes but process 0 are muted."""
+    launch = claim_gpu()
+    if launch and launch.rank:
+        console.mute()
+    return launch
 
 
 def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], Services]:

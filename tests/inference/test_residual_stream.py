@@ -52,7 +52,7 @@ def test_means_are_those_of_transformers_hidden_states_whatever_the_batch(tiny, 
             )
             torch.testing.assert_close(found.last[n, layer], hidden[len(row.prompt) - 1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.response, alone.response, atol=1e-5, rtol=1e-4)
-    assert found.kept.tolist() == [sum(len(r.response) for r in rows)] * len(get_blocks(model))
+    assert found.kept.tolist() == [[len(r.response)] * len(get_blocks(model)) for r in rows]
 
 
 def test_massive_tokens_are_left_out_and_counted(tiny):
@@ -65,7 +65,7 @@ def test_massive_tokens_are_left_out_and_counted(tiny):
         model.model.embed_tokens.weight[token] = 100 * MASSIVE * kept
         found = residual_means(model, [plain])
         model.model.embed_tokens.weight[token] = kept
-    assert found.massive[0] == 1 and found.kept[0] == len(row.response) - 1
+    assert found.massive[0, 0] == 1 and found.kept[0, 0] == len(row.response) - 1
 
 
 def test_batches_hold_every_row_once_within_the_budget():

@@ -147,10 +147,9 @@ def test_a_command_reads_and_writes_json_lines(make_context, tmp_path):
         "score": 1.0,
         "length": 9.0,
     }
-    script.write_text(COUNT.replace("gull", "herring again"))
+    script.write_text(COUNT.replace("gull", "lighthouse"))
     scorer = make_scorer(spec, make_context)  # another script under the same name is another scorer
-    score_answers(scorer, make_answer(SEAL), make_context)
-    assert make_context.scored_counts[spec] == 3
+    assert score_answers(scorer, make_answer(SEAL), make_context)[0]["score"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,18 +11,13 @@ import pytest
 from safetensors.torch import load_file
 from tests.fakehub import TOKEN
 from tests.forkserver import slowly
+from tests.launching import free_port, start_together
 from tests.training.test_resume import COMMON, are_equal
 
-from phoque.training.launch import Launch, find_launch, first_node, launch
-from phoque.training.processes import Processes, deal
+from phoque.distributed.launch import Launch, find_launch, first_node, launch
+from phoque.distributed.processes import Processes, deal
 
 MORE = ["--max-steps", 6, "--save-steps", 2, "--batch-size", 8, "--lora-dropout", 0]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -34,20 +28,7 @@ def asked(tiny_llama, rows):
 @pytest.fixture
 def start_all(start, asked):
     """Start `count` processes of one run, as a launcher does."""
-
-    def run(*more, count=2, env=None, preludes=(), launcher="torchrun"):
-        port, started = free_port(), []
-        for rank in range(count):
-            names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}
-            if launcher == "slurm":
-                names = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": count, "SLURM_LOCALID": rank}
-            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            prelude = preludes[rank] if preludes else ""
-            given = {name: str(value) for name, value in names.items()} | (env or {})
-            started.append(start(*asked, *more, env=given, prelude=prelude))
-        return started
-
-    return run
+    return lambda *more, **options: start_together(start, *asked, *more, **options)
 
 
 @pytest.fixture
@@ -220,7 +201,8 @@ def test_a_process_that_is_frozen_takes_the_others_down_within_a_minute(start_al
 
 SLOW_START = """
 import time
-from phoque.training import processes, report_to, run
+from phoque.distributed import processes
+from phoque.training import report_to, run
 processes.HEARTBEAT_S, processes.HEARTBEAT_TIMEOUT_S = 0.2, 1.0
 start = report_to.start_services
 run.start_services = lambda *given: (time.sleep(3), start(*given))[1]
@@ -320,7 +302,7 @@ def test_the_code_of_the_process_that_failed_is_the_launchers(tmp_path):
     assert launch(2, [sys.executable, "-c", code]) == 2  # process 0 says why, though it ends later
     begun = time.monotonic()
     code = "import os, sys, time; time.sleep(60 if os.environ['RANK'] == '0' else 0); sys.exit(3)"
-    from phoque.training import launch as module
+    from phoque.distributed import launch as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_S", 1.0)
@@ -385,7 +367,7 @@ def test_the_first_node_of_a_list(nodes, first):
     ],
 )
 def test_a_process_sees_its_own_gpu_however_often_it_asks(monkeypatch, env, visible):
-    from phoque.training import launch as module
+    from phoque.distributed import launch as module
 
     monkeypatch.setattr(module, "_claimed", None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):

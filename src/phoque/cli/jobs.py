@@ -181,7 +181,7 @@ def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", time
 
 def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
     """The settings with all GPUs of the flavor, or as many as --gpus says. Raises UsageError for more than it has."""
-    from phoque.training.launch import check_sharded
+    from phoque.distributed.launch import check_sharded
     from phoque.training.prepare import choose_micro_batch
 
     s = resolved.settings

@@ -129,8 +129,13 @@ def render_verdict(verdict: Verdict, name: str) -> str:
     return "\n".join([*lines, "", f"{verdict.overall_result()}  {name}  ({levels})", *remarks])
 
 
-def show_result(result: DryRun | HasJson, render: Callable[[Any], Any], quiet: Callable[[Any], str]) -> None:
-    """Print a result on stdout: as JSON, as `render(result)`, or with --quiet `quiet(result)`; a dry run as lines."""
+def show_result(result: DryRun | HasJson | None, render: Callable[[Any], Any], quiet: Callable[[Any], str]) -> None:
+    """Print a result on stdout: as JSON, as `render(result)`, or with --quiet `quiet(result)`; a dry run as lines.
+
+    Of several processes, those that have no result print nothing.
+    """
+    if result is None:
+        return
     if isinstance(result, DryRun):
         target = str(result.facts.get("output_dir") or result.facts.get("name") or "")
         console.result(result.to_json(), lambda: render_plan(result), target)

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
+from phoque.distributed.launch import run_on_gpus
+from phoque.inputs import check_inputs
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
@@ -28,6 +30,9 @@ def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("psm-probe", resolved, dry_run)
         return
+    if not dry_run:
+        check_inputs(resolved.settings)
+        run_on_gpus(resolved.settings.gpus)
     options.show_result(api.psm_probe(resolved, dry_run=dry_run), _render, lambda result: result.folder)
 
 

@@ -3,7 +3,6 @@
 import gc
 import importlib
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,12 @@ from phoque import api
 from phoque.cli import jobs, options
 from phoque.cli.then import plan_commands, run_commands
 from phoque.console import console, escape_control_characters, format_breakdown
+from phoque.distributed.launch import check_sharded, claim_gpu, run_on_gpus
 from phoque.inputs import check_inputs, check_run
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.train import TrainSettings
-from phoque.training.launch import check_sharded, claim_gpu, count_processes, launch, own_command
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,8 +49,7 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     if not dry_run:
         check_inputs(resolved.settings)
         check_run(resolved)
-        if resolved.settings.gpus and not launched and (count := count_processes(resolved.settings.gpus)) > 1:
-            sys.exit(launch(count, own_command()))
+        run_on_gpus(resolved.settings.gpus)
         check_sharded(resolved.settings.fsdp, launched.size if launched else 1)
         _import_trainer()
     result = api.train(resolved, dry_run=dry_run)

@@ -7,8 +7,9 @@ transformers returns is after that norm, so it is not a residual stream and is n
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import numpy
 import torch
 
 from phoque.models.architectures import architecture_of
@@ -48,7 +49,7 @@ class ResidualMeans:
     """Residual streams: `response` is the mean over response tokens, `last` is at the last token of the prompt.
 
     Both are (rows, blocks, hidden), fp32 in host memory. `norm` (rows, blocks) is the mean norm of the response tokens;
-    `kept` and `massive` (blocks,) count the response tokens that were averaged and those that were left out.
+    `kept` and `massive` (rows, blocks) count the response tokens that were averaged and those that were left out.
     """
 
     response: torch.Tensor
@@ -56,6 +57,15 @@ class ResidualMeans:
     norm: torch.Tensor
     kept: torch.Tensor
     massive: torch.Tensor
+
+    def split_rows(self) -> list[tuple[Any, ...]]:
+        """The arrays of each row, which `stack_rows` puts together again."""
+        return list(zip(*(values.numpy() for values in vars(self).values()), strict=True))
+
+    @classmethod
+    def stack_rows(cls, rows: Sequence[tuple[Any, ...]]) -> Self:
+        """Put rows together, which may come from several processes."""
+        return cls(*(torch.from_numpy(numpy.stack(column)) for column in zip(*rows, strict=True)))
 
 
 @torch.no_grad()
@@ -68,7 +78,7 @@ def residual_means(model: Any, rows: Sequence[Turn]) -> ResidualMeans:
     layers, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
     empty = torch.zeros(len(rows), layers, size)
     means = ResidualMeans(
-        empty, empty.clone(), torch.zeros(len(rows), layers), *torch.zeros(2, layers, dtype=torch.long)
+        empty, empty.clone(), torch.zeros(len(rows), layers), *torch.zeros(2, len(rows), layers, dtype=torch.long)
     )
 
     def store_batch(layer: int, batch: list[int], hidden: torch.Tensor, _: torch.Tensor, mask: torch.Tensor) -> None:
@@ -82,8 +92,8 @@ def residual_means(model: Any, rows: Sequence[Turn]) -> ResidualMeans:
         means.response[batch, layer] = torch.einsum("rt,rth->rh", weights, hidden.float()).cpu()
         means.last[batch, layer] = hidden[torch.arange(len(batch)), starts - 1].float().cpu()
         means.norm[batch, layer] = (weights * norms).sum(1).cpu()
-        means.kept[layer] += counted.sum().cpu()
-        means.massive[layer] += (in_response & sinks).sum().cpu()
+        means.kept[batch, layer] = counted.sum(1).cpu()
+        means.massive[batch, layer] = (in_response & sinks).sum(1).cpu()
 
     read_residual_stream(model, [r.prompt + r.response for r in rows], range(layers), store_batch)
     return means

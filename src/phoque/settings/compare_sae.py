@@ -36,7 +36,7 @@ class SaeSettings(ProbeSettings):
         "own_answers",
         "Autoencoder": "sae layers architecture width k passes sae_batch sae_learning_rate seeds difference_features",
         "Comparison": "scorer questions max_new_tokens min_active cards causal_prompts matched_features steering "
-        "shuffle_pairs nulls seed",
+        "shuffle_pairs nulls gpus seed",
         "Output": "output_dir report_json report_md",
         "Hub": f"{ARTIFACTS_GROUP} update_card public gated hub_patience",
         "Job": JOB_GROUP,

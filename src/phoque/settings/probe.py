@@ -33,6 +33,12 @@ class ProbeSettings(ArtifactsSettings):
     )
     questions: int = setting(24, "Ask at most this many questions of each list of the persona.", ge=4)
 
+    gpus: str | None = setting(
+        None,
+        "Use this many GPUs of this machine, or `all`: each answers its share of the questions. A Job on a flavor with "
+        "several uses all of them.",
+        pattern=r"^(all|[1-9]\d*)$",
+    )
     update_card: bool = setting(
         False,
         "Add the verdicts, and a link to the run folder in --artifacts-repo-id, to the card of the adapter on the Hub.",

@@ -30,7 +30,7 @@ class PsmSettings(ProbeSettings):
         "Data": "persona dataset dataset_revision dataset_config split",
         "Probe": "scorer roles role_questions questions extraction_tokens sweep_layers sweep_blocks coefficients "
         "sweep_questions sweep_tokens directions doses positions coherence_limit max_new_tokens samples temperature "
-        "top_p seed nulls shuffle_labels",
+        "top_p gpus seed nulls shuffle_labels",
         "Output": "output_dir",
         "Hub": f"{ARTIFACTS_GROUP} update_card public gated hub_patience",
         "Job": JOB_GROUP,

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phoque.distributed.processes import current
 from phoque.files import atomic_folder
 from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.lora import load_adapter, save_adapter
 from phoque.training.engine.loss import add_token_loss
 from phoque.training.metrics_log import Tracker, read_lines
-from phoque.training.processes import current
 from phoque.training.run_files import BEST, METRICS, SAMPLES
 
 if TYPE_CHECKING:

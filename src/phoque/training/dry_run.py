@@ -10,6 +10,7 @@ import torch
 from phoque.console import describe_counts
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
+from phoque.distributed.launch import check_sharded, claim_gpu, count_processes
 from phoque.errors import UsageError
 from phoque.hub.repo import Repo
 from phoque.hub.store import Snapshot
@@ -28,7 +29,6 @@ from phoque.training.data_summary import (
     list_data_problems,
 )
 from phoque.training.fingerprint import check_same_run, compute_identity
-from phoque.training.launch import check_sharded, claim_gpu, count_processes
 from phoque.training.memory import MemoryEstimate, estimate_memory, fit_to_gpu
 from phoque.training.pinned import pin_recorded
 from phoque.training.prepare import (

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from phoque.distributed.processes import Processes
 from phoque.models.architectures import architecture_of
 from phoque.models.lora import PEFT_PREFIX
-from phoque.training.processes import Processes
 
 WITHOUT_ENGINE = "plain layers: the base model is sharded (--fsdp)"
 NO_SAMPLES = "no samples are generated: with --fsdp, every token would gather all weights from all GPUs"

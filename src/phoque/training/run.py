@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from phoque.distributed.launch import check_sharded
+from phoque.distributed.processes import LostProcess, current
 from phoque.errors import FAILED, PhoqueError, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.lora import load_adapter
@@ -17,10 +19,8 @@ from phoque.training.callbacks.stop import StopRequest
 from phoque.training.control import plan_controls, record_controls, with_dataset, write_control_rows
 from phoque.training.export_merged import merge_final
 from phoque.training.finish import TrainResult, finish, out_of_memory_error, publish
-from phoque.training.launch import check_sharded
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.prepare import find_store
-from phoque.training.processes import LostProcess, current
 from phoque.training.report_to import Report, check_services, start_services
 from phoque.training.run_files import check_own_folder
 from phoque.training.run_record import lock_run

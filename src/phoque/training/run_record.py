@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from phoque.distributed.processes import current
 from phoque.errors import UsageError
 from phoque.files import lock, write_atomically
 from phoque.models.architectures import architecture_of
@@ -17,7 +18,6 @@ from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.fingerprint import update_record
 from phoque.training.prepare import Prepared
-from phoque.training.processes import current
 from phoque.training.run_files import BEST, METRICS, RECORD, REPORT, SAMPLES
 from phoque.version import __version__
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from phoque.distributed.processes import current
 from phoque.errors import RunError, UsageError
 from phoque.models.load import default_device_name
 from phoque.services import Services
@@ -23,7 +24,6 @@ from phoque.training.prepare import (
     rows_per_step,
     with_steps,
 )
-from phoque.training.processes import current
 from phoque.training.resume import find_start
 from phoque.training.run_record import check_writable, create_record, write_record
 from phoque.training.run_state import Run

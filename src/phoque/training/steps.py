@@ -10,6 +10,7 @@ import torch
 
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
+from phoque.distributed.processes import current
 from phoque.errors import Resumable, RunError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
@@ -18,6 +19,7 @@ from phoque.settings.environment import in_job
 from phoque.training import checkpoints
 from phoque.training.best import keep_if_best
 from phoque.training.callbacks.stop import SaveWithoutLimit
+from phoque.training.dealt_rows import DealtStream
 from phoque.training.engine import attention
 from phoque.training.engine.determinism import make_deterministic
 from phoque.training.engine.engine import Engine
@@ -27,7 +29,6 @@ from phoque.training.finish import stop_error, write_card_for_checkpoint
 from phoque.training.fsdp import NO_SAMPLES, WITHOUT_ENGINE, shard_base
 from phoque.training.metrics_log import Tracker
 from phoque.training.prepare import lora_options, packing_for
-from phoque.training.processes import DealtStream, current
 from phoque.training.run_record import write_record
 from phoque.training.run_state import Run
 from phoque.training.timer import Timer

@@ -16,14 +16,15 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from phoque.data.stream import TrainStream
+from phoque.distributed.processes import Processes
 from phoque.errors import RunError, UsageError, disk_full
 from phoque.models.architectures import Architecture
 from phoque.models.lora import check_finite, load_adapter, save_adapter
 from phoque.training import checkpoints
 from phoque.training.best import copy_best
+from phoque.training.dealt_rows import DealtStream, seed_row
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.loss import TokenLoss, add_token_loss
-from phoque.training.processes import DealtStream, Processes, seed_row
 from phoque.training.push import CheckpointPusher
 from phoque.training.run_files import METRICS, SAMPLES
 from phoque.training.timer import Timer

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from phoque.inference.generate import Request
-from phoque.inference.likelihood import compute_logits, mean_nll, sum_kl
+from phoque.inference.likelihood import compute_logits, sum_kl
 from phoque.inference.residual_stream import Turn, unwrap_model
 from phoque.probes import stats
 from phoque.probes.persona_vectors.model import ProbeModel
+from phoque.probes.shared_inference import mean_nll
 from phoque.probes.word_profile import WordProfile
 
 TEXT_TOKENS, TEXTS = 128, 16  # of unrelated text

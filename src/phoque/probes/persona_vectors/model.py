@@ -10,10 +10,11 @@ import torch
 
 from phoque.console import Console
 from phoque.errors import RunError
-from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
-from phoque.inference.residual_stream import Turn, residual_means
+from phoque.inference.generate import Reply, Request, prompt_ids
+from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import CONDITIONS, Persona
 from phoque.probes.roles import Role
+from phoque.probes.shared_inference import generate_replies, residual_means
 from phoque.settings.psm_probe import PsmSettings
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class Residuals:
 
 
 class ProbeModel:
-    """Generates answers with `model`, which may have adapters, and reads its residual streams."""
+    """Generates answers with `model`, which may have adapters, and reads its residual streams.
+
+    Of several processes, each has a copy of the model and takes its share of the rows.
+    """
 
     model: Any
 
@@ -142,7 +146,7 @@ class ProbeModel:
         means.response[empty] = torch.nan
         residuals = Residuals()
         residuals.norm = _finite_mean(means.norm[~empty].numpy())
-        residuals.kept, residuals.massive = means.kept.tolist(), means.massive.tolist()
+        residuals.kept, residuals.massive = means.kept.sum(0).tolist(), means.massive.sum(0).tolist()
         for condition in dict.fromkeys(a.condition for a in answers):
             residuals.by_condition[condition] = {}
             n_questions = 1 + max(a.question for a in answers if a.condition == condition)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy
 
+from phoque.distributed.processes import current
 from phoque.probes import stats
 from phoque.probes.persona import CONDITIONS
 from phoque.probes.persona_vectors import evidence as ev
@@ -85,8 +86,8 @@ class Probe:
         self.probe_model, self.scorers, self.context, self.layers = probe_model, scorers, context, layers
         self.s, self.persona = probe_model.s, probe_model.persona
 
-    def run(self, adapters: list[str]) -> ProbeResult:
-        """Measure the base model, and the model with each of these adapters."""
+    def run(self, adapters: list[str]) -> ProbeResult | None:
+        """Measure the base model, and the model with each of these adapters; None in all processes but process 0."""
         probe_model, seed = self.probe_model, self.s.seed
         texts = self._read_unrelated_texts() if adapters else []
         shown = [name for name in ("tuned", "control") if name in adapters]  # of several controls, the first
@@ -101,7 +102,9 @@ class Probe:
                 ev.swap_labels(self.heldout, ev.draw_half(len(self.heldout.get("neutral")), seed + 1))
             vectors = ev.extract_vectors(self.extraction, probe_model.roles, seed)
             probe_model.console.stage("measuring evidence on held-out questions")
-            evidence_rows = ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
+            evidence_rows = current().broadcast_from_main(
+                lambda: ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
+            )
             steerer = Steerer(probe_model, vectors, self.scorers, self.context, differences)
             sweep, settings = steerer.sweep(self.layers)
             answers = steerer.test(settings[VECTOR])
@@ -149,6 +152,9 @@ class Probe:
                 for name in ("neutral", *shown)
             }
             result.doses = measure_doses(probe_model, result.profile, greedy, self.s.dose_scales, texts)
+        if not current().is_main:  # what follows needs no other process
+            return None
+        if adapters and self.s.dose_scales:
             probe_model.console.stage("measuring side effects on unrelated text")
             result.side_effects = {name: measure_side_effects(probe_model, name, texts) for name in shown}
         self._describe(result, steerer, shifts)

@@ -4,16 +4,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.console import Console
+from phoque.distributed.processes import current
 from phoque.errors import UsageError
 from phoque.files import run_folder
-from phoque.inference.likelihood import mean_nll
-from phoque.models.adapter_source import find_adapter, find_controls, name_controls, read_run_record
+from phoque.models.adapter_source import AdapterSource, find_adapter, find_controls, name_controls, read_run_record
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
@@ -25,14 +25,18 @@ from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
-from phoque.probes.roles import load_roles
+from phoque.probes.roles import Role, load_roles
 from phoque.probes.scorers import Context, Scorer, make_scorer
 from phoque.probes.scorers.model import find_lexicon_tokens
+from phoque.probes.shared_inference import mean_nll
 from phoque.results import DryRun, RunFolderResult, library_versions
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.psm_probe import PsmSettings
 from phoque.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 RULE = (
     "highest trait on the validation questions among settings within the coherence limits; "
@@ -49,62 +53,61 @@ class ProbeRunResult(RunFolderResult):
     persona: str
 
 
-def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: bool) -> ProbeRunResult | DryRun:
+@dataclass(frozen=True, kw_only=True)
+class ProbePlan:
+    """The resolved inputs of a probe, and what a dry run shows of them."""
+
+    source: Source
+    tuned: AdapterSource | None
+    adapters: dict[str, AdapterSource]  # `tuned`, and the controls as `control`, `control-2` and so on
+    persona: Persona
+    roles: tuple[Role, ...]
+    config: "PretrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+    steered_blocks: list[int]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+
+def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: bool) -> ProbeRunResult | DryRun | None:
     """Probe a model for a persona as the settings say, and write the run folder.
 
-    Raises UsageError for invalid input, RunError for a failed upload if --fail-on-artifacts-upload-error is set.
+    Where several processes probe together, each calls this, and process 0 alone writes and returns a result. Raises
+    UsageError for invalid input, RunError for a failed upload if --fail-on-artifacts-upload-error is set.
     """
-    s, console, start = resolved.settings, services.console, time.monotonic()
-    tuned = find_adapter(s.adapter_source, s.adapter_revision, services) if s.adapter_source else None
-    controls = [find_adapter(name, None, services) for name in s.control_adapter]
-    if tuned and not controls:
-        controls = find_controls(tuned, services)
-    adapters = name_controls(controls) | ({"tuned": tuned} if tuned else {})
-    source = find_base_model(resolved, "model_source", tuned, services, weights=not dry_run)
-    record = tuned.run_record() if tuned else read_run_record(source.folder)
-    persona, warnings = find_persona(s, services, record)
-    persona = limit_questions(persona, s.questions)
-    card = find_card(s, tuned, services, dry_run=dry_run)
-    roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
-    config = load_config(source)
-    blocks = config.get_text_config().num_hidden_layers
-    layers = _resolve_steered_blocks(s, blocks)
-    tokenizer = load_tokenizer(source, tuned.folder if tuned else None)
-    plan = {
-        "persona": persona.name,
-        "roles": len(roles),
-        "questions": {key: len(getattr(persona, key)) for key in MIN_QUESTIONS},
-        "model": f"{source.name} ({source.origin})",
-        "adapters": {key: adapter.label for key, adapter in adapters.items()},
-        "blocks": blocks,
-        "steered": layers,
-    }
+    s, console, start, processes = resolved.settings, services.console, time.monotonic(), current()
+    card = repo = None
+    processes.check_one_machine("psm-probe")
+    with processes.main_first():
+        plan = make_plan(resolved, services, weights=not dry_run)
+        if processes.is_main:
+            card = find_card(s, plan.tuned, services, dry_run=dry_run)
+        if dry_run:
+            return DryRun(plan.facts, resolved.provenance(), plan.warnings)
+        if processes.is_main:
+            repo = open_artifacts_repo(s, services)
+    processes.watch(console)
     if not s.persona:
-        plan |= {"proposed prompts": list(persona.persona), "proposed words": ", ".join(persona.lexicon)}
-    if dry_run:
-        return DryRun(plan, resolved.provenance(), warnings)
-    if not s.persona:
-        _show_proposed(persona, console)
-    for text in warnings:
+        _show_proposed(plan.persona, console)
+    for text in plan.warnings:
         console.warn(text)
-    repo = open_artifacts_repo(s, services)
-    probe_model = ProbeModel(tokenizer, persona, roles, s, console)
-    context, scorers = _make_scorers(probe_model, source, s, services)
-    probe_model.model = load_model(source, s.quantization).eval()  # slow, so last
-    for key, adapter in adapters.items():
-        probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(config), key)
-    probe_result = Probe(probe_model, scorers, context, layers).run(list(adapters))
+    probe_model = ProbeModel(plan.tokenizer, plan.persona, plan.roles, s, console)
+    context, scorers = _make_scorers(probe_model, plan.source, s, services)
+    probe_model.model = load_model(plan.source, s.quantization).eval()  # slow, so last
+    for key, adapter in plan.adapters.items():
+        probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(plan.config), key)
+    probe_result = Probe(probe_model, scorers, context, plan.steered_blocks).run(list(plan.adapters))
+    if probe_result is None:
+        return None
     summary = _build_summary(
         resolved,
-        persona,
-        source=source,
-        plan=plan,
+        plan,
         result=probe_result,
         lexicon_token_ids=context.lexicon_token_ids,
-        warnings=warnings + probe_result.warnings,
+        warnings=plan.warnings + probe_result.warnings,
     )
     summary["run"]["seconds"] = round(time.monotonic() - start, 1)
-    folder = _write_run_folder(s, source, persona, probe_model.model.config.model_type, probe_result, summary)
+    folder = _write_run_folder(s, plan, probe_model.model.config.model_type, probe_result, summary)
     for text in probe_result.warnings:
         console.warn(text)
     upload = push_run_folder(repo, folder, s, services) if repo else None
@@ -119,6 +122,47 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
         warnings=summary["warnings"],
         repo=upload.repo if upload else None,
         commit=upload.commit if upload else None,
+    )
+
+
+def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: bool) -> ProbePlan:
+    """Resolve every input that the settings name. Raises UsageError for one that is missing or does not fit."""
+    s = resolved.settings
+    tuned = find_adapter(s.adapter_source, s.adapter_revision, services) if s.adapter_source else None
+    controls = [find_adapter(name, None, services) for name in s.control_adapter]
+    if tuned and not controls:
+        controls = find_controls(tuned, services)
+    adapters = name_controls(controls) | ({"tuned": tuned} if tuned else {})
+    source = find_base_model(resolved, "model_source", tuned, services, weights=weights)
+    record = tuned.run_record() if tuned else read_run_record(source.folder)
+    persona, warnings = find_persona(s, services, record)
+    persona = limit_questions(persona, s.questions)
+    roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
+    config = load_config(source)
+    blocks = config.get_text_config().num_hidden_layers
+    steered_blocks = _resolve_steered_blocks(s, blocks)
+    facts = {
+        "persona": persona.name,
+        "roles": len(roles),
+        "questions": {key: len(getattr(persona, key)) for key in MIN_QUESTIONS},
+        "model": f"{source.name} ({source.origin})",
+        "adapters": {key: adapter.label for key, adapter in adapters.items()},
+        "blocks": blocks,
+        "steered": steered_blocks,
+    }
+    if not s.persona:
+        facts |= {"proposed prompts": list(persona.persona), "proposed words": ", ".join(persona.lexicon)}
+    return ProbePlan(
+        source=source,
+        tuned=tuned,
+        adapters=adapters,
+        persona=persona,
+        roles=roles,
+        config=config,
+        tokenizer=load_tokenizer(source, tuned.folder if tuned else None),
+        steered_blocks=steered_blocks,
+        facts=facts,
+        warnings=warnings,
     )
 
 
@@ -166,22 +210,21 @@ def _make_scorers(
 
 def _build_summary(
     resolved: Resolved[PsmSettings],
-    persona: Persona,
+    plan: ProbePlan,
     *,
-    source: Source,
-    plan: dict[str, Any],
     result: ProbeResult,
     lexicon_token_ids: dict[int, str],
     warnings: list[str],
 ) -> dict[str, Any]:
     versions = library_versions("torch", "transformers", "peft", "numpy")
+    source, persona = plan.source, plan.persona
     selected = result.selected
     return {
         "schema_version": files.SCHEMA,
         "run": {"command": "psm-probe", "phoque": __version__, "versions": versions, "device": _device_name()},
         "models": {
             "base": {"name": source.name, "revision": source.revision, "origin": source.origin},
-            "adapters": plan["adapters"],
+            "adapters": plan.facts["adapters"],
         },
         "persona": {"name": persona.name, "sha256": persona.sha256, "texts": vars(persona)},
         "config": resolved.provenance(),
@@ -229,16 +272,16 @@ def _device_name() -> str:
 
 
 def _write_run_folder(
-    s: PsmSettings, source: Source, persona: Persona, model_type: str, result: ProbeResult, summary: dict[str, Any]
+    s: PsmSettings, plan: ProbePlan, model_type: str, result: ProbeResult, summary: dict[str, Any]
 ) -> Path:
     """Write the run folder under a temporary name and rename it when it is complete; return its path."""
     with run_folder(s.output_dir.expanduser(), "psm") as (staging, folder):
         files.write_layers(staging / files.LAYERS, result.layers)
         files.write_answers(staging / files.ANSWERS, result.answers, s.seed)
         metadata = {
-            "model_id": source.name,
-            "revision": source.revision,
-            "prompts_sha256": persona.sha256,
+            "model_id": plan.source.name,
+            "revision": plan.source.revision,
+            "prompts_sha256": plan.persona.sha256,
             "model_type": model_type,
         }
         if not files.write_vectors(staging, result.vectors, result.selected, metadata):
@@ -246,6 +289,6 @@ def _write_run_folder(
                 "block 0 was selected, which llama.cpp cannot steer: there is no control_vector.gguf"
             )
         files.write_summary(staging / files.SUMMARY, summary)
-        write_persona(persona, staging / files.PERSONA)
+        write_persona(plan.persona, staging / files.PERSONA)
         report.write_report(staging, folder.name)
     return folder

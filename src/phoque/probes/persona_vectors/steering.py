@@ -16,7 +16,6 @@ import numpy
 import torch
 
 from phoque.inference.generate import Reply, Request
-from phoque.inference.likelihood import mean_nll
 from phoque.inference.residual_stream import Turn
 from phoque.probes import stats
 from phoque.probes.persona_vectors.evidence import PersonaVectors
@@ -24,6 +23,7 @@ from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.roles import MIN_RANKED
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer, score_answers
 from phoque.probes.scorers.words import distinct_2, repetition
+from phoque.probes.shared_inference import mean_nll
 
 TEST_CONDITIONS = ("neutral", "persona", "neutral_plus_vector", "neutral_plus_random", "neutral_minus_vector")
 MIN_DISTINCT, MIN_LENGTH = 0.75, 0.25  # relative to the neutral answers

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from phoque.distributed.processes import current
 from phoque.errors import UsageError
 from phoque.files import atomic_file
 from phoque.inference.residual_stream import compute_norms, find_massive, read_residual_stream
@@ -96,7 +97,8 @@ def collect_activations(
     """Run the model over `rows` and store the residual stream after each of `layers` for the selected tokens.
 
     Background threads write the shards, each under a temporary name first. Shards that exist already are not computed
-    again, so an interrupted run continues where it stopped. Raises UsageError if `rows` is empty.
+    again, so an interrupted run continues where it stopped. Of several processes, each computes every n-th shard.
+    Raises UsageError if `rows` is empty.
     """
     if not rows:
         raise UsageError(
@@ -107,14 +109,16 @@ def collect_activations(
     folder.mkdir(parents=True, exist_ok=True)
     special_ids = torch.tensor(sorted(special), device=model.device)
     groups = group_rows([len(row) for row in rows], SHARD_TOKENS)
+    processes = current()
     with _Writer() as writer:
         done = 0
         for shard, group in enumerate(groups):
             path = folder / f"{shard:06}.safetensors"
-            if not path.exists():
+            if shard % processes.size == processes.rank and not path.exists():
                 writer.write(path, *_read_activations(model, [rows[n] for n in group], layers, special_ids))
             done += len(group)
             show(done, "texts read")
+    processes.wait_for_all()
     return ActivationStore(folder, tuple(layers))
 
 

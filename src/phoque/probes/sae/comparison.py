@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 import torch
 
+from phoque.distributed.processes import current
 from phoque.errors import RunError, first_line
-from phoque.inference.generate import Reply, Request, generate_replies, prompt_ids
-from phoque.inference.likelihood import mean_nll
+from phoque.inference.generate import Reply, Request, prompt_ids
 from phoque.inference.residual_stream import Turn
 from phoque.inference.residual_stream import get_blocks as blocks_of
 from phoque.models.architectures import architecture_of
@@ -21,6 +21,7 @@ from phoque.probes.sae.block_comparison import NULLS, BlockResult, ComparisonInp
 from phoque.probes.sae.corpus import Corpus
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.difference_sae import LearnedDifference, learn_difference
+from phoque.probes.sae.interventions import measure_interventions
 from phoque.probes.sae.model_variants import ModelVariants, check_compatible
 from phoque.probes.sae.plan import Plan
 from phoque.probes.sae.quality import measure_quality
@@ -28,6 +29,7 @@ from phoque.probes.sae.residuals import Residuals, collect_residuals, intersect_
 from phoque.probes.sae.trainer_cache import DictionaryTrainer, TrainedDictionaries
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer, make_scorer, score_answers
 from phoque.probes.scorers.model import find_lexicon_tokens
+from phoque.probes.shared_inference import generate_replies, mean_nll
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 
@@ -65,8 +67,11 @@ class Comparison:
         self.s, self.plan, self.services = s, plan, services
         self.warnings: list[str] = []
 
-    def run(self) -> ComparisonResult:
-        """Measure everything. Raises RunError if a model gives too few answers that are not empty."""
+    def run(self) -> ComparisonResult | None:
+        """Measure everything; None in all processes but process 0, which the others help.
+
+        Raises RunError if a model gives too few answers that are not empty.
+        """
         plan = self.plan
         self.tokenizer = load_tokenizer(plan.source, plan.adapters.get("tuned"))
         self.variants = self._load_models()
@@ -82,6 +87,10 @@ class Comparison:
         questions, requests, answers = self._generate_answers()
         scorers, values = self._score_answers(questions, answers)
         inputs = self._read_residuals(requests, answers, texts.held_out)
+        if not current().is_main:
+            for layer in plan.layers:
+                measure_interventions(None, self.variants, dictionaries[layer][0])
+            return None
         blocks = [self._compare_block(inputs, layer, dictionaries[layer], trained) for layer in plan.layers]
         weak = [scorer.name for scorer in scorers if scorer.is_weak]
         self.warnings += [f"{name} is a weak scorer: it misses implied content" for name in weak]
@@ -127,9 +136,7 @@ class Comparison:
                 f"{VARIANT_NAMES[variant]}: {len(requests)} answers of at most {s.max_new_tokens} tokens"
             )
             with self.variants.activate(variant) as model, self.services.console.progress(len(requests)) as show:
-                answers[variant] = generate_replies(
-                    model, requests, s.max_new_tokens, temperature=1.0, top_p=1.0, watched=lexicon_ids, show=show
-                )
+                answers[variant] = generate_replies(model, requests, s.max_new_tokens, watched=lexicon_ids, show=show)
         nonempty = [n for n, reply in enumerate(answers["base"]) if reply.ids]
         if len(nonempty) < s.min_active:
             raise RunError(

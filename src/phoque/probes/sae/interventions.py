@@ -7,14 +7,16 @@ beats SAE features in steering (AxBench, https://arxiv.org/abs/2501.17148), and 
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import cycle
+from functools import partial
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 
+from phoque.distributed.processes import current
 from phoque.inference.likelihood import mean_nll
 from phoque.inference.residual_stream import Steering, Turn, get_blocks
 from phoque.probes import stats
@@ -29,6 +31,68 @@ Array = Any
 GROUP_SHARE = 2  # one group of matched features is tried for each so many matched features
 MAX_P = 0.05
 RANK_QUANTILE = 0.95  # an effect must exceed those of this share of matched features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interventions:
+    """What is done at one block, each by itself: directions that the base model is steered along, and resets.
+
+    A direction (hidden,) is scaled to `length`; `resets` has lists of features of the tuned model that are reset to
+    `base_mean` (features,).
+    """
+
+    layer: int
+    rows: Sequence[Turn]
+    length: float
+    directions: list[torch.Tensor]
+    resets: list[list[int]]
+    base_mean: Array
+
+    def steer(self, model: "PreTrainedModel", numbers: Sequence[int]) -> list[Array]:
+        """The NLL of the rows, (rows,), steered along each of these directions; 0 stands for none, 1 for the first."""
+        found = []
+        for number in numbers:
+            vectors = {}
+            if number:
+                unit = torch.nn.functional.normalize(self.directions[number - 1].float(), dim=0)
+                vectors[self.layer] = (self.length * unit)[None].to(model.device)
+            with Steering(vectors).activate(model):
+                found.append(numpy.array(mean_nll(model, self.rows)))
+        return found
+
+    def reset(self, model: "PreTrainedModel", dictionary: Dictionary, numbers: Sequence[int]) -> list[Array]:
+        """The NLL of the rows, (rows,), with each of these lists of features reset; 0 stands for none."""
+        found = []
+        for number in numbers:
+            features = self.resets[number - 1] if number else []
+            with reset_features(model, dictionary, self.layer, features, self.base_mean) if features else nullcontext():
+                found.append(numpy.array(mean_nll(model, self.rows)))
+        return found
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The NLL of every row, (rows,) each: of both models as they are, and under each intervention."""
+
+    base: Array
+    steered: list[Array]
+    tuned: Array
+    reset: list[Array]
+
+
+def measure_interventions(
+    planned: Interventions | None, variants: ModelVariants, dictionary: Dictionary
+) -> Outcomes | None:
+    """Measure what process 0 has planned, each process its share of it; None if it has planned nothing."""
+    processes = current()
+    asked = processes.broadcast_from_main(lambda: planned)
+    if asked is None:
+        return None
+    with variants.activate("base") as model:
+        base, *steered = processes.share_work([1] * (1 + len(asked.directions)), partial(asked.steer, model))
+    with variants.activate("tuned") as model:
+        tuned, *resets = processes.share_work([1] * (1 + len(asked.resets)), partial(asked.reset, model, dictionary))
+    return Outcomes(base, steered, tuned, resets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +123,7 @@ class InterventionTest:
         """
         pool = self._match_unshifted(features)
         if not features or len(pool) < 2 or not self.rows:
+            measure_interventions(None, self.variants, self.dictionary)
             return {"features": [], "all": None, "prompts": len(self.rows), "random": 0}
         rng = numpy.random.default_rng(self.seed)
         rising = [f for f in features if self.shifts.delta[f] > 0]
@@ -66,28 +131,29 @@ class InterventionTest:
             rng.choice(pool, min(len(features), len(pool)), replace=False)
             for _ in range(max(2, len(pool) // GROUP_SHARE))
         ]
-        with self.variants.activate("base") as model:
-            base_nll = numpy.array(mean_nll(model, self.rows))
-
-            def push(direction: torch.Tensor) -> Array:
-                return base_nll - self._measure_steered_nll(model, direction)
-
-            pushed = {f: push(self._direction([f])) for f in features}
-            matched_pushed = [push(self._direction([f])) for f in pool]
-            joint_pushed = push(self._direction(features))
-            groups_pushed = [push(self._direction(list(group))) for group in groups]
-            yardsticks = {name: push(direction) for name, direction in self.yardsticks.items()}
-        with self.variants.activate("tuned") as model:
-            tuned_nll = numpy.array(mean_nll(model, self.rows))
-
-            def ablate(chosen: Sequence[int]) -> Array:
-                return self._measure_ablated_nll(model, chosen) - tuned_nll
-
-            ablated = {f: ablate([f]) for f in rising}
-            matched_ablated = [ablate([f]) for f in pool] if rising else []
-            joint_ablated = ablate(rising) if rising else None
-            groups_ablated = [ablate(list(group[: len(rising)])) for group in groups] if rising else []
-        gap = float((base_nll - tuned_nll).mean())
+        steered = [[f] for f in (*features, *pool)] + [list(features), *map(list, groups)]
+        reset = [[f] for f in (*rising, *pool)] + [rising, *(list(group[: len(rising)]) for group in groups)]
+        outcomes = measure_interventions(
+            Interventions(
+                layer=self.layer,
+                rows=self.rows,
+                length=self.strength * self.norm,
+                directions=[d.cpu() for d in (*map(self._direction, steered), *self.yardsticks.values())],
+                resets=reset if rising else [],
+                base_mean=self.shifts.base_mean,
+            ),
+            self.variants,
+            self.dictionary,
+        )
+        assert outcomes is not None
+        gains = iter(outcomes.base - nll for nll in outcomes.steered)
+        losses = iter(nll - outcomes.tuned for nll in outcomes.reset)
+        pushed, ablated = dict(zip(features, gains, strict=False)), dict(zip(rising, losses, strict=False))
+        matched_pushed, matched_ablated = list(islice(gains, len(pool))), list(islice(losses, len(pool)))
+        joint_pushed, joint_ablated = next(gains), next(losses, None)
+        groups_pushed, groups_ablated = list(islice(gains, len(groups))), list(losses)
+        yardsticks = dict(zip(self.yardsticks, gains, strict=True))
+        gap = float((outcomes.base - outcomes.tuned).mean())
         by_kind = {
             "push": self._compare_all(pushed, matched_pushed, gap),
             "ablate": self._compare_all(ablated, matched_ablated, gap),
@@ -153,17 +219,6 @@ class InterventionTest:
         unit = torch.nn.functional.normalize(self.dictionary.decoder[indices.to(self.dictionary.decoder.device)], dim=1)
         shift = torch.tensor(self.shifts.delta[indices.numpy()], device=unit.device, dtype=unit.dtype)
         return torch.where(shift == 0, 1e-6, shift) @ unit
-
-    def _measure_steered_nll(self, model: "PreTrainedModel", direction: torch.Tensor) -> Array:
-        """The NLL of the tuned answers under the base model, steered by `strength` times the residual norm."""
-        length = self.strength * self.norm
-        vector = length * torch.nn.functional.normalize(direction.float(), dim=0)
-        with Steering({self.layer: vector[None].to(model.device)}).activate(model):
-            return numpy.array(mean_nll(model, self.rows))
-
-    def _measure_ablated_nll(self, model: "PreTrainedModel", features: Sequence[int]) -> Array:
-        with reset_features(model, self.dictionary, self.layer, features, self.shifts.base_mean):
-            return numpy.array(mean_nll(model, self.rows))
 
 
 def _share(gain: float, gap: float) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phoque.distributed.processes import current
 from phoque.inference.residual_stream import (
     Turn,
     compute_norms,
@@ -14,9 +15,12 @@ from phoque.inference.residual_stream import (
     read_residual_stream,
     unwrap_model,
 )
+from phoque.probes.shared_inference import count_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+COUNTED = ("kept", "massive", "special")  # tokens of the response that are averaged, and those that are not
 
 
 @dataclass
@@ -35,6 +39,17 @@ class Residuals:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class _Row:
+    """What is kept of one row; `counts` has the numbers of tokens in the order of COUNTED."""
+
+    states: dict[int, torch.Tensor]
+    mask: torch.Tensor
+    means: torch.Tensor
+    norms: torch.Tensor
+    counts: torch.Tensor
+
+
 def collect_residuals(
     model: "PreTrainedModel",
     rows: Sequence[Turn],
@@ -44,17 +59,39 @@ def collect_residuals(
 ) -> Residuals:
     """Run the model over `rows`, teacher-forced, and collect the residual streams of `layers`.
 
-    `single_row_batches` runs each row in its own batch, which changes only rounding.
+    `single_row_batches` runs each row in its own batch, which changes only rounding. Of several processes, each runs
+    its share of the rows, and all get all of them.
     """
-    count, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
-    residuals = Residuals(
-        {layer: [torch.empty(0)] * len(rows) for layer in layers},
-        [torch.empty(0)] * len(rows),
-        torch.zeros(len(rows), count, size),
-        torch.zeros(len(rows), count),
+    budget = 1 if single_row_batches else None
+    found = current().share_work(
+        count_tokens(rows),
+        lambda numbers: _read_rows(model, [rows[n] for n in numbers], layers, special, budget),
     )
+    totals = sum((row.counts for row in found), torch.zeros(len(COUNTED), dtype=torch.long))
+    return Residuals(
+        {layer: [row.states[layer] for row in found] for layer in layers},
+        [row.mask for row in found],
+        torch.stack([row.means for row in found]),
+        torch.stack([row.norms for row in found]),
+        dict(zip(COUNTED, totals.tolist(), strict=True)),
+    )
+
+
+def _read_rows(
+    model: "PreTrainedModel", rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], budget: int | None
+) -> list[_Row]:
+    count, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
+    found = [
+        _Row(
+            {},
+            torch.empty(0),
+            torch.zeros(count, size),
+            torch.zeros(count),
+            torch.zeros(len(COUNTED), dtype=torch.long),
+        )
+        for _ in rows
+    ]
     special_ids = torch.tensor(sorted(special), device=model.device)
-    totals = dict.fromkeys(("kept", "massive", "special"), 0)
 
     def store_batch(layer: int, batch: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
         positions = torch.arange(hidden.shape[1], device=hidden.device)
@@ -65,27 +102,20 @@ def collect_residuals(
         special_tokens = torch.isin(ids, special_ids) & in_response
         counted = in_response & ~sinks & ~special_tokens
         weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
-        residuals.means[batch, layer] = torch.einsum("rt,rth->rh", weights, hidden.float()).cpu()
-        residuals.norms[batch, layer] = (weights * norms).sum(1).cpu()
-        if layer not in residuals.states:
-            return
+        means = torch.einsum("rt,rth->rh", weights, hidden.float()).cpu()
+        mean_norms = (weights * norms).sum(1).cpu()
+        totals = torch.stack([counted.sum(1), sinks.sum(1), (special_tokens & ~sinks).sum(1)], dim=1).cpu()
         for index, n in enumerate(batch):
-            residuals.states[layer][n] = hidden[index, in_response[index]].cpu()
-            row_mask = counted[index, in_response[index]].cpu()
-            residuals.masks[n] = row_mask if residuals.masks[n].numel() == 0 else residuals.masks[n] & row_mask
-        totals["kept"] += int(counted.sum())
-        totals["massive"] += int(sinks.sum())
-        totals["special"] += int((special_tokens & ~sinks).sum())
+            row = found[n]
+            row.means[layer], row.norms[layer] = means[index], mean_norms[index]
+            if layer in layers:
+                row.states[layer] = hidden[index, in_response[index]].cpu()
+                row_mask = counted[index, in_response[index]].cpu()
+                row.mask = row_mask if row.mask.numel() == 0 else row.mask & row_mask
+                row.counts += totals[index]
 
-    read_residual_stream(
-        model,
-        [r.prompt + r.response for r in rows],
-        range(count),
-        store_batch,
-        budget=1 if single_row_batches else None,
-    )
-    residuals.left_out = totals
-    return residuals
+    read_residual_stream(model, [r.prompt + r.response for r in rows], range(count), store_batch, budget=budget)
+    return found
 
 
 def intersect_masks(variants: Sequence[Residuals]) -> None:

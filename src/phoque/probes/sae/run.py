@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.artifacts import open_artifacts_repo, push_run_folder
+from phoque.distributed.processes import current
 from phoque.files import run_folder
 from phoque.probes.card_section import find_card
 from phoque.probes.sae import files, report
@@ -31,15 +32,23 @@ class CompareResult(RunFolderResult):
     scores: dict[str, Any]
 
 
-def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_run: bool) -> CompareResult | DryRun:
+def compare_models(
+    resolved: Resolved[SaeSettings], services: Services, *, dry_run: bool
+) -> CompareResult | DryRun | None:
     """Compare two models feature by feature and write the run folder.
 
-    Raises UsageError for models that cannot be compared, RunError for a failed upload if
+    Where several processes compare together, each calls this, and process 0 alone writes and returns a result. Raises
+    UsageError for models that cannot be compared, RunError for a failed upload if
     --fail-on-artifacts-upload-error is set.
     """
-    s, console, started = resolved.settings, services.console, time.monotonic()
-    plan = make_plan(resolved, services, weights=not dry_run)
-    card = find_card(s, plan.tuned, services, dry_run=dry_run)
+    s, console, started, processes = resolved.settings, services.console, time.monotonic(), current()
+    card = repo = None
+    processes.check_one_machine("compare-sae")
+    with processes.main_first():
+        plan = make_plan(resolved, services, weights=not dry_run)
+        if processes.is_main:
+            card = find_card(s, plan.tuned, services, dry_run=dry_run)
+            repo = None if dry_run else open_artifacts_repo(s, services)
     if dry_run:
         facts = {
             "base": f"{plan.source.name} ({plan.source.origin})",
@@ -52,10 +61,12 @@ def compare_models(resolved: Resolved[SaeSettings], services: Services, *, dry_r
             "scorers": plan.scorers,
         }
         return DryRun(facts, resolved.provenance(), plan.warnings)
+    processes.watch(console)
     for text in plan.warnings:
         console.warn(text)
-    repo = open_artifacts_repo(s, services)
     measurements = Comparison(s, plan, services).run()
+    if measurements is None:
+        return None
     summary = build_report(resolved, plan, measurements)
     summary["run"]["seconds"] = round(time.monotonic() - started, 1)
     folder = _write_run_folder(s, measurements, summary)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from phoque.data.readers import Dataset
+from phoque.distributed.processes import current
 from phoque.errors import UsageError
 from phoque.files import atomic_file, lock, write_atomically
-from phoque.inference.generate import Request, generate_replies, prompt_ids
+from phoque.inference.generate import Request, prompt_ids
 from phoque.inference.residual_stream import unwrap_model
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config
@@ -25,6 +27,7 @@ from phoque.probes.sae.corpus import Corpus, read_conversations, read_text_chunk
 from phoque.probes.sae.dictionary import Dictionary, read_dictionary
 from phoque.probes.sae.quality import count_firings
 from phoque.probes.sae.training import Recipe, train_dictionary
+from phoque.probes.shared_inference import generate_replies
 from phoque.services import Services
 from phoque.settings.compare_sae import SaeSettings
 
@@ -54,11 +57,16 @@ class DictionaryTrainer:
         budget = 60_000 if s.sae else s.tokens
         answer_count = min(s.own_answers, 64) if s.sae else s.own_answers
         budget_per_source = budget // 2 // len(datasets)
-        chat_sets = [
-            read_conversations(source, self._encode_chat, budget_per_source, MAX_CHAT_TOKENS, frozenset(questions))
-            for source in datasets
-        ]
-        text_name, text_rows = read_text_chunks(s.text, self.tokenizer, budget // 2, self.services.hub)
+        processes = current()
+        chat_sets = processes.broadcast_from_main(
+            lambda: [
+                read_conversations(source, self._encode_chat, budget_per_source, MAX_CHAT_TOKENS, frozenset(questions))
+                for source in datasets
+            ]
+        )
+        text_name, text_rows = processes.broadcast_from_main(
+            lambda: read_text_chunks(s.text, self.tokenizer, budget // 2, self.services.hub)
+        )
         texts = Corpus()
         for ids in (ids for source in chat_sets for ids in source.ids):
             texts.add("chat", ids)
@@ -99,20 +107,23 @@ class DictionaryTrainer:
             self.s.max_new_tokens,
             [a.prompt for a in requests],
         ]
-        path = self.services.cache / "sae" / f"answers-{_hash_json(key)}.json"
-        if path.is_file():
-            return json.loads(path.read_text())
+        path, processes = self.services.cache / "sae" / f"answers-{_hash_json(key)}.json", current()
+        cached = processes.broadcast_from_main(lambda: json.loads(path.read_text()) if path.is_file() else None)
+        if cached is not None:
+            return cached
         self.services.console.stage(f"the base model answers {len(questions)} questions of {source_name}")
         with self.services.console.progress(len(requests)) as show:
-            answers = generate_replies(
-                self.model, requests, self.s.max_new_tokens, temperature=1.0, top_p=1.0, show=show
-            )
+            answers = generate_replies(self.model, requests, self.s.max_new_tokens, show=show)
         rows = [ask.prompt + reply.ids for ask, reply in zip(requests, answers, strict=True)]
-        write_atomically(path, json.dumps(rows))
+        if processes.is_main:
+            write_atomically(path, json.dumps(rows))
         return rows
 
     def train_dictionaries(self, texts: Corpus, layers: Sequence[int]) -> "TrainedDictionaries":
-        """Train one dictionary per block and seed; those with the same inputs are taken from the cache."""
+        """Train one dictionary per block and seed; those with the same inputs are taken from the cache.
+
+        Of several processes, each trains some of them.
+        """
         s, config = self.s, unwrap_model(self.model).config
         features = s.width * config.hidden_size
         key = [CACHE_VERSION, self.source.weights, s.quantization, texts.sha256, list(layers)]
@@ -127,28 +138,39 @@ class DictionaryTrainer:
             for n, recipe in enumerate(recipes)
         }
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".lock"):  # another run may train the same dictionaries
-            if all((home / FIRINGS_FILE).is_file() for home in homes.values()):
+        processes = current()
+        # another run may train the same dictionaries
+        with lock(folder / ".lock") if processes.is_main else nullcontext():
+            is_trained = lambda: all((home / FIRINGS_FILE).is_file() for home in homes.values())
+            if processes.broadcast_from_main(is_trained):
                 self.services.console.stage(f"the autoencoder was trained before; loading {folder.name} from the cache")
             else:
                 shards = self._collect_activations(texts, layers, folder / "activations", config.hidden_size)
-                (folder / TOKENS_FILE).write_text(json.dumps(shards.token_counts()))
-                for (layer, n), home in homes.items():
-                    self._train_one(recipes[n], shards, layer, texts, home)
-                shutil.rmtree(shards.folder)  # no longer needed, and the largest files of a run
+                if processes.is_main:
+                    (folder / TOKENS_FILE).write_text(json.dumps(shards.token_counts()))
+                for number, ((layer, n), home) in enumerate(homes.items()):
+                    if number % processes.size == processes.rank:
+                        self._train_one(recipes[n], shards, layer, texts, home)
+                processes.wait_for_all()
+                if processes.is_main:
+                    shutil.rmtree(shards.folder)  # no longer needed, and the largest files of a run
         return TrainedDictionaries(homes, json.loads((folder / TOKENS_FILE).read_text()), self.model.device)
 
     def _collect_activations(self, texts: Corpus, layers: Sequence[int], target: Path, hidden: int) -> ActivationStore:
         tokens = sum(map(len, texts.train))
         size = tokens * hidden * ACTIVATION_DTYPE.itemsize * len(layers)
         target.mkdir(parents=True, exist_ok=True)
-        available = shutil.disk_usage(target).free - DISK_RESERVE
-        if size > available:
-            raise UsageError(
-                what=f"The activations of {tokens:,} tokens take {size / 1e9:.1f} GB.",
-                why=f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
-                fix="Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
-            )
+
+        def check_space() -> None:
+            available = shutil.disk_usage(target).free - DISK_RESERVE
+            if size > available:
+                raise UsageError(
+                    what=f"The activations of {tokens:,} tokens take {size / 1e9:.1f} GB.",
+                    why=f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
+                    fix="Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
+                )
+
+        current().broadcast_from_main(check_space)
         self.services.console.stage(f"reading {tokens:,} tokens through {max(layers) + 1} blocks ({size / 1e9:.1f} GB)")
         with self.services.console.progress(len(texts.train)) as show:
             return collect_activations(

@@ -4,10 +4,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phoque.distributed.processes import current
 from phoque.errors import RunError, UsageError
 from phoque.files import write_atomically
 from phoque.inference.generate import Reply
@@ -31,7 +32,8 @@ class Scorer:
 
     `primary` is the label that verdicts use. `fingerprint` identifies everything that a score depends on besides the
     question and the text; scores are not cached if it is empty. A scorer that `is_weak` misses most of what it is meant
-    to detect.
+    to detect. Of several processes, all score together if it `runs_model`, the one that is probed; otherwise process 0
+    does.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Scorer:
     score: Callable[[Sequence[ScoredAnswer]], list[dict[str, float]]]
     fingerprint: str = ""
     is_weak: bool = False
+    runs_model: bool = False
 
 
 @dataclass
@@ -54,9 +57,6 @@ class Context:
     model: str  # identifies weights and quantization, for the cache
     cache: Path
     profile: WordProfile | None = None  # of the roles' answers, once these are there
-    scored_counts: dict[str, int] = field(
-        default_factory=dict
-    )  # scorer -> number of answers that were not in the cache
 
 
 def make_scorer(spec: str, context: Context) -> Scorer:
@@ -95,14 +95,24 @@ def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Cont
     """
     keys = [hashlib.sha256(f"{s.prompt}\0{s.text}".encode()).hexdigest() for s in answers]
     path = context.cache / "scores" / f"{hashlib.sha256(scorer.fingerprint.encode()).hexdigest()[:24]}.json"
-    cached: dict[str, Any] = json.loads(path.read_text()) if scorer.fingerprint and path.is_file() else {}
-    uncached = {key: s for key, s in zip(keys, answers, strict=True) if key not in cached}
+    processes = current()
+
+    def score(given: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
+        return _check_scores(
+            scorer,
+            scorer.score(given) if scorer.runs_model else processes.broadcast_from_main(lambda: scorer.score(given)),
+        )
+
     if not scorer.fingerprint:  # the score depends on more than the question and the text
-        return _check_scores(scorer, scorer.score(answers))
+        return score(answers)
+    cached: dict[str, Any] = processes.broadcast_from_main(
+        lambda: json.loads(path.read_text()) if path.is_file() else {}
+    )
+    uncached = {key: s for key, s in zip(keys, answers, strict=True) if key not in cached}
     if uncached:
-        context.scored_counts[scorer.name] = context.scored_counts.get(scorer.name, 0) + len(uncached)
-        cached |= dict(zip(uncached, _check_scores(scorer, scorer.score(list(uncached.values()))), strict=True))
-        write_atomically(path, json.dumps(cached))
+        cached |= dict(zip(uncached, score(list(uncached.values())), strict=True))
+        if processes.is_main:
+            write_atomically(path, json.dumps(cached))
     return _check_scores(scorer, [cached[key] for key in keys])  # a cached score may lack this label
 
 

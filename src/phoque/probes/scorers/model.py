@@ -27,7 +27,7 @@ def nll(context: Context) -> Scorer:
         rows = [Turn(context.prompt_ids(s.prompt, system), s.reply.ids) for s in answers]
         return [{"nats": value} for value in _nan_to_zero(context.nll(rows))]
 
-    return Scorer("nll", "nats", score, f"nll 1 {context.model} {system}")
+    return Scorer("nll", "nats", score, f"nll 1 {context.model} {system}", runs_model=True)
 
 
 def contrast(context: Context) -> Scorer:
@@ -47,7 +47,8 @@ def contrast(context: Context) -> Scorer:
             means[condition] = losses.mean(0)
         return [{"nats": value} for value in (means["neutral"] - means["persona"]).tolist()]
 
-    return Scorer("contrast", "nats", score, f"contrast 1 {context.model} {systems_by_condition}")
+    fingerprint = f"contrast 1 {context.model} {systems_by_condition}"
+    return Scorer("contrast", "nats", score, fingerprint, runs_model=True)
 
 
 def _nan_to_zero(values: list[float]) -> list[float]:

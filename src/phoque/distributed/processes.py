@@ -1,16 +1,16 @@
-"""What the processes of one run do together: deal the rows of a step, sum gradients, and stop at the same step.
+"""What the processes of one command do together: share work, sum gradients, and stop at the same step.
 
-Every process reads the same stream and packs the same rows, so rows are dealt without communication. The gradients of
-all processes are summed before the optimizer's step: the sum over the step's tokens is what a single process would
+All processes run the same program on the same data, so rows are dealt without communication. In training the gradients
+of all processes are summed before the optimizer's step: the sum over the step's tokens is what a single process would
 have, to rounding. The adapter is small (99 MB in fp32 at 3B), so one all-reduce per step is enough, and weights stay
-equal because every process takes the same step from the same sum. Process 0 alone writes files, uploads, evaluates and
-prints.
+equal because every process takes the same step from the same sum. In a probe each process answers and reads its share
+of the rows, and all get the results. Process 0 alone writes files, uploads, evaluates and prints.
 """
 
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 import torch
 
 from phoque.console import Console
-from phoque.data.stream import TrainStream
-from phoque.errors import FAILED, RunError, UsageError, first_line
+from phoque.distributed.launch import Launch
+from phoque.errors import FAILED, Resumable, RunError, UsageError, first_line
 from phoque.files import sha256
-from phoque.training.launch import Launch
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(days=30)  # process 0 may read, measure or generate for hours while the others wait
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+AGAIN = "Run the same command again; a training run continues from its newest checkpoint."
 HEARTBEAT_S = 5.0
 HEARTBEAT_TIMEOUT_S = 45.0
 
@@ -41,10 +41,10 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 
 class Processes:
-    """The processes of a run; one that trains alone is process 0 of 1."""
+    """The processes of a command; one that works alone is process 0 of 1. `local_rank` counts those of its machine."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, local_rank: int = 0) -> None:
+        self.rank, self.size, self._store, self._local_rank = rank, size, store, local_rank
         self._finished, self._is_watching = threading.Event(), False
         self._last_answer = 0.0  # time.monotonic() when the store answered last
 
@@ -66,6 +66,46 @@ class Processes:
             raise SystemExit(FAILED) from None
         return chosen[0]
 
+    @contextmanager
+    def main_first(self) -> Generator[None]:
+        """Let process 0 finish the block before the others begin it: they find what it has put into a cache."""
+        if not self.is_main:
+            self.broadcast_from_main(bool)
+        yield
+        if self.is_main:
+            self.broadcast_from_main(bool)
+
+    def check_one_machine(self, command: str) -> None:
+        """Raise UsageError if the processes of a command that needs a common cache are on several machines."""
+        if self.max_over_processes(self.rank != self._local_rank):
+            raise UsageError(
+                what=f"{command} uses the GPUs of one machine.",
+                why="Its processes were launched on several, and share no cache.",
+                fix="Launch it on one machine, or with --gpus.",
+            )
+
+    def share_work(self, costs: Sequence[int], run: Callable[[list[int]], Sequence[T]]) -> list[T]:
+        """Run a share of the items in each process, and return the results of all items in order, in every process.
+
+        `costs` has a number for each item, such as its tokens; `run` gets indices into it and returns one result for
+        each. Every process has to ask for the same items at the same place. Raises LostProcess.
+        """
+        if self.size == 1:
+            return list(run(list(range(len(costs)))))
+        own = deal(costs, self)
+        results = run(own)
+        parts: list[Any] = [None] * self.size
+        with self.name_lost_connections():
+            torch.distributed.all_gather_object(parts, (list(costs), own, list(results)))
+        if any(part[0] != list(costs) for part in parts):
+            raise RunError(
+                what="The processes of this command have different work.",
+                why=f"Process {self.rank} has {len(costs)} items; they differ from those of another process.",
+                fix="Run it on one GPU, without --gpus, and report this.",
+            )
+        found = {number: result for _, numbers, part in parts for number, result in zip(numbers, part, strict=True)}
+        return [found[number] for number in range(len(costs))]
+
     def max_over_processes(self, code: int) -> int:
         """The largest of all processes' codes; every process has to ask at the same place. Raises LostProcess."""
         if self.size == 1:
@@ -73,6 +113,10 @@ class Processes:
         codes = torch.tensor([int(code)])
         self._reduce(codes, torch.distributed.ReduceOp.MAX)
         return int(codes)
+
+    def wait_for_all(self) -> None:
+        """Wait until every process is here. Raises LostProcess."""
+        self.max_over_processes(0)
 
     def sum(self, tensor: torch.Tensor) -> None:
         """Replace a tensor by the sum over all processes. Raises LostProcess if one of them is gone."""
@@ -96,7 +140,7 @@ class Processes:
             raise LostProcess(
                 what=f"Process {self.rank} of {self.size} lost the connection to another process.",
                 why=f"{first_line(error)[:120]}.",
-                fix="Run the same command again: it continues from the newest checkpoint.",
+                fix=AGAIN,
             ) from error
 
     def sum_gradients(self, parameters: Sequence[torch.Tensor], flat: torch.Tensor | None) -> None:
@@ -173,8 +217,8 @@ class Processes:
         console.error(
             LostProcess(
                 what=f"Process {self.rank} of {self.size} ends: {why}.",
-                why="The processes of a run need each other at every step.",
-                fix="Run the same command again: it continues from the newest checkpoint.",
+                why="The processes of a command need each other at every step.",
+                fix=AGAIN,
             )
         )
         os._exit(FAILED)  # the main thread waits inside a collective operation
@@ -199,40 +243,13 @@ class Processes:
         _joined = Processes()
 
 
-class DealtStream:
-    """This process's rows of each step of a stream; `labels` is the number of trained tokens of the whole step.
-
-    Rows are dealt by length, the longest first and back and forth, so that all processes have about as many tokens.
-    The state is that after the whole step, so that any number of processes that divides a step can go on from it.
-    """
-
-    def __init__(self, stream: TrainStream, rows_per_step: int, processes: Processes) -> None:
-        self._stream, self._rows, self._processes = stream, rows_per_step, processes
-        self.labels = 0
-        self.numbers: list[int] = []  # of this process's rows in the step
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._stream, name)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        step: list[dict[str, Any]] = []
-        for batch in self._stream:
-            step.append(batch)
-            if len(step) == self._rows:
-                self.labels = sum(len(row["loss_at"]) for row in step)
-                self.numbers = deal([row["input_ids"].shape[1] for row in step], self._processes)
-                yield from (step[number] for number in self.numbers)
-                step = []
-
-
-def deal(lengths: Sequence[int], processes: Processes) -> list[int]:
-    """The rows that this process gets, as indices into the `lengths` of a step's rows: as many for each process."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+def deal(costs: Sequence[int], processes: Processes) -> list[int]:
+    """The items that this process gets, as indices into `costs`: the costliest first, dealt back and forth."""
+    order = sorted(range(len(costs)), key=lambda number: -costs[number])
     size, rank = processes.size, processes.rank
     rounds = [order[start : start + size] for start in range(0, len(order), size)]
-    return [members[rank if n % 2 == 0 else size - 1 - rank] for n, members in enumerate(rounds)]
+    places = [rank if n % 2 == 0 else size - 1 - rank for n in range(len(rounds))]
+    return [members[place] for members, place in zip(rounds, places, strict=True) if place < len(members)]
 
 
 _joined = Processes()
@@ -266,10 +283,21 @@ def join(launch: Launch) -> Processes:
     torch.distributed.init_process_group(
         backend, store=own, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT
     )
-    _joined = Processes(launch.rank, launch.size, own)
+    _joined = Processes(launch.rank, launch.size, own, launch.local_rank)
     return _joined
 
 
-def seed_row(seed: int, step: int, number: int) -> None:
-    """Seed dropout by the row, so that a resumed run drops out the same, whichever process has the row."""
-    torch.manual_seed(hash((seed, step, number)) & 0x7FFFFFFF)
+@contextmanager
+def take_part(launch: Launch | None) -> Generator[None]:
+    """Meet the other processes of a launch, if there is one, and leave them at the end of a `with` statement."""
+    if launch:
+        join(launch)
+    is_clean = False
+    try:
+        yield
+        is_clean = True
+    except (Resumable, SystemExit):  # all processes have stopped at the same step
+        is_clean = True
+        raise
+    finally:
+        current().finish(is_clean)

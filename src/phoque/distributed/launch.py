@@ -1,7 +1,7 @@
-"""Several processes train one run: which of them this is, as a launcher says it, and `--gpus`, which launches them.
+"""Several processes do one command: which of them this is, as a launcher says it, and `--gpus`, which launches them.
 
 torchrun, accelerate and SLURM each start the same command several times. Each process takes one GPU and its share of
-every step. This module is read before torch is, because what CUDA sees is fixed when CUDA starts.
+the work. This module is read before torch is, because what CUDA sees is fixed when CUDA starts.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 
 from phoque.errors import FAILED, UsageError
 
-# what accelerate would read: to it, every process is one that trains alone
+# what accelerate would read: to it, every process is one that works alone
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 GRACE_S = 30.0  # for the other processes to end by themselves, after one has failed
 FIRST_PORT, PORTS = 15000, 10000  # of which a SLURM job takes the one that its number gives
@@ -25,7 +25,7 @@ FIRST_PORT, PORTS = 15000, 10000  # of which a SLURM job takes the one that its 
 
 @dataclass(frozen=True)
 class Launch:
-    """One of `size` processes that train together; `address` and `port` are where process 0 is reached."""
+    """One of `size` processes that work together; `address` and `port` are where process 0 is reached."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class Launch:
 
 
 def find_launch() -> Launch | None:
-    """What the launcher says about this process; None if it trains alone."""
+    """What the launcher says about this process; None if it works alone."""
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) > 1 and "RANK" in env:
         address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
@@ -68,7 +68,7 @@ _claimed: Launch | None = None
 
 
 def claim_gpu() -> Launch | None:
-    """Let this process see its own GPU alone, and no sign of the launcher: it then trains like one that is alone.
+    """Let this process see its own GPU alone, and no sign of the launcher: it then works like one that is alone.
 
     Returns what the launcher said, also when it is called again; None if there was no launcher.
     """
@@ -99,6 +99,12 @@ def count_processes(gpus: str) -> int:
             fix="Leave --gpus out, or give a number that is there.",
         )
     return wanted
+
+
+def run_on_gpus(gpus: str | None) -> None:
+    """Run this command once for each GPU that --gpus asks for, and exit; return if that is one, or already done."""
+    if gpus and not claim_gpu() and (count := count_processes(gpus)) > 1:
+        sys.exit(launch(count, own_command()))
 
 
 def launch(count: int, command: Sequence[str]) -> int:
