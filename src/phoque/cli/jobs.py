@@ -56,8 +56,8 @@ def run(command: str, resolved: Resolved[Any], dry_run: bool) -> None:
     account, role = find_account(hub)
     flavor = find_flavor(hub, s.on)
     _check_hardware(command, s, flavor)
-    if command == "train" and (flavor.gpus > 1 or s.gpus or s.fsdp):
-        resolved = _with_all_gpus(resolved, flavor)
+    if hasattr(s, "gpus"):
+        resolved = _with_all_gpus(command, resolved, flavor)
     namespace, submission = s.namespace or account, token_hex(6)
     uploaded = JobInputs(hub, namespace, submission, inputs)
     volumes = uploaded.volumes() if inputs else []
@@ -179,12 +179,11 @@ def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", time
     return facts | estimate.describe(flavor)
 
 
-def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
+def _with_all_gpus(command: str, resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
     """The settings with all GPUs of the flavor, or as many as --gpus says. Raises UsageError for more than it has."""
-    from phoque.distributed.launch import check_sharded
-    from phoque.training.prepare import choose_micro_batch
-
     s = resolved.settings
+    if flavor.gpus < 2 and not s.gpus and not getattr(s, "fsdp", False):
+        return resolved
     gpus = flavor.gpus if s.gpus in (None, "all") else int(s.gpus)
     if gpus > flavor.gpus:
         raise UsageError(
@@ -192,11 +191,17 @@ def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
             why=f"--gpus {gpus} asks for more.",
             fix="Lower --gpus, or leave it out.",
         )
-    check_sharded(s.fsdp, gpus)
+    if command == "train":
+        from phoque.distributed.launch import check_sharded
+        from phoque.training.prepare import choose_micro_batch
+
+        check_sharded(s.fsdp, gpus)
+        if gpus > 1:
+            choose_micro_batch(s, gpus)
     if gpus < 2:
         return resolved
-    choose_micro_batch(s, gpus)
-    console.say(f"{gpus} of the {flavor.gpus} GPUs of {flavor.name} train, each on its share of every step")
+    share = "train, each on its share of every step" if command == "train" else "probe, each its share of the answers"
+    console.say(f"{gpus} of the {flavor.gpus} GPUs of {flavor.name} {share}")
     origins = resolved.origins | {"gpus": Origin(flavor.name, "--on") if s.gpus is None else resolved.origins["gpus"]}
     return replace(resolved, settings=s.model_copy(update={"gpus": str(gpus)}), origins=origins)
 
@@ -204,7 +209,7 @@ def _with_all_gpus(resolved: Resolved[Any], flavor: "Flavor") -> Resolved[Any]:
 def _check_hardware(command: str, s: Any, flavor: "Flavor") -> None:
     """Raise UsageError for a precision that the flavor's hardware does not have; warn of GPUs that stay idle."""
     quantization = getattr(s, "quantization", None)
-    if flavor.gpus > 1 and command != "train":
+    if flavor.gpus > 1 and not hasattr(s, "gpus"):
         console.warn(f"{flavor.name} has {flavor.gpus} GPUs; {command} uses one of them, and all are paid")
     if quantization == "fp8" and find_generation(flavor.gpu_model) in WITHOUT_FP8:
         raise UsageError(
