@@ -114,7 +114,8 @@ def make(folder: Path, tiny: bool, kinds: tuple[str, ...] = ("fp8", "bf16")) -> 
             )
         (folder / kind / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
         tokenizer().save_pretrained(folder / kind)
-    (folder / "fp8" / "config.json").write_text(json.dumps(declared))
+    if "fp8" in kinds:
+        (folder / "fp8" / "config.json").write_text(json.dumps(declared))
     text.architectures = ["Ministral3ForCausalLM"]
     if "bf16" in kinds:
         text.save_pretrained(folder / "bf16")

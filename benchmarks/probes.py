@@ -126,7 +126,7 @@ def run(command: list[Any], env: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def main(out: Path, counts: list[int], tokenizer: Path | None, which: list[str]) -> None:
+def main(out: Path, counts: list[int], tokenizer: Path | None, which: list[str], repeats: int) -> None:
     out = out.resolve()
     model = write_inputs(out, tokenizer)
     persona = ["--persona", "seal", "--quantization", "bf16", "--json"]
@@ -137,21 +137,21 @@ def main(out: Path, counts: list[int], tokenizer: Path | None, which: list[str])
             *("--sae", out / "sae", "--chat", "seal", "--text", "python"),
         ],
     }
-    print("| command | GPUs | seconds | once more | |\n|---|---|---|---|---|", flush=True)
+    print("| command | GPUs | seconds | verdicts |\n|---|---|---|---|", flush=True)
     for name in which:
         for count in counts:
             gpus = ["--gpus", count] if count > 1 else []
             found: list[dict[str, Any]] = []
-            for attempt in ("first", "second"):
+            for attempt in range(repeats):
                 cache = {"XDG_CACHE_HOME": str(out / f"cache-{name}-{count}-{attempt}")}
                 folder = ["--output-dir", out / f"{name}-{count}"]
                 command = [sys.executable, "-m", "phoque", name, *commands[name], *persona, *folder, *gpus]
                 found.append(run(command, cache))
                 (out / f"{name}-{count}-{attempt}.json").write_text(json.dumps(found[-1], indent=1))
-            first, second = (f.get("seconds", f.get("error")) for f in found)
-            verdicts = {k: v["verdict"] for k, v in found[1].get("json", {}).get("verdicts", {}).items()}
-            print(f"| {name} | {count} | {first} | {second} | {verdicts} |", flush=True)
-            for text, seconds in found[1].get("stages", []):
+            last, seconds = found[-1], ", ".join(str(f.get("seconds", f.get("error"))) for f in found)
+            verdicts = {k: v["verdict"] for k, v in last.get("json", {}).get("verdicts", {}).items()}
+            print(f"| {name} | {count} | {seconds} | {verdicts} |", flush=True)
+            for text, seconds in last.get("stages", []):
                 if seconds >= 0.5:
                     print(f"    {seconds:6.1f} {text}", flush=True)
 
@@ -162,5 +162,6 @@ if __name__ == "__main__":
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--tokenizer", type=Path, help="a folder with the tokenizer, where mistral-common is missing")
     parser.add_argument("--probes", nargs="+", default=["psm-probe", "compare-sae"])
+    parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
-    main(given.out, given.gpus, given.tokenizer, given.probes)
+    main(given.out, given.gpus, given.tokenizer, given.probes, given.repeats)

@@ -2,13 +2,14 @@
 
 from contextlib import nullcontext
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from phoque.inference import cuda_decoder
 from phoque.inference.cuda_decoder import BatchDecoder
-from phoque.inference.generate import Request, generate_replies
+from phoque.inference.generate import Request, count_rows, estimate_row_bytes, generate_replies
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,15 @@ def test_steps_see_exactly_what_was_said_before(model):
         for row, prompt in enumerate(prompts):
             whole = model(torch.tensor([prompt + said[row].tolist()])).logits[0, len(prompt) - 1 :]
             torch.testing.assert_close(torch.stack([f[row] for f in found]), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_as_many_rows_are_decoded_at_once_as_fit_into_the_free_memory(model, monkeypatch):
+    row = estimate_row_bytes(model.config, 600, 40)
+    assert 2 * 2 * 2 * 16 * 4 * 640 < row < estimate_row_bytes(model.config, 1200, 40)  # keys and values alone
+    on_gpu = Mock(device=torch.device("cuda"), config=model.config, spec=["device", "config"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * row)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: row)
+    for free, rows in ((10**12, 1024), (62 * row, 32), (60 * row, 16), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert count_rows(on_gpu, 600, 40) == rows
+    assert count_rows(model, 600, 40) == 64

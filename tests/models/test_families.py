@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import phoque
 from phoque.data.chat_template import IGNORE_INDEX, EncodedChat
 from phoque.data.packing import build_batch
 from phoque.errors import PhoqueError
+from phoque.inference import likelihood
 from phoque.inference.generate import Request, generate_greedy, generate_replies
 from phoque.inference.residual_stream import Turn, residual_means
 from phoque.models.architectures import ARCHITECTURES, architecture_of
@@ -184,6 +186,28 @@ def test_nothing_outside_the_architectures_names_a_family():
             if text not in docstrings and (match := family.search(f"{name} {text}")):
                 found.append(f"{file.relative_to(package)}:{getattr(node, 'lineno', 0)} {match[0]}")
     assert found == [], "\n".join(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_likelihoods_with_shared_prompts_are_those_of_rows_by_themselves(saved, family, monkeypatch):
+    """Prompts and responses have several lengths; one prompt is a single token; one row is longer than the windows."""
+    model = load_model(source_of(saved(family)), "fp32", on=CPU).eval()
+    drawn = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, 250, (n,), generator=drawn).tolist()
+    prompts = [ids(3), ids(1), ids(4), ids(3)]
+    short = [Turn(prompts[n % 4], ids(1 + n % 3)) for n in range(16)]
+    shared = []
+    for rows in (short, [*short, *(Turn(prompts[2], ids(25)) for _ in range(2))]):
+        alone = [value for row in rows for value in likelihood.mean_nll(model, [row])]
+        run = Mock(side_effect=likelihood._run_with_shared_prompts)
+        monkeypatch.setattr(likelihood, "_run_with_shared_prompts", run)
+        monkeypatch.setitem(likelihood.TOKENS_AT_ONCE, "cpu", 40)  # several batches
+        assert likelihood.mean_nll(model, rows) == pytest.approx(alone, abs=1e-4)
+        monkeypatch.undo()
+        shared.append(run.call_count)
+    recurrent, window = architecture_of(model.config).is_recurrent, sliding_window_of(model.config.get_text_config())
+    assert (shared[0] > 1) == (not recurrent)
+    assert (shared[1] > 1) == (not recurrent and not window)
 
 
 def test_residual_means_are_those_of_transformers_hidden_states(saved):

@@ -134,3 +134,16 @@ def test_a_further_run_is_beyond_the_spread_once_in_twenty(random_generator):
         rate = (runs[:, -1] - runs[:, :-1].mean(1) > spreads).mean()
         assert rate == pytest.approx(0.05, abs=0.015)
     assert stats.predict_spread(numpy.array([1.0])) == 0.0
+
+
+def test_intervals_of_means_are_those_of_resampled_rows():
+    rng = numpy.random.default_rng(3)
+    values, others = rng.standard_normal((2, 20, 5, 7)) + 0.3
+    unit = stats.normalize(rng.standard_normal((5, 7)))
+    slow = stats.bca_interval(
+        lambda a, b: stats.cosine(a.mean(0), unit) - stats.cosine(b.mean(0), unit), values, others, seed=2
+    )
+    fast = stats.bca_interval_of_means(
+        lambda a, b: stats.cosine(a, unit) - stats.cosine(b, unit), values, others, seed=2
+    )
+    numpy.testing.assert_allclose(fast, slow, atol=1e-12)

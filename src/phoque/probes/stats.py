@@ -11,6 +11,7 @@ import numpy
 BOOTSTRAPS = 2000
 FLIPS = 4096  # sign flips: all 2**n of them for up to 12 prompts, otherwise this many random ones
 Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
+RESAMPLES_PER_CHUNK = 64  # whose means are in memory at a time
 COLUMNS_PER_CHUNK = 128  # columns per chunk; bounds the memory of the (flips, columns) statistics
 
 Array = Any  # numpy.ndarray; its type parameters would add nothing here
@@ -66,14 +67,39 @@ def bca_interval(statistic: Callable[..., Array], *paired: Array, seed: int = 0)
 
     `statistic` reduces axis 0; its result may have further axes. The acceleration is from the jackknife.
     """
+    n = len(paired[0])
+    left_out = numpy.stack([statistic(*(numpy.delete(a, row, 0) for a in paired)) for row in range(n)])
+    return _bca(bootstrap(statistic, *paired, seed=seed), statistic(*paired), left_out)
+
+
+def bca_interval_of_means(statistic: Callable[..., Array], *paired: Array, seed: int = 0) -> tuple[Array, Array]:
+    """`bca_interval` of a statistic of the means over axis 0: `statistic` gets means with a leading axis of resamples.
+
+    It keeps that axis. The means of all resamples are one matrix product, which is 20 times as fast as resampling the
+    residual streams of 24 questions 2,000 times.
+    """
+    n = len(paired[0])
+
+    def compute(weights: Array) -> Array:
+        parts = []
+        for start in range(0, len(weights), RESAMPLES_PER_CHUNK):
+            part = weights[start : start + RESAMPLES_PER_CHUNK]
+            means = [(part @ a.reshape(n, -1)).reshape(len(part), *a.shape[1:]) for a in paired]
+            parts.append(statistic(*means))
+        return numpy.concatenate(parts)
+
+    resampled = numpy.stack([numpy.bincount(rows, minlength=n) for rows in draw_resamples(n, seed)]) / n
+    left_out = (1 - numpy.eye(n)) / (n - 1)
+    return _bca(compute(resampled), compute(numpy.full((1, n), 1 / n))[0], compute(left_out))
+
+
+def _bca(samples: Array, observed: Array, left_out: Array) -> tuple[Array, Array]:
+    """The interval from the statistic of BOOTSTRAPS resamples, of all prompts, and of all prompts but one."""
     from scipy.stats import norm
 
-    n = len(paired[0])
-    samples = numpy.sort(bootstrap(statistic, *paired, seed=seed), axis=0)
-    observed = statistic(*paired)
+    samples = numpy.sort(samples, axis=0)
     below = (samples < observed).mean(0) + (samples == observed).mean(0) / 2
     bias = norm.ppf(numpy.clip(below, 0.5 / BOOTSTRAPS, 1 - 0.5 / BOOTSTRAPS))
-    left_out = numpy.stack([statistic(*(numpy.delete(a, row, 0) for a in paired)) for row in range(n)])
     gaps = left_out.mean(0) - left_out
     acceleration = (gaps**3).sum(0) / numpy.maximum(6 * (gaps**2).sum(0) ** 1.5, 1e-30)
     ends = []

@@ -109,7 +109,7 @@ def read_difference(
     counts = [len(_find_words(tokens, words)) for tokens in tops]
     value = float(numpy.mean([row.measurements[trait] for row in answers]))
     shares = profile.probabilities([row.text for row in answers])[:, profile.roles.index("persona")]
-    low, high = stats.bca_interval(lambda x: x.mean(0), shares, seed=probe_model.s.seed)
+    low, high = stats.bca_interval_of_means(lambda mean: mean, shares, seed=probe_model.s.seed)
     return Reading(
         adapter=name,
         block=setting.layer,

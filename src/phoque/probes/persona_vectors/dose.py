@@ -4,13 +4,13 @@ The scale of a LoRA adapter is its dose: 0 is the base model, 1 the fine-tune. A
 with it, and the loss on unrelated text says what the rise costs. The control's curve stands beside it.
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from phoque.inference.adapter_scale import scale_adapter
 from phoque.inference.generate import Request
 from phoque.inference.likelihood import compute_logits, sum_kl
 from phoque.inference.residual_stream import Turn, unwrap_model
@@ -57,22 +57,6 @@ class SideEffects:
     tokens: list[tuple[str, float]]
 
 
-@contextmanager
-def scale_adapter(model: Any, name: str, scale: float) -> Generator[None]:
-    """Multiply an adapter's effect by `scale` within the context."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and name in module.scaling]
-    originals = [layer.scaling[name] for layer in layers]
-    for layer, original in zip(layers, originals, strict=True):
-        layer.scaling[name] = original * scale
-    try:
-        yield
-    finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.scaling[name] = original
-
-
 def measure_doses(
     probe_model: ProbeModel,
     profile: WordProfile,
@@ -90,14 +74,16 @@ def measure_doses(
         base_losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
     found = []
     for name in [name for name in greedy if name != "neutral"]:
+        probe_model.model.set_adapter(name)
+        answers: dict[float, list[str]] = {0.0: greedy["neutral"], 1.0: greedy[name]}
+        new = [scale for scale in scales if scale not in answers]
+        answers |= _answer(probe_model, new, f"{name} model at {len(new)} doses")
         for scale in scales:
-            answers, losses = greedy["neutral"], base_losses
+            losses = base_losses
             if scale != 0:
-                probe_model.model.set_adapter(name)
                 with scale_adapter(probe_model.model, name, scale):
-                    answers = greedy[name] if scale == 1 else _answer(probe_model, f"{name} model at {scale:g}")
                     losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
-            shares = profile.probabilities(answers)[:, place]
+            shares = profile.probabilities(answers[scale])[:, place]
             found.append(
                 Dose(
                     adapter=name,
@@ -107,23 +93,27 @@ def measure_doses(
                     loss=float(losses.mean()),
                     rise=float((losses - base_losses).mean()),
                     rise_ci=stats.mean_interval(losses - base_losses, seed),
-                    n=len(answers),
+                    n=len(shares),
                 )
             )
     return found
 
 
-def _answer(probe_model: ProbeModel, purpose: str) -> list[str]:
-    """Greedy answers to the test questions after the neutral prompt."""
+def _answer(probe_model: ProbeModel, scales: Sequence[float], purpose: str) -> dict[float, list[str]]:
+    """Greedy answers to the test questions after the neutral prompt with the active adapter, by its scale."""
     persona = probe_model.persona
-    asks = [Request(probe_model.prompt_ids(question, persona.neutral[0])) for question in persona.test]
+    prompts = [probe_model.prompt_ids(question, persona.neutral[0]) for question in persona.test]
+    asks = [Request(prompt, scale=scale) for scale in scales for prompt in prompts]
+    if not asks:
+        return {}
     replies = probe_model.generate_replies(asks, probe_model.s.max_new_tokens, purpose)
-    return [str(probe_model.tokenizer.decode(reply.ids)) for reply in replies]
+    texts = [str(probe_model.tokenizer.decode(reply.ids)) for reply in replies]
+    return {scale: texts[n * len(prompts) : (n + 1) * len(prompts)] for n, scale in enumerate(scales)}
 
 
 def _bca_mean(values: Array, seed: int) -> tuple[float, float]:
     """The interval of a mean of probabilities, inside their range: one outlier makes a studentised one all of it."""
-    low, high = stats.bca_interval(lambda x: x.mean(0), values, seed=seed)
+    low, high = stats.bca_interval_of_means(lambda mean: mean, values, seed=seed)
     return float(low), float(high)
 
 

@@ -141,8 +141,9 @@ def _project(values: Array, unit: Array) -> Array:
 def _random_quantiles(heldout: Residuals, extraction: str, directions: Array) -> tuple[Array, Array]:
     """95 % quantiles, per block, of random directions' max(AUROC, 1 - AUROC) and |Cohen's d|."""
     persona, neutral = (
-        numpy.einsum("nlh,dlh->ndl", heldout.get(c, extraction), directions) for c in ("persona", "neutral")
-    )
+        (heldout.get(c, extraction).transpose(1, 0, 2) @ directions.transpose(1, 2, 0)).transpose(1, 2, 0)
+        for c in ("persona", "neutral")
+    )  # (questions, directions, blocks)
     areas, d = stats.auroc(persona, neutral), numpy.abs(stats.cohens_d(persona, neutral))
     return numpy.quantile(numpy.maximum(areas, 1 - areas), 0.95, axis=0), numpy.quantile(d, 0.95, axis=0)
 
@@ -168,10 +169,10 @@ def measure_shift(
     gaps, unit = after - before, vectors.unit_vectors()
     mean_gap = gaps.mean(0)
 
-    def cosines(sample: Array) -> Array:
-        return _append_mean(stats.cosine(sample.mean(0), unit), steered_blocks)
+    def cosines(mean: Array) -> Array:
+        return _append_mean(stats.cosine(mean, unit), steered_blocks)
 
-    low, high = stats.bca_interval(cosines, gaps, seed=seed)
+    low, high = stats.bca_interval_of_means(cosines, gaps, seed=seed)
     random_cosines = _append_mean(stats.cosine(mean_gap, vectors.random_directions), steered_blocks)
     projections = _append_mean(numpy.einsum("nlh,lh->nl", gaps, unit) / vectors.norm, steered_blocks)
     p_low, p_high = stats.column_intervals(projections, seed)
@@ -179,7 +180,7 @@ def measure_shift(
         "share": projections.mean(0),
         "share_low": p_low,
         "share_high": p_high,
-        "cos": cosines(gaps),
+        "cos": cosines(mean_gap),
         "cos_low": low,
         "cos_high": high,
         "random_p95": numpy.quantile(numpy.abs(random_cosines), 0.95, axis=0),

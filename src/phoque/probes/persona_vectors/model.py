@@ -1,8 +1,9 @@
 """The model that a probe measures: one copy in memory, adapters on or off, prompted from a persona file."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -71,10 +72,8 @@ class ProbeModel:
         self.roles = tuple(role.name for role in roles)
         self.system_prompts = {condition: persona.system_prompts(condition) for condition in CONDITIONS}
         self.system_prompts |= {role.name: (role.prompt,) for role in roles}
-
-    def prompt_ids(self, question: str, system: str) -> list[int]:
-        """Token ids of a system prompt and a question, up to where the answer begins."""
-        return prompt_ids(self.tokenizer, question, system)
+        # of a question and a system prompt; the same few pairs are asked for tens of thousands of times
+        self.prompt_ids: Callable[[str, str], list[int]] = cache(partial(prompt_ids, tokenizer))
 
     @contextmanager
     def use_base(self) -> Generator[None]:

@@ -329,15 +329,15 @@ class Probe:
             return None
         unit = vectors.unit_vectors()[self.layers]
 
-        def cosine(gaps: Any) -> Any:
-            return stats.cosine(gaps.mean(0), unit).mean()
+        def cosine(mean_gap: Any) -> Any:
+            return stats.cosine(mean_gap, unit).mean(-1)
 
         def lead(tuned: Any, *others: Any) -> Any:
-            return cosine(tuned) - numpy.mean([cosine(gaps) for gaps in others]) - spread
+            return cosine(tuned) - numpy.mean([cosine(gap) for gap in others], axis=0) - spread
 
         gaps = [shifts[name]["own"].gaps[:, self.layers] for name in ("tuned", *controls)]
-        spread = stats.predict_spread(numpy.array([cosine(g) for g in gaps[1:]]))
-        low, high = stats.bca_interval(lead, *gaps, seed=self.s.seed)
+        spread = stats.predict_spread(numpy.array([cosine(g.mean(0)) for g in gaps[1:]]))
+        low, high = stats.bca_interval_of_means(lead, *gaps, seed=self.s.seed)
         return judge.Lead((float(low), float(high)), len(controls), spread)
 
     def _add_warnings(self, result: ProbeResult) -> None:

@@ -93,7 +93,8 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
         console.warn(text)
     probe_model = ProbeModel(plan.tokenizer, plan.persona, plan.roles, s, console)
     context, scorers = _make_scorers(probe_model, plan.source, s, services)
-    probe_model.model = load_model(plan.source, s.quantization).eval()  # slow, so last
+    console.stage(f"loading {plan.source.name} in {s.quantization}")
+    probe_model.model = load_model(plan.source, s.quantization).eval()
     for key, adapter in plan.adapters.items():
         probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(plan.config), key)
     probe_result = Probe(probe_model, scorers, context, plan.steered_blocks).run(list(plan.adapters))

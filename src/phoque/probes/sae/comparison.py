@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class Comparison:
 
     def _load_models(self) -> ModelVariants:
         s, plan = self.s, self.plan
+        self.services.console.stage(f"loading {plan.source.name} in {s.quantization}")
         base = load_model(plan.source, s.quantization).eval()
         updated = load_model(plan.updated, s.quantization).eval() if plan.updated else None
         if updated is not None:
@@ -169,7 +171,7 @@ class Comparison:
             token=self.services.secrets.hub,
             api_key=key.get_secret_value() if key else None,
             nll=nll,
-            prompt_ids=lambda question, system: prompt_ids(self.tokenizer, question, system),
+            prompt_ids=cache(partial(prompt_ids, self.tokenizer)),
             model=f"{plan.source.weights} {self.s.quantization}",
             cache=self.services.cache,
         )
