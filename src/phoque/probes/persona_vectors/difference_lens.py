@@ -109,7 +109,6 @@ def read_difference(
     counts = [len(_find_words(tokens, words)) for tokens in tops]
     value = float(numpy.mean([row.measurements[trait] for row in answers]))
     shares = profile.probabilities([row.text for row in answers])[:, profile.roles.index("persona")]
-    low, high = stats.bca_interval_of_means(lambda mean: mean, shares, seed=probe_model.s.seed)
     return Reading(
         adapter=name,
         block=setting.layer,
@@ -123,7 +122,7 @@ def read_difference(
         trait=value,
         p_trait=stats.rank_p(value, list(natural_traits)) if natural_traits else None,
         share=float(shares.mean()),
-        share_ci=(float(low), float(high)),
+        share_ci=stats.bca_mean_interval(shares, probe_model.s.seed),
         n=len(answers),
     )
 

@@ -12,8 +12,8 @@ import torch
 
 from phoque.inference.adapter_scale import scale_adapter
 from phoque.inference.generate import Request
-from phoque.inference.likelihood import compute_logits, sum_kl
-from phoque.inference.residual_stream import Turn, unwrap_model
+from phoque.inference.likelihood import compute_logits
+from phoque.inference.residual_stream import Turn, pad_rows, unwrap_model
 from phoque.probes import stats
 from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.shared_inference import mean_nll
@@ -89,7 +89,7 @@ def measure_doses(
                     adapter=name,
                     scale=scale,
                     share=float(shares.mean()),
-                    share_ci=_bca_mean(shares, seed),
+                    share_ci=stats.bca_mean_interval(shares, seed),
                     loss=float(losses.mean()),
                     rise=float((losses - base_losses).mean()),
                     rise_ci=stats.mean_interval(losses - base_losses, seed),
@@ -111,34 +111,36 @@ def _answer(probe_model: ProbeModel, scales: Sequence[float], purpose: str) -> d
     return {scale: texts[n * len(prompts) : (n + 1) * len(prompts)] for n, scale in enumerate(scales)}
 
 
-def _bca_mean(values: Array, seed: int) -> tuple[float, float]:
-    """The interval of a mean of probabilities, inside their range: one outlier makes a studentised one all of it."""
-    low, high = stats.bca_interval_of_means(lambda mean: mean, values, seed=seed)
-    return float(low), float(high)
-
-
 @torch.no_grad()
-def measure_side_effects(probe_model: ProbeModel, name: str, texts: Sequence[list[int]]) -> SideEffects:
-    """Compare an adapter's next-token distributions with the base model's on texts (token ids)."""
+def measure_side_effects(
+    probe_model: ProbeModel, adapters: Sequence[str], texts: Sequence[list[int]]
+) -> dict[str, SideEffects]:
+    """Compare each adapter's next-token distributions with the base model's on texts (token ids)."""
     model = probe_model.model
-    kl_by_text, positions = [], 0
-    sums = torch.zeros(2, 1, dtype=torch.float64)  # of the probabilities of every token: base, adapter
-    for ids in texts:
-        tokens = torch.tensor([ids], device=model.device)
-        with probe_model.use_base():
-            base = unwrap_model(model).model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    ids, mask = pad_rows(texts, model.device)
+
+    def read() -> torch.Tensor:
+        """The final states of all tokens of all texts, in order, (tokens, hidden)."""
+        decoder = unwrap_model(model).model
+        return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+
+    with probe_model.use_base():
+        base = read()
+    found = {}
+    for name in adapters:
         model.set_adapter(name)
-        tuned = unwrap_model(model).model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        total = 0.0
-        for parts in zip(base.split(POSITIONS_AT_ONCE), tuned.split(POSITIONS_AT_ONCE), strict=True):
+        kl, sums = [], torch.zeros(2, 1, dtype=torch.float64)  # of the probabilities of every token: base, adapter
+        for parts in zip(base.split(POSITIONS_AT_ONCE), read().split(POSITIONS_AT_ONCE), strict=True):
             p, q = (compute_logits(model, part).log_softmax(-1) for part in parts)
-            total += sum_kl(p, q)
+            kl.append((p.exp() * (p - q)).sum(-1).double().cpu())
             sums = sums + torch.stack([part.exp().sum(0).double().cpu() for part in (p, q)])
-        kl_by_text.append(total / len(ids))
-        positions += len(ids)
-    base_mean, tuned_mean = sums / positions + FLOOR
-    values, indices = (tuned_mean / base_mean).log().topk(TOP_TOKENS)
-    names = [str(probe_model.tokenizer.decode([token])) for token in indices.tolist()]
-    kl = torch.tensor(kl_by_text).numpy()
-    interval = stats.mean_interval(kl, probe_model.s.seed)
-    return SideEffects(float(kl.mean()), interval, list(zip(names, values.tolist(), strict=True)))
+        kl_by_text = torch.stack([part.mean() for part in torch.cat(kl).split([len(text) for text in texts])]).numpy()
+        base_mean, tuned_mean = sums / len(base) + FLOOR
+        values, indices = (tuned_mean / base_mean).log().topk(TOP_TOKENS)
+        names = [str(probe_model.tokenizer.decode([token])) for token in indices.tolist()]
+        found[name] = SideEffects(
+            float(kl_by_text.mean()),
+            stats.mean_interval(kl_by_text, probe_model.s.seed),
+            list(zip(names, values.tolist(), strict=True)),
+        )
+    return found

@@ -169,10 +169,8 @@ def measure_shift(
     gaps, unit = after - before, vectors.unit_vectors()
     mean_gap = gaps.mean(0)
 
-    def cosines(mean: Array) -> Array:
-        return _append_mean(stats.cosine(mean, unit), steered_blocks)
-
-    low, high = stats.bca_interval_of_means(cosines, gaps, seed=seed)
+    cosine = stats.MeanCosine(gaps, unit)
+    low, high = stats.bca_interval(lambda weights: _append_mean(cosine(weights), steered_blocks), len(gaps), seed)
     random_cosines = _append_mean(stats.cosine(mean_gap, vectors.random_directions), steered_blocks)
     projections = _append_mean(numpy.einsum("nlh,lh->nl", gaps, unit) / vectors.norm, steered_blocks)
     p_low, p_high = stats.column_intervals(projections, seed)
@@ -180,7 +178,7 @@ def measure_shift(
         "share": projections.mean(0),
         "share_low": p_low,
         "share_high": p_high,
-        "cos": cosines(mean_gap),
+        "cos": _append_mean(stats.cosine(mean_gap, unit), steered_blocks),
         "cos_low": low,
         "cos_high": high,
         "random_p95": numpy.quantile(numpy.abs(random_cosines), 0.95, axis=0),

@@ -156,7 +156,7 @@ class Probe:
             return None
         if adapters and self.s.dose_scales:
             probe_model.console.stage("measuring side effects on unrelated text")
-            result.side_effects = {name: measure_side_effects(probe_model, name, texts) for name in shown}
+            result.side_effects = measure_side_effects(probe_model, shown, texts)
         self._describe(result, steerer, shifts)
         self._judge(result, steerer, shifts)
         self._add_warnings(result)
@@ -209,11 +209,15 @@ class Probe:
         ]
         before = self.heldout.get("before")
         self.probe_model.console.stage(f"measuring where the {name} model moved")
-        return {
-            kind: ev.measure_shift(
-                vectors, before, self.probe_model.read_residuals(answers).get("neutral"), self.layers, self.s.seed
-            )
+        residuals_by_kind = {
+            kind: self.probe_model.read_residuals(answers)
             for kind, answers in (("own", own_answers), ("same_text", neutral))
+        }
+        if not current().is_main:  # process 0 judges
+            return {}
+        return {
+            kind: ev.measure_shift(vectors, before, residuals.get("neutral"), self.layers, self.s.seed)
+            for kind, residuals in residuals_by_kind.items()
         }
 
     def _read_unrelated_texts(self) -> list[list[int]]:
@@ -329,15 +333,15 @@ class Probe:
             return None
         unit = vectors.unit_vectors()[self.layers]
 
-        def cosine(mean_gap: Any) -> Any:
-            return stats.cosine(mean_gap, unit).mean(-1)
-
-        def lead(tuned: Any, *others: Any) -> Any:
-            return cosine(tuned) - numpy.mean([cosine(gap) for gap in others], axis=0) - spread
-
         gaps = [shifts[name]["own"].gaps[:, self.layers] for name in ("tuned", *controls)]
-        spread = stats.predict_spread(numpy.array([cosine(g.mean(0)) for g in gaps[1:]]))
-        low, high = stats.bca_interval_of_means(lead, *gaps, seed=self.s.seed)
+        tuned, *others = (stats.MeanCosine(gap, unit) for gap in gaps)
+        spread = stats.predict_spread(numpy.array([stats.cosine(gap.mean(0), unit).mean() for gap in gaps[1:]]))
+
+        def lead(weights: Any) -> Any:
+            of_controls = numpy.mean([cosine(weights).mean(-1) for cosine in others], axis=0)
+            return tuned(weights).mean(-1) - of_controls - spread
+
+        low, high = stats.bca_interval(lead, len(gaps[0]), self.s.seed)
         return judge.Lead((float(low), float(high)), len(controls), spread)
 
     def _add_warnings(self, result: ProbeResult) -> None:

@@ -67,16 +67,17 @@ def rank_cosines(
         lengths = numpy.sqrt((white_directions * directions).sum(1))
         parts.append((gaps[:, block] @ white_directions.T / lengths, gaps[:, block] @ white_gaps.T))
 
-    def cosines(questions: Array) -> Array:
-        share = numpy.bincount(questions, minlength=len(gaps)) / len(questions)
-        by_block = [share @ along / numpy.sqrt(max(share @ gram @ share, 1e-30)) for along, gram in parts]
+    def cosines(weights: Array) -> Array:
+        by_block = [
+            weights @ along / numpy.sqrt(numpy.maximum(((weights @ gram) * weights).sum(1, keepdims=True), 1e-30))
+            for along, gram in parts
+        ]
         return numpy.mean(by_block, axis=0)
 
-    every = numpy.arange(len(gaps))
-    observed = dict(zip(roles, cosines(every).tolist(), strict=True))
+    observed = dict(zip(roles, cosines(numpy.full((1, len(gaps)), 1 / len(gaps)))[0].tolist(), strict=True))
     others = {name: value for name, value in observed.items() if name != "persona"}
     place = list(roles).index(max(others, key=lambda name: others[name]))
-    low, high = stats.bca_interval(lambda q: cosines(q)[0] - cosines(q)[place], every, seed=seed)
+    low, high = stats.bca_interval(lambda weights: cosines(weights)[:, 0] - cosines(weights)[:, place], len(gaps), seed)
     return Ranking(observed["persona"], others, (float(low), float(high)))
 
 
