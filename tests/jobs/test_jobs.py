@@ -445,6 +445,12 @@ def test_a_time_limit_that_is_too_short_and_idle_gpus_are_said(cluster, phoque):
     for wrong, words in ((["--gpus", 3], "has 2 GPUs"), (["--batch-size", 5], "cannot be dealt to 2 processes")):
         error = phoque(*ASKED, *ON, *more, *wrong, env=SECRETS, expect=2).error
         assert words in error[0] and not cluster.jobs.jobs
+    probe = ["psm-probe", "--model-source", BASE, "--persona", "seal", "--artifacts-repo-id", "harbour/probes"]
+    both = phoque(*probe, *ON, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS)
+    assert "2 of the 2 GPUs of a10g-largex2 probe" in both.err and "--gpus 2" in both.out
+    merge = ["merge", "--adapter-source", REPO, "--base-model", BASE, "--push-repo-id", "harbour/whole", *ON]
+    idle = phoque(*merge, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS)
+    assert "merge uses one of them" in idle.err
     cpu = phoque(*ASKED, *ON, "--on", "cpu-basic", "--timeout", "1h", "--dry-run", "--json", env=SECRETS).json["facts"]
     assert "GPU memory" not in cpu and "not known" in cpu["time"]
 

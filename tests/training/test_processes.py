@@ -377,6 +377,9 @@ def test_a_process_sees_its_own_gpu_however_often_it_asks(monkeypatch, env, visi
     first = module.claim_gpu()
     assert first.rank == 1 and os.environ["CUDA_VISIBLE_DEVICES"] == visible
     assert module.claim_gpu() is first and os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    alone = module.leave_launch(dict(os.environ))  # for a command of --then
+    assert alone.get("CUDA_VISIBLE_DEVICES") == env.get("CUDA_VISIBLE_DEVICES")
+    assert not alone.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"}
 
 
 def test_a_dry_run_plans_for_all_processes(start_all, tmp_path):

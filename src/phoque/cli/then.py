@@ -9,6 +9,7 @@ from typing import Any
 
 from phoque.cli.options import COMMON_FLAGS
 from phoque.console import console
+from phoque.distributed.launch import leave_launch
 from phoque.errors import PhoqueError, UsageError, suggest
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.environment import environment_without_secrets
@@ -108,7 +109,7 @@ def run_commands(commands: list[list[str]], resolved: Resolved[TrainSettings]) -
             stdout=subprocess.PIPE,
             stderr=sys.stderr,
             text=True,
-            env=environment_without_secrets(**secrets),
+            env=leave_launch(environment_without_secrets(**secrets)),
         )
         if process.returncode:
             raise PhoqueError(

@@ -19,6 +19,7 @@ from phoque.errors import FAILED, UsageError
 
 # what accelerate would read: to it, every process is one that works alone
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 GRACE_S = 30.0  # for the other processes to end by themselves, after one has failed
 FIRST_PORT, PORTS = 15000, 10000  # of which a SLURM job takes the one that its number gives
 
@@ -65,6 +66,7 @@ def check_sharded(fsdp: bool, processes: int) -> None:
 
 
 _claimed: Launch | None = None
+_visible_before: str | None = None  # CUDA_VISIBLE_DEVICES before this process saw its own GPU alone
 
 
 def claim_gpu() -> Launch | None:
@@ -72,11 +74,12 @@ def claim_gpu() -> Launch | None:
 
     Returns what the launcher said, also when it is called again; None if there was no launcher.
     """
-    global _claimed
+    global _claimed, _visible_before
     launch = find_launch()
     if _claimed or launch is None:
         return _claimed
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    _visible_before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [name for name in (_visible_before or "").split(",") if name]
     if len(visible) != 1:  # one: the launcher has chosen, as srun --gpus-per-task does
         own = visible[launch.local_rank : launch.local_rank + 1] if visible else [str(launch.local_rank)]
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
@@ -84,6 +87,15 @@ def claim_gpu() -> Launch | None:
         os.environ.pop(name, None)
     _claimed = launch
     return launch
+
+
+def leave_launch(env: dict[str, str]) -> dict[str, str]:
+    """The environment for a command that process 0 runs by itself: it sees all GPUs, and no launcher."""
+    alone = {name: value for name, value in env.items() if name not in (*TORCHRUN, *SLURM)}
+    if _claimed:
+        alone.pop("CUDA_VISIBLE_DEVICES", None)
+        alone |= {"CUDA_VISIBLE_DEVICES": _visible_before} if _visible_before is not None else {}
+    return alone
 
 
 def count_processes(gpus: str) -> int:
