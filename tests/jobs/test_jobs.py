@@ -449,7 +449,7 @@ def test_a_time_limit_that_is_too_short_and_idle_gpus_are_said(cluster, phoque):
     both = phoque(*probe, *ON, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS)
     assert "2 of the 2 GPUs of a10g-largex2 probe" in both.err and "--gpus 2" in both.out
     merge = ["merge", "--adapter-source", REPO, "--base-model", BASE, "--push-repo-id", "harbour/whole", *ON]
-    idle = phoque(*merge, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS)
+    idle = phoque(*merge, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS, expect=2)
     assert "merge uses one of them" in idle.err
     cpu = phoque(*ASKED, *ON, "--on", "cpu-basic", "--timeout", "1h", "--dry-run", "--json", env=SECRETS).json["facts"]
     assert "GPU memory" not in cpu and "not known" in cpu["time"]
