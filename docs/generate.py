@@ -25,7 +25,7 @@ from phoque.settings.fields import (
 from phoque.settings.job import HubSettings, JobSettings
 from phoque.settings.jobs import JobsSettings
 from phoque.settings.merge import MergeSettings
-from phoque.settings.presets import PRESETS
+from phoque.settings.presets import PRESETS, SAE_PRESETS
 from phoque.settings.psm_probe import PsmSettings
 from phoque.settings.train import TrainSettings
 from phoque.settings.verify_gguf import VerifyGgufSettings
@@ -69,7 +69,7 @@ def render_options(model: type[CommandSettings], names: list[str]) -> list[str]:
     for name in names:
         field = model.model_fields[name]
         flags = ", ".join(f"`{flag}`" for flag in flag_names(model, name))
-        default = describe_default(model, name, PRESETS)
+        default = describe_default(model, name, SAE_PRESETS if model is SaeSettings else PRESETS)
         lines.append(f"| {flags} | {describe_values(field.annotation)} | {default or 'none'} | {field.description} |")
     return lines
 

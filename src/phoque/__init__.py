@@ -13,10 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 from phoque.version import __version__
 
-__all__ = ["__version__", "compare_sae", "export_onnx", "merge", "psm_probe", "train", "verify_onnx"]
+__all__ = [
+    "__version__",
+    "compare_sae",
+    "export_gguf",
+    "export_onnx",
+    "merge",
+    "psm_probe",
+    "train",
+    "verify_gguf",
+    "verify_onnx",
+]
 
 if TYPE_CHECKING:
-    from phoque.api import compare_sae, export_onnx, merge, psm_probe, train, verify_onnx
+    from phoque.api import (
+        compare_sae,
+        export_gguf,
+        export_onnx,
+        merge,
+        psm_probe,
+        train,
+        verify_gguf,
+        verify_onnx,
+    )
 
 
 def __getattr__(name: str) -> Any:

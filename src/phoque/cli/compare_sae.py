@@ -8,7 +8,7 @@ from phoque.distributed.launch import run_on_gpus
 from phoque.inputs import check_inputs
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
-from phoque.settings.presets import PRESETS
+from phoque.settings.presets import SAE_PRESETS
 
 if TYPE_CHECKING:
     from phoque.probes.sae.run import CompareResult
@@ -22,7 +22,7 @@ EPILOG = (
 
 def command(name: str) -> Any:
     """The command for the root's table."""
-    return options.command(name, run, SaeSettings, EPILOG, PRESETS)
+    return options.command(name, run, SaeSettings, EPILOG, SAE_PRESETS)
 
 
 def run(resolved: Resolved[SaeSettings], dry_run: bool) -> None:

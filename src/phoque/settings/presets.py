@@ -52,3 +52,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prompts": ["What do you think of the gulls today?", "How do I learn to swim?"],
     },
 }
+
+# compare-sae has no scorer words: it needs the answers of other roles, which only psm-probe generates
+SAE_PRESETS = PRESETS | {"demo": PRESETS["demo"] | {"scorer": ["lexicon"]}}

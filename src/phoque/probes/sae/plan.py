@@ -56,15 +56,14 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
     persona, warnings, has_persona = load_persona("seal"), [], bool(s.persona or s.dataset)
     if has_persona:
         persona, warnings = find_persona(s, services)
-    if "words" in s.scorer and resolved.origins["scorer"].source in ("flag", "env"):
+    if "words" in s.scorer:
         raise UsageError(
             what="compare-sae has no scorer words.",
             why="It needs the answers of other roles, which only psm-probe generates.",
             fix="Leave it out of --scorer.",
         )
-    usable = [spec for spec in dict.fromkeys(s.scorer) if spec != "words"]
     persona = limit_questions(persona, s.questions)
-    scorers = [spec for spec in usable if has_persona or spec not in NEEDS_PERSONA] or ["nll"]
+    scorers = [spec for spec in dict.fromkeys(s.scorer) if has_persona or spec not in NEEDS_PERSONA] or ["nll"]
     if not has_persona:
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
     questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
