@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -106,23 +107,25 @@ def write_random_dictionary(folder: Path) -> None:
 def run(command: list[Any], env: dict[str, str]) -> dict[str, Any]:
     """Run a command; return its seconds, the seconds from each stage line to the next, and its --json."""
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env
-    )
-    stages: list[tuple[float, str]] = [(0.0, "start")]
-    for line in process.stderr or ():
-        text = line.strip()
-        if text and not text.startswith(stages[-1][1][:20]):  # not the lines that say that it goes on
-            stages.append((time.perf_counter() - begun, text[:60]))
-    out = process.stdout.read() if process.stdout else ""
-    if process.wait():
-        return {"error": [text for _, text in stages[-12:]]}
+    with tempfile.TemporaryFile("w+") as out:  # a pipe would be full while stderr is read
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | env
+        )
+        stages: list[tuple[float, str]] = [(0.0, "start")]
+        for line in process.stderr or ():
+            text = line.strip()
+            if text and not text.startswith(stages[-1][1][:20]):  # not the lines that say that it goes on
+                stages.append((time.perf_counter() - begun, text[:60]))
+        if process.wait():
+            return {"error": [text for _, text in stages[-12:]]}
+        out.seek(0)
+        result = json.load(out)
     seconds = time.perf_counter() - begun
     ends = [at for at, _ in stages[1:]] + [seconds]
     return {
         "seconds": round(seconds, 1),
         "stages": [(text, round(end - at, 1)) for (at, text), end in zip(stages, ends, strict=True)],
-        "json": json.loads(out),
+        "json": result,
     }
 
 

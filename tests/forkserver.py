@@ -57,7 +57,8 @@ class ForkServer:
     def __init__(self) -> None:
         arguments = [sys.executable, "-m", "tests.forkserver"]
         here = Path(__file__).parent.parent
-        self._process = subprocess.Popen(arguments, stdin=-1, stdout=-1, text=True, cwd=here)
+        env = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as claim_gpu sets it before torch is imported
+        self._process = subprocess.Popen(arguments, stdin=-1, stdout=-1, text=True, cwd=here, env=env)
         self._lock = threading.Lock()
         self._codes: dict[int, int] = {}
 

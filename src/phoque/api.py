@@ -67,7 +67,9 @@ def train(
     The commands of `then` and the processes of `gpus` are run by the command line, not here. Under a launcher, such as
     torchrun, every process calls this, and all but process 0 get None.
     """
-    launch = _claim_gpu(console)
+    launch = claim_gpu()
+    if launch and launch.rank:
+        console.mute()
     resolved, services = _prepare(settings, console)
     if dry_run:
         from phoque.training.dry_run import plan_run
@@ -152,44 +154,43 @@ def verify_gguf(
 
 @_ends_its_stage
 def psm_probe(
-    settings: "PsmSettings | Resolved[PsmSettings]", *, dry_run: bool = False, console: Console = stderr_console
+    settings: "PsmSettings | Resolved[PsmSettings]",
+    *,
+    dry_run: bool = False,
+    console: Console = stderr_console,
+    launch: Launch | None = None,
 ) -> "ProbeRunResult | DryRun | None":
     """Find a persona's direction in a model, test it against controls, and ask whether a fine-tune moved along it.
 
-    Under a launcher, such as torchrun, every process calls this, and all but process 0 get None.
+    Several processes probe together if each passes its `launch`, from `distributed.launch.claim_gpu()`; all but process
+    0 get None. The setting `gpus` is for the command line, which starts them.
     """
-    launch = None if dry_run else _claim_gpu(console)
     resolved, services = _prepare(settings, console)
     from phoque.distributed.processes import take_part
     from phoque.probes.persona_vectors.run import run_probe
 
-    with take_part(launch):
+    with take_part(None if dry_run else launch):
         return run_probe(resolved, services, dry_run=dry_run)
 
 
 @_ends_its_stage
 def compare_sae(
-    settings: "SaeSettings | Resolved[SaeSettings]", *, dry_run: bool = False, console: Console = stderr_console
+    settings: "SaeSettings | Resolved[SaeSettings]",
+    *,
+    dry_run: bool = False,
+    console: Console = stderr_console,
+    launch: Launch | None = None,
 ) -> "CompareResult | DryRun | None":
     """Show which features of a sparse autoencoder a fine-tune moved, beyond chance and beyond a control.
 
-    Under a launcher, such as torchrun, every process calls this, and all but process 0 get None.
+    Several processes compare together if each passes its `launch`; see `psm_probe`.
     """
-    launch = None if dry_run else _claim_gpu(console)
     resolved, services = _prepare(settings, console)
     from phoque.distributed.processes import take_part
     from phoque.probes.sae.run import compare_models
 
-    with take_part(launch):
+    with take_part(None if dry_run else launch):
         return compare_models(resolved, services, dry_run=dry_run)
-
-
-def _claim_gpu(console: Console) -> Launch | None:
-    """What a launcher says about this process, if there is one; all processes but process 0 are muted."""
-    launch = claim_gpu()
-    if launch and launch.rank:
-        console.mute()
-    return launch
 
 
 def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], Services]:

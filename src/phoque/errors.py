@@ -174,6 +174,11 @@ _FOREIGN = {
     "HfHubHTTPError": ("The Hub rejected a request.", "Check the token and the name, or try again later.", FAILED),
     "ConnectionError": ("The network connection failed.", "Check it, then run the same command again.", FAILED),
     "ConnectError": ("The network connection failed.", "Check it, then run the same command again.", FAILED),
+    "OutOfMemoryError": (  # torch's
+        "The GPU's memory is full.",
+        "Use --quantization nf4, free the GPU of other programs, or use one with more memory.",
+        FAILED,
+    ),
     "MemoryError": (
         "The machine has run out of memory (RAM).",
         "Lower --batch-size or --max-length, or use a larger machine.",

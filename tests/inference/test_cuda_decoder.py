@@ -9,7 +9,8 @@ import torch
 
 from phoque.inference import cuda_decoder
 from phoque.inference.cuda_decoder import BatchDecoder
-from phoque.inference.generate import Request, count_rows, estimate_row_bytes, generate_replies
+from phoque.inference.generate import Request, count_rows, generate_replies
+from phoque.inference.gpu_memory import estimate_cache_bytes, estimate_row_bytes
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,15 @@ def test_steps_see_exactly_what_was_said_before(model):
 
 
 def test_as_many_rows_are_decoded_at_once_as_fit_into_the_free_memory(model, monkeypatch):
-    row = estimate_row_bytes(model.config, 600, 40)
-    assert 2 * 2 * 2 * 16 * 4 * 640 < row < estimate_row_bytes(model.config, 1200, 40)  # keys and values alone
-    on_gpu = Mock(device=torch.device("cuda"), config=model.config, spec=["device", "config"])
+    row = estimate_row_bytes(model, 600, 40)
+    assert 640 * estimate_cache_bytes(model) < row < estimate_row_bytes(model, 1200, 40)
+    assert estimate_cache_bytes(model) == 2 * 2 * 2 * 16 * 4  # keys and values, blocks, heads, their size, bytes
+    on_gpu = Mock(
+        device=torch.device("cuda"),
+        config=model.config,
+        get_input_embeddings=model.get_input_embeddings,
+        spec=["device", "config", "get_input_embeddings"],
+    )
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * row)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: row)
     for free, rows in ((10**12, 1024), (62 * row, 32), (60 * row, 16), (0, 1)):

@@ -434,7 +434,7 @@ def test_a_time_limit_that_is_too_short_and_idle_gpus_are_said(cluster, phoque):
     more = ["--max-steps", 100_000, "--batch-size", 400, "--timeout", "1h", "--on", "a10g-largex2", "--dry-run"]
     ran = phoque(*ASKED, *ON, *more, env=SECRETS)
     assert (
-        "2 of the 2 GPUs of a10g-largex2 train" in ran.err
+        "train uses 2 of the 2 GPUs of a10g-largex2" in ran.err
         and "expected to take" in ran.err
         and "raise --timeout" in ran.err
     )
@@ -447,10 +447,13 @@ def test_a_time_limit_that_is_too_short_and_idle_gpus_are_said(cluster, phoque):
         assert words in error[0] and not cluster.jobs.jobs
     probe = ["psm-probe", "--model-source", BASE, "--persona", "seal", "--artifacts-repo-id", "harbour/probes"]
     both = phoque(*probe, *ON, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS)
-    assert "2 of the 2 GPUs of a10g-largex2 probe" in both.err and "--gpus 2" in both.out
+    assert "psm-probe uses 2 of the 2 GPUs of a10g-largex2" in both.err and "--gpus 2" in both.out
     merge = ["merge", "--adapter-source", REPO, "--base-model", BASE, "--push-repo-id", "harbour/whole", *ON]
     idle = phoque(*merge, "--on", "a10g-largex2", "--timeout", "1h", "--dry-run", env=SECRETS, expect=2)
     assert "merge uses one of them" in idle.err
+    flags = ["--on", "cpu-basic", "--quantization", "fp32", "--gpus", "all", "--dry-run"]
+    none = phoque(*probe, *ON, *flags, env=SECRETS, expect=2).error
+    assert "has no GPU" in none[0] and "--gpus all" in none[1]
     cpu = phoque(*ASKED, *ON, "--on", "cpu-basic", "--timeout", "1h", "--dry-run", "--json", env=SECRETS).json["facts"]
     assert "GPU memory" not in cpu and "not known" in cpu["time"]
 

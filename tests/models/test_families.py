@@ -197,7 +197,9 @@ def test_likelihoods_with_shared_prompts_are_those_of_rows_by_themselves(saved, 
     prompts = [ids(3), ids(1), ids(4), ids(3)]
     short = [Turn(prompts[n % 4], ids(1 + n % 3)) for n in range(16)]
     shared = []
-    for rows in (short, [*short, *(Turn(prompts[2], ids(25)) for _ in range(2))]):
+    long = [*short, *(Turn(prompts[2], ids(25)) for _ in range(2))]
+    padded = [row for _ in range(4) for row in (Turn(prompts[0] * 2, ids(2)), Turn(prompts[0][:2], ids(6)))]  # 6 + 6
+    for rows in (short, long, padded):
         alone = [value for row in rows for value in likelihood.mean_nll(model, [row])]
         run = Mock(side_effect=likelihood._run_with_shared_prompts)
         monkeypatch.setattr(likelihood, "_run_with_shared_prompts", run)
@@ -207,7 +209,7 @@ def test_likelihoods_with_shared_prompts_are_those_of_rows_by_themselves(saved, 
         shared.append(run.call_count)
     recurrent, window = architecture_of(model.config).is_recurrent, sliding_window_of(model.config.get_text_config())
     assert (shared[0] > 1) == (not recurrent)
-    assert (shared[1] > 1) == (not recurrent and not window)
+    assert (shared[1] > 1) == (shared[2] > 0) == (not recurrent and not window)
 
 
 def test_residual_means_are_those_of_transformers_hidden_states(saved):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -108,6 +109,24 @@ def test_processes_compare_what_one_does(start, phoque, comparison):
 def test_a_wrong_input_is_said_once(start, probe):
     ran = run_together(start, *probe, "--sweep-layers", "9", expect=(2, 1))
     assert "There is no block 9." in ran[0].error[0] and not ran[1].err
+
+
+def test_an_error_that_all_processes_meet_is_said_once(start, probe):
+    ran = run_together(start, *probe, "--scorer", "herring", expect=(2, 2))
+    assert "No scorer 'herring'" in ran[0].error[0] and not ran[1].err
+
+
+def test_process_0_alone_asks_a_command_and_shows_a_dry_run(start, probe, tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import sys\nopen('calls', 'a').write('x')\nfor line in sys.stdin: print('{\"score\": %d}' % len(line))"
+    )
+    asked = [*probe, "--scorer", f"command:{sys.executable} {script}"]
+    ran = run_together(start, *asked)
+    scored = ran[0].err.count("answers with command:")
+    assert 2 <= len((tmp_path / "calls").read_text()) <= scored <= 3  # some answers are in the cache
+    dry = run_together(start, *asked, "--dry-run")
+    assert dry[0].json["persona"] == "gull watcher" and not dry[1].out
 
 
 def test_a_process_that_dies_takes_the_others_down(start, probe):

@@ -143,3 +143,16 @@ def test_the_cosine_of_a_weighted_mean_is_that_of_the_resampled_rows(random_gene
     weights = numpy.stack([numpy.bincount(row, minlength=20) for row in rows]) / 20
     wanted = [stats.cosine(values[row].mean(0), unit) for row in rows]
     numpy.testing.assert_allclose(stats.MeanCosine(values, unit)(weights), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("values", [[0.97, *[0.0312] * 23], [*[1.0] * 12, *[0.0] * 12]])
+def test_resamples_with_the_mean_of_the_sample_are_ties(values):
+    """Texts without a known word have the same probability. scipy resamples the rows themselves."""
+    array = numpy.array(values)
+    rows = stats.draw_resamples(len(array), 0)
+    weights = numpy.stack([numpy.bincount(row, minlength=len(array)) for row in rows]) / len(array)
+    assert not (weights @ array == array[rows].mean(1)).all()  # so that ties must be found
+    wanted = scipy_stats.bootstrap((array,), numpy.mean, method="BCa", n_resamples=20_000, random_state=1)
+    low, high = stats.bca_mean_interval(array)
+    assert low == pytest.approx(wanted.confidence_interval.low, abs=0.03)
+    assert high == pytest.approx(wanted.confidence_interval.high, abs=0.03)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.distributed.launch import run_on_gpus
+from phoque.console import console
+from phoque.distributed.launch import claim_gpu, run_on_gpus
 from phoque.inputs import check_inputs
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
@@ -32,10 +33,15 @@ def run(resolved: Resolved[SaeSettings], dry_run: bool) -> None:
         return
     if not resolved.settings.sae:
         options.require_extra("sae", "sae_lens")
+    launch = claim_gpu()
+    if launch and launch.rank:
+        console.mute()
     if not dry_run:
         check_inputs(resolved.settings)
         run_on_gpus(resolved.settings.gpus)
-    options.show_result(api.compare_sae(resolved, dry_run=dry_run), _render, lambda result: result.folder)
+    options.show_result(
+        api.compare_sae(resolved, dry_run=dry_run, launch=launch), _render, lambda result: result.folder
+    )
 
 
 def _render(result: "CompareResult") -> str:

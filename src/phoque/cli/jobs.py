@@ -185,10 +185,10 @@ def _with_all_gpus(command: str, resolved: Resolved[Any], flavor: "Flavor") -> R
     if flavor.gpus < 2 and not s.gpus and not getattr(s, "fsdp", False):
         return resolved
     gpus = flavor.gpus if s.gpus in (None, "all") else int(s.gpus)
-    if gpus > flavor.gpus:
+    if gpus > flavor.gpus or not gpus:
         raise UsageError(
             what=f"{flavor.name} has {flavor.gpus or 'no'} GPU{'s' * (flavor.gpus != 1)}.",
-            why=f"--gpus {gpus} asks for more.",
+            why=f"--gpus {s.gpus} asks for more.",
             fix="Lower --gpus, or leave it out.",
         )
     if command == "train":
@@ -200,8 +200,8 @@ def _with_all_gpus(command: str, resolved: Resolved[Any], flavor: "Flavor") -> R
             choose_micro_batch(s, gpus)
     if gpus < 2:
         return resolved
-    share = "train, each on its share of every step" if command == "train" else "probe, each its share of the answers"
-    console.say(f"{gpus} of the {flavor.gpus} GPUs of {flavor.name} {share}")
+    share = "every step" if command == "train" else "the rows"
+    console.say(f"{command} uses {gpus} of the {flavor.gpus} GPUs of {flavor.name}; each takes its share of {share}")
     origins = resolved.origins | {"gpus": Origin(flavor.name, "--on") if s.gpus is None else resolved.origins["gpus"]}
     return replace(resolved, settings=s.model_copy(update={"gpus": str(gpus)}), origins=origins)
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.distributed.launch import run_on_gpus
+from phoque.console import console
+from phoque.distributed.launch import claim_gpu, run_on_gpus
 from phoque.inputs import check_inputs
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
@@ -30,10 +31,14 @@ def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("psm-probe", resolved, dry_run)
         return
+    launch = claim_gpu()
+    if launch and launch.rank:
+        console.mute()
     if not dry_run:
         check_inputs(resolved.settings)
         run_on_gpus(resolved.settings.gpus)
-    options.show_result(api.psm_probe(resolved, dry_run=dry_run), _render, lambda result: result.folder)
+    result = api.psm_probe(resolved, dry_run=dry_run, launch=launch)
+    options.show_result(result, _render, lambda result: result.folder)
 
 
 def _render(result: "ProbeRunResult") -> str:

@@ -1,1 +1,1 @@
-"""Several processes that do one command together, each with a GPU of its own."""
+"""Several processes that run one command together, each with a GPU of its own."""

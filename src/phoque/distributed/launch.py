@@ -1,4 +1,4 @@
-"""Several processes do one command: which of them this is, as a launcher says it, and `--gpus`, which launches them.
+"""Several processes run one command together: which of them this is, and `--gpus`, which launches them.
 
 torchrun, accelerate and SLURM each start the same command several times. Each process takes one GPU and its share of
 the work. This module is read before torch is, because what CUDA sees is fixed when CUDA starts.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phoque.errors import FAILED, UsageError
+from phoque.errors import FAILED, RunError, UsageError
 
 # what accelerate would read: to it, every process is one that works alone
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -85,6 +85,7 @@ def claim_gpu() -> Launch | None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     for name in TORCHRUN:
         os.environ.pop(name, None)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a page of addresses of each lost process
     _claimed = launch
     return launch
 
@@ -159,8 +160,23 @@ def _wait(processes: Sequence[Any]) -> int:
             first, end = failed[0], time.monotonic() + GRACE_S
         time.sleep(0.05)
     codes = [process.poll() for process in processes]
+    for rank, killed in enumerate(codes):
+        if killed and killed < 0 and killed != -signal.SIGTERM:
+            _say_killed(rank, len(codes), signal.Signals(-killed).name)
     code = next((code for code in (codes[0], first, *codes) if code and code > 0), 0)
     return code or (FAILED if any(codes) or None in codes else 0)
+
+
+def _say_killed(rank: int, count: int, name: str) -> None:
+    from phoque.console import console
+
+    console.error(
+        RunError(
+            what=f"Process {rank} of {count} was killed by {name}.",
+            why="It may have been out of memory (RAM), or somebody ended it.",
+            fix="Run the same command again; a training run continues from its newest checkpoint.",
+        )
+    )
 
 
 def own_command() -> list[str]:

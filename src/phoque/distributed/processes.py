@@ -4,7 +4,7 @@ All processes run the same program on the same data, so rows are dealt without c
 of all processes are summed before the optimizer's step: the sum over the step's tokens is what a single process would
 have, to rounding. The adapter is small (99 MB in fp32 at 3B), so one all-reduce per step is enough, and weights stay
 equal because every process takes the same step from the same sum. In a probe each process answers and reads its share
-of the rows, and all get the results. Process 0 alone writes files, uploads, evaluates and prints.
+of the rows, and all get the results. Process 0 alone writes the run folder, uploads, evaluates and prints.
 """
 
 import os
@@ -20,13 +20,14 @@ import torch
 
 from phoque.console import Console
 from phoque.distributed.launch import Launch
-from phoque.errors import FAILED, Resumable, RunError, UsageError, first_line
+from phoque.errors import FAILED, INTERRUPTED, PhoqueError, Resumable, RunError, UsageError, first_line
 from phoque.files import sha256
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(days=30)  # process 0 may read, measure or generate for hours while the others wait
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 AGAIN = "Run the same command again; a training run continues from its newest checkpoint."
+WAIT_FOR_MAIN_S = 5.0
 HEARTBEAT_S = 5.0
 HEARTBEAT_TIMEOUT_S = 45.0
 
@@ -59,8 +60,9 @@ class Processes:
             return choose()
         chosen: list[Any] = [choose() if self.is_main else None]
         try:
-            torch.distributed.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
-        except RuntimeError:
+            with self.name_lost_connections():
+                torch.distributed.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
+        except LostProcess:
             if self.is_main:
                 raise
             raise SystemExit(FAILED) from None
@@ -84,27 +86,41 @@ class Processes:
                 fix="Launch it on one machine, or with --gpus.",
             )
 
-    def share_work(self, costs: Sequence[int], run: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    def check_same(self, value: Any) -> None:
+        """Raise RunError if the processes have different values, such as two commits of one branch."""
+        if self.size > 1 and any(other != value for other in self._gather(value)):
+            raise RunError(
+                what="The processes of this command have different inputs.",
+                why=f"Process {self.rank} has {str(value)[:120]}.",
+                fix="Run it again; if it fails again, run it without --gpus and report this.",
+            )
+
+    def share_work(
+        self, costs: Sequence[int], run: Callable[[list[int]], Sequence[T]], *, only_main: bool = False
+    ) -> list[T]:
         """Run a share of the items in each process, and return the results of all items in order, in every process.
 
         `costs` has a number for each item, such as its tokens; `run` gets indices into it and returns one result for
-        each. Every process has to ask for the same items at the same place. Raises LostProcess.
+        each. Every process has to ask for the same items at the same place. With `only_main` process 0 gets the
+        results, and the others an empty list. Raises LostProcess.
         """
         if self.size == 1:
             return list(run(list(range(len(costs)))))
-        own = deal(costs, self)
-        results = run(own)
-        parts: list[Any] = [None] * self.size
+        self.check_same(list(costs))
+        numbers = deal(costs, self)
+        parts = self._gather((numbers, list(run(numbers))), only_main=only_main)
+        results = {number: result for numbers, part in parts for number, result in zip(numbers, part, strict=True)}
+        return [results[number] for number in range(len(costs))] if parts else []
+
+    def _gather(self, value: Any, *, only_main: bool = False) -> list[Any]:
+        """The values of all processes; with `only_main` an empty list in all but process 0."""
+        values: list[Any] = [None] * self.size
         with self.name_lost_connections():
-            torch.distributed.all_gather_object(parts, (list(costs), own, list(results)))
-        if any(part[0] != list(costs) for part in parts):
-            raise RunError(
-                what="The processes of this command have different work.",
-                why=f"Process {self.rank} has {len(costs)} items; they differ from those of another process.",
-                fix="Run it on one GPU, without --gpus, and report this.",
-            )
-        found = {number: result for _, numbers, part in parts for number, result in zip(numbers, part, strict=True)}
-        return [found[number] for number in range(len(costs))]
+            if not only_main:
+                torch.distributed.all_gather_object(values, value)
+                return values
+            torch.distributed.gather_object(value, values if self.is_main else None, dst=0)
+        return values if self.is_main else []
 
     def max_over_processes(self, code: int) -> int:
         """The largest of all processes' codes; every process has to ask at the same place. Raises LostProcess."""
@@ -198,6 +214,8 @@ class Processes:
                     if beat != last or beat == 0 or self._store.check([f"finished/{rank}"]):
                         seen[rank] = beat, time.monotonic()
                 self._last_answer = time.monotonic()
+                if self.has_main_failed():
+                    os._exit(FAILED)  # the main thread waits for process 0, which has said why
             except RuntimeError:  # the store is in process 0, or in the launcher
                 if not self._finished.is_set():
                     self._end(console, "process 0 is gone")
@@ -223,6 +241,23 @@ class Processes:
         )
         os._exit(FAILED)  # the main thread waits inside a collective operation
 
+    def has_main_failed(self) -> bool:
+        """Whether this is another process than 0, and process 0 has ended with an error."""
+        return not self.is_main and self._store.check(["failed/0"])
+
+    def leave_error_to_main(self, code: int) -> None:
+        """Raise SystemExit in a process other than 0 if process 0 fails as well within WAIT_FOR_MAIN_S: it says why."""
+        end = time.monotonic() + WAIT_FOR_MAIN_S
+        if not self.is_main:
+            self._finished.set()  # the watch would say that process 0 is gone
+        while not self.is_main and time.monotonic() < end:
+            try:
+                if self.has_main_failed():
+                    raise SystemExit(code) from None
+            except RuntimeError:  # process 0 has ended, and its store with it
+                raise SystemExit(code) from None
+            time.sleep(0.05)
+
     def wait_for_main(self) -> None:
         """Wait until process 0 has finished: a launcher takes a process that ends before it for one that failed."""
         self._finished.set()  # when process 0 has finished, its store is gone
@@ -236,6 +271,7 @@ class Processes:
         if self.size == 1:
             return
         with suppress(RuntimeError):  # process 0 may be gone, and with it the store
+            self._store.set(f"{'finished' if is_clean else 'failed'}/{self.rank}", "1")
             self._store.set(f"finished/{self.rank}", "1")
         if is_clean:
             torch.distributed.destroy_process_group()
@@ -258,7 +294,7 @@ _joins = 0
 
 
 def current() -> Processes:
-    """The processes that this one trains with; it alone unless `join` was called."""
+    """The processes that this one works with; it alone unless `join` was called."""
     return _joined
 
 
@@ -270,7 +306,7 @@ def join(launch: Launch) -> Processes:
     if NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
         raise UsageError(
             what=f"There is no GPU for local process {launch.local_rank}, counted from 0.",
-            why="Each process trains on a GPU of its own.",
+            why="Each process uses a GPU of its own.",
             fix="Launch at most as many processes per machine as it has GPUs.",
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -296,8 +332,17 @@ def take_part(launch: Launch | None) -> Generator[None]:
     try:
         yield
         is_clean = True
-    except (Resumable, SystemExit):  # all processes have stopped at the same step
+    except (Resumable, SystemExit):  # all processes stop together
         is_clean = True
+        raise
+    except KeyboardInterrupt:  # Ctrl-C reaches all processes of a terminal
+        if current().is_main:
+            raise
+        raise SystemExit(INTERRUPTED) from None
+    except LostProcess:
+        raise
+    except PhoqueError as error:
+        current().leave_error_to_main(error.code)
         raise
     finally:
         current().finish(is_clean)

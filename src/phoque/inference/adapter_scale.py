@@ -23,6 +23,11 @@ def scale_adapter(model: Any, name: str, scale: float) -> Generator[None]:
         yield
 
 
+def is_scaled_by_row(model: Any, name: str) -> bool:
+    """Whether the effect of this adapter is a plain product, which `RowScales` can change row by row; DoRA's is not."""
+    return not any(name in layer.lora_variant for layer in find_lora_layers(model, name))
+
+
 class RowScales:
     """Multiplies the active adapter's effect by a factor for each row of a batch; finished rows can be dropped."""
 
@@ -51,7 +56,7 @@ class _RowFactor:
         if output.dim() != 3 or len(output) != len(factors):
             raise RunError(
                 what="The doses of this adapter cannot be measured.",
-                why=f"A layer of it gets tokens of all answers mixed, {tuple(output.shape)}.",
+                why=f"One of its layers gets {tuple(output.shape)}, not (rows, tokens, features).",
                 fix="Run the command with --doses ''.",
             )
         return (output * (self._original * factors)).to(output.dtype)

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from phoque.data.chat_template import encode_prompt
 from phoque.inference.adapter_scale import RowScales
 from phoque.inference.cuda_decoder import BatchDecoder
+from phoque.inference.gpu_memory import estimate_row_bytes, measure_available_bytes
 from phoque.inference.residual_stream import Steering, pad_rows, unwrap_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 MOST_ROWS = {"cuda": 1024, "cpu": 64}  # of one batch
-MEMORY_SHARE = 0.5  # of the free GPU memory that a batch may take, as estimated
 TOP_P_CANDIDATES = (
     4096  # top-p samples from this many likeliest tokens; sorting the whole vocabulary takes longer than a step
 )
@@ -89,26 +89,10 @@ def count_rows(model: Any, prompt: int, tokens: int) -> int:
     rows = MOST_ROWS[model.device.type]
     if model.device.type == "cpu":
         return rows
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    available = MEMORY_SHARE * (torch.cuda.mem_get_info()[0] + unused)
-    per_row = estimate_row_bytes(unwrap_model(model).config.get_text_config(), prompt, tokens)
+    available, per_row = measure_available_bytes(), estimate_row_bytes(model, prompt, tokens)
     while rows > 1 and rows * per_row > available:
         rows //= 2
     return rows
-
-
-def estimate_row_bytes(config: "PretrainedConfig", prompt: int, tokens: int) -> int:
-    """The bytes that one row of a batch takes: keys and values, the activations of the prompt, and the logits.
-
-    At the shape of Ministral 3 3B with 64 and 40 tokens it gives 18 MB; 17 MB were measured.
-    """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 4
-    cache = 2 * config.num_hidden_layers * heads * head_size * size * (prompt + tokens)
-    activations = prompt * size * (2 * config.intermediate_size + 6 * config.hidden_size)
-    logits = config.vocab_size * 16  # in the model's precision and in fp32, and their probabilities
-    return cache + activations + logits
 
 
 class _Batch:

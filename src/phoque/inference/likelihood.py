@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phoque.inference.gpu_memory import estimate_cache_bytes, measure_available_bytes
 from phoque.inference.residual_stream import TOKENS_AT_ONCE, Turn, make_batches, pad_rows, unwrap_model
 from phoque.models.architectures import architecture_of
 from phoque.models.config import logits_scaling_of, sliding_window_of
@@ -17,16 +18,19 @@ SCORED_AT_ONCE = 1024  # tokens whose logits over the whole vocabulary are in me
 
 
 @torch.no_grad()
-def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn]) -> list[float]:
+def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn], *, share_prompts: bool = True) -> list[float]:
     """Mean NLL of each row's response after its prompt, teacher-forced, in nats per token; NaN if it is empty.
 
     Where many rows have the same prompt, such as the steered answers to one question, each prompt of a batch is run
-    once, and its keys and values serve all rows that begin with it.
+    once, and its keys and values serve all rows that begin with it. `share_prompts` must be false for a model with
+    hooks that depend on a token's position in the forward pass.
     """
     means = [float("nan")] * len(rows)
     answered = [n for n, row in enumerate(rows) if row.response]
-    shared = _is_sharing_cheaper(model, [rows[n] for n in answered])
+    shared = share_prompts and _is_sharing_cheaper(model, [rows[n] for n in answered])
     budget = TOKENS_AT_ONCE[model.device.type]
+    if shared and model.device.type == "cuda":
+        budget = min(budget, int(measure_available_bytes() / estimate_cache_bytes(model)))
     for batch in _batch_by_prompt(rows, answered, budget) if shared else _batch_by_length(rows, answered, budget):
         batch_rows = [rows[n] for n in batch]
         states = _run_with_shared_prompts(model, batch_rows) if shared else _run(model, batch_rows)
@@ -66,12 +70,13 @@ def _is_sharing_cheaper(model: "PreTrainedModel", rows: Sequence[Turn]) -> bool:
     prompts = {tuple(row.prompt) for row in rows}
     responses = sum(len(row.response) for row in rows)
     tokens = responses + sum(len(row.prompt) for row in rows)
-    longest = max((len(row.prompt) + len(row.response) for row in rows), default=0)
+    # a window counts places in the cache, also those of padding between a shorter prompt and its response
+    longest = max((len(row.prompt) for row in rows), default=0) + max((len(row.response) for row in rows), default=0)
     window = sliding_window_of(config.get_text_config())
     return (
         () not in prompts
         and not architecture_of(config).is_recurrent
-        and not (window and longest > window)  # it counts places in the cache, among which is padding
+        and not (window and longest > window)
         and responses + sum(map(len, prompts)) < MOST_SHARED * tokens
     )
 

@@ -73,7 +73,8 @@ def bca_interval(statistic: Callable[[Array], Array], n: int, seed: int = 0) -> 
     resampled = numpy.stack([numpy.bincount(rows, minlength=n) for rows in draw_resamples(n, seed)]) / n
     samples = numpy.sort(statistic(resampled), axis=0)
     observed = statistic(numpy.full((1, n), 1 / n))[0]
-    below = (samples < observed).mean(0) + (samples == observed).mean(0) / 2
+    tied = numpy.isclose(samples, observed, rtol=1e-12, atol=0)  # weights round sums of equal values differently
+    below = ((samples < observed) & ~tied).mean(0) + tied.mean(0) / 2
     bias = norm.ppf(numpy.clip(below, 0.5 / BOOTSTRAPS, 1 - 0.5 / BOOTSTRAPS))
     left_out = statistic((1 - numpy.eye(n)) / (n - 1))
     gaps = left_out.mean(0) - left_out
@@ -87,7 +88,10 @@ def bca_interval(statistic: Callable[[Array], Array], n: int, seed: int = 0) -> 
 
 
 def bca_mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of `values` (n,), inside their range: one outlier makes a studentised one all of it."""
+    """The BCa interval of the mean of `values` (n,), which lies inside their range.
+
+    A studentized interval can cover the whole range because of one outlier.
+    """
     low, high = bca_interval(lambda weights: weights @ values, len(values), seed)
     return float(low), float(high)
 

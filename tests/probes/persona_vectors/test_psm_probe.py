@@ -276,6 +276,20 @@ def test_a_fine_tune_is_asked_for_its_move_merged_or_not(run_probe, adapter):
     assert {"tuned", "control"} <= {r["condition"] for r in read_table(find_run(plain) / "generation_results.csv")}
 
 
+def test_doses_of_a_dora_adapter_are_measured_one_by_one(run_probe, tiny_llama, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    model.save_pretrained(tmp_path / "dora")
+    asked = [*SHORT[:-1], "0,0.5,1,2", "--sweep-layers", "1"]
+    ran = run_probe("--adapter-source", tmp_path / "dora", sizes=asked)
+    summary = json.loads((find_run(ran) / "summary.json").read_text())
+    assert [dose["scale"] for dose in summary["doses"]] == [0, 0.5, 1, 2]
+    assert "tuned model at 2 doses, 0.5" in ran.err
+
+
 def test_a_fine_tune_must_differ_by_more_than_two_controls_do(run_probe, phoque, adapter, tmp_path):
     for scale in (2.0, 0.5):
         folder = tmp_path / f"scaled-{scale}"

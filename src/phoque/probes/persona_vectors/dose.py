@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from phoque.inference.adapter_scale import scale_adapter
+from phoque.inference.adapter_scale import is_scaled_by_row, scale_adapter
 from phoque.inference.generate import Request
 from phoque.inference.likelihood import compute_logits
 from phoque.inference.residual_stream import Turn, pad_rows, unwrap_model
@@ -72,7 +72,7 @@ def measure_doses(
     rows = [Turn(ids[:1], ids[1:]) for ids in texts]
     with probe_model.use_base():
         base_losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
-    found = []
+    doses = []
     for name in [name for name in greedy if name != "neutral"]:
         probe_model.model.set_adapter(name)
         answers: dict[float, list[str]] = {0.0: greedy["neutral"], 1.0: greedy[name]}
@@ -84,7 +84,7 @@ def measure_doses(
                 with scale_adapter(probe_model.model, name, scale):
                     losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
             shares = profile.probabilities(answers[scale])[:, place]
-            found.append(
+            doses.append(
                 Dose(
                     adapter=name,
                     scale=scale,
@@ -96,19 +96,29 @@ def measure_doses(
                     n=len(shares),
                 )
             )
-    return found
+    return doses
 
 
 def _answer(probe_model: ProbeModel, scales: Sequence[float], purpose: str) -> dict[float, list[str]]:
     """Greedy answers to the test questions after the neutral prompt with the active adapter, by its scale."""
     persona = probe_model.persona
     prompts = [probe_model.prompt_ids(question, persona.neutral[0]) for question in persona.test]
-    asks = [Request(prompt, scale=scale) for scale in scales for prompt in prompts]
-    if not asks:
+
+    def answer(asks: list[Request], what: str) -> list[str]:
+        replies = probe_model.generate_replies(asks, probe_model.s.max_new_tokens, what)
+        return [str(probe_model.tokenizer.decode(reply.ids)) for reply in replies]
+
+    if not scales:
         return {}
-    replies = probe_model.generate_replies(asks, probe_model.s.max_new_tokens, purpose)
-    texts = [str(probe_model.tokenizer.decode(reply.ids)) for reply in replies]
-    return {scale: texts[n * len(prompts) : (n + 1) * len(prompts)] for n, scale in enumerate(scales)}
+    model = probe_model.model
+    if is_scaled_by_row(model, model.active_adapter):
+        texts = answer([Request(prompt, scale=scale) for scale in scales for prompt in prompts], purpose)
+        return {scale: texts[n * len(prompts) : (n + 1) * len(prompts)] for n, scale in enumerate(scales)}
+    answers = {}
+    for scale in scales:
+        with scale_adapter(model, model.active_adapter, scale):
+            answers[scale] = answer([Request(prompt) for prompt in prompts], f"{purpose}, {scale:g}")
+    return answers
 
 
 @torch.no_grad()
@@ -126,7 +136,7 @@ def measure_side_effects(
 
     with probe_model.use_base():
         base = read()
-    found = {}
+    effects = {}
     for name in adapters:
         model.set_adapter(name)
         kl, sums = [], torch.zeros(2, 1, dtype=torch.float64)  # of the probabilities of every token: base, adapter
@@ -138,9 +148,9 @@ def measure_side_effects(
         base_mean, tuned_mean = sums / len(base) + FLOOR
         values, indices = (tuned_mean / base_mean).log().topk(TOP_TOKENS)
         names = [str(probe_model.tokenizer.decode([token])) for token in indices.tolist()]
-        found[name] = SideEffects(
+        effects[name] = SideEffects(
             float(kl_by_text.mean()),
             stats.mean_interval(kl_by_text, probe_model.s.seed),
             list(zip(names, values.tolist(), strict=True)),
         )
-    return found
+    return effects

@@ -77,6 +77,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     """
     s, console, start, processes = resolved.settings, services.console, time.monotonic(), current()
     card = repo = None
+    processes.watch(console)
     processes.check_one_machine("psm-probe")
     with processes.main_first():
         plan = make_plan(resolved, services, weights=not dry_run)
@@ -86,7 +87,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
             return DryRun(plan.facts, resolved.provenance(), plan.warnings)
         if processes.is_main:
             repo = open_artifacts_repo(s, services)
-    processes.watch(console)
+    processes.check_same((plan.source.weights, plan.persona.sha256, list(plan.facts["adapters"].values())))
     if not s.persona:
         _show_proposed(plan.persona, console)
     for text in plan.warnings:

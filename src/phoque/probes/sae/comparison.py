@@ -222,7 +222,7 @@ class Comparison:
                     k: collect_residuals(model, rows[k], layers, special, single_row_batches=variant == "packing")
                     for k in kinds
                 }
-        for kind in rows:
+        for kind in rows if current().is_main else ():
             intersect_masks([by_kind[kind] for by_kind in residuals.values() if kind in by_kind])
         asked = [n for n, reply in enumerate(answers["tuned"]) if reply.ids]
         return ComparisonInputs(self.variants, rows, residuals, self.tokenizer, asked)

@@ -50,24 +50,24 @@ class Interventions:
 
     def steer(self, model: "PreTrainedModel", numbers: Sequence[int]) -> list[Array]:
         """The NLL of the rows, (rows,), steered along each of these directions; 0 stands for none, 1 for the first."""
-        found = []
+        losses = []
         for number in numbers:
             vectors = {}
             if number:
                 unit = torch.nn.functional.normalize(self.directions[number - 1].float(), dim=0)
                 vectors[self.layer] = (self.length * unit)[None].to(model.device)
             with Steering(vectors).activate(model):
-                found.append(numpy.array(mean_nll(model, self.rows)))
-        return found
+                losses.append(numpy.array(mean_nll(model, self.rows, share_prompts=False)))
+        return losses
 
     def reset(self, model: "PreTrainedModel", dictionary: Dictionary, numbers: Sequence[int]) -> list[Array]:
         """The NLL of the rows, (rows,), with each of these lists of features reset; 0 stands for none."""
-        found = []
+        losses = []
         for number in numbers:
             features = self.resets[number - 1] if number else []
             with reset_features(model, dictionary, self.layer, features, self.base_mean) if features else nullcontext():
-                found.append(numpy.array(mean_nll(model, self.rows)))
-        return found
+                losses.append(numpy.array(mean_nll(model, self.rows, share_prompts=False)))
+        return losses
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def measure_interventions(
 ) -> Outcomes | None:
     """Measure what process 0 has planned, each process its share of it; None if it has planned nothing."""
     processes = current()
-    asked = processes.broadcast_from_main(lambda: planned)
-    if asked is None:
+    plan = processes.broadcast_from_main(lambda: planned)
+    if plan is None:
         return None
     with variants.activate("base") as model:
-        base, *steered = processes.share_work([1] * (1 + len(asked.directions)), partial(asked.steer, model))
+        base, *steered = processes.share_work([1] * (1 + len(plan.directions)), partial(plan.steer, model))
     with variants.activate("tuned") as model:
-        tuned, *resets = processes.share_work([1] * (1 + len(asked.resets)), partial(asked.reset, model, dictionary))
+        tuned, *resets = processes.share_work([1] * (1 + len(plan.resets)), partial(plan.reset, model, dictionary))
     return Outcomes(base, steered, tuned, resets)
 
 

@@ -60,19 +60,20 @@ def collect_residuals(
     """Run the model over `rows`, teacher-forced, and collect the residual streams of `layers`.
 
     `single_row_batches` runs each row in its own batch, which changes only rounding. Of several processes, each runs
-    its share of the rows, and all get all of them.
+    its share of the rows; process 0 gets all of them, the others none.
     """
     budget = 1 if single_row_batches else None
-    found = current().share_work(
+    collected = current().share_work(
         count_tokens(rows),
         lambda numbers: _read_rows(model, [rows[n] for n in numbers], layers, special, budget),
+        only_main=True,
     )
-    totals = sum((row.counts for row in found), torch.zeros(len(COUNTED), dtype=torch.long))
+    totals = sum((row.counts for row in collected), torch.zeros(len(COUNTED), dtype=torch.long))
     return Residuals(
-        {layer: [row.states[layer] for row in found] for layer in layers},
-        [row.mask for row in found],
-        torch.stack([row.means for row in found]),
-        torch.stack([row.norms for row in found]),
+        {layer: [row.states[layer] for row in collected] for layer in layers},
+        [row.mask for row in collected],
+        torch.stack([row.means for row in collected]) if collected else torch.empty(0),
+        torch.stack([row.norms for row in collected]) if collected else torch.empty(0),
         dict(zip(COUNTED, totals.tolist(), strict=True)),
     )
 
@@ -81,7 +82,7 @@ def _read_rows(
     model: "PreTrainedModel", rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], budget: int | None
 ) -> list[_Row]:
     count, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
-    found = [
+    collected = [
         _Row(
             {},
             torch.empty(0),
@@ -106,7 +107,7 @@ def _read_rows(
         mean_norms = (weights * norms).sum(1).cpu()
         totals = torch.stack([counted.sum(1), sinks.sum(1), (special_tokens & ~sinks).sum(1)], dim=1).cpu()
         for index, n in enumerate(batch):
-            row = found[n]
+            row = collected[n]
             row.means[layer], row.norms[layer] = means[index], mean_norms[index]
             if layer in layers:
                 row.states[layer] = hidden[index, in_response[index]].cpu()
@@ -115,7 +116,7 @@ def _read_rows(
                 row.counts += totals[index]
 
     read_residual_stream(model, [r.prompt + r.response for r in rows], range(count), store_batch, budget=budget)
-    return found
+    return collected
 
 
 def intersect_masks(variants: Sequence[Residuals]) -> None:

@@ -43,6 +43,7 @@ def compare_models(
     """
     s, console, started, processes = resolved.settings, services.console, time.monotonic(), current()
     card = repo = None
+    processes.watch(console)
     processes.check_one_machine("compare-sae")
     with processes.main_first():
         plan = make_plan(resolved, services, weights=not dry_run)
@@ -61,7 +62,7 @@ def compare_models(
             "scorers": plan.scorers,
         }
         return DryRun(facts, resolved.provenance(), plan.warnings)
-    processes.watch(console)
+    processes.check_same((plan.source.weights, plan.persona.sha256, plan.names))
     for text in plan.warnings:
         console.warn(text)
     measurements = Comparison(s, plan, services).run()

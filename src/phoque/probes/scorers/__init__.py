@@ -75,7 +75,7 @@ def make_scorer(spec: str, context: Context) -> Scorer:
     if spec == "logprob":
         return model.logprob(context)
     if kind == "hf" and rest:
-        return model.classifier(spec, rest, context)
+        return make_in_main(lambda: model.classifier(spec, rest, context))
     if kind == "openai" and rest:
         return remote.moderation(spec, rest, context)
     if kind == "command" and rest:
@@ -86,6 +86,18 @@ def make_scorer(spec: str, context: Context) -> Scorer:
         "command:COMMAND.",
         fix="Check --scorer.",
     )
+
+
+def make_in_main(make: Callable[[], Scorer]) -> Scorer:
+    """A scorer that process 0 makes, because it alone scores with it; the others know what it is called."""
+    made: list[Scorer] = []
+
+    def describe() -> tuple[str, str, str, bool]:
+        made.append(make())
+        return made[0].name, made[0].primary, made[0].fingerprint, made[0].is_weak
+
+    name, primary, fingerprint, is_weak = current().broadcast_from_main(describe)
+    return made[0] if made else Scorer(name, primary, lambda answers: [], fingerprint, is_weak)
 
 
 def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Context) -> list[dict[str, float]]:
