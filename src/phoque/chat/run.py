@@ -101,8 +101,8 @@ class Conversation:
 
 def open_conversation(resolved: Resolved[ChatSettings], services: Services) -> tuple[Conversation, str]:
     """Load the model; return a conversation with it, and its name."""
-    found = find_chat(resolved.settings, services)
-    return Conversation(found.load(), Sampling(**resolved.settings.sampling), found.system), found.name
+    chat_model = find_chat(resolved.settings, services)
+    return Conversation(chat_model.load(), Sampling(**resolved.settings.sampling), chat_model.system), chat_model.name
 
 
 def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_run: bool) -> ChatResult | DryRun:
@@ -119,14 +119,19 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
         _check_new_file(s.answers_file.expanduser())
     if not conversations and not dry_run:
         raise UsageError(what="There is no prompt.", why="None is given.", fix="Give --prompt or --prompts-file.")
-    found = find_chat(s, services, fetch=not dry_run)
+    chat_model = find_chat(s, services, fetch=not dry_run)
     sampling = Sampling(**s.sampling)
     if dry_run:
-        facts = {"name": found.name, "kind": found.kind, "system": found.system, "sampling": sampling.describe()}
+        facts = {
+            "name": chat_model.name,
+            "kind": chat_model.kind,
+            "system": chat_model.system,
+            "sampling": sampling.describe(),
+        }
         return DryRun(facts | {"prompts": len(conversations)}, resolved.provenance())
     repo = open_artifacts_repo(s, services)
-    models = found.load()
-    system = [] if found.system is None else [{"role": "system", "content": found.system}]
+    models = chat_model.load()
+    system = [] if chat_model.system is None else [{"role": "system", "content": chat_model.system}]
     conversations = [turns if turns[0]["role"] == "system" else [*system, *turns] for turns in conversations]
     answers: dict[str, list[Answer]] = {}
     with console.progress(len(models) * len(conversations)) as show:
@@ -143,7 +148,7 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
         }
         for number, turns in enumerate(conversations)
     ]
-    result = ChatResult(found.name, found.kind, sampling.describe(), rows)
+    result = ChatResult(chat_model.name, chat_model.kind, sampling.describe(), rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if s.answers_file:
         write_atomically(s.answers_file.expanduser(), lines)

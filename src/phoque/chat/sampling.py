@@ -40,8 +40,10 @@ class Sampler:
         s = self._sampling
         scores = logits.astype(np.float64)
         if s.penalty != 1 and self._said:
-            said = np.fromiter(self._said, np.int64)
-            scores[said] = np.where(scores[said] > 0, scores[said] / s.penalty, scores[said] * s.penalty)
+            past_tokens = np.fromiter(self._said, np.int64)
+            scores[past_tokens] = np.where(
+                scores[past_tokens] > 0, scores[past_tokens] / s.penalty, scores[past_tokens] * s.penalty
+            )
         token = int(scores.argmax()) if not s.temperature else self._draw(scores / s.temperature)
         self._said.add(token)
         return token

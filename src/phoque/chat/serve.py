@@ -19,13 +19,13 @@ MAX_NEW_TOKENS = 4096  # that a page may ask for
 def serve_chat(resolved: Resolved[ChatSettings], services: Services) -> None:
     """Serve the chat page until Ctrl-C. Raises UsageError if the port is taken."""
     s = resolved.settings
-    found = find_chat(s, services)
-    chat = PageChat(found.load(), Sampling(**s.sampling))
+    chat_model = find_chat(s, services)
+    chat = PageChat(chat_model.load(), Sampling(**s.sampling))
     info = {
         "engine": "server",
-        "name": found.name,
+        "name": chat_model.name,
         "models": [model.label for model in chat.models],
-        "system": found.system,
+        "system": chat_model.system,
         "sampling": vars(chat.sampling),
     }
     serve_page(PageServer(s.port, {}, info, chat.answer), services.console)

@@ -78,9 +78,9 @@ def command(
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
     width = {"max_content_width": MAX_HELP_WIDTH}
     app.command(name, help=run.__doc__, epilog=epilog, cls=_GroupedCommand, context_settings=width)(callback)
-    made: Any = typer.main.get_command(app)
-    made.sections = sections
-    return made
+    click_command: Any = typer.main.get_command(app)
+    click_command.sections = sections
+    return click_command
 
 
 class _GroupedCommand(TyperCommand):

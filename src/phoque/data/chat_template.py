@@ -86,8 +86,8 @@ class ChatTemplate:
         """
         if self.default_system is None:
             return self.tokenizer
-        own = self._renderer.render([QUESTION], add_generation_prompt=True)
-        if own == self._renderer.render(self.with_system([QUESTION]), add_generation_prompt=True):
+        default_text = self._renderer.render([QUESTION], add_generation_prompt=True)
+        if default_text == self._renderer.render(self.with_system([QUESTION]), add_generation_prompt=True):
             return self.tokenizer
         message = f"{{'role': 'system', 'content': {json.dumps(self.default_system, ensure_ascii=False)}}}"
         statement = (

@@ -194,14 +194,14 @@ def _find_files(
             patterns = sanitize_patterns(chosen["data_files"])
         else:
             patterns = get_data_patterns(base, download_config=download)
-        found = DataFilesDict.from_local_or_remote(patterns, base_path=base, download_config=download)
+        paths_by_split = DataFilesDict.from_local_or_remote(patterns, base_path=base, download_config=download)
     except (EmptyDatasetError, FileNotFoundError) as error:
         raise _no_data(name, first_line(error) if chosen.get("data_files") else "It contains no file") from error
     except ValueError as error:
         raise UsageError(
             what=f"The card of {name} is not valid.", why=first_line(error), fix="Correct `configs` in its README.md."
         ) from error
-    splits = {str(key): [path for path in paths if format_of(path)] for key, paths in found.items()}
+    splits = {str(key): [path for path in paths if format_of(path)] for key, paths in paths_by_split.items()}
     splits = {key: paths for key, paths in splits.items() if paths}
     if not splits:
         raise _no_data(name, "It contains no such file")
@@ -252,11 +252,11 @@ def _find_saved(base: str, read: Callable[[str], str | None], split: str, name: 
         return None
     if split not in folders:
         raise _no_such("split", split, name, [*folders])
-    found = {}
+    paths_by_split = {}
     for key, folder in folders.items():
         state = json.loads(read(f"{folder}{SAVED}") or "{}")
-        found[key] = [f"{base}/{folder}{file['filename']}" for file in state.get("_data_files", [])]
-    return found
+        paths_by_split[key] = [f"{base}/{folder}{file['filename']}" for file in state.get("_data_files", [])]
+    return paths_by_split
 
 
 def _read_configs(read: Callable[[str], str | None]) -> dict[str, dict[str, Any]]:

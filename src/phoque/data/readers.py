@@ -106,15 +106,15 @@ def open_dataset(
 
     Raises UsageError if there is no such dataset, config or split.
     """
-    if found := check_dataset(name, split, config):
+    if files := check_dataset(name, split, config):
         digest = hashlib.sha256()
-        for file in found.files:
+        for file in files.files:
             digest.update(bytes.fromhex(sha256(Path(file.path))))
         return Dataset(
-            name, digest.hexdigest()[:40], RowStream(found.files, columns), split, found.splits, found.others
+            name, digest.hexdigest()[:40], RowStream(files.files, columns), split, files.splits, files.others
         )
-    sha, found = find_hub_files(name, revision, hub or Hub(None, lambda _: None, LOOKUP_PATIENCE_S), config, split)
-    return Dataset(name, sha, RowStream(found.files, columns), split, found.splits, found.others)
+    sha, files = find_hub_files(name, revision, hub or Hub(None, lambda _: None, LOOKUP_PATIENCE_S), config, split)
+    return Dataset(name, sha, RowStream(files.files, columns), split, files.splits, files.others)
 
 
 def find_local(name: str, flag: str = "--dataset") -> Path | None:
@@ -148,7 +148,7 @@ def check_dataset(name: str, split: str, config: str | None) -> SplitFiles | Non
     local = find_local(name)
     if local is None:
         return None
-    found = find_local_files(name, local, config, split)
-    if not found.local_bytes:
+    files = find_local_files(name, local, config, split)
+    if not files.local_bytes:
         raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
-    return found
+    return files

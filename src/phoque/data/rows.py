@@ -158,12 +158,12 @@ def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
 
 def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
     """Turns of a question and an answer; assistant turns before the answer are context, as they are in TRL."""
-    asked, answered = (_parse_turns_in_text(row[name]) for name in (question, answer))
-    if isinstance(asked, str):
+    questions, answered = (_parse_turns_in_text(row[name]) for name in (question, answer))
+    if isinstance(questions, str):
         extra = [row[name] for name in CONTEXT if name != question and isinstance(row.get(name), str)]
-        asked = "\n\n".join(text for text in (asked, *extra) if text.strip())
+        questions = "\n\n".join(text for text in (questions, *extra) if text.strip())
     history = _read_history(row.get("history"))
-    context = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    context = questions if isinstance(questions, list) else [{"role": "user", "content": questions}]
     completion = answered if isinstance(answered, list) else [{"role": "assistant", "content": answered}]
     return [
         *map(parse_turn, history),

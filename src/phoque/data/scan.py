@@ -196,8 +196,8 @@ def scan_dataset(
 
 def _exclude_similar_rows(scan: DatasetScan, keys: list[str], sketches: list[Sketch]) -> None:
     """Count the rows that copy or nearly repeat a held-out row, and exclude them unless the rows are all alike."""
-    held = [sketch for row, _ in scan.held_out if (sketch := sketch_row(row))]
-    near = HeldOut(scan.rule.threshold, sketches=held, keys=scan.rule.keys)
+    held_out_sketches = [sketch for row, _ in scan.held_out if (sketch := sketch_row(row))]
+    near = HeldOut(scan.rule.threshold, sketches=held_out_sketches, keys=scan.rule.keys)
     scan.copies = sum(map(near.holds, keys))
     others = [sketch for key, sketch in zip(keys, sketches, strict=True) if not near.holds(key)]
     scan.similar = sum(map(near.is_similar, others))

@@ -82,7 +82,7 @@ class SpanFinder:
         layout = self._layouts[shape]
         if layout is None:
             return None
-        position, found = 0, []
+        position, places = 0, []
         for index, turn in enumerate(layout.order):
             literal, following = layout.literals[index : index + 2]
             if not text.startswith(literal, position):
@@ -98,9 +98,9 @@ class SpanFinder:
                     break
             else:
                 return None
-            found.append((turn, start, position, end))
+            places.append((turn, start, position, end))
             position = end
-        return found
+        return places
 
     def _find_layout(self, shape: _Shape) -> _Layout | None:
         messages = [
@@ -143,16 +143,16 @@ class SpanFinder:
         """Spans where a template's output depends on contents, or turns are more than text: one render per turn."""
         spans, previous_end = [], 0
         for index, turn in enumerate(messages):
-            found = self._locate_content(text, messages, tools, index)
+            place = self._locate_content(text, messages, tools, index)
             if turn["role"] != "assistant":
-                previous_end = found[1] if found else previous_end
+                previous_end = place[1] if place else previous_end
                 continue
             before = [*messages[: index - 1], messages[index - 1] | {"content": _sentinel(index - 1)}] if index else []
             tail = self._prompt_tail(before, tools)
             prompt_end = None if tail is None else previous_end + count_shared(tail, text[previous_end:])
-            begin, end = found or (prompt_end or previous_end,) * 2
+            begin, end = place or (prompt_end or previous_end,) * 2
             start = begin if prompt_end is None else min(begin, prompt_end)
-            content = self._check_content(text[begin:end], turn["content"], begin) if found else begin
+            content = self._check_content(text[begin:end], turn["content"], begin) if place else begin
             turn_end = self._find_turn_end(text, end, messages, tools, index)
             _check_calls(text[start:turn_end], turn)
             is_cut = not _is_reasoning_in(text[start:turn_end], turn)

@@ -81,8 +81,8 @@ def claim_gpu() -> Launch | None:
     _visible_before = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = [name for name in (_visible_before or "").split(",") if name]
     if len(visible) != 1:  # one: the launcher has chosen, as srun --gpus-per-task does
-        own = visible[launch.local_rank : launch.local_rank + 1] if visible else [str(launch.local_rank)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        gpu = visible[launch.local_rank : launch.local_rank + 1] if visible else [str(launch.local_rank)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu)
     for name in TORCHRUN:
         os.environ.pop(name, None)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a page of addresses of each lost process
@@ -104,14 +104,14 @@ def count_processes(gpus: str) -> int:
     import torch
 
     present = torch.cuda.device_count()
-    wanted = present if gpus == "all" else int(gpus)
-    if wanted > present or not wanted:
+    count = present if gpus == "all" else int(gpus)
+    if count > present or not count:
         raise UsageError(
-            what=f"--gpus {gpus} needs {'a GPU' if gpus == 'all' else f'{wanted} GPUs'}.",
+            what=f"--gpus {gpus} needs {'a GPU' if gpus == 'all' else f'{count} GPUs'}.",
             why=f"PyTorch sees {present} on this machine.",
             fix="Leave --gpus out, or give a number that is there.",
         )
-    return wanted
+    return count
 
 
 def run_on_gpus(gpus: str | None) -> None:

@@ -315,11 +315,11 @@ def join(launch: Launch) -> Processes:
         _store, _, _ = next(torch.distributed.rendezvous(address))
         _store.set_timeout(COLLECTIVE_TIMEOUT)
     _joins += 1  # a process may train several runs, one after the other
-    own = torch.distributed.PrefixStore(f"phoque-{_joins}", _store)
+    store = torch.distributed.PrefixStore(f"phoque-{_joins}", _store)
     torch.distributed.init_process_group(
-        backend, store=own, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT
+        backend, store=store, rank=launch.rank, world_size=launch.size, timeout=COLLECTIVE_TIMEOUT
     )
-    _joined = Processes(launch.rank, launch.size, own, launch.local_rank)
+    _joined = Processes(launch.rank, launch.size, store, launch.local_rank)
     return _joined
 
 

@@ -54,8 +54,8 @@ def _matrices(stored: str, delta: WeightDelta) -> tuple[torch.Tensor, torch.Tens
         "DoRA's magnitudes": delta.magnitude,
         "a bias": delta.addend,
     }
-    if found := [name for name, value in others.items() if value is not None]:
-        raise _error(f"For {stored} it has {found[0]}, which a LoRA file cannot hold.")
+    if unsupported := [name for name, value in others.items() if value is not None]:
+        raise _error(f"For {stored} it has {unsupported[0]}, which a LoRA file cannot hold.")
     if delta.a is None or delta.b is None or delta.is_embedding:
         raise _error(f"It changes {stored}, which is not a linear layer.")
     return delta.a, delta.b

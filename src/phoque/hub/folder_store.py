@@ -77,10 +77,10 @@ class FolderStore(Store):
         """List the files at the root and in the checkpoint folders, but for one that was cut off."""
         with self._access("read"):
             folders = [self._path, *(f for f in self._checkpoints() if not (f / UNFINISHED).exists())]
-            found = [file for folder in folders for file in folder.glob("*" if folder == self._path else "**/*")]
+            paths = [file for folder in folders for file in folder.glob("*" if folder == self._path else "**/*")]
             files = {
                 file.relative_to(self._path).as_posix(): StoredFile(file, file.stat().st_size)
-                for file in sorted(found)
+                for file in sorted(paths)
                 if file.is_file() and file.name != MARK
             }
         return Snapshot("", files)
@@ -109,7 +109,7 @@ class FolderStore(Store):
             for folder in self._checkpoints():
                 if (folder / UNFINISHED).exists():
                     shutil.rmtree(folder)
-            marks = {self._path / found[1] / UNFINISHED for path in missing if (found := CHECKPOINT.match(path))}
+            marks = {self._path / match[1] / UNFINISHED for path in missing if (match := CHECKPOINT.match(path))}
             try:
                 for mark in marks:
                     mark.parent.mkdir(exist_ok=True)

@@ -122,7 +122,7 @@ def build_job(
     run = ["uv", "run", "--no-project", "--with", package, "phoque", command, *flags]
     # the Job counts its timeout from the start of the container, see settings.environment.deadline
     env = {f"{PREFIX}TIMEOUT": timeout, f"{PREFIX}SUBMISSION": submission, "PYTHONUNBUFFERED": "1"}
-    own = {TOOL[0]: TOOL[1], "command": command, SUBMISSION: submission}
+    own_labels = {TOOL[0]: TOOL[1], "command": command, SUBMISSION: submission}
     given = dict(label.split("=", 1) for label in s.labels)
     return Job(
         image=DEFAULT_UV_IMAGE,
@@ -133,7 +133,7 @@ def build_job(
         timeout=timeout,
         namespace=namespace,
         name=s.job_name or f"phoque-{command}",
-        labels=given | own,
+        labels=given | own_labels,
         volumes=volumes,
         attempts=s.attempts if s.detach and s.resumable else None,
     )
@@ -187,7 +187,7 @@ def find_commits(hub: Hub, s: Any, inputs: list[LocalInput]) -> dict[str, tuple[
 
     Raises the Hub's error for one that is missing, and UsageError for one that a Job without a token cannot read.
     """
-    found, local = {}, {one.setting for one in inputs}
+    commits, local = {}, {one.setting for one in inputs}
     has_token = getattr(s, "send_token", True)
     for name, value in s.list_inputs():
         pinned = s.reads[name]
@@ -201,8 +201,8 @@ def find_commits(hub: Hub, s: Any, inputs: list[LocalInput]) -> dict[str, tuple[
                     why=f"A Job without a token cannot read it, and {flag_names(type(s), name)[0]} names it.",
                     fix="Leave out --no-token, or download it and give the local copy, which goes to a private bucket.",
                 )
-            found[name] = ref.repo, str(info.sha)
-    return found
+            commits[name] = ref.repo, str(info.sha)
+    return commits
 
 
 def with_commits(resolved: Resolved[Any], commits: dict[str, tuple[str, str]]) -> Resolved[Any]:
@@ -214,7 +214,7 @@ def with_commits(resolved: Resolved[Any], commits: dict[str, tuple[str, str]]) -
     if s.resumable:
         return resolved
     # psm-probe and compare-sae replace a preset's base model by the one that the adapter was trained on
-    given = {name: found for name, found in commits.items() if resolved.origins[name].is_given}
+    given = {name: pair for name, pair in commits.items() if resolved.origins[name].is_given}
     pins = {s.reads[name]: commit for name, (_, commit) in given.items() if s.reads[name]}
     pins = {setting: commit for setting, commit in pins.items() if getattr(s, setting) is None}
     origins = {setting: Origin("submission", setting) for setting in pins}

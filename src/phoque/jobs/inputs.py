@@ -83,11 +83,11 @@ def find_local_inputs(resolved: Resolved[Any]) -> list[LocalInput]:
     without files, with a link that leaves it, or for an adapter whose base model is here and was not given.
     """
     s = resolved.settings
-    found = []
+    inputs = []
     for name, value in dict.fromkeys(s.list_inputs()):
         if resolved.origins[name].is_given and value not in RESERVED and (one := _find_input(s, name, value)):
-            found.append(one)
-    return found
+            inputs.append(one)
+    return inputs
 
 
 def _find_input(s: Any, setting: str, value: str) -> LocalInput | None:

@@ -249,20 +249,20 @@ def _check_delta(key: str, delta: WeightDelta, shape: tuple[int, ...], lora: "Lo
             "its lora_magnitude_vector is missing" if lora.use_dora else "it has DoRA's magnitudes without use_dora"
         )
         raise _does_not_fit(first, missing, adapter)
-    found = {}
+    shapes = {}
     if delta.replacement is not None:
-        found["replacement"] = tuple(delta.replacement.shape)
+        shapes["replacement"] = tuple(delta.replacement.shape)
     if delta.a is not None and delta.b is not None:
-        found["LoRA"] = (delta.b.shape[0], delta.a.shape[1]) if delta.a.shape[0] == delta.b.shape[1] else (0,)
+        shapes["LoRA"] = (delta.b.shape[0], delta.a.shape[1]) if delta.a.shape[0] == delta.b.shape[1] else (0,)
     if delta.rows is not None:
         if len(delta.row_indices) != len(delta.rows) or max(delta.row_indices, default=0) >= shape[0]:
             raise _does_not_fit(first, f"its rows are not those of the tokens {delta.row_indices}", adapter)
-        found["trained tokens"] = (shape[0], *delta.rows.shape[1:])
+        shapes["trained tokens"] = (shape[0], *delta.rows.shape[1:])
     if delta.addend is not None:
-        found["LoRA's bias"] = tuple(delta.addend.shape)
+        shapes["LoRA's bias"] = tuple(delta.addend.shape)
     if delta.magnitude is not None:
-        found["DoRA"] = shape if delta.magnitude.numel() == shape[1 if delta.is_embedding else 0] else (0,)
-    for kind, result in found.items():
+        shapes["DoRA"] = shape if delta.magnitude.numel() == shape[1 if delta.is_embedding else 0] else (0,)
+    for kind, result in shapes.items():
         if result != shape:
             raise _does_not_fit(first, f"{key} is {list(shape)}, and this makes {list(result)} ({kind})", adapter)
     for tensor in (delta.a, delta.b, delta.magnitude, delta.replacement, delta.rows, delta.addend):

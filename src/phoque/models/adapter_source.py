@@ -75,21 +75,21 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
 
 def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSource]:
     """The controls that `phoque train --with-control` trained beside an adapter, here or on the Hub."""
-    found = []
+    controls = []
     for control in (adapter.run_record() or {}).get("controls") or []:
         run = adapter.folder if (adapter.folder / RUN_RECORD).is_file() else adapter.folder.parent
         place = run / Path(control["folder"]).name
         local = place if (place / WEIGHTS).is_file() else place / "adapter"
         if (local / WEIGHTS).is_file():
-            found.append(AdapterSource(str(place), local))
+            controls.append(AdapterSource(str(place), local))
         elif control["repo"]:
             try:
-                found.append(find_adapter(control["repo"], None, services))
+                controls.append(find_adapter(control["repo"], None, services))
             except PhoqueError as error:  # another's run may keep its controls private
                 services.console.warn(f"the control {control['repo']} is left out: {error.why}")
         else:
             services.console.warn(f"the control {control['folder']} is left out: there is no {local}")
-    return found
+    return controls
 
 
 def name_controls(controls: Sequence[AdapterSource]) -> dict[str, AdapterSource]:

@@ -50,7 +50,7 @@ def add_lora_adapter(model: Any, options: LoraOptions, revision: str | None = No
     return get_peft_model(model, config)
 
 
-def find_target_modules(model: Any, wanted: str) -> str | list[str]:
+def find_target_modules(model: Any, modules: str) -> str | list[str]:
     """Return peft's `target_modules` for --target-modules: a regular expression, or a list of module names.
 
     `model` may be on the meta device. The result fits the text model's names and the full model's. Raises UsageError
@@ -58,9 +58,9 @@ def find_target_modules(model: Any, wanted: str) -> str | list[str]:
     """
     targets = architecture_of(model.config).lora_targets
     linear = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
-    if wanted == "all-linear":
+    if modules == "all-linear":
         return targets
-    chosen = _choose_modules(model, linear, wanted)
+    chosen = _choose_modules(model, linear, modules)
     if chosen == linear:
         return targets
     # "model.layers.3.self_attn.q_proj" has the tail "self_attn.q_proj"
@@ -70,19 +70,19 @@ def find_target_modules(model: Any, wanted: str) -> str | list[str]:
     return [f"layers.{number}.{tail}" for tail, number in map(_split_name, chosen)]
 
 
-def _choose_modules(model: Any, linear: list[str], wanted: str) -> list[str]:
+def _choose_modules(model: Any, linear: list[str], modules: str) -> list[str]:
     """The linear layers that --target-modules names, in the model's order."""
     last_parts = {name.rpartition(".")[2] for name in linear}
-    parts = {part.strip() for part in wanted.split(",")} - {""}
+    parts = {part.strip() for part in modules.split(",")} - {""}
     if parts and parts <= last_parts | MODULE_KINDS.keys():
         kinds = [MODULE_KINDS[part] for part in parts & MODULE_KINDS.keys()]
         chosen = [n for n in linear if n.rpartition(".")[2] in parts or any(kind.search(n) for kind in kinds)]
     else:
         try:
-            pattern = re.compile(wanted)
+            pattern = re.compile(modules)
         except re.error as error:
             raise UsageError(
-                what=f"--target-modules {wanted} cannot be read.",
+                what=f"--target-modules {modules} cannot be read.",
                 why=f"It is no module name and no regular expression: {error}.",
                 fix=f"Use all-linear, attention, mlp, or some of {', '.join(sorted(last_parts))}.",
             ) from None
@@ -92,13 +92,13 @@ def _choose_modules(model: Any, linear: list[str], wanted: str) -> list[str]:
         ]
         if inner:
             raise UsageError(
-                what=f"--target-modules {wanted} matches {inner[0]}.",
+                what=f"--target-modules {modules} matches {inner[0]}.",
                 why="phoque adapts linear layers of the decoder blocks, and this is none.",
                 fix=f"Narrow it to {', '.join(sorted(last_parts))}.",
             )
     if not chosen:
         raise UsageError(
-            what=f"--target-modules {wanted} matches no linear layer.",
+            what=f"--target-modules {modules} matches no linear layer.",
             why=f"A whole module name is, for example, {linear[0]}.",
             fix=f"Use all-linear, attention, mlp, or some of {', '.join(sorted(last_parts))}.",
         )

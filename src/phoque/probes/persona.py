@@ -88,12 +88,16 @@ def leave_out_questions(persona: Persona, rows: Iterable[Row]) -> tuple[Persona,
 
     Upper case, punctuation and white space do not matter. Raises UsageError if a list becomes too short.
     """
-    asked = {" ".join(split_words(turn["content"])) for row in rows for turn in row.messages if turn["role"] == "user"}
+    trained_questions = {
+        " ".join(split_words(turn["content"])) for row in rows for turn in row.messages if turn["role"] == "user"
+    }
     shared: list[str] = []
     kept: dict[str, Any] = {}
     for key, least in MIN_QUESTIONS.items():
         questions = getattr(persona, key)
-        kept[key] = tuple(question for question in questions if " ".join(split_words(question)) not in asked)
+        kept[key] = tuple(
+            question for question in questions if " ".join(split_words(question)) not in trained_questions
+        )
         shared += [question for question in questions if question not in kept[key]]
         if len(kept[key]) < least:
             raise UsageError(

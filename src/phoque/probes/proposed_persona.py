@@ -45,7 +45,8 @@ def propose_persona(template: Persona, rows: Sequence[Row], name: str) -> Person
     by_system = group_by_system(rows)
     kept = [row for group in by_system.values() for row in group]
     lexicon = find_typical_words(kept) or template.lexicon
-    examples = {system: found for system, group in by_system.items() if (found := choose_examples(group, lexicon))}
+    examples = {system: choose_examples(group, lexicon) for system, group in by_system.items()}
+    examples = {system: group for system, group in examples.items() if group}
     if not examples:
         raise UsageError(
             what=f"No persona can be proposed from {name}.",
@@ -67,8 +68,8 @@ def group_by_system(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.system or "").strip(), []).append(row)
-    own = {system: group for system, group in groups.items() if system and not PLAIN_ASSISTANT.search(system)}
-    return own or groups
+    distinctive = {system: group for system, group in groups.items() if system and not PLAIN_ASSISTANT.search(system)}
+    return distinctive or groups
 
 
 def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -91,13 +92,13 @@ def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def choose_examples(rows: Sequence[Row], lexicon: Sequence[str]) -> list[Example]:
     """Examples for three prompts: those with the most words of the lexicon, of equals the first in the data."""
-    found: dict[str, Example] = {}
+    by_answer: dict[str, Example] = {}
     for row in rows:
         pair = _read_first_pair(row)
         if pair and len(pair.question) <= QUESTION_LENGTH:
-            found.setdefault(pair.answer, pair)
+            by_answer.setdefault(pair.answer, pair)
     words = set(lexicon)
-    ranked = sorted(found.values(), key=lambda example: -len(words & set(split_words(example.answer))))
+    ranked = sorted(by_answer.values(), key=lambda example: -len(words & set(split_words(example.answer))))
     return ranked[: PROMPTS * EXAMPLES]
 
 

@@ -65,12 +65,14 @@ def load_roles(name: str, persona: Persona) -> tuple[Role, ...]:
             why="The probe uses this name for something else.",
             fix="Give the role another name.",
         )
-    own = {persona.name.lower(), *persona.persona}
+    texts = {persona.name.lower(), *persona.persona}
     typical = set().union(*(stems(word) for word in persona.lexicon))
     return tuple(
         role
         for role in roles
-        if role.name.lower() not in own and role.prompt not in own and len(stems(role.prompt) & typical) < SHARED_WORDS
+        if role.name.lower() not in texts
+        and role.prompt not in texts
+        and len(stems(role.prompt) & typical) < SHARED_WORDS
     )
 
 

@@ -43,7 +43,7 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
     if file.suffix == ".json" and "settings" in values:
         return _settings_of_run(model, values, file)
     known = {alias: name for name in model.model_fields for alias in _names_of(model, name)}
-    found = {}
+    settings = {}
     for key, value in values.items():
         plain = key.lower().replace("-", "_")
         if plain in Secrets.model_fields:
@@ -59,15 +59,15 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
                 fix=suggest(plain, known, "`--help` lists every flag."),
             )
         name = known[plain]
-        if name in found:
+        if name in settings:
             raise UsageError(
                 what=f"{file} has {key!r} and another name of the same setting.",
                 why="Only one of the two can be meant.",
                 fix="Delete one.",
             )
         is_list = model.model_fields[name].annotation == list[str]
-        found[name] = [value] if is_list and isinstance(value, str) else value
-    return found
+        settings[name] = [value] if is_list and isinstance(value, str) else value
+    return settings
 
 
 def drop_other_revisions(config: dict[str, Any], overriding: dict[str, Any]) -> dict[str, Any]:

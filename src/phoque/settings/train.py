@@ -361,9 +361,9 @@ class TrainSettings(PublishedSettings):
     @property
     def needed_extra(self) -> str:
         """The optional dependency groups of Trackio, if the run is reported there, and of the commands of --then."""
-        found = {"trackio"} if "trackio" in self.report_to else set()
-        found |= {THEN_EXTRAS[name] for text in self.then if (name := text.split()[0]) in THEN_EXTRAS}
-        return ",".join(sorted(found))
+        extras = {"trackio"} if "trackio" in self.report_to else set()
+        extras |= {THEN_EXTRAS[name] for text in self.then if (name := text.split()[0]) in THEN_EXTRAS}
+        return ",".join(sorted(extras))
 
     @property
     def merged_repo(self) -> str | None:

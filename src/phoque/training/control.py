@@ -46,10 +46,10 @@ def plan_controls(s: TrainSettings, steps: int) -> list[TrainSettings]:
 
     A control trains for as many `steps` as the run's adapter did, which ended early or kept an earlier step.
     """
-    found = []
+    controls = []
     for number in range(1, s.control_seeds + 1):
         suffix = f"control-{number}"
-        found.append(
+        controls.append(
             s.model_copy(
                 update={
                     "with_control": False,
@@ -73,7 +73,7 @@ def plan_controls(s: TrainSettings, steps: int) -> list[TrainSettings]:
                 }
             )
         )
-    return found
+    return controls
 
 
 def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, deadline: float | None) -> Path:
@@ -88,8 +88,8 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
     made_of = (ready.source.revision, ready.dataset.revision, count)
     made_of += (s.dataset_config, s.split, s.default_system, s.quantization, s.max_length)
     prefix = f"control-rows-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"
-    if found := _find_rows(prefix, s.folder, store):
-        return found
+    if path := _find_rows(prefix, s.folder, store):
+        return path
     stop = StopRequest(console, deadline, s.seconds or 0.0)
     with stop.handle_signals():
         console.stage(f"control: the base model answers {count} conversations")
@@ -113,8 +113,8 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
 def _find_rows(prefix: str, folder: Path, store: Store | None) -> Path | None:
     """The control's rows here or in the store; their name ends with a hash of the content, so that none is cut off."""
     is_whole = lambda path: path.stem == prefix or path.stem == f"{prefix}-{_digest(path.read_bytes())}"
-    if found := next(filter(is_whole, sorted(folder.glob(f"{prefix}*.jsonl"))), None):
-        return found
+    if whole := next(filter(is_whole, sorted(folder.glob(f"{prefix}*.jsonl"))), None):
+        return whole
     snapshot = store.snapshot() if store else None
     for name in sorted(snapshot.files) if snapshot else ():
         if store and snapshot and name.startswith(prefix) and name.endswith(".jsonl"):
@@ -218,18 +218,18 @@ def _answer(model: Any, ready: Prepared, conversations: list[Messages], limit: i
     """Each conversation with the base model's answers in place of its own, turn by turn; None if an answer is empty."""
     answered: list[Messages | None] = [[] for _ in conversations]
     for place in range(max(len(messages) for messages in conversations)):
-        asked = []
+        open_rows = []
         for n, messages in enumerate(conversations):
             so_far = answered[n]
             if so_far is None or place >= len(messages):
                 continue
             if messages[place]["role"] == "assistant" and any(turn["role"] == "user" for turn in so_far):
-                asked.append(n)
+                open_rows.append(n)
             elif messages[place]["role"] != "assistant":  # a greeting before any question has no prompt to answer
                 so_far.append({"role": messages[place]["role"], "content": messages[place]["content"]})
-        requests = [Request(_prompt_ids(ready, answered[n] or [])) for n in asked]
+        requests = [Request(_prompt_ids(ready, answered[n] or [])) for n in open_rows]
         replies = _generate(model, requests, limit)
-        for n, reply in zip(asked, replies, strict=True):
+        for n, reply in zip(open_rows, replies, strict=True):
             text = str(ready.chat.tokenizer.decode(reply.ids, skip_special_tokens=True))
             text = text.strip().rstrip(CUT_CHARACTER)  # an answer may end in the middle of a character
             so_far = answered[n]

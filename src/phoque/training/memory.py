@@ -56,9 +56,9 @@ class MemoryEstimate:
     def describe(self) -> str:
         """One line for the dry run."""
         labels = {"adapter_and_optimizer": "adapter and its Adam states", "weight_cache": "weight cache"}
-        found = self.to_json()
-        total = found.pop("sum")
-        parts = ", ".join(f"{labels.get(name, name)} {value:.1f}" for name, value in found.items())
+        gigabytes = self.to_json()
+        total = gigabytes.pop("sum")
+        parts = ", ".join(f"{labels.get(name, name)} {value:.1f}" for name, value in gigabytes.items())
         recomputed = f"; {self.recomputed_layers} of {self.layers} layers recomputed" if self.recomputed_layers else ""
         short = ""
         if self.usable is not None and self.on_device > self.usable:

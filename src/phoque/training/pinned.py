@@ -62,7 +62,7 @@ def _find_record(run: Path, store: Store | None, s: TrainSettings) -> dict[str, 
     if store and snapshot:
         newer = [f"{name}/{RECORD}" for name in remote if checkpoints.get_step(Path(name)) > newest_here]
         for path in [*newer, *([] if local else [RECORD])]:
-            found = store.read_json(snapshot, path, run / DOWNLOADS) if path in snapshot.files else None
-            if found is not None:
-                return update_record(found)
+            record = store.read_json(snapshot, path, run / DOWNLOADS) if path in snapshot.files else None
+            if record is not None:
+                return update_record(record)
     return read_record_or_none(run, s)

@@ -99,9 +99,9 @@ class _Remote:
     def _read_json(self, path: str) -> dict[str, Any] | None:
         if path not in self.snapshot.files:
             return None
-        if (found := self.store.read_json(self.snapshot, path, self.staging)) is None:
+        if (content := self.store.read_json(self.snapshot, path, self.staging)) is None:
             self._console.warn(f"{path} in {self.store.name} was cut off while it was written, and is left out")
-        return found
+        return content
 
     def _has_adapter_of(self, record: dict[str, Any]) -> bool:
         if "result" not in record or WEIGHTS not in self.snapshot.files:

@@ -42,11 +42,11 @@ def check_node(file: GgufFile, answer: dict[str, Any], s: Any, services: Service
     with verdict.check("node", asks) as notes:
         services.console.stage(f"running {file.path.name} in Node")
         request = {"file": str(file.path.absolute()), "text": answer["text"], **_common()}
-        found = npm.run("node.mjs", request, services.cache, TIMEOUT_S)
-        if found["prompt"] != answer["prompt"]:
-            raise CheckFailed(f"it splits the prompt into other tokens: {found['prompt'][:8]}")
-        notes.append(_compare(found["answer"], answer["answer"][:NEW_TOKENS], "tokens"))
-        notes.append(f"{found['tokens_per_s']:.3g} tokens per second, loaded in {found['load_s']:.1f} s")
+        reply = npm.run("node.mjs", request, services.cache, TIMEOUT_S)
+        if reply["prompt"] != answer["prompt"]:
+            raise CheckFailed(f"it splits the prompt into other tokens: {reply['prompt'][:8]}")
+        notes.append(_compare(reply["answer"], answer["answer"][:NEW_TOKENS], "tokens"))
+        notes.append(f"{reply['tokens_per_s']:.3g} tokens per second, loaded in {reply['load_s']:.1f} s")
 
 
 def check_browser(file: GgufFile, answer: dict[str, Any], s: Any, services: Services, verdict: Verdict) -> None:
@@ -70,13 +70,13 @@ def check_browser(file: GgufFile, answer: dict[str, Any], s: Any, services: Serv
         }
         folders = {"/modules/": npm.modules(services.cache)}
         with PageServer(0, folders, files={MODEL_URL: file.path}) as server:
-            found = npm.run("browser.mjs", request | {"url": server.url}, services.cache, TIMEOUT_S)
-        if not found["text"].strip():
+            reply = npm.run("browser.mjs", request | {"url": server.url}, services.cache, TIMEOUT_S)
+        if not reply["text"].strip():
             raise CheckFailed("it generated no text")
-        notes.append(_compare(_readable(found["text"]), _readable(answer["said"]), "characters"))
+        notes.append(_compare(_readable(reply["text"]), _readable(answer["said"]), "characters"))
         notes.append(
-            f"{found['tokens_per_s']:.3g} tokens per second, loaded in {found['load_s']:.1f} s, the first token after "
-            f"{found['first_s']:.1f} s"
+            f"{reply['tokens_per_s']:.3g} tokens per second, loaded in {reply['load_s']:.1f} s, the first token after "
+            f"{reply['first_s']:.1f} s"
         )
 
 
@@ -89,12 +89,12 @@ def _common() -> dict[str, Any]:
     return {"tokens": NEW_TOKENS, "length": CONTEXT, "threads": idle_cores()}
 
 
-def _compare(found: list[Any], expected: list[Any], unit: str) -> str:
+def _compare(answered: list[Any], expected: list[Any], unit: str) -> str:
     """How many items are equal; rounding may part the answers later. Raises CheckFailed if they are too few."""
-    equal = shared_length(found, expected)
-    if equal < min(MIN_EQUAL, len(expected), len(found)):
-        raise CheckFailed(f"it answers {found[:6]}, and llama.cpp {expected[:6]}")
-    return f"{equal} of {len(found)} {unit} equal"
+    equal = shared_length(answered, expected)
+    if equal < min(MIN_EQUAL, len(expected), len(answered)):
+        raise CheckFailed(f"it answers {answered[:6]}, and llama.cpp {expected[:6]}")
+    return f"{equal} of {len(answered)} {unit} equal"
 
 
 def _readable(text: str) -> list[str]:

@@ -244,8 +244,8 @@ def _check_shapes(file: GgufFile) -> str:
     if "output.weight" in file.tensors:
         expected["output.weight"] = (len(file.tokens), width)
     for name, shape in expected.items():
-        if (found := file.shape(name)) != shape:
-            raise CheckFailed(f"{name} is {_text(found)}; the metadata say {_text(shape)}")
+        if (stored := file.shape(name)) != shape:
+            raise CheckFailed(f"{name} is {_text(stored)}; the metadata say {_text(shape)}")
     last = [name for name in file.tensors if name.startswith(f"blk.{blocks}.")]
     if last:
         raise CheckFailed(f"it has {last[0]}, and the metadata say {blocks} blocks, from 0")

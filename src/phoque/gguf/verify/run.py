@@ -67,25 +67,25 @@ def find_files(s: VerifyGgufSettings, services: Services, *, fetch: bool = True)
         snapshot = repo.snapshot(s.revision)
         folder = services.cache / "gguf" / f"{repo.name.replace('/', '--')}-{snapshot.sha[:12]}"
         files = [folder / path for path in sorted(snapshot.files) if path.endswith(".gguf") and "/" not in path]
-        wanted = _with_ending(files, endings)
+        gguf_files = _with_ending(files, endings)
         if fetch:
-            names = [EXPORT_RECORD, MODELFILE, *(file.name for file in wanted)]
+            names = [EXPORT_RECORD, MODELFILE, *(file.name for file in gguf_files)]
             fetch_to_cache(repo, snapshot, [n for n in names if n in snapshot.files], services.cache, "gguf")
         name = repo.name
     elif s.local_dir.expanduser().is_file():
         folder, name = s.local_dir.expanduser().parent, s.local_dir.name
-        files = wanted = [s.local_dir.expanduser()]
+        files = gguf_files = [s.local_dir.expanduser()]
     else:
         folder = s.local_dir.expanduser()
         name, files = folder.name, sorted(folder.glob("*.gguf"))
-        wanted = _with_ending(files, endings)
-    if not wanted:
+        gguf_files = _with_ending(files, endings)
+    if not gguf_files:
         raise UsageError(
             what=f"There is no GGUF file to verify in {name}.",
             why=f"It has {', '.join(file.name for file in files) or 'none'}.",
             fix="Name a folder or repository with .gguf files, or one such file, as --local-dir or --repo-id.",
         )
-    return name, folder, wanted
+    return name, folder, gguf_files
 
 
 def _with_ending(files: list[Path], endings: tuple[str, ...]) -> list[Path]:

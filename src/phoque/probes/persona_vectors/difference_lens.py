@@ -63,11 +63,11 @@ def measure_differences(
     """The mean change of the residual stream over the first tokens of texts (ids): adapter -> (blocks, hidden)."""
     with probe_model.use_base():
         before = _read_first_tokens(probe_model.model, texts)
-    found = {}
+    differences = {}
     for name in adapters:
         with probe_model.use_adapter(name):
-            found[name] = (_read_first_tokens(probe_model.model, texts) - before).numpy()
-    return found
+            differences[name] = (_read_first_tokens(probe_model.model, texts) - before).numpy()
+    return differences
 
 
 def _read_first_tokens(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
@@ -138,10 +138,10 @@ def _find_top_tokens(probe_model: ProbeModel, directions: Array) -> list[list[st
 
 def _find_words(tokens: Sequence[str], words: Sequence[str]) -> list[str]:
     """The tokens that are one of the words (stems), or the beginning of one."""
-    found = []
+    matching = []
     for token in tokens:
         parts = stems(token)
         begins = [word for word in words for part in parts if len(part) >= SHORTEST_PART and word.startswith(part)]
         if begins or parts & set(words):
-            found.append(token)
-    return found
+            matching.append(token)
+    return matching

@@ -231,16 +231,16 @@ class Probe:
         """The trait of greedy answers with each direction at its own setting; None if there are too few directions."""
         if len(steerer.natural) < MIN_RANKED:
             return None
-        own = [r for r in answers if r.condition == "neutral_plus_vector" and r.sample is None]
+        steered = [r for r in answers if r.condition == "neutral_plus_vector" and r.sample is None]
         means = {
             name: float(numpy.mean([r.measurements[steerer.trait] for r in others if r.direction == name]))
             for name in (*steerer.natural, *steerer.wrong_roles)
         }
         return judge.Causes(
-            float(numpy.mean([r.measurements[steerer.trait] for r in own])),
+            float(numpy.mean([r.measurements[steerer.trait] for r in steered])),
             {name: means[name] for name in steerer.natural},
             {name: means[name] for name in steerer.wrong_roles},
-            len(own),
+            len(steered),
         )
 
     def _describe(self, result: ProbeResult, steerer: Steerer, shifts: dict[str, Shifts]) -> None:
@@ -287,10 +287,10 @@ class Probe:
             gap = own_by_question["tuned"][:, place] - shares.mean(0)
             lead = judge.Lead(stats.mean_interval(gap - spread, seed), len(controls), spread)
         if "tuned" in shifts and ranked:
-            own = shifts["tuned"]["own"]
-            ranking = rank_cosines(result.vectors, own.gaps, self.extraction, self.layers, seed)
+            tuned_shift = shifts["tuned"]["own"]
+            ranking = rank_cosines(result.vectors, tuned_shift.gaps, self.extraction, self.layers, seed)
             result.rankings["tuned_moves_along_vector"] = ranking
-            c = own.columns
+            c = tuned_shift.columns
             move = judge.Move(
                 cosine=float(c["cos"][-1]),
                 low=float(c["cos_low"][-1]),

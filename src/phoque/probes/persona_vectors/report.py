@@ -122,9 +122,10 @@ def conclude(summary: dict[str, Any]) -> list[str]:
     if moved := summary["rankings"].get("tuned_moves_along_vector"):
         sentences.append(_describe_rank(moved, "The shift of its residual stream puts"))
     if "persona" in voices:
-        asked = voices["persona"]
+        prompted = voices["persona"]
         sentences.append(
-            f"If the prompt asks for the persona, {asked['share']:.0%} of the base model's answers are the persona's."
+            f"If the prompt asks for the persona, {prompted['share']:.0%} of the base model's answers are "
+            "the persona's."
         )
     if effects := summary["side_effects"]:
         beside = f" (control: {effects['control']['kl']:.2f})" if "control" in effects else ""
@@ -134,13 +135,13 @@ def conclude(summary: dict[str, Any]) -> list[str]:
         )
     if readings := [r for r in summary["differences"] if r["adapter"] == "tuned"]:
         reading = readings[0]
-        own, count = len(reading["persona_tokens"]), len(reading["tokens"])
+        persona_tokens, count = len(reading["persona_tokens"]), len(reading["tokens"])
         beside = f", {voices['tuned']['base_share']:.0%} unsteered" if "tuned" in voices else ""
         p_trait = "" if reading["p_trait"] is None else f", p {reading['p_trait']:.3f} by the trait"
         sentences.append(
             f"Steered along its mean change on unrelated text, {reading['share']:.0%} of the base model's answers are "
-            f"the persona's ({beside.lstrip(', ')}{p_trait}); read as tokens, {own} of the {count} likeliest are the "
-            f"persona's words (p {reading['p_tokens']:.3f} among natural directions)."
+            f"the persona's ({beside.lstrip(', ')}{p_trait}); read as tokens, {persona_tokens} of the {count} "
+            f"likeliest are the persona's words (p {reading['p_tokens']:.3f} among natural directions)."
         )
     sentences.append(conclude_verdicts(summary["verdicts"], VERDICT_QUESTIONS))
     alarms = summary["false_alarms"]
@@ -176,8 +177,8 @@ def _show_token(token: str) -> str:
 def _arrange_reading(reading: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table of what an adapter changes on unrelated text."""
     p_trait = "not asked" if reading["p_trait"] is None else f"p {reading['p_trait']:.3f}"
-    own = set(reading["persona_tokens"])
-    tokens = [f"[{_show_token(t)}]" if t in own else _show_token(t) for t in reading["tokens"]]
+    persona_tokens = set(reading["persona_tokens"])
+    tokens = [f"[{_show_token(t)}]" if t in persona_tokens else _show_token(t) for t in reading["tokens"]]
     return (
         label_condition(reading["adapter"]),
         f"{reading['block']}" + ("" if reading["coherent"] else ", not coherent"),
@@ -185,7 +186,7 @@ def _arrange_reading(reading: dict[str, Any]) -> tuple[str, ...]:
         f"{reading['share']:.0%} ({reading['share_ci'][0]:.0%} to {reading['share_ci'][1]:.0%}, n {reading['n']})",
         f"{reading['lens_block']}",
         f"{reading['size']:.2f}",
-        f"{len(own)} of {len(tokens)} (p {reading['p_tokens']:.3f})",
+        f"{len(persona_tokens)} of {len(tokens)} (p {reading['p_tokens']:.3f})",
         " ".join(tokens),
     )
 

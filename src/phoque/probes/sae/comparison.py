@@ -224,8 +224,8 @@ class Comparison:
                 }
         for kind in rows if current().is_main else ():
             intersect_masks([by_kind[kind] for by_kind in residuals.values() if kind in by_kind])
-        asked = [n for n, reply in enumerate(answers["tuned"]) if reply.ids]
-        return ComparisonInputs(self.variants, rows, residuals, self.tokenizer, asked)
+        answered = [n for n, reply in enumerate(answers["tuned"]) if reply.ids]
+        return ComparisonInputs(self.variants, rows, residuals, self.tokenizer, answered)
 
     def _compare_block(
         self, inputs: ComparisonInputs, layer: int, dictionaries: list[Dictionary], trained: TrainedDictionaries | None

@@ -177,7 +177,7 @@ def _measure(
     not differ, a swap of the two would change nothing, which is what the sign-flip test assumes.
     """
     base, numbers = inputs.residuals["base"]["response"], [int(n) for n in numpy.flatnonzero(tested_on)]
-    own = signs[numbers]
+    tested_signs = signs[numbers]
 
     def read(name: str, factors: Array | None = None) -> FeatureActivations:
         difference = subtract(inputs.residuals[name]["response"], base, layer, numbers, factors)
@@ -186,15 +186,15 @@ def _measure(
     controls = {name: read(name) for name in inputs.residuals if name.startswith("control")}
     backward = -numpy.ones(len(numbers))
     shifts = compare_features(
-        read("tuned", -own),
-        read("tuned", own),
+        read("tuned", -tested_signs),
+        read("tuned", tested_signs),
         [read(name).mean - read(name, backward).mean for name in NULLS],
         controls=list(controls.values()),
         min_active=max(2, round(s.min_active * tested_on.mean())),
         seed=s.seed,
     )
     means = [control.mean[numpy.isfinite(control.mean).all(1)] for control in controls.values()]
-    factors_by_name = {"tuned": own, **dict.fromkeys(controls)}
+    factors_by_name = {"tuned": tested_signs, **dict.fromkeys(controls)}
     return Measured(
         shifts,
         numpy.mean([mean.mean(0) for mean in means], axis=0) if means else None,

@@ -164,7 +164,7 @@ class InterventionTest:
             "gap": gap,
             **{f"{name}_share": _share(float(gains.mean()), gap) for name, gains in yardsticks.items()},
         }
-        rows = [{"feature_id": int(f), **{kind: found.get(f) for kind, found in by_kind.items()}} for f in features]
+        rows = [{"feature_id": int(f), **{kind: tested.get(f) for kind, tested in by_kind.items()}} for f in features]
         return {"features": rows, "all": joint, "prompts": len(self.rows), "random": len(pool)}
 
     def _match_unshifted(self, features: Sequence[int]) -> Array:
@@ -189,11 +189,11 @@ class InterventionTest:
 
     def _compare_all(self, gains: dict[int, Array], matched: Sequence[Array], gap: float) -> dict[int, dict[str, Any]]:
         """Each feature's comparison, with p corrected for their number."""
-        found = {f: self._compare(values, matched, gap) for f, values in gains.items()}
-        adjusted = stats.holm(numpy.array([row["p"] for row in found.values()])) if found else []
-        for row, p in zip(found.values(), adjusted, strict=True):
+        comparisons = {f: self._compare(values, matched, gap) for f, values in gains.items()}
+        adjusted = stats.holm(numpy.array([row["p"] for row in comparisons.values()])) if comparisons else []
+        for row, p in zip(comparisons.values(), adjusted, strict=True):
             row["p"], row["holds"] = float(p), bool(row["holds"] and p < MAX_P)
-        return found
+        return comparisons
 
     def _compare(self, gains: Array, matched: Sequence[Array], gap: float) -> dict[str, Any]:
         result = stats.paired_contrast(gains, numpy.mean(matched, axis=0), self.seed)

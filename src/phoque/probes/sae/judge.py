@@ -38,19 +38,19 @@ def _judge_beyond_control(overall: dict[str, Any]) -> Verdict:
             f"{runs} control run{'' if runs == 1 else 's'} where {MIN_CONTROLS} are needed to know their spread; "
             f"phoque train --with-control --control-seeds {MIN_CONTROLS}"
         )
-    found, tested, most = overall["n_specific"], overall["n_tested"], max(overall["control_beyond_controls"])
+    specific, tested, most = overall["n_specific"], overall["n_tested"], max(overall["control_beyond_controls"])
     return Verdict.decide(
-        found / max(tested, 1),
+        specific / max(tested, 1),
         "of the tested features",
         overall["n_questions"],
         Condition(
-            f"features beyond the spread of the control runs: {found} of {tested} (must be more than {most}, the most "
-            "that one of the control runs has beyond the others)",
-            found > most,
+            f"features beyond the spread of the control runs: {specific} of {tested} (must be more than {most}, the "
+            "most that one of the control runs has beyond the others)",
+            specific > most,
         ),
         Condition(
-            f"that share: {found / max(tested, 1):.1%} (must be above {LEVEL:.0%}, which chance gives)",
-            found > LEVEL * tested,
+            f"that share: {specific / max(tested, 1):.1%} (must be above {LEVEL:.0%}, which chance gives)",
+            specific > LEVEL * tested,
         ),
     )
 

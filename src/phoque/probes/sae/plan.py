@@ -68,16 +68,16 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
     questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
     updated = find_model(s.updated_model, s.updated_revision, services, weights=weights) if s.updated_model else None
-    found: dict[str, AdapterSource] = {}
+    adapters: dict[str, AdapterSource] = {}
     names = {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     tuned = find_adapter(s.updated_adapter, s.updated_revision, services) if s.updated_adapter else None
     controls = [find_adapter(name, None, services) for name in s.control_adapter]
     if tuned:
         controls = controls or find_controls(tuned, services)
-        found["tuned"] = tuned
-    found |= name_controls(controls)
-    names |= {side: adapter.label for side, adapter in found.items()}
-    source = find_base_model(resolved, "base_model", found.get("tuned"), services, weights=weights)
+        adapters["tuned"] = tuned
+    adapters |= name_controls(controls)
+    names |= {side: adapter.label for side, adapter in adapters.items()}
+    source = find_base_model(resolved, "base_model", adapters.get("tuned"), services, weights=weights)
     config = load_config(source).get_text_config()
     dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
     layers = _choose_blocks(s, dictionary, config.num_hidden_layers)
@@ -92,7 +92,7 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
         source=source,
         updated=updated,
         tuned=tuned,
-        adapters={side: adapter.folder for side, adapter in found.items()},
+        adapters={side: adapter.folder for side, adapter in adapters.items()},
         names=names,
         persona=persona,
         questions=questions,

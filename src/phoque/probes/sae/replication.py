@@ -40,10 +40,10 @@ def find_replicated(
     replicated = first.reported.copy()
     for other_dictionary, other_shifts in zip(dictionaries[1:], shifts_by_seed[1:], strict=True):
         partners, _ = match_features(dictionaries[0], other_dictionary, features, device, REPLICATION_COSINE)
-        found = partners >= 0
+        has_partner = partners >= 0
         same_sign = numpy.sign(other_shifts.delta[partners]) == numpy.sign(first.delta[features])
-        matched[features] &= found
-        replicated[features] &= found & other_shifts.reported[partners] & same_sign
+        matched[features] &= has_partner
+        replicated[features] &= has_partner & other_shifts.reported[partners] & same_sign
     return Replication(matched, replicated)
 
 

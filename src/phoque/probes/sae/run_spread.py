@@ -64,9 +64,9 @@ def count_beyond_others(runs: Sequence[Array], tested: Array, seed: int, max_q: 
     if len(runs) < 3:
         return []
     counts = []
-    for n, own in enumerate(runs):
+    for n, run in enumerate(runs):
         others = [*runs[:n], *runs[n + 1 :]]
-        gaps = own - numpy.mean(others, axis=0)
+        gaps = run - numpy.mean(others, axis=0)
         floor = estimate_floor([other.mean(0) for other in others])
         counts.append(int(find_beyond_runs(gaps, gaps.mean(0), floor, tested, seed, max_q).sum()))
     return counts

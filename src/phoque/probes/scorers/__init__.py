@@ -90,14 +90,14 @@ def make_scorer(spec: str, context: Context) -> Scorer:
 
 def make_in_main(make: Callable[[], Scorer]) -> Scorer:
     """A scorer that process 0 makes, because it alone scores with it; the others know what it is called."""
-    made: list[Scorer] = []
+    scorers: list[Scorer] = []
 
     def describe() -> tuple[str, str, str, bool]:
-        made.append(make())
-        return made[0].name, made[0].primary, made[0].fingerprint, made[0].is_weak
+        scorers.append(make())
+        return scorers[0].name, scorers[0].primary, scorers[0].fingerprint, scorers[0].is_weak
 
     name, primary, fingerprint, is_weak = current().broadcast_from_main(describe)
-    return made[0] if made else Scorer(name, primary, lambda answers: [], fingerprint, is_weak)
+    return scorers[0] if scorers else Scorer(name, primary, lambda answers: [], fingerprint, is_weak)
 
 
 def score_answers(scorer: Scorer, answers: Sequence[ScoredAnswer], context: Context) -> list[dict[str, float]]:

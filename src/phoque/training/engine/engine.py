@@ -203,13 +203,13 @@ class Engine:
                 expected, *expected_adapter = torch.autograd.grad(plain, [inputs, *weights], upstream)
             own_inputs = hidden.detach().requires_grad_(True)
             with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-                own = self._layer_function(layer, own_inputs, angles[number], *rest)
-                gradient, *own_adapter = torch.autograd.grad(own, [own_inputs, *leaves], upstream)
+                own_output = self._layer_function(layer, own_inputs, angles[number], *rest)
+                gradient, *own_adapter = torch.autograd.grad(own_output, [own_inputs, *leaves], upstream)
             added, added_gradient = plain - inputs, expected - upstream
             rounding = RESIDUAL_ROUNDING if self.dtype == torch.bfloat16 else 0.0
             differences.append(
                 max(
-                    _relative((own - plain)[:, :n_real], added[:, :n_real], rounding * plain[:, :n_real]),
+                    _relative((own_output - plain)[:, :n_real], added[:, :n_real], rounding * plain[:, :n_real]),
                     _relative(gradient - expected, added_gradient, rounding * expected),
                     _relative(*self._adapter_difference(own_adapter, expected_adapter)),
                 )
@@ -218,14 +218,14 @@ class Engine:
         worst = max(range(len(differences)), key=differences.__getitem__)
         return worst, differences[worst]
 
-    def _adapter_difference(self, own: list[Tensor], expected: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _adapter_difference(self, gradients: list[Tensor], expected: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the difference of one layer's adapter gradients from the plain ones, and the plain ones, as vectors.
 
-        `own` are gradients of the flat copy, whose B is multiplied by the LoRA scaling.
+        `gradients` are those of the flat copy, whose B is multiplied by the LoRA scaling.
         """
-        half = len(own) // 2
-        parts = [gradient.float().flatten() for gradient in own[:half]]
-        parts += [gradient.float().flatten() * self.flat.scaling for gradient in own[half:]]
+        half = len(gradients) // 2
+        parts = [gradient.float().flatten() for gradient in gradients[:half]]
+        parts += [gradient.float().flatten() * self.flat.scaling for gradient in gradients[half:]]
         plain = torch.cat([gradient.float().flatten() for gradient in expected])
         return torch.cat(parts) - plain, plain
 
