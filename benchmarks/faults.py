@@ -2,6 +2,7 @@
 
     uv run python benchmarks/faults.py            43 faults, a few minutes on two cores
     uv run python benchmarks/faults.py --folder   34 faults, with the run in a folder of a bucket (--run-dir)
+    uv run python benchmarks/faults.py --together 14 faults: one of two processes is killed in a step, save or upload
     uv run python benchmarks/faults.py --soak 200 one long run, killed or hurt 200 times
 
 A fault is survived only if the exit code is the documented one, the same command then ends with the very adapter (bit
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from tests.fakehub import TOKEN, FakeHub  # noqa: E402
 from tests.fakehub.jobs import Jobs  # noqa: E402
 from tests.forkserver import AHEAD, ForkServer, slowly  # noqa: E402
+from tests.launching import free_port  # noqa: E402
 
 REPO, BASE, STEPS, SAVE = "harbour/seal", "harbour/tiny", 12, 3
 KEY = "g" * 40
@@ -213,6 +215,44 @@ class Folder(Phoque):
         return super().leaked() or next((f"a secret in {name} of the bucket" for name in inside), None)
 
 
+class StartedTogether:
+    """Two processes of one command under way; signals go to one of them, `target`."""
+
+    def __init__(self, processes: list[Started], target: int) -> None:
+        self._processes, self._target, self._signalled = processes, target, False
+
+    def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+        self._processes[0].until(condition, seconds)
+
+    def kill(self, number: int) -> None:
+        self._signalled = True
+        self._processes[self._target].kill(number)
+
+    def ended(self) -> Ended:
+        begun = time.monotonic()
+        endings = [process.ended() for process in self._processes]
+        codes = [ending.code for ending in endings]
+        need(time.monotonic() - begun < 60, f"it took {time.monotonic() - begun:.0f} s until all had ended")
+        need(all(codes) if self._signalled else len(set(codes)) == 1, f"exits {codes}")
+        return Ended(codes[self._target if self._signalled else 0], "".join(ending.text for ending in endings))
+
+
+class Together(Phoque):
+    """phoque with two processes that train together."""
+
+    target = 0  # the process that a fault strikes
+
+    def start(self, *more: Any, prelude: str = "", repo: str = REPO, **env: str) -> StartedTogether:
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes = [
+            super(Together, self).start(
+                *more, prelude=prelude, repo=repo, **env, **launch, RANK=str(rank), LOCAL_RANK=str(rank)
+            )
+            for rank in range(2)
+        ]
+        return StartedTogether(processes, self.target)
+
+
 class Plain(Bench):
     stopped = refused = failed = None  # it documents none
 
@@ -315,6 +355,16 @@ def signalled(number: int, where: str) -> Callable[[Bench], None]:
         b.whole()
 
     return fault
+
+
+def struck(rank: int, fault: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The fault, in one of the two processes."""
+
+    def fault_in_process(b: Together) -> None:
+        b.target = rank
+        fault(b)
+
+    return fault_in_process
 
 
 def job_timeouts(b: Bench) -> None:
@@ -715,6 +765,14 @@ FOLDER_FAULTS = [
 ]
 
 
+TOGETHER_FAULTS = [
+    (f"{name}, process {rank} of 2", struck(rank, fault))
+    for name, fault in FAULTS
+    if name.startswith("SIG")
+    for rank in range(2)
+]
+
+
 def tried(b: Bench, fault: Callable[[Any], None]) -> str | None:
     """What was lost, or None if the fault was survived."""
     b.begin()
@@ -775,7 +833,7 @@ def soak(b: Phoque, times: int, seed: int) -> int:
 
 
 @contextmanager
-def sides() -> Iterator[tuple[Phoque, Folder, Plain]]:
+def sides() -> Iterator[tuple[Phoque, Folder, Together, Plain]]:
     """All, on one Hub, with one forkserver: what they lean on is imported once."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     root = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -790,7 +848,7 @@ def sides() -> Iterator[tuple[Phoque, Folder, Plain]]:
     base, rows = tiny.llama(root / "llama"), write_rows(root / "rows.jsonl", [row(n) for n in range(40)])
     forkserver = ForkServer()
     made = []
-    for side in (Phoque, Folder, Plain):
+    for side in (Phoque, Folder, Together, Plain):
         (root / side.__name__).mkdir()
         made.append(side(root / side.__name__, hub, forkserver, base, rows))
     try:
@@ -801,16 +859,17 @@ def sides() -> Iterator[tuple[Phoque, Folder, Plain]]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def table(only: list[int], peer: bool, folder: bool) -> int:
-    """Print the table; return how many faults phoque did not survive."""
+def table(only: list[int], peer: bool, way: str) -> int:
+    """Print the table; return how many faults phoque did not survive. `way` is hub, folder or together."""
     lost, plain_lost = {}, {}
-    faults = FOLDER_FAULTS if folder else FAULTS
-    with sides() as (on_hub, in_folder, plain):
+    faults = {"hub": FAULTS, "folder": FOLDER_FAULTS, "together": TOGETHER_FAULTS}[way]
+    with sides() as (on_hub, in_folder, together, plain):
+        side = {"hub": on_hub, "folder": in_folder, "together": together}[way]
         print("| # | fault | phoque | plain Trainer |\n|---|---|---|---|")
         for number, (name, fault) in enumerate(faults, 1):
             if only and number not in only:
                 continue
-            if (why := tried(in_folder if folder else on_hub, fault)) is not None:
+            if (why := tried(side, fault)) is not None:
                 lost[number] = why
             if peer and (why := tried(plain, fault)) is not None:
                 plain_lost[number] = why
@@ -834,6 +893,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", type=int, nargs="*", default=[])
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--folder", action="store_true", help="keep the run in a folder, as on a mounted bucket")
+    parser.add_argument("--together", action="store_true", help="train with two processes, and kill one of them")
     asked = parser.parse_args()
     if asked.soak:
         with sides() as (phoque, *_):
@@ -841,4 +901,5 @@ if __name__ == "__main__":
                 f"soak: {asked.soak} kills and faults over one run, {soak(phoque, asked.soak, asked.seed)} steps lost"
             )
     else:
-        sys.exit(table(asked.only, not (asked.no_peer or asked.folder), asked.folder) > 0)
+        way = "folder" if asked.folder else "together" if asked.together else "hub"
+        sys.exit(table(asked.only, way == "hub" and not asked.no_peer, way) > 0)

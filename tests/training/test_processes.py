@@ -273,7 +273,7 @@ def test_two_nodes_with_disks_of_their_own(phoque, asked, tmp_path):
 
 
 @pytest.mark.thorough
-def test_controls_are_trained_by_all_processes(start, tmp_path, tmp_path_factory, rows):
+def test_all_processes_answer_and_train_the_controls(start, phoque, tmp_path, tmp_path_factory, rows):
     from tests import tiny
 
     base, port = tiny.talking_llama(tmp_path_factory.mktemp("talking") / "llama"), free_port()
@@ -286,6 +286,9 @@ def test_controls_are_trained_by_all_processes(start, tmp_path, tmp_path_factory
     assert ran[0].json["controls"] == [str(tmp_path / "run" / "control-1")]
     record = json.loads((tmp_path / "run" / "control-1" / "run.json").read_text())
     assert record["processes"] == 2 and record["result"]["steps"] == 6
+    phoque(*asked, "--micro-batch", 4, "--output-dir", tmp_path / "one", env={"WANDB_MODE": "disabled"})
+    (together,), (alone,) = (list((tmp_path / name).glob("control-rows-*.jsonl")) for name in ("run", "one"))
+    assert together.read_text() == alone.read_text() and together.read_text().count("\n") > 10
 
 
 def test_gpus_that_are_not_there_are_refused(phoque, asked, tmp_path):

@@ -20,6 +20,7 @@ import torch
 from phoque.data.chat_template import encode_prompt
 from phoque.data.rows import parse_row
 from phoque.data.turns import BadRow
+from phoque.distributed.processes import current
 from phoque.errors import Resumable, RunError
 from phoque.files import read_json_object, write_atomically
 from phoque.hub.store import Store
@@ -74,6 +75,17 @@ def plan_controls(s: TrainSettings, steps: int) -> list[TrainSettings]:
             )
         )
     return controls
+
+
+def make_control_rows(s: TrainSettings, ready: Prepared, services: Services, deadline: float | None) -> Path:
+    """The path of the control's dataset, in every process; process 0 writes it, and all generate the answers."""
+    processes = current()
+    if not processes.is_main:
+        _answer_for_main(ready, s)
+        return processes.broadcast_from_main(Path)  # what process 0 returns
+    rows = write_control_rows(s, ready, services, deadline)
+    processes.broadcast_from_main(lambda: None)  # there is nothing more to answer
+    return processes.broadcast_from_main(lambda: rows)
 
 
 def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, deadline: float | None) -> Path:
@@ -152,7 +164,8 @@ def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path,
         for _ in islice(rows, len(lines)):
             pass
         with stop.console.progress(count, len(lines)) as show:
-            while len(lines) < count and (chunk := list(islice(rows, min(CHUNK, count - len(lines))))):
+            chunk_size = CHUNK * current().size
+            while len(lines) < count and (chunk := list(islice(rows, min(chunk_size, count - len(lines))))):
                 if stop.seconds_left is not None and stop.seconds_left < max(LEAST_SECONDS, 1.5 * slowest):
                     raise Resumable(
                         what="The deadline came before the control was trained.",
@@ -228,7 +241,8 @@ def _answer(model: Any, ready: Prepared, conversations: list[Messages], limit: i
             elif messages[place]["role"] != "assistant":  # a greeting before any question has no prompt to answer
                 so_far.append({"role": messages[place]["role"], "content": messages[place]["content"]})
         requests = [Request(_prompt_ids(ready, answered[n] or [])) for n in open_rows]
-        replies = _generate(model, requests, limit)
+        current().broadcast_from_main(lambda: (requests, limit))  # noqa: B023, called at once
+        replies = _generate_together(model, requests, limit)
         for n, reply in zip(open_rows, replies, strict=True):
             text = str(ready.chat.tokenizer.decode(reply.ids, skip_special_tokens=True))
             text = text.strip().rstrip(CUT_CHARACTER)  # an answer may end in the middle of a character
@@ -237,6 +251,26 @@ def _answer(model: Any, ready: Prepared, conversations: list[Messages], limit: i
                 usable = text and CUT_CHARACTER not in text
                 answered[n] = [*so_far, {"role": "assistant", "content": text}] if usable else None
     return [messages if messages and messages[-1]["role"] == "assistant" else None for messages in answered]
+
+
+def _answer_for_main(ready: Prepared, s: TrainSettings) -> None:
+    """Answer this process's share of what process 0 asks the base model, until it has no more."""
+    model: Any = None
+    while (work := current().broadcast_from_main(lambda: None)) is not None:
+        model = model or load_model(ready.source, s.quantization).eval()
+        requests, limit = work
+        _generate_together(model, requests, limit)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _generate_together(model: Any, requests: list[Request], limit: int) -> list[Reply]:
+    """The replies to all requests, each process generating its share."""
+    return current().share_work(
+        [len(request.prompt) for request in requests],
+        lambda numbers: _generate(model, [requests[n] for n in numbers], limit),
+    )
 
 
 def _generate(model: Any, requests: list[Request], limit: int) -> list[Reply]:

@@ -16,7 +16,7 @@ from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.best import copy_best, has_ended, measure_what_a_stop_skipped, use_best
 from phoque.training.callbacks.stop import StopRequest
-from phoque.training.control import plan_controls, record_controls, with_dataset, write_control_rows
+from phoque.training.control import make_control_rows, plan_controls, record_controls, with_dataset
 from phoque.training.export_merged import merge_final
 from phoque.training.finish import TrainResult, finish, out_of_memory_error, publish
 from phoque.training.metrics_log import Tracker, delete_after, find_last_step
@@ -62,7 +62,7 @@ def train(
                 result = _train(run)
             if s.with_control:
                 s = run.settings
-                rows = processes.broadcast_from_main(lambda: write_control_rows(s, run.prepared, services, deadline))
+                rows = make_control_rows(s, run.prepared, services, deadline)
                 processes.broadcast_files(rows)
                 steps = processes.broadcast_from_main(lambda: result.adapter_step or result.steps if result else 0)
                 controls = plan_controls(s, steps)
