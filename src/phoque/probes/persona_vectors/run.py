@@ -97,6 +97,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     console.stage(f"loading {plan.source.name} in {s.quantization}")
     probe_model.model = load_model(plan.source, s.quantization).eval()
     for key, adapter in plan.adapters.items():
+        console.stage(f"attaching {adapter.label}")
         probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(plan.config), key)
     probe_result = Probe(probe_model, scorers, context, plan.steered_blocks).run(list(plan.adapters))
     if probe_result is None:

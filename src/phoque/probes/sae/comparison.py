@@ -121,6 +121,7 @@ class Comparison:
         if updated is not None:
             check_compatible(base, updated, plan.names["tuned"])
         for variant, folder in plan.adapters.items():
+            self.services.console.stage(f"attaching {plan.names[variant]}")
             base = attach_adapter(base, folder, architecture_of(load_config(plan.source)), variant)
         return ModelVariants(base, updated)
 
