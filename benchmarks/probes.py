@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 BLOCK = 13  # of 26
 RANK = 16
+FEATURES = 2048
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -87,10 +88,10 @@ def write_adapter(folder: Path, model: Path, seed: int) -> None:
 
 
 def write_random_dictionary(folder: Path) -> None:
-    """Eight random unit directions for each dimension; 64 of them are active per token."""
+    """Random unit directions, 64 active per token: as many as a trained dictionary has features that are tested."""
     from phoque.probes.sae.dictionary import Dictionary, write_dictionary
 
-    decoder = torch.nn.functional.normalize(torch.randn(8 * 3072, 3072, generator=torch.Generator().manual_seed(0)))
+    decoder = torch.nn.functional.normalize(torch.randn(FEATURES, 3072, generator=torch.Generator().manual_seed(0)))
     zeros = torch.zeros(len(decoder))
     config = {
         "architecture": "topk",
