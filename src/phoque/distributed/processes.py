@@ -60,7 +60,7 @@ class Processes:
             return choose()
         chosen: list[Any] = [choose() if self.is_main else None]
         try:
-            with self.name_lost_connections():
+            with self.name_lost_connections(lambda error: True):
                 torch.distributed.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
         except LostProcess:
             if self.is_main:
@@ -115,7 +115,7 @@ class Processes:
     def _gather(self, value: Any, *, only_main: bool = False) -> list[Any]:
         """The values of all processes; with `only_main` an empty list in all but process 0."""
         values: list[Any] = [None] * self.size
-        with self.name_lost_connections():
+        with self.name_lost_connections(lambda error: True):
             if not only_main:
                 torch.distributed.all_gather_object(values, value)
                 return values
