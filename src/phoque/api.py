@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from phoque.console import Console
 from phoque.console import console as stderr_console
-from phoque.distributed.launch import Launch, claim_gpu
+from phoque.distributed.launch import Launch, enter_launch
 from phoque.errors import UsageError
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
@@ -67,9 +67,7 @@ def train(
     The commands of `then` and the processes of `gpus` are run by the command line, not here. Under a launcher, such as
     torchrun, every process calls this, and all but process 0 get None.
     """
-    launch = claim_gpu()
-    if launch and launch.rank:
-        console.mute()
+    launch = enter_launch(console)
     resolved, services = _prepare(settings, console)
     if dry_run:
         from phoque.training.dry_run import plan_run

@@ -32,9 +32,9 @@ def check_inputs(settings: CommandSettings) -> None:
     """
     if "dataset" in settings.required or getattr(settings, "dataset", ""):
         s: Any = settings
-        files = check_dataset(s.dataset, s.split, s.dataset_config)
-        if files and files.local_bytes < SMALL_BYTES:
-            next(iter(RowStream(files.files)), None)
+        split_files = check_dataset(s.dataset, s.split, s.dataset_config)
+        if split_files and split_files.local_bytes < SMALL_BYTES:
+            next(iter(RowStream(split_files.files)), None)
     for name, check in CHECKS.items():
         value = getattr(settings, name, None)
         for item in value if isinstance(value, list) else [value]:

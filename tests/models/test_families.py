@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from tests.tiny import randomize_lora
 from tests.tiny.families import FAMILIES, WINDOW, build
 
 import phoque
@@ -49,10 +50,7 @@ def saved(tmp_path_factory):
 def adapted(folder, kernel):
     torch.manual_seed(3)
     model = add_lora_adapter(load_model(source_of(folder), "fp32", kernel, CPU), LoraOptions(rank=4, alpha=8))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
+    return randomize_lora(model, 0.1).train()
 
 
 def conversations():

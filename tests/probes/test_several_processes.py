@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 from tests.launching import start_together
 from tests.probes.persona_vectors.test_psm_probe import FILES, PERSONA, RANKED, find_run, read_table
 from tests.probes.sae.test_compare_sae import PROSE, SHORT
@@ -26,10 +27,7 @@ def adapter(tiny_llama, tmp_path):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.01)
-    model.save_pretrained(tmp_path / "tuned")
+    tiny.randomize_lora(model, 0.01).save_pretrained(tmp_path / "tuned")
     return tmp_path / "tuned"
 
 

@@ -210,3 +210,11 @@ def fp8_mistral3(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     (folder / "config.json").write_text(json.dumps(declared, indent=1))
     mistral_tokenizer().save_pretrained(folder)
     return folder, true
+
+
+def randomize_lora(model, std: float):
+    """Let the adapter of a model change what it says: a new one changes nothing. Returns the model."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model

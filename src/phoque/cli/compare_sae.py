@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console
-from phoque.distributed.launch import claim_gpu, run_on_gpus
-from phoque.inputs import check_inputs
+from phoque.cli.probes import launch_probe
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import SAE_PRESETS
@@ -33,12 +31,7 @@ def run(resolved: Resolved[SaeSettings], dry_run: bool) -> None:
         return
     if not resolved.settings.sae:
         options.require_extra("sae", "sae_lens")
-    launch = claim_gpu()
-    if launch and launch.rank:
-        console.mute()
-    if not dry_run:
-        check_inputs(resolved.settings)
-        run_on_gpus(resolved.settings.gpus)
+    launch = launch_probe(resolved.settings, dry_run)
     options.show_result(
         api.compare_sae(resolved, dry_run=dry_run, launch=launch), _render, lambda result: result.folder
     )

@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.console import console
-from phoque.distributed.launch import claim_gpu, run_on_gpus
-from phoque.inputs import check_inputs
+from phoque.cli.probes import launch_probe
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings
@@ -31,12 +29,7 @@ def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("psm-probe", resolved, dry_run)
         return
-    launch = claim_gpu()
-    if launch and launch.rank:
-        console.mute()
-    if not dry_run:
-        check_inputs(resolved.settings)
-        run_on_gpus(resolved.settings.gpus)
+    launch = launch_probe(resolved.settings, dry_run)
     result = api.psm_probe(resolved, dry_run=dry_run, launch=launch)
     options.show_result(result, _render, lambda result: result.folder)
 

@@ -10,7 +10,7 @@ from phoque import api
 from phoque.cli import jobs, options
 from phoque.cli.then import plan_commands, run_commands
 from phoque.console import console, escape_control_characters, format_breakdown
-from phoque.distributed.launch import check_sharded, claim_gpu, run_on_gpus
+from phoque.distributed.launch import check_sharded, enter_launch, run_on_gpus
 from phoque.inputs import check_inputs, check_run
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
@@ -43,9 +43,7 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("train", resolved, dry_run)
         return
-    launched = claim_gpu()  # before torch is imported, and with it CUDA's list of devices
-    if launched and launched.rank:
-        console.mute()
+    launched = enter_launch(console)  # before torch is imported, and with it CUDA's list of devices
     if not dry_run:
         check_inputs(resolved.settings)
         check_run(resolved)

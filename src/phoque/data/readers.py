@@ -106,15 +106,15 @@ def open_dataset(
 
     Raises UsageError if there is no such dataset, config or split.
     """
-    if files := check_dataset(name, split, config):
+    if split_files := check_dataset(name, split, config):
         digest = hashlib.sha256()
-        for file in files.files:
+        for file in split_files.files:
             digest.update(bytes.fromhex(sha256(Path(file.path))))
-        return Dataset(
-            name, digest.hexdigest()[:40], RowStream(files.files, columns), split, files.splits, files.others
-        )
-    sha, files = find_hub_files(name, revision, hub or Hub(None, lambda _: None, LOOKUP_PATIENCE_S), config, split)
-    return Dataset(name, sha, RowStream(files.files, columns), split, files.splits, files.others)
+        sha = digest.hexdigest()[:40]
+    else:
+        hub = hub or Hub(None, lambda _: None, LOOKUP_PATIENCE_S)
+        sha, split_files = find_hub_files(name, revision, hub, config, split)
+    return Dataset(name, sha, RowStream(split_files.files, columns), split, split_files.splits, split_files.others)
 
 
 def find_local(name: str, flag: str = "--dataset") -> Path | None:
@@ -148,7 +148,7 @@ def check_dataset(name: str, split: str, config: str | None) -> SplitFiles | Non
     local = find_local(name)
     if local is None:
         return None
-    files = find_local_files(name, local, config, split)
-    if not files.local_bytes:
+    split_files = find_local_files(name, local, config, split)
+    if not split_files.local_bytes:
         raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how it was written.")
-    return files
+    return split_files

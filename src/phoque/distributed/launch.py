@@ -13,13 +13,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phoque.errors import FAILED, RunError, UsageError
+
+if TYPE_CHECKING:
+    from phoque.console import Console
 
 # what accelerate would read: to it, every process is one that works alone
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+AGAIN = "Run the same command again; a training run continues from its newest checkpoint."
 GRACE_S = 30.0  # for the other processes to end by themselves, after one has failed
 FIRST_PORT, PORTS = 15000, 10000  # of which a SLURM job takes the one that its number gives
 
@@ -87,6 +91,14 @@ def claim_gpu() -> Launch | None:
         os.environ.pop(name, None)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a page of addresses of each lost process
     _claimed = launch
+    return launch
+
+
+def enter_launch(console: "Console") -> Launch | None:
+    """Claim this process's GPU, and mute every process but process 0; what the launcher said, or None."""
+    launch = claim_gpu()
+    if launch and launch.rank:
+        console.mute()
     return launch
 
 
@@ -174,7 +186,7 @@ def _say_killed(rank: int, count: int, name: str) -> None:
         RunError(
             what=f"Process {rank} of {count} was killed by {name}.",
             why="It may have been out of memory (RAM), or somebody ended it.",
-            fix="Run the same command again; a training run continues from its newest checkpoint.",
+            fix=AGAIN,
         )
     )
 

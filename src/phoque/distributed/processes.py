@@ -19,14 +19,13 @@ from typing import Any, TypeVar
 import torch
 
 from phoque.console import Console
-from phoque.distributed.launch import Launch
+from phoque.distributed.launch import AGAIN, Launch
 from phoque.errors import FAILED, INTERRUPTED, PhoqueError, Resumable, RunError, UsageError, first_line
 from phoque.files import sha256
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(days=30)  # process 0 may read, measure or generate for hours while the others wait
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-AGAIN = "Run the same command again; a training run continues from its newest checkpoint."
 WAIT_FOR_MAIN_S = 5.0
 HEARTBEAT_S = 5.0
 HEARTBEAT_TIMEOUT_S = 45.0
@@ -60,7 +59,7 @@ class Processes:
             return choose()
         chosen: list[Any] = [choose() if self.is_main else None]
         try:
-            with self.name_lost_connections(lambda error: True):
+            with self.name_lost_connections():
                 torch.distributed.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
         except LostProcess:
             if self.is_main:
@@ -115,7 +114,7 @@ class Processes:
     def _gather(self, value: Any, *, only_main: bool = False) -> list[Any]:
         """The values of all processes; with `only_main` an empty list in all but process 0."""
         values: list[Any] = [None] * self.size
-        with self.name_lost_connections(lambda error: True):
+        with self.name_lost_connections():
             if not only_main:
                 torch.distributed.all_gather_object(values, value)
                 return values
@@ -140,12 +139,12 @@ class Processes:
             self._reduce(tensor, torch.distributed.ReduceOp.SUM)
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> None:
-        with self.name_lost_connections(lambda error: True):
+        with self.name_lost_connections():
             torch.distributed.all_reduce(tensor, operation)
 
     @contextmanager
-    def name_lost_connections(self, is_lost: Callable[[RuntimeError], bool] = is_connection_error) -> Generator[None]:
-        """Raise LostProcess for an error of torch's that comes from a lost connection to another process."""
+    def name_lost_connections(self, is_lost: Callable[[RuntimeError], bool] = lambda error: True) -> Generator[None]:
+        """Raise LostProcess for torch's errors in the block: any but out of memory, or those that are `is_lost`."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -247,10 +246,11 @@ class Processes:
 
     def leave_error_to_main(self, code: int) -> None:
         """Raise SystemExit in a process other than 0 if process 0 fails as well within WAIT_FOR_MAIN_S: it says why."""
+        if self.is_main:
+            return
+        self._finished.set()  # the watch would say that process 0 is gone
         end = time.monotonic() + WAIT_FOR_MAIN_S
-        if not self.is_main:
-            self._finished.set()  # the watch would say that process 0 is gone
-        while not self.is_main and time.monotonic() < end:
+        while time.monotonic() < end:
             try:
                 if self.has_main_failed():
                     raise SystemExit(code) from None
@@ -271,7 +271,8 @@ class Processes:
         if self.size == 1:
             return
         with suppress(RuntimeError):  # process 0 may be gone, and with it the store
-            self._store.set(f"{'finished' if is_clean else 'failed'}/{self.rank}", "1")
+            if not is_clean:
+                self._store.set(f"failed/{self.rank}", "1")
             self._store.set(f"finished/{self.rank}", "1")
         if is_clean:
             torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from phoque.inference.residual_stream import unwrap_model
+from phoque.models.config import head_dim_of
 
 MEMORY_SHARE = 0.5  # of the free memory that a batch may take, as estimated
 
@@ -19,8 +20,7 @@ def estimate_cache_bytes(model: Any) -> int:
     """The bytes of one token's keys and values in all blocks."""
     config = unwrap_model(model).config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * _get_value_size(model)
+    return 2 * config.num_hidden_layers * heads * head_dim_of(config) * _get_value_size(model)
 
 
 def estimate_row_bytes(model: Any, prompt: int, tokens: int) -> int:

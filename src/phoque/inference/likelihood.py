@@ -124,6 +124,11 @@ def compute_logits(model: "PreTrainedModel", states: torch.Tensor) -> torch.Tens
     return causal.lm_head(states).float() / logits_scaling_of(causal.config)
 
 
+def compute_kl(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """KL(expected || actual) in nats of each token, (tokens,); both are log-probabilities (tokens, vocabulary)."""
+    return (expected.exp() * (expected - actual)).sum(-1)
+
+
 def sum_kl(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """KL(expected || actual) in nats, summed over tokens; both are log-probabilities (tokens, vocabulary)."""
-    return float((expected.exp() * (expected - actual)).sum())
+    """`compute_kl`, summed over tokens."""
+    return float(compute_kl(expected, actual).sum())

@@ -92,6 +92,14 @@ def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSou
     return controls
 
 
+def find_named_controls(
+    names: Sequence[str], tuned: AdapterSource | None, services: Services
+) -> dict[str, AdapterSource]:
+    """The controls by these names, or without any those of the adapter's own run: see `name_controls`."""
+    controls = [find_adapter(name, None, services) for name in names]
+    return name_controls(controls or (find_controls(tuned, services) if tuned else []))
+
+
 def name_controls(controls: Sequence[AdapterSource]) -> dict[str, AdapterSource]:
     """The controls as the probes call them: control, control-2, control-3. Raises UsageError if one is there twice."""
     if len({sha256(adapter.folder / WEIGHTS) for adapter in controls}) < len(controls):  # also as copies of one run

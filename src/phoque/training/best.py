@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phoque.distributed.processes import current
+from phoque.distributed.processes import current, is_connection_error
 from phoque.files import atomic_folder
 from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.lora import load_adapter, save_adapter
@@ -88,7 +88,7 @@ def measure_what_a_stop_skipped(run: "Run", model: Any, tracker: Tracker | None)
     load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
     add_token_loss(model.get_base_model())
     run.console.stage(f"measuring the held-out loss of step {step}")
-    with current().name_lost_connections():
+    with current().name_lost_connections(is_connection_error):
         values = measure_held_out_loss(model, held_out)
     if tracker is None:
         return

@@ -10,7 +10,7 @@ import torch
 
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
-from phoque.distributed.processes import current
+from phoque.distributed.processes import current, is_connection_error
 from phoque.errors import Resumable, RunError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
@@ -230,7 +230,7 @@ def take_steps(
             else:
                 pusher.offer(run.start.resume)
         try:
-            with processes.name_lost_connections():
+            with processes.name_lost_connections(is_connection_error):
                 trainer.train(resume_from_checkpoint=str(run.start.resume) if run.start.resume else None)
         except Exception:
             if pusher:  # the last checkpoint is still on its way

@@ -13,7 +13,4 @@ def adapted(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path_factory.mktemp("dose") / "llama"))
     torch.manual_seed(3)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), adapter_name="tuned")
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return adapted.eval()
+    return tiny.randomize_lora(adapted, 0.05).eval()

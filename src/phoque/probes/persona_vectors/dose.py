@@ -12,7 +12,7 @@ import torch
 
 from phoque.inference.adapter_scale import is_scaled_by_row, scale_adapter
 from phoque.inference.generate import Request
-from phoque.inference.likelihood import compute_logits
+from phoque.inference.likelihood import compute_kl, compute_logits
 from phoque.inference.residual_stream import Turn, pad_rows, unwrap_model
 from phoque.probes import stats
 from phoque.probes.persona_vectors.model import ProbeModel
@@ -142,7 +142,7 @@ def measure_side_effects(
         kl, sums = [], torch.zeros(2, 1, dtype=torch.float64)  # of the probabilities of every token: base, adapter
         for parts in zip(base.split(POSITIONS_AT_ONCE), read().split(POSITIONS_AT_ONCE), strict=True):
             p, q = (compute_logits(model, part).log_softmax(-1) for part in parts)
-            kl.append((p.exp() * (p - q)).sum(-1).double().cpu())
+            kl.append(compute_kl(p, q).double().cpu())
             sums = sums + torch.stack([part.exp().sum(0).double().cpu() for part in (p, q)])
         kl_by_text = torch.stack([part.mean() for part in torch.cat(kl).split([len(text) for text in texts])]).numpy()
         base_mean, tuned_mean = sums / len(base) + FLOOR

@@ -104,9 +104,8 @@ class Probe:
                 ev.swap_labels(self.heldout, ev.draw_half(len(self.heldout.get("neutral")), seed + 1))
             vectors = ev.extract_vectors(self.extraction, probe_model.roles, seed)
             probe_model.console.stage("measuring evidence on held-out questions")
-            evidence_rows = current().broadcast_from_main(
-                lambda: ev.measure_evidence(vectors, self.extraction, self.heldout, seed)
-            )
+            is_main = current().is_main  # the others only help to run the model
+            evidence_rows = ev.measure_evidence(vectors, self.extraction, self.heldout, seed) if is_main else []
             steerer = Steerer(probe_model, vectors, self.scorers, self.context, differences)
             sweep, settings = steerer.sweep(self.layers)
             answers = steerer.test(settings[VECTOR])
@@ -119,6 +118,15 @@ class Probe:
         with probe_model.use_base():
             steerer.measure(answers)
             steerer.score(others, self.scorers[:1])
+        doses = []
+        if adapters and self.s.dose_scales:
+            greedy = {
+                name: [r.text for r in answers if r.condition == name and r.sample is None]
+                for name in ("neutral", *shown)
+            }
+            doses = measure_doses(probe_model, self.context.profile, greedy, self.s.dose_scales, texts)
+        if not is_main:  # what follows needs no other process
+            return None
         result = ProbeResult(
             vectors=vectors,
             layers=evidence_rows,
@@ -128,6 +136,7 @@ class Probe:
             answers=answers,
             columns=steerer.columns,
             profile=self.context.profile,
+            doses=doses,
         )
         result.token_counts = {"kept": sum(self.extraction.kept), "massive": sum(self.extraction.massive)}
         result.causes = self._compare_directions(steerer, answers, others)
@@ -148,14 +157,6 @@ class Probe:
                 )
                 for name, difference in differences.items()
             ]
-        if adapters and self.s.dose_scales:
-            greedy = {
-                name: [r.text for r in answers if r.condition == name and r.sample is None]
-                for name in ("neutral", *shown)
-            }
-            result.doses = measure_doses(probe_model, result.profile, greedy, self.s.dose_scales, texts)
-        if not current().is_main:  # what follows needs no other process
-            return None
         if adapters and self.s.dose_scales:
             probe_model.console.stage("measuring side effects on unrelated text")
             result.side_effects = measure_side_effects(probe_model, shown, texts)

@@ -3,23 +3,23 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.console import Console
 from phoque.distributed.processes import current
 from phoque.errors import UsageError
 from phoque.files import run_folder
-from phoque.models.adapter_source import AdapterSource, find_adapter, find_controls, name_controls, read_run_record
+from phoque.models.adapter_source import AdapterSource, find_adapter, find_named_controls, read_run_record
 from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
 from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
-from phoque.probes.card_section import find_card
+from phoque.probes.destination import prepare_probe
 from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions, write_persona
 from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona
 from phoque.probes.persona_vectors import files, report
@@ -75,19 +75,12 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     Where several processes probe together, each calls this, and process 0 alone writes and returns a result. Raises
     UsageError for invalid input, RunError for a failed upload if --fail-on-artifacts-upload-error is set.
     """
-    s, console, start, processes = resolved.settings, services.console, time.monotonic(), current()
-    card = repo = None
-    processes.watch(console)
-    processes.check_one_machine("psm-probe")
-    with processes.main_first():
-        plan = make_plan(resolved, services, weights=not dry_run)
-        if processes.is_main:
-            card = find_card(s, plan.tuned, services, dry_run=dry_run)
-        if dry_run:
-            return DryRun(plan.facts, resolved.provenance(), plan.warnings)
-        if processes.is_main:
-            repo = open_artifacts_repo(s, services)
-    processes.check_same((plan.source.weights, plan.persona.sha256, list(plan.facts["adapters"].values())))
+    s, console, start = resolved.settings, services.console, time.monotonic()
+    resolve_inputs = partial(make_plan, resolved, services, weights=not dry_run)
+    plan, destination = prepare_probe("psm-probe", resolve_inputs, s, services, dry_run=dry_run)
+    if dry_run:
+        return DryRun(plan.facts, resolved.provenance(), plan.warnings)
+    current().check_same((plan.source.weights, plan.persona.sha256, list(plan.facts["adapters"].values())))
     if not s.persona:
         _show_proposed(plan.persona, console)
     for text in plan.warnings:
@@ -113,9 +106,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     folder = _write_run_folder(s, plan, probe_model.model.config.model_type, probe_result, summary)
     for text in probe_result.warnings:
         console.warn(text)
-    upload = push_run_folder(repo, folder, s, services) if repo else None
-    if card and upload:
-        card.add("psm-probe", summary["verdicts"], upload)
+    upload = destination.deliver("psm-probe", folder, summary["verdicts"], s, services)
     return ProbeRunResult(
         folder=str(folder),
         report=str(folder / report.REPORT),
@@ -132,10 +123,7 @@ def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: b
     """Resolve every input that the settings name. Raises UsageError for one that is missing or does not fit."""
     s = resolved.settings
     tuned = find_adapter(s.adapter_source, s.adapter_revision, services) if s.adapter_source else None
-    controls = [find_adapter(name, None, services) for name in s.control_adapter]
-    if tuned and not controls:
-        controls = find_controls(tuned, services)
-    adapters = name_controls(controls) | ({"tuned": tuned} if tuned else {})
+    adapters = find_named_controls(s.control_adapter, tuned, services) | ({"tuned": tuned} if tuned else {})
     source = find_base_model(resolved, "model_source", tuned, services, weights=weights)
     record = tuned.run_record() if tuned else read_run_record(source.folder)
     persona, warnings = find_persona(s, services, record)

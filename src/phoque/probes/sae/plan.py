@@ -8,7 +8,7 @@ from phoque.errors import UsageError
 from phoque.hub.client import Hub
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
-from phoque.models.adapter_source import AdapterSource, find_adapter, find_controls, name_controls
+from phoque.models.adapter_source import AdapterSource, find_adapter, find_named_controls
 from phoque.models.config import load_config
 from phoque.models.source import Source, find_model
 from phoque.probes.persona import Persona, limit_questions, load_persona
@@ -68,16 +68,11 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
         warnings.append("neither --persona nor --dataset is given: answers are scored with " + ", ".join(scorers))
     questions, notes = find_questions(fetch_if_remote(s.prompts_file, "--prompts-file", services), persona)
     updated = find_model(s.updated_model, s.updated_revision, services, weights=weights) if s.updated_model else None
-    adapters: dict[str, AdapterSource] = {}
     names = {"tuned": f"{updated.name} ({updated.origin})" if updated else ""}
     tuned = find_adapter(s.updated_adapter, s.updated_revision, services) if s.updated_adapter else None
-    controls = [find_adapter(name, None, services) for name in s.control_adapter]
-    if tuned:
-        controls = controls or find_controls(tuned, services)
-        adapters["tuned"] = tuned
-    adapters |= name_controls(controls)
+    adapters = ({"tuned": tuned} if tuned else {}) | find_named_controls(s.control_adapter, tuned, services)
     names |= {side: adapter.label for side, adapter in adapters.items()}
-    source = find_base_model(resolved, "base_model", adapters.get("tuned"), services, weights=weights)
+    source = find_base_model(resolved, "base_model", tuned, services, weights=weights)
     config = load_config(source).get_text_config()
     dictionary = _load_autoencoder(s, services, config.hidden_size) if s.sae else None
     layers = _choose_blocks(s, dictionary, config.num_hidden_layers)

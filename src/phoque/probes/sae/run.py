@@ -3,13 +3,13 @@
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from phoque.artifacts import open_artifacts_repo, push_run_folder
 from phoque.distributed.processes import current
 from phoque.files import run_folder
-from phoque.probes.card_section import find_card
+from phoque.probes.destination import prepare_probe
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
 from phoque.probes.sae.dictionary import write_dictionary
@@ -41,15 +41,9 @@ def compare_models(
     UsageError for models that cannot be compared, RunError for a failed upload if
     --fail-on-artifacts-upload-error is set.
     """
-    s, console, started, processes = resolved.settings, services.console, time.monotonic(), current()
-    card = repo = None
-    processes.watch(console)
-    processes.check_one_machine("compare-sae")
-    with processes.main_first():
-        plan = make_plan(resolved, services, weights=not dry_run)
-        if processes.is_main:
-            card = find_card(s, plan.tuned, services, dry_run=dry_run)
-            repo = None if dry_run else open_artifacts_repo(s, services)
+    s, console, started = resolved.settings, services.console, time.monotonic()
+    resolve_inputs = partial(make_plan, resolved, services, weights=not dry_run)
+    plan, destination = prepare_probe("compare-sae", resolve_inputs, s, services, dry_run=dry_run)
     if dry_run:
         facts = {
             "base": f"{plan.source.name} ({plan.source.origin})",
@@ -62,7 +56,7 @@ def compare_models(
             "scorers": plan.scorers,
         }
         return DryRun(facts, resolved.provenance(), plan.warnings)
-    processes.check_same((plan.source.weights, plan.persona.sha256, plan.names))
+    current().check_same((plan.source.weights, plan.persona.sha256, plan.names))
     for text in plan.warnings:
         console.warn(text)
     measurements = Comparison(s, plan, services).run()
@@ -73,9 +67,7 @@ def compare_models(
     folder = _write_run_folder(s, measurements, summary)
     for text in measurements.warnings:
         console.warn(text)
-    upload = push_run_folder(repo, folder, s, services) if repo else None
-    if card and upload:
-        card.add("compare-sae", summary["verdicts"], upload)
+    upload = destination.deliver("compare-sae", folder, summary["verdicts"], s, services)
     return CompareResult(
         folder=str(folder),
         report=str(folder / report.REPORT),
