@@ -36,6 +36,7 @@ MEAN, LONGEST = 111, 1024
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 64, "target_modules": TARGETS}
 WARM = 6
+LONGEST_PACKED = 4096, 1024  # as in phoque
 BUDGET = 2176  # tokens of a row of ours for 16 conversations
 
 
@@ -43,6 +44,7 @@ def make(folder: Path, a: argparse.Namespace) -> dict:
     """Write the FP8 checkpoint, its BF16 sibling for Unsloth, and 6,000 conversations."""
     import ministral
 
+    folder.mkdir(parents=True, exist_ok=True)
     for kind in ("fp8", "bf16"):
         shutil.rmtree(folder / kind, ignore_errors=True)
     ministral.make(folder, a.tiny, ("fp8", "bf16") if a.unsloth_path else ("fp8",))
@@ -164,10 +166,12 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
     from phoque.settings.presets import PRESETS
     from phoque.settings.resolve import resolve_settings
     from phoque.settings.train import TrainSettings
-    from phoque.training import run, trainer
+    from phoque.training import run, steps, trainer
+    from phoque.training.engine import attention
 
     if a.flash:
         site.addsitedir(a.flash)
+    attention.LONGEST_PACKED_MEAN, attention.LONGEST_PACKED_MEAN_BESIDE_FLASH_4 = (0, 0) if a.varlen else LONGEST_PACKED
     if a.cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(a.cap * 1e9 / total)
@@ -182,6 +186,7 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         "log_every": a.log_every,
         "quantization": a.quantization,
         "engine_mode": a.mode,
+        "deterministic": not a.any_order,
         "lora_dropout": 0.0,
     }
     if not a.whole:
@@ -207,23 +212,27 @@ def ours(folder: Path, a: argparse.Namespace) -> dict:
         look(self)
         waits.append(time.perf_counter() - begun)
 
-    choose = run.select_engine
+    choose = steps.select_engine
 
-    def loaded(*args):
+    def loaded(*args, **options):
         torch.cuda.synchronize()
         found["loaded"] = time.perf_counter()
-        chosen = choose(*args)
+        chosen = choose(*args, **options)
         print(chosen.record(), file=sys.stderr, flush=True)
         return chosen
 
-    trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, run.select_engine = timed, looked, loaded
+    trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, steps.select_engine = (
+        timed,
+        looked,
+        loaded,
+    )
     console.configure(quiet=True)
     try:
         result = run.train(
             asked, Services(console, Hub(None, console.say, 20.0), folder / "cache", asked.secrets)
         ).to_json()
     finally:
-        trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, run.select_engine = (
+        trainer.PersonaTrainer.train, trainer.PersonaTrainer._check_pending_norm, steps.select_engine = (
             plain,
             look,
             choose,
@@ -259,6 +268,8 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         caps = [float(word.removeprefix("capped")) for word in rest if word.startswith("capped")]
         given |= {"log_every": int(log_every), "cap": sum(caps), "recompute": "recomputed" in rest}
         given |= {"flash": a.flash if "flash4" in rest else "", "whole": "whole" in rest}
+        given |= {"any_order": "any_order" in rest}  # --no-deterministic
+        given |= {"varlen": bool({"varlen", "flash4"} & set(rest))}  # without phoque's kernels for short conversations
         torch.cuda.set_per_process_memory_fraction(1.0)
         try:
             found[asked] = ours(folder, argparse.Namespace(**given))
@@ -556,6 +567,8 @@ def main() -> None:
     parser.add_argument("--runs", default="")
     parser.add_argument("--trl", default="16:1:1")
     parser.add_argument("--whole", action="store_true", help="with samples, held-out loss and checkpoints")
+    parser.add_argument("--varlen", action="store_true", help="with torch's attention kernel")
+    parser.add_argument("--any-order", action="store_true", help="with --no-deterministic")
     parser.add_argument("--recompute", action="store_true", help="every layer")
     parser.add_argument("--unsloth", default="free:1")
     parser.add_argument("--unsloth-path", default="", help="a folder with Unsloth and the TRL that it wants")

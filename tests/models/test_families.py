@@ -90,7 +90,7 @@ def test_a_packed_row_gives_the_loss_and_gradients_of_its_conversations_alone(sa
     if not architecture_of(load_config(source_of(folder))).no_engine:
         variants += [("_sdpa_per_conversation", False, True), ("_sdpa_with_mask", True, True)]
     for kernel, compiled, with_engine in variants:
-        name, _ = attention.select_attention(CPU, load_config(source_of(folder)), torch.float32, 0, compiled)
+        name, _ = attention.select_attention(CPU, load_config(source_of(folder)), torch.float32, 0, 100, compiled)
         loss, gradients = packed_loss(folder, name, with_engine)
         assert loss == pytest.approx(expected, rel=1e-5), kernel
         assert gradients.keys() == expected_gradients.keys() and len(gradients) >= 24

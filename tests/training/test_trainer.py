@@ -56,7 +56,7 @@ def randomize_adapter(model):
 
 def test_token_loss_is_cross_entropy_of_the_full_logits(tiny_llama, rows, chat):
     batch = next(iter(open_stream(rows, chat)))
-    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0)
+    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0, 100)
     model = randomize_adapter(loaded(tiny_llama, name))
     add_token_loss(model.get_base_model())
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "loss_at")}
@@ -102,7 +102,7 @@ def test_packed_logits_and_gradients_equal_unpacked_ones(tiny_llama, chat, rows)
     stream = open_stream(rows, chat, 1)
     singles = [b for _, b in zip(range(5), stream, strict=False)]
     talks = [chat.encode(open_row["messages"]) for open_row in _rows(rows)[:5]]
-    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0)
+    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0, 100)
     ours, plain = randomize_adapter(loaded(tiny_llama, name)), randomize_adapter(loaded(tiny_llama))
     batch = build_batch(talks)
     together = ours(**{k: v for k, v in batch.items() if k not in ("labels", "loss_at")}).logits[0]

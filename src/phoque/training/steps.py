@@ -47,10 +47,16 @@ def load_model_with_adapter(run: Run) -> Any:
     torch.manual_seed(s.seed)
     is_compiled = s.engine_mode not in ("auto", "eager")
     # of the whole run, so that a resumed run chooses the same kernels
-    tokens = s.max_steps * s.batch_size * run.prepared.scan.mean_length
+    mean_length = run.prepared.scan.mean_length
+    tokens = s.max_steps * s.batch_size * mean_length
     dtype = torch.float32 if s.quantization == "fp32" else torch.bfloat16
     name, reason = attention.select_attention(
-        default_device(), run.prepared.config, dtype, math.inf if is_compiled else tokens, compiled=is_compiled
+        default_device(),
+        run.prepared.config,
+        dtype,
+        math.inf if is_compiled else tokens,
+        mean_length,
+        compiled=is_compiled,
     )
     run.record["attention"] = reason
     run.console.stage(f"loading {source.name} as {s.quantization}")

@@ -27,7 +27,7 @@ def model_with_adapter(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("speaker") / request.param
     (tiny.llama if request.param == "llama" else tiny.fp8_mistral3)(folder)
     source = Source("tiny", folder, "0", "test")
-    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0)
+    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0, 100)
     model = add_lora_adapter(load_model(source, "fp32", name), LoraOptions(rank=4, alpha=8))
     torch.manual_seed(0)
     for key, parameter in model.named_parameters():

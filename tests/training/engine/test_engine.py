@@ -52,7 +52,7 @@ def family(folder, name):
 
 
 def adapted_model(folder, quantization="fp32", traced=True, dropout=0.0, seed=3, modules="all-linear", rslora=False):
-    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0, traced)
+    name, _ = attention.select_attention(torch.device("cpu"), LlamaConfig(), torch.float32, 0, 100, traced)
     torch.manual_seed(seed)
     model = load_model(Source("tiny", folder, "0", "test"), quantization, name)
     targets = find_target_modules(model, modules)

@@ -34,16 +34,25 @@ TEST_CU_SEQ_LENS = (
 MAX_DIFFERENCE = 0.02  # largest relative difference of two kernels in bf16
 AMPERE = (8, 0)  # the lowest compute capability that FlashAttention supports
 MIN_FLASH_4_TOKENS = 2**24  # fewer do not pay for its build (H100: benchmarks/train_speed.py)
+MIN_PACKED_TOKENS = 2**20  # fewer do not pay for compiling the kernels of attention_kernels.py, 3 s
+# mean lengths up to which those kernels are faster than torch's (measured), and used if flash-attn-4 is installed
+LONGEST_PACKED_MEAN, LONGEST_PACKED_MEAN_BESIDE_FLASH_4 = 4096, 1024  # H100: benchmarks/attention.py
 
 
 def select_attention(
-    device: torch.device, config: "PretrainedConfig", dtype: torch.dtype, tokens: float, compiled: bool = False
+    device: torch.device,
+    config: "PretrainedConfig",
+    dtype: torch.dtype,
+    tokens: float,
+    mean_length: float,
+    compiled: bool = False,
 ) -> tuple[str, str]:
     """Register packed attention for this device and model config; return its name in transformers and the reason.
 
-    `dtype` is the dtype of queries, keys and values. `tokens` is the number of tokens that the run will process: a
-    kernel that is slow to build must save more time than its build takes. `compiled` requires an implementation that
-    torch.compile can trace, which must not copy the sequence lengths to the CPU.
+    `dtype` is the dtype of queries, keys and values. `tokens` is the number of tokens that the whole run processes, in
+    conversations of `mean_length`: a kernel that is slow to build must save more time than its build takes. `compiled`
+    requires an implementation that torch.compile can trace, which must not copy the sequence lengths to the CPU. The
+    choice depends on nothing that is measured, so that a resumed run makes it again.
     """
     if architecture_of(config).is_recurrent:
         return "sdpa", "SDPA: its recurrent layers run one conversation at a time, so attention does, too"
@@ -55,7 +64,7 @@ def select_attention(
         "SDPA, one conversation at a time: it builds no mask and computes no padding",
     )
     if is_cuda and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= AMPERE:
-        attend, reason = _select_on_cuda(device, config, tokens)
+        attend, reason = _select_on_cuda(device, config, tokens, mean_length)
     elif is_cuda:
         attend, reason = (
             _sdpa_with_mask,
@@ -141,22 +150,46 @@ def _in_window(positions: Tensor, sliding_window: int | None) -> Tensor:
     return is_causal & (distance < sliding_window) if sliding_window else is_causal
 
 
-def _select_on_cuda(device: torch.device, config: "PretrainedConfig", tokens: float) -> tuple[Attention, str]:
-    """Select FlashAttention 4 if it is installed, correct and worth its build time, else torch's varlen kernel."""
+def _select_on_cuda(
+    device: torch.device, config: "PretrainedConfig", tokens: float, mean_length: float
+) -> tuple[Attention, str]:
+    """Select the fastest kernel that works, agrees with torch's, and is worth the time that building it takes."""
     varlen, reason = _make_varlen_attention(), "torch.nn.attention.varlen: one kernel for all conversations of a row"
-    if not [*distributions(name="flash-attn-4")]:  # FlashAttention 2 installs modules of the same name
+    text_config = config.get_text_config()
+    has_flash_4 = bool([*distributions(name="flash-attn-4")])  # FlashAttention 2 installs modules of the same name
+    if mean_length <= (LONGEST_PACKED_MEAN_BESIDE_FLASH_4 if has_flash_4 else LONGEST_PACKED_MEAN):
+        name = "phoque's kernels for short conversations"
+        if tokens < MIN_PACKED_TOKENS:
+            return varlen, f"{reason}; {name} take 3 s to compile, too long for {tokens / 1e6:.1f} M tokens"
+        if not (problem := _find_problem(_load_packed_attention, varlen, device, text_config)):
+            return _load_packed_attention(), f"{name}, which have {mean_length:.0f} tokens on average"
+        reason = f"{reason}; {name} cannot be used: {problem}"
+    if not has_flash_4:
         return varlen, reason
-    if sliding_window_of(config.get_text_config()):
+    if sliding_window_of(text_config):
         return varlen, f"{reason}; flash-attn-4 is used for models without a sliding window only"
     if tokens < MIN_FLASH_4_TOKENS:
         return varlen, f"{reason}; flash-attn-4 takes 15 s to build, too long for {tokens / 1e6:.1f} M tokens"
-    try:
-        difference = _measure_difference(flash_attention_4, varlen, device, config.get_text_config())
-    except Exception as error:  # an optional package must not end the run, however it fails
-        return varlen, f"{reason}; flash-attn-4 is installed but fails: {' '.join(str(error).split())[:120]}"
-    if not difference <= MAX_DIFFERENCE:
-        return varlen, f"{reason}; flash-attn-4 is installed but differs by {difference:.1%} from torch's kernel"
+    if problem := _find_problem(lambda: flash_attention_4, varlen, device, text_config):
+        return varlen, f"{reason}; flash-attn-4 is installed and cannot be used: {problem}"
     return flash_attention_4, "flash-attn-4: one kernel for all conversations of a row, with grouped heads"
+
+
+def _load_packed_attention() -> Attention:
+    from phoque.training.engine.attention_kernels import attend_packed  # it imports Triton
+
+    return attend_packed
+
+
+def _find_problem(
+    load: Callable[[], Attention], reference: Attention, device: torch.device, config: "PretrainedConfig"
+) -> str:
+    """Return why a kernel cannot be used on this device, or "" if it works and agrees with the reference."""
+    try:
+        difference = _measure_difference(load(), reference, device, config)
+    except Exception as error:  # a kernel that is built on this machine must not end the run, however it fails
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    return "" if difference <= MAX_DIFFERENCE else f"results differ by {difference:.1%} from torch's kernel"
 
 
 def _measure_difference(
@@ -201,7 +234,7 @@ def _make_varlen_attention() -> Attention:
         sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         options: dict[str, Any] = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
         if supports_gqa:
             options["enable_gqa"] = True

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from math import ceil
 from typing import Any
 
@@ -21,6 +22,7 @@ from phoque.errors import PhoqueError, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import CudaGraphs, PackedRow
 from phoque.training.engine.flat_params import FlatParams
+from phoque.training.engine.gated_mlp import find_activation, fuse_gated_mlp
 from phoque.training.engine.lora_linear import fuse_group, group_by_input
 
 Angles = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
@@ -42,7 +44,7 @@ class Engine:
     `compiled`: the layers are compiled by torch.compile, with a `dynamic` row length if rows differ in length.
     `captured`: passes are captured as CUDA graphs, one pair per row length. The first `recomputed_layers` layers are
     checkpointed: they keep no activations. `recompute_pointwise`: compiled layers do not keep normed and gated
-    activations but recompute them in the backward pass.
+    activations but recompute them in the backward pass. `fused_mlps`: gated MLPs run as one operator.
     """
 
     model: Any
@@ -51,6 +53,7 @@ class Engine:
     dynamic: bool = False
     recomputed_layers: int = 0
     recompute_pointwise: bool = False
+    fused_mlps: bool = False
     _graphs: CudaGraphs = field(default_factory=CudaGraphs)
     _out: Tensor | None = None
 
@@ -62,8 +65,11 @@ class Engine:
         self._has_rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         separate = self._has_dropout  # each adapter drops out its own copy of the input, so layers cannot be fused
         linear_groups = architecture_of(base.config).linear_groups
-        self._groups = [group for layer in self.layers for group in group_by_input(layer, linear_groups, separate)]
+        by_layer = [group_by_input(layer, linear_groups, separate) for layer in self.layers]
+        self._groups = [group for groups in by_layer for group in groups]
+        self._activation = _find_common_activation(self.layers, by_layer)
         self.flat = FlatParams(self._groups, self.dtype)
+        self._patched: list[Any] = []  # modules whose forward method is replaced
         self._anchor = torch.zeros((), device=self.flat.weights.device, requires_grad=True)
         self.set_weight_cache(enabled=False)
         self._compile()
@@ -71,12 +77,43 @@ class Engine:
     def set_weight_cache(self, enabled: bool) -> None:
         """Turn the cache of ready-to-use weights on or off; it takes `weight_cache_bytes` more memory."""
         self.weight_cache = enabled
-        for group, a, b in zip(self._groups, self.flat.a, self.flat.b, strict=True):
-            fuse_group(group, a, b, enabled)
+        self._restore_forwards()
+        self._weights = [
+            fuse_group(group, a, b, enabled) for group, a, b in zip(self._groups, self.flat.a, self.flat.b, strict=True)
+        ]
+        self._patched = [module for group in self._groups for module in group]
+        self._fuse_mlps()
+
+    def set_fused_mlps(self, enabled: bool) -> bool:
+        """Run gated MLPs as one operator, or no longer; return False if the model has other MLPs.
+
+        It needs a GPU, 16-bit weights and Triton.
+        """
+        has_triton = self.flat.weights.is_cuda and find_spec("triton") is not None
+        is_possible = bool(self._activation) and self.dtype == torch.bfloat16 and has_triton
+        self.fused_mlps = enabled and is_possible
+        self._fuse_mlps()
+        return is_possible
+
+    def _fuse_mlps(self) -> None:
+        """Replace the forward methods of MLPs that run as one operator, or restore them."""
+        mlps = [layer.mlp for layer in self.layers] if self._activation else []
+        for mlp in mlps:
+            if mlp in self._patched:
+                self._patched.remove(mlp)
+                del mlp.forward
+        if not self.fused_mlps:
+            return
+        groups_per_layer = len(self._weights) // len(mlps)  # gate and up, and down, are the last two
+        for number, mlp in enumerate(mlps, 1):
+            gate_up, down = self._weights[number * groups_per_layer - 2 : number * groups_per_layer]
+            fuse_gated_mlp(mlp, gate_up, down, self._activation, not self.recompute_pointwise)
+        self._patched += mlps
 
     def enable_pointwise_recompute(self) -> None:
         """Keep fewer activations from now on; the layers are compiled again."""
         self.recompute_pointwise = True
+        self._fuse_mlps()
         self.discard_compiled()
         self._compile()
 
@@ -198,7 +235,7 @@ class Engine:
             inputs = hidden.detach().requires_grad_(True)
             # as the plain layers run in the trainer
             autocast = torch.autocast(hidden.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
-            with self._plain_modules(groups), torch.enable_grad(), autocast:
+            with self._plain_modules(), torch.enable_grad(), autocast:
                 plain = _layer(layer, inputs, angles[number], *rest)
                 expected, *expected_adapter = torch.autograd.grad(plain, [inputs, *weights], upstream)
             own_inputs = hidden.detach().requires_grad_(True)
@@ -230,14 +267,13 @@ class Engine:
         return torch.cat(parts) - plain, plain
 
     @contextmanager
-    def _plain_modules(self, groups: list[list[Any]]) -> Generator[None]:
-        """Run these linear layers as peft runs them inside the `with` block."""
-        modules = [module for group in groups for module in group]
-        forwards = [module.__dict__.pop("forward") for module in modules]
+    def _plain_modules(self) -> Generator[None]:
+        """Run the layers as transformers and peft run them inside the `with` block."""
+        forwards = [module.__dict__.pop("forward") for module in self._patched]
         try:
             yield
         finally:
-            for module, forward in zip(modules, forwards, strict=True):
+            for module, forward in zip(self._patched, forwards, strict=True):
                 module.forward = forward  # the same object: compiled code stays valid
 
     @contextmanager
@@ -322,8 +358,12 @@ class Engine:
 
     def restore_modules(self) -> None:
         """Give the modules their original forward methods back."""
-        for module in (module for group in self._groups for module in group):
+        self._restore_forwards()
+
+    def _restore_forwards(self) -> None:
+        for module in self._patched:
             del module.forward
+        self._patched = []
 
     def _compile(self) -> None:
         from torch._functorch import config
@@ -402,6 +442,15 @@ class _Layers(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         ctx.engine.backward(grads[0])
         return None, None, None
+
+
+def _find_common_activation(layers: Any, groups_by_layer: list[list[list[Any]]]) -> str:
+    """Return the activation of the gated MLP that all layers have, or ""."""
+    found = {
+        find_activation(getattr(layer, "mlp", None), *groups[-2:]) if len(groups) > 1 else ""
+        for layer, groups in zip(layers, groups_by_layer, strict=True)
+    }
+    return found.pop() if len(found) == 1 else ""
 
 
 def _relative(difference: Tensor, reference: Tensor, rounding: Tensor | None = None) -> float:

@@ -20,7 +20,7 @@ def flash_attention_4(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention within each segment of a row: (1, heads, T, head size) -> (1, T, heads, head size)."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return _flash_forward(q, k, v, cu_seq_lens_q, max_length_q, scaling)[0][None], None
 
 

@@ -57,7 +57,7 @@ def join_weights(bases: list[Any], cached: bool) -> FrozenWeight:
     if cached:
         dtype = bases[0].compute_dtype
         weights = [
-            _dequantize(base.weight.data, _nf4_scales(base.weight.quant_state), kind, base.out_features, columns, dtype)
+            dequantize(base.weight.data, _nf4_scales(base.weight.quant_state), kind, base.out_features, columns, dtype)
             for base in bases
         ]
         return FrozenWeight("plain", torch.cat(weights), None, parts, columns)
@@ -94,7 +94,16 @@ def group_by_input(layer: Any, linear_groups: tuple[tuple[str, ...], ...], separ
     return [[module] for group in groups for module in group] if separate else groups
 
 
-def fuse_group(group: list[Any], a: Tensor, b: Tensor, cached: bool) -> None:
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A frozen weight and its adapters: `a` (parts x rank, columns), and `b` (rows, rank) with the LoRA scaling."""
+
+    a: Tensor
+    b: Tensor
+    frozen: FrozenWeight
+
+
+def fuse_group(group: list[Any], a: Tensor, b: Tensor, cached: bool) -> AdaptedWeight:
     """Make peft layers that share an input run as one operator while gradients are enabled; else they run as before."""
     weight = join_weights([module.base_layer for module in group], cached)
     dropout = group[0].lora_dropout[group[0].active_adapters[0]]
@@ -112,6 +121,7 @@ def fuse_group(group: list[Any], a: Tensor, b: Tensor, cached: bool) -> None:
 
     for module in group:
         module.forward = MethodType(forward, module)
+    return AdaptedWeight(a, b, weight)
 
 
 def apply_lora_linear(
@@ -148,9 +158,8 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (full / factors).to(CODE_DTYPE), factors
 
 
-def _dequantize(
-    values: Tensor, scales: Tensor | None, kind: str, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize(values: Tensor, scales: Tensor | None, kind: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return a frozen weight (rows, columns) in `dtype`; a plain one as it is."""
     if scales is None:
         return values
     if kind == "nf4":
@@ -158,7 +167,7 @@ def _dequantize(
     return values.to(dtype) * scales.to(dtype)
 
 
-def _scaled_matmul(codes: Tensor, factors: Tensor, weight: Tensor, weight_scales: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_matmul(codes: Tensor, factors: Tensor, weight: Tensor, weight_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute (codes * factors) @ (weight * weight_scales): one FP8 matmul on a GPU, emulated in FP32 on a CPU."""
     if codes.is_cuda:
         return torch._scaled_mm(codes, weight, factors, weight_scales, out_dtype=dtype, use_fast_accum=True)
@@ -183,14 +192,14 @@ def _lora_linear(
     xa = (x if dropped is None else dropped) @ a.T
     is_fp8 = codes is not None and factors is not None and scales is not None
     # the FP8 matmul cannot accumulate, so it goes first; others add to the adapters' output, which is cheaper
-    out = _scaled_matmul(codes, factors, values.T, scales.T, x.dtype) if is_fp8 else x.new_empty(len(x), sum(parts))
+    out = scaled_matmul(codes, factors, values.T, scales.T, x.dtype) if is_fp8 else x.new_empty(len(x), sum(parts))
     for part_out, part_xa, part_b in zip(out.split(parts, 1), xa.split(b.shape[1], 1), b.split(parts), strict=True):
         if is_fp8:
             part_out.addmm_(part_xa, part_b.T)
         else:
             torch.mm(part_xa, part_b.T, out=part_out)
     if not is_fp8:
-        out.addmm_(x, _dequantize(values, scales, kind, sum(parts), x.shape[1], x.dtype).T)
+        out.addmm_(x, dequantize(values, scales, kind, sum(parts), x.shape[1], x.dtype).T)
     return out, xa
 
 
@@ -237,11 +246,11 @@ def _lora_linear_backward(
         torch.mm(part_grad, part_b, out=grad_xa[:, columns])
         torch.mm(part_grad.T, xa[:, columns], out=part_grad_b)
     if codes is not None and factors is not None and transposed is not None:
-        grad_x = _scaled_matmul(codes, factors, transposed, factors.new_ones(1, transposed.shape[1]), grad.dtype)
+        grad_x = scaled_matmul(codes, factors, transposed, factors.new_ones(1, transposed.shape[1]), grad.dtype)
         grad_dropped = grad_xa @ a if has_dropout else grad_x.addmm_(grad_xa, a)
     else:
         weight, grad_dropped = (
-            _dequantize(values, scales, kind, sum(parts), adapter_input.shape[1], grad.dtype),
+            dequantize(values, scales, kind, sum(parts), adapter_input.shape[1], grad.dtype),
             grad_xa @ a,
         )
         grad_x = grad @ weight if has_dropout else grad_dropped.addmm_(grad, weight)

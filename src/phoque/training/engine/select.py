@@ -78,8 +78,12 @@ def select_engine(
         decide=decide,
     )
     while failure := _try_engine(engine, row, n_real, recompute, reasons):
-        reasons.append(f"{engine.mode} failed: {failure}")
+        with_mlps = " with gated MLPs as one operator" * engine.fused_mlps
+        reasons.append(f"{engine.mode}{with_mlps} failed: {failure}")
         engine.discard_compiled()
+        if engine.fused_mlps:  # the same mode without them
+            engine.set_fused_mlps(False)
+            continue
         if not (engine.compiled or engine.captured):
             engine.restore_modules()
             return EngineChoice("eager", "; ".join(reasons))
@@ -132,6 +136,8 @@ def _configure(
     else:
         engine.compiled = True
         reasons.append("as requested")
+    if engine.compiled and engine.set_fused_mlps(True):
+        reasons.append("gated MLPs run as one operator")
     return reasons
 
 
@@ -150,7 +156,10 @@ def _try_engine(engine: Engine, row: PackedRow, n_real: int, recompute: bool, re
         return _check_with_less_memory(engine, row, n_real, reasons) or None
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TorchDynamoException) as error:
+    except Exception as error:
+        # kernels of ours are compiled on this machine, which can fail in many ways
+        if not (engine.fused_mlps or isinstance(error, RuntimeError | TorchDynamoException)):
+            raise
         return " ".join(str(error).split())[:120] or type(error).__name__
 
 
