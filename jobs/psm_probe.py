@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["phoque==0.1.0"]
+# dependencies = ["phoque==1.0.0"]
 #
 # [tool.hf-jobs]
 # flavor = "a10g-large"
