@@ -56,7 +56,7 @@ def load_library(services: Services, *, install: bool) -> "Library":
     if why := client.find_problem(services, install=install, node=False):
         raise UsageError(
             what="llama.cpp is needed.",
-            why=f"{why[0].upper()}{why[1:]}.",
+            why=f"{why.removesuffix(': run it once with --install')}.",
             fix="Add --install: phoque puts it into its cache, from npm.",
         )
     return open_library(client.modules(services.cache))

@@ -29,7 +29,7 @@ def client() -> NpmClient:
         "@wllama/wllama": WLLAMA,
         "puppeteer-core": "^24.0.0",
     }
-    return NpmClient("node-llama-cpp and wllama", 150, packages, SCRIPTS, all_platforms=False)
+    return NpmClient("node-llama-cpp (with wllama)", 150, packages, SCRIPTS, all_platforms=False)
 
 
 def check_node(file: GgufFile, answer: dict[str, Any], s: Any, services: Services, verdict: Verdict) -> None:
