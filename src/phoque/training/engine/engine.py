@@ -5,10 +5,9 @@ model. Evaluation and generation use the plain modules, which share the same wei
 """
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import ceil
@@ -29,12 +28,6 @@ Angles = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
 USABLE_SHARE = 0.92  # share of the free GPU memory that a step may use
 HEAD_BYTES = 3 * 2**28  # memory of the logit chunks in training/engine/loss.py
 POINTWISE_RECOMPUTED = "normed and gated activations are recomputed"
-# standard deviation of B during the trial: the adapter then contributes at least as much as a trained one
-TRIAL_NOISE = 0.05
-# largest relative difference of one layer that rounding explains: in bf16, and with FP8 products
-MAX_DIFFERENCE, MAX_DIFFERENCE_FP8 = 0.05, 0.2
-RESIDUAL_ROUNDING = 2**-8  # of the sum of a residual stream and what a layer adds to it, in bf16
-MAX_DIFFERENCE_CAPTURED = 0.5  # a graph replays the same kernels; if it reads other memory, nothing agrees
 
 
 @dataclass
@@ -63,12 +56,12 @@ class Engine:
         self.dtype = self._core.embed_tokens.weight.dtype
         rotary = self._core.rotary_emb
         self._has_rotary_by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
-        separate = self._has_dropout  # each adapter drops out its own copy of the input, so layers cannot be fused
+        separate = self.has_dropout  # each adapter drops out its own copy of the input, so layers cannot be fused
         linear_groups = architecture_of(base.config).linear_groups
         by_layer = [group_by_input(layer, linear_groups, separate) for layer in self.layers]
-        self._groups = [group for groups in by_layer for group in groups]
+        self.groups = [group for groups in by_layer for group in groups]
         self._activation = _find_common_activation(self.layers, by_layer)
-        self.flat = FlatParams(self._groups, self.dtype)
+        self.flat = FlatParams(self.groups, self.dtype)
         self._patched: list[Any] = []  # modules whose forward method is replaced
         self._anchor = torch.zeros((), device=self.flat.weights.device, requires_grad=True)
         self.set_weight_cache(enabled=False)
@@ -79,9 +72,9 @@ class Engine:
         self.weight_cache = enabled
         self._restore_forwards()
         self._weights = [
-            fuse_group(group, a, b, enabled) for group, a, b in zip(self._groups, self.flat.a, self.flat.b, strict=True)
+            fuse_group(group, a, b, enabled) for group, a, b in zip(self.groups, self.flat.a, self.flat.b, strict=True)
         ]
-        self._patched = [module for group in self._groups for module in group]
+        self._patched = [module for group in self.groups for module in group]
         self._fuse_mlps()
 
     def set_fused_mlps(self, enabled: bool) -> bool:
@@ -120,13 +113,13 @@ class Engine:
     @property
     def is_fp8(self) -> bool:
         """Whether the linear layers compute in FP8."""
-        return type(self._groups[0][0].base_layer).__name__ == "Fp8Linear"
+        return type(self.groups[0][0].base_layer).__name__ == "Fp8Linear"
 
     @property
     def weight_cache_bytes(self) -> int:
         """Bytes that the weight cache takes: NF4 weights in bf16, FP8 weights transposed; others need none."""
         size = {"Linear4bit": 2, "Fp8Linear": 1}
-        bases = [module.base_layer for group in self._groups for module in group]
+        bases = [module.base_layer for group in self.groups for module in group]
         return sum(base.in_features * base.out_features * size.get(type(base).__name__, 0) for base in bases)
 
     @property
@@ -157,117 +150,8 @@ class Engine:
     def _backward(self, out: Any, grad: Tensor) -> None:
         self.flat.add_gradients(torch.autograd.grad(out, self.flat.leaves, grad))
 
-    def check_against_plain(self, row: PackedRow, n_real: int) -> str:
-        """Compare the engine with the plain layers on one row; return what differs too much, or "".
-
-        Each layer gets the input that the plain layers give it, so rounding does not add up over the depth: its output,
-        the gradient of its input and those of its adapter must agree. Then the whole row runs, forward and backward, as
-        in a step; captured graphs are compared with the same pass uncaptured. Only the first `n_real` positions are
-        compared; the rest is padding. B is random during the trial, because a new adapter contributes nothing; weights
-        and gradients are restored. With dropout no two passes agree: layers are then compared without dropout, as fused
-        linear layers, and the row runs with it once, to see that it works.
-        """
-        with self.flat.randomize_b(TRIAL_NOISE):
-            with self._without_dropout() if self._has_dropout else nullcontext():
-                number, difference = self._compare_layers(row, n_real)
-            if not difference <= self.max_difference:
-                return f"layer {number} differs by {difference:.1%} from the plain layer"
-            if not self.captured:
-                self._run_trial_step(row, n_real)
-                return ""
-            self.captured = False
-            try:
-                uncaptured = self._run_trial_step(row, n_real)
-            finally:
-                self.captured = True
-            captured = self._run_trial_step(row, n_real)
-            if not self._has_dropout and not _relative(captured - uncaptured, uncaptured) <= MAX_DIFFERENCE_CAPTURED:
-                return "the captured graphs compute something else"
-            return ""
-
-    @property
-    def max_difference(self) -> float:
-        """The largest difference of one layer from the plain one that rounding explains."""
-        return MAX_DIFFERENCE_FP8 if self.is_fp8 else MAX_DIFFERENCE
-
-    def _run_trial_step(self, row: PackedRow, n_real: int) -> Tensor:
-        """Run a row forward and backward; return its hidden states. Raises RuntimeError if gradients are not finite.
-
-        As in a step, the padding has no gradient: where a model embeds its padding token as zeros, each norm would
-        multiply the gradient by up to 1,000.
-        """
-        out = self.compute_hidden(row)
-        grad = torch.ones_like(out)
-        grad[:, n_real:] = 0
-        out.backward(grad)
-        are_finite = self.flat.gradients.isfinite().all()
-        self.flat.gradients.zero_()
-        self.model.zero_grad()
-        if not bool(are_finite):
-            raise RuntimeError("gradients are not finite")
-        return out.detach().clone()
-
-    def _compare_layers(self, row: PackedRow, n_real: int) -> tuple[int, float]:
-        """Return the number of the layer that differs most from the plain one, and its difference.
-
-        Differences are relative to what the layer adds to its input, or to its gradient; what the residual stream's own
-        rounding explains is left out.
-        """
-        self.flat.refresh()
-        hidden, angles, *rest = self._prepare_inputs(row)
-        rng = torch.Generator(hidden.device).manual_seed(0)
-        upstream = torch.zeros_like(hidden)
-        upstream[:, :n_real] = torch.randn(
-            hidden[:, :n_real].shape, generator=rng, device=hidden.device, dtype=hidden.dtype
-        )
-        groups_per_layer = len(self._groups) // len(self.layers)
-        differences = []
-        for number, layer in enumerate(self.layers):
-            numbers = range(number * groups_per_layer, (number + 1) * groups_per_layer)
-            groups = [self._groups[n] for n in numbers]
-            weights = [
-                getattr(module, name)[module.active_adapters[0]].weight
-                for name in ("lora_A", "lora_B")
-                for group in groups
-                for module in group
-            ]
-            leaves = [self.flat.a[n] for n in numbers] + [self.flat.b[n] for n in numbers]
-            inputs = hidden.detach().requires_grad_(True)
-            # as the plain layers run in the trainer
-            autocast = torch.autocast(hidden.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
-            with self._plain_modules(), torch.enable_grad(), autocast:
-                plain = _layer(layer, inputs, angles[number], *rest)
-                expected, *expected_adapter = torch.autograd.grad(plain, [inputs, *weights], upstream)
-            own_inputs = hidden.detach().requires_grad_(True)
-            with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
-                own_output = self._layer_function(layer, own_inputs, angles[number], *rest)
-                gradient, *own_adapter = torch.autograd.grad(own_output, [own_inputs, *leaves], upstream)
-            added, added_gradient = plain - inputs, expected - upstream
-            rounding = RESIDUAL_ROUNDING if self.dtype == torch.bfloat16 else 0.0
-            differences.append(
-                max(
-                    _relative((own_output - plain)[:, :n_real], added[:, :n_real], rounding * plain[:, :n_real]),
-                    _relative(gradient - expected, added_gradient, rounding * expected),
-                    _relative(*self._adapter_difference(own_adapter, expected_adapter)),
-                )
-            )
-            hidden = plain.detach().to(hidden.dtype)
-        worst = max(range(len(differences)), key=differences.__getitem__)
-        return worst, differences[worst]
-
-    def _adapter_difference(self, gradients: list[Tensor], expected: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the difference of one layer's adapter gradients from the plain ones, and the plain ones, as vectors.
-
-        `gradients` are those of the flat copy, whose B is multiplied by the LoRA scaling.
-        """
-        half = len(gradients) // 2
-        parts = [gradient.float().flatten() for gradient in gradients[:half]]
-        parts += [gradient.float().flatten() * self.flat.scaling for gradient in gradients[half:]]
-        plain = torch.cat([gradient.float().flatten() for gradient in expected])
-        return torch.cat(parts) - plain, plain
-
     @contextmanager
-    def _plain_modules(self) -> Generator[None]:
+    def plain_modules(self) -> Generator[None]:
         """Run the layers as transformers and peft run them inside the `with` block."""
         forwards = [module.__dict__.pop("forward") for module in self._patched]
         try:
@@ -277,7 +161,7 @@ class Engine:
                 module.forward = forward  # the same object: compiled code stays valid
 
     @contextmanager
-    def _without_dropout(self) -> Generator[None]:
+    def without_dropout(self) -> Generator[None]:
         """Run fused linear layers alone, without dropout: compiled layers and captured graphs have dropout built in."""
         dropouts = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
         previous = self.compiled, self.captured
@@ -370,7 +254,7 @@ class Engine:
 
         # the partitioner never recomputes the inputs of a custom operator unless this is off
         patched = config.patch(ban_recompute_materialized_backward=not self.recompute_pointwise)
-        self._compiled = patched(torch.compile(_layer, dynamic=self.dynamic))
+        self._compiled = patched(torch.compile(run_layer, dynamic=self.dynamic))
 
     def _release_graphs(self) -> None:
         """Delete the captured graphs, and the output and gradients that an interrupted pass left behind."""
@@ -380,11 +264,11 @@ class Engine:
 
     def _run_first_layer(self, row: PackedRow) -> tuple[Tensor, Tensor]:
         """Run the first layer; return its input and output."""
-        hidden, angles, *rest = self._prepare_inputs(row)
+        hidden, angles, *rest = self.prepare_inputs(row)
         with torch.enable_grad():
-            return hidden, self._layer_function(self.layers[0], hidden, angles[0], *rest)
+            return hidden, self.layer_function(self.layers[0], hidden, angles[0], *rest)
 
-    def _prepare_inputs(self, row: PackedRow) -> tuple[Any, ...]:
+    def prepare_inputs(self, row: PackedRow) -> tuple[Any, ...]:
         """Return the arguments of the first layer."""
         with torch.no_grad():
             hidden = self._core.embed_tokens(row.ids)
@@ -409,24 +293,26 @@ class Engine:
         return [by_type[kind] for kind in types]
 
     def _run(self, row: PackedRow) -> Tensor:
-        hidden, angles, *rest = self._prepare_inputs(row)
+        hidden, angles, *rest = self.prepare_inputs(row)
         with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
             for number, layer in enumerate(self.layers):
                 inputs = (layer, hidden, angles[number], *rest)
                 if number < self.recomputed_layers:
                     hidden = checkpoint(
-                        self._layer_function, *inputs, use_reentrant=False, preserve_rng_state=self._has_dropout
+                        self.layer_function, *inputs, use_reentrant=False, preserve_rng_state=self.has_dropout
                     )
                 else:
-                    hidden = self._layer_function(*inputs)
+                    hidden = self.layer_function(*inputs)
             return self._core.norm(hidden)
 
     @property
-    def _layer_function(self) -> Callable[..., Tensor]:
-        return self._compiled if self.compiled else _layer
+    def layer_function(self) -> Callable[..., Tensor]:
+        """How a layer runs: compiled or not."""
+        return self._compiled if self.compiled else run_layer
 
     @property
-    def _has_dropout(self) -> bool:
+    def has_dropout(self) -> bool:
+        """Whether the adapter drops out some of its inputs."""
         return any(config.lora_dropout > 0 for config in self.model.peft_config.values())
 
 
@@ -453,14 +339,6 @@ def _find_common_activation(layers: Any, groups_by_layer: list[list[list[Any]]])
     return found.pop() if len(found) == 1 else ""
 
 
-def _relative(difference: Tensor, reference: Tensor, rounding: Tensor | None = None) -> float:
-    """Return the norm of a difference beyond that of `rounding`, relative to the norm of the reference."""
-    with torch.no_grad():
-        excess = difference.float().norm() - (0.0 if rounding is None else rounding.float().norm())
-        value = float(excess / reference.float().norm())
-    return math.inf if math.isnan(value) else max(0.0, value)  # NaN is no agreement, and max() would drop it
-
-
 def measure_free_memory() -> int:
     """Return the bytes that this process may still allocate within its share of the GPU."""
     torch.cuda.empty_cache()
@@ -470,7 +348,10 @@ def measure_free_memory() -> int:
     return min(free, int(fraction * total) - torch.cuda.memory_reserved())
 
 
-def _layer(layer: Any, hidden: Tensor, angles: Angles, positions: Tensor, cu_seq_lens: Tensor, longest: int) -> Tensor:
+def run_layer(
+    layer: Any, hidden: Tensor, angles: Angles, positions: Tensor, cu_seq_lens: Tensor, longest: int
+) -> Tensor:
+    """Return the output of a decoder layer for hidden states (1, T, d) of a packed row."""
     out = layer.forward(
         hidden,
         attention_mask=None,

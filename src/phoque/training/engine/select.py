@@ -12,6 +12,7 @@ from phoque.data.packing import Packing, build_batch
 from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import POINTWISE_RECOMPUTED, Engine
+from phoque.training.engine.trial import check_against_plain
 
 COMPILE_SAVING = 0.3  # share of a captured step's time that compiling saves; see benchmarks/train_speed.py
 COMPILE_SECONDS = 15.0
@@ -170,7 +171,7 @@ def _check_with_less_memory(engine: Engine, row: PackedRow, n_real: int, reasons
     """
     while True:
         try:
-            return engine.check_against_plain(row, n_real)
+            return check_against_plain(engine, row, n_real)
         except torch.OutOfMemoryError as error:
             out_of_memory = error.with_traceback(None)  # the traceback would keep the tensors of the failed pass alive
         if not (change := engine.reduce_memory()):
