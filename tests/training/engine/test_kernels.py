@@ -17,7 +17,7 @@ from phoque.training.engine.engine import Engine
 from phoque.training.engine.lora_linear import quantize_fp8
 
 ROWS = {  # heads, key heads, head size, cumulative lengths, window
-    "short conversations": (4, 2, 32, (0, 5, 6, 90, 90, 150), None),
+    "short conversations": (4, 2, 32, (0, 5, 5, 6, 90, 90, 150, 150, 150), None),
     "a size between powers of two": (4, 4, 24, (0, 100, 150), None),
     "one conversation of several tiles": (6, 2, 64, (0, 200), None),
     "a window": (2, 1, 16, (0, 128, 130, 131), 3),

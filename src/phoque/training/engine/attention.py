@@ -23,14 +23,9 @@ if TYPE_CHECKING:
 
 Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
-TEST_CU_SEQ_LENS = (
-    0,
-    70,
-    71,
-    200,
-    200,
-    200,
-)  # cumulative lengths of the row that kernels are compared on; some are empty
+# cumulative lengths of the row that kernels are compared on; some are empty. Triton compiles other code for rows whose
+# length is no multiple of 16, which rows of a run are
+TEST_CU_SEQ_LENS = (0, 70, 71, 208, 208, 208)
 MAX_DIFFERENCE = 0.02  # largest relative difference of two kernels in bf16
 AMPERE = (8, 0)  # the lowest compute capability that FlashAttention supports
 MIN_FLASH_4_TOKENS = 2**24  # fewer do not pay for its build (H100: benchmarks/train_speed.py)

@@ -255,7 +255,7 @@ def _attend_tile(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     queries = _load_tile(q + head * q_head, rows, q_token, tokens, SIZE, BLOCK_SIZE)
@@ -308,7 +308,7 @@ def _compute_query_gradients(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_head = head // (HEADS // KV_HEADS)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     queries = _load_tile(q + head * q_head, rows, q_token, tokens, SIZE, BLOCK_SIZE)
@@ -360,7 +360,7 @@ def _compute_key_gradients(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    tile, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     keys = _load_tile(k + kv_head * k_head, columns, k_token, tokens, SIZE, BLOCK_SIZE)
     values = _load_tile(v + kv_head * v_head, columns, v_token, tokens, SIZE, BLOCK_SIZE)

@@ -9,6 +9,7 @@ import torch
 
 from phoque.data.chat_template import EncodedChat
 from phoque.data.packing import Packing, build_batch
+from phoque.errors import PhoqueError
 from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import PackedRow
 from phoque.training.engine.engine import POINTWISE_RECOMPUTED, Engine
@@ -155,7 +156,7 @@ def _try_engine(engine: Engine, row: PackedRow, n_real: int, recompute: bool, re
             engine.recomputed_layers = engine.count_layers_to_recompute(row)
             reasons.append(POINTWISE_RECOMPUTED)
         return _check_with_less_memory(engine, row, n_real, reasons) or None
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, PhoqueError):
         raise
     except Exception as error:
         # kernels of ours are compiled on this machine, which can fail in many ways
