@@ -7,7 +7,6 @@ from typing import Any
 from phoque.models.architectures import ARCHITECTURES
 from phoque.models.architectures.base import VisionTower
 from phoque.models.config import copy_tokenizer
-from phoque.onnx.session import SUFFIXES
 
 DTYPE_PREFERENCE = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # the first of these in the export is the default
 # the fastest on wasm first: SmolLM2 on two cores generates 9.5 tokens per second in int8, 1.9 in q8
@@ -109,11 +108,6 @@ def _write_processor(source: Path, folder: Path, source_config: dict[str, Any]) 
     _write_json(folder / "preprocessor_config.json", image_processor)
     processor_config = {**vision.image_tokens, **processor, **shared} | {"image_processor": image_processor}
     _write_json(folder / "processor_config.json", processor_config)
-
-
-def onnx_files(sessions: tuple[str, ...], dtype: str) -> list[str]:
-    """Return the file names of the graphs of one precision, one per session."""
-    return [f"{name}{SUFFIXES[dtype]}.onnx" for name in sessions]
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
