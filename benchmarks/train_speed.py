@@ -268,8 +268,10 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         caps = [float(word.removeprefix("capped")) for word in rest if word.startswith("capped")]
         given |= {"log_every": int(log_every), "cap": sum(caps), "recompute": "recomputed" in rest}
         given |= {"flash": a.flash if "flash4" in rest else "", "whole": "whole" in rest}
-        given |= {"any_order": "any_order" in rest}  # --no-deterministic
-        given |= {"varlen": bool({"varlen", "flash4"} & set(rest))}  # without phoque's kernels for short conversations
+        given |= {"any_order": a.any_order or "any_order" in rest}  # --no-deterministic
+        given |= {
+            "varlen": a.varlen or bool({"varlen", "flash4"} & set(rest))
+        }  # without phoque's kernels for short conversations
         torch.cuda.set_per_process_memory_fraction(1.0)
         try:
             found[asked] = ours(folder, argparse.Namespace(**given))

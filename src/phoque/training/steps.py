@@ -58,6 +58,12 @@ def load_model_with_adapter(run: Run) -> Any:
         mean_length,
         compiled=is_compiled,
     )
+    if (main_reason := current().broadcast_from_main(lambda: reason)) != reason:
+        raise RunError(
+            what=f"Process {current().rank} chose another attention kernel than process 0: {reason}.",
+            why=f"Process 0 chose {main_reason}.",
+            fix="Use equal GPUs and one environment for all processes.",
+        )
     run.record["attention"] = reason
     run.console.stage(f"loading {source.name} as {s.quantization}")
     model = load_model(source, s.quantization, name, projections_on_host=s.fsdp)
@@ -96,9 +102,9 @@ def build_engine(run: Run, model: Any) -> Engine | None:
             previous=previous,
             decide=current().broadcast_from_main,
         )
-    if (mode := current().broadcast_from_main(lambda: choice.mode)) != choice.mode:
+    if (kernels := current().broadcast_from_main(lambda: choice.kernels)) != choice.kernels:
         raise RunError(
-            what=f"Process {current().rank} chose another engine than process 0: {choice.mode}, and not {mode}.",
+            what=f"Process {current().rank} chose another engine than process 0: {choice.kernels}, and not {kernels}.",
             why=choice.reason,
             fix="Use equal GPUs, or set --engine-mode.",
         )

@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 Attention = Callable[..., tuple[Tensor, None]]
 NAME = "phoque_packed"  # transformers sends any name with 'flash' in it to its own loader
-# cumulative lengths of the row that kernels are compared on; some are empty. Triton compiles other code for rows whose
-# length is no multiple of 16, which rows of a run are
-TEST_CU_SEQ_LENS = (0, 70, 71, 208, 208, 208)
+# cumulative lengths of the rows that kernels are compared on; some conversations are empty. Triton compiles one variant
+# for rows whose length is a multiple of 16, as with an engine, and one for others
+TEST_CU_SEQ_LENS = (0, 70, 71, 208, 208, 208), (0, 70, 71, 200, 200, 200)
 MAX_DIFFERENCE = 0.02  # largest relative difference of two kernels in bf16
 AMPERE = (8, 0)  # the lowest compute capability that FlashAttention supports
 MIN_FLASH_4_TOKENS = 2**24  # fewer do not pay for its build (H100: benchmarks/train_speed.py)
 MIN_PACKED_TOKENS = 2**20  # fewer do not pay for compiling the kernels of attention_kernels.py, 3 s
-# mean lengths up to which those kernels are faster than torch's (measured), and used if flash-attn-4 is installed
+# mean lengths up to which those kernels are used. Torch 2.11's kernel, which repeats key heads, was slower up to 4,000
+# tokens with 32 heads and 8 key heads of size 128; flash-attn-4 was not compared
 LONGEST_PACKED_MEAN, LONGEST_PACKED_MEAN_BESIDE_FLASH_4 = 4096, 1024  # H100: benchmarks/attention.py
 
 
@@ -47,7 +48,7 @@ def select_attention(
     `dtype` is the dtype of queries, keys and values. `tokens` is the number of tokens that the whole run processes, in
     conversations of `mean_length`: a kernel that is slow to build must save more time than its build takes. `compiled`
     requires an implementation that torch.compile can trace, which must not copy the sequence lengths to the CPU. The
-    choice depends on nothing that is measured, so that a resumed run makes it again.
+    choice depends on no measured speed, so that a resumed run makes it again.
     """
     if architecture_of(config).is_recurrent:
         return "sdpa", "SDPA: its recurrent layers run one conversation at a time, so attention does, too"
@@ -191,20 +192,31 @@ def _measure_difference(
     candidate: Attention, reference: Attention, device: torch.device, config: "PretrainedConfig"
 ) -> float:
     """Return the largest relative difference between two kernels' outputs and gradients on a short row."""
+    cases = [(borders, None) for borders in TEST_CU_SEQ_LENS]
+    if window := sliding_window_of(config):
+        cases.append((TEST_CU_SEQ_LENS[0], min(window, 64)))
+    return max(_measure_row(candidate, reference, device, config, *case) for case in cases)
+
+
+def _measure_row(
+    candidate: Attention,
+    reference: Attention,
+    device: torch.device,
+    config: "PretrainedConfig",
+    borders: tuple[int, ...],
+    window: int | None,
+) -> float:
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
     rng = torch.Generator(device).manual_seed(0)
     q, k, v, grad_out = (
-        torch.randn(
-            1, n, TEST_CU_SEQ_LENS[-1], size, generator=rng, device=device, dtype=torch.bfloat16, requires_grad=True
-        )
+        torch.randn(1, n, borders[-1], size, generator=rng, device=device, dtype=torch.bfloat16, requires_grad=True)
         for n in (heads, kv_heads, kv_heads, heads)
     )
-    cu_seq_lens = torch.tensor(TEST_CU_SEQ_LENS, dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"cu_seq_lens_q": torch.tensor(borders, dtype=torch.int32, device=device)}
+    options |= {"scaling": size**-0.5, "max_length_q": borders[-1], "sliding_window": window}
     results = []
     for attend in (candidate, reference):
-        out, _ = attend(
-            None, q, k, v, None, scaling=size**-0.5, cu_seq_lens_q=cu_seq_lens, max_length_q=TEST_CU_SEQ_LENS[-1]
-        )
+        out, _ = attend(None, q, k, v, None, **options)
         results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.transpose(1, 2))])
     return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*results, strict=True))
 

@@ -22,7 +22,7 @@ from phoque.models.architectures import architecture_of
 from phoque.training.engine.cuda_graphs import CudaGraphs, PackedRow
 from phoque.training.engine.flat_params import FlatParams
 from phoque.training.engine.gated_mlp import find_activation, fuse_gated_mlp
-from phoque.training.engine.lora_linear import fuse_group, group_by_input
+from phoque.training.engine.lora_linear import AdaptedWeight, fuse_group, group_by_input
 
 Angles = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
 USABLE_SHARE = 0.92  # share of the free GPU memory that a step may use
@@ -71,16 +71,16 @@ class Engine:
         """Turn the cache of ready-to-use weights on or off; it takes `weight_cache_bytes` more memory."""
         self.weight_cache = enabled
         self._restore_forwards()
-        self._weights = [
-            fuse_group(group, a, b, enabled) for group, a, b in zip(self.groups, self.flat.a, self.flat.b, strict=True)
-        ]
+        self._weights: list[AdaptedWeight] = []  # the old ones are freed one by one as the new ones are built
+        for group, a, b in zip(self.groups, self.flat.a, self.flat.b, strict=True):
+            self._weights.append(fuse_group(group, a, b, enabled))
         self._patched = [module for group in self.groups for module in group]
         self._fuse_mlps()
 
     def set_fused_mlps(self, enabled: bool) -> bool:
-        """Run gated MLPs as one operator, or no longer; return False if the model has other MLPs.
+        """Run gated MLPs as one operator, or no longer; return whether it is possible.
 
-        It needs a GPU, 16-bit weights and Triton.
+        It needs a GPU, Triton, bf16 as the compute dtype, and MLPs of a kind that `find_activation` knows.
         """
         has_triton = self.flat.weights.is_cuda and find_spec("triton") is not None
         is_possible = bool(self._activation) and self.dtype == torch.bfloat16 and has_triton

@@ -28,11 +28,17 @@ class EngineChoice:
     engine: Engine | None = None
     seconds: float = 0.0
 
+    @property
+    def kernels(self) -> str:
+        """The mode, and whether gated MLPs run as one operator: processes that differ in it round differently."""
+        return self.mode + " with gated MLPs as one operator" * bool(self.engine and self.engine.fused_mlps)
+
     def record(self) -> dict[str, Any]:
         """Return the entry for run.json."""
         entry: dict[str, Any] = {"mode": self.mode, "reason": self.reason}
         if self.engine:
             entry |= {"recomputed_layers": self.engine.recomputed_layers, "layers": len(self.engine.layers)}
+            entry["fused_mlps"] = self.engine.fused_mlps
             entry |= {"build_s": round(self.seconds, 1)}
         return entry
 
@@ -90,6 +96,9 @@ def select_engine(
             engine.restore_modules()
             return EngineChoice("eager", "; ".join(reasons))
         engine.compiled, engine.captured = engine.compiled and engine.captured, False
+        engine.set_fused_mlps(engine.compiled)  # it may have been the graphs that failed
+    if engine.fused_mlps:
+        reasons.append("gated MLPs run as one operator")
     seconds = time.monotonic() - start
     if on_gpu:
         torch.cuda.empty_cache()  # memory that only the trial needed
@@ -138,8 +147,7 @@ def _configure(
     else:
         engine.compiled = True
         reasons.append("as requested")
-    if engine.compiled and engine.set_fused_mlps(True):
-        reasons.append("gated MLPs run as one operator")
+    engine.set_fused_mlps(engine.compiled)
     return reasons
 
 
