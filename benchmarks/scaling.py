@@ -4,7 +4,8 @@
 
 Trains the 3B shape (random weights) with the command line, as a user does: `phoque train --gpus N`. Each GPU gets one
 row of about 2,100 or 8,192 tokens per step. At the end one GPU trains on the rows of two, and the losses of both runs
-are compared. What is in the folder already is not run again.
+are compared. `--trl` runs TRL under `accelerate launch` on the same rows beside it, without and with gradient
+checkpointing. What is in the folder already is not run again.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,18 @@ def run_training(command: list[Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def main(out: Path, gpus: list[int], shapes: list[str], tokens: list[int]) -> None:
+def train_trl(out: Path, model: Path, tokens: int, gpus: int, mean: float, *, checkpointing: bool) -> dict[str, Any]:
+    """Run TRL under `accelerate launch`; return its tokens per second and peak GB per GPU, or its error."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", gpus, "--num_machines", 1]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if gpus > 1 else [])]
+    command = [*launch, Path(__file__).with_name("trl_scaling.py"), "--model", model, "--rows", out / "rows.jsonl"]
+    command += ["--batch", round(tokens / mean), *(["--checkpointing"] if checkpointing else [])]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"tokens_per_s')]
+    return json.loads(lines[-1]) if lines else {"error": done.stderr[-3000:]}
+
+
+def main(out: Path, gpus: list[int], shapes: list[str], tokens: list[int], *, trl: bool, same_rows: bool) -> None:
     from family_speed import SHAPES as FAMILIES
     from family_speed import write_checkpoint
 
@@ -89,11 +102,18 @@ def main(out: Path, gpus: list[int], shapes: list[str], tokens: list[int]) -> No
         if not model.is_dir():
             write_checkpoint(model, FAMILIES["Ministral 3 8B"] | SHAPES[shape])
         asked = [(q, t, n, n) for t in tokens for q in ("nf4", "fp8") for n in gpus]
-        asked.append(("nf4", tokens[-1], 1, max(gpus)))  # one GPU on the rows of several
+        if same_rows:
+            asked.append(("nf4", tokens[-1], 1, max(gpus)))  # one GPU on the rows of several
         for quantization, length, count, rows in asked:
             key = f"{shape} {quantization} {length} {count} GPU {rows} rows"
             if "tokens_per_s" not in found.get(key, {}):
                 found[key] = train(out, model, quantization, length, count, rows, mean=220.0)
+                path.write_text(json.dumps(found, indent=1))
+                print(key, found[key], flush=True)
+        for length, count, checkpointing in product(tokens, gpus, (False, True)) if trl else ():
+            key = f"{shape} TRL{'-checkpointing' if checkpointing else ''} {length} {count} GPU {count} rows"
+            if "tokens_per_s" not in found.get(key, {}):
+                found[key] = train_trl(out, model, length, count, 220.0, checkpointing=checkpointing)
                 path.write_text(json.dumps(found, indent=1))
                 print(key, found[key], flush=True)
     print_table(found, gpus)
@@ -126,5 +146,7 @@ if __name__ == "__main__":
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", default=["3B"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 2100])
+    parser.add_argument("--trl", action="store_true", help="run TRL beside phoque")
+    parser.add_argument("--no-same-rows", action="store_true", help="leave out one GPU on the rows of several")
     asked = parser.parse_args()
-    main(asked.out, asked.gpus, asked.shapes, asked.tokens)
+    main(asked.out, asked.gpus, asked.shapes, asked.tokens, trl=asked.trl, same_rows=not asked.no_same_rows)
