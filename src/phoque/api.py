@@ -19,6 +19,7 @@ from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import CommandSettings, Resolved
 from phoque.settings.resolve import resolved_from
+from phoque.training.run_files import check_own_folder
 
 if TYPE_CHECKING:
     from phoque.chat.run import ChatResult
@@ -69,6 +70,7 @@ def train(
     """
     launch = enter_launch(console)
     resolved, services = _prepare(settings, console)
+    check_own_folder(resolved.settings.folder)
     if dry_run:
         from phoque.training.dry_run import plan_run
 

@@ -129,8 +129,6 @@ def _describe_request(error: BaseException) -> str:
 def _advise_on_command_line(error: BaseException) -> str:
     """Where to read on, for an error of Click."""
     command = getattr(getattr(error, "ctx", None), "command_path", "phoque")
-    if "unexpected extra argument" in str(error).lower():
-        return f"Give several values of one flag with commas, as in --dtype q8,q4. See `{command} --help`."
     return f"See `{command} --help`."
 
 

@@ -1,20 +1,50 @@
 """Checks of what a command reads, before anything heavy is imported: a wrong path is reported within a second."""
 
+import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from phoque.data.readers import RowStream, check_dataset, find_local
+from phoque.data.scan import check_rows
 from phoque.errors import UsageError
-from phoque.hub.refs import hub_id, hub_ref
-from phoque.models.adapter_source import check_adapter_name, find_local_adapter
+from phoque.files import check_output_folder
+from phoque.hub.refs import hub_id, hub_ref, suggest_path
+from phoque.models.adapter_source import RUN_RECORD, WEIGHTS, check_adapter_name, find_local_adapter, read_base_name
 from phoque.models.source import PACKAGED_MODELS, check_local_model
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import CommandSettings, Resolved, flag_names
+from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.training.run_files import check_own_folder
 
-SMALL_BYTES = 2**20  # of a dataset whose first row is read to see whether it can be
+SMALL_BYTES = 2**20  # of a dataset whose rows are checked before anything heavy is imported
+MODEL_SETTINGS = ("merged_dir", "updated_model", "model_source")  # of a command that takes a model or an adapter
+ADAPTER_SETTINGS = ("adapter_source", "updated_adapter")
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a setting of a command names."""
+
+    name: str
+    setting: str
+    command: type[CommandSettings]
+
+    @property
+    def path(self) -> Path:
+        """The path on this machine, if it is one."""
+        return Path(self.name).expanduser()
+
+    @property
+    def flag(self) -> str:
+        """The flag that it was given by, or could be."""
+        return flag_names(self.command, self.setting)[0]
+
+    def find_flag(self, settings: tuple[str, ...]) -> str | None:
+        """The flag of the first of these settings that the command has."""
+        return next((flag_names(self.command, name)[0] for name in settings if name in self.command.model_fields), None)
 
 
 def check_run(resolved: Resolved[Any]) -> None:
@@ -25,82 +55,159 @@ def check_run(resolved: Resolved[Any]) -> None:
     check_own_folder(s.folder)
 
 
-def check_inputs(settings: CommandSettings) -> None:
+def check_inputs(settings: CommandSettings, *, leave_out: str = "") -> None:
     """Raise UsageError if an input that a setting names cannot exist: no such path here, and no Hub id.
 
-    An input that the command cannot do without must be named.
+    An input that the command cannot do without must be named. The setting `leave_out` is not checked.
     """
     if "dataset" in settings.required or getattr(settings, "dataset", ""):
         s: Any = settings
         split_files = check_dataset(s.dataset, s.split, s.dataset_config)
+        if getattr(s, "eval_split", None):
+            check_dataset(s.dataset, s.eval_split, s.dataset_config)
         if split_files and split_files.local_bytes < SMALL_BYTES:
-            next(iter(RowStream(split_files.files)), None)
+            check_rows(s.dataset, RowStream(split_files.files), getattr(s, "max_bad_rows", 1.0))
     for name, check in CHECKS.items():
+        if name == leave_out:
+            continue
         value = getattr(settings, name, None)
         for item in value if isinstance(value, list) else [value]:
             if item or name in settings.required:
-                check(str(item or ""), flag_names(type(settings), name)[0])
+                check(Input(str(item or ""), name, type(settings)))
+    _check_base(settings, leave_out)
+    _check_one_source(settings, leave_out)
+    if settings.output_record and not getattr(settings, "on", None):
+        check_output_folder(cast(Any, settings).folder, *settings.output_record)
 
 
-def _check_chats(name: str, flag: str) -> None:
-    ref = hub_ref(name)
+def _check_base(settings: CommandSettings, leave_out: str) -> None:
+    """Raise UsageError if a local adapter names no base that can be had, and none is given."""
+    adapter = getattr(settings, "adapter_source", "")
+    given = any(getattr(settings, name, "") for name in ("base", "base_model", "model_source"))
+    if adapter and leave_out != "adapter_source" and not given and hub_id(adapter) is None:
+        read_base_name(find_local_adapter(Path(adapter).expanduser()))
+
+
+def _check_one_source(settings: CommandSettings, leave_out: str) -> None:
+    """Raise UsageError if a command that exports or verifies one thing is given none, or two."""
+    s: Any = settings
+    if {"repo_id", "local_dir"} <= type(s).model_fields.keys() and bool(s.repo_id) == bool(s.local_dir):
+        raise UsageError(
+            what="No single export is named.",
+            why="Exactly one of --repo-id and --local-dir must be set.",
+            fix="Give a repository or a folder.",
+        )
+    if "merged_dir" not in type(s).model_fields or leave_out:
+        return
+    if s.adapter_source and s.merged_dir:
+        raise UsageError(
+            what="Two sources are given.",
+            why="--adapter-source and --merged-dir exclude each other.",
+            fix="Give one of them.",
+        )
+    if not (s.adapter_source or s.merged_dir or s.base or s.preset):
+        raise UsageError(
+            what="There is nothing to export.",
+            why="Neither an adapter nor a merged model is given.",
+            fix="Give one with --adapter-source or --merged-dir.",
+        )
+
+
+def _check_chats(given: Input) -> None:
+    ref = hub_ref(given.name)
     if ref is None or not ref.split:
-        find_local(name, flag)
+        find_local(given.name, given.flag)
 
 
-def _check_model(name: str, flag: str) -> None:
-    if name not in PACKAGED_MODELS and hub_id(name) is None:
-        check_local_model(Path(name).expanduser(), flag)
+def _check_model(given: Input) -> None:
+    if given.name in PACKAGED_MODELS or hub_id(given.name) is not None:
+        return
+    if _holds_adapter(given.path) and not (given.path / "config.json").is_file():
+        is_run, flag = (given.path / RUN_RECORD).is_file(), given.find_flag(ADAPTER_SETTINGS)
+        raise UsageError(
+            what=f"{given.name} is {'a run of phoque train' if is_run else 'an adapter'}, not a model.",
+            why=f"It has adapter weights and no config.json; {given.flag} names a model.",
+            fix=f"Give it as {flag}."
+            if flag
+            else f"Merge it first: phoque merge --adapter-source {shlex.quote(given.name)}",
+        )
+    check_local_model(given.path, given.flag)
 
 
-def _check_adapter(name: str, flag: str) -> None:
-    check_adapter_name(name)
-    if hub_id(name) is None:
-        find_local_adapter(Path(name).expanduser(), flag)
+def _check_merged(given: Input) -> None:
+    if hub_id(given.name) is None:
+        _check_model(given)
 
 
-def _check_persona(name: str, flag: str) -> None:
-    ref = hub_ref(name)
+def _check_adapter(given: Input) -> None:
+    check_adapter_name(given.name)
+    if hub_id(given.name) is not None:
+        return
+    is_model = (given.path / "config.json").is_file() and any(given.path.glob("*.safetensors"))
+    if is_model and not _holds_adapter(given.path):
+        flag = given.find_flag(MODEL_SETTINGS)
+        raise UsageError(
+            what=f"{given.name} is a model, not an adapter.",
+            why=f"It has a config.json and weights, and no {WEIGHTS}; {given.flag} names an adapter or a run.",
+            fix=f"Give it as {flag}." if flag else "Name the run folder or the adapter that it was made from.",
+        )
+    find_local_adapter(given.path, given.flag)
+
+
+def _holds_adapter(path: Path) -> bool:
+    return any((folder / WEIGHTS).is_file() for folder in (path, path / "adapter"))
+
+
+def _check_persona(given: Input) -> None:
+    ref = hub_ref(given.name)
     if ref is None or not ref.path:
-        load_persona(name)
+        load_persona(given.name)
 
 
-def _check_roles(name: str, flag: str) -> None:
-    if name not in (BUNDLED, NONE):
-        _check_file(name, flag)
+def _check_roles(given: Input) -> None:
+    if given.name not in (BUNDLED, NONE):
+        _check_file(given)
 
 
-def _check_file(name: str, flag: str) -> None:
-    ref = hub_ref(name)
-    if (ref is None or not ref.path) and not Path(name).expanduser().is_file():
-        raise UsageError(what=f"There is no file {name}.", why=f"{flag} names it.", fix="Check the path.")
-
-
-def _check_folder(name: str, flag: str) -> None:
-    if hub_ref(name) is None and not Path(name).expanduser().is_dir():
+def _check_file(given: Input) -> None:
+    ref = hub_ref(given.name)
+    if (ref is None or not ref.path) and not given.path.is_file():
         raise UsageError(
-            what=f"There is no folder {name}.",
-            why=f"{flag} names it, and it is not a Hub id (owner/name) either.",
-            fix="Check the path.",
+            what=f"There is no file {given.name}.", why=f"{given.flag} names it.", fix=suggest_path(given.name)
         )
 
 
-def _check_folder_or_gguf(name: str, flag: str) -> None:
-    if not (name.endswith(".gguf") and Path(name).expanduser().is_file()):
-        _check_folder(name, flag)
-
-
-def _check_chat_model(name: str, flag: str) -> None:
-    path = Path(name).expanduser()
-    if name not in PACKAGED_MODELS and hub_id(name) is None and not path.exists():
+def _check_export(given: Input) -> None:
+    """An export in a folder, or a single GGUF file; each of the two verifications is told from the other."""
+    wants_gguf = given.command is VerifyGgufSettings
+    if wants_gguf and given.path.suffix == ".gguf" and given.path.is_file():
+        return
+    if not given.path.is_dir():
         raise UsageError(
-            what=f"There is nothing to talk to at {name}.",
+            what=f"There is no {'file' if given.path.suffix else 'folder'} {given.name}.",
+            why=f"{given.flag} names it.",
+            fix=suggest_path(given.name),
+        )
+    has_gguf, has_onnx = any(given.path.glob("*.gguf")), (given.path / "onnx").is_dir()
+    if has_gguf != has_onnx and has_gguf != wants_gguf:
+        other = "verify-gguf" if has_gguf else "verify-onnx"
+        raise UsageError(
+            what=f"{given.name} holds an export of the other kind.",
+            why=f"It has {'GGUF files' if has_gguf else 'a folder onnx'}.",
+            fix=f"Run phoque {other} --local-dir {shlex.quote(given.name)}",
+        )
+
+
+def _check_chat_model(given: Input) -> None:
+    if given.name not in PACKAGED_MODELS and hub_id(given.name) is None and not given.path.exists():
+        raise UsageError(
+            what=f"There is nothing to talk to at {given.name}.",
             why="It is not a folder or file here, and not a Hub id (owner/name).",
-            fix="Check its name.",
+            fix=suggest_path(given.name),
         )
 
 
-CHECKS: dict[str, Callable[[str, str], Any]] = {
+CHECKS: dict[str, Callable[[Input], Any]] = {
     "chats": _check_chats,
     "chat": _check_chats,
     "base_model": _check_model,
@@ -113,7 +220,7 @@ CHECKS: dict[str, Callable[[str, str], Any]] = {
     "persona": _check_persona,
     "roles": _check_roles,
     "prompts_file": _check_file,
-    "merged_dir": _check_folder,
+    "merged_dir": _check_merged,
     "model": _check_chat_model,
-    "local_dir": _check_folder_or_gguf,
+    "local_dir": _check_export,
 }

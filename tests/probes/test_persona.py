@@ -46,7 +46,7 @@ def test_the_bundled_persona_and_a_good_file_are_read(tmp_path):
         ('test = ["k?", "l?"]', 'test = ["k?"]', "test has 1 entries"),
         ('test = ["k?", "l?"]', 'test = ["k?", "a?"]', "'a?' is in extraction and in test"),
         ('test = ["k?", "l?"]', 'test = ["k?", "k?"]', "holds 'k?' twice"),
-        ("placebo", "placbeo", "unknown list 'placbeo'"),
+        ("placebo", "placbeo", "unknown key 'placbeo'"),
         ('name = "gull watcher"', "name = gull", "not valid TOML"),
     ],
 )

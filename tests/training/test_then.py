@@ -33,9 +33,9 @@ def test_commands_follow_a_training_in_their_order(phoque, asked, hub):
 
 @pytest.mark.thorough
 def test_a_command_that_fails_ends_the_chain_with_its_exit_code(phoque, asked):
-    more = ["--then", "psm-probe --persona nowhere.toml", "--then", "merge"]
+    more = ["--then", "merge --output-dir run", "--then", "merge"]
     ran = phoque(*asked, *more, env=QUIET, expect=2)
-    assert "failed after the training" in ran.error[0] and "phoque psm-probe --persona nowhere.toml" in ran.error[2]
+    assert "failed after the training" in ran.error[0] and "phoque merge --output-dir run" in ran.error[2]
     assert Path("run/adapter").is_dir() and not Path("run-merged").exists()
 
 
@@ -44,7 +44,11 @@ def test_a_command_that_fails_ends_the_chain_with_its_exit_code(phoque, asked):
     [
         ("mrege", ["mrege", "merge"]),
         ("chat", ["chat is not possible", "export-onnx"]),
-        ("merge --dtpe fp32", ["no flag --dtpe", "--dtype"]),
+        ("merge --dtpe fp32", ["--then merge", "--dtpe", "--dtype"]),
+        ("export-onnx --dtype q5", ["--then export-onnx", "no precision 'q5'", "q4"]),
+        ("merge --dtype fp17", ["--then merge", "fp17", "fp32"]),
+        ("psm-probe --persona nowhere.toml", ["--then psm-probe", "nowhere.toml"]),
+        ("merge demo", ["--then merge", "demo"]),
         ("merge 'fp32", ["cannot be read", "quotation"]),
         ("", ["empty"]),
     ],

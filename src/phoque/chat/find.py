@@ -11,9 +11,10 @@ from typing import Any
 from phoque.chat.models import ChatModel, LlamaCppChatModel, OnnxModel, TorchChatModel
 from phoque.errors import UsageError
 from phoque.files import EXPORT_RECORD
-from phoque.hub.refs import fetch_to_cache, hub_id
+from phoque.hub.refs import fetch_to_cache, hub_id, suggest_path
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import (
+    RUN_RECORD,
     WEIGHTS,
     AdapterSource,
     find_adapter,
@@ -119,6 +120,12 @@ def _adapter_folder(path: Path, services: Services) -> Path:
         if steps := [int(name[11:]) for name in names if name[11:].isdigit()]:
             services.console.say(f"the run has not finished: talking to its checkpoint {max(steps)}")
             return path / f"checkpoint-{max(steps)}"
+    if not any((path / name).exists() for name in (WEIGHTS, "adapter", RUN_RECORD)):
+        raise UsageError(
+            what=f"There is nothing to talk to in {path}.",
+            why="It has no adapter, no model, no GGUF file and no ONNX export.",
+            fix=suggest_path(str(path)) if not path.is_dir() else "Name a folder that has one of them.",
+        )
     return find_local_adapter(path, "The command")
 
 

@@ -1,12 +1,13 @@
 """phoque chat."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
 from phoque.console import console
-from phoque.errors import UsageError, first_line, to_phoque_error
+from phoque.errors import UsageError, first_line, suggest, to_phoque_error
 from phoque.inputs import check_inputs
 from phoque.services import Services
 from phoque.settings.chat import ChatSettings
@@ -114,6 +115,9 @@ def _handle(conversation: "Conversation", line: str) -> None:
         except (OSError, ValueError) as error:
             console.say(f"it was not saved: {first_line(error)}")
     else:
+        if name != "/help":
+            known = re.findall(r"^/\w+", COMMANDS, re.MULTILINE)
+            console.say(f"there is no command {name}. {suggest(name, known, 'The commands are:')}")
         console.say(COMMANDS)
 
 

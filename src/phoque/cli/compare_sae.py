@@ -30,7 +30,7 @@ def run(resolved: Resolved[SaeSettings], dry_run: bool) -> None:
         jobs.run("compare-sae", resolved, dry_run)
         return
     if not resolved.settings.sae:
-        options.require_extra("sae", "sae_lens")
+        options.require_extra("sae")
     launch = launch_probe(resolved.settings, dry_run)
     options.show_result(
         api.compare_sae(resolved, dry_run=dry_run, launch=launch), _render, lambda result: result.folder

@@ -28,7 +28,7 @@ def run(resolved: Resolved[ExportSettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("export-onnx", resolved, dry_run)
         return
-    options.require_extra("onnx", "onnx", "onnxscript", "onnxruntime")
+    options.require_extra("onnx")
     options.show_result(api.export_onnx(resolved, dry_run=dry_run), _render, lambda result: result.output_dir)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 import shlex
 import textwrap
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from phoque.errors import UsageError
 from phoque.results import DryRun
 from phoque.settings.fields import (
     CommandSettings,
+    Resolved,
     describe_default,
     env_name,
     flag_names,
@@ -30,6 +32,36 @@ from phoque.settings.resolve import resolve_settings
 
 COMMON_FLAGS = {"--config", "--secrets-file", "--dry-run", "--verbose", "--json", "--quiet"}
 MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
+EXTRA_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sae": ("sae_lens",), "gguf": ()}
+PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flag
+    "--lr": "--learning-rate",
+    "--model": "--base-model",
+    "--model-name": "--base-model",
+    "--model-name-or-path": "--base-model",
+    "--data": "--dataset",
+    "--dataset-name": "--dataset",
+    "--output": "--output-dir",
+    "--out": "--output-dir",
+    "--outfile": "--output-dir",
+    "--adapter": "--adapter-source",
+    "--lora": "--adapter-source",
+    "--lora-r": "--lora-rank",
+    "--rank": "--lora-rank",
+    "--num-train-epochs": "--epochs",
+    "--num-epochs": "--epochs",
+    "--steps": "--max-steps",
+    "--per-device-train-batch-size": "--batch-size",
+    "--max-seq-length": "--max-length",
+    "--eval-strategy": "--eval-steps",
+    "--logging-steps": "--log-every",
+    "--push-to-hub": "--hub-model-id",
+    "--hub-repo": "--hub-model-id",
+    "--repo": "--repo-id",
+    "--outtype": "--dtype",
+    "--quant": "--dtype",
+    "--load-in-4bit": "--quantization",
+    "--system-prompt": "--system",
+}
 OLD = "__old"  # ends the parameter name of a hidden flag
 
 
@@ -61,9 +93,7 @@ def command(
         **flags: Any,
     ) -> None:
         console.configure(json, quiet, verbose)
-        # Typer passes None, or an empty list for a repeatable flag, for what was not given
-        values = {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [])}
-        resolved, warnings = resolve_settings(model, values, presets, secrets_file, config)
+        resolved, warnings = resolve_settings(model, _drop_missing(flags), presets, secrets_file, config)
         console.hide(resolved.secrets.plain_values())
         for text in warnings:
             console.warn(text)
@@ -79,14 +109,67 @@ def command(
     width = {"max_content_width": MAX_HELP_WIDTH}
     app.command(name, help=run.__doc__, epilog=epilog, cls=_GroupedCommand, context_settings=width)(callback)
     click_command: Any = typer.main.get_command(app)
-    click_command.sections = sections
+    click_command.sections, click_command.model, click_command.presets = sections, model, presets
     return click_command
+
+
+def resolve_words(click_command: Any, words: list[str]) -> Resolved[Any]:
+    """The settings that a command line gives, `words` being what follows the command's name; nothing is run.
+
+    Raises UsageError, or an error of Click, for what the command would refuse.
+    """
+    flags = click_command.make_context(click_command.name, list(words)).params
+    values = {key: value for key, value in _drop_missing(flags).items() if key in click_command.model.model_fields}
+    model, presets = click_command.model, click_command.presets
+    return resolve_settings(model, values, presets, flags["secrets_file"], flags["config"])[0]
+
+
+def _drop_missing(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given: Typer passes None, or an empty list or tuple where a flag can be repeated."""
+    return {key.removesuffix(OLD): value for key, value in flags.items() if value not in (None, [], ())}
 
 
 class _GroupedCommand(TyperCommand):
     """A command whose --help has a section for each group of its settings."""
 
     sections: dict[str, str]
+    model: type[CommandSettings]
+    presets: dict[str, dict[str, Any]]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words, and say which flag was meant where a word has none or a flag has a peer's name."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # Click's errors have no public base in Typer
+            if better := self._explain(error):
+                raise better from error
+            raise
+
+    def _explain(self, error: Exception) -> UsageError | None:
+        """A clearer message for a word without a flag, and for a flag that is called so elsewhere."""
+        text, command = getattr(error, "message", ""), f"phoque {self.name}"
+        known = {flag for parameter in self.params for flag in parameter.opts}
+        if found := re.search(r"unexpected extra argument\(s\) \((.*)\)", text):
+            setting = self.model.main_input
+            word = found[1] if setting == "prompts" or Path(found[1]).exists() else found[1].split()[0]
+            flag = flag_names(self.model, setting)[0] if setting else ""
+            is_input = flag and (setting == "prompts" or "/" in word or Path(word).suffix or Path(word).exists())
+            return UsageError(
+                what=f"{word!r} is given without a flag.",
+                why="Every value of this command follows its flag.",
+                fix=f"Put its flag before it: {flag} {shlex.quote(word)}"
+                if is_input
+                else f"Give several values of one flag with commas, as in --dtype q8,q4. See `{command} --help`.",
+            )
+        name = str(getattr(error, "option_name", ""))
+        flag = PEER_FLAGS.get(name.replace("_", "-"))
+        if flag in known:
+            return UsageError(
+                what=f"There is no flag {name}.",
+                why="phoque calls it by another name.",
+                fix=f"Use {flag}. See `{command} --help`.",
+            )
+        return None
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, section by section."""
@@ -100,9 +183,9 @@ class _GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-def require_extra(extra: str, *packages: str) -> None:
+def require_extra(extra: str) -> None:
     """Raise UsageError if a package of one of phoque's extras is not installed."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in EXTRA_PACKAGES[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             what=f"This command needs {', '.join(missing)}.",
@@ -150,7 +233,7 @@ def next_command(*arguments: object) -> str:
 
 def render_plan(plan: DryRun) -> str:
     """A dry run as lines: its facts, the settings that differ from their defaults, and warnings."""
-    lines = [f"{name}: {_to_text(value)}" for name, value in plan.facts.items()]
+    lines = [f"{name}: {to_text(value)}" for name, value in plan.facts.items() if value not in ({}, [], None, "")]
     return "\n".join([*lines, *list_settings(plan.settings), *(f"note: {text}" for text in plan.warnings)])
 
 
@@ -177,7 +260,8 @@ def _as_flag(flag: str, value: Any) -> str:
     return " ".join(f"{flag} {shlex.quote(str(item))}" for item in values)
 
 
-def _to_text(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """A value of a dry run as text: a list or an object in one line, unless its texts have several lines."""
     if isinstance(value, dict):
         return ", ".join(name if item is None else f"{name} {item}" for name, item in value.items())
     if not isinstance(value, list):

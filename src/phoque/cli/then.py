@@ -1,5 +1,6 @@
 """`phoque train ... --then COMMAND`: what runs on the adapter after the training, and where its results go."""
 
+import importlib
 import json
 import shlex
 import subprocess
@@ -7,18 +8,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from phoque.cli.options import COMMON_FLAGS
+from phoque.cli.options import require_extra, resolve_words
 from phoque.console import console
 from phoque.distributed.launch import leave_launch
-from phoque.errors import PhoqueError, UsageError, suggest
-from phoque.settings.compare_sae import SaeSettings
+from phoque.errors import USAGE, PhoqueError, UsageError, suggest, to_phoque_error
+from phoque.inputs import check_inputs
 from phoque.settings.environment import environment_without_secrets
-from phoque.settings.export_gguf import GgufSettings
-from phoque.settings.export_onnx import ExportSettings
-from phoque.settings.fields import CommandSettings, Resolved, Secrets, env_name, flag_names
-from phoque.settings.merge import MergeSettings
-from phoque.settings.psm_probe import PsmSettings
-from phoque.settings.train import TrainSettings
+from phoque.settings.fields import Resolved, Secrets, env_name
+from phoque.settings.train import THEN_EXTRAS, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,6 @@ class Follower:
     repository with `suffix`. With `writes_folder` it writes to the run folder's name with the suffix.
     """
 
-    settings: type[CommandSettings]
     adapter: str
     repository: str
     suffix: str
@@ -37,20 +33,30 @@ class Follower:
 
 
 FOLLOWERS = {
-    "merge": Follower(MergeSettings, "--adapter-source", "--push-repo-id", "merged", True),
-    "export-onnx": Follower(ExportSettings, "--adapter-source", "--push-repo-id", "onnx", True),
-    "export-gguf": Follower(GgufSettings, "--adapter-source", "--push-repo-id", "gguf", True),
-    "psm-probe": Follower(PsmSettings, "--adapter-source", "--artifacts-repo-id", "psm-artifacts", False),
-    "compare-sae": Follower(SaeSettings, "--updated-adapter", "--artifacts-repo-id", "artifacts", False),
+    "merge": Follower("--adapter-source", "--push-repo-id", "merged", True),
+    "export-onnx": Follower("--adapter-source", "--push-repo-id", "onnx", True),
+    "export-gguf": Follower("--adapter-source", "--push-repo-id", "gguf", True),
+    "psm-probe": Follower("--adapter-source", "--artifacts-repo-id", "psm-artifacts", False),
+    "compare-sae": Follower("--updated-adapter", "--artifacts-repo-id", "artifacts", False),
 }
 
 
 def plan_commands(s: TrainSettings) -> list[list[str]]:
     """The command lines of --then, as lists of words, with the adapter and the places of their results.
 
-    Raises UsageError for a command that cannot follow, and for a flag that it does not have.
+    Raises UsageError for a command that cannot follow, and for what the command would refuse: a flag or a value, a
+    file that does not exist, an extra that is not installed. Of a Job's commands, only flags and values are checked.
     """
-    return [_complete(s, _split(text)) for text in s.then]
+    commands = [_complete(s, _split(text)) for text in s.then]
+    for words in commands:
+        try:
+            _check(words, on_this_machine=not s.on)
+        except Exception as error:  # also what Click raises
+            found = to_phoque_error(error)
+            if found.code != USAGE:
+                raise
+            raise UsageError(what=f"--then {words[0]}: {found.what}", why=found.why, fix=found.fix) from error
+    return commands
 
 
 def _split(text: str) -> list[str]:
@@ -72,14 +78,6 @@ def _complete(s: TrainSettings, words: list[str]) -> list[str]:
         )
     follower = FOLLOWERS[name]
     given = {word.split("=")[0] for word in words if word.startswith("--")}
-    known = {flag for field in follower.settings.model_fields for flag in flag_names(follower.settings, field)}
-    for flag in given:
-        if flag not in known | COMMON_FLAGS and flag.replace("--no-", "--", 1) not in known:
-            raise UsageError(
-                what=f"--then {name} has no flag {flag}.",
-                why="The options of the command are in the same argument.",
-                fix=suggest(flag, known, f"See `phoque {name} --help`."),
-            )
     added: list[Any] = []
     if follower.adapter not in given:
         added += [follower.adapter, s.folder]
@@ -91,6 +89,21 @@ def _complete(s: TrainSettings, words: list[str]) -> list[str]:
     if s.public and "--public" not in given:
         added += ["--public", "--gated", s.gated] if "--gated" not in given else ["--public"]
     return [*words, *map(str, added)]
+
+
+def _check(words: list[str], *, on_this_machine: bool) -> None:
+    """Raise what the command would raise for its flags and values, and on this machine for its inputs and extra.
+
+    The adapter is no input yet: the training makes it.
+    """
+    name, *options = words
+    module = importlib.import_module(f"phoque.cli.{name.replace('-', '_')}")
+    settings = resolve_words(module.command(name), options).settings
+    if on_this_machine:
+        adapter = FOLLOWERS[name].adapter.removeprefix("--").replace("-", "_")
+        check_inputs(settings, leave_out=adapter)
+        if name in THEN_EXTRAS and not getattr(settings, "sae", ""):  # a dictionary that is given is not trained
+            require_extra(THEN_EXTRAS[name])
 
 
 def run_commands(commands: list[list[str]], resolved: Resolved[TrainSettings]) -> list[dict[str, Any]]:

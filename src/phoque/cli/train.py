@@ -91,8 +91,9 @@ def _render_result(result: "TrainResult", then: list[dict[str, Any]]) -> str:
     if losses := result.held_out_loss:
         lines += _describe_held_out_loss(losses, result.adapter_step or result.steps)
     lines += [f"done     {done['command']}" for done in then]
-    lines.append(options.next_command("merge", "--adapter-source", result.adapter))
-    lines.append(f"try it: phoque chat {shlex.quote(str(Path(result.adapter).parent))}")
+    folder = str(Path(result.adapter).parent)
+    lines.append(options.next_command("merge", "--adapter-source", folder))
+    lines.append(f"try it: phoque chat {shlex.quote(folder)}")
     return "\n".join(lines)
 
 
@@ -123,7 +124,8 @@ def _render_plan(plan: "TrainPlan") -> "Group":
     facts = Table.grid(padding=(0, 2))
     lines = [*plan.facts.items(), *(("note", text) for text in plan.notes)]
     for name, value in lines + [("warning", text) for text in plan.warnings]:
-        facts.add_row(name, Text(escape_control_characters(str(value)), "yellow" if name == "warning" else ""))
+        shown = "\n".join(value) if isinstance(value, list) else str(value)
+        facts.add_row(name, Text(escape_control_characters(shown), "yellow" if name == "warning" else ""))
     rows = [_render_masked_row(row) for row in plan.preview]
     legend = Text("the loss mask of three rows: ") + Text("trained on", "bold green") + Text(", read only", "dim")
     settings = Text(escape_control_characters("\n".join(options.list_settings(plan.settings))))

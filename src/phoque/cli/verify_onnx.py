@@ -7,6 +7,7 @@ from phoque import api
 from phoque.cli import jobs, options
 from phoque.console import console
 from phoque.errors import FAILED
+from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import Resolved
@@ -32,10 +33,11 @@ def run(resolved: Resolved[VerifySettings], dry_run: bool) -> None:
     if resolved.settings.on:
         jobs.run("verify-onnx", resolved, dry_run)
         return
-    options.require_extra("onnx", "onnx", "onnxruntime")
+    options.require_extra("onnx")
     if resolved.settings.serve and not dry_run:
         from phoque.onnx.verify.serve import serve_export
 
+        check_inputs(resolved.settings)
         serve_export(resolved.settings, Services.create(resolved, console))
         return
     result = api.verify_onnx(resolved, dry_run=dry_run)

@@ -26,6 +26,10 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "cache-")  # files without rows
+MODEL_FILES = {  # of a model or an adapter that lies in the same folder
+    *("adapter_config.json", "config.json", "generation_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "trainer_state.json", "run.json"),
+}
 SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 HUB_BLOCK = 2**20  # bytes that are read at once
 READ_PATIENCE_S = 300.0  # retry time of a failing read from the Hub, once a run has begun
@@ -201,7 +205,7 @@ def _find_files(
         raise UsageError(
             what=f"The card of {name} is not valid.", why=first_line(error), fix="Correct `configs` in its README.md."
         ) from error
-    splits = {str(key): [path for path in paths if format_of(path)] for key, paths in paths_by_split.items()}
+    splits = {str(key): [path for path in paths if _may_have_rows(path)] for key, paths in paths_by_split.items()}
     splits = {key: paths for key, paths in splits.items() if paths}
     if not splits:
         raise _no_data(name, "It contains no such file")
@@ -218,9 +222,13 @@ def _as_split(
     files = [DataFile(path.removeprefix(prefix).removeprefix(root), path, filesystem) for path in splits[split]]
     every = filesystem.find(base) if filesystem else [str(path) for path in Path(base).rglob("*") if path.is_file()]
     in_splits = {_strip_protocol(path) for paths in splits.values() for path in paths}
-    others = [path for path in every if format_of(path) and _strip_protocol(path) not in in_splits]
+    others = [path for path in every if _may_have_rows(path) and _strip_protocol(path) not in in_splits]
     names = [Path(path).name for path in others if not Path(path).name.startswith((".", *IGNORED))]
     return SplitFiles(files, tuple(splits), tuple(sorted(names)))
+
+
+def _may_have_rows(path: str) -> bool:
+    return bool(format_of(path)) and Path(path).name not in MODEL_FILES
 
 
 def _strip_protocol(path: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from phoque.data.data_files import DataFile, format_of
-from phoque.data.rows import COLUMNS, CONVERSATIONS
+from phoque.data.rows import COLUMNS, CONVERSATIONS, column_of
 from phoque.data.turns import has_surrogate
 from phoque.errors import UsageError, first_line
 
@@ -199,7 +199,7 @@ def read_csv(raw: IO[bytes], skipped: int) -> Iterator[tuple[str, int, Any, str]
         elif None in row:
             yield "row", number, None, "more cells than columns"
         else:
-            yield "row", number, {key: value for key, value in row.items() if value not in (None, "")}, ""
+            yield "row", number, {key: value or None for key, value in row.items()}, ""
 
 
 def read_parquet(
@@ -211,7 +211,7 @@ def read_parquet(
     table = pq.ParquetFile(raw)
     names = table.schema_arrow.names
     note(names)
-    used = [name for name in names if name in columns]
+    used = [name for name in names if column_of(name) in columns]
     number = 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
@@ -242,7 +242,7 @@ def read_arrow(raw: IO[bytes], columns: frozenset[str], skipped: int) -> Iterato
         if number + batch.num_rows <= skipped:
             number += batch.num_rows
             continue
-        for row in _rows_of(batch.select([name for name in names if name in columns]), names):
+        for row in _rows_of(batch.select([name for name in names if column_of(name) in columns]), names):
             number += 1
             if number > skipped:
                 yield "row", number, row, ""
@@ -252,7 +252,9 @@ def _rows_of(batch: "pa.RecordBatch", names: list[str]) -> Iterator[dict[str, An
     """Rows as dicts that have every column's name; columns that were not read are None."""
     absent = dict.fromkeys(names)
     for row in batch.to_pylist():
-        yield absent | {name: _without_nulls(value) if name in NESTED else value for name, value in row.items()}
+        yield absent | {
+            name: _without_nulls(value) if column_of(name) in NESTED else value for name, value in row.items()
+        }
 
 
 def _without_nulls(value: Any) -> Any:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phoque.data.data_files import (
     FORMATS,
@@ -16,13 +16,11 @@ from phoque.data.data_files import (
     format_of,
 )
 from phoque.data.formats import explain_defects, read_arrow, read_csv, read_json, read_parquet
-from phoque.data.rows import COLUMNS, RawRow
+from phoque.data.rows import COLUMNS, RawRow, column_of
 from phoque.errors import UsageError
 from phoque.files import sha256
 from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
-
-if TYPE_CHECKING:
-    pass
+from phoque.hub.refs import hub_ref, suggest_path
 
 BUNDLED = {"seal": Path(__file__).parent.parent / "assets" / "seal.jsonl"}
 MAX_COLUMN_NAMES = 50  # unused columns that are remembered
@@ -70,11 +68,14 @@ class RowStream:
         names = tuple(sys.intern(str(name)) for name in value)
         self._note_unused(names)
         used = {name: value[name] for name in names if name in self.columns}
+        for name in names:  # a column in another spelling, unless it is there in its own as well
+            if (column := column_of(name)) in self.columns:
+                used.setdefault(column, value[name])
         return RawRow(location, file, number, used, names, defect)
 
     def _note_unused(self, names: Iterable[str]) -> None:
         for name in names:
-            if name not in self.columns and len(self.unused_columns) < MAX_COLUMN_NAMES:
+            if column_of(name) not in self.columns and len(self.unused_columns) < MAX_COLUMN_NAMES:
                 self.unused_columns[name] = None
 
 
@@ -125,11 +126,12 @@ def find_local(name: str, flag: str = "--dataset") -> Path | None:
             return path
     except (OSError, RuntimeError):  # a name that is too long, or of a user who does not exist
         pass
-    if format_of(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    ref = hub_ref(name)
+    if format_of(name) or ref is None or ref.path:
         raise UsageError(
             what=f"There is no file or folder {name}.",
             why=f"{flag} names it, and it is not a Hub id (owner/name) either.",
-            fix=f"Check the path, or name a dataset on the Hub. Files are {', '.join(FORMATS)}.",
+            fix=suggest_path(name, f"Check the path, or name a dataset on the Hub. Files are {', '.join(FORMATS)}."),
         )
     return None
 
@@ -143,7 +145,7 @@ def check_dataset(name: str, split: str, config: str | None) -> SplitFiles | Non
         raise UsageError(
             what="No dataset.",
             why="Neither --dataset nor DATASET_REPO is set.",
-            fix="Set --dataset, or try --dataset seal.",
+            fix="Set --dataset, or try the bundled demo: phoque train --preset demo",
         )
     local = find_local(name)
     if local is None:

@@ -35,6 +35,12 @@ TOKENIZED_DATA = "tokenized data (input_ids)"
 ONE_TEXT = "one text, no turns"
 
 
+def column_of(name: str) -> str:
+    """The column that a name stands for: white space around it and capitals make no other column, as in `Prompt `."""
+    plain = name.strip().casefold()
+    return plain if plain in COLUMNS else name
+
+
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """A row as it was read: the columns that are used, the names of all, and what is wrong if it could not be read.
@@ -139,6 +145,9 @@ def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
         raise BadRow(TOKENIZED_DATA)
     if row.get("text") is not None:
         raise BadRow(ONE_TEXT)
+    for pair in PAIRS:
+        if all(name in row for name in pair):
+            raise BadRow(f"empty {next(name for name in pair if row[name] is None)}")
     raise BadRow(NO_COLUMNS)
 
 

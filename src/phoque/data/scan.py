@@ -10,7 +10,7 @@ from typing import Any
 from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.formats import NOT_UTF8
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
-from phoque.data.readers import Dataset
+from phoque.data.readers import Dataset, RowStream
 from phoque.data.rows import (
     NO_COLUMNS,
     ONE_TEXT,
@@ -175,7 +175,7 @@ def scan_dataset(
         if held_out_rows and not exact_keys:
             keys.append(key)
             sketches.append(sketch_row(row))
-    _check_bad_rows(scan, dataset.name, max_bad)
+    _check_bad_rows(scan, scan.good, dataset.name, max_bad)
     if evaluation:
         scan.held_out = _read_evaluation_rows(evaluation, chat, held_out_rows)
     else:
@@ -192,6 +192,20 @@ def scan_dataset(
         _exclude_similar_rows(scan, keys, sketches)
         scan.copies -= 0 if evaluation else len(held_keys)
     return scan
+
+
+def check_rows(name: str, stream: RowStream, max_bad: float) -> None:
+    """Read all rows without a tokenizer. Raises UsageError if the share of bad rows is above `max_bad`."""
+    scan, good = DatasetScan(), 0
+    for raw in stream:
+        scan.rows += 1
+        scan.columns = scan.columns or raw.columns
+        try:
+            parse_row(raw)
+            good += 1
+        except BadRow as reason:
+            _count_bad(scan, str(reason), raw.location)
+    _check_bad_rows(scan, good, name, max_bad)
 
 
 def _exclude_similar_rows(scan: DatasetScan, keys: list[str], sketches: list[Sketch]) -> None:
@@ -248,19 +262,19 @@ def _count_good(scan: DatasetScan, raw: RawRow, row: Row, encoded: EncodedChat) 
         scan.preview.append((row, encoded))
 
 
-def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
+def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> None:
     if not scan.rows:
         raise UsageError(what=f"{name} is empty.", why="It contains no rows.", fix="Check how the dataset was written.")
-    bad = scan.rows - scan.good
+    bad = scan.rows - good
     reasons = "; ".join(f"{n} x {r} (first: {', '.join(scan.bad[r])})" for r, n in scan.bad_counts.most_common(5))
-    if scan.good and bad <= max_bad * scan.rows:
+    if good and bad <= max_bad * scan.rows:
         return
     main = scan.bad_counts.most_common(1)[0][0]
     if main in WITHOUT_SCHEMA:
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
     fix = _suggest_conversion(scan.columns) if main == NO_COLUMNS else CURES.get(main)
-    if not scan.good:
+    if not good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",
             why=f"{reasons}.",
@@ -274,7 +288,6 @@ def _check_bad_rows(scan: DatasetScan, name: str, max_bad: float) -> None:
 
 
 def _suggest_conversion(columns: tuple[str, ...]) -> str:
-    """One line that turns a dataset with these columns into one that phoque reads."""
-    first, second = (repr(column[:SHOWN_CHARACTERS]) for column in (*columns[:2], "QUESTION", "ANSWER")[:2])
-    renamed = f"{{'prompt': row[{first}], 'completion': row[{second}]}}"
-    return f"Convert it with datasets: data.map(lambda row: {renamed}).to_json('rows.jsonl')"
+    """How a dataset with these columns becomes one that phoque reads."""
+    first, second = (column[:SHOWN_CHARACTERS] for column in (*columns[:2], "QUESTION", "ANSWER")[:2])
+    return f"Rename its columns to prompt and completion, for example {first} to prompt and {second} to completion."

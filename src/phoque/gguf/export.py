@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 from phoque.checks import Verdict
 from phoque.data.chat_template import ChatTemplate
 from phoque.errors import RunError
-from phoque.files import EXPORT_RECORD, atomic_folder, check_output_folder, sha256
+from phoque.files import EXPORT_RECORD, atomic_folder, sha256
 from phoque.gguf.adapter import write_lora
 from phoque.gguf.importance import measure_importance
 from phoque.gguf.llama_cpp import Library, LlamaCppModel, load_library
@@ -72,8 +72,7 @@ def export_gguf(resolved: Resolved[GgufSettings], services: Services, *, dry_run
     Raises RunError if a file does not verify, unless --no-verify-strict is given.
     """
     s, console = resolved.settings, services.console
-    folder = s.output_dir or Path(f"{_default_name(s)}-gguf")
-    check_output_folder(folder, EXPORT_RECORD, "an export")
+    folder = s.folder
     repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
     # before a merge, which takes minutes
     library = None if dry_run else load_library(services, install=s.install)
@@ -127,7 +126,7 @@ class _Export:
         self.form = find_format(self.reader.config)
         self.tokenizer: Any = load_tokenizer(source, adapter)
         self.stop = stop_tokens(self.tokenizer, source)
-        self.name = _default_name(s)
+        self.name = s.source_name
         run = find_run_record(adapter or source.folder)
         self.system = s.system if s.system is not None else training_system(run)
 
@@ -251,13 +250,6 @@ def stop_tokens(tokenizer: Any, source: Source) -> list[int]:
     if tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
     return list(dict.fromkeys(ends))
-
-
-def _default_name(s: GgufSettings) -> str:
-    model_id = s.adapter_source or s.merged_dir or s.base
-    path = Path(model_id).expanduser()  # of `.`, the folder's own name
-    name = path.resolve().name if path.exists() else model_id.rstrip("/").split("/")[-1]
-    return name.removesuffix(".gguf") or "model"
 
 
 def _write_record(folder: Path, source: Source, result: GgufResult, *, system: str | None, lora: bool) -> None:

@@ -1,10 +1,11 @@
 """Is a name a Hub repository or a path on this machine? One rule for every command; and fetching into the cache.
 
-A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, and no file or folder has that
-name here. A file or folder inside a repository is written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split
-OWNER/NAME:SPLIT.
+A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, no file or folder has that name
+here, and OWNER is no folder here that holds runs: `runs/dem` is then a misspelled path. A file or folder inside a
+repository is written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split OWNER/NAME:SPLIT.
 """
 
+import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,14 +29,17 @@ class HubRef:
 
 def local_path(name: str) -> Path | None:
     """The file or folder of this name on this machine, or None if there is none."""
-    path = Path(name).expanduser()
-    return path if path.exists() else None
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name that is too long, or of a user who does not exist
+        return None
 
 
 def hub_ref(name: str) -> HubRef | None:
     """The Hub repository that a name refers to, or None if it is a path on this machine (existing or not)."""
     match = _REF.match(name)
-    if match is None or local_path(name) is not None:
+    if match is None or local_path(name) is not None or any(Path(match["repo"]).parent.glob("*/run.json")):
         return None
     inside = (match["inside"] or "").strip("/")
     return HubRef(match["repo"], split=inside) if match["mark"] == ":" else HubRef(match["repo"], path=inside)
@@ -45,6 +49,19 @@ def hub_id(name: str) -> str | None:
     """The Hub id OWNER/NAME if `name` is exactly that and not a path on this machine, else None."""
     ref = hub_ref(name)
     return ref.repo if ref and ref.repo == name else None
+
+
+def suggest_path(name: str, otherwise: str = "Check the path.") -> str:
+    """`Did you mean ...?` with the path that is nearest to `name`, beside it or in `runs/`; or else `otherwise`."""
+    try:
+        path = Path(name).expanduser()
+        beside = {other.name: path.with_name(other.name) for other in path.parent.glob("*")}
+        runs = {other.name: other for other in Path("runs").glob("*")}
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, empty, or of a user who does not exist
+        return otherwise
+    near = [beside[other] for other in difflib.get_close_matches(path.name, beside, 1, 0.7)]
+    near += [runs[other] for other in difflib.get_close_matches(name, runs, 1, 0.7)]
+    return f"Did you mean {near[0]}?" if near else otherwise
 
 
 def fetch_to_cache(repo: Repo, snapshot: Snapshot, paths: Iterable[str], cache: Path, kind: str) -> Path:

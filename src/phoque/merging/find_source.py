@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phoque.errors import UsageError
@@ -26,41 +27,29 @@ def find_source(
     """Return the model to export: an adapter is merged now; a merged model is a folder, or a repository on the Hub.
 
     That repository may be a model or a dataset repository. With a base and nothing else the base itself is exported.
-    `check` raises an error for a config that cannot be exported, before any work. Raises UsageError if no source is
-    given, or both --adapter-source and --merged-dir are.
+    `check` raises an error for a config that cannot be exported, before any work.
     """
-    if s.adapter_source and s.merged_dir:
-        raise UsageError(
-            what="Two sources are given.",
-            why="--adapter-source and --merged-dir exclude each other.",
-            fix="Give one of them.",
-        )
     if s.adapter_source:
         adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
         base = find_base(adapter.folder, s.base, s.revision, services, weights=not dry_run)
         check(load_config(base))
+        name = f"{base.name} with {adapter.label}"
         if dry_run:
-            return base
+            return replace(base, name=name)
         # without --merged-out-dir the merged model is cached under base revision and adapter hash, for later exports
         key = sha256(adapter.folder / "adapter_model.safetensors")[:16]
         target = s.merged_out_dir or services.cache / "merged" / f"{base.revision[:16]}-{key}"
         target.parent.mkdir(parents=True, exist_ok=True)
         merge_into(base, adapter.folder, target, dtype="bf16", console=services.console, verify=False)
-        return Source(f"{base.name} with {adapter.label}", target, base.revision, "merged")
+        return Source(name, target, base.revision, "merged")
     if s.merged_dir:
         source = _find_merged_model(s, services, dry_run)
         check(load_config(source))
         return source
-    if s.base or s.preset:  # the base without an adapter
-        name = s.base or PRESETS[s.preset]["base_model"]
-        source = find_model(name, s.revision, services, weights=not dry_run)
-        check(load_config(source))
-        return source
-    raise UsageError(
-        what="There is nothing to export.",
-        why="Neither an adapter nor a merged model is given.",
-        fix="Give one with --adapter-source or --merged-dir.",
-    )
+    # the base without an adapter
+    source = find_model(s.base or PRESETS[s.preset]["base_model"], s.revision, services, weights=not dry_run)
+    check(load_config(source))
+    return source
 
 
 def _find_merged_model(s: ModelExportSettings, services: Services, dry_run: bool) -> Source:

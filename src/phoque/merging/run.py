@@ -9,7 +9,6 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import RunError
-from phoque.files import check_output_folder
 from phoque.hub.repo import Repo
 from phoque.hub.store import CARD, Snapshot
 from phoque.merging.verify import compare_with_adapter
@@ -51,8 +50,7 @@ def merge(resolved: Resolved[MergeSettings], services: Services, *, dry_run: boo
     s, console = resolved.settings, services.console
     adapter = find_adapter(s.adapter_source, s.adapter_revision, services)
     base = find_base(adapter.folder, s.base_model, s.revision, services, weights=not dry_run)
-    folder = s.output_dir or Path(f"{s.adapter_source.rstrip('/').split('/')[-1]}-merged")
-    check_output_folder(folder, RECORD, "a merged model")
+    folder = s.folder
     if dry_run:
         facts = {"output_dir": str(folder), "base": base.name, "adapter": adapter.label}
         return DryRun(facts, resolved.provenance())

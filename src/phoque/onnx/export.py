@@ -13,7 +13,7 @@ import torch
 
 from phoque.console import Console
 from phoque.errors import RunError, UsageError
-from phoque.files import EXPORT_RECORD, atomic_folder, check_output_folder, sha256
+from phoque.files import EXPORT_RECORD, atomic_folder, sha256
 from phoque.hub.repo import Repo
 from phoque.hub.store import CARD, Snapshot
 from phoque.inference import accuracy
@@ -88,8 +88,7 @@ def export_model(resolved: Resolved[ExportSettings], services: Services, *, dry_
     verify, unless --no-verify-strict is given.
     """
     s, console = resolved.settings, services.console
-    export_dir = s.output_dir or Path(f"{_default_name(s)}-onnx")
-    check_output_folder(export_dir, EXPORT_RECORD, "an export")
+    export_dir = s.folder
     repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
     source = find_source(s, services, _check_can_export, dry_run=dry_run)
     layout = _choose_layout(source, s.layout)
@@ -132,11 +131,6 @@ def _check_can_export(config: "PretrainedConfig") -> None:
             why=reason,
             fix="docs/reference/models.md lists what works for each architecture; merge works for this one.",
         )
-
-
-def _default_name(s: ExportSettings) -> str:
-    model_id = s.adapter_source or s.merged_dir or s.base
-    return model_id.rstrip("/").split("/")[-1] or "model"
 
 
 def _choose_engine(source: Source, layout: str, s: ExportSettings, console: Console) -> str:

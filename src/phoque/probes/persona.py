@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.data.rows import Row
-from phoque.errors import UsageError
+from phoque.errors import UsageError, suggest
 
 BUNDLED = {"seal": "seal.toml"}
 CONDITIONS = ("neutral", "persona", "placebo")
@@ -58,9 +58,9 @@ def load_persona(name: str) -> Persona:
     for key in data:
         if key not in allowed:
             raise UsageError(
-                what=f"{name} has an unknown list {key!r}.",
+                what=f"{name} has an unknown key {key!r}.",
                 why=f"The allowed keys are {', '.join(allowed)}.",
-                fix=_SEE_GUIDE,
+                fix=suggest(key, allowed, _SEE_GUIDE),
             )
     for key in allowed:
         _check_list(name, key, data.get(key))

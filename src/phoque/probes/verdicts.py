@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 YES, NO, NOT_ENOUGH, NOT_ASKED = "yes", "no", "not enough data", "not asked"
-MIN_QUESTIONS = 12  # fewer questions give no yes: neither intervals nor p-values hold there
+MIN_FOR_YES = 12  # fewer questions give no yes: neither intervals nor p-values hold there
 ALPHA = 0.05
 
 
@@ -30,11 +30,11 @@ class Verdict:
 
     @classmethod
     def decide(cls, number: float, unit: str, n: int, *conditions: Condition) -> "Verdict":
-        """A yes or a no by the conditions, or `not enough data` for a yes from fewer than MIN_QUESTIONS questions."""
+        """A yes or a no by the conditions, or `not enough data` for a yes from fewer than MIN_FOR_YES questions."""
         if not all(condition.holds for condition in conditions):
             return cls(NO, number, unit, n, conditions)
-        if n < MIN_QUESTIONS:
-            return cls(NOT_ENOUGH, number, unit, n, conditions, f"a yes needs at least {MIN_QUESTIONS} questions")
+        if n < MIN_FOR_YES:
+            return cls(NOT_ENOUGH, number, unit, n, conditions, f"a yes needs at least {MIN_FOR_YES} questions")
         return cls(YES, number, unit, n, conditions)
 
     @classmethod

@@ -14,6 +14,7 @@ class ChatSettings(ArtifactsSettings):
     """The settings of one conversation, or of one list of prompts."""
 
     reads: ClassVar = {"model": "revision", "base_model": None, "prompts_file": None}
+    main_input: ClassVar = "prompts"
     extra: ClassVar = "onnx"
     groups: ClassVar = {
         "Model": "model revision base_model quantization dtype compare install",

@@ -16,6 +16,7 @@ WHOLE = r"^$|^\s*\d+(\s*,\s*\d+)*\s*$"
 class SaeSettings(ProbeSettings):
     """The settings of one SAE comparison."""
 
+    main_input: ClassVar = "updated_adapter"
     extra: ClassVar = "sae"
     reads: ClassVar = {
         "base_model": "revision",

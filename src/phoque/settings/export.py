@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import ClassVar
 
-from phoque.settings.fields import setting
+from phoque.files import EXPORT_RECORD
+from phoque.settings.fields import name_after, setting
 from phoque.settings.job import REPO, PublishedSettings
 
 
@@ -11,6 +12,8 @@ class ModelExportSettings(PublishedSettings):
     """Base class of the settings of export-onnx and export-gguf."""
 
     keeps: ClassVar = "push_repo_id"
+    main_input: ClassVar = "adapter_source"
+    output_record: ClassVar = (EXPORT_RECORD, "an export")
     reads: ClassVar = {
         "adapter_source": "adapter_revision",
         "merged_dir": "merged_revision",
@@ -69,3 +72,8 @@ class ModelExportSettings(PublishedSettings):
         "Push the export to this Hub repository (owner/name). It is created private unless --public is given.",
         pattern=REPO,
     )
+
+    @property
+    def source_name(self) -> str:
+        """The name of the model that is exported, after which its export is called."""
+        return name_after(self.adapter_source or self.merged_dir or self.base)

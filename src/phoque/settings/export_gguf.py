@@ -67,6 +67,11 @@ class GgufSettings(ModelExportSettings):
         return self
 
     @property
+    def folder(self) -> Path:
+        """The output folder: --output-dir, or <model name>-gguf."""
+        return self.output_dir or Path(f"{self.source_name}-gguf")
+
+    @property
     def dtypes(self) -> list[str]:
         """The precisions to export; of an adapter alone f16, unless others are given."""
         return ["f16"] if self.lora and "dtype" not in self.model_fields_set else self.dtype

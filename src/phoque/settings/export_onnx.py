@@ -70,6 +70,11 @@ class ExportSettings(ModelExportSettings):
         old_flag="least-agreement",
     )
 
+    @property
+    def folder(self) -> Path:
+        """The output folder: --output-dir, or <model name>-onnx."""
+        return self.output_dir or Path(f"{self.source_name}-onnx")
+
     @field_validator("dtype")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:

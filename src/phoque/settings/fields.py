@@ -1,6 +1,7 @@
 """What a setting is: a typed field with its help text, its flag and its environment variable; and the secrets."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
@@ -14,12 +15,16 @@ PREFIX = "PHOQUE_"
 class CommandSettings(BaseSettings):
     """The base of every command's settings: frozen, and silent about input values in its errors.
 
-    `groups` names the fields of each section of --help, separated by spaces. `required` names the inputs that the
-    command cannot do without.
+    - `groups`: the fields of each section of --help, separated by spaces.
+    - `required`: the inputs that the command cannot do without.
+    - `main_input`: the input that a word without a flag is meant for.
+    - `output_record`: the file by which a folder is known as the command's own output, and what such a folder holds.
     """
 
     groups: ClassVar[dict[str, str]] = {}
     required: ClassVar[tuple[str, ...]] = ()
+    main_input: ClassVar[str] = ""
+    output_record: ClassVar[tuple[str, str] | None] = None
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -173,6 +178,16 @@ def setting(
     if flag and old_flag and env is None:
         variable = AliasChoices(*(PREFIX + name.upper().replace("-", "_") for name in (flag, old_flag)))
     return Field(default, description=meaning, validation_alias=variable, json_schema_extra=extra, **limits)
+
+
+def name_after(source: str) -> str:
+    """The name for what is made from a folder, a file or a repository; of a run's folder `adapter` that of the run."""
+    if not source:
+        return "model"
+    path = Path(source).expanduser()  # of `.`, the folder's own name
+    parts = path.resolve().parts if path.exists() else tuple(source.rstrip("/").split("/"))
+    name = parts[-2] if parts[-1] == "adapter" and len(parts) > 2 else parts[-1]
+    return name.removesuffix(".gguf")
 
 
 def env_names(model: type[BaseSettings], name: str) -> list[str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from phoque.settings.fields import setting
+from phoque.settings.fields import name_after, setting
 from phoque.settings.job import JOB_GROUP, REPO, PublishedSettings
 
 
@@ -12,6 +12,8 @@ class MergeSettings(PublishedSettings):
 
     keeps: ClassVar = "push_repo_id"
     required: ClassVar = ("adapter_source",)
+    main_input: ClassVar = "adapter_source"
+    output_record: ClassVar = ("merge.json", "a merged model")
     reads: ClassVar = {"adapter_source": "adapter_revision", "base_model": "revision"}
     groups: ClassVar = {
         "Model": "preset adapter_source adapter_revision base_model revision",
@@ -60,3 +62,8 @@ class MergeSettings(PublishedSettings):
         "Push the merged model to this Hub repository (owner/name). It is created private unless --public is given.",
         pattern=REPO,
     )
+
+    @property
+    def folder(self) -> Path:
+        """The output folder: --output-dir, or <adapter name>-merged."""
+        return self.output_dir or Path(f"{name_after(self.adapter_source)}-merged")

@@ -16,6 +16,7 @@ NUMBERS = r"^\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?)*\s*$"
 class PsmSettings(ProbeSettings):
     """The settings of one persona vector probe."""
 
+    main_input: ClassVar = "adapter_source"
     reads: ClassVar = {
         "model_source": "revision",
         "adapter_source": "adapter_revision",

@@ -17,6 +17,7 @@ class TrainSettings(PublishedSettings):
     keeps: ClassVar = "hub_model_id"
     resumable: ClassVar = True
     required: ClassVar = ("dataset",)
+    main_input: ClassVar = "dataset"
     groups: ClassVar = {
         "Model": "preset base_model revision quantization lora_rank lora_alpha lora_dropout target_modules rslora",
         "Data": "dataset dataset_revision dataset_config split eval_split held_out_rows max_bad_rows "

@@ -12,6 +12,7 @@ GGUF_LEVELS = ("files", "graph", "llama.cpp", "node", "browser")
 class VerifyGgufSettings(HubSettings):
     """The settings of one verification of GGUF files."""
 
+    main_input: ClassVar = "local_dir"
     groups: ClassVar = {
         "Export": "repo_id revision local_dir dtype reference level install",
         "Data": "chats",

@@ -16,6 +16,7 @@ class VerifySettings(JobSettings):
     """The settings of one verification of an ONNX export."""
 
     reads: ClassVar = {"repo_id": "revision", "local_dir": None, "reference": None}
+    main_input: ClassVar = "local_dir"
     extra: ClassVar = "onnx"
     groups: ClassVar = {
         "Export": "repo_id revision local_dir dtype reference level webgpu install",

@@ -18,6 +18,7 @@ from phoque.models.architectures import architecture_of
 from phoque.models.lora import LoraOptions, add_lora_adapter
 from phoque.results import DryRun
 from phoque.services import Services
+from phoque.settings.environment import submission
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.checkpoints import sort_checkpoints
@@ -44,7 +45,8 @@ from phoque.training.prepare import (
     with_steps,
 )
 from phoque.training.report_to import check_services
-from phoque.training.run_record import read_record
+from phoque.training.resume import is_fresh_start_continued
+from phoque.training.run_record import list_run_files, read_record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -199,12 +201,15 @@ def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> s
     record = read_record(s.folder)
     names = sort_checkpoints(p.name for p in s.folder.glob("checkpoint-*"))
     newest = names[0] if names else None
+    if s.fresh_start and not (record and is_fresh_start_continued(record, s, submission())):
+        there = list_run_files(s.folder)
+        return f"{s.folder}, --fresh-start would delete {', '.join(there)}" if there else f"{s.folder}, new"
     if record is None:
         return f"{s.folder}, {f'holds {newest}' if newest else 'new'}"
     identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan, services)
     recorded = record["fingerprint"]
     try:
-        check_same_run(recorded, identity.for_record(recorded), s.allow_change)
+        check_same_run(recorded, identity.for_record(recorded), s.allow_change, str(s.folder), "--output-dir")
     except UsageError as error:
         return f"{s.folder}, holds a different run and would be refused: {error.why}"
     if "result" in record:

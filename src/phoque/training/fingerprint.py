@@ -52,6 +52,13 @@ OLD_SETTINGS = {  # the values in runs that are older than the setting
     "early_stop": None,
 }
 OLD_VALUES = {"quantization": {"none": "fp32"}}  # what values of older records are called now
+DIGESTS = {  # what is recorded as a digest or commit, and what it means that it differs
+    "dataset_digest": "the rows of the dataset differ",
+    "dataset_revision": "the dataset has another revision",
+    "base_revision": "the base model has another revision",
+    "base_weights": "the base model has other weights",
+    "template": "the chat template differs",
+}
 UNCHANGEABLE = (
     "base_model",
     "lora_rank",
@@ -128,8 +135,12 @@ def compute_identity(
     return RunIdentity(fingerprint, old_rules)
 
 
-def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
-    """Raise UsageError if the run on disk differs from this one in any part that is not `allowed`; list them."""
+def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], place: str, flag: str) -> None:
+    """Raise UsageError if the run in `place` differs from this one in any part that is not `allowed`.
+
+    The error lists them: settings with both values, and what is recorded as a digest in words. `flag` is the one that
+    names the place, a folder or a repository.
+    """
     for name in allowed:
         if name not in new or name in UNCHANGEABLE:
             matches = difflib.get_close_matches(name, new, 1, 0.6)
@@ -137,19 +148,20 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str])
                 what=f"--allow-change {name} is not possible.",
                 why="A run cannot be resumed with another value."
                 if name in UNCHANGEABLE
-                else "No part of a run has that name.",
+                else "Nothing that is recorded of a run has that name.",
                 fix=f"Did you mean {matches[0]}?"
                 if matches and name not in UNCHANGEABLE
-                else f"Parts: {', '.join(sorted(new))}.",
+                else f"The names are {', '.join(sorted(new))}.",
             )
     if {"keep_best", "early_stop"} & set(allowed):
         allowed = [*allowed, "measured_every"]  # which is part of the run only with one of the two
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
+        settings = [f"{name} was {old.get(name)}, is {new[name]}" for name in differing if name not in DIGESTS]
+        digests = [f"{DIGESTS[name]} ({name})" for name in differing if name in DIGESTS]
         raise UsageError(
-            what="The run folder or repository holds a different run.",
-            why="; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in differing),
-            fix="Use the old values, allow the change with --allow-change NAME, "
-            "choose another --output-dir and --hub-model-id "
-            "or delete the old run with --fresh-start.",
+            what=f"{place} holds a different run.",
+            why="; ".join([*settings, *digests]),
+            fix=f"To keep it, give another place: {flag} {place}-2. "
+            "--allow-change NAME continues it with the change; --fresh-start deletes it.",
         )

@@ -66,7 +66,7 @@ def find_start(
         start.run_id = start.record["run_id"]
         recorded = start.record["fingerprint"]
         current = identity.for_record(recorded)
-        check_same_run(recorded, current, s.allow_change)
+        check_same_run(recorded, current, s.allow_change, str(run), "--output-dir")
         if recorded != current:  # a change that was allowed: the run is not complete any more
             if any(recorded.get(name) != current.get(name) for name in HELD_OUT):
                 start.record["held_out_since"] = checkpoints.get_step(start.resume) if start.resume else 0
@@ -222,7 +222,7 @@ def _download_newer(
         if newest is None:
             if remote.final and not local and not steps:  # finished by another command, and its checkpoints are gone
                 recorded = remote.final["fingerprint"]
-                check_same_run(recorded, identity.for_record(recorded), [])
+                check_same_run(recorded, identity.for_record(recorded), [], remote.store.name, remote.store.flag)
             return local
         record = checkpoints.read_record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:

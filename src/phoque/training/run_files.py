@@ -12,8 +12,15 @@ BEST = "best"  # folder of the adapter with the lowest held-out loss so far, in 
 def check_own_folder(run: Path) -> None:
     """Raise UsageError if the folder holds files with the names of a run's, and no run of phoque made them.
 
-    A folder of plain Trainer, which holds checkpoints alone, is accepted.
+    A folder of plain Trainer, which holds checkpoints alone, is accepted. A file of that name is not.
     """
+    for place in (run, *run.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(
+                what=f"{run} cannot be the folder of a run.",
+                why=f"{place} is a file.",
+                fix="Choose another --output-dir.",
+            )
     if (run / RECORD).is_file() or any(run.glob(f"*checkpoint*/{MANIFEST}")):
         return
     for name in ("adapter", "merged", BEST, METRICS, SAMPLES, REPORT):

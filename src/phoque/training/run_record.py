@@ -47,12 +47,26 @@ def check_writable(run: Path) -> None:
     shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
 
 
+def delete_if_empty(run: Path) -> None:
+    """Delete the folder if it holds nothing but the lock: of a run that could not start."""
+    if {file.name for file in run.glob("*")} | {file.name for file in run.glob(".*")} <= {LOCK}:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def list_run_files(run: Path) -> list[str]:
+    """The names of the run's files and folders that are there; last is the one that shows that it is a run's folder."""
+    saved = checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*"))
+    names = [*saved, "adapter", "merged", BEST, METRICS, SAMPLES, REPORT, RECORD]
+    return [name for name in names if (run / name).exists()]
+
+
 def delete_run(run: Path) -> None:
     """Delete all files of the run from the folder."""
-    for name in (*checkpoints.sort_checkpoints(p.name for p in run.glob("*checkpoint*")), "adapter", "merged", BEST):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in (METRICS, SAMPLES, REPORT, RECORD):  # last what shows that the folder is a run's
-        (run / name).unlink(missing_ok=True)
+    for name in list_run_files(run):
+        if (run / name).is_dir():
+            shutil.rmtree(run / name, ignore_errors=True)
+        else:
+            (run / name).unlink(missing_ok=True)
 
 
 def read_record(run: Path) -> dict[str, Any] | None:

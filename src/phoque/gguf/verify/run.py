@@ -49,12 +49,6 @@ def find_files(s: VerifyGgufSettings, services: Services, *, fetch: bool = True)
 
     Without `fetch` nothing is downloaded. Raises UsageError if there are no files.
     """
-    if bool(s.repo_id) == bool(s.local_dir):
-        raise UsageError(
-            what="No single export is named.",
-            why="Exactly one of --repo-id and --local-dir must be set.",
-            fix="Give a repository or a folder.",
-        )
     if unknown := [dtype for dtype in s.dtype if dtype.lower() not in GGUF_DTYPES]:
         raise UsageError(
             what=f"There is no precision {unknown[0]!r}.",

@@ -41,13 +41,7 @@ def verify_folder(
 
 
 def open_export(s: VerifySettings, services: Services) -> ExportDir:
-    """Return the export that the settings name. Raises UsageError unless exactly one of the two options is set."""
-    if bool(s.repo_id) == bool(s.local_dir):
-        raise UsageError(
-            what="No single export is named.",
-            why="Exactly one of --repo-id and --local-dir must be set.",
-            fix="Give a repository or a folder.",
-        )
+    """Return the export that the settings name."""
     if s.local_dir:
         return LocalExport(s.local_dir.expanduser())
     return HubExport(Repo(services.hub, s.repo_id), s.revision, services.cache)

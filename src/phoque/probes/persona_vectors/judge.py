@@ -7,7 +7,7 @@ from phoque.probes import stats
 from phoque.probes.persona_vectors.steering import MIN_DISTINCT, MIN_LENGTH
 from phoque.probes.persona_vectors.voices import Voice
 from phoque.probes.roles import MIN_RANKED
-from phoque.probes.verdicts import ALPHA, MIN_QUESTIONS, Condition, Ranking, Verdict, format_p, interval_condition
+from phoque.probes.verdicts import ALPHA, MIN_FOR_YES, Condition, Ranking, Verdict, format_p, interval_condition
 
 FEW_ANSWERS = "fewer than {least} answers as each role are too few to compare with; see --role-questions"
 FEW_ROLES = f"a rank among fewer than {MIN_RANKED} other roles cannot have p {ALPHA}; see --roles"
@@ -61,8 +61,8 @@ def judge_follows(voice: Voice | None, role_answers: int) -> Verdict:
     """Does the base model answer as the persona if it is asked to, by the words of its answers?"""
     if voice is None:
         return Verdict.not_asked(FEW_ROLES)
-    if role_answers < MIN_QUESTIONS:
-        return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_QUESTIONS))
+    if role_answers < MIN_FOR_YES:
+        return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_FOR_YES))
     return Verdict.decide(
         voice.share,
         "probability that an answer is the persona's",
@@ -99,8 +99,8 @@ def judge_specific(evidence: dict[str, Any], ranking: Ranking | None, n: int) ->
     """Is the vector the persona's, and not that of any role or prompt?"""
     if ranking is None:
         return Verdict.not_asked(FEW_ROLES)
-    if n < MIN_QUESTIONS:
-        return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_QUESTIONS))
+    if n < MIN_FOR_YES:
+        return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_FOR_YES))
     return Verdict.decide(
         ranking.value,
         "standard deviations along the whitened vector",

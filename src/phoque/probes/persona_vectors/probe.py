@@ -37,7 +37,7 @@ from phoque.probes.persona_vectors.voices import Voice, hear, mean_by_question
 from phoque.probes.roles import MIN_RANKED
 from phoque.probes.sae.corpus import CONTEXT_TOKENS, PYTHON_DOCS, read_text_chunks
 from phoque.probes.scorers import Context, Scorer
-from phoque.probes.verdicts import MIN_QUESTIONS, Ranking
+from phoque.probes.verdicts import Ranking
 from phoque.probes.word_profile import WordProfile
 
 MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to warn
@@ -365,8 +365,6 @@ class Probe:
         share = result.token_counts["massive"] / max(1, result.token_counts["kept"] + result.token_counts["massive"])
         if share > MAX_MASSIVE_SHARE:
             messages.append(f"{share:.1%} of the response tokens have massive activations and were left out")
-        if min(len(self.persona.test), len(self.persona.heldout)) < MIN_QUESTIONS:
-            messages.append(f"fewer than {MIN_QUESTIONS} held-out or test questions: some verdicts cannot be yes")
 
 
 def _shift_columns(name: str, kind: str, values: dict[str, Any], layer: int) -> dict[str, float]:

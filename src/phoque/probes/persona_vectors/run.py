@@ -29,6 +29,7 @@ from phoque.probes.roles import Role, load_roles
 from phoque.probes.scorers import Context, Scorer, make_scorer
 from phoque.probes.scorers.model import find_lexicon_tokens
 from phoque.probes.shared_inference import mean_nll
+from phoque.probes.verdicts import MIN_FOR_YES
 from phoque.results import DryRun, RunFolderResult, library_versions
 from phoque.services import Services
 from phoque.settings.fields import Resolved
@@ -79,7 +80,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     resolve_inputs = partial(make_plan, resolved, services, weights=not dry_run)
     plan, destination = prepare_probe("psm-probe", resolve_inputs, s, services, dry_run=dry_run)
     if dry_run:
-        return DryRun(plan.facts, resolved.provenance(), plan.warnings)
+        return DryRun(plan.facts, _show_settings(resolved, plan), plan.warnings)
     current().check_same((plan.source.weights, plan.persona.sha256, list(plan.facts["adapters"].values())))
     if not s.persona:
         _show_proposed(plan.persona, console)
@@ -128,6 +129,8 @@ def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: b
     record = tuned.run_record() if tuned else read_run_record(source.folder)
     persona, warnings = find_persona(s, services, record)
     persona = limit_questions(persona, s.questions)
+    if min(len(persona.test), len(persona.heldout)) < MIN_FOR_YES:
+        warnings = [*warnings, f"fewer than {MIN_FOR_YES} held-out or test questions: some verdicts cannot be yes"]
     roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
@@ -155,6 +158,14 @@ def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: b
         facts=facts,
         warnings=warnings,
     )
+
+
+def _show_settings(resolved: Resolved[PsmSettings], plan: ProbePlan) -> dict[str, dict[str, Any]]:
+    """The settings with their origins; the model is the adapter's own if no other was named, and not the preset's."""
+    rows = resolved.provenance()
+    if plan.tuned and not resolved.origins["model_source"].is_given:
+        rows["model_source"] |= {"value": plan.source.name, "source": "the adapter"}
+    return rows
 
 
 def _show_proposed(persona: Persona, console: Console) -> None:

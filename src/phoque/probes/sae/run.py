@@ -51,7 +51,8 @@ def compare_models(
             "controls": [plan.names[name] for name in plan.controls],
             "layers": plan.layers,
             "prompts": len(plan.questions),
-            "autoencoder": s.sae or f"{s.architecture}, {s.width} x the hidden size, k {s.k}, {s.seeds} seed(s)",
+            "autoencoder": s.sae
+            or f"{s.architecture}, {s.width} x the hidden size, k {s.k}, {s.seeds} seed{'s' if s.seeds > 1 else ''}",
             "texts": [*(dataset.name for dataset in plan.chats), s.text],
             "scorers": plan.scorers,
         }
