@@ -13,6 +13,7 @@ from typing import Any
 
 from phoque.data.rows import Row
 from phoque.errors import UsageError, suggest
+from phoque.hub.refs import suggest_path
 
 BUNDLED = {"seal": "seal.toml"}
 CONDITIONS = ("neutral", "persona", "placebo")
@@ -123,7 +124,7 @@ def _read_text(path: Path) -> str:
         raise UsageError(
             what=f"No persona file at {path}.",
             why=f"It is not a bundled persona ({', '.join(BUNDLED)}) either.",
-            fix="Check --persona.",
+            fix=suggest_path(str(path), "Check --persona."),
         )
     try:
         return path.read_text("utf-8")

@@ -45,8 +45,8 @@ class TrainSettings(PublishedSettings):
     )
     dataset: str = setting(
         "",
-        "Train on these conversations: a Hub dataset; a .jsonl, .json, .csv, .parquet or .arrow file, also as .gz or "
-        ".zst; a folder of such files; or `seal` (bundled).",
+        "Train on these conversations: a Hub dataset; a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file, "
+        "also compressed (.gz, .zst, .bz2); a folder of such files; or `seal` (bundled).",
         env="DATASET_REPO",
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")

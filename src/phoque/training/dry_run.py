@@ -162,7 +162,7 @@ def _list_checkpoints(state: Snapshot) -> str:
 
 def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
     if s.packing == "exact":
-        return "exactly this many, whatever their length"
+        return "in every step, packed without padding"
     rows = packing_for(s, ready.scan, static=True)
     return f"bin-packed into {rows_per_step(s, rows)} x {rows.tokens:,} tokens"
 
@@ -179,7 +179,7 @@ def _list_facts(
         "sources": describe_counts(scan.sources),
         "split": f"{ready.dataset.split}, of {', '.join(ready.dataset.splits)}",
         "held out": describe_held_out(scan, s),
-        "step": f"{s.batch_size} conversations, {s.batch_size * scan.mean_length:,.0f} tokens, "
+        "step": f"{s.batch_size} conversations, about {s.batch_size * scan.mean_length:,.0f} tokens, "
         f"{_describe_packing(s, ready)}",
         "length": f"{s.max_steps} steps, {count_epochs(s, scan):.1f} epochs",
         "memory": memory.describe(),

@@ -1,0 +1,104 @@
+"""What a name stands for: a misspelled run, a merged model given as an adapter, columns in another spelling."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phoque.data.readers import open_dataset
+from phoque.data.rows import parse_row
+from phoque.hub.refs import hub_id, suggest_path
+from phoque.settings.fields import name_after
+
+OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+
+
+@pytest.fixture
+def run() -> Path:
+    folder = Path("runs/demo")
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"gulls")
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "you/model"}')
+    return folder
+
+
+def test_a_folder_with_runs_is_no_owner_on_the_hub(run):
+    assert hub_id("runs/dem") is None and hub_id("you/dem") == "you/dem"
+    assert suggest_path("runs/dem") == "Did you mean runs/demo?" == suggest_path("demo")
+    assert suggest_path("gulls") == "Check the path." == suggest_path("g" * 5000)
+
+
+@pytest.mark.parametrize("command", ["chat runs/dem", "merge --adapter-source runs/dem", "train --dataset runs/dem"])
+def test_a_misspelled_run_is_not_looked_up_on_the_hub(phoque, run, command):
+    error = phoque(*command.split(), env=OFFLINE, expect=2).error
+    assert "runs/dem" in error[0] and error[2].endswith("Did you mean runs/demo?")
+
+
+def test_an_output_is_called_after_its_run(run, tmp_path):
+    assert name_after("runs/demo") == "demo" == name_after("runs/demo/adapter") == name_after("runs/demo/")
+    assert name_after("you/adapter") == "adapter" and name_after("") == "model"
+    assert name_after(".") == tmp_path.name and name_after("models/seal.gguf") == "seal"
+
+
+def test_a_word_without_a_flag_is_told_which_flag_it_needs(phoque, run):
+    for command, fix in (
+        ("merge runs/demo", "--adapter-source runs/demo"),
+        ("train rows.jsonl", "--dataset rows.jsonl"),
+        ("verify-gguf seal/x.gguf", "--local-dir seal/x.gguf"),
+    ):
+        assert phoque(*command.split(), expect=2).error[2].endswith(f"Put its flag before it: {fix}")
+    question = phoque("chat", "runs/demo", "What do gulls eat?", expect=2).error
+    assert question[2].endswith("--prompt 'What do gulls eat?'")
+
+
+def test_columns_in_another_spelling_are_read(tmp_path):
+    Path("a.csv").write_text("Prompt , Completion,Source\nGulls?,Hrmph.,pier\nTide?,,pier\n")
+    Path("b.jsonl").write_text(json.dumps({"PROMPT": "Text", "prompt": "Gulls?", "completion": "Hrmph."}) + "\n")
+    first, second = open_dataset("a.csv").stream
+    assert parse_row(first).messages[1]["content"] == "Hrmph." and parse_row(first).source == "pier"
+    with pytest.raises(ValueError, match="empty completion"):
+        parse_row(second)
+    (only,) = open_dataset("b.jsonl").stream
+    assert parse_row(only).messages[0]["content"] == "Gulls?"
+
+
+def test_parquet_columns_in_another_spelling_are_read():
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"Question": ["Gulls?"], "ANSWER": ["Hrmph."], "Rating": [3]}), "rows.parquet")
+    dataset = open_dataset("rows.parquet")
+    (row,) = dataset.stream
+    assert [turn["content"] for turn in parse_row(row).messages] == ["Gulls?", "Hrmph."]
+    assert list(dataset.stream.unused_columns) == ["Rating"]
+
+
+def test_files_of_a_model_beside_the_rows_are_no_rows(rows):
+    folder = Path("data")
+    folder.mkdir()
+    rows.rename(folder / "rows.jsonl")
+    for name in ("adapter_config.json", "tokenizer.json", "run.json"):
+        (folder / name).write_text('{"r": 16}')
+    assert [file.name for file in open_dataset("data").stream.files] == ["rows.jsonl"]
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(phoque, rows, tiny_llama):
+    rows.write_text(rows.read_text() * 40 + '{"messages": []}\n' * 900)  # over 1 MB, so that the run itself reads it
+    assert rows.stat().st_size > 2**18
+    asked = ["train", "--dataset", rows, "--base-model", tiny_llama, "--quantization", "fp32", "--max-length", 8]
+    error = phoque(*asked, "--output-dir", "runs/new", expect=2, env={"WANDB_MODE": "disabled"}).error
+    assert "unusable" in error[0] or "can be trained on" in error[0]
+    assert not Path("runs/new").exists()
+
+
+def test_a_fresh_start_says_in_its_dry_run_what_it_would_delete(phoque, rows, tiny_llama):
+    asked = ["train", "--dataset", rows, "--base-model", tiny_llama, "--quantization", "fp32", "--output-dir", "run"]
+    asked += ["--max-steps", 1, "--sample-every", 0, "--held-out-rows", 0]
+    env = {"WANDB_MODE": "disabled"}
+    phoque(*asked, env=env)
+    shown = phoque(*asked, "--fresh-start", "--dry-run", "--json", env=env).json["facts"]["run folder"]
+    assert "--fresh-start would delete checkpoint-1, adapter" in shown and Path("run/adapter").is_dir()
+    asked[asked.index("--max-steps") + 1] = 2
+    error = phoque(*asked, env=env, expect=2).error
+    assert error[0].endswith("run holds a different run.") and "--output-dir run-2" in error[2]
