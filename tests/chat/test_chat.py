@@ -206,7 +206,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(run, tmp_path):
         ([], "no model to talk to"),
         (["not-here"], "nothing to talk to at not-here"),
         (["not-here.gguf"], "nothing to talk to"),
-        (["."], "no adapter in"),
+        (["."], "nothing to talk to in"),
         (["--serve", "--prompt", "x"], "go together"),
         (["RUN", "--temperature", "-1"], "cannot be used"),
         (["RUN", "--prompts-file", "gone.txt"], "no file gone.txt"),

@@ -108,7 +108,7 @@ def test_an_adapter_that_is_more_than_lora_is_not_exported_alone(change, phoque,
         (["--lora"], "--adapter-source"),
         (["--adapter-source", "x/y", "--merged-dir", "z/w"], "Two sources"),
         ([], "nothing to export"),
-        (["--merged-dir", "not-here"], "no folder"),
+        (["--merged-dir", "not-here"], "no model at not-here"),
     ],
 )
 def test_wrong_settings_are_refused(phoque, words, expected):

@@ -226,7 +226,7 @@ def test_damaged_weights_are_not_exported(phoque, text_model, tmp_path):
         (["--adapter-source", "you/a", "--merged-dir", "you/b"], "Two sources"),
         (["--merged-dir", "MODEL", "--dtype", "q5"], "no precision 'q5'"),
         (["--merged-dir", "MODEL", "--layout", "multimodal"], "no vision tower"),
-        (["--merged-dir", "nowhere"], "There is no folder nowhere"),
+        (["--merged-dir", "nowhere"], "There is no model at nowhere"),
         (["--merged-dir", "MODEL", "--output-dir", "full"], "it is not an export"),
         (["--merged-dir", "MODEL", "--output-dir", "full/a"], "is a file"),
         (["--merged-dir", "MODEL", "--chats", "none.jsonl"], "There is no file or folder none.jsonl"),

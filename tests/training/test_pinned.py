@@ -46,4 +46,4 @@ def test_local_weights_that_changed_in_place_are_another_base(phoque, tiny_llama
     file = base / "model.safetensors"
     louder = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
     save_file(louder, file, {"format": "pt"})
-    assert "base_weights was" in phoque(*asked, "--max-steps", 4, expect=2).error[1]
+    assert "the base model has other weights (base_weights)" in phoque(*asked, "--max-steps", 4, expect=2).error[1]

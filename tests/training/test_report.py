@@ -41,7 +41,7 @@ def test_a_report_concludes_and_names_the_next_command(phoque, tiny_llama, rows,
     run = tmp_path / "run"
     command = ["train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--output-dir", run]
     out = phoque(*command, "--max-steps", 4, "--save-steps", 2, "--sample-every", 4, "--prompt", "Gull <b>?").out
-    assert out.rstrip().splitlines()[-2] == f"next: phoque merge --adapter-source {run}/adapter"
+    assert out.rstrip().splitlines()[-2] == f"next: phoque merge --adapter-source {run}"
     assert out.rstrip().splitlines()[-1] == f"try it: phoque chat {run}"
     page = without_scripts(run)
     assert "held-out loss" in page and f"phoque merge --adapter-source {run}" in page

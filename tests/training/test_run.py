@@ -365,7 +365,7 @@ def bad_input(tmp_path, tiny_llama, rows) -> dict[str, tuple[list, str]]:
         "unknown model": ([*data, "--base-model", "gull"], "There is no model at"),
         "missing gguf": ([*data, "--base-model", "gull.gguf"], "There is no GGUF file"),
         "not a model": ([*data, "--base-model", "notamodel"], "no config.json"),
-        "file in the way": ([*base, *data, "--output-dir", tmp_path / "file" / "run"], "A file exists"),
+        "file in the way": ([*base, *data, "--output-dir", tmp_path / "file" / "run"], "cannot be the folder"),
         "not writable": ([*base, *data, "--output-dir", "/proc/phoque/run"], "No such"),
         "bad number": ([*base, *data, "--batch-size", "0"], "--batch-size"),
         "not on the hub": ([*data, "--base-model", "gull/harbour"], "No such repository"),

@@ -195,9 +195,9 @@ def scan_dataset(
 
 
 def check_rows(name: str, stream: RowStream, max_bad: float) -> None:
-    """Read all rows without a tokenizer. Raises UsageError if the share of bad rows is above `max_bad`."""
+    """Read the rows of a scan without a tokenizer. Raises UsageError if the share of bad rows is above `max_bad`."""
     scan, good = DatasetScan(), 0
-    for raw in stream:
+    for raw in islice(stream, MAX_SCANNED_ROWS):
         scan.rows += 1
         scan.columns = scan.columns or raw.columns
         try:
