@@ -8,8 +8,9 @@ from triton.compiler import ASTSource
 
 from phoque.training.engine import attention_kernels, gated_kernels
 
-CAPABILITIES = (80, 86, 90)  # A100; A10G, L4 and the like; H100
-FP32 = {"lse", "delta", "scale", "scaling", "scales", "largest"}
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # A100; A10G; L4, L40S; H100, H200; B200; RTX 5090
+FP32 = {"lse", "delta", "scale", "scaling", "scales", "largest", "factors"}
+INTEGERS = {"tokens", "features", "count", "window", "row_count", "column_count"}
 
 
 def compile_kernel(kernel, constants, capability, warps, stages):
@@ -19,13 +20,15 @@ def compile_kernel(kernel, constants, capability, warps, stages):
         name: "constexpr"
         if name in constants
         else "*i32"
-        if name == "bounds"
+        if name in ("bounds", "borders")
+        else "*fp8e4nv"
+        if name == "codes"
         else "fp32"
         if name in ("scale", "scaling")
         else "*fp32"
         if name in FP32
         else "i32"
-        if name in ("tokens", "features") or name.endswith(("_token", "_head"))
+        if name in INTEGERS or name.endswith(("_token", "_head"))
         else "*bf16"
         for name in names
     }
@@ -55,6 +58,13 @@ def main():
                 found[f"{kernel.__name__} {rank} sm{capability}"] = compile_kernel(
                     kernel, constants | more, capability, gated_kernels.WARPS, 3
                 )
+        blocks = {"BLOCK": attention_kernels.BOUNDS_BLOCK, "BLOCK_BORDERS": attention_kernels.BOUNDS_BLOCK}
+        tiles = {"BLOCK_ROWS": gated_kernels.QUANTIZED_ROWS, "BLOCK_COLUMNS": gated_kernels.QUANTIZED_COLUMNS}
+        quantizing = [] if capability < 89 else [tiles | {"HAS_SCALES": scales} for scales in (False, True)]
+        for kernel, variants in ((attention_kernels._find_bounds, [blocks]), (gated_kernels._quantize, quantizing)):
+            for number, constants in enumerate(variants):
+                name = f"{kernel.__name__} {number} sm{capability}"
+                found[name] = compile_kernel(kernel, constants, capability, 4, 3)
     print(json.dumps(found))
 
 

@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
-from tests.training.engine.test_engine import adapted_model, family, relative_distance, run_engine, run_plain_layers
+from tests.training.engine.test_engine import (
+    PACKING,
+    adapted_model,
+    family,
+    relative_distance,
+    run_engine,
+    run_plain_layers,
+)
 from torch.nn.functional import gelu, silu
 
 from phoque.training.engine import attention, attention_kernels, gated_kernels
 from phoque.training.engine.engine import Engine
 from phoque.training.engine.lora_linear import quantize_fp8
+from phoque.training.engine.select import select_engine
 
 ROWS = {  # heads, key heads, head size, cumulative lengths, window
     "short conversations": (4, 2, 32, (0, 5, 5, 6, 90, 90, 150, 150, 150), None),
@@ -50,12 +58,12 @@ def gate_in_torch(base, xa, b, activation, quantize):
     return hidden, gated_kernels.Quantized(*quantize_fp8(hidden)) if quantize else None
 
 
-def gate_backward_in_torch(grad, grad_xa, base, xa, b, next_a, activation, scales, recompute):
+def gate_backward_in_torch(grad, grad_xa, base, xa, b, down_a, activation, scales, recompute):
     """What gated_kernels.gate_backward computes."""
     features, rank = base.shape[1] // 2, b.shape[1]
     adapted = base + torch.cat([xa[:, :rank] @ b[:features].T, xa[:, rank:] @ b[features:].T], 1)
     gates, ups = adapted.split(features, 1)
-    upstream = grad + grad_xa @ next_a
+    upstream = grad + grad_xa @ down_a
     if activation == "silu":
         active, grad_gates = silu(gates), torch.ops.aten.silu_backward(upstream * ups, gates)
     else:
@@ -74,7 +82,7 @@ def gate_backward_in_torch(grad, grad_xa, base, xa, b, next_a, activation, scale
 def test_gated_kernels_give_the_activation_and_its_gradients(tokens, features, rank, activation, recompute):
     torch.manual_seed(0)
     shapes = (tokens, 2 * features), (tokens, 2 * rank), (2 * features, rank), (rank, features)
-    base, xa, b, next_a = (torch.randn(shape) for shape in shapes)
+    base, xa, b, down_a = (torch.randn(shape) for shape in shapes)
     scales, grad, grad_xa = torch.rand(2 * features), torch.randn(tokens, features), torch.randn(tokens, rank)
     assert gated_kernels.gate(base, xa, b, activation, False)[1] is None
     (hidden, quantized), (expected, expected_codes) = (
@@ -83,7 +91,7 @@ def test_gated_kernels_give_the_activation_and_its_gradients(tokens, features, r
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     check_quantized(quantized, expected_codes)
     found, wanted = (
-        run(grad, grad_xa, base, xa, b, next_a, activation, scales, recompute)
+        run(grad, grad_xa, base, xa, b, down_a, activation, scales, recompute)
         for run in (gated_kernels.gate_backward, gate_backward_in_torch)
     )
     torch.testing.assert_close(found.base, wanted.base, rtol=1e-4, atol=1e-4)
@@ -139,8 +147,35 @@ def test_gated_mlps_as_one_operator_know_gemmas_activation(tmp_path):
 @pytest.mark.parametrize("modules", ["attention", "gate_proj", "gate_proj,up_proj"])
 def test_mlps_without_all_adapters_run_layer_by_layer(tmp_path, modules):
     tiny.fp8_mistral3(tmp_path)
-    engine = Engine(adapted_model(tmp_path, modules=modules))
-    assert engine._activation == "" and not engine.set_fused_mlps(True)
+    assert Engine(adapted_model(tmp_path, modules=modules))._activation == ""
+
+
+def test_gated_mlps_that_fail_in_the_trial_run_layer_by_layer_in_the_same_mode(monkeypatch, tmp_path):
+    def set_fused_mlps(engine, enabled):
+        engine.fused_mlps = enabled and bool(engine._activation)
+        engine._fuse_mlps()
+        return engine.fused_mlps
+
+    def fail(*_):
+        raise NotImplementedError("no such instruction on this gull")
+
+    monkeypatch.setattr(Engine, "set_fused_mlps", set_fused_mlps)  # as on a GPU
+    monkeypatch.setattr(gated_kernels, "gate", fail)
+    tiny.fp8_mistral3(tmp_path)
+    chosen = select_engine(adapted_model(tmp_path), "compile", PACKING, 10, recompute=False)
+    assert chosen.mode == "compiled" and not chosen.record()["fused_mlps"]
+    assert "compiled with gated MLPs as one operator failed: no such instruction" in chosen.reason
+    assert relative_distance(run_engine(chosen.engine), run_plain_layers(tmp_path)) < 1e-5
+
+
+@pytest.mark.parametrize("columns", [100, 1024, 2600])
+@pytest.mark.parametrize("has_scales", [False, True])
+def test_rows_are_quantized_by_their_largest_value(columns, has_scales):
+    torch.manual_seed(0)
+    values, scales = torch.randn(11, columns), torch.rand(columns) if has_scales else None
+    scaled = values * scales if has_scales else values
+    parts = torch.stack([part.abs().amax(1) for part in scaled.split(90, 1)])
+    check_quantized(gated_kernels._quantize_rows(values, scales, parts), gated_kernels.Quantized(*quantize_fp8(scaled)))
 
 
 @pytest.mark.thorough
@@ -151,6 +186,8 @@ def test_kernels_compile_for_every_gpu_and_fit_its_shared_memory(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed) == 5 * 3 * 3  # kernels, shapes, GPUs
+    gpus = {"sm80": 163, "sm86": 99, "sm89": 99, "sm90": 227, "sm100": 227, "sm120": 99}  # KiB per block of threads
+    with_fp8 = [gpu for gpu in gpus if gpu not in ("sm80", "sm86")]
+    assert len(needed) == (5 * 3 + 1) * len(gpus) + 2 * len(with_fp8)
     for kernel, kib in needed.items():
-        assert kib <= (99 if "sm86" in kernel or "sm89" in kernel else 163), kernel
+        assert kib <= gpus[kernel.split()[-1]], kernel

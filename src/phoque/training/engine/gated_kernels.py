@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phoque.models.fp8 import CODE_DTYPE, MAX_CODE
 
-ROWS, FEATURES, WARPS = 16, 128, 4  # tokens and features per tile, and warps; see benchmarks/train_speed.py
+ROWS, FEATURES, WARPS = 16, 128, 4  # tokens and features per tile, and warps: the fastest of those tried on an H100
 QUANTIZED_ROWS, QUANTIZED_COLUMNS = 8, 1024
 
 
@@ -65,16 +65,16 @@ def gate_backward(
     base: Tensor,
     xa: Tensor,
     b: Tensor,
-    next_a: Tensor,
+    down_a: Tensor,
     activation: str,
     scales: Tensor | None,
     recompute: bool,
 ) -> GatedGradients:
     """Return the gradient of `base`, and h if `recompute`.
 
-    The gradient of h is `grad` (T, features), which comes through the next layer's frozen weight, plus `grad_xa`
-    (T, rank) times `next_a` (rank, features), which comes through its adapter. `scales` (2 features) multiply the
-    columns of the gradient that is returned in FP8.
+    The gradient of h is `grad` (T, features), which comes through the frozen weight of the down projection, plus
+    `grad_xa` (T, rank) times `down_a` (rank, features), which comes through its adapter. `scales` (2 features) multiply
+    the columns of the gradient that is returned in FP8.
     """
     (tokens, features), rank = grad.shape, b.shape[1]
     blocks = triton.cdiv(features, FEATURES)
@@ -87,7 +87,7 @@ def gate_backward(
         base,
         xa,
         b,
-        next_a,
+        down_a,
         base if scales is None else scales,
         grad_base,
         grad_base if hidden is None else hidden,
@@ -149,12 +149,12 @@ def _store(pointer, rows, columns, stride, row_count, column_count, values):
 def _activate(x, ACTIVATION: tl.constexpr):
     """Return act(x) and its derivative."""
     if ACTIVATION == "silu":
-        share = tl.sigmoid(x)
-        return x * share, share * (1 + x * (1 - share))
+        sigmoid = tl.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
     # gelu_pytorch_tanh: x (1 + tanh(u)) / 2 = x sigmoid(2u)
-    share = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    sigmoid = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
-    return x * share, share + x * share * (1 - share) * slope
+    return x * sigmoid, sigmoid + x * sigmoid * (1 - sigmoid) * slope
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def _gate_backward(
     base,
     xa,
     b,
-    next_a,
+    down_a,
     scales,
     grad_base,
     hidden,
@@ -223,7 +223,7 @@ def _gate_backward(
     columns = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     ranks = tl.arange(0, BLOCK_RANK)
     upstream_xa = _load(grad_xa, rows, ranks, RANK, tokens, RANK)
-    weights = _load(next_a, ranks, columns, features, RANK, features)
+    weights = _load(down_a, ranks, columns, features, RANK, features)
     upstream = _load(grad, rows, columns, features, tokens, features).to(tl.float32)
     upstream += tl.dot(upstream_xa, weights)
     gates = _load_adapted(base, xa, b, rows, columns, ranks, tokens, features, RANK)
