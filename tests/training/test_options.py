@@ -217,6 +217,14 @@ def test_an_early_stop_ends_the_run_whole(phoque, overfit):
     assert more.json["steps"] == 24 and f"continuing from step {last}" in more.err
 
 
+@pytest.mark.thorough
+def test_the_last_step_of_an_early_stop_is_merged_once(phoque, overfit, hub):
+    env = QUIET | {"HF_TOKEN": TOKEN, "EXPORT_MERGED_MODEL": "1", "EXPORT_INFERENCE_ON_SAVE": "1"}
+    ran = phoque(*overfit, "--early-stop", 3, "--hub-model-id", "harbour/seal", "--json", env=env)
+    titles = [commit.title for commit in hub.repos["models", "harbour/seal-merged"].commits][1:]
+    assert titles[-1] == "Merged model" and f"Merged model of step {ran.json['steps']}" not in titles
+
+
 def test_a_run_killed_after_its_early_stop_ends_as_one_that_was_not(phoque, overfit, tmp_path):
     asked = [*overfit, "--early-stop", 3, "--keep-best"]
     phoque(*asked, env=QUIET)

@@ -1,5 +1,6 @@
 """Merges adapters during and after training, for EXPORT_MERGED_MODEL and EXPORT_INFERENCE_ON_SAVE."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from phoque.training import checkpoints
 from phoque.training.finish import TrainResult, push_error
 from phoque.training.run_state import Run
 
+TRAINER_STATE = "trainer_state.json"  # Trainer's own file in a checkpoint
 FOLDER, TEMPORARY = "merged", ".merged"
 DTYPE = "bf16"
 
@@ -42,10 +44,10 @@ def merge_final(run: Run, result: TrainResult) -> TrainResult:
 
 
 def merge_checkpoint(run: Run, checkpoint: Path) -> None:
-    """Merge a checkpoint, push it and delete the folder. The step of --max-steps is skipped: `merge_final` follows."""
-    step = checkpoints.get_step(checkpoint)
-    repo = _merged_repo(run)
-    if step == run.settings.max_steps or repo is None:
+    """Merge a checkpoint, push it and delete the folder. The run's last step is skipped: `merge_final` follows."""
+    step, repo = checkpoints.get_step(checkpoint), _merged_repo(run)
+    last_step = json.loads((checkpoint / TRAINER_STATE).read_text())["max_steps"]  # which an early stop lowers
+    if step == last_step or repo is None:
         return
     output = run.folder / TEMPORARY
     shutil.rmtree(output, ignore_errors=True)

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 class TrainResult:
     """A finished run: where its files are, and what it measured. Losses are in nats per trained token.
 
-    `steps` were taken, and the adapter is that of `adapter_step`. `held_out_loss` is {before, after, lowest,
-    lowest_step}: before training, of the adapter, and the lowest one with its step. `adapter_sha256` is the hash of its
-    weights, `loss` is that of the last logged
-    step, `padding` the share of positions without a token, `seconds_of` the seconds
-    by activity. `repo` and `commit` are set if the adapter was pushed, `merged` and `proof` if a merged model was made.
+    - `steps` were taken, and the adapter, whose weights have `adapter_sha256`, is that of `adapter_step`.
+    - `loss` is that of the last logged step. `held_out_loss` is {before, after, lowest, lowest_step}: before training,
+      of the adapter, and the lowest one with its step.
+    - `padding` is the share of positions without a token, `seconds_of` the seconds by activity.
+    - `repo` and `commit` are set if the adapter was pushed, `merged` and `proof` if a merged model was made.
     """
 
     run: str

@@ -2,11 +2,12 @@
 
 import json
 import math
-from contextlib import ExitStack
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from phoque.data.scan import DatasetScan
 from phoque.data.stream import BadRowLimit, TrainStream
@@ -19,6 +20,7 @@ from phoque.settings.environment import in_job
 from phoque.training import checkpoints
 from phoque.training.best import keep_if_best
 from phoque.training.callbacks.stop import SaveWithoutLimit
+from phoque.training.callbacks.wandb_artifacts import WandbArtifactsCallback
 from phoque.training.dealt_rows import DealtStream
 from phoque.training.engine import attention
 from phoque.training.engine.determinism import make_deterministic
@@ -35,6 +37,7 @@ from phoque.training.timer import Timer
 
 if TYPE_CHECKING:
     from phoque.training.callbacks.samples import SamplesCallback
+    from phoque.training.push import CheckpointPusher
 
 
 def load_model_with_adapter(run: Run) -> Any:
@@ -174,43 +177,12 @@ def take_steps(
     timer: Timer,
 ) -> tuple[int, Resumable | None]:
     """Take the steps that are left; return the last one, and the error to raise if it is not the end of the run."""
-    from phoque.training.callbacks.metrics import FollowCallback, MetricsCallback
-    from phoque.training.callbacks.wandb_artifacts import WandbArtifactsCallback
-    from phoque.training.push import CheckpointPusher
     from phoque.training.trainer import CheckpointPolicy, PersonaTrainer
 
-    s, chat, scan, console, stop = run.settings, run.prepared.chat, run.prepared.scan, run.console, run.stop
-    pusher, processes = None, current()
-    if run.store:
-        export = partial(merge_checkpoint, run) if s.export_on_save else lambda folder: None
-        card = partial(write_card_for_checkpoint, run)
-        pusher = CheckpointPusher(
-            run.store, keep=s.keep_checkpoints, card=card, console=console, every=s.save_steps, export=export
-        )
-        stop.push_s = lambda: pusher.seconds if pusher else 0.0
-    held_out = [encoded for _, encoded in scan.held_out]
-    with ExitStack() as stack:
-        show = stack.enter_context(console.progress(s.max_steps, run.first_step))
-        callbacks: list[Any] = [stop]
-        if tracker:
-            callbacks.append(
-                MetricsCallback(
-                    tracker,
-                    stream,
-                    held_out=held_out,
-                    norms_every=s.norms_every,
-                    eval_every=s.measured_every,
-                    early_stop=s.early_stop,
-                    comparable_since=run.record.get("held_out_since", 0),
-                    keep_best=partial(keep_if_best, run, model),
-                    show=show,
-                    timer=timer,
-                    agree=processes.max_over_processes,
-                )
-            )
-        elif s.early_stop or s.fsdp:
-            agree = processes.max_over_processes if s.early_stop else None
-            callbacks.append(FollowCallback(s.measured_every, agree, held_out if s.fsdp else []))
+    s, console, stop, processes = run.settings, run.console, run.stop, current()
+    pusher = _make_pusher(run)
+    with console.progress(s.max_steps, run.first_step) as show:
+        callbacks: list[Any] = [stop, *_make_metrics_callback(run, model, stream, tracker, show, timer)]
         if in_job() and stop.deadline is None:
             callbacks.append(SaveWithoutLimit())
         if samples:
@@ -226,7 +198,7 @@ def take_steps(
         )
         trainer = PersonaTrainer(
             model,
-            chat.shipped_tokenizer,
+            run.prepared.chat.shipped_tokenizer,
             _training_arguments(run, engine),
             stream=stream,
             architecture=architecture_of(run.prepared.config),
@@ -258,6 +230,58 @@ def take_steps(
     if stop.problem and not is_over:
         raise stop.problem
     return step, stop_error(run, step, pusher) if stop.code is not None and not is_over else None
+
+
+def _make_pusher(run: Run) -> "CheckpointPusher | None":
+    """What pushes the run's checkpoints, or None for a run without a store."""
+    from phoque.training.push import CheckpointPusher
+
+    s = run.settings
+    if not run.store:
+        return None
+    pusher = CheckpointPusher(
+        run.store,
+        keep=s.keep_checkpoints,
+        card=partial(write_card_for_checkpoint, run),
+        console=run.console,
+        every=s.save_steps,
+        export=partial(merge_checkpoint, run) if s.export_on_save else lambda folder: None,
+    )
+    run.stop.push_s = lambda: pusher.seconds
+    return pusher
+
+
+def _make_metrics_callback(
+    run: Run,
+    model: Any,
+    stream: TrainStream | DealtStream,
+    tracker: Tracker | None,
+    show: Callable[[int, str], None],
+    timer: Timer,
+) -> list[TrainerCallback]:
+    """What logs and measures in process 0, what follows it in the others; none where there is nothing to follow."""
+    from phoque.training.callbacks.metrics import FollowCallback, MetricsCallback
+
+    s, agree = run.settings, current().max_over_processes
+    held_out = [encoded for _, encoded in run.prepared.scan.held_out]
+    if tracker:
+        callback = MetricsCallback(
+            tracker,
+            stream,
+            held_out=held_out,
+            norms_every=s.norms_every,
+            eval_every=s.measured_every,
+            early_stop=s.early_stop,
+            comparable_since=run.record.get("held_out_since", 0),
+            keep_best=partial(keep_if_best, run, model),
+            show=show,
+            timer=timer,
+            agree=agree,
+        )
+        return [callback]
+    if s.early_stop or s.fsdp:
+        return [FollowCallback(s.measured_every, agree if s.early_stop else None, held_out if s.fsdp else [])]
+    return []
 
 
 def _training_arguments(run: Run, engine: Engine | None) -> Any:
