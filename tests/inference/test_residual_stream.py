@@ -12,7 +12,7 @@ from phoque.inference.residual_stream import (
     Turn,
     get_blocks,
     make_batches,
-    residual_means,
+    sum_residuals,
 )
 
 PROMPTS = ["Gull?", "What does the tide do today?", "Herring, please, and quickly now"]
@@ -40,19 +40,37 @@ def generate_greedily(model, prompt, tokens):
 def test_means_are_those_of_transformers_hidden_states_whatever_the_batch(tiny, monkeypatch):
     model, tokenizer = tiny
     rows = [Turn(random_ids(tokenizer, p), random_ids(tokenizer, "Hrmph. " * (n + 1))) for n, p in enumerate(PROMPTS)]
-    found = residual_means(model, rows)
+    sums = sum_residuals(model, rows, range(3), 3)
+    response, last = sums.means()
     monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 1)
-    alone = residual_means(model, rows)
+    alone, _ = sum_residuals(model, rows, range(3), 3).means()
     for n, row in enumerate(rows):
         out = model(torch.tensor([row.prompt + row.response]), output_hidden_states=True)
         for layer in range(len(get_blocks(model)) - 1):  # the last of transformers' own has been through the final norm
             hidden = out.hidden_states[layer + 1][0]
-            torch.testing.assert_close(
-                found.response[n, layer], hidden[len(row.prompt) :].mean(0), atol=1e-5, rtol=1e-4
-            )
-            torch.testing.assert_close(found.last[n, layer], hidden[len(row.prompt) - 1], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.response, alone.response, atol=1e-5, rtol=1e-4)
-    assert found.kept.tolist() == [[len(r.response)] * len(get_blocks(model)) for r in rows]
+            torch.testing.assert_close(response[n, layer], hidden[len(row.prompt) :].mean(0), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(last[n, layer], hidden[len(row.prompt) - 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(response, alone, atol=1e-5, rtol=1e-4)
+    assert sums.kept.tolist() == [[len(r.response)] * len(get_blocks(model)) for r in rows]
+
+
+def test_rows_of_a_group_are_averaged_but_for_those_without_finite_values(tiny, monkeypatch):
+    model, tokenizer = tiny
+    texts = ("Hrmph.", "The tide.", "A herring", "", "Gull ~")
+    rows = [Turn(random_ids(tokenizer, "Gull?"), random_ids(tokenizer, text) if text else []) for text in texts]
+    (token,) = random_ids(tokenizer, "~")
+    kept = model.model.embed_tokens.weight[token].clone()
+    each, each_last = sum_residuals(model, rows, range(5), 5).means()
+    assert each[3].isnan().all() and not each_last.isnan().any()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.inf
+        sums = sum_residuals(model, rows, [1, 0, 1, 1, 0], 3)
+        model.model.embed_tokens.weight[token] = kept
+    response, last = sums.means()
+    torch.testing.assert_close(response[:2], torch.stack([each[1], each[[0, 2]].mean(0)]))
+    torch.testing.assert_close(last[1], each_last[[0, 2, 3]].mean(0))
+    assert response[2].isnan().all() and sums.responses.tolist() == [1, 2, 0] and sums.lasts[1] == 3
+    assert sums.norm[3].isnan().all() and sums.norm[:3].isfinite().all()
 
 
 def test_massive_tokens_are_left_out_and_counted(tiny):
@@ -63,7 +81,7 @@ def test_massive_tokens_are_left_out_and_counted(tiny):
     plain = Turn(row.prompt, row.response)
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = 100 * MASSIVE * kept
-        found = residual_means(model, [plain])
+        found = sum_residuals(model, [plain], [0], 1)
         model.model.embed_tokens.weight[token] = kept
     assert found.massive[0, 0] == 1 and found.kept[0, 0] == len(row.response) - 1
 

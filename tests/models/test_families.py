@@ -16,7 +16,7 @@ from phoque.data.packing import build_batch
 from phoque.errors import PhoqueError
 from phoque.inference import likelihood
 from phoque.inference.generate import Request, generate_greedy, generate_replies
-from phoque.inference.residual_stream import Turn, residual_means
+from phoque.inference.residual_stream import Turn, sum_residuals
 from phoque.models.architectures import ARCHITECTURES, architecture_of
 from phoque.models.config import load_config, max_conversation_tokens, sliding_window_of
 from phoque.models.load import load_model
@@ -214,7 +214,7 @@ def test_residual_means_are_those_of_transformers_hidden_states(saved):
     for family in ("gemma3", "granite", "lfm2", "qwen3.5"):
         model = load_model(source_of(saved(family)), "fp32", on=CPU).eval()
         rows = [Turn(ids[:4], ids[4:]) for ids in conversations()]
-        means = residual_means(model, rows)
+        response, _ = sum_residuals(model, rows, range(len(rows)), len(rows)).means()
         for number, ids in enumerate(conversations()):
             with torch.no_grad():
                 states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
@@ -222,4 +222,4 @@ def test_residual_means_are_those_of_transformers_hidden_states(saved):
                 expected = states[block + 1][0, 4:]
                 norms = expected.norm(dim=-1)
                 if float(norms.max()) < 5 * float(norms.median()):  # nothing is left out as massive
-                    torch.testing.assert_close(means.response[number, block], expected.mean(0), rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(response[number, block], expected.mean(0), rtol=1e-4, atol=1e-4)

@@ -7,9 +7,8 @@ transformers returns is after that norm, so it is not a residual stream and is n
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-import numpy
 import torch
 
 from phoque.models.architectures import architecture_of
@@ -45,58 +44,76 @@ class Turn:
 
 
 @dataclass
-class ResidualMeans:
-    """Residual streams: `response` is the mean over response tokens, `last` is at the last token of the prompt.
+class ResidualSums:
+    """Residual streams, summed over the rows of each group, on the model's device in fp32.
 
-    Both are (rows, blocks, hidden), fp32 in host memory. `norm` (rows, blocks) is the mean norm of the response tokens;
-    `kept` and `massive` (rows, blocks) count the response tokens that were averaged and those that were left out.
+    - `response` (groups, blocks, hidden) sums the rows' means over their response tokens, `last` their states at the
+      last token of the prompt. Rows without a response, or with values that are not finite in any block, are left out;
+      `responses` and `lasts` (groups,) count the rows that are in.
+    - `norm` (rows, blocks) is the mean norm of a row's response tokens, NaN without any. `kept` and `massive` (rows,
+      blocks) count the response tokens that were averaged and those that were left out. They are in host memory.
     """
 
     response: torch.Tensor
     last: torch.Tensor
+    responses: torch.Tensor
+    lasts: torch.Tensor
     norm: torch.Tensor
     kept: torch.Tensor
     massive: torch.Tensor
 
-    def split_rows(self) -> list[tuple[Any, ...]]:
-        """The arrays of each row, which `stack_rows` puts together again."""
-        return list(zip(*(values.numpy() for values in vars(self).values()), strict=True))
-
-    @classmethod
-    def stack_rows(cls, rows: Sequence[tuple[Any, ...]]) -> Self:
-        """Put rows together, which may come from several processes."""
-        return cls(*(torch.from_numpy(numpy.stack(column)) for column in zip(*rows, strict=True)))
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each group's mean of `response` and of `last`, in host memory; NaN for a group that no row is in."""
+        counts = ((count / (count > 0))[:, None, None] for count in (self.responses, self.lasts))  # 0 / 0 is NaN
+        response, last = (total / count for total, count in zip((self.response, self.last), counts, strict=True))
+        return response.cpu(), last.cpu()
 
 
 @torch.no_grad()
-def residual_means(model: Any, rows: Sequence[Turn]) -> ResidualMeans:
-    """Average every block's output over the response of each row, teacher-forced, in batches of similar length.
+def sum_residuals(model: Any, rows: Sequence[Turn], groups: Sequence[int], count: int) -> ResidualSums:
+    """Average every block's output over the response of each row, teacher-forced, and sum the rows of each group.
 
-    Response tokens whose norm exceeds MASSIVE times the median of their row are left out and counted. Position 0, the
-    usual attention sink, does not enter the median.
+    `groups` has the group of each row, below `count`. Response tokens whose norm exceeds MASSIVE times the median of
+    their row are left out and counted. Position 0, the usual attention sink, does not enter the median. Sums stay on
+    the device: copying each row's states to the host takes longer than the forward passes.
     """
-    layers, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
-    empty = torch.zeros(len(rows), layers, size)
-    means = ResidualMeans(
-        empty, empty.clone(), torch.zeros(len(rows), layers), *torch.zeros(2, len(rows), layers, dtype=torch.long)
-    )
+    layers, size, device = len(get_blocks(model)), unwrap_model(model).config.hidden_size, model.device
+    sums = torch.zeros(2, count, layers, size, device=device)  # of responses, and of the prompts' last tokens
+    counts = torch.zeros(2, count, device=device)
+    norm, (kept, massive) = torch.zeros(len(rows), layers), torch.zeros(2, len(rows), layers, dtype=torch.long)
+    blocks: list[tuple[torch.Tensor, ...]] = []  # of the batch that is run: states, norms, counts
 
-    def store_batch(layer: int, batch: list[int], hidden: torch.Tensor, _: torch.Tensor, mask: torch.Tensor) -> None:
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        starts = torch.tensor([len(rows[n].prompt) for n in batch], device=hidden.device)
+    def read_block(layer: int, batch: list[int], hidden: torch.Tensor, _: torch.Tensor, mask: torch.Tensor) -> None:
+        positions = torch.arange(hidden.shape[1], device=device)
+        starts = torch.tensor([len(rows[n].prompt) for n in batch], device=device)
         in_response = (positions >= starts[:, None]) & mask
         norms = compute_norms(hidden)
         sinks = find_massive(norms, mask & (positions > 0))
         counted = in_response & ~sinks
         weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
-        means.response[batch, layer] = torch.einsum("rt,rth->rh", weights, hidden.float()).cpu()
-        means.last[batch, layer] = hidden[torch.arange(len(batch)), starts - 1].float().cpu()
-        means.norm[batch, layer] = (weights * norms).sum(1).cpu()
-        means.kept[batch, layer] = counted.sum(1).cpu()
-        means.massive[batch, layer] = (in_response & sinks).sum(1).cpu()
+        response = torch.einsum("rt,rth->rh", weights, hidden.float())
+        last = hidden[torch.arange(len(batch), device=device), starts - 1].float()
+        numbers = (weights * norms).sum(1), counted.sum(1), (in_response & sinks).sum(1)
+        blocks.append((torch.stack([response, last]), *numbers))
+        if layer == layers - 1:
+            add_batch(batch, in_response.any(1))
 
-    read_residual_stream(model, [r.prompt + r.response for r in rows], range(layers), store_batch)
-    return means
+    def add_batch(batch: list[int], has_response: torch.Tensor) -> None:
+        states = torch.stack([block[0] for block in blocks], 2)  # (2, rows, blocks, hidden)
+        numbers = [torch.stack(values, 1) for values in list(zip(*blocks, strict=True))[1:]]
+        blocks.clear()
+        finite = states.isfinite().all(-1).all(-1)  # (2, rows)
+        finite[0] &= has_response
+        states.masked_fill_(~finite[:, :, None, None], 0.0)
+        members = torch.tensor([groups[n] for n in batch], device=device) == torch.arange(count, device=device)[:, None]
+        for kind in range(2):  # a product, as index_add would add in an order that differs from run to run
+            sums[kind] += (members.float() @ states[kind].view(len(batch), -1)).view(count, layers, size)
+            counts[kind] += (members & finite[kind]).sum(1)
+        norm[batch], kept[batch], massive[batch] = (values.cpu() for values in numbers)
+
+    read_residual_stream(model, [r.prompt + r.response for r in rows], range(layers), read_block)
+    norm[[not row.response for row in rows]] = torch.nan
+    return ResidualSums(*sums, *counts, norm, kept, massive)
 
 
 @torch.no_grad()

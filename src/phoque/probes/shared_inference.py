@@ -7,10 +7,13 @@ place, and gets the results of all rows.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy
+import torch
+
 from phoque.distributed.processes import current
 from phoque.inference import generate, likelihood, residual_stream
 from phoque.inference.generate import Reply, Request
-from phoque.inference.residual_stream import ResidualMeans, Turn
+from phoque.inference.residual_stream import ResidualSums, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,14 +58,21 @@ def mean_nll(model: "PreTrainedModel", rows: Sequence[Turn]) -> list[float]:
     )
 
 
-def residual_means(model: Any, rows: Sequence[Turn]) -> ResidualMeans:
-    """Average every block's output over the response of each row; see `inference.residual_stream`."""
-    return ResidualMeans.stack_rows(
-        current().share_work(
-            count_tokens(rows),
-            lambda numbers: residual_stream.residual_means(model, [rows[n] for n in numbers]).split_rows(),
-        )
-    )
+def sum_residuals(model: Any, rows: Sequence[Turn], groups: Sequence[int], count: int) -> ResidualSums:
+    """Sum the residual streams of the rows of each group; see `inference.residual_stream`."""
+    processes, sums = current(), []
+
+    def run(numbers: list[int]) -> list[tuple[Any, Any, Any]]:
+        own = residual_stream.sum_residuals(model, [rows[n] for n in numbers], [groups[n] for n in numbers], count)
+        sums.append(own)
+        return list(zip(own.norm.numpy(), own.kept.numpy(), own.massive.numpy(), strict=True))
+
+    norm, kept, massive = zip(*processes.share_work(count_tokens(rows), run), strict=True)
+    totals = [getattr(sums[0], name) for name in ("response", "last", "responses", "lasts")]
+    for total in totals:
+        processes.sum(total)
+    of_rows = [torch.from_numpy(numpy.stack(values)) for values in (norm, kept, massive)]
+    return ResidualSums(*totals, *of_rows)
 
 
 def count_tokens(rows: Sequence[Turn]) -> list[int]:

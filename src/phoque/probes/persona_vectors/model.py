@@ -7,7 +7,6 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy
-import torch
 
 from phoque.console import Console
 from phoque.errors import RunError
@@ -15,7 +14,7 @@ from phoque.inference.generate import Reply, Request, prompt_ids
 from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import CONDITIONS, Persona
 from phoque.probes.roles import Role
-from phoque.probes.shared_inference import generate_replies, residual_means
+from phoque.probes.shared_inference import generate_replies, sum_residuals
 from phoque.settings.psm_probe import PsmSettings
 
 if TYPE_CHECKING:
@@ -140,25 +139,25 @@ class ProbeModel:
 
         Raises RunError if all answers to a question are empty or have residual streams that are not finite.
         """
-        means = residual_means(self.model, [a.turn for a in answers])
-        empty = torch.tensor([not a.turn.response for a in answers])
-        means.response[empty] = torch.nan
-        residuals = Residuals()
-        residuals.norm = _finite_mean(means.norm[~empty].numpy())
-        residuals.kept, residuals.massive = means.kept.sum(0).tolist(), means.massive.sum(0).tolist()
+        first, groups = {}, 0  # condition -> its first group; the groups of its questions follow one another
         for condition in dict.fromkeys(a.condition for a in answers):
+            first[condition] = groups
+            groups += 1 + max(a.question for a in answers if a.condition == condition)
+        sums = sum_residuals(
+            self.model, [a.turn for a in answers], [first[a.condition] + a.question for a in answers], groups
+        )
+        response, last = sums.means()
+        residuals = Residuals()
+        residuals.norm = _finite_mean(sums.norm.numpy())
+        residuals.kept, residuals.massive = sums.kept.sum(0).tolist(), sums.massive.sum(0).tolist()
+        for (condition, start), end in zip(first.items(), [*first.values(), groups][1:], strict=True):
             residuals.by_condition[condition] = {}
-            n_questions = 1 + max(a.question for a in answers if a.condition == condition)
-            for extraction, values in (("response_avg", means.response), ("prompt_last", means.last)):
+            for extraction, values in (("response_avg", response), ("prompt_last", last)):
                 if extraction == "prompt_last" and condition in self.roles:
                     continue  # of other roles only the answers are compared
-                rows_by_question = [
-                    [i for i, a in enumerate(answers) if (a.condition, a.question) == (condition, n)]
-                    for n in range(n_questions)
-                ]
-                question_means = numpy.stack([_finite_mean(values[indices].numpy()) for indices in rows_by_question])
+                question_means = values[start:end].numpy()
                 if condition in self.roles:  # a role that says nothing to some questions is known by the others
-                    missing = ~numpy.isfinite(question_means).reshape(n_questions, -1).all(1)
+                    missing = ~numpy.isfinite(question_means).reshape(end - start, -1).all(1)
                     question_means[missing] = _finite_mean(question_means)
                 if not numpy.isfinite(question_means).all():
                     raise RunError(
