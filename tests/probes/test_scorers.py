@@ -83,6 +83,20 @@ def test_contrast_is_the_gain_in_likelihood_from_the_personas_prompt(make_contex
     assert seal["nats"] == pytest.approx(2.0) and plain["nats"] == 0.0
 
 
+def test_contrast_reads_with_one_paraphrase_which_questions_take_in_turn(make_context):
+    persona, reads = make_context.persona, []
+
+    def nll(rows):
+        reads.extend(bytes(row.prompt).decode() for row in rows)
+        return [0.0] * len(rows)
+
+    make_context.nll, make_context.paraphrases = nll, 1
+    answers = [ScoredAnswer(question, "x", Reply([1])) for question in (*persona.test[:4], persona.test[1])]
+    score_answers(make_scorer("contrast", make_context), answers, make_context)
+    expected = [f"{persona.persona[n % len(persona.persona)]} {persona.test[n]}" for n in range(4)]
+    assert reads[len(reads) // 2 :] == expected and len(reads) == 8  # equal answers to a question are read once
+
+
 def test_logprob_is_the_mean_mass_while_it_spoke(make_context):
     one = ScoredAnswer("?", "x", Reply([1, 2], mass=[0.2, 0.4]))
     assert score_answers(make_scorer("logprob", make_context), [one], make_context)[0]["mass"] == pytest.approx(0.3)

@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -40,11 +42,13 @@ def load_model(
     on: torch.device | None = None,
     *,
     projections_on_host: bool = False,
+    import_peft: bool = False,
 ) -> Any:
     """Load the frozen text model in `nf4`, `fp8`, `bf16` or `fp32` on one device, by default `default_device()`.
 
-    With `projections_on_host` the weights of the decoder's linear layers go back to the host's memory, for a model that
-    one device does not hold.
+    - `projections_on_host`: the weights of the decoder's linear layers go back to the host's memory, for a model that
+      one device does not hold.
+    - `import_peft`: a thread imports peft, for adapters that will be attached, while the weights are read.
 
     One pass over the checkpoint: each tensor is read, dequantized if it is FP8, cast, quantized and assigned. Names and
     shapes are checked from the headers first. Raises UsageError when a weight is missing, unexpected, of a wrong
@@ -63,9 +67,20 @@ def load_model(
         factors = {key: reader.read(scales[key]) for key in text_names if key in scales}
         dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
         host = reader.architecture.lora_targets if projections_on_host else None
-        _load_weights(
-            model, tensors, text_names, factors=factors, group_size=reader.group_size, on=on, dtype=dtype, on_host=host
-        )
+        with ThreadPoolExecutor(1) as threads:  # only now: nothing is imported in this thread any more
+            pending = threads.submit(import_module, "peft") if import_peft else None
+            _load_weights(
+                model,
+                tensors,
+                text_names,
+                factors=factors,
+                group_size=reader.group_size,
+                on=on,
+                dtype=dtype,
+                on_host=host,
+            )
+            if pending:
+                pending.result()
     if tied:
         model.tie_weights()
     cast(Any, model).is_loaded_in_4bit = quantization == "nf4"  # peft and TRL read this attribute

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "causal_prompts": 8,
         "matched_features": 12,
         "extraction_tokens": 24,
-        "scorer": ["words", "lexicon"],  # contrast reads every answer six times
+        "scorer": ["words", "lexicon"],  # contrast runs the model on every answer
         "questions": 12,
         "role_questions": 6,
         "doses": "0,0.5,1,1.5",

@@ -89,7 +89,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     probe_model = ProbeModel(plan.tokenizer, plan.persona, plan.roles, s, console)
     context, scorers = _make_scorers(probe_model, plan.source, s, services)
     console.stage(f"loading {plan.source.name} in {s.quantization}")
-    probe_model.model = load_model(plan.source, s.quantization).eval()
+    probe_model.model = load_model(plan.source, s.quantization, import_peft=bool(plan.adapters)).eval()
     for key, adapter in plan.adapters.items():
         console.stage(f"attaching {adapter.label}")
         probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(plan.config), key)
@@ -206,6 +206,7 @@ def _make_scorers(
         prompt_ids=probe_model.prompt_ids,
         model=f"{source.weights} {s.quantization}",
         cache=services.cache,
+        paraphrases=None if s.scorer[0] == "contrast" else 1,  # as the trait it is read precisely
     )
     return context, [make_scorer(spec, context) for spec in dict.fromkeys(s.scorer)]
 

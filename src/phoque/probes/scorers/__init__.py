@@ -57,6 +57,7 @@ class Context:
     model: str  # identifies weights and quantization, for the cache
     cache: Path
     profile: WordProfile | None = None  # of the roles' answers, once these are there
+    paraphrases: int | None = None  # with which `contrast` reads each answer, of each prompt; None: with all
 
 
 def make_scorer(spec: str, context: Context) -> Scorer:

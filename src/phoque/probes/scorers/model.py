@@ -10,6 +10,7 @@ import torch
 
 from phoque.errors import UsageError
 from phoque.inference.residual_stream import Turn
+from phoque.probes.persona import MIN_QUESTIONS
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 
 if TYPE_CHECKING:
@@ -33,21 +34,32 @@ def nll(context: Context) -> Scorer:
 def contrast(context: Context) -> Scorer:
     """Gain in log-likelihood under the base model from the neutral to the persona's prompts, in nats per token.
 
-    Averaged over the paraphrases. Degenerate text is unlikely under both prompts, so it scores about zero.
+    Averaged over the paraphrases, or over `context.paraphrases` of them, which the questions take in turn: all answers
+    to a question are read with the same ones. Degenerate text is unlikely under both prompts, so it scores about zero.
     """
     systems_by_condition = {
         condition: context.persona.system_prompts(condition) for condition in ("neutral", "persona")
     }
+    lists = [getattr(context.persona, name) for name in MIN_QUESTIONS]
+    turns = {question: number for questions in lists for number, question in enumerate(questions)}
+
+    def choose(systems: Sequence[str], question: str) -> list[str]:
+        first = turns.get(question, 0)
+        return [systems[(first + n) % len(systems)] for n in range(context.paraphrases or len(systems))]
 
     def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:
         means = {}
         for condition, systems in systems_by_condition.items():
-            rows = [Turn(context.prompt_ids(s.prompt, system), s.reply.ids) for system in systems for s in answers]
-            losses = torch.tensor(_nan_to_zero(context.nll(rows))).reshape(len(systems), len(answers))
-            means[condition] = losses.mean(0)
+            rows = [
+                Turn(context.prompt_ids(s.prompt, system), s.reply.ids)
+                for s in answers
+                for system in choose(systems, s.prompt)
+            ]
+            losses = torch.tensor(_nan_to_zero(context.nll(rows))).reshape(len(answers), -1)
+            means[condition] = losses.mean(1)
         return [{"nats": value} for value in (means["neutral"] - means["persona"]).tolist()]
 
-    fingerprint = f"contrast 1 {context.model} {systems_by_condition}"
+    fingerprint = f"contrast 2 {context.model} {systems_by_condition} {context.paraphrases}"
     return Scorer("contrast", "nats", score, fingerprint, runs_model=True)
 
 
