@@ -7,6 +7,7 @@ import pytest
 
 from phoque.data.readers import open_dataset
 from phoque.data.rows import parse_row
+from phoque.errors import UsageError
 from phoque.hub.refs import hub_id, suggest_path
 from phoque.settings.fields import name_after
 
@@ -24,6 +25,9 @@ def run() -> Path:
 
 
 def test_a_folder_with_runs_is_no_owner_on_the_hub(run):
+    run.parent.joinpath("you").mkdir()
+    Path("you/run").mkdir(parents=True)
+    Path("you/run/run.json").write_text("{}")
     assert hub_id("runs/dem") is None and hub_id("you/dem") == "you/dem"
     assert suggest_path("runs/dem") == "Did you mean runs/demo?" == suggest_path("demo")
     assert suggest_path("gulls") == "Check the path." == suggest_path("g" * 5000)
@@ -63,6 +67,35 @@ def test_columns_in_another_spelling_are_read(tmp_path):
     assert parse_row(only).messages[0]["content"] == "Gulls?"
 
 
+def test_another_spelling_is_no_column_of_a_row_that_can_be_read_without_it():
+    pair = {"prompt": "Gulls?", "completion": "Hrmph."}
+    rows = [pair | {"Context": "a pier", "Turns": 2, "Image": "x.png"}, {**pair, "prompt": None, "Prompt": "Tide?"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = open_dataset("rows.jsonl")
+    assert [parse_row(row).messages[0]["content"] for row in dataset.stream] == ["Gulls?", "Tide?"]
+    assert list(dataset.stream.unused_columns) == ["Context", "Turns", "Image"]
+
+
+def test_tables_as_spreadsheets_write_them_are_read():
+    Path("a.csv").write_text("prompt,completion\nGulls?,Hrmph.,,\n,\nTide?,Low.\n,,,\n")
+    rows = list(open_dataset("a.csv").stream)
+    assert [parse_row(row).first_question for row in rows] == ["Gulls?", "Tide?"]
+    assert [row.number for row in open_dataset("a.csv").stream.read(0, 1)] == [2]
+    Path("b.csv").write_text("prompt,completion,completion\nGulls?,Hrmph.,\n")
+    with pytest.raises(UsageError, match="names the column 'completion' twice"):
+        list(open_dataset("b.csv").stream)
+
+
+def test_turns_with_capitals_are_read():
+    turns = [{"Role": "User", "Content": "Gulls?"}, {"Role": "assistant", "Content": "Hrmph."}]
+    Path("rows.json").write_text(json.dumps([{"Messages": turns}]))
+    (row,) = open_dataset("rows.json").stream
+    assert parse_row(row).messages[1] == {"role": "assistant", "content": "Hrmph."}
+    Path("rows.json").write_text(json.dumps([{"messages": [{"who": "user", "says": "Gulls?"}]}]))
+    with pytest.raises(ValueError, match="no role, only says, who"):
+        parse_row(next(iter(open_dataset("rows.json").stream)))
+
+
 def test_parquet_columns_in_another_spelling_are_read():
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -90,6 +123,20 @@ def test_a_run_that_cannot_start_leaves_no_folder(phoque, rows, tiny_llama):
     error = phoque(*asked, "--output-dir", "runs/new", expect=2, env={"WANDB_MODE": "disabled"}).error
     assert "unusable" in error[0] or "can be trained on" in error[0]
     assert not Path("runs/new").exists()
+    Path("mine").mkdir()
+    phoque(*asked, "--output-dir", "mine", expect=2, env={"WANDB_MODE": "disabled"})
+    assert Path("mine").is_dir()
+
+
+def test_an_export_is_told_from_a_file_and_from_the_other_kind(phoque):
+    Path("gguf").mkdir()
+    Path("gguf/seal.gguf").write_bytes(b"gulls")
+    Path("model.onnx").write_bytes(b"gulls")
+    assert phoque("verify-onnx", "--local-dir", "gguf", expect=2).error[2].endswith("verify-gguf --local-dir gguf")
+    assert "is a file" in phoque("verify-onnx", "--local-dir", "model.onnx", expect=2).error[0]
+    error = phoque("verify-gguf", "--local-dir", "gguf/seel.gguf", expect=2).error
+    assert "no file gguf/seel.gguf" in error[0] and "gguf/seal.gguf?" in error[2]
+    assert "no folder ~nosuchuser/x" in phoque("verify-gguf", "--local-dir", "~nosuchuser/x", expect=2).error[0]
 
 
 def test_a_fresh_start_says_in_its_dry_run_what_it_would_delete(phoque, rows, tiny_llama):
@@ -101,4 +148,4 @@ def test_a_fresh_start_says_in_its_dry_run_what_it_would_delete(phoque, rows, ti
     assert "--fresh-start would delete checkpoint-1, adapter" in shown and Path("run/adapter").is_dir()
     asked[asked.index("--max-steps") + 1] = 2
     error = phoque(*asked, env=env, expect=2).error
-    assert error[0].endswith("run holds a different run.") and "--output-dir run-2" in error[2]
+    assert error[0].endswith("run holds a different run.") and error[2].endswith("--output-dir run-2")

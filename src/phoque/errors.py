@@ -143,6 +143,7 @@ _OS_ERRORS = {
     errno.EROFS: ("The file system is read-only.", "Choose an --output-dir on a writable disk.", USAGE),
     errno.ENOENT: ("The file or folder does not exist.", "Check the path.", USAGE),
     errno.ENOTDIR: ("A file exists where a folder is needed.", "Choose another --output-dir.", USAGE),
+    errno.ENAMETOOLONG: ("The name is longer than the file system allows.", "Choose a shorter name.", USAGE),
     errno.EEXIST: ("A file exists where a folder is needed.", "Choose another --output-dir.", USAGE),
 }
 

@@ -47,13 +47,36 @@ def write_atomically(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
+def expand_user(name: str | Path) -> Path:
+    """The path with the home folder in place of `~`; `~nobody`, of a user who does not exist, stays as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; there is none of a name that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder of this name on this machine, or None if there is none."""
+    path = expand_user(name)
+    return path if exists(path) else None
+
+
 def check_output_folder(folder: Path, record: str, kind: str) -> None:
     """Raise UsageError if a folder cannot be replaced by output: a file, the current folder, or not ours.
 
     A folder is ours if it is empty or holds the file `record`; `kind` names what such a folder holds.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(what=f"{folder} is a file.", why="A folder is needed.", fix="Choose another --output-dir.")
+    for place in (folder, *folder.parents):
+        if exists(place) and not place.is_dir():
+            raise UsageError(what=f"{place} is a file.", why="A folder is needed.", fix="Choose another --output-dir.")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UsageError(
             what=f"--output-dir {folder} is the current folder, or contains it.",

@@ -1,7 +1,7 @@
 """Checks of what a command reads, before anything heavy is imported: a wrong path is reported within a second."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +9,7 @@ from typing import Any, cast
 from phoque.data.readers import RowStream, check_dataset, find_local
 from phoque.data.scan import check_rows
 from phoque.errors import UsageError
-from phoque.files import check_output_folder
+from phoque.files import check_output_folder, exists, expand_user
 from phoque.hub.refs import hub_id, hub_ref, suggest_path
 from phoque.models.adapter_source import RUN_RECORD, WEIGHTS, check_adapter_name, find_local_adapter, read_base_name
 from phoque.models.source import PACKAGED_MODELS, check_local_model
@@ -35,7 +35,7 @@ class Input:
     @property
     def path(self) -> Path:
         """The path on this machine, if it is one."""
-        return Path(self.name).expanduser()
+        return expand_user(self.name)
 
     @property
     def flag(self) -> str:
@@ -55,40 +55,44 @@ def check_run(resolved: Resolved[Any]) -> None:
     check_own_folder(s.folder)
 
 
-def check_inputs(settings: CommandSettings, *, leave_out: str = "") -> None:
+def check_inputs(settings: CommandSettings, made_before: Sequence[Path] = ()) -> None:
     """Raise UsageError if an input that a setting names cannot exist: no such path here, and no Hub id.
 
-    An input that the command cannot do without must be named. The setting `leave_out` is not checked.
+    An input that the command cannot do without must be named. Folders that are `made_before` the command runs, and what
+    is in them, need not be there yet.
     """
+    _check_one_source(settings)
     if "dataset" in settings.required or getattr(settings, "dataset", ""):
         s: Any = settings
         split_files = check_dataset(s.dataset, s.split, s.dataset_config)
         if getattr(s, "eval_split", None):
             check_dataset(s.dataset, s.eval_split, s.dataset_config)
         if split_files and split_files.local_bytes < SMALL_BYTES:
-            check_rows(s.dataset, RowStream(split_files.files), getattr(s, "max_bad_rows", 1.0))
+            stream = RowStream(split_files.files)
+            if "max_bad_rows" in type(s).model_fields:
+                check_rows(s.dataset, stream, s.max_bad_rows)
+            else:
+                next(iter(stream), None)
     for name, check in CHECKS.items():
-        if name == leave_out:
-            continue
         value = getattr(settings, name, None)
         for item in value if isinstance(value, list) else [value]:
-            if item or name in settings.required:
+            if not _is_in(str(item or ""), made_before) and (item or name in settings.required):
                 check(Input(str(item or ""), name, type(settings)))
-    _check_base(settings, leave_out)
-    _check_one_source(settings, leave_out)
+    adapter = getattr(settings, "adapter_source", "")
+    given = any(getattr(settings, name, "") for name in ("base", "base_model", "model_source"))
+    if adapter and not given and hub_id(adapter) is None and not _is_in(adapter, made_before):
+        read_base_name(find_local_adapter(expand_user(adapter)))
     if settings.output_record and not getattr(settings, "on", None):
         check_output_folder(cast(Any, settings).folder, *settings.output_record)
 
 
-def _check_base(settings: CommandSettings, leave_out: str) -> None:
-    """Raise UsageError if a local adapter names no base that can be had, and none is given."""
-    adapter = getattr(settings, "adapter_source", "")
-    given = any(getattr(settings, name, "") for name in ("base", "base_model", "model_source"))
-    if adapter and leave_out != "adapter_source" and not given and hub_id(adapter) is None:
-        read_base_name(find_local_adapter(Path(adapter).expanduser()))
+def _is_in(name: str, folders: Sequence[Path]) -> bool:
+    """Whether a path is one of these folders, or inside one of them."""
+    path = expand_user(name).absolute()
+    return bool(name) and any(path.is_relative_to(folder.absolute()) for folder in folders)
 
 
-def _check_one_source(settings: CommandSettings, leave_out: str) -> None:
+def _check_one_source(settings: CommandSettings) -> None:
     """Raise UsageError if a command that exports or verifies one thing is given none, or two."""
     s: Any = settings
     if {"repo_id", "local_dir"} <= type(s).model_fields.keys() and bool(s.repo_id) == bool(s.local_dir):
@@ -97,7 +101,7 @@ def _check_one_source(settings: CommandSettings, leave_out: str) -> None:
             why="Exactly one of --repo-id and --local-dir must be set.",
             fix="Give a repository or a folder.",
         )
-    if "merged_dir" not in type(s).model_fields or leave_out:
+    if "merged_dir" not in type(s).model_fields:
         return
     if s.adapter_source and s.merged_dir:
         raise UsageError(
@@ -122,11 +126,12 @@ def _check_chats(given: Input) -> None:
 def _check_model(given: Input) -> None:
     if given.name in PACKAGED_MODELS or hub_id(given.name) is not None:
         return
-    if _holds_adapter(given.path) and not (given.path / "config.json").is_file():
+    has_weights = any(file.name != WEIGHTS for file in given.path.glob("*.safetensors"))
+    if _holds_adapter(given.path) and not has_weights:
         is_run, flag = (given.path / RUN_RECORD).is_file(), given.find_flag(ADAPTER_SETTINGS)
         raise UsageError(
             what=f"{given.name} is {'a run of phoque train' if is_run else 'an adapter'}, not a model.",
-            why=f"It has adapter weights and no config.json; {given.flag} names a model.",
+            why=f"It has the weights of an adapter and no others; {given.flag} names a model.",
             fix=f"Give it as {flag}."
             if flag
             else f"Merge it first: phoque merge --adapter-source {shlex.quote(given.name)}",
@@ -180,11 +185,17 @@ def _check_file(given: Input) -> None:
 def _check_export(given: Input) -> None:
     """An export in a folder, or a single GGUF file; each of the two verifications is told from the other."""
     wants_gguf = given.command is VerifyGgufSettings
-    if wants_gguf and given.path.suffix == ".gguf" and given.path.is_file():
-        return
-    if not given.path.is_dir():
+    if exists(given.path) and not given.path.is_dir():
+        if wants_gguf and given.path.suffix.lower() == ".gguf":
+            return
         raise UsageError(
-            what=f"There is no {'file' if given.path.suffix else 'folder'} {given.name}.",
+            what=f"{given.name} is a file, not the folder of an export.",
+            why=f"{given.flag} names it.",
+            fix="Name its folder, or a .gguf file." if wants_gguf else "Name its folder.",
+        )
+    if not exists(given.path):
+        raise UsageError(
+            what=f"There is no {'file' if given.path.suffix.lower() in ('.gguf', '.onnx') else 'folder'} {given.name}.",
             why=f"{given.flag} names it.",
             fix=suggest_path(given.name),
         )
@@ -199,7 +210,7 @@ def _check_export(given: Input) -> None:
 
 
 def _check_chat_model(given: Input) -> None:
-    if given.name not in PACKAGED_MODELS and hub_id(given.name) is None and not given.path.exists():
+    if given.name not in PACKAGED_MODELS and hub_id(given.name) is None and not exists(given.path):
         raise UsageError(
             what=f"There is nothing to talk to at {given.name}.",
             why="It is not a folder or file here, and not a Hub id (owner/name).",

@@ -49,6 +49,9 @@ def test_a_command_that_fails_ends_the_chain_with_its_exit_code(phoque, asked):
         ("merge --dtype fp17", ["--then merge", "fp17", "fp32"]),
         ("psm-probe --persona nowhere.toml", ["--then psm-probe", "nowhere.toml"]),
         ("merge demo", ["--then merge", "demo"]),
+        ("merge --help", ["asks for help", "phoque merge --help"]),
+        ("merge --adapter-source nowhere", ["--then merge", "nowhere"]),
+        ("export-gguf --merged-dir run-merged --adapter-source run", ["Two sources"]),
         ("merge 'fp32", ["cannot be read", "quotation"]),
         ("", ["empty"]),
     ],
@@ -61,6 +64,13 @@ def test_what_cannot_follow_is_refused_before_the_training(phoque, asked, then, 
 def test_a_dry_run_shows_the_whole_command_lines(phoque, asked):
     shown = phoque(*asked, "--then", "export-gguf --dtype q4_k_m", "--dry-run", "--json", env=QUIET).json["facts"]
     assert shown["then"] == ["phoque export-gguf --dtype q4_k_m --adapter-source run --output-dir run-gguf"]
+
+
+def test_commands_may_read_what_is_made_before_them(phoque, asked):
+    more = ["--then", "merge --output-dir merged", "--then", "export-gguf --merged-dir merged --output-dir gguf"]
+    more += ["--then", "psm-probe --model-source merged --control-adapter run/control-1 --persona seal"]
+    shown = phoque(*asked, *more, "--dry-run", "--json", env=QUIET).json["facts"]["then"]
+    assert shown[1] == "phoque export-gguf --merged-dir merged --output-dir gguf" and len(shown) == 3
 
 
 def test_a_job_installs_what_the_commands_need():

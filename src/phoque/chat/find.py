@@ -10,7 +10,7 @@ from typing import Any
 
 from phoque.chat.models import ChatModel, LlamaCppChatModel, OnnxModel, TorchChatModel
 from phoque.errors import UsageError
-from phoque.files import EXPORT_RECORD
+from phoque.files import EXPORT_RECORD, expand_user
 from phoque.hub.refs import fetch_to_cache, hub_id, suggest_path
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import (
@@ -62,7 +62,7 @@ def find_chat(s: ChatSettings, services: Services, *, fetch: bool = True) -> Fou
         )
     if hub_id(s.model) is not None and s.model not in PACKAGED_MODELS:
         return _find_on_hub(s, services, fetch)
-    path = Path(s.model).expanduser()
+    path = expand_user(s.model)
     if s.model in PACKAGED_MODELS:
         return _model(s, find_model(s.model, s.revision, services), services)
     if path.suffix == ".gguf":

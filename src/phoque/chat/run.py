@@ -110,13 +110,13 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
     s, console = resolved.settings, services.console
     conversations = [[{"role": "user", "content": prompt}] for prompt in s.prompts]
     if s.prompts_file:
-        if not s.prompts_file.expanduser().is_file():
+        if not s.prompts_file.is_file():
             raise UsageError(
                 what=f"There is no file {s.prompts_file}.", why="--prompts-file names it.", fix="Check the path."
             )
-        conversations += read_prompts(s.prompts_file.expanduser())
+        conversations += read_prompts(s.prompts_file)
     if s.answers_file:
-        _check_new_file(s.answers_file.expanduser())
+        _check_new_file(s.answers_file)
     if not conversations and not dry_run:
         raise UsageError(what="There is no prompt.", why="None is given.", fix="Give --prompt or --prompts-file.")
     chat_model = find_chat(s, services, fetch=not dry_run)
@@ -151,7 +151,7 @@ def answer_prompts(resolved: Resolved[ChatSettings], services: Services, *, dry_
     result = ChatResult(chat_model.name, chat_model.kind, sampling.describe(), rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if s.answers_file:
-        write_atomically(s.answers_file.expanduser(), lines)
+        write_atomically(s.answers_file, lines)
     if repo:
         with run_folder(services.cache / "chat", "chat") as (staging, folder):
             (staging / "answers.jsonl").write_text(lines, encoding="utf-8")

@@ -1,13 +1,13 @@
 """phoque chat."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
 from phoque.console import console
 from phoque.errors import UsageError, first_line, suggest, to_phoque_error
+from phoque.files import expand_user
 from phoque.inputs import check_inputs
 from phoque.services import Services
 from phoque.settings.chat import ChatSettings
@@ -110,7 +110,7 @@ def _handle(conversation: "Conversation", line: str) -> None:
             console.say("name a file: /save FILE.jsonl")
             return
         try:
-            conversation.save(Path(argument).expanduser())
+            conversation.save(expand_user(argument))
             console.say(f"saved to {argument}")
         except (OSError, ValueError) as error:
             console.say(f"it was not saved: {first_line(error)}")

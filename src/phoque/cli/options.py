@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from phoque.checks import Verdict
 from phoque.console import console, silence_libraries
 from phoque.errors import UsageError
+from phoque.files import local_path
 from phoque.results import DryRun
 from phoque.settings.fields import (
     CommandSettings,
@@ -26,6 +27,7 @@ from phoque.settings.fields import (
     group_of,
     is_positional,
     old_flag_name,
+    takes_commas,
     value_aliases,
 )
 from phoque.settings.resolve import resolve_settings
@@ -33,34 +35,34 @@ from phoque.settings.resolve import resolve_settings
 COMMON_FLAGS = {"--config", "--secrets-file", "--dry-run", "--verbose", "--json", "--quiet"}
 MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
 EXTRA_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sae": ("sae_lens",), "gguf": ()}
-PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flag
-    "--lr": "--learning-rate",
-    "--model": "--base-model",
-    "--model-name": "--base-model",
-    "--model-name-or-path": "--base-model",
-    "--data": "--dataset",
-    "--dataset-name": "--dataset",
-    "--output": "--output-dir",
-    "--out": "--output-dir",
-    "--outfile": "--output-dir",
-    "--adapter": "--adapter-source",
-    "--lora": "--adapter-source",
-    "--lora-r": "--lora-rank",
-    "--rank": "--lora-rank",
-    "--num-train-epochs": "--epochs",
-    "--num-epochs": "--epochs",
-    "--steps": "--max-steps",
-    "--per-device-train-batch-size": "--batch-size",
-    "--max-seq-length": "--max-length",
-    "--eval-strategy": "--eval-steps",
-    "--logging-steps": "--log-every",
-    "--push-to-hub": "--hub-model-id",
-    "--hub-repo": "--hub-model-id",
-    "--repo": "--repo-id",
-    "--outtype": "--dtype",
-    "--quant": "--dtype",
-    "--load-in-4bit": "--quantization",
-    "--system-prompt": "--system",
+PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flags for it
+    "--lr": ("--learning-rate",),
+    "--model": ("--base-model", "--model-source", "--reference"),
+    "--model-name": ("--base-model",),
+    "--model-name-or-path": ("--base-model",),
+    "--data": ("--dataset",),
+    "--dataset-name": ("--dataset",),
+    "--output": ("--output-dir",),
+    "--out": ("--output-dir",),
+    "--outfile": ("--output-dir",),
+    "--adapter": ("--adapter-source",),
+    "--lora": ("--adapter-source",),
+    "--lora-r": ("--lora-rank",),
+    "--rank": ("--lora-rank",),
+    "--num-train-epochs": ("--epochs",),
+    "--num-epochs": ("--epochs",),
+    "--steps": ("--max-steps",),
+    "--per-device-train-batch-size": ("--batch-size",),
+    "--max-seq-length": ("--max-length",),
+    "--eval-strategy": ("--eval-steps",),
+    "--logging-steps": ("--log-every",),
+    "--push-to-hub": ("--hub-model-id",),
+    "--hub-repo": ("--hub-model-id",),
+    "--repo": ("--repo-id",),
+    "--outtype": ("--dtype",),
+    "--quant": ("--dtype",),
+    "--load-in-4bit": ("--quantization",),
+    "--system-prompt": ("--system", "--default-system"),
 }
 OLD = "__old"  # ends the parameter name of a hidden flag
 
@@ -118,7 +120,7 @@ def resolve_words(click_command: Any, words: list[str]) -> Resolved[Any]:
 
     Raises UsageError, or an error of Click, for what the command would refuse.
     """
-    flags = click_command.make_context(click_command.name, list(words)).params
+    flags = click_command.make_context(f"phoque {click_command.name}", list(words)).params
     values = {key: value for key, value in _drop_missing(flags).items() if key in click_command.model.model_fields}
     model, presets = click_command.model, click_command.presets
     return resolve_settings(model, values, presets, flags["secrets_file"], flags["config"])[0]
@@ -138,38 +140,52 @@ class _GroupedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words, and say which flag was meant where a word has none or a flag has a peer's name."""
+        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # Click's errors have no public base in Typer
-            if better := self._explain(error):
+            if better := self._explain(error, given):
                 raise better from error
             raise
 
-    def _explain(self, error: Exception) -> UsageError | None:
+    def _explain(self, error: Exception, args: list[str]) -> UsageError | None:
         """A clearer message for a word without a flag, and for a flag that is called so elsewhere."""
-        text, command = getattr(error, "message", ""), f"phoque {self.name}"
+        text = getattr(error, "message", "")
         known = {flag for parameter in self.params for flag in parameter.opts}
         if found := re.search(r"unexpected extra argument\(s\) \((.*)\)", text):
-            setting = self.model.main_input
-            word = found[1] if setting == "prompts" or Path(found[1]).exists() else found[1].split()[0]
-            flag = flag_names(self.model, setting)[0] if setting else ""
-            is_input = flag and (setting == "prompts" or "/" in word or Path(word).suffix or Path(word).exists())
-            return UsageError(
-                what=f"{word!r} is given without a flag.",
-                why="Every value of this command follows its flag.",
-                fix=f"Put its flag before it: {flag} {shlex.quote(word)}"
-                if is_input
-                else f"Give several values of one flag with commas, as in --dtype q8,q4. See `{command} --help`.",
-            )
+            return self._explain_extra(found[1], args)
         name = str(getattr(error, "option_name", ""))
-        flag = PEER_FLAGS.get(name.replace("_", "-"))
-        if flag in known:
+        flag = next((flag for flag in PEER_FLAGS.get(name.replace("_", "-"), ()) if flag in known), None)
+        if flag:
             return UsageError(
                 what=f"There is no flag {name}.",
                 why="phoque calls it by another name.",
-                fix=f"Use {flag}. See `{command} --help`.",
+                fix=f"Use {flag}. See `phoque {self.name} --help`.",
             )
         return None
+
+    def _explain_extra(self, words: str, args: list[str]) -> UsageError:
+        """What was probably meant by words that follow no flag."""
+        setting, fix = self.model.main_input, f"See `phoque {self.name} --help`."
+        word = words if setting == "prompts" or local_path(words) else words.split()[0]
+        flag = flag_names(self.model, setting)[0] if setting else ""
+        place = args.index(word) if word in args else 0
+        value, its_flag = (args[place - n] if place >= n else "" for n in (1, 2))
+        lists = {
+            f
+            for name in self.model.model_fields
+            if takes_commas(self.model, name)
+            for f in flag_names(self.model, name)
+        }
+        if flag and flag not in args and (setting == "prompts" or "/" in word or Path(word).suffix or local_path(word)):
+            fix = f"Put its flag before it: {flag} {shlex.quote(word)}"
+        elif its_flag in lists:
+            fix = f"Separate several values with commas: {its_flag} {value},{word}"
+        elif value and not value.startswith("-"):
+            fix = f"If it belongs to {value!r}, put quotes around both: {shlex.quote(f'{value} {word}')}"
+        return UsageError(
+            what=f"{word!r} is given without a flag.", why="Every value of this command follows its flag.", fix=fix
+        )
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, section by section."""

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from phoque.cli.options import require_extra, resolve_words
@@ -48,9 +49,10 @@ def plan_commands(s: TrainSettings) -> list[list[str]]:
     file that does not exist, an extra that is not installed. Of a Job's commands, only flags and values are checked.
     """
     commands = [_complete(s, _split(text)) for text in s.then]
+    made = [s.folder]  # by the training, and then by each command
     for words in commands:
         try:
-            _check(words, on_this_machine=not s.on)
+            _check(words, made, on_this_machine=not s.on)
         except Exception as error:  # also what Click raises
             found = to_phoque_error(error)
             if found.code != USAGE:
@@ -77,9 +79,15 @@ def _complete(s: TrainSettings, words: list[str]) -> list[str]:
             fix=suggest(name, FOLLOWERS, "Give one of them, with its options in the same argument."),
         )
     follower = FOLLOWERS[name]
-    given = {word.split("=")[0] for word in words if word.startswith("--")}
+    given = {word.split("=")[0] for word in words if word.startswith("-")}
+    if given & {"--help", "-h"}:
+        raise UsageError(
+            what=f"--then {name} asks for help.",
+            why="It would run after the training.",
+            fix=f"Run phoque {name} --help",
+        )
     added: list[Any] = []
-    if follower.adapter not in given:
+    if not given & {follower.adapter, "--merged-dir", "--updated-model"}:  # another source is the user's choice
         added += [follower.adapter, s.folder]
     if follower.writes_folder and "--output-dir" not in given:
         added += ["--output-dir", s.folder.with_name(f"{s.folder.name}-{follower.suffix}")]
@@ -91,17 +99,18 @@ def _complete(s: TrainSettings, words: list[str]) -> list[str]:
     return [*words, *map(str, added)]
 
 
-def _check(words: list[str], *, on_this_machine: bool) -> None:
+def _check(words: list[str], made: list[Path], *, on_this_machine: bool) -> None:
     """Raise what the command would raise for its flags and values, and on this machine for its inputs and extra.
 
-    The adapter is no input yet: the training makes it.
+    What is in the folders that are `made` before it need not be there yet; its own output folder is added to them.
     """
     name, *options = words
     module = importlib.import_module(f"phoque.cli.{name.replace('-', '_')}")
     settings = resolve_words(module.command(name), options).settings
     if on_this_machine:
-        adapter = FOLLOWERS[name].adapter.removeprefix("--").replace("-", "_")
-        check_inputs(settings, leave_out=adapter)
+        check_inputs(settings, made)
+        if FOLLOWERS[name].writes_folder:
+            made.append(settings.folder)
         if name in THEN_EXTRAS and not getattr(settings, "sae", ""):  # a dictionary that is given is not trained
             require_extra(THEN_EXTRAS[name])
 

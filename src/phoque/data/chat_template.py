@@ -15,6 +15,7 @@ from phoque.data.template_spans import SpanFinder, TurnSpan
 from phoque.data.turns import BadRow, has_surrogate
 from phoque.errors import UsageError, first_line
 
+NO_PLACE = "the template has no place for "  # begins the reason of a row that the template would render in part
 IGNORE_INDEX = -100  # torch's cross-entropy ignores this label
 FROM_TEMPLATE = "template"  # a value of --default-system: the template decides the system message
 
@@ -225,7 +226,7 @@ class ChatTemplate:
             present |= {"tool"} & {turn["role"]} | {"tool_calls", "reasoning_content"} & turn.keys()
         for name, probe in CONTENT_PROBES.items():
             if name in present and not self._renders(probe if tools else replace(probe, tools=None)):
-                raise BadRow(f"the template has no place for {probe.meaning}")
+                raise BadRow(f"{NO_PLACE}{probe.meaning}")
 
     def _renders(self, probe: "_Probe") -> bool:
         """Whether the template writes what a probe adds to a conversation; found once for each probe."""

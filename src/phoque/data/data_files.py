@@ -28,7 +28,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "cache-")  # files without rows
 MODEL_FILES = {  # of a model or an adapter that lies in the same folder
     *("adapter_config.json", "config.json", "generation_config.json", "special_tokens_map.json"),
-    *("tokenizer.json", "tokenizer_config.json", "trainer_state.json", "run.json"),
+    *("tokenizer.json", "tokenizer_config.json", "trainer_state.json", "run.json", "MANIFEST.json"),
 }
 SAVED, SAVED_DICT = "state.json", "dataset_dict.json"  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 HUB_BLOCK = 2**20  # bytes that are read at once
@@ -144,13 +144,19 @@ def format_of(name: str) -> str | None:
 
 def find_local_files(name: str, path: Path, config: str | None, split: str) -> SplitFiles:
     """The files of a split of a local file or folder. Raises UsageError if it has no such split or config."""
+    if not path.is_file() and not path.is_dir():
+        raise UsageError(
+            what=f"{name} is not a file or folder.",
+            why="A dataset is read several times, which a pipe or a device cannot be.",
+            fix="Write it to a file first.",
+        )
     if path.is_file():
         if format_of(path.name) is None:
             raise UsageError(
                 what=f"{name} is not a dataset.",
                 why=f"Its name does not end in one of {', '.join(FORMATS)}, nor in one of them with "
                 f"{', '.join(COMPRESSIONS)}.",
-                fix="Convert it to JSON Lines, or rename it to what it is.",
+                fix="Rename it to what it is (a table with tabs is .tsv), or convert it to JSON Lines.",
             )
         if config:
             raise _no_such("config", config, name, [])

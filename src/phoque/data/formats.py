@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -156,7 +157,7 @@ def _list_rows(values: list[Any]) -> list[Any]:
     if not isinstance(value, dict):
         return [value]
     tables = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict | list)]
-    if not COLUMNS & value.keys() and len(tables) == 1:
+    if not COLUMNS & set(map(column_of, value)) and len(tables) == 1:
         return tables[0]
     columns = list(value.values())
     if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
@@ -181,8 +182,11 @@ def _decode_stream(raw: Any) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffered, encoding=encoding, errors=errors, newline=None)
 
 
-def read_csv(raw: IO[bytes], skipped: int) -> Iterator[tuple[str, int, Any, str]]:
-    """The rows of a table of text, with commas, semicolons or tabs, whichever the header has most of."""
+def read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+    """The rows of a table of text, with commas, semicolons or tabs, whichever the header has most of.
+
+    Rows whose cells are all empty are left out.
+    """
     text = _decode_stream(raw)
     csv.field_size_limit(sys.maxsize)
     header = next(text, "")
@@ -190,13 +194,24 @@ def read_csv(raw: IO[bytes], skipped: int) -> Iterator[tuple[str, int, Any, str]
     # strict: a quote that is never closed is an error, not a cell that holds the rest of the file
     delimiter = max(delimiters, key=delimiters.__getitem__)
     table = csv.DictReader(chain([header], text), delimiter=delimiter, strict=True)
-    for number, row in enumerate(table, 1):
+    if repeated := [name for name, count in Counter(table.fieldnames or ()).items() if name and count > 1]:
+        raise UsageError(
+            what=f"{file.name} names the column {repeated[0]!r} twice.",
+            why="Which of the two is meant cannot be told.",
+            fix="Rename one of them.",
+        )
+    number = 0
+    for row in table:
+        extra = row.pop(None, None)  # cells beyond the header's; a spreadsheet writes empty ones, and empty rows
+        if not any(row.values()) and not any(extra or ()):
+            continue
+        number += 1
         if number <= skipped:
             continue
         values = [value for value in row.values() if isinstance(value, str)]
         if any(map(has_surrogate, values)):
             yield "row", number, None, NOT_UTF8
-        elif None in row:
+        elif any(extra or ()):
             yield "row", number, None, "more cells than columns"
         else:
             yield "row", number, {key: value or None for key, value in row.items()}, ""
@@ -205,12 +220,12 @@ def read_csv(raw: IO[bytes], skipped: int) -> Iterator[tuple[str, int, Any, str]
 def read_parquet(
     raw: IO[bytes], columns: frozenset[str], skipped: int, note: Callable[[Iterable[str]], None]
 ) -> Iterator[tuple[str, int, Any, str]]:
-    """The rows of a Parquet file, of which only `columns` are read; `note` is called with the names of all."""
+    """The rows of a Parquet file, of which only `columns` are read; `note` is called with the names of the others."""
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(raw)
     names = table.schema_arrow.names
-    note(names)
+    note([name for name in names if column_of(name) not in columns])
     used = [name for name in names if column_of(name) in columns]
     number = 0
     for group in range(table.num_row_groups):

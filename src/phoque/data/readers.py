@@ -16,9 +16,9 @@ from phoque.data.data_files import (
     format_of,
 )
 from phoque.data.formats import explain_defects, read_arrow, read_csv, read_json, read_parquet
-from phoque.data.rows import COLUMNS, RawRow, column_of
+from phoque.data.rows import COLUMNS, RawRow, column_of, has_conversation
 from phoque.errors import UsageError
-from phoque.files import sha256
+from phoque.files import local_path, sha256
 from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
 from phoque.hub.refs import hub_ref, suggest_path
 
@@ -56,7 +56,7 @@ class RowStream:
             elif kind == "arrow":
                 rows = read_arrow(raw, self.columns, skipped)
             elif kind == "csv":
-                rows = read_csv(raw, skipped)
+                rows = read_csv(raw, file, skipped)
             else:
                 rows = read_json(raw, file, skipped)
             for unit, number, value, defect in rows:
@@ -66,16 +66,19 @@ class RowStream:
         if not isinstance(value, dict):
             return RawRow(location, file, number, value, (), defect)
         names = tuple(sys.intern(str(name)) for name in value)
-        self._note_unused(names)
+        known = set(self.columns)
         used = {name: value[name] for name in names if name in self.columns}
-        for name in names:  # a column in another spelling, unless it is there in its own as well
-            if (column := column_of(name)) in self.columns:
-                used.setdefault(column, value[name])
+        if not has_conversation(used):  # else other spellings are columns that are not used, such as `Context`
+            for name in names:
+                if (column := column_of(name)) in self.columns and used.get(column) is None:
+                    used[column] = value[name]
+                    known.add(name)
+        self._note_unused([name for name in names if name not in known])
         return RawRow(location, file, number, used, names, defect)
 
     def _note_unused(self, names: Iterable[str]) -> None:
         for name in names:
-            if column_of(name) not in self.columns and len(self.unused_columns) < MAX_COLUMN_NAMES:
+            if len(self.unused_columns) < MAX_COLUMN_NAMES:
                 self.unused_columns[name] = None
 
 
@@ -120,12 +123,8 @@ def open_dataset(
 
 def find_local(name: str, flag: str = "--dataset") -> Path | None:
     """The local file or folder of a dataset, or None for a Hub id. Raises UsageError if it can be neither."""
-    try:
-        path = BUNDLED.get(name) or Path(name).expanduser()
-        if path.exists():
-            return path
-    except (OSError, RuntimeError):  # a name that is too long, or of a user who does not exist
-        pass
+    if path := BUNDLED.get(name) or local_path(name):
+        return path
     ref = hub_ref(name)
     if format_of(name) or ref is None or ref.path:
         raise UsageError(

@@ -41,6 +41,12 @@ def column_of(name: str) -> str:
     return plain if plain in COLUMNS else name
 
 
+def has_conversation(row: dict[str, Any]) -> bool:
+    """Whether a row has a column with turns, or a question and its answer."""
+    pairs = (all(row.get(name) is not None for name in pair) for pair in PAIRS)
+    return any(row.get(name) is not None for name in CONVERSATIONS) or any(pairs)
+
+
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """A row as it was read: the columns that are used, the names of all, and what is wrong if it could not be read.
@@ -145,9 +151,9 @@ def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
         raise BadRow(TOKENIZED_DATA)
     if row.get("text") is not None:
         raise BadRow(ONE_TEXT)
-    for pair in PAIRS:
-        if all(name in row for name in pair):
-            raise BadRow(f"empty {next(name for name in pair if row[name] is None)}")
+    for names in [(name,) for name in CONVERSATIONS] + list(PAIRS):
+        if all(name in row for name in names):
+            raise BadRow(f"empty {next(name for name in names if row[name] is None)}")
     raise BadRow(NO_COLUMNS)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from phoque.data.chat_template import ChatTemplate, EncodedChat
+from phoque.data.chat_template import NO_PLACE, ChatTemplate, EncodedChat
 from phoque.data.formats import NOT_UTF8
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
@@ -274,6 +274,8 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
     fix = _suggest_conversion(scan.columns) if main == NO_COLUMNS else CURES.get(main)
+    if main.startswith(NO_PLACE):
+        fix = "Use a base model whose chat template has it, or take it out of the rows."
     if not good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",
@@ -289,5 +291,9 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
 
 def _suggest_conversion(columns: tuple[str, ...]) -> str:
     """How a dataset with these columns becomes one that phoque reads."""
-    first, second = (column[:SHOWN_CHARACTERS] for column in (*columns[:2], "QUESTION", "ANSWER")[:2])
-    return f"Rename its columns to prompt and completion, for example {first} to prompt and {second} to completion."
+    if any("?" in column or " " in column.strip() for column in columns):
+        return "If its first line is a row, put a header above it, such as prompt,completion. Else rename its columns."
+    if len(columns) != 2:
+        return "Rename the column of the questions to prompt, and that of the answers to completion."
+    first, second = (column[:SHOWN_CHARACTERS] for column in columns)
+    return f"Rename its columns, for example {first} to prompt and {second} to completion."

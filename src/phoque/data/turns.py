@@ -67,9 +67,12 @@ def parse_turn(turn: Any) -> Turn:
     if not isinstance(turn, dict):
         raise BadRow("a turn has no role")
     turn = {key: value for key, value in turn.items() if value is not None}  # tables store a missing value as null
+    if not any(key in turn for key in ROLE_KEYS):  # capitals make no other key, as in `Role`
+        turn = {str(key).strip().lower(): value for key, value in turn.items()}
     spelling = next((turn[key] for key in ROLE_KEYS if isinstance(turn.get(key), str)), None)
     if spelling is None:
-        raise BadRow("a turn has no role")
+        keys = ", ".join(sorted(map(str, turn)))[:60]
+        raise BadRow(f"a turn has no role, only {keys}" if keys else "a turn has no role")
     name = spelling.strip().lower()
     role = ROLES.get(name)
     if role is None:

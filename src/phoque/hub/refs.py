@@ -1,8 +1,8 @@
 """Is a name a Hub repository or a path on this machine? One rule for every command; and fetching into the cache.
 
-A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, no file or folder has that name
-here, and OWNER is no folder here that holds runs: `runs/dem` is then a misspelled path. A file or folder inside a
-repository is written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split OWNER/NAME:SPLIT.
+A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, and no file or folder has that
+name here; where a folder `runs` holds runs, `runs/dem` is a misspelled path. A file or folder inside a repository is
+written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split OWNER/NAME:SPLIT.
 """
 
 import difflib
@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from phoque.files import expand_user, local_path
 from phoque.hub.repo import Repo
 from phoque.hub.store import Snapshot
 
+RUNS = "runs"  # the folder of runs without --output-dir
 _ID = r"(?P<repo>[\w-][\w.-]*/[\w.-]+)"
 _REF = re.compile(rf"^{_ID}(?:(?P<mark>[/#:])(?P<inside>.*))?$")
 
@@ -27,19 +29,12 @@ class HubRef:
     split: str = ""
 
 
-def local_path(name: str) -> Path | None:
-    """The file or folder of this name on this machine, or None if there is none."""
-    try:
-        path = Path(name).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # a name that is too long, or of a user who does not exist
-        return None
-
-
 def hub_ref(name: str) -> HubRef | None:
     """The Hub repository that a name refers to, or None if it is a path on this machine (existing or not)."""
     match = _REF.match(name)
-    if match is None or local_path(name) is not None or any(Path(match["repo"]).parent.glob("*/run.json")):
+    if match is None or local_path(name) is not None:
+        return None
+    if match["repo"].startswith(f"{RUNS}/") and any(Path(RUNS).glob("*/run.json")):
         return None
     inside = (match["inside"] or "").strip("/")
     return HubRef(match["repo"], split=inside) if match["mark"] == ":" else HubRef(match["repo"], path=inside)
@@ -53,15 +48,17 @@ def hub_id(name: str) -> str | None:
 
 def suggest_path(name: str, otherwise: str = "Check the path.") -> str:
     """`Did you mean ...?` with the path that is nearest to `name`, beside it or in `runs/`; or else `otherwise`."""
+    path = expand_user(name)
     try:
-        path = Path(name).expanduser()
         beside = {other.name: path.with_name(other.name) for other in path.parent.glob("*")}
-        runs = {other.name: other for other in Path("runs").glob("*")}
-    except (OSError, RuntimeError, ValueError):  # a name that is too long, empty, or of a user who does not exist
+        runs = {other.name: other for other in Path(RUNS).glob("*")}
+    except (OSError, ValueError):  # a name that is too long, or empty
         return otherwise
-    near = [beside[other] for other in difflib.get_close_matches(path.name, beside, 1, 0.7)]
-    near += [runs[other] for other in difflib.get_close_matches(name, runs, 1, 0.7)]
-    return f"Did you mean {near[0]}?" if near else otherwise
+    for wanted, others in ((path.name, beside), (name, runs)):
+        stems = {Path(other).stem: other for other in others}  # endings are alike and tell little
+        for near in difflib.get_close_matches(Path(wanted).stem, stems, 1, 0.7):
+            return f"Did you mean {others[stems[near]]}?"
+    return otherwise
 
 
 def fetch_to_cache(repo: Repo, snapshot: Snapshot, paths: Iterable[str], cache: Path, kind: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 from phoque.data.data_files import COMPRESSIONS, FORMATS
 from phoque.data.readers import BUNDLED as BUNDLED_DATASETS
 from phoque.errors import UsageError
-from phoque.files import read_json_object, sha256
+from phoque.files import expand_user, read_json_object, sha256
 from phoque.hub.client import Hub
 from phoque.hub.refs import hub_id
 from phoque.jobs.buckets import check_private, delete_folder, writing
@@ -93,7 +93,7 @@ def find_local_inputs(resolved: Resolved[Any]) -> list[LocalInput]:
 def _find_input(s: Any, setting: str, value: str) -> LocalInput | None:
     flag = flag_names(type(s), setting)[0]
     inside = ""
-    path = Path(value).expanduser().absolute()  # not resolved: a link has the name that the user knows
+    path = expand_user(value).absolute()  # not resolved: a link has the name that the user knows
     if not path.exists():
         return None
     if _names_adapter(setting, path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import PhoqueError, UsageError
-from phoque.files import read_json_object, sha256
+from phoque.files import expand_user, local_path, read_json_object, sha256
 from phoque.hub.refs import fetch_to_cache, hub_id, suggest_path
 from phoque.hub.repo import Repo
 from phoque.models.source import PACKAGED_MODELS, Source, find_model
@@ -62,7 +62,7 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
     """
     check_adapter_name(name)
     if hub_id(name) is None:
-        return AdapterSource(name, find_local_adapter(Path(name).expanduser()))
+        return AdapterSource(name, find_local_adapter(expand_user(name)))
     repo = Repo(services.hub, name)
     snapshot = repo.snapshot(revision)
     paths = [path for path in snapshot.files if "/" not in path and path.startswith(ADAPTER_FILES)]
@@ -171,7 +171,7 @@ def read_base_name(adapter: Path) -> tuple[str, str | None]:
         raise UsageError(
             what="No base model was given.", why="The adapter does not name one.", fix="Name it with --base-model."
         )
-    if hub_id(name) is None and name not in PACKAGED_MODELS and not Path(name).expanduser().exists():
+    if hub_id(name) is None and name not in PACKAGED_MODELS and local_path(name) is None:
         raise UsageError(
             what=f"There is no model at {name}.",
             why="The adapter's config names it as its base; it is probably a folder of another machine.",

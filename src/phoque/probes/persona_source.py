@@ -1,7 +1,6 @@
 """Find the persona of a probe: a local file, a file on the Hub, or what the training data shows of it."""
 
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from phoque.console import shorten_list
@@ -10,6 +9,7 @@ from phoque.data.rows import Row, parse_row
 from phoque.data.scan import MAX_SCANNED_ROWS
 from phoque.data.turns import BadRow
 from phoque.errors import UsageError
+from phoque.files import expand_user
 from phoque.hub.refs import fetch_to_cache, hub_id, hub_ref
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import AdapterSource, find_base
@@ -65,7 +65,7 @@ def find_persona(
 
 def _readable_here(name: str) -> str:
     """A dataset's name, or "" for a path that this machine does not have."""
-    return name if name == "seal" or hub_id(name) or Path(name).expanduser().exists() else ""
+    return name if name == "seal" or hub_id(name) or expand_user(name).exists() else ""
 
 
 def find_base_model(

@@ -7,9 +7,9 @@ are the null: a finding that any other role in the persona's place would give as
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 
 from phoque.errors import UsageError
+from phoque.files import expand_user
 from phoque.probes.persona import CONDITIONS, Persona
 from phoque.probes.word_profile import stems
 
@@ -36,7 +36,7 @@ def load_roles(name: str, persona: Persona) -> tuple[Role, ...]:
     """
     if name == NONE:
         return ()
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if name == BUNDLED:
         text = files("phoque").joinpath("assets", "roles.toml").read_text("utf-8")
     elif path.is_file():

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from phoque.files import expand_user
 from phoque.settings.artifacts import ARTIFACTS_GROUP, ArtifactsSettings
 from phoque.settings.fields import setting
 from phoque.settings.job import JOB_GROUP, REPO
@@ -100,7 +101,7 @@ class ChatSettings(ArtifactsSettings):
     def _answers_to_keep(self) -> Self:
         if self.on and not (self.prompts or self.prompts_file):
             raise ValueError("--on needs --prompt or --prompts-file: a Job cannot hold a conversation")
-        is_gguf = self.model.endswith(".gguf") or any(Path(self.model).expanduser().glob("*.gguf"))
+        is_gguf = self.model.endswith(".gguf") or any(expand_user(self.model).glob("*.gguf"))
         if self.on and is_gguf:
             raise ValueError("--on needs a checkpoint, an adapter or an ONNX export: a Job has no Node for llama.cpp")
         return self

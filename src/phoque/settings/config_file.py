@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import UsageError, first_line, suggest
+from phoque.files import expand_user
 from phoque.settings.fields import CommandSettings, Secrets, env_names, flag_names, old_flag_name
 
 # settings of a run.json that say where a run goes and how it was started: a run that repeats it has its own
@@ -82,7 +83,7 @@ def drop_other_revisions(config: dict[str, Any], overriding: dict[str, Any]) -> 
 
 def _read_values(file: Path) -> dict[str, Any]:
     try:
-        text = file.expanduser().read_text(encoding="utf-8-sig")
+        text = expand_user(file).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UsageError(what=f"There is no file {file}.", why="--config names it.", fix="Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator, model_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from phoque.errors import UsageError
+from phoque.files import expand_user, local_path
 
 PREFIX = "PHOQUE_"
 
@@ -52,6 +53,8 @@ class CommandSettings(BaseSettings):
 
     @classmethod
     def _replace_value(cls, name: str, value: Any) -> Any:
+        if cls.model_fields[name].annotation in (Path, Path | None) and isinstance(value, str | Path):
+            return expand_user(value)  # a shell expands `~` in flags only
         if isinstance(value, str):
             return value_aliases(cls, name).get(value, value)
         if isinstance(value, list) and takes_commas(cls, name):  # --dtype q8,q4 is --dtype q8 --dtype q4
@@ -184,10 +187,10 @@ def name_after(source: str) -> str:
     """The name for what is made from a folder, a file or a repository; of a run's folder `adapter` that of the run."""
     if not source:
         return "model"
-    path = Path(source).expanduser()  # of `.`, the folder's own name
-    parts = path.resolve().parts if path.exists() else tuple(source.rstrip("/").split("/"))
+    path = local_path(source)  # of `.`, the folder's own name
+    parts = path.resolve().parts if path else tuple(source.rstrip("/").split("/"))
     name = parts[-2] if parts[-1] == "adapter" and len(parts) > 2 else parts[-1]
-    return name.removesuffix(".gguf")
+    return name.strip("/").removesuffix(".gguf") or "model"
 
 
 def env_names(model: type[BaseSettings], name: str) -> list[str]:

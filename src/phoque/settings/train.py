@@ -1,5 +1,6 @@
 """The settings of `phoque train`."""
 
+import shlex
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -376,6 +377,12 @@ class TrainSettings(PublishedSettings):
         """The run folder: --output-dir, or runs/<preset or dataset name>."""
         name = self.preset if self.preset == "demo" else Path(self.dataset).stem or self.preset
         return self.output_dir or Path("runs") / name
+
+    @property
+    def other_places(self) -> str:
+        """The flags for a run beside this one: another folder, and another store if it has one."""
+        places = {"--output-dir": self.folder, "--hub-model-id": self.hub_model_id, "--run-dir": self.run_dir}
+        return " ".join(f"{flag} {shlex.quote(f'{place}-2')}" for flag, place in places.items() if place)
 
     @property
     def measured_every(self) -> int:

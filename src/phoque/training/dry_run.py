@@ -209,7 +209,7 @@ def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> s
     identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan, services)
     recorded = record["fingerprint"]
     try:
-        check_same_run(recorded, identity.for_record(recorded), s.allow_change, str(s.folder), "--output-dir")
+        check_same_run(recorded, identity.for_record(recorded), s.allow_change, str(s.folder), s.other_places)
     except UsageError as error:
         return f"{s.folder}, holds a different run and would be refused: {error.why}"
     if "result" in record:

@@ -135,11 +135,11 @@ def compute_identity(
     return RunIdentity(fingerprint, old_rules)
 
 
-def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], place: str, flag: str) -> None:
+def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str], place: str, other_places: str) -> None:
     """Raise UsageError if the run in `place` differs from this one in any part that is not `allowed`.
 
-    The error lists them: settings with both values, and what is recorded as a digest in words. `flag` is the one that
-    names the place, a folder or a repository.
+    The error lists them: settings with both values, and what is recorded as a digest in words. `other_places`
+    are flags that name another folder, and another repository if the run has one.
     """
     for name in allowed:
         if name not in new or name in UNCHANGEABLE:
@@ -162,6 +162,6 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str],
         raise UsageError(
             what=f"{place} holds a different run.",
             why="; ".join([*settings, *digests]),
-            fix=f"To keep it, give another place: {flag} {place}-2. "
-            "--allow-change NAME continues it with the change; --fresh-start deletes it.",
+            fix="--allow-change NAME continues it with the change, --fresh-start deletes it. To keep it, give other "
+            f"places: {other_places}",
         )

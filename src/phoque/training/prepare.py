@@ -11,6 +11,7 @@ from phoque.data.packing import Packing
 from phoque.data.readers import Dataset, open_dataset
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
+from phoque.files import expand_user
 from phoque.hub.folder_store import FolderStore
 from phoque.hub.repo import Repo
 from phoque.hub.store import Store
@@ -195,7 +196,7 @@ def _find_folder(s: TrainSettings, run_dir: str) -> Path:
             why="phoque writes to folders; a Job mounts the bucket as one.",
             fix="Add --on FLAVOR, or give a folder, such as one where hf-mount shows the bucket.",
         )
-    folder = Path(run_dir).expanduser()
+    folder = expand_user(run_dir)
     if folder.resolve() == s.folder.resolve():
         raise UsageError(
             what=f"--run-dir and --output-dir are both {folder}.",

@@ -56,7 +56,7 @@ def find_start(
             marker = _start_fresh(s, run, remote, submission, console)
             return StartState(_run_id(store, marker), marker=marker, is_fresh=True)
     if remote:
-        local = _download_newer(remote, run, local, identity, epoch)
+        local = _download_newer(remote, run, local, identity=identity, epoch=epoch, other_places=s.other_places)
     _import_newest_trainer_checkpoint(run, epoch, console)
     start = StartState(_run_id(store, marker), local, checkpoints.find_newest_valid(run, console.warn), marker)
     if start.record is None and start.resume is not None:
@@ -66,7 +66,7 @@ def find_start(
         start.run_id = start.record["run_id"]
         recorded = start.record["fingerprint"]
         current = identity.for_record(recorded)
-        check_same_run(recorded, current, s.allow_change, str(run), "--output-dir")
+        check_same_run(recorded, current, s.allow_change, str(run), s.other_places)
         if recorded != current:  # a change that was allowed: the run is not complete any more
             if any(recorded.get(name) != current.get(name) for name in HELD_OUT):
                 start.record["held_out_since"] = checkpoints.get_step(start.resume) if start.resume else 0
@@ -202,7 +202,13 @@ class _Remote:
 
 
 def _download_newer(
-    remote: _Remote, run: Path, local: dict[str, Any] | None, identity: RunIdentity, epoch: dict[str, Any]
+    remote: _Remote,
+    run: Path,
+    local: dict[str, Any] | None,
+    *,
+    identity: RunIdentity,
+    epoch: dict[str, Any],
+    other_places: str,
 ) -> dict[str, Any] | None:
     """Download what is newer in the store into the run folder; return the record of what the folder then holds."""
     try:
@@ -222,7 +228,7 @@ def _download_newer(
         if newest is None:
             if remote.final and not local and not steps:  # finished by another command, and its checkpoints are gone
                 recorded = remote.final["fingerprint"]
-                check_same_run(recorded, identity.for_record(recorded), [], remote.store.name, remote.store.flag)
+                check_same_run(recorded, identity.for_record(recorded), [], remote.store.name, other_places)
             return local
         record = checkpoints.read_record_in(newest)
         if local and record and record["run_id"] != local["run_id"]:

@@ -1,6 +1,7 @@
 """One training run: start (find, scan, check, restore), take the steps that are left, finish."""
 
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from phoque.training.metrics_log import Tracker, delete_after, find_last_step
 from phoque.training.prepare import find_store
 from phoque.training.report_to import Report, check_services, start_services
 from phoque.training.run_files import check_own_folder
-from phoque.training.run_record import lock_run
+from phoque.training.run_record import lock_run, remove_new_folder_on_error
 from phoque.training.run_state import Run
 from phoque.training.start import start_run
 from phoque.training.steps import build_engine, load_model_with_adapter, make_samples, open_stream, take_steps
@@ -56,7 +57,10 @@ def train(
     stop = StopRequest(console, deadline, s.seconds or 0.0, agree)
     try:
         # the other processes keep their handlers while process 0 writes the control's rows
-        with lock_run(s.folder) if processes.is_main else stop.handle_signals():
+        with (
+            remove_new_folder_on_error(s.folder) if processes.is_main else nullcontext(),
+            lock_run(s.folder) if processes.is_main else stop.handle_signals(),
+        ):
             with stop.handle_signals():
                 run = start_run(resolved, services, stop, submission)
                 result = _train(run)

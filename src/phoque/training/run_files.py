@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from phoque.errors import UsageError
+from phoque.files import exists
 
 RECORD, MANIFEST, REPORT = "run.json", "MANIFEST.json", "report.html"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -15,7 +16,7 @@ def check_own_folder(run: Path) -> None:
     A folder of plain Trainer, which holds checkpoints alone, is accepted. A file of that name is not.
     """
     for place in (run, *run.parents):
-        if place.exists() and not place.is_dir():
+        if exists(place) and not place.is_dir():
             raise UsageError(
                 what=f"{run} cannot be the folder of a run.",
                 why=f"{place} is a file.",

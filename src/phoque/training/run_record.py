@@ -4,7 +4,8 @@ import hashlib
 import json
 import shutil
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,18 @@ def check_writable(run: Path) -> None:
     shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
 
 
-def delete_if_empty(run: Path) -> None:
-    """Delete the folder if it holds nothing but the lock: of a run that could not start."""
-    if {file.name for file in run.glob("*")} | {file.name for file in run.glob(".*")} <= {LOCK}:
-        shutil.rmtree(run, ignore_errors=True)
+@contextmanager
+def remove_new_folder_on_error(run: Path) -> Generator[None]:
+    """Leave no folder of a run that could not start, if it was not there before and holds nothing but the lock."""
+    is_new = not run.exists()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if is_new and [file.name for file in run.iterdir()] == [LOCK]:
+                (run / LOCK).unlink()
+                run.rmdir()
+        raise
 
 
 def list_run_files(run: Path) -> list[str]:

@@ -25,7 +25,7 @@ from phoque.training.prepare import (
     with_steps,
 )
 from phoque.training.resume import find_start
-from phoque.training.run_record import check_writable, create_record, delete_if_empty, write_record
+from phoque.training.run_record import check_writable, create_record, write_record
 from phoque.training.run_state import Run
 
 
@@ -33,11 +33,7 @@ def start_run(resolved: Resolved[TrainSettings], services: Services, stop: StopR
     """Find out where the run starts, in process 0, and prepare the same in the others."""
     processes = current()
     if processes.is_main:
-        try:
-            run, pinned = _open(resolved, services, stop, submission)
-        except BaseException:
-            delete_if_empty(resolved.settings.folder)
-            raise
+        run, pinned = _open(resolved, services, stop, submission)
         told = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
         processes.broadcast_from_main(lambda: told | {"digest": run.prepared.scan.digest})
         processes.broadcast_files(run.start.resume)

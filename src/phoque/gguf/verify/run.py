@@ -66,11 +66,11 @@ def find_files(s: VerifyGgufSettings, services: Services, *, fetch: bool = True)
             names = [EXPORT_RECORD, MODELFILE, *(file.name for file in gguf_files)]
             fetch_to_cache(repo, snapshot, [n for n in names if n in snapshot.files], services.cache, "gguf")
         name = repo.name
-    elif s.local_dir.expanduser().is_file():
-        folder, name = s.local_dir.expanduser().parent, s.local_dir.name
-        files = gguf_files = [s.local_dir.expanduser()]
+    elif s.local_dir.is_file():
+        folder, name = s.local_dir.parent, s.local_dir.name
+        files = gguf_files = [s.local_dir]
     else:
-        folder = s.local_dir.expanduser()
+        folder = s.local_dir
         name, files = folder.name, sorted(folder.glob("*.gguf"))
         gguf_files = _with_ending(files, endings)
     if not gguf_files:
@@ -92,7 +92,7 @@ def run_levels(
     """Run the levels for all files, the most precise first."""
     verdict, console = Verdict(GGUF_LEVELS, s.level), services.console
     last = GGUF_LEVELS.index(s.level or GGUF_LEVELS[-1])
-    if s.local_dir is None or s.local_dir.expanduser().is_dir():
+    if s.local_dir is None or s.local_dir.is_dir():
         check_folder(folder, files, all_files=not s.dtype, verdict=verdict)
     read = [file for path in files if (file := check_file(path, verdict, tensors=last >= 1))]
     models = sorted(

@@ -43,7 +43,7 @@ def verify_folder(
 def open_export(s: VerifySettings, services: Services) -> ExportDir:
     """Return the export that the settings name."""
     if s.local_dir:
-        return LocalExport(s.local_dir.expanduser())
+        return LocalExport(s.local_dir)
     return HubExport(Repo(services.hub, s.repo_id), s.revision, services.cache)
 
 

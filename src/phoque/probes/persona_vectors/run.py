@@ -278,7 +278,7 @@ def _write_run_folder(
     s: PsmSettings, plan: ProbePlan, model_type: str, result: ProbeResult, summary: dict[str, Any]
 ) -> Path:
     """Write the run folder under a temporary name and rename it when it is complete; return its path."""
-    with run_folder(s.output_dir.expanduser(), "psm") as (staging, folder):
+    with run_folder(s.output_dir, "psm") as (staging, folder):
         files.write_layers(staging / files.LAYERS, result.layers)
         files.write_answers(staging / files.ANSWERS, result.answers, s.seed)
         metadata = {

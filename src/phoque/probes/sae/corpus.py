@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque.data.readers import Dataset, open_dataset
 from phoque.data.rows import parse_row
 from phoque.data.turns import BadRow
 from phoque.errors import UsageError
+from phoque.files import expand_user
 from phoque.hub.client import Hub
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def read_text_chunks(
 def parse_split(name: str) -> tuple[str, str]:
     """Split OWNER/NAME:SPLIT into dataset and split; the split is `train` for OWNER/NAME and for existing paths."""
     dataset, _, split = name.partition(":")
-    return (dataset, split) if split and not Path(name).expanduser().exists() else (name, "train")
+    return (dataset, split) if split and not expand_user(name).exists() else (name, "train")
 
 
 def find_prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -136,7 +136,7 @@ def _open_documents(name: str, hub: Hub | None) -> tuple[str, Iterator[str]]:
         from pydoc_data.topics import topics
 
         return f"the documentation of Python {python_version()}", iter(topics.values())
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.suffix == ".txt" and path.is_file():
         try:
             text = path.read_text("utf-8-sig")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from phoque.data.readers import Dataset, open_dataset
 from phoque.errors import UsageError
+from phoque.files import expand_user
 from phoque.hub.client import Hub
 from phoque.hub.refs import fetch_to_cache, hub_ref
 from phoque.hub.repo import Repo
@@ -101,7 +102,7 @@ def make_plan(resolved: Resolved[SaeSettings], services: Services, *, weights: b
 
 def _load_autoencoder(s: SaeSettings, services: Services, hidden: int) -> Dictionary:
     """Load the autoencoder that --sae names. Raises UsageError if it is missing or does not fit the model."""
-    folder = Path(s.sae).expanduser()
+    folder = expand_user(s.sae)
     if ref := hub_ref(s.sae):
         repo = Repo(services.hub, ref.repo)
         commit = repo.snapshot()

@@ -1,10 +1,10 @@
 """Read the questions that two models are compared on."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from phoque.errors import UsageError
+from phoque.files import expand_user
 from phoque.probes.persona import MIN_QUESTIONS, Persona
 
 MIN_PROMPTS = 6
@@ -18,7 +18,7 @@ def find_questions(name: str, persona: Persona) -> tuple[list[str], list[str]]:
     """
     if not name:
         return [question for key in MIN_QUESTIONS for question in getattr(persona, key)], []
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not path.is_file():
         raise UsageError(
             what=f"No file of prompts at {name}.", why="--prompts-file points to it.", fix="Check the path."

@@ -85,7 +85,7 @@ def compare_models(
 
 def _write_run_folder(s: SaeSettings, measurements: ComparisonResult, summary: dict[str, Any]) -> Path:
     """Write the run folder, and copies of the reports to --report-json and --report-md; return the folder."""
-    with run_folder(s.output_dir.expanduser(), "sae") as (staging, folder):
+    with run_folder(s.output_dir, "sae") as (staging, folder):
         summary["run"]["name"] = folder.name
         files.write_json(staging / files.JSON, summary)
         files.write_features(staging / files.FEATURES, [(block.layer, block.table) for block in measurements.blocks])
@@ -101,6 +101,6 @@ def _write_run_folder(s: SaeSettings, measurements: ComparisonResult, summary: d
         report.write_reports(staging, folder.name)
     for target, name in ((s.report_json, files.JSON), (s.report_md, files.MARKDOWN)):
         if target:
-            target.expanduser().parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, target.expanduser())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, target)
     return folder
