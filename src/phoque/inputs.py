@@ -199,6 +199,13 @@ def _check_export(given: Input) -> None:
             why=f"{given.flag} names it.",
             fix=suggest_path(given.name),
         )
+    if _holds_adapter(given.path):
+        export = "export-gguf" if wants_gguf else "export-onnx"
+        raise UsageError(
+            what=f"{given.name} is {'a run of phoque train' if (given.path / RUN_RECORD).is_file() else 'an adapter'}.",
+            why=f"{given.flag} names an export.",
+            fix=f"Export it first: phoque {export} --adapter-source {shlex.quote(given.name)}",
+        )
     has_gguf, has_onnx = any(given.path.glob("*.gguf")), (given.path / "onnx").is_dir()
     if has_gguf != has_onnx and has_gguf != wants_gguf:
         other = "verify-gguf" if has_gguf else "verify-onnx"

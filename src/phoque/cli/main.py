@@ -39,7 +39,9 @@ class LazyCommands(TyperGroup):
             raise UsageError(
                 what=f"There is no command {cmd_name!r}.",
                 why=f"The commands are {', '.join(COMMANDS)}.",
-                fix=suggest(cmd_name, COMMANDS, "See `phoque --help`."),
+                fix="See `phoque --help`, or `phoque COMMAND --help`."
+                if cmd_name == "help"
+                else suggest(cmd_name, COMMANDS, "See `phoque --help`."),
             )
         if ctx.resilient_parsing:  # shell completion asks for names and summaries only
             return _summary(cmd_name)

@@ -45,8 +45,8 @@ def _render(result: "MergeResult") -> str:
         lines.append(
             f"verdict    {'the same model as base + adapter' if proof['holds'] else 'NOT the same as base + adapter'}: "
             f"logits differ by {proof['mean_difference']:.2g} on average, {share:.1%} of what the adapter changes\n"
-            f"           (compared in {proof['precision']}; rounding alone also changes some of the "
-            f"most likely tokens: {proof['agreeing']} of {proof['tokens']} are the same)"
+            f"           (compared in {proof['precision']}; {proof['agreeing']} of {proof['tokens']} most likely "
+            "tokens agree; rounding alone changes some)"
         )
     lines.append(options.next_command("export-onnx", "--merged-dir", result.output_dir))
     return "\n".join(lines)

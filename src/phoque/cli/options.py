@@ -6,6 +6,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Protocol, get_args
@@ -45,7 +46,8 @@ PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, 
     "--output": ("--output-dir",),
     "--out": ("--output-dir",),
     "--outfile": ("--output-dir",),
-    "--adapter": ("--adapter-source",),
+    "--adapter": ("--adapter-source", "--updated-adapter"),
+    "--adapter-source": ("--updated-adapter",),
     "--lora": ("--adapter-source",),
     "--lora-r": ("--lora-rank",),
     "--rank": ("--lora-rank",),
@@ -64,6 +66,7 @@ PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, 
     "--load-in-4bit": ("--quantization",),
     "--system-prompt": ("--system", "--default-system"),
 }
+TOKEN_FIX = "Set HF_TOKEN, or run `hf auth login`."
 OLD = "__old"  # ends the parameter name of a hidden flag
 
 
@@ -141,6 +144,7 @@ class _GroupedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words, and say which flag was meant where a word has none or a flag has a peer's name."""
         given = list(args)
+        self._check_values(given)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # Click's errors have no public base in Typer
@@ -162,10 +166,40 @@ class _GroupedCommand(TyperCommand):
                 why="phoque calls it by another name.",
                 fix=f"Use {flag}. See `phoque {self.name} --help`.",
             )
+        if name in ("--hf-token", "--hub-token", "--api-key"):
+            return UsageError(
+                what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=TOKEN_FIX
+            )
+        if describe := getattr(error, "format_message", None):
+            fix = f"See `phoque {self.name} --help`."
+            if name and "--then" in args:
+                fix = f"Put quotes around a command of --then and its options: --then 'merge {name} ...'"
+            what = describe().replace("Value error, ", "").removesuffix(".")
+            return UsageError(what=f"{what}.", why="The command line is not valid.", fix=fix)
         return None
+
+    def _check_values(self, args: list[str]) -> None:
+        """Raise UsageError for a flag whose value is missing, so that the flag after it would be taken for it."""
+        flags = {flag: p for p in self.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+        for flag, value in pairwise(args):
+            if flag == "--":
+                return
+            parameter = flags.get(flag)
+            if parameter is not None and not getattr(parameter, "is_flag", False) and value in flags:
+                raise UsageError(
+                    what=f"{flag} has no value.",
+                    why=f"{value}, which follows it, is a flag itself.",
+                    fix=f"Give it a value, or write {flag}={value} if that is meant.",
+                )
 
     def _explain_extra(self, words: str, args: list[str]) -> UsageError:
         """What was probably meant by words that follow no flag."""
+        if words.startswith("hf_"):
+            return UsageError(
+                what="A token is given on the command line.",
+                why="The command line would be in the shell's history.",
+                fix=TOKEN_FIX,
+            )
         setting, fix = self.model.main_input, f"See `phoque {self.name} --help`."
         word = words if setting == "prompts" or local_path(words) else words.split()[0]
         flag = flag_names(self.model, setting)[0] if setting else ""
@@ -181,6 +215,8 @@ class _GroupedCommand(TyperCommand):
             fix = f"Put its flag before it: {flag} {shlex.quote(word)}"
         elif its_flag in lists:
             fix = f"Separate several values with commas: {its_flag} {value},{word}"
+        elif value.startswith("--") and any(value in p.opts for p in self.params if getattr(p, "is_flag", False)):
+            fix = f"{value} takes no value: write {value}, or {value.replace('--', '--no-', 1)}"
         elif value and not value.startswith("-"):
             fix = f"If it belongs to {value!r}, put quotes around both: {shlex.quote(f'{value} {word}')}"
         return UsageError(
@@ -322,7 +358,10 @@ def _common() -> list[inspect.Parameter]:
     options = {
         "config": (
             Path | None,
-            typer.Option(None, help="Read settings from this .toml file, or repeat those of a run.json. Flags win."),
+            typer.Option(
+                None,
+                help="Read settings from this .toml file, a run's folder or its run.json. Flags win.",
+            ),
         ),
         "secrets_file": (Path | None, typer.Option(None, help="Read secrets from this file instead of .env.secrets.")),
         "dry_run": (bool, typer.Option(False, "--dry-run", help="Show what would happen, and check all that can be.")),

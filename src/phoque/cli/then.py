@@ -71,6 +71,7 @@ def _split(text: str) -> list[str]:
 
 
 def _complete(s: TrainSettings, words: list[str]) -> list[str]:
+    words = words[1:] if words[0] == "phoque" and len(words) > 1 else words
     name = words[0]
     if name not in FOLLOWERS:
         raise UsageError(
@@ -118,6 +119,8 @@ def _check(words: list[str], made: list[Path], *, on_this_machine: bool) -> None
 def run_commands(commands: list[list[str]], resolved: Resolved[TrainSettings]) -> list[dict[str, Any]]:
     """Run the commands one after the other, each in a process of its own: {command, result} of each.
 
+    A result is an object with --json, and otherwise the text that the command prints.
+
     Raises PhoqueError with the exit code of the first one that fails.
     """
     keys = {name: getattr(resolved.secrets, name) for name in Secrets.model_fields}
@@ -127,7 +130,7 @@ def run_commands(commands: list[list[str]], resolved: Resolved[TrainSettings]) -
         line = f"phoque {shlex.join(words)}"
         console.say(f"then: {line}")
         process = subprocess.run(
-            [sys.executable, "-m", "phoque", *words, "--json", *(["--quiet"] if console.quiet else [])],
+            [sys.executable, "-m", "phoque", *words, *(["--json"] if console.json else [])],
             stdout=subprocess.PIPE,
             stderr=sys.stderr,
             text=True,
@@ -140,5 +143,6 @@ def run_commands(commands: list[list[str]], resolved: Resolved[TrainSettings]) -
                 fix=f"To run it again alone: {line}",
                 code=process.returncode if process.returncode > 0 else 1,
             )
-        done.append({"command": line, "result": json.loads(process.stdout)})
+        result = json.loads(process.stdout) if console.json else process.stdout.strip()
+        done.append({"command": line, "result": result})
     return done

@@ -90,8 +90,11 @@ def _render_result(result: "TrainResult", then: list[dict[str, Any]]) -> str:
         lines.append(f"time     {format_breakdown(result.seconds_of)}")
     if losses := result.held_out_loss:
         lines += _describe_held_out_loss(losses, result.adapter_step or result.steps)
-    lines += [f"done     {done['command']}" for done in then]
     folder = str(Path(result.adapter).parent)
+    for done in then:
+        lines += ["", f"done     {done['command']}", done["result"]]
+    if then:
+        return "\n".join(lines)
     lines.append(options.next_command("merge", "--adapter-source", folder))
     lines.append(f"try it: phoque chat {shlex.quote(folder)}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from phoque.errors import UsageError, first_line
+from phoque.files import local_path
 from phoque.hub.client import Hub
 
 if TYPE_CHECKING:
@@ -301,5 +302,5 @@ def _no_data(name: str, why: str) -> UsageError:
     return UsageError(
         what=f"{name} is not a dataset.",
         why=f"{why}: no {', '.join(FORMATS)} file is there.",
-        fix="Check --dataset, and that its data files are uploaded.",
+        fix="Check the path." if local_path(name) else "Check its name, and that its data files are uploaded.",
     )

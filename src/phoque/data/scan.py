@@ -274,13 +274,15 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
     fix = _suggest_conversion(scan.columns) if main == NO_COLUMNS else CURES.get(main)
+    if main.startswith("longer than"):
+        fix = "Raise --max-length, or split the conversations."
     if main.startswith(NO_PLACE):
         fix = "Use a base model whose chat template has it, or take it out of the rows."
     if not good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",
             why=f"{reasons}.",
-            fix=fix or "Fix the rows; see the data guide.",
+            fix=fix or "Fix the rows: docs/guides/data.md has the cure of each reason.",
         )
     raise UsageError(
         what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; limit {max_bad:.0%}).",

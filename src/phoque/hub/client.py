@@ -64,13 +64,13 @@ class Hub:
 
 
 def _out_of_patience(what: str, error: Exception, seconds: float) -> Resumable:
-    wait = retry_after(error)
+    wait, has_answered = retry_after(error), _find_status(error) is not None
     return Resumable(
-        what=f"The Hub refused a request for {seconds:.0f} s ({what})."
-        if _find_status(error) is not None
-        else f"The Hub did not answer for {seconds:.0f} s ({what}).",
+        what=f"The Hub {'refused a request' if has_answered else 'did not answer'} for {seconds:.0f} s ({what}).",
         why=f"{describe_error(error)}{f', and asks to wait {wait:.0f} s' if wait else ''}.",
-        fix="Run the same command again later. --retry-timeout sets for how many seconds a request is retried.",
+        fix="Run the same command again later. --retry-timeout sets for how many seconds a request is retried."
+        if has_answered
+        else "Check the network, then run the same command again; or name files and models of this machine.",
     )
 
 

@@ -57,6 +57,8 @@ def suggest_path(name: str, otherwise: str = "Check the path.") -> str:
     for wanted, others in ((path.name, beside), (name, runs)):
         stems = {Path(other).stem: other for other in others}  # endings are alike and tell little
         for near in difflib.get_close_matches(Path(wanted).stem, stems, 1, 0.7):
+            if others[stems[near]] == path:
+                continue
             return f"Did you mean {others[stems[near]]}?"
     return otherwise
 

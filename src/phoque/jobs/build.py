@@ -70,7 +70,9 @@ def check_token(secrets: Secrets) -> None:
     """Raise UsageError if there is no Hub token."""
     if secrets.hf_token is None:
         raise UsageError(
-            what="There is no Hub token.", why="Jobs need one.", fix="Set HF_TOKEN, or run `hf auth login`."
+            what="There is no Hub token.",
+            why="Submitting a Job needs one here; --no-token only keeps it out of the Job.",
+            fix="Set HF_TOKEN, or run `hf auth login`.",
         )
 
 

@@ -6,14 +6,15 @@ for the persona in either case (in-context learning, https://arxiv.org/abs/2005.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from phoque.data.rows import Row
 from phoque.errors import UsageError
-from phoque.probes.persona import Persona, split_words
+from phoque.probes.persona import MIN_QUESTIONS, Persona, split_words
 
 LEXICON_SIZE = 12  # words
+COMMON = 3  # bundled questions that have a word which is common in the language
 MIN_OCCURRENCES = 5  # a word must be in at least this many answers
 PROMPTS, EXAMPLES = 3, 4  # paraphrases, and the examples in each
 QUESTION_LENGTH, ANSWER_LENGTH = 160, 240  # characters of an example, at most
@@ -44,7 +45,7 @@ def propose_persona(template: Persona, rows: Sequence[Row], name: str) -> Person
     """
     by_system = group_by_system(rows)
     kept = [row for group in by_system.values() for row in group]
-    lexicon = find_typical_words(kept) or template.lexicon
+    lexicon = find_typical_words(kept, find_common_words(template)) or template.lexicon
     examples = {system: choose_examples(group, lexicon) for system, group in by_system.items()}
     examples = {system: group for system, group in examples.items() if group}
     if not examples:
@@ -72,8 +73,18 @@ def group_by_system(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return distinctive or groups
 
 
-def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
-    """The words that are far more frequent in the answers than in the questions, the most typical ones first."""
+def find_common_words(template: Persona) -> set[str]:
+    """The words that several of the bundled questions have, such as `the`: they are typical of nobody."""
+    questions = (question for name in MIN_QUESTIONS for question in getattr(template, name))
+    counts = Counter(word for question in questions for word in set(split_words(question)))
+    return {word for word, count in counts.items() if count >= COMMON}
+
+
+def find_typical_words(rows: Sequence[Row], common: Collection[str]) -> tuple[str, ...]:
+    """The words that are far more frequent in the answers than in the questions, the most typical ones first.
+
+    Words that are `common` are left out.
+    """
     in_answers: Counter[str] = Counter()
     in_questions: Counter[str] = Counter()
     for row in rows:
@@ -85,7 +96,7 @@ def find_typical_words(rows: Sequence[Row]) -> tuple[str, ...]:
     lift = {
         word: count / n_answer_words / ((in_questions[word] + 1) / (n_question_words + 1))
         for word, count in in_answers.items()
-        if count >= MIN_OCCURRENCES and len(word) > 2
+        if count >= MIN_OCCURRENCES and len(word) > 2 and word not in common
     }
     return tuple(sorted(lift, key=lambda word: (-lift[word] * in_answers[word] ** 0.5, word))[:LEXICON_SIZE])
 

@@ -194,8 +194,8 @@ class SaeSettings(ProbeSettings):
     @model_validator(mode="after")
     def _one_after(self) -> Self:
         if bool(self.updated_model) == bool(self.updated_adapter):
-            count = "both" if self.updated_model else "neither"
-            raise ValueError(f"give exactly one of --updated-model and --updated-adapter; {count} is given")
+            given = "both are" if self.updated_model else "neither is"
+            raise ValueError(f"give exactly one of --updated-model and --updated-adapter; {given} given")
         if self.sae and self.seeds > 1:
             raise ValueError(
                 "--seeds trains several autoencoders, but --sae uses a trained one; drop one of the two flags"

@@ -40,6 +40,8 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
     TOML has a setting per line, under its name or its flag's. Raises UsageError for a file that cannot be read, a key
     that is no setting, and a secret.
     """
+    record = expand_user(file) / "run.json"  # of a run's folder
+    file = record if record.is_file() else file
     values = _read_values(file)
     if file.suffix == ".json" and "settings" in values:
         return _settings_of_run(model, values, file)
@@ -52,6 +54,12 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
                 what=f"{file} has {key}.",
                 why="Secrets are kept out of settings files, which are shared.",
                 fix=f"Move it to .env.secrets as {env_names(Secrets, plain)[0]}; replace it if others saw the file.",
+            )
+        if plain not in known and isinstance(value, dict):
+            raise UsageError(
+                what=f"{file} has the section [{key}].",
+                why="Settings stand at the top level of the file.",
+                fix="Leave out the line of the section.",
             )
         if plain not in known:
             raise UsageError(
@@ -94,7 +102,11 @@ def _read_values(file: Path) -> dict[str, Any]:
         values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         kind = "JSON" if file.suffix == ".json" else "TOML"
-        raise UsageError(what=f"{file} cannot be read.", why=f"It is not {kind}: {error}.", fix="Correct it.") from None
+        raise UsageError(
+            what=f"{file} cannot be read.",
+            why=f"It is not {kind}: {error}.",
+            fix="Write TOML, such as max_steps = 20, or give the run.json of a run.",
+        ) from None
     if not isinstance(values, dict):
         raise UsageError(what=f"{file} has no settings.", why="It is not an object.", fix="Give a .toml file.")
     return values

@@ -23,7 +23,7 @@ class ModelExportSettings(PublishedSettings):
 
     preset: str = setting(
         "",
-        "Export the base model of this preset (ministral-3b or demo) if no other model is given.",
+        "Take the base model of this preset (ministral-3b or demo) if no model and no adapter is given.",
     )
     adapter_source: str = setting(
         "",
@@ -35,7 +35,7 @@ class ModelExportSettings(PublishedSettings):
     base: str = setting(
         "",
         "Merge the adapter into this base model: Hub id, local folder or .gguf file. Without it, the "
-        "base that the adapter's config names.",
+        "base that the adapter's config names. Without an adapter, the base itself is exported.",
         env="BASE_MODEL",
     )
     revision: str | None = setting(

@@ -19,7 +19,8 @@ class HubSettings(CommandSettings):
 
     hub_patience: int = setting(
         300,
-        "Retry a failing Hub request for this many seconds before giving up. Raise it on an unreliable network.",
+        "Retry a failing Hub request for this many seconds before giving up. A Hub that never answered is given up "
+        "after 20 seconds, outside of a Job.",
         ge=0,
         flag="retry-timeout",
         old_flag="hub-patience",
@@ -47,7 +48,7 @@ class JobSettings(HubSettings):
 
     timeout: str | None = setting(
         None,
-        "Time limit from process or Job start: 4h, 90m or 14400 (seconds). train saves and pushes before "
+        "Time limit of a Job, and of train on this machine: 4h, 90m or 14400 (seconds). train saves and pushes before "
         "it. Without it a Job stops after 30m.",
         pattern=DURATION,
     )
@@ -56,8 +57,8 @@ class JobSettings(HubSettings):
     )
     attempts: int = setting(
         1,
-        "Submit a train Job up to this many times if it stops before its end. Each attempt resumes from "
-        "the newest checkpoint that was pushed.",
+        "Submit a Job of train up to this many times if it stops before its end. Each attempt resumes from "
+        "the newest checkpoint that was pushed. Other commands take 1.",
         ge=1,
     )
     namespace: str | None = setting(

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSou
 
 from phoque.errors import PhoqueError, UsageError, suggest
 from phoque.settings.chat import ChatSettings
-from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.compare_sae import WHOLE, SaeSettings
 from phoque.settings.config_file import drop_other_revisions, read_config
 from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
@@ -26,14 +26,22 @@ from phoque.settings.fields import (
     env_names,
     flag_names,
 )
+from phoque.settings.job import DURATION, REPO
 from phoque.settings.jobs import JobsSettings
 from phoque.settings.merge import MergeSettings
-from phoque.settings.psm_probe import PsmSettings
+from phoque.settings.psm_probe import NUMBERS, PsmSettings
 from phoque.settings.train import TrainSettings
 from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 ENV_FILE = ".env.secrets"
+PATTERNS = {  # what a pattern of a setting means
+    REPO: "It is not of the form owner/name.",
+    rf"^$|{REPO}": "It is not of the form owner/name.",
+    DURATION: "It is not a duration such as 4h, 90m or 14400 (seconds).",
+    NUMBERS: "It is not a list of numbers with commas between them.",
+    WHOLE: "It is not a list of whole numbers with commas between them.",
+}
 ALL_NAMES = "docs/reference/environment.md lists every name."
 OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # not settings of a command: see cli/main.py and environment.py
 # all of them, because one environment and one secrets file serve every command
@@ -192,7 +200,8 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
     names = {name for name in {**os.environ, **in_file} if name.upper() not in known}  # pydantic reads either case
     for name in names:
         near = difflib.get_close_matches(name.upper(), known, 1, 0.85)
-        if name.upper().startswith(PREFIX) or (near and name in in_file):
+        is_field = name in in_file and name.upper() in by_field
+        if name.upper().startswith(PREFIX) or is_field or (near and name in in_file):
             bare = name.upper().removeprefix(PREFIX)  # the name without the prefix, or a setting of that name
             exact = bare if bare in known else by_field.get(bare)
             raise UsageError(
@@ -208,6 +217,8 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
 def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
     problem = error.errors(include_input=False, include_url=False)[0]
     why = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        why = PATTERNS.get(problem["ctx"]["pattern"], why)
     key = str(problem["loc"][0]) if problem["loc"] else ""
     name = next(iter(_by_field(model, {key: None})), None)
     if name is None:

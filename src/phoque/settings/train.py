@@ -156,8 +156,7 @@ class TrainSettings(PublishedSettings):
     )
     eval_steps: int | None = setting(
         None,
-        "Measure the held-out loss after every this many optimizer steps, and at the end. Without it, every "
-        "--save-steps.",
+        "Measure the held-out loss every this many optimizer steps, and at the end. Without it, every --save-steps.",
         ge=1,
     )
     keep_best: bool = setting(
@@ -182,8 +181,10 @@ class TrainSettings(PublishedSettings):
         0.05, "Stop the run if a larger share of the rows than this (0 to 1) cannot be used.", ge=0, le=1
     )
     seed: int = setting(0, "Seed the data order, the adapter's initial weights and dropout.", ge=0)
-    save_steps: int = setting(100, "Save a checkpoint after every this many optimizer steps.", ge=1)
-    keep_checkpoints: int = setting(2, "Keep this many of the newest checkpoints in the run folder.", ge=1)
+    save_steps: int = setting(100, "Save a checkpoint every this many optimizer steps.", ge=1)
+    keep_checkpoints: int = setting(
+        2, "Keep this many of the newest checkpoints, in the run folder and on the Hub.", ge=1
+    )
     log_every: int = setting(10, "Log the metrics once per this many optimizer steps.", ge=1)
     sample_every: int = setting(100, "Generate samples once per this many optimizer steps; 0 turns samples off.", ge=0)
     sample_tokens: int = setting(96, "Generate at most this many tokens per sample.", ge=1)
@@ -205,7 +206,8 @@ class TrainSettings(PublishedSettings):
     )
     control_seeds: int = setting(
         1,
-        "Train this many controls, each with a seed of its own. The spread between them is what a finding must exceed.",
+        "Train this many controls, each with a seed of its own. A finding counts only if it is larger than the "
+        "differences between controls.",
         ge=1,
         le=9,
     )
@@ -374,8 +376,9 @@ class TrainSettings(PublishedSettings):
 
     @property
     def folder(self) -> Path:
-        """The run folder: --output-dir, or runs/<preset or dataset name>."""
-        name = self.preset if self.preset == "demo" else Path(self.dataset).stem or self.preset
+        """The run folder: --output-dir, or runs/<dataset's name>; of the demo's own data runs/demo."""
+        is_demo = self.preset == "demo" and self.dataset in ("", "seal")
+        name = self.preset if is_demo else Path(self.dataset).stem or self.preset
         return self.output_dir or Path("runs") / name
 
     @property

@@ -49,7 +49,9 @@ class VerifySettings(JobSettings):
         None, "Stop after this level; ort is ONNX Runtime. Without it, go as far as this machine can."
     )
     webgpu: bool = setting(False, "In the browser, also compare the logits of WebGPU with those of WebAssembly.")
-    install: bool = setting(False, "Install the Transformers.js client into phoque's cache without asking.")
+    install: bool = setting(
+        False, "Install the Transformers.js client into phoque's cache without asking (500 MB, from npm)."
+    )
     report_md: Path | None = setting(None, "Also write the verdict to this file as Markdown, for a model card.")
     serve: bool = setting(False, "Open the exported model in a chat page on this machine, instead of verifying it.")
     port: int = setting(8017, "Serve the chat page of --serve on this port; 0 picks a free one.", ge=0, le=65535)

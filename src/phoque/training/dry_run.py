@@ -211,7 +211,7 @@ def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> s
     try:
         check_same_run(recorded, identity.for_record(recorded), s.allow_change, str(s.folder), s.other_places)
     except UsageError as error:
-        return f"{s.folder}, holds a different run and would be refused: {error.why}"
+        return f"{s.folder}, holds a different run and would be refused: {error.what} {error.why}"
     if "result" in record:
         return f"{s.folder}, holds this run, which is complete"
     return f"{s.folder}, holds this run; it continues from {newest or 'step 0'}"

@@ -22,7 +22,7 @@ def serve_export(s: VerifySettings, services: Services) -> None:
         raise UsageError(
             what="The page cannot be served.",
             why=f"{why[0].upper()}{why[1:]}.",
-            fix="Fix this, then run the same command.",
+            fix="Run it with --install, or install what is missing.",
         )
     folder = open_export(s, services).fetch_all().absolute()
     verdict = Verdict(LEVELS)

@@ -128,6 +128,9 @@ def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: b
     source = find_base_model(resolved, "model_source", tuned, services, weights=weights)
     record = tuned.run_record() if tuned else read_run_record(source.folder)
     persona, warnings = find_persona(s, services, record)
+    data = ((record or {}).get("data") or {}).get("name")
+    if not resolved.origins["persona"].is_given and s.persona and data not in (None, s.persona):
+        warnings = [*warnings, f"the persona is the preset's, and the adapter was trained on {data}: see --persona"]
     persona = limit_questions(persona, s.questions)
     if min(len(persona.test), len(persona.heldout)) < MIN_FOR_YES:
         warnings = [*warnings, f"fewer than {MIN_FOR_YES} held-out or test questions: some verdicts cannot be yes"]
