@@ -87,6 +87,7 @@ def test_processes_probe_what_one_does(start, phoque, probe, count):
     assert_alike(*found)
 
 
+@pytest.mark.thorough
 def test_processes_compare_what_one_does(start, phoque, comparison):
     ran = run_together(start, *comparison)
     assert not ran[1].out and not ran[1].err
