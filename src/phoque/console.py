@@ -111,7 +111,7 @@ class Console:
         elif isinstance(shown := human(), str):  # plain text: rich must not wrap it or interpret markup in it
             text = self._clean(shown)
         else:
-            rich = _make_rich(file=self._out)
+            rich = _make_rich(file=self._out, soft_wrap=not self._out.isatty())  # a file is not 80 columns wide
             with rich.capture() as captured:
                 rich.print(shown)
             text = self._hide_secrets(captured.get()).removesuffix("\n")
@@ -139,6 +139,10 @@ class Console:
             return None
         finally:
             sys.stdout = redirected
+
+    def is_on_terminal(self) -> bool:
+        """Whether results are shown on a terminal."""
+        return self._out.isatty()
 
     def can_ask(self) -> bool:
         """Whether stdin and stderr are terminals, so that a question can be answered."""

@@ -52,7 +52,7 @@ class Heartbeat:
             start, wait = self._start, self._wait
             seconds = time.monotonic() - start
             if seconds >= wait:
-                self._put(f"  {self._text}: {seconds:.0f} s\n")
+                self._put(f"  {self._text} ({seconds:.0f} s)\n")
                 if self._start == start:  # restart may have been called meanwhile
                     self._wait = seconds + min(MOST_S, seconds)
 

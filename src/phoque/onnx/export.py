@@ -321,7 +321,7 @@ def _write_record(folder: Path, source: Source, result: ExportResult) -> None:
 def _verify_export(folder: Path, source: Source, dtypes: list[str], s: ExportSettings, services: Services) -> str:
     from phoque.onnx.verify.run import verify_folder
 
-    verdict = verify_folder(folder, dtypes, "ort", source, services)
+    verdict = verify_folder(folder, dtypes, "ort", source, services, name=s.folder.name)
     failures = verdict.failed_checks()
     for check in failures:
         services.console.warn(f"{check.level}: {check.said}")

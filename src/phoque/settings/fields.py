@@ -245,13 +245,12 @@ def describe_default(model: type[CommandSettings], name: str, presets: dict[str,
     values = {"": default} | {
         preset: others[name] for preset, others in presets.items() if others.get(name, default) != default
     }
-    shown = [
-        f"{preset}: {text}" if preset else text for preset, value in values.items() if (text := _show_value(value))
-    ]
+    shown = [f"{preset}: {text}" if preset else text for preset, value in values.items() if (text := show_value(value))]
     return "; ".join(shown)
 
 
-def _show_value(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value as text: on or off, the items of a list, "" for what is not set."""
     if value is None or value == "" or value == []:
         return ""
     if isinstance(value, bool):

@@ -161,10 +161,12 @@ def _list_checkpoints(state: Snapshot) -> str:
 
 
 def _describe_packing(s: TrainSettings, ready: Prepared) -> str:
+    tokens = s.batch_size * ready.scan.mean_length
     if s.packing == "exact":
-        return "in every step, packed without padding"
+        return f"{s.batch_size} conversations in every step, about {tokens:,.0f} tokens, packed without padding"
     rows = packing_for(s, ready.scan, static=True)
-    return f"bin-packed into {rows_per_step(s, rows)} x {rows.tokens:,} tokens"
+    packed = f"bin-packed into {rows_per_step(s, rows)} x {rows.tokens:,} tokens"
+    return f"about {s.batch_size} conversations and {tokens:,.0f} tokens, {packed}"
 
 
 def _list_facts(
@@ -179,8 +181,7 @@ def _list_facts(
         "sources": describe_counts(scan.sources),
         "split": f"{ready.dataset.split}, of {', '.join(ready.dataset.splits)}",
         "held out": describe_held_out(scan, s),
-        "step": f"{s.batch_size} conversations, about {s.batch_size * scan.mean_length:,.0f} tokens, "
-        f"{_describe_packing(s, ready)}",
+        "step": _describe_packing(s, ready),
         "length": f"{s.max_steps} steps, {count_epochs(s, scan):.1f} epochs",
         "memory": memory.describe(),
         "system": count_system_tokens(ready.chat),

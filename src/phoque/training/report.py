@@ -8,6 +8,7 @@ from typing import Any
 from phoque.console import format_breakdown, format_duration, shorten
 from phoque.reports.charts import Series, histogram, line_chart
 from phoque.reports.page import format_versions, render_page
+from phoque.settings.fields import show_value
 from phoque.training.best import OVERFITTING, list_held_out_losses
 from phoque.training.metrics_log import read_lines
 from phoque.training.run_files import METRICS, REPORT, SAMPLES
@@ -23,7 +24,8 @@ def write_report(run: Path) -> Path:
     metrics, samples = read_lines(run / METRICS), read_lines(run / SAMPLES)
     result = record.get("result") or {}
     settings = [
-        (row.get("flag", name), row["value"], row["source"], row["meaning"]) for name, row in record["settings"].items()
+        (row.get("flag", name), show_value(row["value"]) or "not set", row["source"], row["meaning"])
+        for name, row in record["settings"].items()
     ]
     page = render_page(
         "train",

@@ -14,16 +14,16 @@ MAX_FETCH_BYTES = 64 << 20  # bytes; a graph with external data is far smaller
 
 
 class LocalExport:
-    """An export in a folder."""
+    """An export in a folder, which is called `name` if that is not the folder's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "") -> None:
         if not folder.is_dir():
             raise UsageError(
                 what=f"There is no folder {folder}.",
                 why="--local-dir must be an existing folder.",
                 fix="Check the path.",
             )
-        self.folder, self.name = folder, folder.name
+        self.folder, self.name = folder, name or folder.name
         self.sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
 
     def fetch(self, path: str) -> Path:

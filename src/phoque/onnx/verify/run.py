@@ -33,11 +33,17 @@ def verify_export(resolved: Resolved[VerifySettings], services: Services, *, dry
 
 
 def verify_folder(
-    folder: Path, dtypes: list[str], level: Literal["files", "graph", "ort"], reference: Source, services: Services
+    folder: Path,
+    dtypes: list[str],
+    level: Literal["files", "graph", "ort"],
+    reference: Source,
+    services: Services,
+    *,
+    name: str,
 ) -> Verdict:
-    """Verify a folder that was just exported, up to `level`."""
+    """Verify a folder that was just exported as `name`, up to `level`."""
     s = VerifySettings(local_dir=folder, dtype=dtypes, level=level)
-    return _run_levels(LocalExport(folder), s, reference, services)
+    return _run_levels(LocalExport(folder, name), s, reference, services)
 
 
 def open_export(s: VerifySettings, services: Services) -> ExportDir:
