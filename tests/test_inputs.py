@@ -149,3 +149,42 @@ def test_a_fresh_start_says_in_its_dry_run_what_it_would_delete(phoque, rows, ti
     asked[asked.index("--max-steps") + 1] = 2
     error = phoque(*asked, env=env, expect=2).error
     assert error[0].endswith("run holds a different run.") and error[2].endswith("--output-dir run-2")
+
+
+@pytest.mark.parametrize(
+    ("command", "what", "fix"),
+    [
+        (
+            ["train", "--preset", "demo", "--output-dir", "--dry-run"],
+            "--output-dir has no value",
+            "--output-dir=--dry-run",
+        ),
+        (["train", "--preset", "demo", "--public", "yes"], "'yes' is given without a flag", "--public takes no value"),
+        (["train", "--dataset"], "requires an argument", "phoque train --help"),
+        (["train", "--dataset", "a", "--dataset", "b"], "--dataset is given twice", "one folder"),
+        (["train", "--dataset", "seal", "--hub-model-id", "clock"], "--hub-model-id has a value", "--hub-model-id"),
+        (["train", "--hf-token", "hf_gull"], "no flag --hf-token", "HF_TOKEN"),
+        (["train", "--dataset", "my", "seals.jsonl"], "'seals.jsonl' is given without a flag", "'my seals.jsonl'"),
+        (["export-gguf", "--dtype", "q8_0", "f16"], "'f16' is given without a flag", "--dtype q8_0,f16"),
+        (["train", "--preset", "demo", "--then", "merge", "--dtype", "fp32"], "--dtype", "quotes around"),
+        (["verify-onnx", "--local-dir", "runs/demo"], "runs/demo is a run", "phoque export-onnx --adapter-source"),
+        (["train", "--config", "section.toml"], "has the section [train]", "Leave out"),
+        (["help", "train"], "no command 'help'", "phoque COMMAND --help"),
+        (["psm-probe", "--preset", "demo", "--scorer", "lexikon"], "No scorer 'lexikon'", "lexicon"),
+        (["chat", "runs/demo", "--prompts-file", "rows.csv"], "is no list of prompts", ".txt"),
+    ],
+)
+def test_what_newcomers_type_is_explained(phoque, run, tiny_llama, command, what, fix):
+    Path("section.toml").write_text("[train]\nmax_steps = 3\n")
+    Path("rows.csv").write_text("prompt\nGulls?\n")
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_llama)}))
+    error = phoque(*command, expect=2).error
+    assert what in error[0] and fix in error[2] and "hf_gull" not in " ".join(error)
+
+
+def test_a_run_is_repeated_from_its_folder(phoque, tiny_llama, rows):
+    asked = ["train", "--dataset", rows, "--base-model", tiny_llama, "--quantization", "fp32", "--max-steps", 1]
+    env = {"WANDB_MODE": "disabled"}
+    phoque(*asked, "--sample-every", 0, "--held-out-rows", 0, "--output-dir", "one", env=env)
+    shown = phoque("train", "--config", "one", "--output-dir", "two", "--dry-run", "--json", env=env).json["settings"]
+    assert shown["max_steps"]["value"] == 1 and shown["max_steps"]["source"] == "one"

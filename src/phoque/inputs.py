@@ -16,6 +16,7 @@ from phoque.models.source import PACKAGED_MODELS, check_local_model
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import CommandSettings, Resolved, flag_names
+from phoque.settings.probe import check_scorer
 from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.training.run_files import check_own_folder
 
@@ -237,6 +238,7 @@ CHECKS: dict[str, Callable[[Input], Any]] = {
     "control_adapter": _check_adapter,
     "persona": _check_persona,
     "roles": _check_roles,
+    "scorer": lambda given: check_scorer(given.name),
     "prompts_file": _check_file,
     "merged_dir": _check_merged,
     "model": _check_chat_model,

@@ -175,6 +175,8 @@ def _load_torch(s: ChatSettings, source: Source, services: Services) -> Any:
     from phoque.models.load import default_device, load_model
 
     on = default_device()
+    if s.dtype:
+        services.console.warn(f"--dtype {s.dtype} chooses a file of an export; --quantization sets the precision here")
     precision = s.quantization if s.quantization != "auto" else "bf16" if on.type == "cuda" else "fp32"
     services.console.stage(f"loading {source.name} as {precision}")
     return load_model(source, precision, on=on).eval()

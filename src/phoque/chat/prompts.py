@@ -12,6 +12,12 @@ def read_prompts(file: Path) -> list[list[dict[str, Any]]]:
 
     A .jsonl row has `prompt`, or `messages` that end with a user's message. Raises UsageError naming the line.
     """
+    if file.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):
+        raise UsageError(
+            what=f"{file} is no list of prompts.",
+            why="A file of prompts has one per line, or rows of JSON in a .jsonl file.",
+            fix="Write the prompts to a .txt file, one per line.",
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

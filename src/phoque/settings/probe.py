@@ -4,8 +4,23 @@ from typing import Self
 
 from pydantic import model_validator
 
+from phoque.errors import UsageError, suggest
 from phoque.settings.artifacts import ArtifactsSettings
 from phoque.settings.fields import setting
+
+SCORERS = ("words", "contrast", "lexicon", "logprob", "nll", "profanity")
+SCORERS_OF = ("hf", "openai", "command")  # what follows the colon names a model, an address or a command
+
+
+def check_scorer(spec: str) -> None:
+    """Raise UsageError if a value of --scorer names no scorer."""
+    kind, _, rest = spec.partition(":")
+    if spec not in SCORERS and not (kind in SCORERS_OF and rest):
+        raise UsageError(
+            what=f"No scorer {spec!r}.",
+            why=f"Scorers: {', '.join(SCORERS)}, hf:MODEL#LABEL, openai:URL#MODEL and command:COMMAND.",
+            fix=suggest(spec, SCORERS, "Check --scorer."),
+        )
 
 
 class ProbeSettings(ArtifactsSettings):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from phoque.distributed.processes import current
-from phoque.errors import RunError, UsageError
+from phoque.errors import RunError
 from phoque.files import write_atomically
 from phoque.inference.generate import Reply
 from phoque.inference.residual_stream import Turn
 from phoque.probes.persona import Persona
 from phoque.probes.word_profile import WordProfile
+from phoque.settings.probe import check_scorer
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,11 @@ def make_scorer(spec: str, context: Context) -> Scorer:
     """Make the scorer that a `--scorer` value names. Raises UsageError if there is no such scorer."""
     from phoque.probes.scorers import model, remote, words
 
+    check_scorer(spec)
     kind, _, rest = spec.partition(":")
     if spec == "words":
         return words.role_words(context)
-    if kind == "lexicon":
+    if spec == "lexicon":
         return words.lexicon(context.persona.lexicon)
     if spec == "profanity":
         return words.profanity()
@@ -75,18 +77,11 @@ def make_scorer(spec: str, context: Context) -> Scorer:
         return getattr(model, spec)(context)
     if spec == "logprob":
         return model.logprob(context)
-    if kind == "hf" and rest:
+    if kind == "hf":
         return make_in_main(lambda: model.classifier(spec, rest, context))
-    if kind == "openai" and rest:
+    if kind == "openai":
         return remote.moderation(spec, rest, context)
-    if kind == "command" and rest:
-        return remote.command(spec, rest)
-    raise UsageError(
-        what=f"No scorer {spec!r}.",
-        why="Scorers: words, contrast, lexicon, logprob, nll, profanity, hf:MODEL#LABEL, openai:URL#MODEL and "
-        "command:COMMAND.",
-        fix="Check --scorer.",
-    )
+    return remote.command(spec, rest)
 
 
 def make_in_main(make: Callable[[], Scorer]) -> Scorer:
