@@ -181,15 +181,13 @@ class _GroupedCommand(TyperCommand):
     def _check_values(self, args: list[str]) -> None:
         """Raise UsageError for a flag whose value is missing, so that the flag after it would be taken for it."""
         flags = {flag: p for p in self.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
-        inputs = {flag: name for name in getattr(self.model, "reads", {}) for flag in flag_names(self.model, name)}
-        given = [inputs[word.split("=")[0]] for word in args if word.split("=")[0] in inputs]
-        for name in {name for name in given if given.count(name) > 1}:
-            if self.model.model_fields[name].annotation is not list[str]:
-                raise UsageError(
-                    what=f"{flag_names(self.model, name)[0]} is given twice.",
-                    why="The command reads one.",
-                    fix="Put several files into one folder." if name == "dataset" else "Leave one of them out.",
-                )
+        datasets = flag_names(self.model, "dataset") if "dataset" in self.model.model_fields else []
+        if sum(word.split("=")[0] in datasets for word in args) > 1:  # the last one would win without a word
+            raise UsageError(
+                what=f"{datasets[0]} is given twice.",
+                why="The command reads one dataset.",
+                fix="Put several files into one folder, and name the folder.",
+            )
         for flag, value in pairwise(args):
             if flag == "--":
                 return

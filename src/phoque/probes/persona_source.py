@@ -39,13 +39,7 @@ def find_persona(
         if revision is None and hub_id(name):
             revision = record["data"].get("revision")  # the rows that the adapter was trained on
     if not name:
-        raise UsageError(
-            what="No persona is given.",
-            why="Neither --persona nor --dataset is set, and the adapter has no run.json that names data which can be "
-            "read here.",
-            fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
-            "adapter with --dataset.",
-        )
+        raise no_persona_error()
     dataset = open_dataset(name, split, revision, services.hub, config=config)
     rows: list[Row] = []
     for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
@@ -61,6 +55,17 @@ def find_persona(
     if shared:
         notes.append(f"{len(shared)} questions are left out, because {name} trains on them: {shorten_list(shared)}")
     return persona, notes
+
+
+def no_persona_error() -> UsageError:
+    """The error of a probe that has no persona to look for."""
+    return UsageError(
+        what="No persona is given.",
+        why="Neither --persona nor --dataset is set, and no adapter has a run.json that names data which can be read "
+        "here.",
+        fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
+        "adapter with --dataset.",
+    )
 
 
 def _readable_here(name: str) -> str:
