@@ -2,11 +2,9 @@
 
 import importlib.util
 import inspect
-import re
 import shlex
 import textwrap
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Protocol, get_args
@@ -15,9 +13,9 @@ import typer
 from typer.core import TyperCommand
 
 from phoque.checks import Verdict
+from phoque.cli.words import Words
 from phoque.console import console, silence_libraries
 from phoque.errors import UsageError
-from phoque.files import local_path
 from phoque.results import DryRun
 from phoque.settings.fields import (
     CommandSettings,
@@ -28,7 +26,6 @@ from phoque.settings.fields import (
     group_of,
     is_positional,
     old_flag_name,
-    takes_commas,
     value_aliases,
 )
 from phoque.settings.resolve import resolve_settings
@@ -36,37 +33,6 @@ from phoque.settings.resolve import resolve_settings
 COMMON_FLAGS = {"--config", "--secrets-file", "--dry-run", "--verbose", "--json", "--quiet"}
 MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
 EXTRA_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sae": ("sae_lens",), "gguf": ()}
-PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flags for it
-    "--lr": ("--learning-rate",),
-    "--model": ("--base-model", "--model-source", "--reference"),
-    "--model-name": ("--base-model",),
-    "--model-name-or-path": ("--base-model",),
-    "--data": ("--dataset",),
-    "--dataset-name": ("--dataset",),
-    "--output": ("--output-dir",),
-    "--out": ("--output-dir",),
-    "--outfile": ("--output-dir",),
-    "--adapter": ("--adapter-source", "--updated-adapter"),
-    "--adapter-source": ("--updated-adapter",),
-    "--lora": ("--adapter-source",),
-    "--lora-r": ("--lora-rank",),
-    "--rank": ("--lora-rank",),
-    "--num-train-epochs": ("--epochs",),
-    "--num-epochs": ("--epochs",),
-    "--steps": ("--max-steps",),
-    "--per-device-train-batch-size": ("--batch-size",),
-    "--max-seq-length": ("--max-length",),
-    "--eval-strategy": ("--eval-steps",),
-    "--logging-steps": ("--log-every",),
-    "--push-to-hub": ("--hub-model-id",),
-    "--hub-repo": ("--hub-model-id",),
-    "--repo": ("--repo-id",),
-    "--outtype": ("--dtype",),
-    "--quant": ("--dtype",),
-    "--load-in-4bit": ("--quantization",),
-    "--system-prompt": ("--system", "--default-system"),
-}
-TOKEN_FIX = "Set HF_TOKEN, or run `hf auth login`."
 OLD = "__old"  # ends the parameter name of a hidden flag
 
 
@@ -142,93 +108,15 @@ class _GroupedCommand(TyperCommand):
     presets: dict[str, dict[str, Any]]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words, and say which flag was meant where a word has none or a flag has a peer's name."""
-        given = list(args)
-        self._check_values(given)
+        """Parse the words, and say what was meant by those that are no flags or values."""
+        words = Words(list(args), self.params, self.model, f"phoque {self.name}")
+        words.check_values()
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # Click's errors have no public base in Typer
-            if better := self._explain(error, given):
+            if better := words.explain(error):
                 raise better from error
             raise
-
-    def _explain(self, error: Exception, args: list[str]) -> UsageError | None:
-        """A clearer message for a word without a flag, and for a flag that is called so elsewhere."""
-        text = getattr(error, "message", "")
-        known = {flag for parameter in self.params for flag in parameter.opts}
-        if found := re.search(r"unexpected extra argument\(s\) \((.*)\)", text):
-            return self._explain_extra(found[1], args)
-        name = str(getattr(error, "option_name", ""))
-        flag = next((flag for flag in PEER_FLAGS.get(name.replace("_", "-"), ()) if flag in known), None)
-        if flag:
-            return UsageError(
-                what=f"There is no flag {name}.",
-                why="phoque calls it by another name.",
-                fix=f"Use {flag}. See `phoque {self.name} --help`.",
-            )
-        if name in ("--hf-token", "--hub-token", "--api-key"):
-            return UsageError(
-                what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=TOKEN_FIX
-            )
-        if describe := getattr(error, "format_message", None):
-            fix = f"See `phoque {self.name} --help`."
-            if name and "--then" in args:
-                fix = f"Put quotes around a command of --then and its options: --then 'merge {name} ...'"
-            what = describe().replace("Value error, ", "").removesuffix(".")
-            return UsageError(what=f"{what}.", why="The command line is not valid.", fix=fix)
-        return None
-
-    def _check_values(self, args: list[str]) -> None:
-        """Raise UsageError for a flag whose value is missing, so that the flag after it would be taken for it."""
-        flags = {flag: p for p in self.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
-        datasets = flag_names(self.model, "dataset") if "dataset" in self.model.model_fields else []
-        if sum(word.split("=")[0] in datasets for word in args) > 1:  # the last one would win without a word
-            raise UsageError(
-                what=f"{datasets[0]} is given twice.",
-                why="The command reads one dataset.",
-                fix="Put several files into one folder, and name the folder.",
-            )
-        for flag, value in pairwise(args):
-            if flag == "--":
-                return
-            parameter = flags.get(flag)
-            if parameter is not None and not getattr(parameter, "is_flag", False) and value in flags:
-                raise UsageError(
-                    what=f"{flag} has no value.",
-                    why=f"{value}, which follows it, is a flag itself.",
-                    fix=f"Give it a value, or write {flag}={value} if that is meant.",
-                )
-
-    def _explain_extra(self, words: str, args: list[str]) -> UsageError:
-        """What was probably meant by words that follow no flag."""
-        if words.startswith("hf_"):
-            return UsageError(
-                what="A token is given on the command line.",
-                why="The command line would be in the shell's history.",
-                fix=TOKEN_FIX,
-            )
-        setting, fix = self.model.main_input, f"See `phoque {self.name} --help`."
-        word = words if setting == "prompts" or local_path(words) else words.split()[0]
-        flag = flag_names(self.model, setting)[0] if setting else ""
-        place = args.index(word) if word in args else 0
-        value, its_flag = (args[place - n] if place >= n else "" for n in (1, 2))
-        lists = {
-            f
-            for name in self.model.model_fields
-            if takes_commas(self.model, name)
-            for f in flag_names(self.model, name)
-        }
-        if flag and flag not in args and (setting == "prompts" or "/" in word or Path(word).suffix or local_path(word)):
-            fix = f"Put its flag before it: {flag} {shlex.quote(word)}"
-        elif its_flag in lists:
-            fix = f"Separate several values with commas: {its_flag} {value},{word}"
-        elif value.startswith("--") and any(value in p.opts for p in self.params if getattr(p, "is_flag", False)):
-            fix = f"{value} takes no value: write {value}, or {value.replace('--', '--no-', 1)}"
-        elif value and not value.startswith("-"):
-            fix = f"If it belongs to {value!r}, put quotes around both: {shlex.quote(f'{value} {word}')}"
-        return UsageError(
-            what=f"{word!r} is given without a flag.", why="Every value of this command follows its flag.", fix=fix
-        )
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, section by section."""

@@ -1,0 +1,130 @@
+"""What was meant by words of a command line that are no flags of phoque's, or no values."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from phoque.errors import UsageError
+from phoque.files import local_path
+from phoque.settings.fields import CommandSettings, flag_names, takes_commas
+
+PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flags for it
+    "--lr": ("--learning-rate",),
+    "--model": ("--base-model", "--model-source", "--reference"),
+    "--model-name": ("--base-model",),
+    "--model-name-or-path": ("--base-model",),
+    "--data": ("--dataset",),
+    "--dataset-name": ("--dataset",),
+    "--output": ("--output-dir",),
+    "--out": ("--output-dir",),
+    "--outfile": ("--output-dir",),
+    "--adapter": ("--adapter-source", "--updated-adapter"),
+    "--adapter-source": ("--updated-adapter",),
+    "--lora": ("--adapter-source",),
+    "--lora-r": ("--lora-rank",),
+    "--rank": ("--lora-rank",),
+    "--num-train-epochs": ("--epochs",),
+    "--num-epochs": ("--epochs",),
+    "--steps": ("--max-steps",),
+    "--per-device-train-batch-size": ("--batch-size",),
+    "--max-seq-length": ("--max-length",),
+    "--eval-strategy": ("--eval-steps",),
+    "--logging-steps": ("--log-every",),
+    "--push-to-hub": ("--hub-model-id",),
+    "--hub-repo": ("--hub-model-id",),
+    "--repo": ("--repo-id",),
+    "--outtype": ("--dtype",),
+    "--quant": ("--dtype",),
+    "--load-in-4bit": ("--quantization",),
+    "--system-prompt": ("--system", "--default-system"),
+}
+TOKEN_FIX = "Set HF_TOKEN, or run `hf auth login`."
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words after a command, with the parameters and the settings that the command has, and its name."""
+
+    words: list[str]
+    parameters: Sequence[Any]
+    model: type[CommandSettings]
+    command: str
+
+    def explain(self, error: Exception) -> UsageError | None:
+        """A clearer message for a word without a flag, and for a flag that is called so elsewhere."""
+        text = getattr(error, "message", "")
+        known = {flag for parameter in self.parameters for flag in parameter.opts}
+        if found := re.search(r"unexpected extra argument\(s\) \((.*)\)", text):
+            return self._explain_extra(found[1])
+        name = str(getattr(error, "option_name", ""))
+        flag = next((flag for flag in PEER_FLAGS.get(name.replace("_", "-"), ()) if flag in known), None)
+        if flag:
+            return UsageError(
+                what=f"There is no flag {name}.",
+                why="phoque calls it by another name.",
+                fix=f"Use {flag}. See `{self.command} --help`.",
+            )
+        if name in ("--hf-token", "--hub-token", "--api-key"):
+            return UsageError(
+                what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=TOKEN_FIX
+            )
+        if describe := getattr(error, "format_message", None):
+            fix = f"See `{self.command} --help`."
+            if name and "--then" in self.words:
+                fix = f"Put quotes around a command of --then and its options: --then 'merge {name} ...'"
+            what = describe().replace("Value error, ", "").removesuffix(".")
+            return UsageError(what=f"{what}.", why="The command line is not valid.", fix=fix)
+        return None
+
+    def check_values(self) -> None:
+        """Raise UsageError for a flag whose value is missing, so that the flag after it would be taken for it."""
+        flags = {flag: p for p in self.parameters for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+        datasets = flag_names(self.model, "dataset") if "dataset" in self.model.model_fields else []
+        if sum(word.split("=")[0] in datasets for word in self.words) > 1:  # the last one would win without a word
+            raise UsageError(
+                what=f"{datasets[0]} is given twice.",
+                why="The command reads one dataset.",
+                fix="Put several files into one folder, and name the folder.",
+            )
+        for flag, value in pairwise(self.words):
+            if flag == "--":
+                return
+            parameter = flags.get(flag)
+            if parameter is not None and not getattr(parameter, "is_flag", False) and value in flags:
+                raise UsageError(
+                    what=f"{flag} has no value.",
+                    why=f"{value}, which follows it, is a flag itself.",
+                    fix=f"Give it a value, or write {flag}={value} if that is meant.",
+                )
+
+    def _explain_extra(self, words: str) -> UsageError:
+        """What was probably meant by words that follow no flag."""
+        if words.startswith("hf_"):
+            return UsageError(
+                what="A token is given on the command line.",
+                why="The command line would be in the shell's history.",
+                fix=TOKEN_FIX,
+            )
+        setting, fix = self.model.main_input, f"See `{self.command} --help`."
+        word = words if setting == "prompts" or local_path(words) else words.split()[0]
+        flag = flag_names(self.model, setting)[0] if setting else ""
+        place = self.words.index(word) if word in self.words else 0
+        value, its_flag = (self.words[place - n] if place >= n else "" for n in (1, 2))
+        fields = [name for name in self.model.model_fields if takes_commas(self.model, name)]
+        list_flags = {list_flag for name in fields for list_flag in flag_names(self.model, name)}
+        is_input = setting == "prompts" or "/" in word or Path(word).suffix or local_path(word)
+        if flag and flag not in self.words and is_input:
+            fix = f"Put its flag before it: {flag} {shlex.quote(word)}"
+        elif its_flag in list_flags:
+            fix = f"Separate several values with commas: {its_flag} {value},{word}"
+        elif value.startswith("--") and any(value in p.opts for p in self.parameters if getattr(p, "is_flag", False)):
+            fix = f"{value} takes no value: write {value}, or {value.replace('--', '--no-', 1)}"
+        elif value and not value.startswith("-"):
+            fix = f"If it belongs to {value!r}, put quotes around both: {shlex.quote(f'{value} {word}')}"
+        return UsageError(
+            what=f"{word!r} is given without a flag.", why="Every value of this command follows its flag.", fix=fix
+        )
