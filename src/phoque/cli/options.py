@@ -111,12 +111,20 @@ class _GroupedCommand(TyperCommand):
         """Parse the words, and say what was meant by those that are no flags or values."""
         words = Words(list(args), self.params, self.model, f"phoque {self.name}")
         words.check_values()
+        if words.repeats_dataset():
+            console.warn(
+                "--dataset is given twice, and the last one is read: several files can be read from one folder"
+            )
+        ctx.allow_extra_args = True  # so that they are known here, and not only named in a message
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except Exception as error:  # Click's errors have no public base in Typer
             if better := words.explain(error):
                 raise better from error
             raise
+        if ctx.args and not ctx.resilient_parsing:
+            raise words.explain_extra(ctx.args)
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, section by section."""

@@ -1,6 +1,5 @@
 """What was meant by words of a command line that are no flags of phoque's, or no values."""
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,11 +54,8 @@ class Words:
     command: str
 
     def explain(self, error: Exception) -> UsageError | None:
-        """A clearer message for a word without a flag, and for a flag that is called so elsewhere."""
-        text = getattr(error, "message", "")
+        """A clearer message for an error of Click, such as for a flag that is called so elsewhere."""
         known = {flag for parameter in self.parameters for flag in parameter.opts}
-        if found := re.search(r"unexpected extra argument\(s\) \((.*)\)", text):
-            return self._explain_extra(found[1])
         name = str(getattr(error, "option_name", ""))
         flag = next((flag for flag in PEER_FLAGS.get(name.replace("_", "-"), ()) if flag in known), None)
         if flag:
@@ -83,13 +79,6 @@ class Words:
     def check_values(self) -> None:
         """Raise UsageError for a flag whose value is missing, so that the flag after it would be taken for it."""
         flags = {flag: p for p in self.parameters for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
-        datasets = flag_names(self.model, "dataset") if "dataset" in self.model.model_fields else []
-        if sum(word.split("=")[0] in datasets for word in self.words) > 1:  # the last one would win without a word
-            raise UsageError(
-                what=f"{datasets[0]} is given twice.",
-                why="The command reads one dataset.",
-                fix="Put several files into one folder, and name the folder.",
-            )
         for flag, value in pairwise(self.words):
             if flag == "--":
                 return
@@ -101,16 +90,21 @@ class Words:
                     fix=f"Give it a value, or write {flag}={value} if that is meant.",
                 )
 
-    def _explain_extra(self, words: str) -> UsageError:
-        """What was probably meant by words that follow no flag."""
-        if words.startswith("hf_"):
+    def repeats_dataset(self) -> bool:
+        """Whether several datasets are named, of which the command would read the last."""
+        flags = flag_names(self.model, "dataset") if "dataset" in self.model.model_fields else []
+        return sum(word.split("=")[0] in flags for word in self.words) > 1
+
+    def explain_extra(self, extra: list[str]) -> UsageError:
+        """The error for words that follow no flag, and what was probably meant by them."""
+        word = extra[0]
+        if word.startswith("hf_"):
             return UsageError(
                 what="A token is given on the command line.",
                 why="The command line would be in the shell's history.",
                 fix=TOKEN_FIX,
             )
         setting, fix = self.model.main_input, f"See `{self.command} --help`."
-        word = words if setting == "prompts" or local_path(words) else words.split()[0]
         flag = flag_names(self.model, setting)[0] if setting else ""
         place = self.words.index(word) if word in self.words else 0
         value, its_flag = (self.words[place - n] if place >= n else "" for n in (1, 2))
