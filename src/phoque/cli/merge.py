@@ -36,8 +36,8 @@ def _render(result: "MergeResult") -> str:
         "base": result.base,
         "adapter": result.adapter,
         "repo": result.repo,
-        "written": f"{result.bytes / 1e9:.2f} GB in {result.shards} shards, {result.changed} of {result.tensors} "
-        "tensors changed",
+        "written": f"{result.bytes / 1e9:.2f} GB in {result.shards} shard{'s' if result.shards > 1 else ''}, "
+        f"{result.changed} of {result.tensors} tensors changed",
     }
     lines = [f"{name:10} {value}" for name, value in values.items() if value is not None]
     if proof := result.proof:

@@ -55,7 +55,9 @@ def suggest_path(name: str, otherwise: str = "Check the path.") -> str:
     except (OSError, ValueError):  # a name that is too long, or empty
         return otherwise
     for wanted, others in ((path.name, beside), (name, runs)):
-        stems = {Path(other).stem: other for other in others}  # endings are alike and tell little
+        # without their endings, which are alike and tell little; of equal names the one with the same ending
+        same_last = sorted(others, key=lambda other: Path(other).suffix == Path(wanted).suffix)
+        stems = {Path(other).stem: other for other in same_last}
         for near in difflib.get_close_matches(Path(wanted).stem, stems, 1, 0.7):
             if others[stems[near]] == path:
                 continue
