@@ -42,7 +42,7 @@ def write_inputs(out: Path, tokenizer: Path | None) -> Path:
     from benchmarks.ministral import make
 
     if not (out / "made" / "bf16").is_dir():
-        (out / "made").mkdir(parents=True)
+        (out / "made").mkdir(parents=True, exist_ok=True)
         make(out / "made", tiny=False, kinds=("bf16",))
     model = out / "made" / "bf16"
     if tokenizer:
