@@ -181,6 +181,13 @@ def test_what_newcomers_type_is_explained(phoque, run, tiny_llama, command, what
     assert what in error[0] and fix in error[2] and "hf_gull" not in " ".join(error)
 
 
+def test_flags_that_do_nothing_here_are_warned_of(phoque):
+    ran = phoque("merge", "--adapter-source", "nowhere", "--timeout", "1h", "--detach", "--verbose", expect=2)
+    for flag in ("--timeout has no effect without --on", "--detach", "--verbose has no effect without --dry-run"):
+        assert flag in ran.err
+    assert "no effect" not in phoque("train", "--dataset", "nowhere.jsonl", "--timeout", "1h", expect=2).err
+
+
 def test_a_second_dataset_is_warned_of(phoque):
     ran = phoque("train", "--dataset", "a.jsonl", "--dataset", "b.jsonl", expect=2)
     assert "--dataset is given twice" in ran.err and "b.jsonl" in ran.error[0]

@@ -28,6 +28,7 @@ from phoque.settings.fields import (
     old_flag_name,
     value_aliases,
 )
+from phoque.settings.job import JOB_GROUP
 from phoque.settings.resolve import resolve_settings
 
 COMMON_FLAGS = {"--config", "--secrets-file", "--dry-run", "--verbose", "--json", "--quiet"}
@@ -66,7 +67,7 @@ def command(
         console.configure(json, quiet, verbose)
         resolved, warnings = resolve_settings(model, _drop_missing(flags), presets, secrets_file, config)
         console.hide(resolved.secrets.plain_values())
-        for text in warnings:
+        for text in warnings + _list_flags_without_effect(resolved, verbose and not dry_run):
             console.warn(text)
         silence_libraries()
         run(resolved, dry_run)
@@ -93,6 +94,17 @@ def resolve_words(click_command: Any, words: list[str]) -> Resolved[Any]:
     values = {key: value for key, value in _drop_missing(flags).items() if key in click_command.model.model_fields}
     model, presets = click_command.model, click_command.presets
     return resolve_settings(model, values, presets, flags["secrets_file"], flags["config"])[0]
+
+
+def _list_flags_without_effect(resolved: Resolved[Any], is_verbose: bool) -> list[str]:
+    """Warnings about flags that only count for a Job or for a dry run, where there is none."""
+    model, names = type(resolved.settings), set(JOB_GROUP.split()) - {"on"}
+    if getattr(model, "resumable", False):  # its time limit also counts on this machine
+        names.remove("timeout")
+    given = [name for name in model.model_fields if name in names and resolved.origins[name].source == "flag"]
+    here = "on" in model.model_fields and not resolved.settings.on
+    warnings = [f"{flag_names(model, name)[0]} has no effect without --on" for name in given if here]
+    return warnings + ["--verbose has no effect without --dry-run"] * is_verbose
 
 
 def _drop_missing(flags: dict[str, Any]) -> dict[str, Any]:
