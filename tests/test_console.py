@@ -70,7 +70,7 @@ def test_a_log_says_that_a_stage_goes_on(capsys, monkeypatch):
     time.sleep(0.2)
     first, *still, last = capsys.readouterr().err.splitlines()
     assert first == "reading rows.jsonl" and last == "read"  # nothing comes after it
-    assert still and all(line.startswith("  reading rows.jsonl: ") for line in still)
+    assert still and all(line.startswith("  reading rows.jsonl (") for line in still)
 
 
 def test_progress_without_an_update_shows_that_it_goes_on(capsys, monkeypatch):
@@ -81,7 +81,7 @@ def test_progress_without_an_update_shows_that_it_goes_on(capsys, monkeypatch):
         time.sleep(0.2)
         update(3, "done")
     lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("  1/3  measuring: ") for line in lines) and lines[-1].startswith("3/3  done")
+    assert any(line.startswith("  1/3  measuring (") for line in lines) and lines[-1].startswith("3/3  done")
     assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.cli.probes import launch_probe
+from phoque.cli.processes import launch_probe
 from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import SAE_PRESETS

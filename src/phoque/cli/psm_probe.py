@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
-from phoque.cli.probes import launch_probe
+from phoque.cli.processes import launch_probe
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
 from phoque.settings.psm_probe import PsmSettings

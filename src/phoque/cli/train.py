@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from phoque import api
 from phoque.cli import jobs, options
+from phoque.cli.processes import check_inputs_once
 from phoque.cli.then import plan_commands, run_commands
 from phoque.console import console, escape_control_characters, format_breakdown
 from phoque.distributed.launch import check_sharded, enter_launch, run_on_gpus
-from phoque.inputs import check_inputs, check_run
+from phoque.inputs import check_run
 from phoque.results import DryRun
 from phoque.settings.fields import Resolved
 from phoque.settings.presets import PRESETS
@@ -45,7 +46,7 @@ def run(resolved: Resolved[TrainSettings], dry_run: bool) -> None:
         return
     launched = enter_launch(console)  # before torch is imported, and with it CUDA's list of devices
     if not dry_run:
-        check_inputs(resolved.settings)
+        check_inputs_once(resolved.settings, launched)
         check_run(resolved)
         run_on_gpus(resolved.settings.gpus)
         check_sharded(resolved.settings.fsdp, launched.size if launched else 1)
