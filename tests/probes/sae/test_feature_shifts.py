@@ -46,6 +46,7 @@ def test_swapped_sides_report_nothing_by_chance_alone(seed):
     assert (found.q[found.tested] < 0.05).sum() == 0
 
 
+@pytest.mark.thorough
 def test_false_alarms_are_as_rare_as_promised_where_nearly_all_features_shift():
     base, tuned = make_activations(), make_activations(up=range(50), seed=1)
     found = compare(base, tuned)
