@@ -165,6 +165,11 @@ def test_micro_batches_must_divide_the_batch():
         settle({"batch_size": 16, "micro_batch": 5})
 
 
+def test_allowed_changes_may_be_written_as_flags():
+    got, _ = settle({"allow_change": ["--max-steps", "micro-batch,learning_rate"]})
+    assert got.settings.allow_change == ["max_steps", "micro_batch", "learning_rate"]
+
+
 def test_a_name_of_another_command_is_no_misspelling(monkeypatch):
     monkeypatch.setenv("PHOQUE_SEED", "3")
     monkeypatch.setenv("HUB_MODEL_ID", "harbour/seal")

@@ -333,6 +333,11 @@ class TrainSettings(PublishedSettings):
             raise ValueError(f"--fsdp and {flag} exclude each other: {flag} needs the whole base model on one GPU")
         return self
 
+    @field_validator("allow_change")
+    @classmethod
+    def _as_field_names(cls, names: list[str]) -> list[str]:
+        return [name.removeprefix("--").replace("-", "_") for name in names]
+
     @field_validator("then")
     @classmethod
     def _no_empty_command(cls, commands: list[str]) -> list[str]:

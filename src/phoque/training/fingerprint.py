@@ -141,7 +141,6 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str],
     The error lists them: settings with both values, and what is recorded as a digest in words. `other_places`
     are flags that name another folder, and another repository if the run has one.
     """
-    allowed = [name.removeprefix("--").replace("-", "_") for name in allowed]
     for name in allowed:
         if name not in new or name in UNCHANGEABLE:
             matches = difflib.get_close_matches(name, new, 1, 0.6)
