@@ -86,12 +86,10 @@ def write_files(folder: Path) -> None:
         ("out", "metrics.jsonl"),
         ("gguf", "model-q8_0.gguf"),
         ("runs/demo/adapter", "adapter_model.safetensors"),
-        ("empty", ""),
     ):
         (folder / name).mkdir(parents=True)
-        if not file:
-            continue
         (folder / name / file).write_bytes(b"gulls")
+    (folder / "empty").mkdir()
     (folder / "runs/demo/run.json").write_text("{}")
     (folder / "runs/demo/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "you/model"}')
     for name in ("pickled", "model"):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from train_speed import ADAPTER
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -84,12 +85,7 @@ def main(model: Path, rows: Path, batch: int, steps: int, *, checkpointing: bool
         train_dataset=data,
         callbacks=[ends],
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=16,
-            lora_alpha=64,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        ),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **ADAPTER),
     )
     trainer.train()
     if process == 0:

@@ -4,6 +4,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+LOG_IN = "Set HF_TOKEN, or run `hf auth login`."
+
 FAILED = 1  # the command ran and failed, or a verification did not pass
 USAGE = 2  # wrong usage or configuration
 RESUMABLE = 75  # stopped early; the same command resumes it (EX_TEMPFAIL of sysexits.h)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 
+MERGE_RECORD = "merge.json"  # in the folder of a merged model: what it was made from, and the proof
 EXPORT_RECORD = "export.json"  # in the folder of an export: what it was made from, and the hashes of its files
 
 
@@ -69,14 +70,18 @@ def local_path(name: str) -> Path | None:
     return path if exists(path) else None
 
 
+def find_file_in_the_way(folder: Path) -> Path | None:
+    """The file that stands where the folder, or one above it, would be; None if there is none."""
+    return next((place for place in (folder, *folder.parents) if exists(place) and not place.is_dir()), None)
+
+
 def check_output_folder(folder: Path, record: str, kind: str) -> None:
     """Raise UsageError if a folder cannot be replaced by output: a file, the current folder, or not ours.
 
     A folder is ours if it is empty or holds the file `record`; `kind` names what such a folder holds.
     """
-    for place in (folder, *folder.parents):
-        if exists(place) and not place.is_dir():
-            raise UsageError(what=f"{place} is a file.", why="A folder is needed.", fix="Choose another --output-dir.")
+    if file := find_file_in_the_way(folder):
+        raise UsageError(what=f"{file} is a file.", why="A folder is needed.", fix="Choose another --output-dir.")
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UsageError(
             what=f"--output-dir {folder} is the current folder, or contains it.",

@@ -129,9 +129,9 @@ def _check_model(given: Input) -> None:
         return
     has_weights = any(file.name != WEIGHTS for file in given.path.glob("*.safetensors"))
     if _holds_adapter(given.path) and not has_weights:
-        is_run, flag = (given.path / RUN_RECORD).is_file(), given.find_flag(ADAPTER_SETTINGS)
+        flag = given.find_flag(ADAPTER_SETTINGS)
         raise UsageError(
-            what=f"{given.name} is {'a run of phoque train' if is_run else 'an adapter'}, not a model.",
+            what=f"{given.name} is {_describe_adapter(given.path)}, not a model.",
             why=f"It has the weights of an adapter and no others; {given.flag} names a model.",
             fix=f"Give it as {flag}."
             if flag
@@ -162,6 +162,10 @@ def _check_adapter(given: Input) -> None:
 
 def _holds_adapter(path: Path) -> bool:
     return any((folder / WEIGHTS).is_file() for folder in (path, path / "adapter"))
+
+
+def _describe_adapter(path: Path) -> str:
+    return "a run of phoque train" if (path / RUN_RECORD).is_file() else "an adapter"
 
 
 def _check_persona(given: Input) -> None:
@@ -203,7 +207,7 @@ def _check_export(given: Input) -> None:
     if _holds_adapter(given.path):
         export = "export-gguf" if wants_gguf else "export-onnx"
         raise UsageError(
-            what=f"{given.name} is {'a run of phoque train' if (given.path / RUN_RECORD).is_file() else 'an adapter'}.",
+            what=f"{given.name} is {_describe_adapter(given.path)}.",
             why=f"{given.flag} names an export.",
             fix=f"Export it first: phoque {export} --adapter-source {shlex.quote(given.name)}",
         )

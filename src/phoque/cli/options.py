@@ -28,11 +28,11 @@ from phoque.settings.fields import (
     old_flag_name,
     value_aliases,
 )
-from phoque.settings.job import JOB_GROUP
+from phoque.settings.job import JOB_GROUP, JobSettings
 from phoque.settings.resolve import resolve_settings
 
-COMMON_FLAGS = {"--config", "--secrets-file", "--dry-run", "--verbose", "--json", "--quiet"}
 MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
+# what an extra must have brought; gguf brings Node.js, which may be there without it
 EXTRA_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sae": ("sae_lens",), "gguf": ()}
 OLD = "__old"  # ends the parameter name of a hidden flag
 
@@ -98,12 +98,11 @@ def resolve_words(click_command: Any, words: list[str]) -> Resolved[Any]:
 
 def _list_flags_without_effect(resolved: Resolved[Any], is_verbose: bool) -> list[str]:
     """Warnings about flags that only count for a Job or for a dry run, where there is none."""
-    model, names = type(resolved.settings), set(JOB_GROUP.split()) - {"on"}
-    if getattr(model, "resumable", False):  # its time limit also counts on this machine
-        names.remove("timeout")
-    given = [name for name in model.model_fields if name in names and resolved.origins[name].source == "flag"]
-    here = "on" in model.model_fields and not resolved.settings.on
-    warnings = [f"{flag_names(model, name)[0]} has no effect without --on" for name in given if here]
+    model, warnings = type(resolved.settings), []
+    if issubclass(model, JobSettings) and not resolved.settings.on:
+        names = set(JOB_GROUP.split()) - {"on"} - ({"timeout"} if model.resumable else set())
+        given = [name for name in model.model_fields if name in names and resolved.origins[name].source == "flag"]
+        warnings = [f"{flag_names(model, name)[0]} has no effect without --on" for name in given]
     return warnings + ["--verbose has no effect without --dry-run"] * is_verbose
 
 
@@ -200,7 +199,7 @@ def next_command(*arguments: object) -> str:
 
 def render_plan(plan: DryRun) -> str:
     """A dry run as lines: its facts, the settings that differ from their defaults, and warnings."""
-    lines = [f"{name}: {to_text(value)}" for name, value in plan.facts.items() if value not in ({}, [], None, "")]
+    lines = [f"{name}: {_to_text(value)}" for name, value in plan.facts.items() if value not in ({}, [], None, "")]
     return "\n".join([*lines, *list_settings(plan.settings), *(f"note: {text}" for text in plan.warnings)])
 
 
@@ -227,8 +226,7 @@ def _as_flag(flag: str, value: Any) -> str:
     return " ".join(f"{flag} {shlex.quote(str(item))}" for item in values)
 
 
-def to_text(value: Any) -> str:
-    """A value of a dry run as text: a list or an object in one line, unless its texts have several lines."""
+def _to_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(name if item is None else f"{name} {item}" for name, item in value.items())
     if not isinstance(value, list):

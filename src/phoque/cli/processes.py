@@ -10,9 +10,10 @@ from phoque.settings.probe import ProbeSettings
 
 def launch_probe(s: ProbeSettings, dry_run: bool) -> Launch | None:
     """What the launcher of this process says, if there is one; with --gpus, this command is run on each GPU first."""
-    launch = enter_launch(console)
-    check_inputs_once(s, launch)
-    if s.gpus and not launch and not dry_run:
+    launch, starts_others = enter_launch(console), bool(s.gpus) and not dry_run
+    if launch or starts_others:  # one process alone checks them later
+        check_inputs_once(s, launch)
+    if starts_others and not launch:
         run_on_gpus(s.gpus)
     return launch
 

@@ -125,19 +125,19 @@ def _render_plan(plan: "TrainPlan") -> "Group":
     from rich.table import Table
     from rich.text import Text
 
-    lines = [*plan.facts.items(), *(("note", text) for text in plan.notes)]
-    lines += [("warning", text) for text in plan.warnings]
-    width = max(len(name) for name, _ in lines) + 2
-    facts: Any = Table.grid(padding=(0, 2)) if console.is_on_terminal() else Text()  # a table fills a line with spaces
-    for name, value in lines:
-        for part in value if isinstance(value, list) else [str(value)]:
-            shown = Text(escape_control_characters(part), "yellow" if name == "warning" else "")
-            if isinstance(facts, Table):
-                facts.add_row(name, shown)
-            else:
-                facts.append(f"{name:{width}}").append(shown).append("\n")
-    if isinstance(facts, Text):
-        facts.rstrip()
+    values = [*plan.facts.items(), ("note", plan.notes), ("warning", plan.warnings)]
+    lines = [
+        (name, Text(escape_control_characters(str(part)), "yellow" if name == "warning" else ""))
+        for name, value in values
+        for part in (value if isinstance(value, list) else [value])
+    ]
+    if console.is_on_terminal():
+        facts = Table.grid(padding=(0, 2))
+        for line in lines:
+            facts.add_row(*line)
+    else:  # a table would fill the lines with spaces
+        width = max(len(name) for name, _ in lines) + 2
+        facts = Text("\n").join(Text(f"{name:{width}}").append(text) for name, text in lines)
     rows = [_render_masked_row(row) for row in plan.preview]
     legend = Text("the loss mask of three rows: ") + Text("trained on", "bold green") + Text(", read only", "dim")
     settings = Text(escape_control_characters("\n".join(options.list_settings(plan.settings))))

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import UsageError
+from phoque.errors import LOG_IN, UsageError
 from phoque.files import local_path
 from phoque.settings.fields import CommandSettings, flag_names, takes_commas
 
@@ -41,7 +41,6 @@ PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, 
     "--load-in-4bit": ("--quantization",),
     "--system-prompt": ("--system", "--default-system"),
 }
-TOKEN_FIX = "Set HF_TOKEN, or run `hf auth login`."
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Words:
             )
         if name in ("--hf-token", "--hub-token", "--api-key"):
             return UsageError(
-                what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=TOKEN_FIX
+                what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=LOG_IN
             )
         if describe := getattr(error, "format_message", None):
             fix = f"See `{self.command} --help`."
@@ -102,7 +101,7 @@ class Words:
             return UsageError(
                 what="A token is given on the command line.",
                 why="The command line would be in the shell's history.",
-                fix=TOKEN_FIX,
+                fix=LOG_IN,
             )
         setting, fix = self.model.main_input, f"See `{self.command} --help`."
         flag = flag_names(self.model, setting)[0] if setting else ""

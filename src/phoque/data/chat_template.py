@@ -15,7 +15,8 @@ from phoque.data.template_spans import SpanFinder, TurnSpan
 from phoque.data.turns import BadRow, has_surrogate
 from phoque.errors import UsageError, first_line
 
-NO_PLACE = "the template has no place for "  # begins the reason of a row that the template would render in part
+# the beginnings of reasons that an error message explains further
+NO_PLACE, TOO_LONG = "the template has no place for", "longer than"
 IGNORE_INDEX = -100  # torch's cross-entropy ignores this label
 FROM_TEMPLATE = "template"  # a value of --default-system: the template decides the system message
 
@@ -150,7 +151,7 @@ class ChatTemplate:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         if len(ids) > self.max_length:
-            raise BadRow(f"longer than {self.max_length} tokens")
+            raise BadRow(f"{TOO_LONG} {self.max_length} tokens")
         labels, remaining = [IGNORE_INDEX] * len(ids), iter(ranges)
         start, end = next(remaining, (len(text) + 1, len(text) + 1))
         for index, (first, last) in enumerate(encoded["offset_mapping"]):
@@ -226,7 +227,7 @@ class ChatTemplate:
             present |= {"tool"} & {turn["role"]} | {"tool_calls", "reasoning_content"} & turn.keys()
         for name, probe in CONTENT_PROBES.items():
             if name in present and not self._renders(probe if tools else replace(probe, tools=None)):
-                raise BadRow(f"{NO_PLACE}{probe.meaning}")
+                raise BadRow(f"{NO_PLACE} {probe.meaning}")
 
     def _renders(self, probe: "_Probe") -> bool:
         """Whether the template writes what a probe adds to a conversation; found once for each probe."""

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -217,15 +217,12 @@ def read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str
             yield "row", number, {key: value or None for key, value in row.items()}, ""
 
 
-def read_parquet(
-    raw: IO[bytes], columns: frozenset[str], skipped: int, note: Callable[[Iterable[str]], None]
-) -> Iterator[tuple[str, int, Any, str]]:
-    """The rows of a Parquet file, of which only `columns` are read; `note` is called with the names of the others."""
+def read_parquet(raw: IO[bytes], columns: frozenset[str], skipped: int) -> Iterator[tuple[str, int, Any, str]]:
+    """The rows of a Parquet file, of which only `columns` are read; the others are None."""
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(raw)
     names = table.schema_arrow.names
-    note([name for name in names if column_of(name) not in columns])
     used = [name for name in names if column_of(name) in columns]
     number = 0
     for group in range(table.num_row_groups):

@@ -52,7 +52,7 @@ class RowStream:
         kind = format_of(file.name)
         with explain_defects(file), file.open() as raw:
             if kind == "parquet":
-                rows = read_parquet(raw, self.columns, skipped, self._note_unused)
+                rows = read_parquet(raw, self.columns, skipped)
             elif kind == "arrow":
                 rows = read_arrow(raw, self.columns, skipped)
             elif kind == "csv":
@@ -66,14 +66,14 @@ class RowStream:
         if not isinstance(value, dict):
             return RawRow(location, file, number, value, (), defect)
         names = tuple(sys.intern(str(name)) for name in value)
-        known = set(self.columns)
         used = {name: value[name] for name in names if name in self.columns}
-        if not has_conversation(used):  # else other spellings are columns that are not used, such as `Context`
-            for name in names:
+        others = [name for name in names if name not in self.columns]
+        if others and not has_conversation(used):  # else another spelling is no column, such as `Context`
+            for name in list(others):
                 if (column := column_of(name)) in self.columns and used.get(column) is None:
                     used[column] = value[name]
-                    known.add(name)
-        self._note_unused([name for name in names if name not in known])
+                    others.remove(name)
+        self._note_unused(others)
         return RawRow(location, file, number, used, names, defect)
 
     def _note_unused(self, names: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from phoque.data.chat_template import NO_PLACE, ChatTemplate, EncodedChat
+from phoque.data.chat_template import NO_PLACE, TOO_LONG, ChatTemplate, EncodedChat
 from phoque.data.formats import NOT_UTF8
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
@@ -31,7 +31,7 @@ MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
 SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
 WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)
-CURES = {
+CURES = {  # by the beginning of a reason
     NOT_UTF8: "Convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8 FILE > converted.jsonl",
     PREFERENCE_DATA: "Keep the chosen answers: rename the column `chosen` to `messages`, or `completion` if there is "
     "a prompt.",
@@ -39,6 +39,8 @@ CURES = {
     ONE_TEXT: 'Give each row its turns: {"messages": [{"role": "user", "content": "Q"}, '
     '{"role": "assistant", "content": "A"}]}',
     HAS_MEDIA: "Use rows of text alone; phoque trains the language model.",
+    TOO_LONG: "Raise --max-length, or split the conversations.",
+    NO_PLACE: "Use a base model whose chat template has it, or take it out of the rows.",
 }
 
 
@@ -273,11 +275,9 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
     if main in WITHOUT_SCHEMA:
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
-    fix = _suggest_conversion(scan.columns) if main == NO_COLUMNS else CURES.get(main)
-    if main.startswith("longer than"):
-        fix = "Raise --max-length, or split the conversations."
-    if main.startswith(NO_PLACE):
-        fix = "Use a base model whose chat template has it, or take it out of the rows."
+    fix = next((cure for reason, cure in CURES.items() if main.startswith(reason)), None)
+    if main == NO_COLUMNS:
+        fix = _suggest_conversion(scan.columns)
     if not good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phoque.errors import UsageError
+from phoque.errors import LOG_IN, UsageError
 from phoque.hub.client import Hub
 from phoque.hub.refs import hub_ref
 from phoque.hub.repo import Repo
@@ -72,7 +72,7 @@ def check_token(secrets: Secrets) -> None:
         raise UsageError(
             what="There is no Hub token.",
             why="Submitting a Job needs one here; --no-token only keeps it out of the Job.",
-            fix="Set HF_TOKEN, or run `hf auth login`.",
+            fix=LOG_IN,
         )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from phoque.console import Console
 from phoque.errors import RunError
+from phoque.files import MERGE_RECORD
 from phoque.hub.repo import Repo
 from phoque.hub.store import CARD, Snapshot
 from phoque.merging.verify import compare_with_adapter
-from phoque.merging.writer import RECORD, write_merged
+from phoque.merging.writer import write_merged
 from phoque.model_cards import render_merged_card
 from phoque.models.adapter_source import RUN_RECORD, find_adapter, find_base, find_run_record
 from phoque.models.checkpoint_reader import CheckpointReader
@@ -72,11 +73,11 @@ def merge_into(base: Source, adapter: Path, folder: Path, *, dtype: str, console
         written = write_merged(reader, adapter, folder, dtype, show)
     if written is None:
         console.say(f"{folder} is this merge already; nothing to do")
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / MERGE_RECORD).read_text())
     if verify and "proof" not in record:
         console.stage("comparing the merged model with the base and its adapter")
         record["proof"] = compare_with_adapter(base, adapter, folder, dtype)
-        (folder / RECORD).write_text(json.dumps(record, indent=1))
+        (folder / MERGE_RECORD).write_text(json.dumps(record, indent=1))
     if run := find_run_record(adapter):  # psm-probe finds the persona's data in it
         (folder / RUN_RECORD).write_text(json.dumps(run, indent=1), encoding="utf-8")
     if not (folder / CARD).is_file():

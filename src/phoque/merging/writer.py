@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from phoque.errors import RunError
-from phoque.files import atomic_folder, check_output_folder, sha256
+from phoque.files import MERGE_RECORD, atomic_folder, check_output_folder, sha256
 from phoque.merging.deltas import Deltas, WeightDelta, read_deltas
 from phoque.models.adapter_source import WEIGHTS
 from phoque.models.checkpoint_reader import EMBEDDINGS, HEAD, CheckpointReader
@@ -22,7 +22,6 @@ from phoque.models.config import copy_tokenizer
 from phoque.models.safetensors_files import DTYPES
 from phoque.models.source import INDEX
 
-RECORD = "merge.json"
 SHARD_BYTES = 4 << 30
 WORKERS = min(4, os.cpu_count() or 1)  # number of tensors merged at the same time
 MERGING_BYTES = 1 << 28  # at most so many bytes of them, unless one alone is larger
@@ -65,8 +64,8 @@ def write_merged(
         "adapter_config": sha256(adapter / "adapter_config.json"),
         "dtype": dtype,
     }
-    check_output_folder(folder, RECORD, "a merged model")
-    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text())["asked"] == inputs:
+    check_output_folder(folder, MERGE_RECORD, "a merged model")
+    if (folder / MERGE_RECORD).is_file() and json.loads((folder / MERGE_RECORD).read_text())["asked"] == inputs:
         return None
     deltas = read_deltas(adapter, reader)
     plan = _plan_tensors(reader, deltas, FLOAT_DTYPES[dtype])
@@ -77,7 +76,7 @@ def write_merged(
         _write_side_files(reader.source.folder, adapter, staging, dtype, deltas)
         changed = sum(output.delta is not None for output in plan)
         written = {"tensors": len(plan), "changed": changed, "bytes": size, "shards": len(files)}
-        (staging / RECORD).write_text(json.dumps({"asked": inputs, "made": written}, indent=1))
+        (staging / MERGE_RECORD).write_text(json.dumps({"asked": inputs, "made": written}, indent=1))
     return written
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from phoque.errors import UsageError
+from phoque.errors import LOG_IN, UsageError
 from phoque.files import expand_user, local_path
 
 PREFIX = "PHOQUE_"
@@ -106,7 +106,7 @@ class Secrets(CommandSettings):
             raise UsageError(
                 what="There is no Hub token.",
                 why=f"{repository} cannot be written without one.",
-                fix="Set HF_TOKEN, or run `hf auth login`.",
+                fix=LOG_IN,
             )
 
 

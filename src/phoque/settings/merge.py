@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from phoque.files import MERGE_RECORD
 from phoque.settings.fields import name_after, setting
 from phoque.settings.job import JOB_GROUP, REPO, PublishedSettings
 
@@ -13,7 +14,7 @@ class MergeSettings(PublishedSettings):
     keeps: ClassVar = "push_repo_id"
     required: ClassVar = ("adapter_source",)
     main_input: ClassVar = "adapter_source"
-    output_record: ClassVar = ("merge.json", "a merged model")
+    output_record: ClassVar = (MERGE_RECORD, "a merged model")
     reads: ClassVar = {"adapter_source": "adapter_revision", "base_model": "revision"}
     groups: ClassVar = {
         "Model": "preset adapter_source adapter_revision base_model revision",

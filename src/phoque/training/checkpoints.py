@@ -24,7 +24,8 @@ TRAINING_ARGS = (
     "training_args.bin"  # plain Trainer's arguments, which contain the token: never listed, pushed or fetched
 )
 LAST_CHECKPOINT = "last-checkpoint"  # the name under which plain Trainer pushes
-TRAINER_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+TRAINER_STATE = "trainer_state.json"  # Trainer's own, with the step and the last step of the run
+TRAINER_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", TRAINER_STATE)
 REQUIRED_FILES = (*TRAINER_FILES, DATA_STATE)
 
 
@@ -104,7 +105,7 @@ def find_trainer_defect(folder: Path) -> str | None:
 
 def import_trainer_checkpoint(folder: Path, used: dict[str, Any], warn: Callable[[str], None]) -> Path:
     """Turn a valid plain Trainer checkpoint into a phoque checkpoint; `used` gives its estimated data position."""
-    step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    step = json.loads((folder / TRAINER_STATE).read_text())["global_step"]
     rows_seen = step * used["batch_size"]
     epoch, offset = divmod(rows_seen, used["rows"])
     reader = {"place": {"epoch": epoch, "used": offset}, "read": rows_seen, "bad": 0}

@@ -13,7 +13,6 @@ from phoque.training import checkpoints
 from phoque.training.finish import TrainResult, push_error
 from phoque.training.run_state import Run
 
-TRAINER_STATE = "trainer_state.json"  # Trainer's own file in a checkpoint
 FOLDER, TEMPORARY = "merged", ".merged"
 DTYPE = "bf16"
 
@@ -46,8 +45,8 @@ def merge_final(run: Run, result: TrainResult) -> TrainResult:
 def merge_checkpoint(run: Run, checkpoint: Path) -> None:
     """Merge a checkpoint, push it and delete the folder. The run's last step is skipped: `merge_final` follows."""
     step, repo = checkpoints.get_step(checkpoint), _merged_repo(run)
-    last_step = json.loads((checkpoint / TRAINER_STATE).read_text())["max_steps"]  # which an early stop lowers
-    if step == last_step or repo is None:
+    state = json.loads((checkpoint / checkpoints.TRAINER_STATE).read_text())
+    if step == state["max_steps"] or repo is None:  # an early stop lowers it
         return
     output = run.folder / TEMPORARY
     shutil.rmtree(output, ignore_errors=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from phoque.errors import UsageError
-from phoque.files import exists
+from phoque.files import find_file_in_the_way
 
 RECORD, MANIFEST, REPORT = "run.json", "MANIFEST.json", "report.html"
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -15,13 +15,10 @@ def check_own_folder(run: Path) -> None:
 
     A folder of plain Trainer, which holds checkpoints alone, is accepted. A file of that name is not.
     """
-    for place in (run, *run.parents):
-        if exists(place) and not place.is_dir():
-            raise UsageError(
-                what=f"{run} cannot be the folder of a run.",
-                why=f"{place} is a file.",
-                fix="Choose another --output-dir.",
-            )
+    if file := find_file_in_the_way(run):
+        raise UsageError(
+            what=f"{run} cannot be the folder of a run.", why=f"{file} is a file.", fix="Choose another --output-dir."
+        )
     if (run / RECORD).is_file() or any(run.glob(f"*checkpoint*/{MANIFEST}")):
         return
     for name in ("adapter", "merged", BEST, METRICS, SAMPLES, REPORT):

@@ -54,7 +54,7 @@ def remove_new_folder_on_error(run: Path) -> Generator[None]:
     is_new = not run.exists()
     try:
         yield
-    except BaseException:
+    except BaseException:  # also Ctrl-C; it is raised again
         with suppress(OSError):
             if is_new and [file.name for file in run.iterdir()] == [LOCK]:
                 (run / LOCK).unlink()

@@ -132,13 +132,12 @@ def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: b
     persona, warnings = find_persona(s, services, record)
     data = ((record or {}).get("data") or {}).get("name")
     if not resolved.origins["persona"].is_given and s.persona and data not in (None, s.persona):
-        warnings = [
-            *warnings,
-            f"the persona is the preset's {s.persona}, but the adapter was trained on {data}: pass --persona",
-        ]
+        warnings.append(
+            f"the persona is the preset's {s.persona}, but the adapter was trained on {data}: pass --persona"
+        )
     persona = limit_questions(persona, s.questions)
     if min(len(persona.test), len(persona.heldout)) < MIN_FOR_YES:
-        warnings = [*warnings, f"fewer than {MIN_FOR_YES} held-out or test questions: some verdicts cannot be yes"]
+        warnings.append(f"fewer than {MIN_FOR_YES} held-out or test questions: some verdicts cannot be yes")
     roles = load_roles(fetch_if_remote(s.roles, "--roles", services), persona)
     config = load_config(source)
     blocks = config.get_text_config().num_hidden_layers
