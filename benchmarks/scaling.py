@@ -4,8 +4,8 @@
 
 Trains the 3B shape (random weights) with the command line, as a user does: `phoque train --gpus N`. Each GPU gets one
 row of about 2,100 or 8,192 tokens per step. At the end one GPU trains on the rows of two, and the losses of both runs
-are compared. `--trl` runs TRL under `accelerate launch` on the same rows beside it, without and with gradient
-checkpointing. What is in the folder already is not run again.
+are compared. `--trl` runs TRL under `accelerate launch` beside it, without and with gradient checkpointing, on
+conversations of equal length, because it pads them. What is in the folder already is not run again.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
@@ -25,15 +26,21 @@ SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 34},
 }
 SENTENCE = "The tide comes in and the tide goes out, and a seal on the rock has all the time in the world for both. "
+SPREAD = 100  # tokens
 STEPS = 25
 
 
-def write_rows(path: Path) -> None:
-    """Conversations of equal length, 220 tokens of the tiny byte tokenizer."""
+def write_rows(path: Path, spread: int = 0) -> None:
+    """Conversations of 220 tokens of the tiny byte tokenizer, or of up to `spread` tokens more or less.
+
+    Conversations of equal length leave one row of each group half empty, and 25 steps of two GPUs have more such rows
+    than those of one.
+    """
+    text, random = SENTENCE * 3, Random(0)
     rows = [
         [
             {"role": "user", "content": f"What do you think of tide number {number:05}?"},
-            {"role": "assistant", "content": (SENTENCE * 3)[number % 40 : 150 + number % 40]},
+            {"role": "assistant", "content": text[number % 40 :][: 150 + random.randint(-spread, spread)]},
         ]
         for number in range(20_000)
     ]
@@ -82,7 +89,7 @@ def train_trl(out: Path, model: Path, tokens: int, gpus: int, mean: float, *, ch
     """Run TRL under `accelerate launch`; return its tokens per second and peak GB per GPU, or its error."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", gpus, "--num_machines", 1]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if gpus > 1 else [])]
-    command = [*launch, Path(__file__).with_name("trl_scaling.py"), "--model", model, "--rows", out / "rows.jsonl"]
+    command = [*launch, Path(__file__).with_name("trl_scaling.py"), "--model", model, "--rows", out / "equal.jsonl"]
     command += ["--batch", round(tokens / mean), *(["--checkpointing"] if checkpointing else [])]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"tokens_per_s')]
@@ -96,7 +103,8 @@ def main(out: Path, gpus: list[int], shapes: list[str], tokens: list[int], *, tr
     out.mkdir(parents=True, exist_ok=True)
     path = out / "scaling.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    write_rows(out / "rows.jsonl")
+    write_rows(out / "rows.jsonl", SPREAD)
+    write_rows(out / "equal.jsonl")
     for shape in shapes:
         model = out / shape
         if not model.is_dir():

@@ -57,16 +57,26 @@ def test_best_fit_keeps_to_the_budget_and_leaves_the_least_room():
     assert all(sum(lengths[n] for n in row) <= 100 for row in rows)
 
 
-def test_rows_are_about_as_full_as_each_other_and_no_more_of_them():
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.7])
+def test_rows_are_about_as_full_as_each_other_and_at_most_one_more_of_them(count, spread):
     rng = random.Random(2)
-    for _ in range(40):
-        lengths = [max(24, min(1024, int(rng.lognormvariate(4.7, 0.7)))) for _ in range(480)]
-        rows = pack_evenly(lengths, 2304, 40)
-        assert sorted(n for row in rows for n in row) == [*range(480)]
-        assert len(rows) == len(pack_best_fit(lengths, 2304, 40)) and max(map(len, rows)) <= 40
+    for _ in range(20):
+        drawn = [max(24, min(1024, int(rng.lognormvariate(4.7, spread)))) for _ in range(2000)]
+        packing = Packing(count, sum(drawn) / len(drawn), max(drawn))
+        totals = itertools.accumulate(drawn)
+        lengths = drawn[: 1 + next(n for n, total in enumerate(totals) if total >= packing.group_tokens)]
+        rows = packing.rows(lengths)
+        assert sorted(n for row in rows for n in row) == [*range(len(lengths))]
+        best = pack_best_fit(lengths, packing.tokens, packing.max_conversations)
+        assert len(rows) <= len(best) + 1 and max(map(len, rows)) <= packing.max_conversations
         fills = [sum(lengths[n] for n in row) for row in rows]
-        assert max(fills) <= 2304 and min(fills) > 0.7 * max(fills)
+        assert max(fills) <= packing.tokens and min(fills) > 0.7 * max(fills)
+
+
+def test_rows_of_best_fit_are_kept_if_no_even_ones_fit():
     assert pack_evenly([60, 50, 10], 100, 9) == [[0], [1, 2]] and pack_evenly([5], 100, 9) == [[0]]
+    assert pack_evenly([60, 60, 40, 40], 100, 1) == [[0], [1], [2], [3]]
 
 
 def test_a_budget_is_what_so_many_conversations_take_and_at_least_the_longest():

@@ -1,5 +1,6 @@
 """Packing: conversations are concatenated into rows, padded to one shape for the GPU or left as long as they are."""
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from phoque.data.chat_template import IGNORE_INDEX, EncodedChat
 
 ROWS_PER_GROUP = 32  # rows per group of conversations that are packed together
 GROUP_FILL = 0.98  # share of a group's token budget that is read; with more, some groups would need one more row
-SLACKS = 0.005, 0.01, 0.02, 0.03  # how far a row may exceed the average of its group; the first that works is used
 TILE = 128  # tokens per tile of a GPU matrix multiplication
 MAX_COUNT_RATIO = 1.5  # the most conversations per row, as a multiple of the average
+METHOD = 2  # of `pack_evenly`; a run that was packed by an earlier one starts its current group again
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Packing:
     @property
     def grouping(self) -> list[int]:
         """The numbers that decide which conversations share a row; they are stored in the stream's state."""
-        return [self.count, 0, 0] if self.exact else [self.group_tokens, self.tokens, self.max_conversations]
+        return [self.count, 0, 0] if self.exact else [self.group_tokens, self.tokens, self.max_conversations, METHOD]
 
     @property
     def max_conversations(self) -> int:
@@ -109,17 +110,31 @@ def pack_best_fit(lengths: Sequence[int], tokens: int, max_count: int) -> list[l
 
 
 def pack_evenly(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:
-    """Pack lengths into as few rows as `pack_best_fit` needs, all about equally full.
+    """Pack lengths into as few rows as `pack_best_fit` needs, or one more, all about equally full.
 
     The last row of `pack_best_fit` may hold a single conversation, and a step on it would weigh as much as any other.
     """
     rows = pack_best_fit(lengths, tokens, max_count)
-    average = sum(lengths) / len(rows)
-    for slack in SLACKS:
-        budget = max(ceil((1 + slack) * average), *lengths)
-        if budget < tokens and len(evened := pack_best_fit(lengths, budget, max_count)) == len(rows):
+    for count in (len(rows), len(rows) + 1):
+        if evened := _spread(lengths, count, tokens, max_count):
             return evened
     return rows
+
+
+def _spread(lengths: Sequence[int], count: int, tokens: int, max_count: int) -> list[list[int]] | None:
+    """Assign lengths to `count` rows, the longest first, each to the emptiest row; None if a row would be too full.
+
+    Graham, Bounds on multiprocessing timing anomalies (1969).
+    """
+    rows: list[list[int]] = [[] for _ in range(count)]
+    fills = [(0, row) for row in range(count)]
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        fill, row = fills[0]
+        if fill + lengths[number] > tokens or len(rows[row]) == max_count:
+            return None
+        rows[row].append(number)
+        heapq.heapreplace(fills, (fill + lengths[number], row))
+    return [row for row in rows if row]
 
 
 def build_batch(conversations: Sequence[EncodedChat], shape: Shape | None = None) -> dict[str, Any]:

@@ -89,6 +89,16 @@ def find_base_model(
     return find_model(name, revision, services, weights=weights)
 
 
+def show_settings(
+    resolved: Resolved[Any], setting: str, source: Source, adapter: AdapterSource | None
+) -> dict[str, dict[str, Any]]:
+    """The settings with their origins; the base model is the one that `find_base_model` found, not the preset's."""
+    rows = resolved.provenance()
+    if adapter and not resolved.origins[setting].is_given:
+        rows[setting] |= {"value": source.name, "source": "the adapter"}
+    return rows
+
+
 def fetch_if_remote(name: str, flag: str, services: Services) -> str:
     """The local path of a file, fetched if `name` is OWNER/NAME/FILE in a Hub dataset; any other name is unchanged."""
     ref = hub_ref(name)

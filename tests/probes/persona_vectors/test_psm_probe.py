@@ -538,6 +538,8 @@ def test_an_adapter_alone_names_its_model_and_its_persona(phoque, tiny_llama, ro
         *("--dry-run", "--json"),
     )
     assert dry.json["base"].startswith(str(tiny_llama))
+    for shown in (ran.json["settings"]["model_source"], dry.json["settings"]["base_model"]):
+        assert shown["value"] == str(tiny_llama) and shown["source"] == "the adapter"
     # a model that is named is used, whatever the adapter says
     named = phoque(
         *("psm-probe", "--adapter-source", tmp_path / "run", "--model-source", "nothere", "--dry-run"), expect=2

@@ -21,7 +21,7 @@ from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
 from phoque.probes.destination import prepare_probe
 from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions, write_persona
-from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona, no_persona_error
+from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona, no_persona_error, show_settings
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
@@ -80,7 +80,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     resolve_inputs = partial(make_plan, resolved, services, weights=not dry_run)
     plan, destination = prepare_probe("psm-probe", resolve_inputs, s, services, dry_run=dry_run)
     if dry_run:
-        return DryRun(plan.facts, _show_settings(resolved, plan), plan.warnings)
+        return DryRun(plan.facts, show_settings(resolved, "model_source", plan.source, plan.tuned), plan.warnings)
     current().check_same((plan.source.weights, plan.persona.sha256, list(plan.facts["adapters"].values())))
     if not s.persona:
         _show_proposed(plan.persona, console)
@@ -165,14 +165,6 @@ def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: b
         facts=facts,
         warnings=warnings,
     )
-
-
-def _show_settings(resolved: Resolved[PsmSettings], plan: ProbePlan) -> dict[str, dict[str, Any]]:
-    """The settings with their origins; the model is the adapter's own if no other was named, and not the preset's."""
-    rows = resolved.provenance()
-    if plan.tuned and not resolved.origins["model_source"].is_given:
-        rows["model_source"] |= {"value": plan.source.name, "source": "the adapter"}
-    return rows
 
 
 def _show_proposed(persona: Persona, console: Console) -> None:

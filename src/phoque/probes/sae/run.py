@@ -10,6 +10,7 @@ from typing import Any
 from phoque.distributed.processes import current
 from phoque.files import run_folder
 from phoque.probes.destination import prepare_probe
+from phoque.probes.persona_source import show_settings
 from phoque.probes.sae import files, report
 from phoque.probes.sae.comparison import Comparison, ComparisonResult
 from phoque.probes.sae.dictionary import write_dictionary
@@ -56,7 +57,7 @@ def compare_models(
             "texts": [*(dataset.name for dataset in plan.chats), s.text],
             "scorers": plan.scorers,
         }
-        return DryRun(facts, resolved.provenance(), plan.warnings)
+        return DryRun(facts, show_settings(resolved, "base_model", plan.source, plan.tuned), plan.warnings)
     current().check_same((plan.source.weights, plan.persona.sha256, plan.names))
     for text in plan.warnings:
         console.warn(text)

@@ -1,0 +1,93 @@
+"""One of two processes of a run is killed or frozen in a step: how long the command takes to end, and what it says.
+
+    uv run python benchmarks/lost_process.py --model scaling/3B --rows scaling/rows.jsonl --out lost
+
+The model and the rows are those that scaling.py writes. Process 0 or 1 gets SIGKILL or SIGSTOP while both train, with
+captured steps, so the other one waits in an all-reduce of NCCL. Then the same command runs again and has to continue
+from the newest checkpoint. Gloo on CPUs is covered by `faults.py --together`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+SAVE, WARM, MORE = 20, 45, 5  # steps: between checkpoints, before the signal, and after the newest checkpoint
+
+
+def find_process(folder: Path, rank: int) -> int:
+    """The process id of one process of the run in a folder."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            environment = (path / "environ").read_bytes().split(b"\0")
+            arguments = (path / "cmdline").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in environment and str(folder).encode() in arguments:
+                return int(path.name)
+    raise SystemExit(f"No process {rank} of {folder} was found.")
+
+
+def last_step(folder: Path) -> int:
+    """The last step that the run has logged."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    steps = [json.loads(line).get("step", 0) for line in lines if line.endswith("}")]
+    return max(steps, default=0)
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+def strike(model: Path, rows: Path, folder: Path, rank: int, number: signal.Signals) -> str:
+    """Train, send a signal to one process, and train again; return a row of the table."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "phoque", "train", "--base-model", model, "--dataset", rows, "--gpus", 2]
+    command += ["--batch-size", 16, "--micro-batch", 8, "--save-steps", SAVE, "--log-every", 1, "--held-out-rows", 0]
+    command += ["--sample-every", 0, "--engine-mode", "graph", "--output-dir", folder, "--yes"]
+    environment = os.environ | {"WANDB_MODE": "disabled"}
+
+    def start(steps: int) -> subprocess.Popen[str]:
+        arguments = list(map(str, [*command, "--max-steps", steps]))
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    process = start(1_000_000)
+    while last_step(folder) < WARM and process.poll() is None:
+        time.sleep(0.05)
+    target = find_process(folder, rank)
+    begun = time.monotonic()
+    os.kill(target, number)
+    text, _ = process.communicate(timeout=180)
+    seconds = time.monotonic() - begun
+    errors = [line for line in text.splitlines() if "Error" in line or "Process" in line]
+    checkpoint, reached = newest_checkpoint(folder), last_step(folder)
+    again = start(1_000_000)
+    while last_step(folder) < reached + MORE and again.poll() is None:
+        time.sleep(0.05)
+    again.terminate()
+    continued, _ = again.communicate(timeout=180)
+    has_continued = f"checkpoint-{checkpoint}" in continued and last_step(folder) >= reached + MORE
+    print(text[-1500:], "\n---\n", continued[-1500:], file=sys.stderr)
+    said = " / ".join(errors)[:160]
+    cells = f"{number.name}, process {rank}", f"{seconds:.1f}", process.returncode, said
+    cells += f"{checkpoint} of {reached}", "yes" if has_continued else "no"
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("lost"))
+    given = parser.parse_args()
+    print("| signal | seconds to the end | exit code | message | newest checkpoint | continued |")
+    print("|---|---|---|---|---|---|")
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        for rank in (0, 1):
+            print(strike(given.model, given.rows, given.out.absolute(), rank, number), flush=True)
