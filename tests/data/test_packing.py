@@ -74,6 +74,19 @@ def test_rows_are_about_as_full_as_each_other_and_at_most_one_more_of_them(count
         assert max(fills) <= packing.tokens and min(fills) > 0.7 * max(fills)
 
 
+def test_a_run_of_version_0_1_keeps_its_rows(short_chats, chat):
+    old, new = Packing(4, 60.0, 512, as_in_0_1=True), Packing(4, 60.0, 512)
+    stream = open_stream(short_chats, chat, old)
+    batches = [batch["input_ids"].tolist() for batch in take_rows(stream, 60)]
+    assert batches != [batch["input_ids"].tolist() for batch in take_rows(open_stream(short_chats, chat, new), 60)]
+    cut, resumed = open_stream(short_chats, chat, old), open_stream(short_chats, chat, new)
+    take_rows(cut, 5)
+    state = json.loads(json.dumps(cut.state_dict()))
+    assert len(state["grouping"]) == 3 and not resumed.load_state_dict(state)
+    assert [batch["input_ids"].tolist() for batch in take_rows(resumed, 55)] == batches[5:]
+    assert len(resumed.state_dict()["grouping"]) == 3
+
+
 def test_rows_of_best_fit_are_kept_if_no_even_ones_fit():
     assert pack_evenly([60, 50, 10], 100, 9) == [[0], [1, 2]] and pack_evenly([5], 100, 9) == [[0]]
     assert pack_evenly([60, 60, 40, 40], 100, 1) == [[0], [1], [2], [3]]

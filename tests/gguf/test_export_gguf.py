@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from phoque.gguf import ollama
-from phoque.gguf.llama_cpp import LlamaCppModel
+from phoque.gguf.llama_cpp_model import LlamaCppModel
 from phoque.gguf.reader import read_gguf
 from phoque.gguf.verify.llama import ask_llama
 from tests.conftest import write_rows

@@ -6,7 +6,7 @@ import torch
 
 from phoque.console import Console
 from phoque.errors import UsageError
-from phoque.gguf.llama_cpp import LlamaCppModel
+from phoque.gguf.llama_cpp_model import LlamaCppModel
 from phoque.gguf.metadata import find_format, write_metadata
 from phoque.gguf.reader import read_gguf
 from phoque.gguf.tensors import GgufTensors

@@ -9,7 +9,8 @@ import numpy as np
 
 from phoque.data.chat_template import encode_prompt, render_prompt
 from phoque.data.template_renderer import TemplateOnly
-from phoque.gguf.llama_cpp import Library, LlamaCppModel
+from phoque.gguf.llama_cpp import Library
+from phoque.gguf.llama_cpp_model import LlamaCppModel
 from phoque.onnx.session import OnnxChatModel, Past
 
 # Yields the logits [vocabulary] of each unfinished row; is sent the tokens that were chosen. A row without one ends.

@@ -14,8 +14,9 @@ from phoque.data.chat_template import IGNORE_INDEX, EncodedChat
 ROWS_PER_GROUP = 32  # rows per group of conversations that are packed together
 GROUP_FILL = 0.98  # share of a group's token budget that is read; with more, some groups would need one more row
 TILE = 128  # tokens per tile of a GPU matrix multiplication
+METHOD = 2  # marks the groups of `pack_evenly` in a stream's state
 MAX_COUNT_RATIO = 1.5  # the most conversations per row, as a multiple of the average
-METHOD = 2  # of `pack_evenly`; a run that was packed by an earlier one starts its current group again
+SLACKS = 0.005, 0.01, 0.02, 0.03  # how far a row of a run of version 0.1 may exceed the average of its group
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Packing:
 
     A row has `count` conversations of `mean` tokens on average; none is longer than `longest` tokens. With `exact`,
     each row has the next `count` conversations in order. With `static`, rows are padded to one shape, or to a few
-    shapes if `exact`.
+    shapes if `exact`. `as_in_0_1` is for a run that version 0.1 began: its rows stay the same.
     """
 
     count: int
@@ -44,6 +45,7 @@ class Packing:
     longest: int
     exact: bool = False
     static: bool = False
+    as_in_0_1: bool = False
 
     @property
     def tokens(self) -> int:
@@ -54,7 +56,10 @@ class Packing:
     @property
     def grouping(self) -> list[int]:
         """The numbers that decide which conversations share a row; they are stored in the stream's state."""
-        return [self.count, 0, 0] if self.exact else [self.group_tokens, self.tokens, self.max_conversations, METHOD]
+        if self.exact:
+            return [self.count, 0, 0]
+        numbers = [self.group_tokens, self.tokens, self.max_conversations]
+        return numbers if self.as_in_0_1 else [*numbers, METHOD]
 
     @property
     def max_conversations(self) -> int:
@@ -72,7 +77,10 @@ class Packing:
 
     def rows(self, lengths: Sequence[int]) -> list[list[int]]:
         """Assign the conversations of one group, given their lengths, to rows; return their indices for each row."""
-        return [[*range(len(lengths))]] if self.exact else pack_evenly(lengths, self.tokens, self.max_conversations)
+        if self.exact:
+            return [[*range(len(lengths))]]
+        pack = pack_tightly if self.as_in_0_1 else pack_evenly
+        return pack(lengths, self.tokens, self.max_conversations)
 
     def shape(self, total: int) -> Shape | None:
         """Return the shape that a row of `total` tokens is padded to, or None for no padding."""
@@ -117,6 +125,17 @@ def pack_evenly(lengths: Sequence[int], tokens: int, max_count: int) -> list[lis
     rows = pack_best_fit(lengths, tokens, max_count)
     for count in (len(rows), len(rows) + 1):
         if evened := _spread(lengths, count, tokens, max_count):
+            return evened
+    return rows
+
+
+def pack_tightly(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:
+    """Pack lengths as version 0.1 did: best fit again, into rows that are a little fuller than the average."""
+    rows = pack_best_fit(lengths, tokens, max_count)
+    average = sum(lengths) / len(rows)
+    for slack in SLACKS:
+        budget = max(ceil((1 + slack) * average), *lengths)
+        if budget < tokens and len(evened := pack_best_fit(lengths, budget, max_count)) == len(rows):
             return evened
     return rows
 

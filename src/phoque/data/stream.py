@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -104,6 +104,8 @@ class TrainStream:
             counts = {"rows_seen": state["rows_seen"], "tokens_seen": state["tokens_seen"]}
             state = {"reader": reader, "taken": 0, "filled": state["tokens_seen"], "epoch": state["place"]["epoch"]}
             state |= counts
+        if len(state.get("grouping", ())) == 3:  # version 0.1 marked no method
+            self.packing = replace(self.packing, as_in_0_1=True)
         repeats = bool(state["taken"]) and state["grouping"] != self.packing.grouping
         self._state = state | {"grouping": self.packing.grouping} | ({"taken": 0} if repeats else {})
         return repeats

@@ -17,7 +17,8 @@ from phoque.errors import RunError
 from phoque.files import EXPORT_RECORD, atomic_folder, sha256
 from phoque.gguf.adapter import write_lora
 from phoque.gguf.importance import measure_importance
-from phoque.gguf.llama_cpp import Library, LlamaCppModel, load_library
+from phoque.gguf.llama_cpp import Library, load_library
+from phoque.gguf.llama_cpp_model import LlamaCppModel
 from phoque.gguf.metadata import file_name, find_format, write_metadata
 from phoque.gguf.ollama import QUOTES, find_turn_texts, render_modelfile
 from phoque.gguf.tensors import GgufTensors

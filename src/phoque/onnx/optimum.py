@@ -20,7 +20,7 @@ from phoque.console import Console
 from phoque.errors import RunError, UsageError
 from phoque.models.architectures import ARCHITECTURES
 from phoque.models.source import Source
-from phoque.onnx.graph.decoder import strip_metadata
+from phoque.onnx.graph.nodes import strip_metadata
 from phoque.settings.environment import environment_without_secrets
 
 REQUIREMENTS = ("optimum-onnx[onnxruntime]==0.1.0", "transformers==4.57.6")

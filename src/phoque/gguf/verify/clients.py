@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from phoque.checks import CheckFailed, Verdict
-from phoque.gguf.llama_cpp import NODE_LLAMA_CPP, binaries, idle_cores, shared_length
+from phoque.gguf.llama_cpp import NODE_LLAMA_CPP, binaries
+from phoque.gguf.llama_cpp_model import idle_cores, shared_length
 from phoque.gguf.reader import GgufFile
 from phoque.gguf.verify.files import QUESTION, render
 from phoque.npm import NpmClient, find_chromium

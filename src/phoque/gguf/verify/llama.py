@@ -20,7 +20,7 @@ from phoque.data.readers import open_dataset
 from phoque.data.rows import parse_row
 from phoque.data.template_renderer import TemplateRenderer
 from phoque.data.turns import BadRow
-from phoque.gguf.llama_cpp import shared_length
+from phoque.gguf.llama_cpp_model import shared_length
 from phoque.gguf.reader import GgufFile
 from phoque.gguf.verify.files import QUESTION, find_stop_token, render
 from phoque.hub.client import Hub

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from phoque.errors import PhoqueError
-from phoque.gguf.llama_cpp import LlamaCppModel, open_library
+from phoque.gguf.llama_cpp import open_library
+from phoque.gguf.llama_cpp_model import LlamaCppModel
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

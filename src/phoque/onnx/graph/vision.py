@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from phoque.errors import UsageError
 from phoque.models.architectures import architecture_of
 from phoque.onnx.component import DTYPES, Component, Weights
-from phoque.onnx.graph.decoder import strip_metadata
+from phoque.onnx.graph.nodes import strip_metadata
 from phoque.onnx.graph.trace import silence_exporter
 from phoque.onnx.quantize.block_format import can_quantize, choose_group_size, round_to_nearest
 
