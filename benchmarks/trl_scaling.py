@@ -79,7 +79,6 @@ def main(model: Path, rows: Path, batch: int, steps: int, *, checkpointing: bool
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             disable_tqdm=True,
-            remove_unused_columns=False,  # that would hash the dataset, which fails with some versions of pyarrow
             ddp_find_unused_parameters=False,
         ),
         train_dataset=data,

@@ -52,6 +52,22 @@ def test_columns_are_tested_as_if_alone_and_their_largest_together(random_genera
     assert (largest >= p - 1e-12).all() and largest.mean() > 2 * p.mean() and p.min() >= 1 / 1000
 
 
+def test_flips_give_the_p_of_the_t_statistic_itself(random_generator):
+    """The test ranks |mean| / root mean square; the statistic is the mean divided by its standard error."""
+    gaps = random_generator.normal(0.1, 1, (30, 300)) * random_generator.uniform(1e-6, 1e6, 300)
+    gaps[:, 0] = 0.0
+    gaps[:, 1] = 2.0  # no spread
+    means = stats.draw_signs(30, 5, 1999) @ gaps / 30
+    squares = (gaps**2).mean(0)
+    t, observed = (
+        numpy.abs(mean) / numpy.sqrt(numpy.maximum(squares - mean**2, 1e-12 * squares + 1e-30))
+        for mean in (means, gaps.mean(0))
+    )
+    p, largest = stats.sign_flip_test(gaps, seed=5, flips=1999)
+    assert p == pytest.approx(((t >= observed * (1 - 1e-9)).sum(0) + 1) / 2000)
+    assert largest == pytest.approx(((t.max(1)[:, None] >= observed * (1 - 1e-9)).sum(0) + 1) / 2000)
+
+
 def test_q_is_scipys_false_discovery_control(random_generator):
     p = numpy.concatenate([random_generator.uniform(0, 1, 50), random_generator.uniform(0, 0.001, 5), [0.2, 0.2]])
     assert stats.benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p))

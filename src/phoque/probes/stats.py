@@ -4,6 +4,7 @@ Every function is deterministic given its seed. Arrays are numpy, (n,) or (n, la
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -11,7 +12,7 @@ import numpy
 BOOTSTRAPS = 2000
 FLIPS = 4096  # sign flips: all 2**n of them for up to 12 prompts, otherwise this many random ones
 Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
-COLUMNS_PER_CHUNK = 128  # columns per chunk; bounds the memory of the (flips, columns) statistics
+COLUMNS_PER_CHUNK, FLIPS_PER_CHUNK = 128, 1024  # bound the memory of the (flips, columns) statistics
 
 Array = Any  # numpy.ndarray; its type parameters would add nothing here
 
@@ -135,29 +136,34 @@ def draw_signs(n: int, seed: int, flips: int = FLIPS) -> Array:
 def sign_flip_test(differences: Array, seed: int = 0, flips: int = FLIPS) -> tuple[Array, Array]:
     """Two-sided p-values of paired differences (n, columns): per column, and corrected over all columns (max-T).
 
-    The statistic is the mean divided by its standard error, so that columns of different scale are comparable. No
-    p-value is below 1 / (flips + 1): use at least as many flips as there are columns to correct for.
+    The statistic is the mean divided by its standard error, so that columns of different scale are comparable. Its
+    ranks are those of |mean| / root mean square, of which it is an increasing function, and which is computed instead:
+    flips change the mean alone. No p-value is below 1 / (flips + 1): use at least as many flips as there are columns to
+    correct for.
     """
     differences = differences.astype(numpy.float64)  # in float32 the observed signs would not equal themselves
     n, columns = differences.shape
     exact = 2**n <= flips  # all sign patterns are used, the observed one among them
-    sign_rows = draw_signs(n, seed, flips).astype(float)
-    mean_squares = (differences**2).mean(0)
-
-    def statistic(mean: Array, part: slice) -> Array:
-        mean_square = mean_squares[part]
-        return numpy.abs(mean) / numpy.sqrt(numpy.maximum(mean_square - mean**2, 1e-12 * mean_square + 1e-30))
-
-    max_t, exceed, observed = numpy.zeros(len(sign_rows)), numpy.zeros(columns), numpy.zeros(columns)
+    signs = _draw_float_signs(n, seed, flips)
+    scaled = differences / (n * numpy.maximum(numpy.sqrt((differences**2).mean(0)), 1e-150))
+    observed = numpy.abs(scaled.sum(0)) * (1 - 1e-9)
+    largest, exceed = numpy.zeros(len(signs)), numpy.zeros(columns)
     for start in range(0, columns, COLUMNS_PER_CHUNK):
         part = slice(start, start + COLUMNS_PER_CHUNK)
-        t = statistic(sign_rows @ differences[:, part] / n, part)
-        observed[part] = statistic(differences[:, part].mean(0), part) * (1 - 1e-9)
-        exceed[part] = (t >= observed[part]).sum(0)
-        max_t = numpy.maximum(max_t, t.max(1))
-    exceed_max = len(sign_rows) - numpy.searchsorted(numpy.sort(max_t), observed)
-    total = len(sign_rows) + (not exact)
-    return (exceed + (not exact)) / total, (exceed_max + (not exact)) / total
+        for first in range(0, len(signs), FLIPS_PER_CHUNK):  # so small that the chunk stays in the cache
+            rows = slice(first, first + FLIPS_PER_CHUNK)
+            statistic = signs[rows] @ scaled[:, part]
+            numpy.abs(statistic, out=statistic)
+            exceed[part] += (statistic >= observed[part]).sum(0)
+            numpy.maximum(largest[rows], statistic.max(1), out=largest[rows])
+    exceed_largest = len(signs) - numpy.searchsorted(numpy.sort(largest), observed)
+    total = len(signs) + (not exact)
+    return (exceed + (not exact)) / total, (exceed_largest + (not exact)) / total
+
+
+@lru_cache(maxsize=2)
+def _draw_float_signs(n: int, seed: int, flips: int) -> Array:
+    return draw_signs(n, seed, flips).astype(float)
 
 
 def benjamini_hochberg(p: Array) -> Array:

@@ -13,7 +13,6 @@ from phoque.inference.residual_stream import (
     find_massive,
     get_blocks,
     read_residual_stream,
-    unwrap_model,
 )
 from phoque.probes.shared_inference import count_tokens
 
@@ -81,42 +80,66 @@ def collect_residuals(
 def _read_rows(
     model: "PreTrainedModel", rows: Sequence[Turn], layers: Sequence[int], special: Sequence[int], budget: int | None
 ) -> list[_Row]:
-    count, size = len(get_blocks(model)), unwrap_model(model).config.hidden_size
-    collected = [
-        _Row(
-            {},
-            torch.empty(0),
-            torch.zeros(count, size),
-            torch.zeros(count),
-            torch.zeros(len(COUNTED), dtype=torch.long),
-        )
-        for _ in rows
-    ]
-    special_ids = torch.tensor(sorted(special), device=model.device)
+    count = len(get_blocks(model))
+    reader = _BatchReader(rows, layers, count - 1, torch.tensor(sorted(special), device=model.device))
+    read_residual_stream(model, [r.prompt + r.response for r in rows], range(count), reader.read_block, budget=budget)
+    return [reader.done[n] for n in range(len(rows))]
 
-    def store_batch(layer: int, batch: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> None:
+
+class _BatchReader:
+    """Averages the blocks' outputs over each row of a batch on its device, and copies the batch to host memory once.
+
+    A copy for each block and row would make the GPU wait for the host some ten times per block. `done` has the rows
+    that were read, by number.
+    """
+
+    def __init__(self, rows: Sequence[Turn], layers: Sequence[int], last: int, special: torch.Tensor) -> None:
+        self._rows, self._layers, self._last, self._special = rows, layers, last, special
+        self._averages: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each block: means and norms
+        self._kept: dict[
+            int, list[torch.Tensor]
+        ] = {}  # layer -> the states of response tokens, and which of them count
+        self._counts = torch.zeros(0)  # of tokens, in the order of COUNTED, (rows, reasons)
+        self.done: dict[int, _Row] = {}
+
+    def read_block(
+        self, layer: int, batch: list[int], hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """Average the output of one block; the last one also stores the batch."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        starts = torch.tensor([max(1, len(rows[n].prompt)) for n in batch], device=hidden.device)
-        in_response = (positions >= starts[:, None]) & mask
+        if layer == 0:
+            starts = torch.tensor([max(1, len(self._rows[n].prompt)) for n in batch], device=hidden.device)
+            self._in_response = (positions >= starts[:, None]) & mask
+            self._special_tokens = torch.isin(ids, self._special) & self._in_response
+            self._counts = torch.zeros(len(batch), len(COUNTED), dtype=torch.long, device=hidden.device)
         norms = compute_norms(hidden)
-        sinks = find_massive(norms, mask & (positions > 0)) & in_response
-        special_tokens = torch.isin(ids, special_ids) & in_response
-        counted = in_response & ~sinks & ~special_tokens
+        sinks = find_massive(norms, mask & (positions > 0)) & self._in_response
+        counted = self._in_response & ~sinks & ~self._special_tokens
         weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
-        means = torch.einsum("rt,rth->rh", weights, hidden.float()).cpu()
-        mean_norms = (weights * norms).sum(1).cpu()
-        totals = torch.stack([counted.sum(1), sinks.sum(1), (special_tokens & ~sinks).sum(1)], dim=1).cpu()
-        for index, n in enumerate(batch):
-            row = collected[n]
-            row.means[layer], row.norms[layer] = means[index], mean_norms[index]
-            if layer in layers:
-                row.states[layer] = hidden[index, in_response[index]].cpu()
-                row_mask = counted[index, in_response[index]].cpu()
-                row.mask = row_mask if row.mask.numel() == 0 else row.mask & row_mask
-                row.counts += totals[index]
+        self._averages.append((torch.einsum("rt,rth->rh", weights, hidden.float()), (weights * norms).sum(1)))
+        if layer in self._layers:
+            self._kept[layer] = [hidden[self._in_response], counted[self._in_response]]
+            self._counts += torch.stack([counted.sum(1), sinks.sum(1), (self._special_tokens & ~sinks).sum(1)], 1)
+        if layer == self._last:
+            self._store(batch)
 
-    read_residual_stream(model, [r.prompt + r.response for r in rows], range(count), store_batch, budget=budget)
-    return collected
+    def _store(self, batch: list[int]) -> None:
+        means, norms = (torch.stack(values, 1).cpu() for values in zip(*self._averages, strict=True))
+        lengths, counts = self._in_response.sum(1).tolist(), self._counts.cpu()
+        kept = {
+            layer: [values.cpu().split(lengths) for values in of_layer]  # of each row
+            for layer, of_layer in self._kept.items()
+        }
+        self._averages.clear()
+        self._kept.clear()
+        for index, n in enumerate(batch):  # clones: a view keeps the whole batch, and takes it along to process 0
+            self.done[n] = _Row(
+                {layer: states[index].clone() for layer, (states, _) in kept.items()},
+                torch.stack([counted[index] for _, counted in kept.values()]).all(0),
+                means[index].clone(),
+                norms[index].clone(),
+                counts[index].clone(),
+            )
 
 
 def intersect_masks(variants: Sequence[Residuals]) -> None:
