@@ -3,8 +3,8 @@
     uv run python benchmarks/lost_process.py --model scaling/3B --rows scaling/rows.jsonl --out lost
 
 The model and the rows are those that scaling.py writes. Process 0 or 1 gets SIGKILL or SIGSTOP while both train, with
-captured steps, so the other one waits in an all-reduce of NCCL. Then the same command runs again and has to continue
-from the newest checkpoint. Gloo on CPUs is covered by `faults.py --together`.
+captured steps; the other one then waits in an all-reduce of NCCL, or of gloo, by which processes agree on stopping.
+Then the same command runs again and has to continue from the newest checkpoint. Gloo on CPUs is covered by `faults.py --together`.
 """
 
 import argparse
