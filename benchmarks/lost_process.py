@@ -4,7 +4,7 @@
 
 The model and the rows are those that scaling.py writes. Process 0 or 1 gets SIGKILL or SIGSTOP while both train, with
 captured steps; the other one then waits in an all-reduce of NCCL, or of gloo, by which processes agree on stopping.
-Then the same command runs again and has to continue from the newest checkpoint. Gloo on CPUs is covered by `faults.py --together`.
+Then the same command runs again and has to continue from the newest checkpoint. Gloo is in `faults.py --together`.
 """
 
 import argparse
