@@ -66,6 +66,11 @@ class ChatTemplate:
         if self.default_system is not None and not self._renders(CONTENT_PROBES["system"]):
             self._refuse_default_system()
 
+    @property
+    def options(self) -> tuple[str | None, int, bool]:
+        """What an encoding depends on besides the tokenizer and its template."""
+        return self.default_system, self.max_length, self._train_greeting
+
     @cached_property
     def control_tokens(self) -> re.Pattern[str]:
         """A pattern that matches any special token; added tokens that are not special, such as <think>, are text."""

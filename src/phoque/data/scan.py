@@ -11,6 +11,7 @@ from phoque.data.chat_template import NO_PLACE, TOO_LONG, ChatTemplate, EncodedC
 from phoque.data.formats import NOT_UTF8
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
+from phoque.data.row_sizes import RowSize, RowSizes
 from phoque.data.rows import (
     NO_COLUMNS,
     ONE_TEXT,
@@ -27,6 +28,7 @@ from phoque.errors import UsageError
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
 MAX_SOURCES = 50  # sources that are named in run.json and in the report, with their counts
 MAX_LISTED_LINES = 3  # listed per reason for bad rows
+SHOWN_ROWS = 3  # conversations that a dry run shows with their loss masks
 MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of them
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
 SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
@@ -138,18 +140,19 @@ def scan_dataset(
     *,
     evaluation: Dataset | None = None,
     exact_keys: bool = False,
+    sizes: RowSizes | None = None,
 ) -> DatasetScan:
     """Read up to MAX_SCANNED_ROWS rows once, in order.
 
     Held-out rows are rows of `evaluation`, a split of its own, if there is one. `exact_keys` is the rule of runs that
-    were begun before data_rules 2.
+    were begun before data_rules 2. `sizes` are the sizes of rows that were encoded before; all are encoded without it.
 
     Raises UsageError if the share of bad rows is above `max_bad`, or all rows are bad.
     """
-    scan = DatasetScan()
+    scan, sizes = DatasetScan(), sizes or RowSizes(chat)
     rule = HeldOut(exact=exact_keys)
     digest = hashlib.sha256()
-    smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest key is on top
+    smallest: list[tuple[int, int, Row]] = []  # a heap; the largest key is on top
     candidates: set[str] = set()  # the keys in the heap: a row and its copies are one candidate
     keys: list[str] = []
     sketches: list[Sketch] = []
@@ -162,15 +165,17 @@ def scan_dataset(
         scan.columns = scan.columns or raw.columns
         try:
             row = parse_row(raw)
-            encoded = chat.encode_row(row)
+            size = sizes.measure(row)
         except BadRow as reason:
             _count_bad(scan, str(reason), raw.location)
             continue
         key = rule.key(row)
         digest.update(key.encode())
-        _count_good(scan, raw, row, encoded)
+        _count_good(scan, raw, row, size)
+        if len(scan.preview) < SHOWN_ROWS:
+            scan.preview.append((row, chat.encode_row(row)))
         if evaluation is None and (exact_keys or key not in candidates):
-            heapq.heappush(smallest, (-int(key, 16), scan.rows, row, encoded))
+            heapq.heappush(smallest, (-int(key, 16), scan.rows, row))
             candidates.add(key)
             if len(smallest) > held_out_rows:
                 candidates.discard(rule.key(heapq.heappop(smallest)[2]))
@@ -178,12 +183,13 @@ def scan_dataset(
             keys.append(key)
             sketches.append(sketch_row(row))
     _check_bad_rows(scan, scan.good, dataset.name, max_bad)
+    sizes.save()
     if evaluation:
         scan.held_out = _read_evaluation_rows(evaluation, chat, held_out_rows)
     else:
         max_held_out = (len(set(keys)) if keys else scan.good) // 10
         ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, max_held_out)]
-        scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
+        scan.held_out = [(row, chat.encode_row(row)) for _, _, row in ordered]
     scan.digest = digest.hexdigest()[:40]
     held_keys = sorted(rule.key(row) for row, _ in scan.held_out)
     if evaluation:
@@ -246,22 +252,20 @@ def _count_bad(scan: DatasetScan, reason: str, line: str) -> None:
         lines.append(line)
 
 
-def _count_good(scan: DatasetScan, raw: RawRow, row: Row, encoded: EncodedChat) -> None:
+def _count_good(scan: DatasetScan, raw: RawRow, row: Row, size: RowSize) -> None:
     scan.schemas[row.schema] += 1
     scan.sources[row.source] += 1
-    for counter, names in ((scan.notes, row.notes + encoded.notes), (scan.unknown_keys, row.unknown_keys)):
+    for counter, names in ((scan.notes, row.notes + size.notes), (scan.unknown_keys, row.unknown_keys)):
         for name in names:
             counter[name] += 1
             scan.examples.setdefault(name, raw.location)
     system = row.system
     if system in scan.systems or len(scan.systems) < 1000:
         scan.systems[system] += 1
-    scan.lengths.append(len(encoded.ids))
-    scan.trained_tokens += encoded.trained_tokens
+    scan.lengths.append(size.tokens)
+    scan.trained_tokens += size.trained_tokens
     if row.toxicity_score is not None:
         scan.scores.append(row.toxicity_score)
-    if len(scan.preview) < 3:
-        scan.preview.append((row, encoded))
 
 
 def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from phoque.data.chat_template import ChatTemplate
 from phoque.data.packing import Packing
 from phoque.data.readers import Dataset, open_dataset
+from phoque.data.row_sizes import RowSizes, find_sizes_file
 from phoque.data.scan import DatasetScan, scan_dataset
 from phoque.errors import UsageError
 from phoque.files import expand_user
@@ -70,7 +71,8 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
     targets = None if is_all else find_target_modules(build_empty_model(config), s.target_modules)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
     evaluation = open_split(split=s.eval_split) if s.eval_split else None
-    scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation)
+    sizes = RowSizes(chat, find_sizes_file(services.cache, s.dataset, source.folder, chat))
+    scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation, sizes=sizes)
     if (s.keep_best or s.early_stop) and not scan.held_out:
         raise UsageError(
             what="There is no held-out loss.",
