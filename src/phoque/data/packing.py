@@ -14,9 +14,10 @@ from phoque.data.chat_template import IGNORE_INDEX, EncodedChat
 ROWS_PER_GROUP = 32  # rows per group of conversations that are packed together
 GROUP_FILL = 0.98  # share of a group's token budget that is read; with more, some groups would need one more row
 TILE = 128  # tokens per tile of a GPU matrix multiplication
-METHOD = 2  # marks the groups of `pack_evenly` in a stream's state
+TIGHT, EVEN = 1, 2  # methods of packing; a stream's state of the first has no mark of it
 MAX_COUNT_RATIO = 1.5  # the most conversations per row, as a multiple of the average
-SLACKS = 0.005, 0.01, 0.02, 0.03  # how far a row of a run of version 0.1 may exceed the average of its group
+MIN_FILL = 0.75  # of the average; for a row that is emptier, a group is packed into one row more
+SLACKS = 0.005, 0.01, 0.02, 0.03  # how far a row of `pack_tightly` may exceed the average of its group
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Packing:
 
     A row has `count` conversations of `mean` tokens on average; none is longer than `longest` tokens. With `exact`,
     each row has the next `count` conversations in order. With `static`, rows are padded to one shape, or to a few
-    shapes if `exact`. `as_in_0_1` is for a run that version 0.1 began: its rows stay the same.
+    shapes if `exact`. The `method` is EVEN, and TIGHT for a run that an earlier version began: its rows stay the same.
     """
 
     count: int
@@ -45,7 +46,7 @@ class Packing:
     longest: int
     exact: bool = False
     static: bool = False
-    as_in_0_1: bool = False
+    method: int = EVEN
 
     @property
     def tokens(self) -> int:
@@ -59,7 +60,7 @@ class Packing:
         if self.exact:
             return [self.count, 0, 0]
         numbers = [self.group_tokens, self.tokens, self.max_conversations]
-        return numbers if self.as_in_0_1 else [*numbers, METHOD]
+        return numbers if self.method == TIGHT else [*numbers, self.method]
 
     @property
     def max_conversations(self) -> int:
@@ -79,7 +80,7 @@ class Packing:
         """Assign the conversations of one group, given their lengths, to rows; return their indices for each row."""
         if self.exact:
             return [[*range(len(lengths))]]
-        pack = pack_tightly if self.as_in_0_1 else pack_evenly
+        pack = pack_tightly if self.method == TIGHT else pack_evenly
         return pack(lengths, self.tokens, self.max_conversations)
 
     def shape(self, total: int) -> Shape | None:
@@ -118,19 +119,21 @@ def pack_best_fit(lengths: Sequence[int], tokens: int, max_count: int) -> list[l
 
 
 def pack_evenly(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:
-    """Pack lengths into as few rows as `pack_best_fit` needs, or one more, all about equally full.
+    """Pack lengths into as few rows as `pack_best_fit` needs, about equally full, or else into one more.
 
     The last row of `pack_best_fit` may hold a single conversation, and a step on it would weigh as much as any other.
     """
-    rows = pack_best_fit(lengths, tokens, max_count)
-    for count in (len(rows), len(rows) + 1):
-        if evened := _spread(lengths, count, tokens, max_count):
-            return evened
-    return rows
+    tight = pack_tightly(lengths, tokens, max_count)
+    if rows := _spread(lengths, len(tight), tokens, max_count):
+        return rows
+    fills = [sum(lengths[number] for number in row) for row in tight]
+    if min(fills) * len(fills) >= MIN_FILL * sum(fills):
+        return tight
+    return _spread(lengths, len(tight) + 1, tokens, max_count) or tight
 
 
 def pack_tightly(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:
-    """Pack lengths as version 0.1 did: best fit again, into rows that are a little fuller than the average."""
+    """Pack lengths as earlier versions did: best fit again, into rows that are a little fuller than the average."""
     rows = pack_best_fit(lengths, tokens, max_count)
     average = sum(lengths) / len(rows)
     for slack in SLACKS:
@@ -141,18 +144,19 @@ def pack_tightly(lengths: Sequence[int], tokens: int, max_count: int) -> list[li
 
 
 def _spread(lengths: Sequence[int], count: int, tokens: int, max_count: int) -> list[list[int]] | None:
-    """Assign lengths to `count` rows, the longest first, each to the emptiest row; None if a row would be too full.
+    """Assign lengths to `count` rows, the longest first, each to the emptiest row; None if one fits nowhere.
 
     Graham, Bounds on multiprocessing timing anomalies (1969).
     """
     rows: list[list[int]] = [[] for _ in range(count)]
-    fills = [(0, row) for row in range(count)]
+    fills = [(0, row) for row in range(count)]  # of the rows that may take another conversation
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        fill, row = fills[0]
-        if fill + lengths[number] > tokens or len(rows[row]) == max_count:
+        if not fills or fills[0][0] + lengths[number] > tokens:
             return None
+        fill, row = heapq.heappop(fills)
         rows[row].append(number)
-        heapq.heapreplace(fills, (fill + lengths[number], row))
+        if len(rows[row]) < max_count:
+            heapq.heappush(fills, (fill + lengths[number], row))
     return [row for row in rows if row]
 
 

@@ -6,22 +6,20 @@ was edited costs its changed rows, and what the encoding depends on is in the na
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from phoque.data.chat_template import ChatTemplate
+from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.rows import Row
-from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 from phoque.files import read_json_object, sha256, write_atomically
+from phoque.version import __version__
 
-METHOD = 1  # how phoque encodes a row; another number leaves what was kept unused
 PACKAGES = ("jinja2", "tokenizers", "transformers")  # their versions may change an encoding
 TOKENIZER_FILES = ("tokenizer*", "tekken*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*")
 MIN_KEPT_ROWS = 1000  # in a smaller dataset, all rows are encoded within a second
-CHECKED_ROWS = 16  # known rows that are encoded nevertheless; if one differs, what was kept is not used
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,48 +31,46 @@ class RowSize:
     notes: tuple[str, ...] = ()
 
 
+class StaleSizes(Exception):
+    """A row has another size than was kept: something has changed that the name of the file does not tell."""
+
+
 class RowSizes:
-    """The sizes of rows, encoded here or known from an earlier scan; without a file, all are encoded."""
+    """The sizes of rows, encoded here or known from an earlier scan; without a file, none is known or kept.
+
+    Rows that cannot be encoded are not kept, because the reason may quote their text.
+    """
 
     def __init__(self, chat: ChatTemplate, file: Path | None = None) -> None:
         self._chat, self._file = chat, file
         self._known: dict[str, Any] = _read(file) if file and file.is_file() else {}
         self._seen: dict[str, Any] = {}
-        self._unchecked = CHECKED_ROWS
-        self._has_new = False
 
-    def measure(self, row: Row) -> RowSize:
-        """The size of a row. Raises BadRow if it cannot be encoded."""
-        if self._file is None:
-            return self._encode(row)
-        key = _hash_row(row)
-        entry = self._known.get(key)
-        if entry is None or self._unchecked:
-            try:
-                new: Any = list(asdict(self._encode(row)).values())
-            except BadRow as reason:
-                new = str(reason)
-            new = json.loads(json.dumps(new))
-            if entry is not None:
-                self._unchecked -= 1
-            if entry not in (None, new):  # something that the name of the file does not tell
-                self._known, self._unchecked = {}, 0
-            self._has_new |= entry != new
-            entry = new
-        self._seen[key] = entry
-        if isinstance(entry, str):
-            raise BadRow(entry)
-        tokens, trained_tokens, notes = entry
-        return RowSize(tokens, trained_tokens, tuple(notes))
+    def measure(self, row: Row, encoded: EncodedChat | None = None) -> RowSize:
+        """The size of a row, which may be `encoded` already. Raises BadRow if it cannot be encoded, or StaleSizes."""
+        key = _hash_row(row) if self._file else ""
+        known = self._known.get(key)
+        if encoded is None and known is not None:
+            tokens, trained_tokens, notes = known
+            size = RowSize(tokens, trained_tokens, tuple(notes))
+        else:
+            encoded = encoded or self._chat.encode_row(row)
+            size = RowSize(len(encoded.ids), encoded.trained_tokens, encoded.notes)
+        entry = [size.tokens, size.trained_tokens, list(size.notes)]
+        if known not in (None, entry):
+            raise StaleSizes
+        if self._file:
+            self._seen[key] = entry
+        return size
+
+    def forget(self) -> None:
+        """Use nothing of what was kept."""
+        self._known, self._seen = {}, {}
 
     def save(self) -> None:
         """Keep the sizes of the rows that were measured, if any is new and they are many."""
-        if self._file and self._has_new and len(self._seen) >= MIN_KEPT_ROWS:
+        if self._file and len(self._seen) >= MIN_KEPT_ROWS and not self._seen.keys() <= self._known.keys():
             write_atomically(self._file, json.dumps(self._seen, separators=(",", ":")))
-
-    def _encode(self, row: Row) -> RowSize:
-        encoded = self._chat.encode_row(row)
-        return RowSize(len(encoded.ids), encoded.trained_tokens, encoded.notes)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -95,6 +91,12 @@ def find_sizes_file(cache: Path, dataset: str, model: Path, chat: ChatTemplate) 
     if "strftime_now" in chat.template:
         return None
     files = sorted({file for pattern in TOKENIZER_FILES for file in model.glob(pattern) if file.is_file()})
-    parts = [METHOD, dataset, chat.options, *map(version, PACKAGES), *((file.name, sha256(file)) for file in files)]
+    parts = [
+        __version__,
+        dataset,
+        chat.options,
+        *map(version, PACKAGES),
+        *((file.name, sha256(file)) for file in files),
+    ]
     name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
     return cache / "row-sizes" / f"{name}.json"

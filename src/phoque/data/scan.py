@@ -11,7 +11,7 @@ from phoque.data.chat_template import NO_PLACE, TOO_LONG, ChatTemplate, EncodedC
 from phoque.data.formats import NOT_UTF8
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
-from phoque.data.row_sizes import RowSize, RowSizes
+from phoque.data.row_sizes import RowSize, RowSizes, StaleSizes
 from phoque.data.rows import (
     NO_COLUMNS,
     ONE_TEXT,
@@ -28,6 +28,7 @@ from phoque.errors import UsageError
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
 MAX_SOURCES = 50  # sources that are named in run.json and in the report, with their counts
 MAX_LISTED_LINES = 3  # listed per reason for bad rows
+ENCODED_ROWS = 16  # at the beginning, which are encoded also if their sizes are known, as a check
 SHOWN_ROWS = 3  # conversations that a dry run shows with their loss masks
 MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of them
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
@@ -149,10 +150,27 @@ def scan_dataset(
 
     Raises UsageError if the share of bad rows is above `max_bad`, or all rows are bad.
     """
-    scan, sizes = DatasetScan(), sizes or RowSizes(chat)
+    sizes = sizes or RowSizes(chat)
+    try:
+        return _scan(dataset, chat, held_out_rows, max_bad, evaluation, exact_keys, sizes)
+    except StaleSizes:
+        sizes.forget()
+        return _scan(dataset, chat, held_out_rows, max_bad, evaluation, exact_keys, sizes)
+
+
+def _scan(
+    dataset: Dataset,
+    chat: ChatTemplate,
+    held_out_rows: int,
+    max_bad: float,
+    evaluation: Dataset | None,
+    exact_keys: bool,
+    sizes: RowSizes,
+) -> DatasetScan:
+    scan = DatasetScan()
     rule = HeldOut(exact=exact_keys)
     digest = hashlib.sha256()
-    smallest: list[tuple[int, int, Row]] = []  # a heap; the largest key is on top
+    smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest key is on top
     candidates: set[str] = set()  # the keys in the heap: a row and its copies are one candidate
     keys: list[str] = []
     sketches: list[Sketch] = []
@@ -165,17 +183,22 @@ def scan_dataset(
         scan.columns = scan.columns or raw.columns
         try:
             row = parse_row(raw)
-            size = sizes.measure(row)
+            key = rule.key(row)
+            place = -int(key, 16), scan.rows
+            is_new = evaluation is None and held_out_rows > 0 and (exact_keys or key not in candidates)
+            is_candidate = is_new and (len(smallest) < held_out_rows or place > smallest[0][:2])
+            is_checked = scan.rows <= ENCODED_ROWS or len(scan.preview) < SHOWN_ROWS
+            encoded = chat.encode_row(row) if is_candidate or is_checked else None
+            size = sizes.measure(row, encoded)
         except BadRow as reason:
             _count_bad(scan, str(reason), raw.location)
             continue
-        key = rule.key(row)
         digest.update(key.encode())
         _count_good(scan, raw, row, size)
-        if len(scan.preview) < SHOWN_ROWS:
-            scan.preview.append((row, chat.encode_row(row)))
-        if evaluation is None and (exact_keys or key not in candidates):
-            heapq.heappush(smallest, (-int(key, 16), scan.rows, row))
+        if encoded and len(scan.preview) < SHOWN_ROWS:
+            scan.preview.append((row, encoded))
+        if encoded and is_candidate:
+            heapq.heappush(smallest, (*place, row, encoded))
             candidates.add(key)
             if len(smallest) > held_out_rows:
                 candidates.discard(rule.key(heapq.heappop(smallest)[2]))
@@ -189,7 +212,7 @@ def scan_dataset(
     else:
         max_held_out = (len(set(keys)) if keys else scan.good) // 10
         ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, max_held_out)]
-        scan.held_out = [(row, chat.encode_row(row)) for _, _, row in ordered]
+        scan.held_out = [(row, encoded) for _, _, row, encoded in ordered]
     scan.digest = digest.hexdigest()[:40]
     held_keys = sorted(rule.key(row) for row, _ in scan.held_out)
     if evaluation:

@@ -11,7 +11,7 @@ import torch
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.held_out import HeldOut
-from phoque.data.packing import Packing, build_batch
+from phoque.data.packing import TIGHT, Packing, build_batch
 from phoque.data.readers import Dataset
 from phoque.data.rows import RawRow, parse_row
 from phoque.data.turns import BadRow
@@ -104,8 +104,9 @@ class TrainStream:
             counts = {"rows_seen": state["rows_seen"], "tokens_seen": state["tokens_seen"]}
             state = {"reader": reader, "taken": 0, "filled": state["tokens_seen"], "epoch": state["place"]["epoch"]}
             state |= counts
-        if len(state.get("grouping", ())) == 3:  # version 0.1 marked no method
-            self.packing = replace(self.packing, as_in_0_1=True)
+        earlier = replace(self.packing, method=TIGHT)
+        if state.get("grouping") == earlier.grouping:
+            self.packing = earlier
         repeats = bool(state["taken"]) and state["grouping"] != self.packing.grouping
         self._state = state | {"grouping": self.packing.grouping} | ({"taken": 0} if repeats else {})
         return repeats

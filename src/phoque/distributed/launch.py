@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 AGAIN = "Run the same command again; a training run continues from its newest checkpoint."
-GRACE_S = 12.0  # for the others to end by themselves after one has failed; with the heartbeats less than a minute
+GRACE_S = 30.0  # for the other processes to end by themselves, after one has failed
 FIRST_PORT, PORTS = 15000, 10000  # of which a SLURM job takes the one that its number gives
 
 

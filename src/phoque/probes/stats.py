@@ -12,6 +12,7 @@ import numpy
 BOOTSTRAPS = 2000
 FLIPS = 4096  # sign flips: all 2**n of them for up to 12 prompts, otherwise this many random ones
 Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
+MIN_SIZE = 1e-15  # root mean square of differences below which they are rounding, and count for less
 COLUMNS_PER_CHUNK, FLIPS_PER_CHUNK = 128, 1024  # bound the memory of the (flips, columns) statistics
 
 Array = Any  # numpy.ndarray; its type parameters would add nothing here
@@ -144,15 +145,16 @@ def sign_flip_test(differences: Array, seed: int = 0, flips: int = FLIPS) -> tup
     differences = differences.astype(numpy.float64)  # in float32 the observed signs would not equal themselves
     n, columns = differences.shape
     exact = 2**n <= flips  # all sign patterns are used, the observed one among them
-    signs = _draw_float_signs(n, seed, flips)
-    scaled = differences / (n * numpy.maximum(numpy.sqrt((differences**2).mean(0)), 1e-150))
-    observed = numpy.abs(scaled.sum(0)) * (1 - 1e-9)
+    signs = _keep_signs(n, seed, flips)
+    scaled = differences / (n * numpy.maximum(numpy.sqrt((differences**2).mean(0)), MIN_SIZE))
+    # sums of the same differences in another order differ by rounding, also those that cancel to 0
+    observed = numpy.abs(scaled.sum(0)) * (1 - 1e-9) - 1e-12
     largest, exceed = numpy.zeros(len(signs)), numpy.zeros(columns)
     for start in range(0, columns, COLUMNS_PER_CHUNK):
         part = slice(start, start + COLUMNS_PER_CHUNK)
         for first in range(0, len(signs), FLIPS_PER_CHUNK):  # so small that the chunk stays in the cache
             rows = slice(first, first + FLIPS_PER_CHUNK)
-            statistic = signs[rows] @ scaled[:, part]
+            statistic = signs[rows].astype(float) @ scaled[:, part]
             numpy.abs(statistic, out=statistic)
             exceed[part] += (statistic >= observed[part]).sum(0)
             numpy.maximum(largest[rows], statistic.max(1), out=largest[rows])
@@ -162,8 +164,11 @@ def sign_flip_test(differences: Array, seed: int = 0, flips: int = FLIPS) -> tup
 
 
 @lru_cache(maxsize=2)
-def _draw_float_signs(n: int, seed: int, flips: int) -> Array:
-    return draw_signs(n, seed, flips).astype(float)
+def _keep_signs(n: int, seed: int, flips: int) -> Array:
+    """The rows of `draw_signs` in one byte each: tests of many features take the same ones."""
+    signs = draw_signs(n, seed, flips).astype(numpy.int8)
+    signs.setflags(write=False)
+    return signs
 
 
 def benjamini_hochberg(p: Array) -> Array:

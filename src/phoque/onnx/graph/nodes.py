@@ -50,14 +50,6 @@ def _add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def add_dequantize(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
-    """Dequantize 8-bit codes [..., groups, group size] with standard operators; `scales` [..., groups] are fp32."""
-    levels = add_node(graph, "Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)}, before=before)
-    levels = add_node(graph, "Sub", [levels, add_float(graph, "middle_code", 128.0)], before=before)
-    scale = add_node(graph, "Unsqueeze", [scales, add_ints(graph, "last_axis", [-1])], before=before)
-    return add_node(graph, "Mul", [levels, scale], before=before)
-
-
 def strip_metadata(model: ir.Model) -> None:
     """Remove tracebacks and local paths, and the shapes of intermediate values, which runtimes infer."""
     model.metadata_props.clear()

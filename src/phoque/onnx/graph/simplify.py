@@ -1,4 +1,4 @@
-"""Removes from a traced decoder what only costs time: masks, known sizes, reshapes, and copies of packed outputs."""
+"""Simplifies a traced decoder: windows in place of masks, and nothing that only costs time (known sizes, copies)."""
 
 import re
 from typing import TYPE_CHECKING, Any

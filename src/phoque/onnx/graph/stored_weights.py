@@ -5,7 +5,7 @@ import torch
 
 from phoque.models.architectures import architecture_of
 from phoque.onnx.component import DTYPES, EMBEDDINGS, Component, Weights
-from phoque.onnx.graph.nodes import add_dequantize, add_float, add_ints, add_node
+from phoque.onnx.graph.nodes import add_float, add_ints, add_node
 from phoque.onnx.graph.trace import PackedParameter, TracedDecoder
 from phoque.onnx.quantize.block_format import Quantizer, can_quantize, choose_group_size
 
@@ -26,7 +26,7 @@ def add_embedding_lookup(
         row_scales = add_node(graph, "Gather", [scales, ids])
         if scales.dtype != ir.DataType.FLOAT:
             row_scales = add_node(graph, "Cast", [row_scales], attributes={"to": int(ir.DataType.FLOAT)})
-        dequantized = add_dequantize(graph, add_node(graph, "Gather", [codes, ids]), row_scales)
+        dequantized = _add_dequantize(graph, add_node(graph, "Gather", [codes, ids]), row_scales)
         embeddings = add_node(graph, "Reshape", [dequantized, add_ints(graph, "embed_shape", [1, -1, shape[1]])])
         current_dtype = torch.float32
     else:
@@ -43,6 +43,14 @@ def add_embedding_lookup(
     if current_dtype == output_dtype:
         return embeddings
     return add_node(graph, "Cast", [embeddings], attributes={"to": int(DTYPES[output_dtype])})
+
+
+def _add_dequantize(graph: ir.Graph, codes: ir.Value, scales: ir.Value, before: ir.Node | None = None) -> ir.Value:
+    """Dequantize 8-bit codes [..., groups, group size] with standard operators; `scales` [..., groups] are fp32."""
+    levels = add_node(graph, "Cast", [codes], attributes={"to": int(ir.DataType.FLOAT)}, before=before)
+    levels = add_node(graph, "Sub", [levels, add_float(graph, "middle_code", 128.0)], before=before)
+    scale = add_node(graph, "Unsqueeze", [scales, add_ints(graph, "last_axis", [-1])], before=before)
+    return add_node(graph, "Mul", [levels, scale], before=before)
 
 
 def add_weight(component: Component, weights: Weights, name: str, dtype: torch.dtype) -> ir.Value:
@@ -116,7 +124,7 @@ def add_quantized_linear(
         quantizer.dequantize_on_load
     ):  # dequantization reads only constants, so runtimes fold it when they load the graph
         graph = component.model.graph
-        dequantized = add_dequantize(graph, codes, scales, before)
+        dequantized = _add_dequantize(graph, codes, scales, before)
         matrix = add_node(
             graph, "Reshape", [dequantized, add_ints(graph, f"{label}.shape", [rows, columns])], before=before
         )

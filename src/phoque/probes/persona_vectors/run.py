@@ -229,7 +229,7 @@ def _build_summary(
             "adapters": plan.facts["adapters"],
         },
         "persona": {"name": persona.name, "sha256": persona.sha256, "texts": vars(persona)},
-        "config": resolved.provenance(),
+        "config": show_settings(resolved, "model_source", source, plan.tuned),
         "verdicts": result.verdicts,
         "selected": {
             "layer": selected.layer,

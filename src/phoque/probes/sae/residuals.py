@@ -58,8 +58,8 @@ def collect_residuals(
 ) -> Residuals:
     """Run the model over `rows`, teacher-forced, and collect the residual streams of `layers`.
 
-    `single_row_batches` runs each row in its own batch, which changes only rounding. Of several processes, each runs
-    its share of the rows; process 0 gets all of them, the others none.
+    `layers` has one or more. `single_row_batches` runs each row in its own batch, which changes only rounding. Of
+    several processes, each runs its share of the rows; process 0 gets all of them, the others none.
     """
     budget = 1 if single_row_batches else None
     collected = current().share_work(
@@ -87,19 +87,18 @@ def _read_rows(
 
 
 class _BatchReader:
-    """Averages the blocks' outputs over each row of a batch on its device, and copies the batch to host memory once.
+    """Averages the blocks' outputs over each row of a batch on its device, and copies all averages to the host at once.
 
-    A copy for each block and row would make the GPU wait for the host some ten times per block. `done` has the rows
-    that were read, by number.
+    A copy for each block and row would make the GPU wait for the host some ten times per block. The states of a layer
+    are copied when it is read, so that the device holds those of one. `done` has the rows that were read, by number.
     """
 
     def __init__(self, rows: Sequence[Turn], layers: Sequence[int], last: int, special: torch.Tensor) -> None:
         self._rows, self._layers, self._last, self._special = rows, layers, last, special
         self._averages: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each block: means and norms
-        self._kept: dict[
-            int, list[torch.Tensor]
-        ] = {}  # layer -> the states of response tokens, and which of them count
-        self._counts = torch.zeros(0)  # of tokens, in the order of COUNTED, (rows, reasons)
+        self._kept: dict[int, list[torch.Tensor]] = {}  # by layer: states of response tokens, and which of them count
+        # of the batch: which tokens are of responses, which of these are special, and counts in the order of COUNTED
+        self._in_response = self._special_tokens = self._counts = torch.empty(0)
         self.done: dict[int, _Row] = {}
 
     def read_block(
@@ -118,7 +117,7 @@ class _BatchReader:
         weights = counted / counted.sum(1, keepdim=True).clamp(min=1)
         self._averages.append((torch.einsum("rt,rth->rh", weights, hidden.float()), (weights * norms).sum(1)))
         if layer in self._layers:
-            self._kept[layer] = [hidden[self._in_response], counted[self._in_response]]
+            self._kept[layer] = [hidden[self._in_response].cpu(), counted[self._in_response].cpu()]
             self._counts += torch.stack([counted.sum(1), sinks.sum(1), (self._special_tokens & ~sinks).sum(1)], 1)
         if layer == self._last:
             self._store(batch)
@@ -126,10 +125,7 @@ class _BatchReader:
     def _store(self, batch: list[int]) -> None:
         means, norms = (torch.stack(values, 1).cpu() for values in zip(*self._averages, strict=True))
         lengths, counts = self._in_response.sum(1).tolist(), self._counts.cpu()
-        kept = {
-            layer: [values.cpu().split(lengths) for values in of_layer]  # of each row
-            for layer, of_layer in self._kept.items()
-        }
+        kept = {layer: [values.split(lengths) for values in of_layer] for layer, of_layer in self._kept.items()}
         self._averages.clear()
         self._kept.clear()
         for index, n in enumerate(batch):  # clones: a view keeps the whole batch, and takes it along to process 0

@@ -9,6 +9,7 @@ import torch
 from phoque.inference.residual_stream import get_blocks
 from phoque.models.load import default_device
 from phoque.probes import stats
+from phoque.probes.persona_source import show_settings
 from phoque.probes.sae import baselines, files
 from phoque.probes.sae.comparison import ComparisonResult
 from phoque.probes.sae.plan import Plan
@@ -61,7 +62,7 @@ def build_report(resolved: Resolved[SaeSettings], plan: Plan, measurements: Comp
             if "control" in plan.names
             else None,
         },
-        "config": resolved.provenance(),
+        "config": show_settings(resolved, "base_model", plan.source, plan.tuned),
         "prompts": {
             "n": len(measurements.questions),
             "source": s.prompts_file or plan.persona.name,
