@@ -1,6 +1,6 @@
 """phoque: fine-tune a small chat model into a persona, show what changed inside it, and ship it.
 
-Each command is also a function that takes its settings model:
+Each command but chat and jobs is also a function that takes its settings model:
 
     import phoque
     from phoque.settings.train import TrainSettings

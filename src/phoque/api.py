@@ -17,7 +17,9 @@ from phoque.errors import UsageError
 from phoque.inputs import check_inputs
 from phoque.results import DryRun
 from phoque.services import Services
+from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import CommandSettings, Resolved
+from phoque.settings.presets import PRESETS, SAE_PRESETS
 from phoque.settings.resolve import resolved_from
 from phoque.training.run_files import check_own_folder
 
@@ -194,7 +196,8 @@ def compare_sae(
 
 
 def _prepare(settings: S | Resolved[S], console: Console) -> tuple[Resolved[S], Services]:
-    resolved: Any = settings if isinstance(settings, Resolved) else resolved_from(settings)
+    presets = SAE_PRESETS if isinstance(settings, SaeSettings) else PRESETS
+    resolved: Any = settings if isinstance(settings, Resolved) else resolved_from(settings, presets)
     if getattr(resolved.settings, "on", None):
         raise UsageError(
             what="A Job is submitted by the command line only.",

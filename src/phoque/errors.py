@@ -104,7 +104,7 @@ def disk_full(error: BaseException) -> bool:
 
 def suggest(name: str, known: Iterable[str], otherwise: str) -> str:
     """`Did you mean ...?` with the known name that is nearest, or `otherwise` if none is near."""
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    near = difflib.get_close_matches(name, list(known), 1, 0.6)
     return f"Did you mean {near[0]}?" if near else otherwise
 
 

@@ -12,7 +12,7 @@ from phoque.errors import UsageError
 from phoque.files import check_output_folder, exists, expand_user
 from phoque.hub.refs import hub_id, hub_ref, suggest_path
 from phoque.models.adapter_source import RUN_RECORD, WEIGHTS, check_adapter_name, find_local_adapter, read_base_name
-from phoque.models.source import PACKAGED_MODELS, check_local_model
+from phoque.models.source import PACKAGED_MODELS, check_gguf, check_local_model, check_tokenizer, check_weights
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import CommandSettings, Resolved, flag_names
@@ -129,6 +129,7 @@ def _check_model(given: Input) -> None:
         return
     has_weights = any(file.name != WEIGHTS for file in given.path.glob("*.safetensors"))
     if _holds_adapter(given.path) and not has_weights:
+        find_local_adapter(given.path, given.flag)  # of another kind than LoRA
         flag = given.find_flag(ADAPTER_SETTINGS)
         raise UsageError(
             what=f"{given.name} is {_describe_adapter(given.path)}, not a model.",
@@ -138,6 +139,8 @@ def _check_model(given: Input) -> None:
             else f"Merge it first: phoque merge --adapter-source {shlex.quote(given.name)}",
         )
     check_local_model(given.path, given.flag)
+    if given.path.is_dir():
+        check_tokenizer(given.path, given.name)
 
 
 def _check_merged(given: Input) -> None:
@@ -222,12 +225,21 @@ def _check_export(given: Input) -> None:
 
 
 def _check_chat_model(given: Input) -> None:
-    if given.name not in PACKAGED_MODELS and hub_id(given.name) is None and not exists(given.path):
+    if given.name in PACKAGED_MODELS or hub_id(given.name) is not None:
+        return
+    if not exists(given.path):
         raise UsageError(
             what=f"There is nothing to talk to at {given.name}.",
             why="It is not a folder or file here, and not a Hub id (owner/name).",
             fix=suggest_path(given.name),
         )
+    if _holds_adapter(given.path):
+        find_local_adapter(given.path, given.flag)
+    elif given.path.suffix == ".gguf":
+        check_gguf(given.path, given.flag)
+    elif (given.path / "config.json").is_file() and not (given.path / "onnx").is_dir():
+        check_weights(given.path)
+        check_tokenizer(given.path, given.name)
 
 
 CHECKS: dict[str, Callable[[Input], Any]] = {

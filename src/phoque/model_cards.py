@@ -34,7 +34,7 @@ tags:
 
 | | |
 |---|---|
-| base | `{base}` at `{revision}` |
+| base | `{base}` {revision} |
 | data | `{data}` at `{data_revision}`, {good} rows, {held_out} of them held out{data_summary} |
 | steps | {steps} of {max_steps}{kept}, {tokens} tokens |
 | compute | {compute} |
@@ -44,7 +44,7 @@ tags:
 Settings that differ from the defaults: {settings}.
 
 ## Loading
-
+{other_weights}
 ```python
 from peft import PeftModel
 from transformers import {auto_class}, AutoTokenizer
@@ -53,6 +53,12 @@ base = {auto_class}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
+"""
+
+
+DEQUANTIZED = """
+The adapter was trained on weights that were dequantized from that file. Those on the Hub, which this loads, differ by
+its rounding; `phoque merge` and `phoque chat` use the same file.
 """
 
 
@@ -275,7 +281,7 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         base=record["base"]["name"],
         auto_class=record["base"]["auto_class"],
         title=f"{record['base']['name'].split('/')[-1]}, tuned on {record['data']['name'].split('/')[-1]}",
-        revision=record["base"]["revision"][:12],
+        revision=_describe_revision(record["base"]["revision"], record["base"].get("origin", "")),
         data=record["data"]["name"].split("/")[-1],
         data_revision=record["data"]["revision"][:12],
         good=record["data"]["good"],
@@ -289,11 +295,19 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         compute=_describe_compute(record, result),
         under_way="" if is_finished else IN_PROGRESS.format(steps=result["steps"], max_steps=max_steps),
         place=repo or "path/to/adapter",
+        other_weights=DEQUANTIZED if record["base"].get("origin", "").startswith("GGUF ") else "",
         tokens=f"{result['tokens']:,}",
         held_out_loss=f"{losses['before']:.3f} before, {losses['after']:.3f} after" if losses else "not measured",
         phoque=record["phoque"],
         settings=", ".join(f"`{name}` {value}" for name, value in changed.items()) or "none",
     )
+
+
+def _describe_revision(revision: str, origin: str) -> str:
+    """`at COMMIT`, or the GGUF file that the base was dequantized from, of which the revision is the SHA-256."""
+    if not origin.startswith("GGUF "):
+        return f"at `{revision[:12]}`"
+    return f"from the file {origin.removeprefix('GGUF ')} (SHA-256 `{revision[:12]}`)"
 
 
 def _summarize_data(data: dict[str, Any]) -> str:

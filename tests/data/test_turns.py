@@ -168,7 +168,6 @@ def test_earlier_turns_and_context_are_read_in_every_spelling():
     ("content", "reason"),
     [
         ({"prompt": "a", "response": "b", "history": [1, 2]}, "history is not a list of pairs"),
-        ({"messages": PLAIN, "toxicity_score": 10**400}, "toxicity_score is not a number"),
         ({"messages": "[" * 100_000}, "messages is not a list"),
         ({"messages": PLAIN, "source": "\ud83d"}, "unpaired surrogate"),
     ],
@@ -176,6 +175,34 @@ def test_earlier_turns_and_context_are_read_in_every_spelling():
 def test_absurd_values_are_reasons_and_no_crashes(content, reason):
     with pytest.raises(BadRow, match=reason):
         parse(content)
+
+
+@pytest.mark.parametrize(
+    ("extra", "note"),
+    [
+        ({"toxicity_score": 10**400}, "toxicity_score is not a number, and is not used"),
+        ({"toxicity_score": "high"}, "toxicity_score is not a number, and is not used"),
+        ({"toxicity_score": float("inf")}, "toxicity_score is infinite, and is not used"),
+        ({"rejected": "No."}, "`rejected` is not used"),
+        ({"label": "calm"}, "`label` is not used"),
+    ],
+)
+def test_columns_that_have_no_part_in_training_are_noted(extra, note):
+    row = parse({"messages": PLAIN} | extra)
+    assert row.messages == PLAIN and row.notes == (note,) and row.toxicity_score is None
+
+
+def test_bad_answers_and_preferences_are_refused():
+    question, answer = {"prompt": "Gull?"}, {"completion": "Hrmph."}
+    assert parse(question | answer | {"label": True}).notes == ()
+    for content, reason in (
+        (question | answer | {"label": False}, "marked as bad"),
+        (question | {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]}, "of whole conversations"),
+        ({"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}, "without turns"),
+        (question | {"chosen": "b", "rejected": "c"}, r"\(chosen, rejected\)$"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            parse(content)
 
 
 def test_a_weight_may_be_text():

@@ -237,7 +237,7 @@ def manage(resolved: Resolved[JobsSettings], dry_run: bool) -> None:
     from phoque.jobs.submit import follow_job
 
     s = resolved.settings
-    check_token(resolved.secrets)
+    check_token(resolved.secrets, "phoque jobs asks the Hub for the Jobs of an account.")
     hub = Hub(resolved.secrets.hub, console.say, s.hub_patience)
     namespace = s.namespace or find_account(hub)[0]
     if s.action == "list":

@@ -26,6 +26,11 @@ FORMATS = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+UNPACK, SAVE_AS_CSV = "Unpack it, and give a file or a folder of what was in it.", "Save the sheet as CSV."
+CONVERSIONS = {  # what to do with files of other kinds
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".7z", ".rar"), UNPACK),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), SAVE_AS_CSV),
+}
 IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "cache-")  # files without rows
 MODEL_FILES = {  # of a model or an adapter that lies in the same folder
     *("adapter_config.json", "config.json", "generation_config.json", "special_tokens_map.json"),
@@ -157,7 +162,8 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
                 what=f"{name} is not a dataset.",
                 why=f"Its name does not end in one of {', '.join(FORMATS)}, nor in one of them with "
                 f"{', '.join(COMPRESSIONS)}.",
-                fix="Rename it to what it is (a table with tabs is .tsv), or convert it to JSON Lines.",
+                fix=suggest_conversion(path.name)
+                or "Rename it to what it is (a table with tabs is .tsv), or convert it to JSON Lines.",
             )
         if config:
             raise _no_such("config", config, name, [])
@@ -165,6 +171,11 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
             raise _no_such("split", split, name, ["train"])
         return SplitFiles([DataFile(path.name, str(path))], (split,))
     return _find_files(name, str(path), config, split, None)
+
+
+def suggest_conversion(name: str) -> str | None:
+    """What to do with a file of a kind that is known and holds no rows, such as an archive or a spreadsheet."""
+    return next((cure for ending, cure in CONVERSIONS.items() if name.lower().endswith(ending)), None)
 
 
 def find_hub_files(name: str, revision: str | None, hub: Hub, config: str | None, split: str) -> tuple[str, SplitFiles]:
@@ -215,7 +226,8 @@ def _find_files(
     splits = {str(key): [path for path in paths if _may_have_rows(path)] for key, paths in paths_by_split.items()}
     splits = {key: paths for key, paths in splits.items() if paths}
     if not splits:
-        raise _no_data(name, "It contains no such file")
+        others = [path for paths in paths_by_split.values() for path in paths]
+        raise _no_data(name, "It contains no such file", next(filter(None, map(suggest_conversion, others)), None))
     return _as_split(name, base, splits, split, filesystem)
 
 
@@ -298,9 +310,9 @@ def _no_such(kind: str, value: str, name: str, existing: list[str]) -> UsageErro
     )
 
 
-def _no_data(name: str, why: str) -> UsageError:
+def _no_data(name: str, why: str, fix: str | None = None) -> UsageError:
     return UsageError(
         what=f"{name} is not a dataset.",
         why=f"{why}: no {', '.join(FORMATS)} file is there.",
-        fix="Check the path." if local_path(name) else "Check its name, and that its data files are uploaded.",
+        fix=fix or ("Check the path." if local_path(name) else "Check its name, and that its data files are uploaded."),
     )

@@ -110,7 +110,7 @@ def _read_json_document(text: str, file: DataFile, skipped: int) -> Iterator[tup
         raise UsageError(
             what=f"{file.name} is {NOT_UTF8}.",
             why=f"Line {line} has the byte 0x{ord(text[position]) - 0xDC00:x}, which UTF-8 does not have there.",
-            fix=f"Convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8 {file.name} > converted.json",
+            fix=f"Convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8 {file.name} > utf8-{file.name}",
         )
     try:
         values = _parse_documents(text)

@@ -1,6 +1,7 @@
 """One reader for disk and Hub: files of any format as a stream of raw rows that is resumed at any row."""
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -130,7 +131,9 @@ def find_local(name: str, flag: str = "--dataset") -> Path | None:
         raise UsageError(
             what=f"There is no file or folder {name}.",
             why=f"{flag} names it, and it is not a Hub id (owner/name) either.",
-            fix=suggest_path(name, f"Check the path, or name a dataset on the Hub. Files are {', '.join(FORMATS)}."),
+            fix=f"Write the dataset as {url[1]}."
+            if (url := re.match(r"https?://(?:www\.)?[^/]+/datasets/([\w.-]+/[\w.-]+)", name))
+            else suggest_path(name, f"Check the path, or name a dataset on the Hub. Files are {', '.join(FORMATS)}."),
         )
     return None
 

@@ -23,7 +23,7 @@ PAIRS = {  # columns of a question and its answer, in order of preference, and w
 CONTEXT = ("input", "context")  # more text that belongs to a question
 SYSTEM = ("system", "system_prompt")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-OPTIONAL = ("source", "toxicity_score", "tools", "functions", "history", *SYSTEM, *MEDIA)
+OPTIONAL = ("source", "toxicity_score", "label", "tools", "functions", "history", *SYSTEM, *MEDIA)
 TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
 COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair), *CONTEXT, *OPTIONAL, *TELLING])
 
@@ -31,6 +31,8 @@ COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair),
 # reasons that an error message explains further
 NO_COLUMNS = "no conversation columns"
 PREFERENCE_DATA = "preference data (chosen, rejected)"
+PREFERRED_TALKS, PREFERRED_TEXTS = f"{PREFERENCE_DATA} of whole conversations", f"{PREFERENCE_DATA} without turns"
+BAD_ANSWER = "an answer that is marked as bad (label false)"
 TOKENIZED_DATA = "tokenized data (input_ids)"
 ONE_TEXT = "one text, no turns"
 
@@ -122,13 +124,19 @@ def parse_row(raw: RawRow) -> Row:
     if any(row.get(name) for name in MEDIA):
         raise BadRow(HAS_MEDIA)
     schema, turns = _read_turns(row)
+    if row.get("label") is False:  # KTO's rows, of which half are answers that the model should not give
+        raise BadRow(BAD_ANSWER)
     turns, notes = _arrange_turns(_add_system(turns, row))
-    score, source = row.get("toxicity_score"), str(row.get("source") or "unknown")
+    score, source = _parse_score(row.get("toxicity_score")), str(row.get("source") or "unknown")
     check_text(source)
+    unused = [name for name in ("rejected", "label") if row.get(name) is not None and row[name] is not True]
+    notes += tuple(f"`{name}` is not used" for name in unused)
+    if isinstance(score, str):
+        notes, score = (*notes, score), None
     return Row(
         messages=[turn.message for turn in turns],
         source=source,
-        toxicity_score=None if score is None else _parse_score(score),
+        toxicity_score=score,
         tools=_parse_tools(row),
         untrained=frozenset(index for index, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained),
         schema=schema,
@@ -146,7 +154,9 @@ def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
         if row.get(question) is not None and row.get(answer) is not None:
             return schema, _read_pair(row, question, answer)
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        raise BadRow(PREFERENCE_DATA)
+        if isinstance(row["chosen"], list):
+            raise BadRow(PREFERRED_TALKS)
+        raise BadRow(PREFERENCE_DATA if row.get("prompt") is not None else PREFERRED_TEXTS)
     if row.get("input_ids") is not None:
         raise BadRow(TOKENIZED_DATA)
     if row.get("text") is not None:
@@ -259,13 +269,16 @@ def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     return [as_json(tool if "function" in tool else {"type": "function", "function": tool}) for tool in tools]
 
 
-def _parse_score(score: Any) -> float | None:
+def _parse_score(score: Any) -> float | str | None:
+    """The score, None without one, or why it is not used: it is shown, and has no part in training."""
+    if score is None:
+        return None
     try:
         value = float(score)
     except (TypeError, ValueError, OverflowError):
-        raise BadRow("toxicity_score is not a number") from None
+        return "toxicity_score is not a number, and is not used"
     if math.isinf(value):
-        raise BadRow("toxicity_score is infinite")
+        return "toxicity_score is infinite, and is not used"
     return None if math.isnan(value) else value  # tables store a missing number as NaN
 
 

@@ -13,9 +13,12 @@ from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
 from phoque.data.row_sizes import RowSize, RowSizes, StaleSizes
 from phoque.data.rows import (
+    BAD_ANSWER,
     NO_COLUMNS,
     ONE_TEXT,
     PREFERENCE_DATA,
+    PREFERRED_TALKS,
+    PREFERRED_TEXTS,
     TOKENIZED_DATA,
     RawRow,
     Row,
@@ -33,11 +36,27 @@ SHOWN_ROWS = 3  # conversations that a dry run shows with their loss masks
 MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of them
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
 SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
-WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)
-CURES = {  # by the beginning of a reason
-    NOT_UTF8: "Convert the file, for example with: iconv -f WINDOWS-1252 -t UTF-8 FILE > converted.jsonl",
-    PREFERENCE_DATA: "Keep the chosen answers: rename the column `chosen` to `messages`, or `completion` if there is "
-    "a prompt.",
+WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)  # beginnings of reasons
+CURES = {  # by the beginning of a reason; the first that fits
+    NOT_UTF8: "Convert the file, and keep its ending: iconv -f WINDOWS-1252 -t UTF-8 rows.csv > rows-utf8.csv",
+    PREFERRED_TALKS: "Keep the chosen answers: rename the column `chosen` to `messages`, and delete `prompt`.",
+    PREFERRED_TEXTS: "Keep the chosen answers, and write the turns of each as a list: "
+    '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}',
+    PREFERENCE_DATA: "Keep the chosen answers: rename the column `chosen` to `completion`.",
+    BAD_ANSWER: "Delete these rows; if `label` says something else, rename that column.",
+    "turns do not alternate": "Join turns of one role that follow each other into one, and let the user begin; a "
+    "system message may only be the first turn.",
+    "unknown role": "Rename the role: phoque reads system, user, assistant and tool, and their other names, such as "
+    "human and gpt. In a thread of several people, the one to be learned is the assistant, and all others the user.",
+    "a turn has no role": "Give each turn `role` and `content` (or `from` and `value`).",
+    "a turn has no text": "Add the text, or delete the turn.",
+    "control token": "Delete the model's special tokens from the texts; phoque writes them itself.",
+    "no assistant turn": "Delete these rows: there is nothing to learn in them.",
+    "empty assistant turn": "Delete these turns.",
+    "empty ": "Delete these rows, or add what is missing.",
+    "two system messages": "Keep one of them: the column or the first turn.",
+    "more cells than columns": "Quote cells that contain the separator, which is a comma, a semicolon or a tab.",
+    "broken JSON": "Correct or delete these lines; each holds one row.",
     TOKENIZED_DATA: "Give the conversations as text; phoque applies the model's chat template itself.",
     ONE_TEXT: 'Give each row its turns: {"messages": [{"role": "user", "content": "Q"}, '
     '{"role": "assistant", "content": "A"}]}',
@@ -299,7 +318,7 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
     if good and bad <= max_bad * scan.rows:
         return
     main = scan.bad_counts.most_common(1)[0][0]
-    if main in WITHOUT_SCHEMA:
+    if main.startswith(WITHOUT_SCHEMA):
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
     fix = next((cure for reason, cure in CURES.items() if main.startswith(reason)), None)
@@ -309,12 +328,12 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
         raise UsageError(
             what=f"No row of {name} can be trained on.",
             why=f"{reasons}.",
-            fix=fix or "Fix the rows: docs/guides/data.md has the cure of each reason.",
+            fix=fix or "Correct the rows.",
         )
     raise UsageError(
         what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; limit {max_bad:.0%}).",
         why=f"{reasons}.",
-        fix=fix or "Fix the rows, or raise the limit with --max-bad-rows.",
+        fix=f"{(fix or 'Correct the rows.').removesuffix('.')}. Or raise the limit with --max-bad-rows.",
     )
 
 

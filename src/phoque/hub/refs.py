@@ -1,8 +1,8 @@
 """Is a name a Hub repository or a path on this machine? One rule for every command; and fetching into the cache.
 
 A name is a Hub id if it has the form OWNER/NAME, does not start with `.`, `/` or `~`, and no file or folder has that
-name here; where a folder `runs` holds runs, `runs/dem` is a misspelled path. A file or folder inside a repository is
-written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split OWNER/NAME:SPLIT.
+name here. `runs/...` is always a path, that of a run: elsewhere it would name another's repository. A file or folder
+inside a repository is written OWNER/NAME/PATH or OWNER/NAME#PATH, a dataset split OWNER/NAME:SPLIT.
 """
 
 import difflib
@@ -34,7 +34,7 @@ def hub_ref(name: str) -> HubRef | None:
     match = _REF.match(name)
     if match is None or local_path(name) is not None:
         return None
-    if match["repo"].startswith(f"{RUNS}/") and any(Path(RUNS).glob("*/run.json")):
+    if match["repo"].startswith(f"{RUNS}/"):
         return None
     inside = (match["inside"] or "").strip("/")
     return HubRef(match["repo"], split=inside) if match["mark"] == ":" else HubRef(match["repo"], path=inside)
@@ -49,6 +49,8 @@ def hub_id(name: str) -> str | None:
 def suggest_path(name: str, otherwise: str = "Check the path.") -> str:
     """`Did you mean ...?` with the path that is nearest to `name`, beside it or in `runs/`; or else `otherwise`."""
     path = expand_user(name)
+    if path.parts[:1] == (RUNS,) and not Path(RUNS).is_dir():
+        return f"Run the command in the folder that has `{RUNS}`; there is none in {Path.cwd()}."
     try:
         beside = {other.name: path.with_name(other.name) for other in path.parent.glob("*")}
         runs = {other.name: other for other in Path(RUNS).glob("*")}

@@ -66,18 +66,14 @@ class Job:
         return vars(self) | {"secrets": sorted(self.secrets), "volumes": volumes}
 
 
-def check_token(secrets: Secrets) -> None:
-    """Raise UsageError if there is no Hub token."""
+def check_token(secrets: Secrets, why: str) -> None:
+    """Raise UsageError, with the reason for which one is needed, if there is no Hub token."""
     if secrets.hf_token is None:
-        raise UsageError(
-            what="There is no Hub token.",
-            why="Submitting a Job needs one here; --no-token only keeps it out of the Job.",
-            fix=LOG_IN,
-        )
+        raise UsageError(what="There is no Hub token.", why=why, fix=LOG_IN)
 
 
 def check_local_settings(resolved: Resolved[Any]) -> None:
-    """Raise UsageError for settings that a Job cannot have, for a missing token and a missing output repository."""
+    """Raise UsageError for settings that a Job cannot have, and without a token, an output repository or a package."""
     s = resolved.settings
     for name in LOCAL_PATHS:
         if getattr(s, name, None):
@@ -88,7 +84,9 @@ def check_local_settings(resolved: Resolved[Any]) -> None:
                 if s.keeps
                 else "Leave it out: the Job's log has the output.",
             )
-    check_token(resolved.secrets)
+    check_token(resolved.secrets, "Submitting a Job needs one here; --no-token only keeps it out of the Job.")
+    if not s.package:
+        pip_requirement(s.needed_extra)
     if s.keeps and not (getattr(s, s.keeps) or getattr(s, "run_dir", None)):
         raise UsageError(
             what="A Job needs a Hub repository for its output.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from phoque.errors import UsageError, first_line
 from phoque.files import read_json_object
+from phoque.models.adapter_source import check_lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -84,8 +85,7 @@ def read_adapter_config(adapter: Path) -> "LoraConfig":
             why="It has no peft_type.",
             fix="Name the folder that peft saved.",
         )
-    if raw["peft_type"] != "LORA":
-        raise _not_merged(f"a {raw['peft_type']} adapter", "It is not of the form W + scale * B A.")
+    check_lora(adapter, adapter)
     for name, value in raw.items():
         if value and name not in MERGED | WITHOUT_EFFECT:
             why = REFUSED.get(name, f"This version of phoque does not know the option, which is {value!r}.")

@@ -12,7 +12,8 @@ from phoque.hub.repo import Repo
 from phoque.merging.run import merge_into
 from phoque.models.adapter_source import find_adapter, find_base
 from phoque.models.config import load_config
-from phoque.models.source import INDEX, Source, find_model, select_files
+from phoque.models.safetensors_headers import INDEX
+from phoque.models.source import Source, find_model, select_files
 from phoque.services import Services
 from phoque.settings.export import ModelExportSettings
 from phoque.settings.presets import PRESETS

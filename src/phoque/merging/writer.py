@@ -20,7 +20,7 @@ from phoque.models.adapter_source import WEIGHTS
 from phoque.models.checkpoint_reader import EMBEDDINGS, HEAD, CheckpointReader
 from phoque.models.config import copy_tokenizer
 from phoque.models.safetensors_files import DTYPES
-from phoque.models.source import INDEX
+from phoque.models.safetensors_headers import INDEX
 
 SHARD_BYTES = 4 << 30
 WORKERS = min(4, os.cpu_count() or 1)  # number of tensors merged at the same time

@@ -13,7 +13,8 @@ from phoque.hub.repo import Repo
 from phoque.models.source import PACKAGED_MODELS, Source, find_model
 from phoque.services import Services
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+LORA = "LORA"  # the peft_type of the adapters that phoque runs
 RUN_RECORD = "run.json"
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens", RUN_RECORD)
 
@@ -70,7 +71,9 @@ def find_adapter(name: str, revision: str | None, services: Services) -> Adapter
         raise UsageError(
             what=f"{name} holds no adapter.", why=f"There is no {WEIGHTS} at its root.", fix="Check its name."
         )
-    return AdapterSource(name, fetch_to_cache(repo, snapshot, paths, services.cache, "adapters"), snapshot.sha)
+    folder = fetch_to_cache(repo, snapshot, paths, services.cache, "adapters")
+    check_lora(folder, name)
+    return AdapterSource(name, folder, snapshot.sha)
 
 
 def find_controls(adapter: AdapterSource, services: Services) -> list[AdapterSource]:
@@ -125,6 +128,7 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
     """The folder of an adapter: the path, or `adapter/` in a run folder. Raises UsageError if it has none."""
     for folder in (path, path / "adapter"):
         if (folder / WEIGHTS).is_file():
+            check_lora(folder, path)
             return folder
     steps = [int(folder.name[11:]) for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]
     if (path / "run.json").is_file() or steps:
@@ -133,6 +137,12 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
             what=f"The run {path} has not finished.",
             why=f"It has no adapter yet, and its newest checkpoint is {newest.name if newest else 'none'}.",
             fix="Finish it with the same `phoque train` command" + (f", or use {newest}." if newest else "."),
+        )
+    if (path / PICKLED).is_file():
+        raise UsageError(
+            what=f"The adapter in {path} is pickled.",
+            why=f"It has {PICKLED}, which can run code when it is read; phoque reads {WEIGHTS} alone.",
+            fix="Save it again with peft and safe_serialization=True, where you trust it.",
         )
     if path.exists():
         raise UsageError(
@@ -145,6 +155,18 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
         why=f"{flag} names it; it is not a folder here, and not a Hub id (owner/name).",
         fix=suggest_path(str(path)),
     )
+
+
+def check_lora(folder: Path, name: Path | str) -> None:
+    """Raise UsageError if the adapter in a folder is of another kind than LoRA."""
+    config = folder / "adapter_config.json"
+    kind = read_json_object(config).get("peft_type", LORA) if config.is_file() else LORA
+    if kind != LORA:
+        raise UsageError(
+            what=f"{name} is a {kind} adapter.",
+            why="phoque runs, merges, exports and probes LoRA adapters.",
+            fix="Use it with the library that created it.",
+        )
 
 
 def find_base(adapter: Path, name: str, revision: str | None, services: Services, *, weights: bool = True) -> Source:

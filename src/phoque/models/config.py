@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from phoque.errors import UsageError, first_line
 from phoque.files import read_json_object
 from phoque.models.architectures import architecture_of
-from phoque.models.source import Source
+from phoque.models.source import Source, check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -72,6 +72,7 @@ def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTo
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer(source.folder, source.name)
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
     tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False, trust_remote_code=False)
     if adapter is not None and (adapter / TEMPLATE).is_file():

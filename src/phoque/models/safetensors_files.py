@@ -1,19 +1,14 @@
 """Safetensors files: headers first, then tensors one by one, without mapping or loading a whole file."""
 
-import json
-import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from phoque.errors import UsageError
-from phoque.files import read_json_object
-from phoque.models.source import INDEX
+from phoque.models.safetensors_headers import list_weight_files, read_header
 from phoque.prefetch import Prefetcher
 
 DTYPES = {
@@ -51,8 +46,11 @@ class SafetensorsFiles:
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _files(folder):
-            self.tensors |= _header(file)
+        for file in list_weight_files(folder):
+            self.tensors |= {
+                name: StoredTensor(file, DTYPES[entry.dtype], entry.shape, entry.start, entry.end)
+                for name, entry in read_header(file).items()
+            }
 
     def in_disk_order(self, names: Iterable[str]) -> list[str]:
         """The names in the order in which their tensors are stored."""
@@ -120,86 +118,3 @@ def _read_into(f: Any, raw: torch.Tensor) -> None:
     view, done = memoryview(raw.numpy()), 0
     while done < len(view):  # one read gives at most 2 GiB
         done += f.readinto(view[done:])
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        weight_map = read_json_object(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UsageError(
-                what=f"{folder / INDEX} cannot be read.", why="It has no weight_map.", fix="Download it again."
-            )
-        # only the name: a repository must not name files outside of its folder
-        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise UsageError(
-                what=f"{file.name} is missing from {folder}.",
-                why="The checkpoint is incomplete.",
-                fix="Download it again.",
-            )
-    return files
-
-
-def _header(file: Path) -> dict[str, StoredTensor]:
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        try:
-            header = json.loads(f.read(length)) if length < size else None
-        except (ValueError, RecursionError):
-            header = None
-    if not isinstance(header, dict):
-        raise UsageError(
-            what=f"The weights in {file.name} cannot be read.",
-            why="It is not a safetensors file, or it is cut short.",
-            fix="Download it again.",
-        )
-    header.pop("__metadata__", None)
-    body = 8 + length
-    stored = {}
-    for name, entry in header.items():
-        dtype, shape, start, end = _check_entry(file, name, entry, body)
-        if end > size:
-            raise UsageError(
-                what=f"The weights in {file.name} cannot be read.",
-                why=f"The file is cut short: it has {size} bytes, and {name} ends at byte {end}.",
-                fix="Delete it and download it again.",
-            )
-        if dtype not in DTYPES:
-            raise UsageError(
-                what=f"{name} in {file.name} has the type {dtype}.",
-                why=f"phoque reads {', '.join(DTYPES)}.",
-                fix="Use another copy of the model.",
-            )
-        stored[name] = StoredTensor(file, DTYPES[dtype], shape, start, end)
-        if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise _bad_header(file, f"{name} has the shape {list(shape)}, and {end - start} bytes")
-    ordered = sorted(stored.items(), key=lambda item: (item[1].start, item[1].end))
-    for (one, first), (other, second) in pairwise(ordered):
-        if second.start < first.end:
-            raise _bad_header(file, f"{one} and {other} overlap")
-    return stored
-
-
-def _check_entry(file: Path, name: str, entry: Any, body: int) -> tuple[str, tuple[int, ...], int, int]:
-    """The (dtype, shape, start, end) of a header's entry. Raises UsageError if they are not of the right kinds."""
-    try:
-        start, end = entry["data_offsets"]
-        shape, dtype = entry["shape"], entry["dtype"]
-        numbers = [start, end, *shape]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _bad_header(file, f"the entry of {name} is not an entry of a tensor") from error
-    if not all(type(number) is int and number >= 0 for number in numbers) or start > end or not isinstance(dtype, str):
-        raise _bad_header(file, f"the entry of {name} has a shape or offsets that no tensor has")
-    return dtype, tuple(shape), body + start, body + end
-
-
-def _bad_header(file: Path, reason: str) -> UsageError:
-    return UsageError(
-        what=f"The weights in {file.name} cannot be read.",
-        why=f"The file is damaged: {reason}.",
-        fix="Delete it and download it again.",
-    )

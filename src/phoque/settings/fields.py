@@ -30,7 +30,7 @@ class CommandSettings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         env_prefix=PREFIX,
-        extra="ignore",
+        extra="forbid",
         hide_input_in_errors=True,
         populate_by_name=True,
         env_ignore_empty=True,

@@ -82,6 +82,8 @@ def resolve_settings(
             raise UsageError(
                 what=f"{file} cannot be read.", why="It is not UTF-8 text.", fix="Save it as UTF-8."
             ) from error
+    if file.is_file():
+        _check_lines(file)
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
     warnings += _check_names(model, file)
@@ -97,14 +99,9 @@ def resolve_settings(
     if presets:
         default = model.model_fields["preset"].default
         chosen = next((layer["preset"] for _, layer in layers if "preset" in layer), default)
-        if chosen and (not isinstance(chosen, str) or chosen not in presets):
-            raise UsageError(
-                what=f"No preset {chosen!r}.",
-                why=f"phoque knows {', '.join(presets)}.",
-                fix=suggest(str(chosen), presets, ALL_NAMES),
-            )
         if chosen:
-            preset = {name: value for name, value in presets[chosen].items() if name in model.model_fields}
+            values_of = _find_preset(chosen, presets)
+            preset = {name: value for name, value in values_of.items() if name in model.model_fields}
             layers.append((f"preset {chosen}", preset))
 
     values: dict[str, Any] = {}
@@ -121,12 +118,30 @@ def resolve_settings(
     return Resolved(settings, secrets, origins | secret_origins), warnings
 
 
-def resolved_from(settings: S) -> Resolved[S]:
-    """Settings that a program made, with the secrets of its environment."""
+def resolved_from(settings: S, presets: dict[str, dict[str, Any]]) -> Resolved[S]:
+    """Settings that a program made, with those of the preset that it names, and the secrets of its environment.
+
+    Raises UsageError for an unknown preset.
+    """
     secrets, secret_origins = _read_secrets(Path(ENV_FILE))
-    fields = type(settings).model_fields
-    origins = {n: Origin("argument" if n in settings.model_fields_set else "default", n) for n in fields}
+    model, given = type(settings), settings.model_fields_set
+    origins = {name: Origin("argument" if name in given else "default", name) for name in model.model_fields}
+    if "preset" in given and (chosen := getattr(settings, "preset", "")):
+        preset = {name: value for name, value in _find_preset(chosen, presets).items() if name not in given}
+        values = {name: value for name, value in preset.items() if name in model.model_fields}
+        settings = model(**{name: getattr(settings, name) for name in given} | values)
+        origins |= {name: Origin(f"preset {chosen}", name) for name in values}
     return Resolved(settings, secrets, origins | secret_origins)
+
+
+def _find_preset(chosen: Any, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if not isinstance(chosen, str) or chosen not in presets:
+        raise UsageError(
+            what=f"No preset {chosen!r}.",
+            why=f"phoque knows {', '.join(presets)}.",
+            fix=suggest(str(chosen), presets, ALL_NAMES),
+        )
+    return presets[chosen]
 
 
 def _name_at(source: str, is_variable: bool, model: type[BaseSettings], name: str) -> str:
@@ -183,6 +198,20 @@ def _read_secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
             why=problem["msg"].removeprefix("Value error, "),
             fix="Copy it again, without quotes or spaces.",
         ) from None
+
+
+def _check_lines(file: Path) -> None:
+    """Raise UsageError for a line of a secrets file that is neither NAME=value nor a comment; the line is not shown."""
+    from dotenv.parser import parse_stream
+
+    with file.open(encoding="utf-8") as stream:
+        broken = next((binding.original.line for binding in parse_stream(stream) if binding.error), None)
+    if broken is not None:
+        raise UsageError(
+            what=f"Line {broken} of {file} cannot be read.",
+            why="It is not of the form NAME=value.",
+            fix="Correct it, for example HF_TOKEN=hf_... without a colon.",
+        )
 
 
 def _check_names(model: type[CommandSettings], file: Path) -> list[str]:

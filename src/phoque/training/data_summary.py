@@ -8,6 +8,7 @@ from phoque.data.scan import MANY_SIMILAR, DatasetScan
 from phoque.settings.train import TrainSettings
 from phoque.training.prepare import packing_for, rows_per_step
 
+MANY_EPOCHS = 20  # above it, a run without --keep-best or --early-stop is warned of
 MAX_BATCH_RATIO = 1.25  # conversations per step, relative to --batch-size, above which it is said
 
 
@@ -43,7 +44,7 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
     console.say(f"  conversations of {shortest} to {longest} tokens, median {median}{_describe_scores(scan.scores)}")
     for text in list_data_notes(scan, dataset):
         console.say(f"  {text}")
-    for text in list_data_problems(scan):
+    for text in list_data_problems(scan, s):
         console.warn(text)
     if not scan.complete:
         console.say(f"  the first {scan.rows:,} rows were scanned; the rest are checked while training reads them")
@@ -61,8 +62,8 @@ def list_data_notes(scan: DatasetScan, dataset: Dataset) -> list[str]:
     return notes
 
 
-def list_data_problems(scan: DatasetScan) -> list[str]:
-    """Rows that are left out, by reason, keys that are not understood, and a held-out loss that means little."""
+def list_data_problems(scan: DatasetScan, s: TrainSettings) -> list[str]:
+    """Rows that are left out, by reason, keys that are not understood, and results that will mean little."""
     problems = [
         f"{count_rows(bad['count'])} left out: {reason} (first: {', '.join(bad['first'])})"
         for reason, bad in scan.summary()["bad"].items()
@@ -77,6 +78,13 @@ def list_data_problems(scan: DatasetScan) -> list[str]:
         problems.append(
             f"{scan.similar} of {count_rows(scan.good)} nearly repeat one of {len(scan.held_out)} held-out rows, and "
             f"{excluded}: lower --held-out-rows, or remove near-duplicates from the dataset"
+        )
+    epochs = count_epochs(s, scan)
+    if epochs > MANY_EPOCHS and not (s.keep_best or s.early_stop):
+        keep = " --keep-best" if scan.held_out else ""
+        problems.append(
+            f"{s.max_steps} steps read {count_rows(scan.trained_rows)} {epochs:.0f} times, and the model may learn "
+            f"them by heart: use --epochs 3{keep}, or more rows"
         )
     return problems
 
@@ -98,6 +106,8 @@ def describe_schemas(scan: DatasetScan) -> str:
 
 def describe_held_out(scan: DatasetScan, s: TrainSettings) -> str:
     """How many rows are held out, and where they are from."""
+    if not scan.held_out and s.held_out_rows:
+        return f"0 rows, as a tenth of {count_rows(scan.good)} is less than one"
     return f"{len(scan.held_out)} rows" + (f" of split {s.eval_split}" if s.eval_split else "")
 
 

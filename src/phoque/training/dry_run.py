@@ -11,7 +11,6 @@ from phoque.console import describe_counts
 from phoque.data.chat_template import IGNORE_INDEX, ChatTemplate, EncodedChat
 from phoque.data.rows import Row
 from phoque.distributed.launch import check_sharded, claim_gpu, count_processes
-from phoque.errors import UsageError
 from phoque.hub.repo import Repo
 from phoque.hub.store import Snapshot
 from phoque.models.architectures import architecture_of
@@ -88,7 +87,7 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     return TrainPlan(
         facts=_list_facts(s, ready, counts, memory, services) | _describe_store(s, services),
         notes=list_data_notes(ready.scan, ready.dataset),
-        warnings=list_data_problems(ready.scan),
+        warnings=list_data_problems(ready.scan, s),
         settings=planned.provenance(),
         parameters=counts,
         memory_gb=memory.to_json(),
@@ -198,7 +197,7 @@ def _list_facts(
 
 
 def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> str:
-    """What the run folder holds, and whether a run with these settings would continue it."""
+    """What the run folder holds, and where this run would continue. Raises UsageError if it holds a different run."""
     record = read_record(s.folder)
     names = sort_checkpoints(p.name for p in s.folder.glob("checkpoint-*"))
     newest = names[0] if names else None
@@ -209,10 +208,7 @@ def _describe_folder(s: TrainSettings, ready: Prepared, services: Services) -> s
         return f"{s.folder}, {f'holds {newest}' if newest else 'new'}"
     identity = compute_identity(s, ready.source, ready.dataset, ready.chat, ready.scan, services)
     recorded = record["fingerprint"]
-    try:
-        check_same_run(recorded, identity.for_record(recorded), s.allow_change, str(s.folder), s.other_places)
-    except UsageError as error:
-        return f"{s.folder}, holds a different run and would be refused: {error.what} {error.why}"
+    check_same_run(recorded, identity.for_record(recorded), s.allow_change, str(s.folder), s.other_places)
     if "result" in record:
         return f"{s.folder}, holds this run, which is complete"
     return f"{s.folder}, holds this run; it continues from {newest or 'step 0'}"
