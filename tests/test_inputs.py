@@ -1,6 +1,7 @@
 """What a name stands for: a misspelled run, a merged model given as an adapter, columns in another spelling."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,122 @@ def test_a_run_is_repeated_from_its_folder(phoque, tiny_llama, rows):
     phoque(*asked, "--sample-every", 0, "--held-out-rows", 0, "--output-dir", "one", env=env)
     shown = phoque("train", "--config", "one", "--output-dir", "two", "--dry-run", "--json", env=env).json["settings"]
     assert shown["max_steps"]["value"] == 1 and shown["max_steps"]["source"] == "one"
+
+
+def test_runs_are_looked_up_on_the_hub_in_no_folder(phoque, tmp_path):
+    """Whoever owns the name `runs` on the Hub could otherwise answer for somebody's own run."""
+    assert hub_id("runs/demo") is None
+    for command in (
+        "chat runs/demo --prompt hi",
+        "merge --adapter-source runs/demo",
+        "psm-probe --adapter-source runs/demo",
+    ):
+        error = phoque(*command.split(), "--dry-run", env=OFFLINE, expect=2).error
+        assert error[2].endswith(f"there is none in {tmp_path}.")
+
+
+@pytest.fixture
+def sharded(tiny_llama):
+    """A model in two files, which a test may damage."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path("sharded")
+    shutil.copytree(tiny_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def damage(folder: Path, kind: str) -> None:
+    if kind == "tokenizer":
+        for file in [*folder.glob("tokenizer*"), *folder.glob("special*"), *folder.glob("vocab*")]:
+            file.unlink()
+    elif kind == "missing":
+        (folder / "model-2.safetensors").unlink()
+    elif kind == "cut":
+        content = (folder / "model-2.safetensors").read_bytes()
+        (folder / "model-2.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("tokenizer", "sharded has no tokenizer"),
+        ("missing", "model-2.safetensors is missing from sharded"),
+        ("cut", "The weights in model-2.safetensors cannot be read"),
+    ],
+)
+def test_an_incomplete_model_is_refused_before_torch_is_imported(phoque, sharded, rows, kind, what):
+    asked = ["train", "--base-model", "sharded", "--dataset", rows, "--quantization", "fp32", "--dry-run"]
+    phoque(*asked)
+    damage(sharded, kind)
+    for command in (asked, ["chat", "sharded", "--prompt", "hi", "--dry-run"]):
+        ran = phoque(*command, expect=2)
+        assert what in ran.error[0] and "importing torch" not in ran.err
+
+
+def test_adapters_of_another_kind_are_refused_everywhere(phoque, run):
+    (run / "adapter" / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    for command in (
+        "chat runs/demo --prompt hi",
+        "merge --adapter-source runs/demo",
+        "psm-probe --adapter-source runs/demo",
+    ):
+        assert "runs/demo is a PREFIX_TUNING adapter" in phoque(*command.split(), "--dry-run", expect=2).error[0]
+    pickled = Path("pickled")
+    pickled.mkdir()
+    (pickled / "adapter_model.bin").write_bytes(b"gulls")
+    assert "pickled" in phoque("merge", "--adapter-source", "pickled", "--dry-run", expect=2).error[0]
+
+
+def test_what_is_called_gguf_must_be_gguf(phoque):
+    Path("seal.gguf").write_text("gulls")
+    for command in (
+        ["chat", "seal.gguf", "--prompt", "hi"],
+        ["train", "--base-model", "seal.gguf", "--dataset", "seal"],
+    ):
+        assert phoque(*command, "--dry-run", expect=2).error[0].endswith("seal.gguf is not a GGUF file.")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("rows.zip", "Unpack it"), ("rows.tar.gz", "Unpack it"), ("rows.xlsx", "Save the sheet as CSV")],
+)
+def test_archives_and_spreadsheets_are_told_what_to_become(phoque, name, fix):
+    Path("folder").mkdir()
+    for path in (Path(name), Path("folder") / name):
+        path.write_bytes(b"gulls")
+    for dataset in (name, "folder"):
+        assert fix in phoque("train", "--preset", "demo", "--dataset", dataset, "--dry-run", expect=2).error[2]
+
+
+def test_the_address_of_a_dataset_is_told_its_id(phoque):
+    url = "https://huggingface.co/datasets/you/rows/tree/main"
+    assert "you/rows" in phoque("train", "--preset", "demo", "--dataset", url, expect=2).error[2]
+
+
+def test_a_run_that_would_be_refused_is_refused_by_the_dry_run(phoque, tiny_llama, rows):
+    asked = ["train", "--dataset", rows, "--base-model", tiny_llama, "--quantization", "fp32", "--output-dir", "one"]
+    env = {"WANDB_MODE": "disabled"}
+    phoque(*asked, "--max-steps", 1, "--sample-every", 0, "--held-out-rows", 0, env=env)
+    more = ["--max-steps", 2, "--sample-every", 0, "--held-out-rows", 0, "--dry-run"]
+    assert "holds a different run" in phoque(*asked, *more, env=env, expect=2).error[0]
+
+
+def test_many_epochs_over_few_rows_are_warned_of(phoque, tiny_llama, rows):
+    asked = ["train", "--dataset", rows, "--base-model", tiny_llama, "--quantization", "fp32", "--dry-run"]
+    assert "by heart: use --epochs 3" in phoque(*asked, "--max-steps", 1000).out
+    assert "by heart" not in phoque(*asked, "--max-steps", 10).out
+
+
+def test_a_line_of_the_secrets_file_that_is_none_stops_the_command(phoque):
+    Path(".env.secrets").write_text("# the seal's\nHF_TOKEN: hf_gulls\n")
+    Path(".env.secrets").chmod(0o600)
+    ran = phoque("train", "--preset", "demo", "--dry-run", expect=2)
+    assert ran.error[0].endswith("Line 2 of .env.secrets cannot be read.") and "hf_gulls" not in ran.err
