@@ -129,6 +129,11 @@ def test_no_text_is_kept(scan, tmp_path):
     assert all(isinstance(tokens, int) and notes == [] for tokens, _, notes in entries.values())
 
 
+def test_a_cache_that_cannot_be_written_stops_nothing(scan, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert scan(make_rows(ROWS))[0].good == ROWS - 1
+
+
 def test_small_datasets_and_templates_with_a_date_keep_nothing(scan, model, tmp_path):
     scan(make_rows(50))
     assert not kept(tmp_path)

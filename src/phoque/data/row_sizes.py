@@ -6,6 +6,7 @@ was edited costs its changed rows, and what the encoding depends on is in the na
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,7 +71,8 @@ class RowSizes:
     def save(self) -> None:
         """Keep the sizes of the rows that were measured, if any is new and they are many."""
         if self._file and len(self._seen) >= MIN_KEPT_ROWS and not self._seen.keys() <= self._known.keys():
-            write_atomically(self._file, json.dumps(self._seen, separators=(",", ":")))
+            with suppress(OSError):  # a cache that cannot be written costs the next start its time, and nothing else
+                write_atomically(self._file, json.dumps(self._seen, separators=(",", ":")))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _hash_row(row: Row) -> str:
 
 def find_sizes_file(cache: Path, dataset: str, model: Path, chat: ChatTemplate) -> Path | None:
     """Where the sizes of a dataset's rows are kept for a model; None if its template writes the date."""
-    if "strftime_now" in chat.template:
+    if "strftime_now" in str(chat.tokenizer.chat_template):
         return None
     files = sorted({file for pattern in TOKENIZER_FILES for file in model.glob(pattern) if file.is_file()})
     parts = [
