@@ -16,6 +16,7 @@ from phoque.models.source import PACKAGED_MODELS, check_gguf, check_local_model,
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
 from phoque.settings.fields import CommandSettings, Resolved, flag_names
+from phoque.settings.merge import MergeSettings
 from phoque.settings.probe import check_scorer
 from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.training.run_files import check_own_folder
@@ -139,7 +140,7 @@ def _check_model(given: Input) -> None:
             else f"Merge it first: phoque merge --adapter-source {shlex.quote(given.name)}",
         )
     check_local_model(given.path, given.flag)
-    if given.path.is_dir():
+    if given.path.is_dir() and given.command is not MergeSettings:  # which can take the adapter's tokenizer
         check_tokenizer(given.path, given.name)
 
 
