@@ -319,3 +319,32 @@ def test_a_line_of_the_secrets_file_that_is_none_stops_the_command(phoque):
     Path(".env.secrets").chmod(0o600)
     ran = phoque("train", "--preset", "demo", "--dry-run", expect=2)
     assert ran.error[0].endswith("Line 2 of .env.secrets cannot be read.") and "hf_gulls" not in ran.err
+
+
+def test_folders_that_others_can_load_are_not_refused(phoque, sharded, tiny_llama, rows):
+    """A stale index beside a whole file, no weights yet, a GGUF file with its config, a tokenizer beside the adapter."""
+    asked = ["train", "--base-model", "model", "--dataset", rows, "--quantization", "fp32", "--dry-run"]
+    shutil.copytree(tiny_llama, "model")
+    shutil.copy(sharded / "model.safetensors.index.json", "model")
+    phoque(*asked)
+    Path("model/model.safetensors").unlink()
+    phoque(*asked)
+    Path("exported").mkdir()
+    Path("exported/seal.gguf").write_bytes(b"GGUF")
+    Path("exported/config.json").write_text("{}")
+    refused = phoque("train", "--base-model", "exported", "--dataset", rows, "--dry-run", expect=2).error
+    assert refused[2].endswith("Give the file: exported/seal.gguf.")
+    assert phoque("chat", "exported", "--prompt", "hi", "--dry-run", "--json").json["kind"] == "gguf"
+    damage(sharded, "tokenizer")
+    error = phoque("merge", "--base-model", "sharded", "--adapter-source", "nowhere", "--dry-run", expect=2).error
+    assert "tokenizer" not in error[0]
+
+
+def test_lines_of_the_secrets_file_that_a_shell_reads_are_warned_of(phoque):
+    Path(".env.secrets").write_text("set -a\nHF_TOKEN=hf_gulls\n\nexport HF_TOKEN WANDB_API_KEY\n")
+    Path(".env.secrets").chmod(0o600)
+    ran = phoque("merge", "--adapter-source", "nowhere", expect=2)
+    assert "line 1 of .env.secrets" in ran.err and "line 4" in ran.err and "There is no adapter" in ran.error[0]
+    Path(".env.secrets").write_text("\n\nHF_TOKEN hf_gulls\n")
+    error = phoque("merge", "--adapter-source", "nowhere", expect=2).error
+    assert error[0].endswith("Line 3 of .env.secrets cannot be read.") and "hf_gulls" not in " ".join(error)

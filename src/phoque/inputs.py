@@ -15,6 +15,7 @@ from phoque.models.adapter_source import RUN_RECORD, WEIGHTS, check_adapter_name
 from phoque.models.source import PACKAGED_MODELS, check_gguf, check_local_model, check_tokenizer, check_weights
 from phoque.probes.persona import load_persona
 from phoque.probes.roles import BUNDLED, NONE
+from phoque.settings.export import ModelExportSettings
 from phoque.settings.fields import CommandSettings, Resolved, flag_names
 from phoque.settings.merge import MergeSettings
 from phoque.settings.probe import check_scorer
@@ -33,6 +34,7 @@ class Input:
     name: str
     setting: str
     command: type[CommandSettings]
+    has_adapter: bool = False  # whether the command merges one, whose tokenizer it then takes
 
     @property
     def path(self) -> Path:
@@ -75,11 +77,14 @@ def check_inputs(settings: CommandSettings, made_before: Sequence[Path] = ()) ->
                 check_rows(s.dataset, stream, s.max_bad_rows)
             else:
                 next(iter(stream), None)
+    has_adapter = isinstance(settings, MergeSettings) or (
+        isinstance(settings, ModelExportSettings) and bool(settings.adapter_source)
+    )
     for name, check in CHECKS.items():
         value = getattr(settings, name, None)
         for item in value if isinstance(value, list) else [value]:
             if not _is_in(str(item or ""), made_before) and (item or name in settings.required):
-                check(Input(str(item or ""), name, type(settings)))
+                check(Input(str(item or ""), name, type(settings), has_adapter))
     adapter = getattr(settings, "adapter_source", "")
     given = any(getattr(settings, name, "") for name in ("base", "base_model", "model_source"))
     if adapter and not given and hub_id(adapter) is None and not _is_in(adapter, made_before):
@@ -140,7 +145,7 @@ def _check_model(given: Input) -> None:
             else f"Merge it first: phoque merge --adapter-source {shlex.quote(given.name)}",
         )
     check_local_model(given.path, given.flag)
-    if given.path.is_dir() and given.command is not MergeSettings:  # which can take the adapter's tokenizer
+    if given.path.is_dir() and not given.has_adapter:
         check_tokenizer(given.path, given.name)
 
 
@@ -234,13 +239,14 @@ def _check_chat_model(given: Input) -> None:
             why="It is not a folder or file here, and not a Hub id (owner/name).",
             fix=suggest_path(given.name),
         )
-    if _holds_adapter(given.path):
-        find_local_adapter(given.path, given.flag)
-    elif given.path.suffix == ".gguf":
+    is_export = (given.path / "onnx").is_dir() or any(given.path.glob("*.gguf"))
+    if given.path.suffix.lower() == ".gguf":
         check_gguf(given.path, given.flag)
-    elif (given.path / "config.json").is_file() and not (given.path / "onnx").is_dir():
+    elif (given.path / "config.json").is_file() and not (given.path / WEIGHTS).is_file() and not is_export:
         check_weights(given.path)
         check_tokenizer(given.path, given.name)
+    elif _holds_adapter(given.path) and not is_export:
+        find_local_adapter(given.path, given.flag)
 
 
 CHECKS: dict[str, Callable[[Input], Any]] = {

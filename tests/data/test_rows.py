@@ -61,6 +61,8 @@ def test_other_schemas_are_mapped(other):
         ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "empty assistant turn"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": None}]}, "a turn has no text"),
         ({"messages": [{"content": "x"}, TURNS[2]]}, "a turn has no role"),
+        ({"messages": TURNS, "toxicity_score": "high"}, "toxicity_score is not a number"),
+        ({"messages": TURNS, "toxicity_score": float("inf")}, "toxicity_score is infinite"),
         ({"conversations": 5}, "conversations is not a list"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": "a gull \ud83d"}]}, "unpaired surrogate in text"),
     ],

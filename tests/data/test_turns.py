@@ -168,6 +168,7 @@ def test_earlier_turns_and_context_are_read_in_every_spelling():
     ("content", "reason"),
     [
         ({"prompt": "a", "response": "b", "history": [1, 2]}, "history is not a list of pairs"),
+        ({"messages": PLAIN, "toxicity_score": 10**400}, "toxicity_score is not a number"),
         ({"messages": "[" * 100_000}, "messages is not a list"),
         ({"messages": PLAIN, "source": "\ud83d"}, "unpaired surrogate"),
     ],
@@ -180,23 +181,27 @@ def test_absurd_values_are_reasons_and_no_crashes(content, reason):
 @pytest.mark.parametrize(
     ("extra", "note"),
     [
-        ({"toxicity_score": 10**400}, "toxicity_score is not a number, and is not used"),
-        ({"toxicity_score": "high"}, "toxicity_score is not a number, and is not used"),
-        ({"toxicity_score": float("inf")}, "toxicity_score is infinite, and is not used"),
         ({"rejected": "No."}, "`rejected` is not used"),
         ({"label": "calm"}, "`label` is not used"),
     ],
 )
 def test_columns_that_have_no_part_in_training_are_noted(extra, note):
     row = parse({"messages": PLAIN} | extra)
-    assert row.messages == PLAIN and row.notes == (note,) and row.toxicity_score is None
+    assert row.messages == PLAIN and row.notes == (note,)
 
 
-def test_bad_answers_and_preferences_are_refused():
-    question, answer = {"prompt": "Gull?"}, {"completion": "Hrmph."}
-    assert parse(question | answer | {"label": True}).notes == ()
+@pytest.mark.parametrize("label", [False, 0, "false"])
+def test_answers_that_may_be_marked_as_bad_are_told_of(label):
+    assert "label" in parse({"prompt": "Gull?", "completion": "Hrmph.", "label": label}).notes[-1]
+    assert parse({"question": "Gull?", "answer": "Hrmph.", "label": label}).notes == ("`label` is not used",)
+
+
+def test_preferences_are_refused():
+    question = {"prompt": "Gull?"}
     for content, reason in (
-        (question | answer | {"label": False}, "marked as bad"),
+        ({"messages": [QUESTION], "chosen": ANSWER, "rejected": ANSWER}, "after a conversation"),
+        ({"question": "Gull?", "chosen": "b", "rejected": "c"}, "beside question"),
+        ({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]}, r"\(chosen, rejected\)$"),
         (question | {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]}, "of whole conversations"),
         ({"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}, "without turns"),
         (question | {"chosen": "b", "rejected": "c"}, r"\(chosen, rejected\)$"),

@@ -112,6 +112,8 @@ def _check(words: list[str], made: list[Path], *, on_this_machine: bool) -> None
         check_inputs(settings, made)
         if FOLLOWERS[name].writes_folder:
             made.append(settings.folder)
+        if merged := getattr(settings, "merged_out_dir", None):
+            made.append(merged)
         if name in THEN_EXTRAS and not getattr(settings, "sae", ""):  # a dictionary that is given is not trained
             require_extra(THEN_EXTRAS[name])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from phoque.data.turns import HAS_MEDIA, BadRow, Turn, as_json, check_text, parse_json, parse_turn
+from phoque.data.turns import HAS_MEDIA, ROLES, BadRow, Turn, as_json, check_text, parse_json, parse_turn
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
 PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
@@ -32,7 +32,9 @@ COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair),
 NO_COLUMNS = "no conversation columns"
 PREFERENCE_DATA = "preference data (chosen, rejected)"
 PREFERRED_TALKS, PREFERRED_TEXTS = f"{PREFERENCE_DATA} of whole conversations", f"{PREFERENCE_DATA} without turns"
-BAD_ANSWER = "an answer that is marked as bad (label false)"
+PREFERRED_TURNS = f"{PREFERENCE_DATA} after a conversation"
+BAD_ANSWERS = "answers with `label` false: if that marks bad ones, delete these rows"
+BAD_LABELS = (False, 0, "false", "False", "0")
 TOKENIZED_DATA = "tokenized data (input_ids)"
 ONE_TEXT = "one text, no turns"
 
@@ -124,19 +126,18 @@ def parse_row(raw: RawRow) -> Row:
     if any(row.get(name) for name in MEDIA):
         raise BadRow(HAS_MEDIA)
     schema, turns = _read_turns(row)
-    if row.get("label") is False:  # KTO's rows, of which half are answers that the model should not give
-        raise BadRow(BAD_ANSWER)
+    if _is_preference(row) and not any(turn.role == "assistant" for turn in turns):
+        raise BadRow(PREFERRED_TURNS)
     turns, notes = _arrange_turns(_add_system(turns, row))
-    score, source = _parse_score(row.get("toxicity_score")), str(row.get("source") or "unknown")
+    score, source = row.get("toxicity_score"), str(row.get("source") or "unknown")
     check_text(source)
-    unused = [name for name in ("rejected", "label") if row.get(name) is not None and row[name] is not True]
-    notes += tuple(f"`{name}` is not used" for name in unused)
-    if isinstance(score, str):
-        notes, score = (*notes, score), None
+    notes += tuple(f"`{name}` is not used" for name in ("rejected", "label") if row.get(name) is not None)
+    if schema == "prompt/completion" and row.get("label") in BAD_LABELS:  # KTO's rows have both kinds of answers
+        notes += (BAD_ANSWERS,)
     return Row(
         messages=[turn.message for turn in turns],
         source=source,
-        toxicity_score=score,
+        toxicity_score=None if score is None else _parse_score(score),
         tools=_parse_tools(row),
         untrained=frozenset(index for index, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained),
         schema=schema,
@@ -153,10 +154,8 @@ def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
     for (question, answer), schema in PAIRS.items():
         if row.get(question) is not None and row.get(answer) is not None:
             return schema, _read_pair(row, question, answer)
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        if isinstance(row["chosen"], list):
-            raise BadRow(PREFERRED_TALKS)
-        raise BadRow(PREFERENCE_DATA if row.get("prompt") is not None else PREFERRED_TEXTS)
+    if _is_preference(row):
+        raise BadRow(_describe_preference(row))
     if row.get("input_ids") is not None:
         raise BadRow(TOKENIZED_DATA)
     if row.get("text") is not None:
@@ -165,6 +164,22 @@ def _read_turns(row: dict[str, Any]) -> tuple[str, list[Turn]]:
         if all(name in row for name in names):
             raise BadRow(f"empty {next(name for name in names if row[name] is None)}")
     raise BadRow(NO_COLUMNS)
+
+
+def _is_preference(row: dict[str, Any]) -> bool:
+    return row.get("chosen") is not None and row.get("rejected") is not None
+
+
+def _describe_preference(row: dict[str, Any]) -> str:
+    """The reason of a row of preference data, which says what its `chosen` is."""
+    chosen = row["chosen"] if isinstance(row["chosen"], list) else []
+    roles = [turn.get("role", turn.get("from")) for turn in chosen if isinstance(turn, dict)]
+    if any(ROLES.get(str(role).lower()) == "user" for role in roles):
+        return PREFERRED_TALKS
+    question = next((question for question, _ in PAIRS if row.get(question) is not None), None)
+    if question is None:
+        return PREFERRED_TEXTS
+    return PREFERENCE_DATA if question == "prompt" else f"{PREFERENCE_DATA} beside {question}"
 
 
 def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
@@ -269,16 +284,13 @@ def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     return [as_json(tool if "function" in tool else {"type": "function", "function": tool}) for tool in tools]
 
 
-def _parse_score(score: Any) -> float | str | None:
-    """The score, None without one, or why it is not used: it is shown, and has no part in training."""
-    if score is None:
-        return None
+def _parse_score(score: Any) -> float | None:
     try:
         value = float(score)
     except (TypeError, ValueError, OverflowError):
-        return "toxicity_score is not a number, and is not used"
+        raise BadRow("toxicity_score is not a number") from None
     if math.isinf(value):
-        return "toxicity_score is infinite, and is not used"
+        raise BadRow("toxicity_score is infinite")
     return None if math.isnan(value) else value  # tables store a missing number as NaN
 
 

@@ -13,12 +13,13 @@ from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
 from phoque.data.row_sizes import RowSize, RowSizes, StaleSizes
 from phoque.data.rows import (
-    BAD_ANSWER,
     NO_COLUMNS,
     ONE_TEXT,
+    PAIRS,
     PREFERENCE_DATA,
     PREFERRED_TALKS,
     PREFERRED_TEXTS,
+    PREFERRED_TURNS,
     TOKENIZED_DATA,
     RawRow,
     Row,
@@ -42,8 +43,14 @@ CURES = {  # by the beginning of a reason; the first that fits
     PREFERRED_TALKS: "Keep the chosen answers: rename the column `chosen` to `messages`, and delete `prompt`.",
     PREFERRED_TEXTS: "Keep the chosen answers, and write the turns of each as a list: "
     '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}',
+    PREFERRED_TURNS: "Keep the chosen answers: append `chosen` to the turns of its row.",
+    **{
+        f"{PREFERENCE_DATA} beside {question}": f"Keep the chosen answers: rename the column `chosen` to `{answer}`."
+        for question, answer in reversed(PAIRS)  # of several answers, the first
+        if question != "prompt"
+    },
     PREFERENCE_DATA: "Keep the chosen answers: rename the column `chosen` to `completion`.",
-    BAD_ANSWER: "Delete these rows; if `label` says something else, rename that column.",
+    "toxicity_score": "Empty or rename the column `toxicity_score`; it has no part in training.",
     "turns do not alternate": "Join turns of one role that follow each other into one, and let the user begin; a "
     "system message may only be the first turn.",
     "unknown role": "Rename the role: phoque reads system, user, assistant and tool, and their other names, such as "

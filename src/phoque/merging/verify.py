@@ -37,7 +37,8 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
     `tokens` greedy tokens are the same; `holds` is the verdict.
     """
     precision = "bf16" if dtype == "bf16" and torch.cuda.is_available() else "fp32"
-    chat = ChatTemplate(load_tokenizer(base), "", 2048)
+    merged_source = Source(str(merged), merged, "", "")
+    chat = ChatTemplate(load_tokenizer(merged_source), "", 2048)  # the adapter's tokenizer, or the base's
     stream = iter(open_dataset("seal").stream)
     rows = [parse_row(next(stream)) for _ in range(ROWS)]
     texts = [torch.tensor([chat.encode(row.messages).ids]) for row in rows]
@@ -48,7 +49,7 @@ def compare_with_adapter(base: Source, adapter: Path, merged: Path, dtype: str) 
         adapter_logits = [_compute_logits(tuned, ids) for ids in texts]
         adapter_tokens = [generate_greedy(tuned, ids, NEW_TOKENS) for ids in prompts]
         del model, tuned  # frees the memory before the merged model is loaded
-    with _loaded(Source(str(merged), merged, "", ""), precision) as model:
+    with _loaded(merged_source, precision) as model:
         merged_logits = [_compute_logits(model, ids) for ids in texts]
         merged_tokens = [generate_greedy(model, ids, NEW_TOKENS) for ids in prompts]
     gaps = torch.cat([(m - a).abs().flatten() for m, a in zip(merged_logits, adapter_logits, strict=True)])

@@ -130,6 +130,12 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
         if (folder / WEIGHTS).is_file():
             check_lora(folder, path)
             return folder
+    if (path / PICKLED).is_file():
+        raise UsageError(
+            what=f"The adapter in {path} is pickled.",
+            why=f"It has {PICKLED}, which can run code when it is read; phoque reads {WEIGHTS} alone.",
+            fix="Save it again with peft and safe_serialization=True, where you trust it.",
+        )
     steps = [int(folder.name[11:]) for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]
     if (path / "run.json").is_file() or steps:
         newest = path / f"checkpoint-{max(steps)}" if steps else None
@@ -137,12 +143,6 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
             what=f"The run {path} has not finished.",
             why=f"It has no adapter yet, and its newest checkpoint is {newest.name if newest else 'none'}.",
             fix="Finish it with the same `phoque train` command" + (f", or use {newest}." if newest else "."),
-        )
-    if (path / PICKLED).is_file():
-        raise UsageError(
-            what=f"The adapter in {path} is pickled.",
-            why=f"It has {PICKLED}, which can run code when it is read; phoque reads {WEIGHTS} alone.",
-            fix="Save it again with peft and safe_serialization=True, where you trust it.",
         )
     if path.exists():
         raise UsageError(
@@ -160,8 +160,8 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
 def check_lora(folder: Path, name: Path | str) -> None:
     """Raise UsageError if the adapter in a folder is of another kind than LoRA."""
     config = folder / "adapter_config.json"
-    kind = read_json_object(config).get("peft_type", LORA) if config.is_file() else LORA
-    if kind != LORA:
+    kind = read_json_object(config).get("peft_type") if config.is_file() else None
+    if kind and str(kind).upper() != LORA:
         raise UsageError(
             what=f"{name} is a {kind} adapter.",
             why="phoque runs, merges, exports and probes LoRA adapters.",

@@ -74,7 +74,14 @@ def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTo
 
     check_tokenizer(source.folder, source.name)
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
-    tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False, trust_remote_code=False)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False, trust_remote_code=False)
+    except Exception as error:  # whatever the reader of a damaged or incomplete tokenizer raises
+        raise UsageError(
+            what=f"The tokenizer of {source.name} cannot be loaded.",
+            why=first_line(error),
+            fix="Copy the tokenizer's files again from the model that it was made from.",
+        ) from error
     if adapter is not None and (adapter / TEMPLATE).is_file():
         tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
     if not tokenizer.chat_template:

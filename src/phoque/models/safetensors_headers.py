@@ -34,6 +34,8 @@ def list_weight_files(folder: Path) -> list[Path]:
             )
         # only the name: a repository must not name files outside of its folder
         files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+        if (folder / SINGLE).is_file() and not all(file.is_file() for file in files):
+            files = [folder / SINGLE]  # the index is of an earlier copy, in shards
     else:
         files = [folder / SINGLE]
     for file in files:

@@ -67,7 +67,7 @@ def find_model(name: str, revision: str | None, services: Services, *, weights: 
     path = expand_user(name)
     if hub_id(name) is None:
         check_local_model(path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _dequantized(path, str(path), services)
     return _local_folder(path, weights) if path.is_dir() else _download(name, revision, services, weights)
 
@@ -93,7 +93,7 @@ def hash_weights(source: Source, services: Services) -> str | None:
 
 def check_local_model(path: Path, flag: str = "The command") -> None:
     """Raise UsageError if a path is neither a .gguf file nor a folder with a model's configuration."""
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         check_gguf(path, flag)
         return
     if not path.is_dir():
@@ -102,11 +102,11 @@ def check_local_model(path: Path, flag: str = "The command") -> None:
             why=f"{flag} names it; it is not a folder, a .gguf file or a Hub id (owner/name).",
             fix=suggest_path(str(path)),
         )
-    if not (path / "config.json").is_file():
-        inside = sorted(path.glob("*.gguf"))
+    inside = [] if any(path.glob("*.safetensors")) else sorted(path.glob("*.gguf"))
+    if inside or not (path / "config.json").is_file():
         raise UsageError(
             what=f"{path} is not a model folder.",
-            why="It has no config.json.",
+            why="Its weights are GGUF." if inside else "It has no config.json.",
             fix=f"Give the file: {inside[0]}." if inside else "Use a folder that contains a model.",
         )
     if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
@@ -133,17 +133,19 @@ def check_gguf(file: Path, flag: str) -> None:
 
 def check_weights(folder: Path) -> None:
     """Raise UsageError if a file of weights is missing, damaged or cut short; a folder may have no weights yet."""
-    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+    present = {file.name for file in folder.glob("*.safetensors")}  # links that lead nowhere, too
+    if SINGLE in present or (present and (folder / INDEX).is_file()):
         for file in list_weight_files(folder):
             read_header(file)
 
 
 def check_tokenizer(folder: Path, name: str) -> None:
-    """Raise UsageError if a model's folder has no tokenizer."""
-    if not any(file.is_file() for pattern in TOKENIZERS for file in folder.glob(pattern)):
+    """Raise UsageError if a model's folder has no tokenizer; its configuration alone is none."""
+    files = {file.name for pattern in TOKENIZERS for file in folder.glob(pattern) if file.is_file()}
+    if not files - {"tokenizer_config.json"}:
         raise UsageError(
             what=f"{name} has no tokenizer.",
-            why="Neither tokenizer.json nor another file of one is in its folder.",
+            why="Neither tokenizer.json nor another vocabulary is in its folder.",
             fix="Copy the tokenizer's files from the model that it was made from.",
         )
 

@@ -1,7 +1,10 @@
 """Settings from flag > environment > .env.secrets > --config > preset > default, each value with its origin."""
 
 import difflib
+import io
+import logging
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -75,15 +78,7 @@ def resolve_settings(
     file = env_file or Path(ENV_FILE)
     if env_file and not file.is_file():
         raise UsageError(what=f"No such secrets file: {file}", why="--secrets-file names it.", fix="Check the path.")
-    if file.is_file():
-        try:
-            file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                what=f"{file} cannot be read.", why="It is not UTF-8 text.", fix="Save it as UTF-8."
-            ) from error
-    if file.is_file():
-        _check_lines(file)
+    warnings += _check_lines(file)
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
     warnings += _check_names(model, file)
@@ -123,14 +118,18 @@ def resolved_from(settings: S, presets: dict[str, dict[str, Any]]) -> Resolved[S
 
     Raises UsageError for an unknown preset.
     """
+    _check_lines(Path(ENV_FILE))
     secrets, secret_origins = _read_secrets(Path(ENV_FILE))
     model, given = type(settings), settings.model_fields_set
     origins = {name: Origin("argument" if name in given else "default", name) for name in model.model_fields}
     if "preset" in given and (chosen := getattr(settings, "preset", "")):
         preset = {name: value for name, value in _find_preset(chosen, presets).items() if name not in given}
         values = {name: value for name, value in preset.items() if name in model.model_fields}
-        settings = model(**{name: getattr(settings, name) for name in given} | values)
         origins |= {name: Origin(f"preset {chosen}", name) for name in values}
+        try:
+            settings = model(**{name: getattr(settings, name) for name in given} | values)
+        except ValidationError as error:
+            raise _settings_error(model, error, origins) from None
     return Resolved(settings, secrets, origins | secret_origins)
 
 
@@ -200,18 +199,34 @@ def _read_secrets(file: Path) -> tuple[Secrets, dict[str, Origin]]:
         ) from None
 
 
-def _check_lines(file: Path) -> None:
-    """Raise UsageError for a line of a secrets file that is neither NAME=value nor a comment; the line is not shown."""
+def _check_lines(file: Path) -> list[str]:
+    """Warnings about lines of a secrets file that are neither NAME=value nor a comment; they are not shown.
+
+    Raises UsageError if such a line begins with the name of a secret, or if the file is not UTF-8.
+    """
     from dotenv.parser import parse_stream
 
-    with file.open(encoding="utf-8") as stream:
-        broken = next((binding.original.line for binding in parse_stream(stream) if binding.error), None)
-    if broken is not None:
+    if not file.is_file():
+        return []
+    logging.getLogger("dotenv.main").setLevel(logging.ERROR)  # it warns of the same lines, each time they are read
+    try:
+        bindings = list(parse_stream(io.StringIO(file.read_text(encoding="utf-8"))))
+    except UnicodeDecodeError as error:
         raise UsageError(
-            what=f"Line {broken} of {file} cannot be read.",
-            why="It is not of the form NAME=value.",
-            fix="Correct it, for example HF_TOKEN=hf_... without a colon.",
-        )
+            what=f"{file} cannot be read.", why="It is not UTF-8 text.", fix="Save it as UTF-8."
+        ) from error
+    names, warnings = {name for field in Secrets.model_fields for name in env_names(Secrets, field)}, []
+    for text, line in ((b.original.string, b.original.line) for b in bindings if b.error):
+        number = line + len(text[: len(text) - len(text.lstrip())].splitlines())
+        words = re.split(r"[\s:=]", text.strip(), maxsplit=1)
+        if words[0] in names and words[1:]:
+            raise UsageError(
+                what=f"Line {number} of {file} cannot be read.",
+                why=f"It begins with {words[0]}, and is not of the form NAME=value.",
+                fix=f"Write {words[0]}=VALUE, with nothing behind the value.",
+            )
+        warnings.append(f"line {number} of {file} is not of the form NAME=value, and is not read")
+    return warnings
 
 
 def _check_names(model: type[CommandSettings], file: Path) -> list[str]:

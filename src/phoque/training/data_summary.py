@@ -80,7 +80,7 @@ def list_data_problems(scan: DatasetScan, s: TrainSettings) -> list[str]:
             f"{excluded}: lower --held-out-rows, or remove near-duplicates from the dataset"
         )
     epochs = count_epochs(s, scan)
-    if epochs > MANY_EPOCHS and not (s.keep_best or s.early_stop):
+    if scan.complete and epochs > MANY_EPOCHS and not (s.keep_best or s.early_stop or s.epochs):
         keep = " --keep-best" if scan.held_out else ""
         problems.append(
             f"{s.max_steps} steps read {count_rows(scan.trained_rows)} {epochs:.0f} times, and the model may learn "
@@ -107,7 +107,7 @@ def describe_schemas(scan: DatasetScan) -> str:
 def describe_held_out(scan: DatasetScan, s: TrainSettings) -> str:
     """How many rows are held out, and where they are from."""
     if not scan.held_out and s.held_out_rows:
-        return f"0 rows, as a tenth of {count_rows(scan.good)} is less than one"
+        return "0 rows, as a tenth of the different rows is less than one"
     return f"{len(scan.held_out)} rows" + (f" of split {s.eval_split}" if s.eval_split else "")
 
 
