@@ -322,7 +322,7 @@ def test_a_line_of_the_secrets_file_that_is_none_stops_the_command(phoque):
 
 
 def test_folders_that_others_can_load_are_not_refused(phoque, sharded, tiny_llama, rows):
-    """A stale index beside a whole file, no weights yet, a GGUF file with its config, a tokenizer beside the adapter."""
+    """A stale index beside a whole file, no weights yet, a GGUF file with its config, an adapter with a tokenizer."""
     asked = ["train", "--base-model", "model", "--dataset", rows, "--quantization", "fp32", "--dry-run"]
     shutil.copytree(tiny_llama, "model")
     shutil.copy(sharded / "model.safetensors.index.json", "model")
