@@ -89,6 +89,9 @@ def write_files(folder: Path) -> None:
     ):
         (folder / name).mkdir(parents=True)
         (folder / name / file).write_bytes(b"gulls")
+    (folder / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")  # no tensors
+    (folder / "model" / "tokenizer.json").write_text("{}")
+    (folder / "gguf" / "model-q8_0.gguf").write_bytes(b"GGUF gulls")
     (folder / "empty").mkdir()
     (folder / "runs/demo/run.json").write_text("{}")
     (folder / "runs/demo/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "you/model"}')
