@@ -100,7 +100,7 @@ def read_adapter_config(adapter: Path) -> "LoraConfig":
         lora = LoraConfig.from_pretrained(str(adapter))
         _check_numbers(lora)
         return lora
-    except (TypeError, ValueError, AttributeError, RecursionError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError, re.error) as error:
         raise UsageError(
             what=f"{file} is not a valid config of a LoRA adapter.",
             why=first_line(error),
