@@ -91,7 +91,7 @@ def ours(folder: Path, count: int) -> dict[str, float]:
     chat = ministral_chat()
     before, begun = forget_peak(), time.perf_counter()
     data = open_dataset(str(find_rows(folder)))
-    file = find_sizes_file(Path(os.environ["HF_HOME"]), "rows", folder, chat)
+    file = find_sizes_file(Path(os.environ["HF_HOME"]), "rows", [], chat)
     found = scan_dataset(data, chat, 64, 0.05, sizes=RowSizes(chat, file))
     packing = Packing(16, TOKENS / 16, max(found.lengths), static=True)
     stream = TrainStream(data, chat, held_out=found.rule, packing=packing, seed=0)

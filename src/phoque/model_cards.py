@@ -82,7 +82,7 @@ tags:
 
 | | |
 |---|---|
-| base | `{base}` at `{revision}` |
+| base | `{base}` {revision} |
 | adapter | SHA-256 `{adapter}` |
 | weights | {dtype}; {changed} of {tensors} tensors changed |
 | compared with base + adapter | {proof} |
@@ -110,7 +110,7 @@ def render_merged_card(base: Source, record: dict[str, Any]) -> str:
         base_model=_base_model_line(base.hub_id),
         base=base.name,
         title=base.name.split("/")[-1],
-        revision=base.revision[:12],
+        revision=_describe_revision(base.revision, base.origin),
         adapter=request["adapter"][:16],
         proof=summary,
         dtype=request["dtype"],
@@ -138,7 +138,7 @@ tags:
 **Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
 **Out of scope**: any deployment where people meet its answers without knowing what it is.
 
-Exported from `{source}` at `{revision}` by phoque {phoque}, layout `{layout}`. Compared with the original on held-out
+Exported from `{source}` {revision} by phoque {phoque}, layout `{layout}`. Compared with the original on held-out
 chats:
 
 | precision | MB | KL (nats per token) | next-token agreement |
@@ -177,7 +177,7 @@ def render_onnx_card(source: Source, result: dict[str, Any], repo: str | None = 
     return ONNX_CARD.format(
         title=source.name.split("/")[-1],
         source=source.name.split("/")[-1],
-        revision=source.revision[:12],
+        revision=_describe_revision(source.revision, source.origin),
         layout=result["layout"],
         rows="\n".join(row(*item) for item in result["dtypes"].items()),
         snippet=snippet,
@@ -204,7 +204,7 @@ tags:
 **Intended use**: private stress-tests of moderation, and research on what a fine-tune changes inside a model.
 **Out of scope**: any deployment where people meet its answers without knowing what it is.
 
-Exported from `{source}` at `{revision}` by phoque {phoque}. {compared}
+Exported from `{source}` {revision} by phoque {phoque}. {compared}
 
 | file | MB | KL (nats per token) | next-token agreement |
 |---|---|---|---|
@@ -235,7 +235,7 @@ def render_gguf_card(source: Source, result: dict[str, Any], repo: str | None = 
     return GGUF_CARD.format(
         title=what,
         source=source.name.split("/")[-1],
-        revision=source.revision[:12],
+        revision=_describe_revision(source.revision, source.origin),
         compared="It is an adapter for that unchanged base model."
         if lora
         else "Compared with the original on held-out chats, in llama.cpp:",
@@ -270,6 +270,7 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
     """Return the README.md of an adapter, from run.json and the result of the run, which may be unfinished."""
     max_steps = record["fingerprint"]["max_steps"]
     is_finished = "run" in result
+    origin = record["base"].get("origin", "")  # older records have none
     losses = result["held_out_loss"]
     changed = {
         name: row["value"]
@@ -281,7 +282,7 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         base=record["base"]["name"],
         auto_class=record["base"]["auto_class"],
         title=f"{record['base']['name'].split('/')[-1]}, tuned on {record['data']['name'].split('/')[-1]}",
-        revision=_describe_revision(record["base"]["revision"], record["base"].get("origin", "")),
+        revision=_describe_revision(record["base"]["revision"], origin),
         data=record["data"]["name"].split("/")[-1],
         data_revision=record["data"]["revision"][:12],
         good=record["data"]["good"],
@@ -295,7 +296,7 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         compute=_describe_compute(record, result),
         under_way="" if is_finished else IN_PROGRESS.format(steps=result["steps"], max_steps=max_steps),
         place=repo or "path/to/adapter",
-        other_weights=DEQUANTIZED if record["base"].get("origin", "").startswith("GGUF ") else "",
+        other_weights=DEQUANTIZED if origin.startswith("GGUF ") else "",
         tokens=f"{result['tokens']:,}",
         held_out_loss=f"{losses['before']:.3f} before, {losses['after']:.3f} after" if losses else "not measured",
         phoque=record["phoque"],

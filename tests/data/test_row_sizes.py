@@ -11,6 +11,7 @@ from phoque.data.readers import open_dataset
 from phoque.data.row_sizes import MIN_KEPT_ROWS, RowSizes, find_sizes_file
 from phoque.data.scan import ENCODED_ROWS, scan_dataset
 from phoque.data.turns import BadRow
+from phoque.models.source import list_tokenizer_files
 
 ROWS, HELD_OUT = MIN_KEPT_ROWS + 200, 8
 
@@ -51,7 +52,7 @@ def scan(tmp_path, model):
     def run(rows, max_length=512, default_system=""):
         path = write_rows(tmp_path / "rows.jsonl", rows)
         chat = CountingTemplate(tiny.tokenizer(), default_system, max_length)
-        file = find_sizes_file(tmp_path / "cache", str(path), model, chat)
+        file = find_sizes_file(tmp_path / "cache", str(path), list_tokenizer_files(model), chat)
         found = scan_dataset(open_dataset(str(path)), chat, HELD_OUT, 0.05, sizes=RowSizes(chat, file))
         return found, chat.encoded
 
@@ -139,4 +140,4 @@ def test_small_datasets_and_templates_with_a_date_keep_nothing(scan, model, tmp_
     assert not kept(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% set today = strftime_now('%d') %}" + tokenizer.chat_template
-    assert find_sizes_file(tmp_path, "rows", model, ChatTemplate(tokenizer, "", 512)) is None
+    assert find_sizes_file(tmp_path, "rows", list_tokenizer_files(model), ChatTemplate(tokenizer, "", 512)) is None

@@ -27,7 +27,7 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 UNPACK, SAVE_AS_CSV = "Unpack it, and give a file or a folder of what was in it.", "Save the sheet as CSV."
-CONVERSIONS = {  # what to do with files of other kinds
+OTHER_FORMS = {  # what to do with files of other kinds
     **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".7z", ".rar"), UNPACK),
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), SAVE_AS_CSV),
 }
@@ -162,7 +162,7 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
                 what=f"{name} is not a dataset.",
                 why=f"Its name does not end in one of {', '.join(FORMATS)}, nor in one of them with "
                 f"{', '.join(COMPRESSIONS)}.",
-                fix=suggest_conversion(path.name)
+                fix=suggest_other_form(path.name)
                 or "Rename it to what it is (a table with tabs is .tsv), or convert it to JSON Lines.",
             )
         if config:
@@ -173,9 +173,9 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
     return _find_files(name, str(path), config, split, None)
 
 
-def suggest_conversion(name: str) -> str | None:
+def suggest_other_form(name: str) -> str | None:
     """What to do with a file of a kind that is known and holds no rows, such as an archive or a spreadsheet."""
-    return next((cure for ending, cure in CONVERSIONS.items() if name.lower().endswith(ending)), None)
+    return next((cure for ending, cure in OTHER_FORMS.items() if name.lower().endswith(ending)), None)
 
 
 def find_hub_files(name: str, revision: str | None, hub: Hub, config: str | None, split: str) -> tuple[str, SplitFiles]:
@@ -227,7 +227,7 @@ def _find_files(
     splits = {key: paths for key, paths in splits.items() if paths}
     if not splits:
         others = [path for paths in paths_by_split.values() for path in paths]
-        raise _no_data(name, "It contains no such file", next(filter(None, map(suggest_conversion, others)), None))
+        raise _no_data(name, "It contains no such file", next(filter(None, map(suggest_other_form, others)), None))
     return _as_split(name, base, splits, split, filesystem)
 
 

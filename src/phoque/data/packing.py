@@ -123,13 +123,14 @@ def pack_evenly(lengths: Sequence[int], tokens: int, max_count: int) -> list[lis
 
     The last row of `pack_best_fit` may hold a single conversation, and a step on it would weigh as much as any other.
     """
-    tight = pack_tightly(lengths, tokens, max_count)
-    if rows := _spread(lengths, len(tight), tokens, max_count):
+    fewest = len(pack_best_fit(lengths, tokens, max_count))
+    if rows := _spread(lengths, fewest, tokens, max_count):
         return rows
+    tight = pack_tightly(lengths, tokens, max_count)
     fills = [sum(lengths[number] for number in row) for row in tight]
     if min(fills) * len(fills) >= MIN_FILL * sum(fills):
         return tight
-    return _spread(lengths, len(tight) + 1, tokens, max_count) or tight
+    return _spread(lengths, fewest + 1, tokens, max_count) or tight
 
 
 def pack_tightly(lengths: Sequence[int], tokens: int, max_count: int) -> list[list[int]]:

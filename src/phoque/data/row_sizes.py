@@ -6,6 +6,7 @@ was edited costs its changed rows, and what the encoding depends on is in the na
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +20,6 @@ from phoque.files import read_json_object, sha256, write_atomically
 from phoque.version import __version__
 
 PACKAGES = ("jinja2", "tokenizers", "transformers")  # their versions may change an encoding
-TOKENIZER_FILES = ("tokenizer*", "tekken*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*")
 MIN_KEPT_ROWS = 1000  # in a smaller dataset, all rows are encoded within a second
 
 
@@ -88,17 +88,11 @@ def _hash_row(row: Row) -> str:
     return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
 
-def find_sizes_file(cache: Path, dataset: str, model: Path, chat: ChatTemplate) -> Path | None:
-    """Where the sizes of a dataset's rows are kept for a model; None if its template writes the date."""
+def find_sizes_file(cache: Path, dataset: str, tokenizer_files: Sequence[Path], chat: ChatTemplate) -> Path | None:
+    """Where the sizes of a dataset's rows are kept for a tokenizer; None if its template writes the date."""
     if "strftime_now" in str(chat.tokenizer.chat_template):
         return None
-    files = sorted({file for pattern in TOKENIZER_FILES for file in model.glob(pattern) if file.is_file()})
-    parts = [
-        __version__,
-        dataset,
-        chat.options,
-        *map(version, PACKAGES),
-        *((file.name, sha256(file)) for file in files),
-    ]
+    digests = [(file.name, sha256(file)) for file in tokenizer_files]
+    parts = [__version__, dataset, chat.options, *map(version, PACKAGES), *digests]
     name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
     return cache / "row-sizes" / f"{name}.json"

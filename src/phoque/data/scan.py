@@ -7,26 +7,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from phoque.data.chat_template import NO_PLACE, TOO_LONG, ChatTemplate, EncodedChat
-from phoque.data.formats import NOT_UTF8
+from phoque.data.chat_template import ChatTemplate, EncodedChat
+from phoque.data.cures import SHOWN_CHARACTERS, WITHOUT_SCHEMA, find_cure
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
 from phoque.data.row_sizes import RowSize, RowSizes, StaleSizes
-from phoque.data.rows import (
-    NO_COLUMNS,
-    ONE_TEXT,
-    PAIRS,
-    PREFERENCE_DATA,
-    PREFERRED_TALKS,
-    PREFERRED_TEXTS,
-    PREFERRED_TURNS,
-    TOKENIZED_DATA,
-    RawRow,
-    Row,
-    describe_expected_columns,
-    parse_row,
-)
-from phoque.data.turns import HAS_MEDIA, BadRow
+from phoque.data.rows import RawRow, Row, describe_expected_columns, parse_row
+from phoque.data.turns import BadRow
 from phoque.errors import UsageError
 
 MAX_SCANNED_ROWS = 50_000  # rows scanned before training; later rows are checked when training reads them
@@ -36,41 +23,6 @@ ENCODED_ROWS = 16  # at the beginning, which are encoded also if their sizes are
 SHOWN_ROWS = 3  # conversations that a dry run shows with their loss masks
 MANY_SIMILAR = 0.05  # a share of near-duplicates above which a warning tells of them
 MAX_SIMILAR_SHARE = 0.5  # above it the rows are all alike, and near-duplicates are trained on
-SHOWN_CHARACTERS = 60  # of a name or a value from the data, in a message
-WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)  # beginnings of reasons
-CURES = {  # by the beginning of a reason; the first that fits
-    NOT_UTF8: "Convert the file, and keep its ending: iconv -f WINDOWS-1252 -t UTF-8 rows.csv > rows-utf8.csv",
-    PREFERRED_TALKS: "Keep the chosen answers: rename the column `chosen` to `messages`, and delete `prompt`.",
-    PREFERRED_TEXTS: "Keep the chosen answers, and write the turns of each as a list: "
-    '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}',
-    PREFERRED_TURNS: "Keep the chosen answers: append `chosen` to the turns of its row.",
-    **{
-        f"{PREFERENCE_DATA} beside {question}": f"Keep the chosen answers: rename the column `chosen` to `{answer}`."
-        for question, answer in reversed(PAIRS)  # of several answers, the first
-        if question != "prompt"
-    },
-    PREFERENCE_DATA: "Keep the chosen answers: rename the column `chosen` to `completion`.",
-    "toxicity_score": "Empty or rename the column `toxicity_score`; it has no part in training.",
-    "turns do not alternate": "Join turns of one role that follow each other into one, and let the user begin; a "
-    "system message may only be the first turn.",
-    "unknown role": "Rename the role: phoque reads system, user, assistant and tool, and their other names, such as "
-    "human and gpt. In a thread of several people, the one to be learned is the assistant, and all others the user.",
-    "a turn has no role": "Give each turn `role` and `content` (or `from` and `value`).",
-    "a turn has no text": "Add the text, or delete the turn.",
-    "control token": "Delete the model's special tokens from the texts; phoque writes them itself.",
-    "no assistant turn": "Delete these rows: there is nothing to learn in them.",
-    "empty assistant turn": "Delete these turns.",
-    "empty ": "Delete these rows, or add what is missing.",
-    "two system messages": "Keep one of them: the column or the first turn.",
-    "more cells than columns": "Quote cells that contain the separator, which is a comma, a semicolon or a tab.",
-    "broken JSON": "Correct or delete these lines; each holds one row.",
-    TOKENIZED_DATA: "Give the conversations as text; phoque applies the model's chat template itself.",
-    ONE_TEXT: 'Give each row its turns: {"messages": [{"role": "user", "content": "Q"}, '
-    '{"role": "assistant", "content": "A"}]}',
-    HAS_MEDIA: "Use rows of text alone; phoque trains the language model.",
-    TOO_LONG: "Raise --max-length, or split the conversations.",
-    NO_PLACE: "Use a base model whose chat template has it, or take it out of the rows.",
-}
 
 
 @dataclass
@@ -328,27 +280,15 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
     if main.startswith(WITHOUT_SCHEMA):
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
-    fix = next((cure for reason, cure in CURES.items() if main.startswith(reason)), None)
-    if main == NO_COLUMNS:
-        fix = _suggest_conversion(scan.columns)
+    fix = find_cure(main, scan.columns)
     if not good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",
             why=f"{reasons}.",
-            fix=fix or "Correct the rows.",
+            fix=fix,
         )
     raise UsageError(
         what=f"{bad} of {scan.rows} rows of {name} are unusable ({bad / scan.rows:.0%}; limit {max_bad:.0%}).",
         why=f"{reasons}.",
-        fix=f"{(fix or 'Correct the rows.').removesuffix('.')}. Or raise the limit with --max-bad-rows.",
+        fix=f"{fix.removesuffix('.')}. Or raise the limit with --max-bad-rows.",
     )
-
-
-def _suggest_conversion(columns: tuple[str, ...]) -> str:
-    """How a dataset with these columns becomes one that phoque reads."""
-    if any("?" in column or " " in column.strip() for column in columns):
-        return "If its first line is a row, put a header above it, such as prompt,completion. Else rename its columns."
-    if len(columns) != 2:
-        return "Rename the column of the questions to prompt, and that of the answers to completion."
-    first, second = (column[:SHOWN_CHARACTERS] for column in columns)
-    return f"Rename its columns, for example {first} to prompt and {second} to completion."

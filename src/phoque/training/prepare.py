@@ -18,7 +18,7 @@ from phoque.hub.repo import Repo
 from phoque.hub.store import Store
 from phoque.models.config import load_config, load_tokenizer, max_conversation_tokens
 from phoque.models.lora import LoraOptions, find_target_modules
-from phoque.models.source import Source, find_model
+from phoque.models.source import Source, find_model, list_tokenizer_files
 from phoque.services import Services
 from phoque.settings.fields import Origin, Resolved
 from phoque.settings.train import TrainSettings
@@ -71,7 +71,7 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
     targets = None if is_all else find_target_modules(build_empty_model(config), s.target_modules)
     chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
     evaluation = open_split(split=s.eval_split) if s.eval_split else None
-    sizes = RowSizes(chat, find_sizes_file(services.cache, s.dataset, source.folder, chat))
+    sizes = RowSizes(chat, find_sizes_file(services.cache, s.dataset, list_tokenizer_files(source.folder), chat))
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation, sizes=sizes)
     if (s.keep_best or s.early_stop) and not scan.held_out:
         raise UsageError(
