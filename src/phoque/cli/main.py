@@ -1,6 +1,7 @@
 """The root command: a lazy table, so that `phoque --help` imports neither torch nor any command's module."""
 
 import atexit
+import gc
 import importlib
 import os
 import sys
@@ -86,6 +87,8 @@ def root(
     """Fine-tune a small chat model into a persona, show what changed inside it, ship it to a browser."""
 
 
+# Imports create a million objects, of which none is garbage: with Python's 700, walking them takes an eighth of the time
+GC_THRESHOLD = (10_000, 20, 20)
 _exit_code: int | None = None  # of main(), once it has ended
 
 
@@ -93,6 +96,7 @@ def main() -> None:
     """Run one command; whatever it raises leaves as three lines on stderr and a documented exit code."""
     atexit.register(_end_process)  # first, so that it is called last
     let_threads_sleep()
+    gc.set_threshold(*GC_THRESHOLD)
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
