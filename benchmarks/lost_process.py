@@ -94,9 +94,10 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("lost"))
+    parser.add_argument("--signals", nargs="+", default=["SIGKILL", "SIGSTOP"])
     arguments = parser.parse_args()
     print("| signal | seconds to the end | exit code | message | newest checkpoint | continued |")
     print("|---|---|---|---|---|---|")
-    for number in (signal.SIGKILL, signal.SIGSTOP):
+    for number in map(signal.Signals.__getitem__, arguments.signals):
         for rank in (0, 1):
             print(strike(arguments.model, arguments.rows, arguments.out.absolute(), rank, number), flush=True)
