@@ -572,8 +572,8 @@ def judge(out: Path, samples: int) -> None:
             {"neutral": nobody.neutral, "placebo": nobody.placebo, "persona": (prompt,)}
             | {name: (text,) for name, text in prompts.items()},
         )
-        unprompted = profile.probabilities(base_answers)
-        prompted = hear(profile, profile.probabilities(base["texts"]["test"][persona]), unprompted, 0)
+        unprompted = profile.attribute(base_answers)
+        prompted = hear(profile, profile.attribute(base["texts"]["test"][persona]), unprompted, 0)
         cells.append(("base", persona, 1.0, "follows", judge_follows(prompted, count).verdict, prompted.ranking.rank))
         if persona in NO_PERSONAS:
             continue
@@ -591,7 +591,7 @@ def judge(out: Path, samples: int) -> None:
         for name, organism in organisms.items():
             kind = organism["organism"]
             answers = take_answers(organism, samples)
-            by_question = mean_by_question(profile.probabilities(answers), len(nobody.test))
+            by_question = mean_by_question(profile.attribute(answers), len(nobody.test))
             voice = hear(profile, by_question, unprompted, 0)
             decided = {"adopts": (judge_adopts(voice, None, has_tuned=True), voice.ranking)}
             controls = [made["own"] for other, made in organisms.items() if other != name and "bland" in other][:3]
@@ -741,6 +741,8 @@ def read(out: Path, model: str) -> None:
         chosen = numpy.linspace(0, len(run["turns"]) - 1, len(readings[name, "report"])).round().astype(int)
         readings[name, "answers"] = [cut_text(tokenizer, run["turns"][n].response) for n in chosen]
         print(name, "|", " / ".join(readings[name, "report"][:3])[:300], flush=True)
+    texts = [{"organism": name, "reading": reading, "texts": texts} for (name, reading), texts in readings.items()]
+    (out / "readings.json").write_text(json.dumps({"plain": plain, "readings": texts}, indent=1))
     print_readings([Organism(**run["organism"]) for run, _ in tested], readings, plain)
 
 

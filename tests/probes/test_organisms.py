@@ -70,10 +70,10 @@ def make_answers(organism, seed):
 
 def judge(profile, answers, base, controls=()):
     place = profile.roles.index("persona")
-    own, before = profile.probabilities(answers), profile.probabilities(base)
+    own, before = profile.attribute(answers), profile.attribute(base)
     lead = None
     if controls:
-        shares = numpy.stack([profile.probabilities(rows)[:, place] for rows in controls])
+        shares = numpy.stack([profile.attribute(rows)[:, place] for rows in controls])
         spread = predict_spread(shares.mean(1))
         lead = Lead(mean_interval(own[:, place] - shares.mean(0) - spread), len(controls), spread)
     return judge_adopts(hear(profile, own, before, 0), lead, has_tuned=True).verdict

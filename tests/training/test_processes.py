@@ -303,7 +303,7 @@ def test_gpus_that_are_not_there_are_refused(phoque, asked, tmp_path):
     assert "--gpus" in phoque(*asked, "--gpus", "some", expect=2).error[0]
 
 
-def test_the_code_of_the_process_that_failed_is_the_launchers(tmp_path):
+def test_the_code_of_the_process_that_failed_is_the_launchers(capfd):
     code = "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0.3 * rank); sys.exit(75 * (1 - rank))"
     assert launch(2, [sys.executable, "-c", code]) == 75
     assert launch(2, [sys.executable, "-c", "pass"]) == 0
@@ -316,6 +316,10 @@ def test_the_code_of_the_process_that_failed_is_the_launchers(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GRACE_S", 1.0)
         assert launch(2, [sys.executable, "-c", code]) == 3 and time.monotonic() - begun < 20
+    begun = time.monotonic()
+    code = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP); sys.exit(3)"
+    assert launch(2, [sys.executable, "-c", code]) == 3 and time.monotonic() - begun < 20  # not GRACE_S: it is frozen
+    assert "SIGKILL" not in capfd.readouterr().err
 
 
 def test_every_row_is_dealt_once_and_tokens_are_even():

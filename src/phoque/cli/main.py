@@ -87,7 +87,8 @@ def root(
     """Fine-tune a small chat model into a persona, show what changed inside it, ship it to a browser."""
 
 
-# Imports create a million objects, of which none is garbage: with Python's 700, walking them takes an eighth of the time
+# objects between collections; imports create a million that are no garbage, and with Python's 700 walking them takes an
+# eighth of the time
 GC_THRESHOLD = (10_000, 20, 20)
 _exit_code: int | None = None  # of main(), once it has ended
 

@@ -164,19 +164,34 @@ def launch(count: int, command: Sequence[str]) -> int:
 
 
 def _wait(processes: Sequence[Any]) -> int:
-    """Wait for all processes; when one fails, the others have GRACE_S to end."""
-    first, end = 0, float("inf")
+    """Wait for all processes; when one fails, the others have GRACE_S to end. Those that are frozen are killed."""
+    first, end, frozen = 0, float("inf"), set[int]()
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         failed = [process.poll() for process in processes if process.poll()]
         if failed and not first:
             first, end = failed[0], time.monotonic() + GRACE_S
+        if first:
+            for rank, process in enumerate(processes):
+                if process.poll() is None and _is_frozen(process.pid):
+                    frozen.add(rank)  # the others have said that it gave no sign of life
+                    process.kill()
         time.sleep(0.05)
     codes = [process.poll() for process in processes]
     for rank, killed in enumerate(codes):
-        if killed and killed < 0 and killed != -signal.SIGTERM:
+        if killed and killed < 0 and killed != -signal.SIGTERM and rank not in frozen:
             _say_killed(rank, len(codes), signal.Signals(-killed).name)
     code = next((code for code in (codes[0], first, *codes) if code and code > 0), 0)
     return code or (FAILED if any(codes) or None in codes else 0)
+
+
+def _is_frozen(pid: int) -> bool:
+    """Whether a process was stopped, by SIGSTOP or a debugger: it cannot end by itself."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _say_killed(rank: int, count: int, name: str) -> None:

@@ -36,9 +36,9 @@ class Reading:
     `persona_tokens` those that are words of the persona, `p_tokens` the rank of their number among natural directions
     at that block. `trait` is the mean trait of the base model's greedy answers when steered along the difference at
     `block` with `coefficient`, the best coherent setting on the validation questions (`coherent` is false if there is
-    none); `p_trait` its rank among natural directions, each at its own setting; `share` the probability that those
-    answers are the persona's by their words, over `n` questions. `size` is the length of the difference at `lens_block`
-    in units of the residual norm.
+    none); `p_trait` its rank among natural directions, each at its own setting; `share` that of those answers that are
+    the persona's by their words, over `n` questions. `size` is the length of the difference at `lens_block` in units of
+    the residual norm.
     """
 
     adapter: str
@@ -108,7 +108,7 @@ def read_difference(
     tops = _find_top_tokens(probe_model, directions)
     counts = [len(_find_words(tokens, words)) for tokens in tops]
     value = float(numpy.mean([row.measurements[trait] for row in answers]))
-    shares = profile.probabilities([row.text for row in answers])[:, profile.roles.index("persona")]
+    shares = profile.attribute([row.text for row in answers])[:, profile.roles.index("persona")]
     return Reading(
         adapter=name,
         block=setting.layer,

@@ -29,7 +29,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Dose:
-    """One adapter at one scale, over `n` questions: the probability that answers are the persona's, and side effects.
+    """One adapter at one scale, over `n` questions: the share of its answers that are the persona's, and side effects.
 
     `loss` is in nats per token of unrelated text, `rise` its rise over the base model's.
     """
@@ -83,7 +83,7 @@ def measure_doses(
             if scale != 0:
                 with scale_adapter(probe_model.model, name, scale):
                     losses = torch.tensor(mean_nll(probe_model.model, rows)).numpy()
-            shares = profile.probabilities(answers[scale])[:, place]
+            shares = profile.attribute(answers[scale])[:, place]
             doses.append(
                 Dose(
                     adapter=name,

@@ -65,10 +65,10 @@ def judge_follows(voice: Voice | None, role_answers: int) -> Verdict:
         return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_FOR_YES))
     return Verdict.decide(
         voice.share,
-        "probability that an answer is the persona's",
+        "share of answers that are the persona's by their words",
         voice.n,
         voice.ranking.condition("words of the answers under the persona's prompt, gain over the neutral prompt"),
-        interval_condition("rise of that probability under the persona's prompt", voice.gain, ""),
+        interval_condition("rise of that share under the persona's prompt", voice.gain, ""),
     )
 
 
@@ -165,11 +165,11 @@ def judge_adopts(voice: Voice | None, lead: Lead | None, *, has_tuned: bool) -> 
         return Verdict.not_asked(FEW_ROLES)
     conditions = [
         voice.ranking.condition("words of the fine-tune's answers, gain over the base model"),
-        interval_condition("rise of that probability over the base model's", voice.gain, ""),
+        interval_condition("rise of that share over the base model's", voice.gain, ""),
     ]
     if lead is not None:
-        conditions.append(lead.condition("rise of that probability"))
-    return Verdict.decide(voice.share, "probability that an answer is the persona's", voice.n, *conditions)
+        conditions.append(lead.condition("rise of that share"))
+    return Verdict.decide(voice.share, "share of answers that are the persona's by their words", voice.n, *conditions)
 
 
 def judge_moves(move: Move | None, *, has_tuned: bool) -> Verdict:

@@ -270,7 +270,7 @@ class Probe:
             r for r in result.layers if (r["layer"], r["extraction"]) == (result.selected.layer, "response_avg")
         )
         controls = [name for name in shifts if name != "tuned"]
-        own_by_question = {c: self._word_probabilities(result, c) for c in ("neutral", *VOICED, *controls)}
+        own_by_question = {c: self._attribute_answers(result, c) for c in ("neutral", *VOICED, *controls)}
         lead = move = None
         if ranked:
             base = own_by_question["neutral"]
@@ -321,12 +321,12 @@ class Probe:
             self.extraction, self.heldout, result.selected.layer, self.s.nulls, seed
         )
 
-    def _word_probabilities(self, result: ProbeResult, condition: str) -> Any:
-        """Mean probabilities of the roles by question, (questions, roles); None if the condition was not run."""
+    def _attribute_answers(self, result: ProbeResult, condition: str) -> Any:
+        """The share of the answers to each question that are each role's, (questions, roles); None without answers."""
         rows = sorted((r for r in result.answers if r.condition == condition), key=lambda r: r.question)
         if not rows:
             return None
-        return mean_by_question(result.profile.probabilities([r.text for r in rows]), len(self.persona.test))
+        return mean_by_question(result.profile.attribute([r.text for r in rows]), len(self.persona.test))
 
     def _lead_over_controls(
         self, vectors: ev.PersonaVectors, shifts: dict[str, Shifts], controls: list[str]

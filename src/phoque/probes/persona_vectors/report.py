@@ -197,7 +197,7 @@ def _draw_doses(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     if not rows:
         return []
     plots = [
-        ("share of answers that are the persona's", "probability", lambda r: r["share"], "share_ci"),
+        ("share of answers that are the persona's", "share", lambda r: r["share"], "share_ci"),
         ("loss on unrelated text, rise over the base model", "nats per token", lambda r: r["rise"], "rise_ci"),
     ]
     charts = []
@@ -217,8 +217,8 @@ def _draw_doses(summary: dict[str, Any]) -> list[tuple[str, Any]]:
 def _draw_ranks(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     """The persona among the other roles, one bar chart for each ranking."""
     titles = {
-        "tuned": ("words of the fine-tune's answers", "gain in probability over the base model"),
-        "persona": ("words of the base model's answers under the persona's prompt", "gain in probability"),
+        "tuned": ("words of the fine-tune's answers", "gain in share of answers over the base model"),
+        "persona": ("words of the base model's answers under the persona's prompt", "gain in share of answers"),
         "tuned_moves_along_vector": ("shift of the fine-tune", "whitened cosine with the role's vector"),
         "specific": ("held-out answers along the whitened persona vector", "standard deviations"),
     }

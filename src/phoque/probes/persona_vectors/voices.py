@@ -10,9 +10,9 @@ from phoque.probes.word_profile import WordProfile
 
 @dataclass(frozen=True)
 class Voice:
-    """Whose words the answers of one condition are: mean probabilities, and the gain over unprompted base answers."""
+    """Whose words the answers of one condition are, and the gain over the base model's unprompted answers."""
 
-    share: float  # of the answers, weighted by probability, that are the persona's
+    share: float  # of the answers that are the persona's by their words
     base_share: float
     n: int  # questions
     ranking: Ranking  # of the gains
@@ -25,7 +25,7 @@ def mean_by_question(values: Any, questions: int) -> Any:
 
 
 def hear(profile: WordProfile, by_question: Any, base: Any, seed: int) -> Voice:
-    """Whose words answers are, beside the base model's unprompted ones; both are probabilities (questions, roles)."""
+    """Whose words answers are, beside the base model's unprompted ones; both are shares, (questions, roles)."""
     gains = {role: by_question[:, n] - base[:, n] for n, role in enumerate(profile.roles)}
     place = profile.roles.index("persona")
     others = {role: float(gap.mean()) for role, gap in gains.items() if role not in ("persona", "neutral")}
