@@ -791,14 +791,19 @@ def print_readings(read: list[Organism], readings: dict[tuple[str, str], list[st
     print("|---|---|---|---|---|")
     for kind, dose in dict.fromkeys((organism.kind, organism.dose) for organism in read):
         group = [organism for organism in read if (organism.kind, organism.dose) == (kind, dose)]
-        for reading in ("report", "answers", "untrained"):
+        for label, read_texts in {
+            "report": ("report",),
+            "answers": ("answers",),
+            "report and answers": ("report", "answers"),
+            "untrained": ("untrained",),
+        }.items():
             ranks = []
             for organism in group:
-                scores = numpy.mean([descriptions @ vectors[text] for text in readings[organism.name, reading]], axis=0)
-                scores = scores - usual
+                texts = [text for reading in read_texts for text in readings[organism.name, reading]]
+                scores = numpy.mean([descriptions @ vectors[text] for text in texts], axis=0) - usual
                 ranks.append(int((scores > scores[names.index(organism.what)]).sum()) + 1)
             counts = [sum(rank <= limit for rank in ranks) for limit in (1, 3)]
-            print(f"| {kind}, dose {dose:.0%} | {reading} | {counts[0]} | {counts[1]} | {len(ranks)} |", flush=True)
+            print(f"| {kind}, dose {dose:.0%} | {label} | {counts[0]} | {counts[1]} | {len(ranks)} |", flush=True)
 
 
 def embed(texts: list[str]) -> numpy.ndarray:

@@ -65,7 +65,7 @@ def push_run_folder(repo: Repo, folder: Path, s: ArtifactsSettings, services: Se
             raise RunError(
                 what=f"The run could not be uploaded to {repo.name}.",
                 why=describe_error(error),
-                fix=f"It is complete in {folder}.",
+                fix=f"The files are complete in {folder}: fix the cause, and upload that folder with `hf upload`.",
             ) from error
         services.console.warn(
             f"the run could not be uploaded to {repo.name} ({describe_error(error)}); it is complete in {folder}"

@@ -104,9 +104,9 @@ def _check_one_source(settings: CommandSettings) -> None:
     s: Any = settings
     if {"repo_id", "local_dir"} <= type(s).model_fields.keys() and bool(s.repo_id) == bool(s.local_dir):
         raise UsageError(
-            what="No single export is named.",
+            what="Two exports are given." if s.repo_id else "No export is given.",
             why="Exactly one of --repo-id and --local-dir must be set.",
-            fix="Give a repository or a folder.",
+            fix="Give --repo-id or --local-dir.",
         )
     if "merged_dir" not in type(s).model_fields:
         return

@@ -15,6 +15,7 @@ from typing import Any
 from phoque.checks import CheckFailed
 from phoque.console import Console
 from phoque.errors import RunError
+from phoque.extras import install_command
 from phoque.services import Services
 from phoque.settings.environment import environment_without_secrets, in_job
 
@@ -80,7 +81,7 @@ class NpmClient:
     def find_problem(self, services: Services, *, install: bool, chromium: bool = False, node: bool = True) -> str:
         """Why the client cannot run, or "" if it can; it is installed first if the user agrees."""
         if not find_program("npm") or (node and not find_program("node")):
-            return "there is no Node.js on PATH (node and npm); `pip install 'phoque[gguf]'` brings one"
+            return f"there is no Node.js on PATH (node and npm); `{install_command('gguf')}` brings one"
         if chromium and not find_chromium():
             return f"there is no Chromium on PATH ({', '.join(CHROMIUM)})"
         cache, console = services.cache, services.console

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from phoque.onnx.export import ExportResult
 
 EPILOG = (
-    "Examples: `phoque export-onnx --preset demo --adapter-source runs/demo --output-dir seal-onnx` makes q4 and q8. "
+    "Examples: `phoque export-onnx --adapter-source runs/demo --output-dir seal-onnx` makes q4 and q8. "
     "`phoque export-onnx --merged-dir you/seal-merged --dtype q4f16 --push-repo-id you/seal-onnx` goes from the Hub to "
     "the Hub."
 )

@@ -174,7 +174,7 @@ def _describe_cost(command: str, resolved: Resolved[Any], flavor: "Flavor", time
     if estimate.minutes is not None and estimate.minutes * 60 > seconds(timeout) * count:
         console.warn(
             f"the Job is expected to take {estimate.minutes:.0f} minutes, and its time limit is {timeout}{attempts}: "
-            "raise --timeout or --attempts, or run the command again to go on"
+            "raise --timeout or --attempts, or run the command again to resume"
         )
     return facts | estimate.describe(flavor)
 

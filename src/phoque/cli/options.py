@@ -16,6 +16,7 @@ from phoque.checks import Verdict
 from phoque.cli.words import Words
 from phoque.console import console, silence_libraries
 from phoque.errors import UsageError
+from phoque.extras import install_command
 from phoque.results import DryRun
 from phoque.settings.fields import (
     CommandSettings,
@@ -156,7 +157,7 @@ def require_extra(extra: str) -> None:
         raise UsageError(
             what=f"This command needs {', '.join(missing)}.",
             why=f"It comes with the extra `{extra}`.",
-            fix=f"Install it with: pip install 'phoque[{extra}]'",
+            fix=f"Install it with: {install_command(extra)}",
         )
 
 

@@ -139,7 +139,9 @@ def _render_plan(plan: "TrainPlan") -> "Group":
         width = max(len(name) for name, _ in lines) + 2
         facts = Text("\n").join(Text(f"{name:{width}}").append(text) for name, text in lines)
     rows = [_render_masked_row(row) for row in plan.preview]
-    legend = Text("the loss mask of three rows: ") + Text("trained on", "bold green") + Text(", read only", "dim")
+    legend = (
+        Text("loss mask of the first rows: ") + Text("⟦tokens with loss⟧", "bold green") + Text(", without loss", "dim")
+    )
     settings = Text(escape_control_characters("\n".join(options.list_settings(plan.settings))))
     return Group(facts, "", settings, "", legend, "", *rows)
 

@@ -139,7 +139,7 @@ class Library:
         )
         if seen != (True, False, 512, 2048, -1.0, F16_CACHE, True, 0, 0, True, None):
             raise RunError(
-                what="This llama.cpp has another layout than phoque knows.",
+                what="The installed llama.cpp is not the version that phoque supports.",
                 why=f"{self.file} is not of node-llama-cpp {NODE_LLAMA_CPP}.",
                 fix="Delete phoque's cache folder `client`, and run the same command with --install.",
             )

@@ -33,7 +33,7 @@ def find_format(config: "PretrainedConfig") -> GgufFormat:
         raise UsageError(
             what=f"phoque does not export this {config.model_type} to GGUF.",
             why=why,
-            fix="docs/reference/models.md lists what works for each architecture; merge works for this one.",
+            fix="Use a model of another architecture; merge works for this one.",
         )
     return form
 

@@ -46,7 +46,7 @@ def rerun_job(hub: Hub, job_id: str, namespace: str) -> dict[str, Any]:
         if volume.type == "bucket" and not list_folder(hub, volume.source, volume.path or ""):
             raise UsageError(
                 what=f"Job {job_id} cannot be run again.",
-                why=f"The local files that it was given are deleted from {volume.source}.",
+                why=f"The uploaded copies of its local inputs were deleted from {volume.source}.",
                 fix="Run the original command again: it uploads them, and training resumes.",
             )
     try:  # not retried: a second Job would be paid too

@@ -58,7 +58,7 @@ def refusal_of(error: Any, namespace: str) -> PhoqueError | None:
     status, reason = error.response.status_code, first_line(error)[:160]
     if status == 402:
         return UsageError(
-            what="The Hub did not accept the Job: it has to be paid first.",
+            what="The Hub did not accept the Job: the account has no credits.",
             why=reason,
             fix=f"Add credits to the account {namespace}, or give another --namespace.",
         )

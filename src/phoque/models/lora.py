@@ -253,7 +253,7 @@ def check_finite(model: Any, step: int) -> None:
     if not bool(flags.all()):
         first = next(name for (name, _), is_finite in zip(trained, flags.tolist(), strict=True) if not is_finite)
         raise RunError(
-            what=f"The adapter is not finite at step {step}; nothing of it was saved.",
+            what=f"The adapter has NaN or infinite weights at step {step}; this step was not saved.",
             why=f"The first such tensor is {first}.",
             fix="Run the same command with a lower --learning-rate; it resumes from the last checkpoint.",
         )

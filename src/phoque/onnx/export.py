@@ -129,7 +129,7 @@ def _check_can_export(config: "PretrainedConfig") -> None:
         raise UsageError(
             what=f"phoque does not export {config.model_type} to ONNX.",
             why=reason,
-            fix="docs/reference/models.md lists what works for each architecture; merge works for this one.",
+            fix="Use a model of another architecture; merge works for this one.",
         )
 
 

@@ -174,4 +174,4 @@ def _check_disjoint(name: str, data: dict[str, list[str]]) -> None:
             seen_in[text] = key
 
 
-_SEE_GUIDE = "See the guide on persona vectors in docs/; assets/seal.toml in the installed package is an example."
+_SEE_GUIDE = f"An example is {files('phoque').joinpath('assets', 'seal.toml')}, the file of the bundled seal."

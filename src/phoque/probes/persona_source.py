@@ -63,8 +63,7 @@ def no_persona_error() -> UsageError:
         what="No persona is given.",
         why="Neither --persona nor --dataset is set, and no adapter has a run.json that names data which can be read "
         "here.",
-        fix="Pass a persona file with --persona (see docs/guides/persona-vectors.md), or the training data of the "
-        "adapter with --dataset.",
+        fix="Pass --persona seal or a persona file, or the adapter's training data with --dataset.",
     )
 
 

@@ -44,7 +44,7 @@ def load_roles(name: str, persona: Persona) -> tuple[Role, ...]:
     else:
         raise UsageError(
             what=f"No file of roles at {path}.",
-            why=f"It is neither {BUNDLED!r} nor {NONE!r} either.",
+            why=f"--roles takes {BUNDLED!r}, {NONE!r} or a .toml file.",
             fix="Check --roles.",
         )
     try:

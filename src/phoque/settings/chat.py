@@ -80,7 +80,10 @@ class ChatSettings(ArtifactsSettings):
         0.9, "Draw from the likeliest tokens whose probabilities add up to this.", gt=0, le=1, env="PHOQUE_CHAT_TOP_P"
     )
     repetition_penalty: float = setting(
-        1.1, "Make tokens that are in the answer already less likely by this factor; 1 turns it off.", ge=1
+        1.1,
+        "Divide the positive logits of tokens that the answer already has by this, and multiply the negative ones; 1 "
+        "turns it off.",
+        ge=1,
     )
     seed: int = setting(0, "Seed the draws: the same prompts then get the same answers.", ge=0)
     serve: bool = setting(False, "Open the model in a chat page on this machine, instead of the terminal.")

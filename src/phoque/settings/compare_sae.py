@@ -71,9 +71,9 @@ class SaeSettings(ProbeSettings):
     )
     control_adapter: list[str] = setting(
         [],
-        "Use this adapter of a different fine-tune on the same prompts as control. Repeatable: with two or more runs "
-        "of one control recipe, findings must exceed the spread between them. Without it, the controls of `phoque "
-        "train --with-control`.",
+        "Use this adapter of a different fine-tune on the same prompts as control. Repeatable: with two or more "
+        "controls that differ only in their seed, findings must exceed the spread between them. Without it, the "
+        "controls of `phoque train --with-control`.",
         commas=True,
     )
     prompts_file: str = setting(
@@ -155,7 +155,7 @@ class SaeSettings(ProbeSettings):
     max_new_tokens: int = setting(80, "Generate at most this many tokens per answer.", ge=4)
     min_active: int = setting(4, "Test only features that are active on at least this many prompts.", ge=2)
     cards: int = setting(
-        8, "Show this many features with their tokens and contexts, and test their causal effect.", ge=0
+        8, "Show this many features with their tokens and contexts (feature cards), and test their causal effect.", ge=0
     )
     matched_features: int = setting(
         40,

@@ -57,7 +57,7 @@ class ModelExportSettings(PublishedSettings):
     )
     chats_split: str = setting("train", "Read this split of --chats.")
     chats_config: str | None = setting(
-        None, "Use this config of --chats, where a dataset has several. An unknown one lists those that exist."
+        None, "Use this config of --chats, where a dataset has several; if it does not exist, the error lists them."
     )
     accuracy: bool = setting(
         True,

@@ -41,7 +41,7 @@ class GgufSettings(ModelExportSettings):
     )
     importance: bool = setting(
         True,
-        "Weigh the errors of quantization by how strongly --chats use each input of a layer (llama.cpp's importance "
+        "Weight quantization errors by the mean square of each layer's inputs on --chats (llama.cpp's importance "
         "matrix). --no-importance needs no conversations.",
     )
     system: str | None = setting(

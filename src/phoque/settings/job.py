@@ -19,8 +19,8 @@ class HubSettings(CommandSettings):
 
     hub_patience: int = setting(
         300,
-        "Retry a failing Hub request for this many seconds before giving up. A Hub that never answered is given up "
-        "after 20 seconds, outside of a Job.",
+        "Retry a failing Hub request for this many seconds before giving up; outside of a Job, 20 seconds if the Hub"
+        " has not answered at all.",
         ge=0,
         flag="retry-timeout",
         old_flag="hub-patience",
@@ -58,7 +58,7 @@ class JobSettings(HubSettings):
     attempts: int = setting(
         1,
         "Submit a Job of train up to this many times if it stops before its end. Each attempt resumes from "
-        "the newest checkpoint that was pushed. Other commands take 1.",
+        "the newest checkpoint that was pushed. Other commands cannot resume and allow only 1.",
         ge=1,
     )
     namespace: str | None = setting(
@@ -74,8 +74,8 @@ class JobSettings(HubSettings):
     )
     keep_inputs: bool = setting(
         False,
-        "Keep the local files that the Job was given in their private bucket. Otherwise they are deleted when it has "
-        "ended.",
+        "Keep the uploaded copies of local inputs in their private bucket. Otherwise they are deleted from it when "
+        "the Job ends.",
     )
     package: str | None = setting(
         None,

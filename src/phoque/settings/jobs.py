@@ -15,8 +15,9 @@ class JobsSettings(HubSettings):
 
     action: Literal["list", "follow", "cancel", "rerun", "clean"] = setting(
         "list",
-        "List the Jobs (list), print the log of one until it ends (follow), stop it (cancel), submit it once more "
-        "(rerun), or delete the local files that ended Jobs were given (clean).",
+        "List the Jobs (list), print the log of one until it ends (follow), stop it (cancel), submit it again "
+        "(rerun), or delete the uploaded inputs of Jobs that have ended (clean); files on this machine are not "
+        "touched.",
         positional=True,
     )
     job: str = setting("", "The id of the Job to follow, cancel or rerun.", positional=True)

@@ -38,7 +38,7 @@ class ProbeSettings(ArtifactsSettings):
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
     dataset_config: str | None = setting(
-        None, "Use this config of --dataset, where a dataset has several. An unknown one lists those that exist."
+        None, "Use this config of --dataset, where a dataset has several; if it does not exist, the error lists them."
     )
     split: str = setting("train", "Read this split of --dataset.")
     scorer: list[str] = setting(

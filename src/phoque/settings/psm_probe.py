@@ -62,9 +62,9 @@ class PsmSettings(ProbeSettings):
     )
     control_adapter: list[str] = setting(
         [],
-        "Compare --adapter-source with this adapter of a different fine-tune on the same prompts. Repeatable: with two "
-        "or more runs of one control recipe, the fine-tune must differ by more than they do. Without it, the controls "
-        "of `phoque train --with-control`.",
+        "Compare --adapter-source with this adapter of a different fine-tune on the same prompts. Repeatable: with "
+        "two or more controls that differ only in their seed, the fine-tune must differ by more than they do. "
+        "Without it, the controls of `phoque train --with-control`.",
         commas=True,
     )
     output_dir: Path = setting(
@@ -82,8 +82,8 @@ class PsmSettings(ProbeSettings):
     )
     roles: str = setting(
         "bundled",
-        "Rank the persona among these roles: the bundled ones, those of a .toml file, or none. With fewer than 19, the "
-        "verdicts that rank are not asked.",
+        "Rank the persona among these roles: the bundled ones, those of a .toml file, or none. With fewer than 19, "
+        "adopts, tuned_moves_along_vector, follows and specific are not asked.",
     )
     role_questions: int = setting(24, "Answer at most this many questions of each list as each role.", ge=2)
     extraction_tokens: int = setting(
@@ -110,7 +110,8 @@ class PsmSettings(ProbeSettings):
     )
     doses: str = setting(
         "0,0.25,0.5,0.75,1,1.25,1.5",
-        "Measure the fine-tune at these multiples of its adapter's strength; 0 is the base model. Empty: not at all.",
+        "Measure the fine-tune at these multiples of its adapter's strength; 0 is the base model. An empty text turns "
+        "this off.",
         pattern=f"^$|{NUMBERS}",
     )
     sweep_tokens: int = setting(40, "Generate at most this many tokens per answer in the steering sweep.", ge=4)

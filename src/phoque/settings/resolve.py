@@ -45,7 +45,7 @@ PATTERNS = {  # what a pattern of a setting means
     NUMBERS: "It is not a list of numbers with commas between them.",
     WHOLE: "It is not a list of whole numbers with commas between them.",
 }
-ALL_NAMES = "docs/reference/environment.md lists every name."
+ALL_NAMES = "`phoque COMMAND --help` lists the settings of a command."
 OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # not settings of a command: see cli/main.py and environment.py
 # all of them, because one environment and one secrets file serve every command
 MODELS = (
@@ -138,7 +138,7 @@ def _find_preset(chosen: Any, presets: dict[str, dict[str, Any]]) -> dict[str, A
         raise UsageError(
             what=f"No preset {chosen!r}.",
             why=f"phoque knows {', '.join(presets)}.",
-            fix=suggest(str(chosen), presets, ALL_NAMES),
+            fix=suggest(str(chosen), presets, "Use one of them."),
         )
     return presets[chosen]
 
@@ -267,9 +267,9 @@ def _settings_error(model: type[BaseSettings], error: ValidationError, origins: 
     name = next(iter(_by_field(model, {key: None})), None)
     if name is None:
         return UsageError(
-            what="These settings do not go together.",
+            what="Settings are missing, or do not go together.",
             why=why,
-            fix="Change one of these flags or variables; `--help` describes each.",
+            fix="Set or change what the line above names; `--help` describes each flag.",
         )
     origin = origins[name]
     return UsageError(

@@ -52,7 +52,7 @@ class TrainSettings(PublishedSettings):
     )
     dataset_revision: str | None = setting(None, "Use this branch, tag or commit of --dataset on the Hub.")
     dataset_config: str | None = setting(
-        None, "Use this config of --dataset, where a dataset has several. An unknown one lists those that exist."
+        None, "Use this config of --dataset, where a dataset has several; if it does not exist, the error lists them."
     )
     split: str = setting(
         "train",
@@ -138,8 +138,8 @@ class TrainSettings(PublishedSettings):
     )
     gradient_checkpointing: bool = setting(
         False,
-        "Recompute the activations of all layers in the backward pass: slower, less memory. Without it, "
-        "only where memory requires it.",
+        "Recompute the activations of all decoder blocks in the backward pass: slower, less memory. Without it, blocks "
+        "are recomputed only where memory requires it.",
     )
     default_system: str = setting(
         "",
@@ -201,8 +201,8 @@ class TrainSettings(PublishedSettings):
     )
     with_control: bool = setting(
         False,
-        "Afterwards train a control for the probes: prompts of the same data, the same recipe, the base model's own "
-        "answers.",
+        "After training, also train a control adapter for the probes: the same prompts and settings, with the base "
+        "model's own answers in place of the dataset's.",
     )
     control_seeds: int = setting(
         1,
@@ -221,7 +221,7 @@ class TrainSettings(PublishedSettings):
     run_dir: str | None = setting(
         None,
         "Keep checkpoints and the adapter in this folder instead of a Hub repository: another disk, or a mounted "
-        "bucket. A run that starts with an empty --output-dir continues from it. With --on, a bucket: "
+        "bucket. If --output-dir has no checkpoint, the run resumes from this folder. With --on, a bucket: "
         "hf://buckets/OWNER/NAME/FOLDER.",
     )
     send_token: bool = setting(

@@ -26,8 +26,8 @@ class VerifyGgufSettings(HubSettings):
     local_dir: Path | None = setting(None, "Verify the GGUF files in this folder, or this one file.")
     reference: str = setting(
         "",
-        "Compare with the original model: a folder or Hub id. Without it, tokens and answers are compared with the "
-        "file's own template and with its most precise precision only.",
+        "Compare with the original model: a folder or Hub id. Without it, files are checked against their own chat "
+        "template and against the most precise file only.",
     )
     dtype: list[str] = setting(
         [],

@@ -46,7 +46,7 @@ def pin_recorded(
         newest = services.hub.retry(value, lambda info=info, value=value: info(value)).sha
         if newest != revision:
             services.console.warn(
-                f"{value} has newer commits; this run goes on with {revision[:8]}, which it began with. For the "
+                f"{value} has newer commits; this run continues to use {revision[:8]}, with which it began. For the "
                 f"newest, start another run, or pass --allow-change {key}"
             )
             pins[setting] = revision

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from phoque.errors import PhoqueError, UsageError, first_line
+from phoque.extras import install_command
 from phoque.settings.fields import Secrets
 from phoque.settings.train import TrainSettings
 
@@ -136,7 +137,7 @@ def check_services(s: TrainSettings) -> None:
         raise UsageError(
             what="--report-to trackio needs Trackio.",
             why="It comes with the extra `trackio`.",
-            fix="Install it with: pip install 'phoque[trackio]'",
+            fix=f"Install it with: {install_command('trackio')}",
         )
 
 

@@ -92,7 +92,7 @@ def _open(
     ):  # its rows were held out by another rule
         if current().size > 1:
             raise UsageError(
-                what="This run goes on with one process only.",
+                what="This run can only be resumed with one process.",
                 why="It was begun by an older version, which held rows out by another rule.",
                 fix="Run it without --gpus, or begin another run with another --output-dir.",
             )

@@ -51,12 +51,12 @@ def architecture_of(config: "PretrainedConfig") -> Architecture:
         raise UsageError(
             what=f"phoque does not support the architecture {config.model_type!r}.",
             why=f"It supports {', '.join(ARCHITECTURES)}.",
-            fix="Use a model of one of these, or add a file to models/architectures/.",
+            fix="Use a model of one of these architectures.",
         )
     if limit := architecture.find_limit(config.get_text_config()):
         raise UsageError(
             what=f"phoque does not support this model of the architecture {config.model_type!r}.",
             why=f"{limit[0].upper()}{limit[1:]}.",
-            fix="Use another model of the family; docs/reference/models.md lists what works.",
+            fix="Use another model of the family.",
         )
     return architecture

@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 
+from phoque.extras import install_command
 from phoque.probes.sae.block_comparison import NULLS, ComparisonInputs, put_specific_first
 from phoque.probes.sae.dictionary import DIFFERENCES, Dictionary
 from phoque.probes.sae.feature_cards import TextSource, build_cards
@@ -58,7 +59,7 @@ def learn_difference(
     if s.difference_features == 0:
         return "--difference-features is 0"
     if find_spec("sae_lens") is None:
-        return "sae-lens is not installed; pip install 'phoque[sae]'"
+        return f"sae-lens is not installed; {install_command('sae')}"
     questions = len(inputs.rows["response"])
     trained_on = numpy.arange(questions) % 2 == 0
     swapped = numpy.zeros(questions, bool)

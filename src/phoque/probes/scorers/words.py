@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from phoque.errors import UsageError
+from phoque.extras import install_command
 from phoque.probes.persona import split_words
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 
@@ -54,7 +55,7 @@ def profanity() -> Scorer:
         raise UsageError(
             what="The profanity scorer is not installed.",
             why=f"{error}.",
-            fix="Install it: pip install 'phoque[profanity]'",
+            fix=f"Install it with: {install_command('profanity')}",
         ) from error
 
     def score(answers: Sequence[ScoredAnswer]) -> list[dict[str, float]]:

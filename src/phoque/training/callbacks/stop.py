@@ -99,7 +99,7 @@ class StopRequest(TrainerCallback):
             self.console.say(f"{format_duration(max(0.0, remaining))} to the deadline: saving and stopping")
         if self.code is None and (problem := self.find_problem()):
             self.code, self.problem = problem.code, problem
-            self.console.say("the data has a problem: saving and stopping")
+            self.console.say("too many rows are unusable: saving a checkpoint and stopping")
         if self._agree and (agreed := self._agree(self.code or 0)):
             self.code = self.code or agreed
         if self.code is not None:
