@@ -30,7 +30,7 @@ def test_a_dry_run_on_a_terminal_of_zero_columns_or_of_ascii_shows_everything(dr
     write_rows(rows, [row(n) | {"source": "häfen"} for n in range(20)])
     env = os.environ | {"COLUMNS": "0", "PYTHONIOENCODING": "ascii"}
     ran = run_process(dry_run, env=env)
-    assert ran.returncode == 0 and "the loss mask of three rows" in ran.stdout and ran.stdout.isascii(), ran.stderr
+    assert ran.returncode == 0 and "loss mask of the first rows" in ran.stdout and ran.stdout.isascii(), ran.stderr
     ran = run_process([*dry_run, "--json"], env=env)
     assert ran.stdout.isascii() and "h\\u00e4fen" in ran.stdout and json.loads(ran.stdout)["settings"]
 

@@ -211,7 +211,7 @@ def test_the_levels_without_clients_pass(phoque, export, llama_model):
 def test_what_is_no_gguf_is_refused_at_once(phoque, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no GGUF file" in phoque("verify-gguf", "--local-dir", "empty", expect=2).error[0]
-    assert "No single export" in phoque("verify-gguf", expect=2).error[0]
+    assert "No export is given" in phoque("verify-gguf", expect=2).error[0]
     assert "no precision" in phoque("verify-gguf", "--local-dir", "empty", "--dtype", "q3", expect=2).error[0]
 
 

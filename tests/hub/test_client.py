@@ -52,7 +52,7 @@ def test_only_what_is_needed_is_fetched_and_the_commits_are_pinned(phoque, fille
     # the run keeps to the commits that it began with, and says that there are newer ones
     filled_hub.put(BASE[1], {"NEWS.md": b"a gull has landed"})
     again = phoque(*ASKED, "--output-dir", run, env=env)
-    assert f"harbour/ministral has newer commits; this run goes on with {base[:8]}" in again.err
+    assert f"harbour/ministral has newer commits; this run continues to use {base[:8]}" in again.err
     changed = phoque(*ASKED, "--output-dir", run, "--allow-change", "base_revision", "--dry-run", env=env)
     assert "newer commits" not in changed.err
 

@@ -306,7 +306,7 @@ def test_a_detached_job_is_listed_followed_and_run_again(cluster, phoque, rows):
     assert "is complete" in cluster.jobs.jobs[again]["log"].read_text()
     phoque("jobs", "clean", env=SECRETS, prelude=AT_ONCE)
     error = phoque("jobs", "rerun", number, env=SECRETS, expect=2).error
-    assert "are deleted" in error[1] and "original command" in error[2] and len(cluster.jobs.jobs) == 2
+    assert "were deleted" in error[1] and "original command" in error[2] and len(cluster.jobs.jobs) == 2
 
 
 def test_a_running_job_is_cancelled_and_its_inputs_stay_till_then(cluster, phoque, rows):
@@ -357,7 +357,7 @@ def test_a_job_that_makes_no_sense_is_refused_before_it_costs(cluster, phoque, m
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "words"), [(402, 2, "paid first"), (403, 2, "may not run Jobs"), (429, 75, "too many")]
+    ("status", "code", "words"), [(402, 2, "no credits"), (403, 2, "may not run Jobs"), (429, 75, "too many")]
 )
 def test_a_hub_that_refuses_a_job_is_understood_and_keeps_no_inputs(cluster, phoque, rows, status, code, words):
     cluster.faults.add("POST /api/jobs/harbour$", status, times=9)

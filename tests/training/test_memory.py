@@ -41,7 +41,7 @@ def free(monkeypatch):
     [
         (80.0, 0, 19.2, "weight cache 5.2"),
         (14.0, 0, 14.0, ""),
-        (10.0, 10, 10.0, "10 of 26 layers recomputed"),
+        (10.0, 10, 10.0, "10 of 26 decoder blocks recomputed"),
         (3.0, 26, 4.0, "more than the 3.0 GB that a run may use"),
     ],
 )

@@ -33,7 +33,7 @@ def test_a_repository_that_has_moved_on_does_not_stop_a_resume(phoque, hub, aske
     # on a machine that knows the repository alone, twice: the second time the run is complete
     for said in ("continuing from step", "nothing to train"):
         ran = phoque(*asked, "--output-dir", tmp_path / "second", env=env)
-        assert f"{DATA} has newer commits; this run goes on with" in ran.err and said in ran.err
+        assert f"{DATA} has newer commits; this run continues to use" in ran.err and said in ran.err
     adapters = [load_file(tmp_path / name / "adapter" / WEIGHTS) for name in ("second", "whole")]
     assert are_equal(*adapters)
 

@@ -61,7 +61,7 @@ class JobEstimate:
         if flavor.gpus:
             card = f"the GPU has {flavor.gpu_memory_gb:g} GB"
             facts["GPU memory"] = (
-                f"about {self.memory_gb:.1f} GB without recomputing; {card}, so layers are recomputed"
+                f"about {self.memory_gb:.1f} GB without recomputing; {card}, so blocks are recomputed"
                 if self.memory_gb > flavor.gpu_memory_gb
                 else f"about {self.memory_gb:.1f} GB; {card}"
             )
@@ -92,7 +92,7 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     if flavor.gpus and least > flavor.gpu_memory_gb:
         raise UsageError(
             what=f"The run does not fit {flavor.name}.",
-            why=f"It needs {least:.0f} GB even with all layers recomputed, and a card has {flavor.gpu_memory_gb:g} GB.",
+            why=f"It needs {least:.0f} GB even with all decoder blocks recomputed, and a card has {flavor.gpu_memory_gb:g} GB.",
             fix="Choose a larger flavor, or several GPUs with --fsdp; or --quantization nf4, --micro-batch, or a lower "
             "--max-length.",
         )

@@ -59,7 +59,9 @@ class MemoryEstimate:
         gigabytes = self.to_json()
         total = gigabytes.pop("sum")
         parts = ", ".join(f"{labels.get(name, name)} {value:.1f}" for name, value in gigabytes.items())
-        recomputed = f"; {self.recomputed_layers} of {self.layers} layers recomputed" if self.recomputed_layers else ""
+        recomputed = (
+            f"; {self.recomputed_layers} of {self.layers} decoder blocks recomputed" if self.recomputed_layers else ""
+        )
         short = ""
         if self.usable is not None and self.on_device > self.usable:
             short = f"; more than the {self.usable:.1f} GB that a run may use of this GPU now"

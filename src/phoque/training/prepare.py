@@ -166,7 +166,7 @@ def check_rows_divisible(rows: int, processes: int, *, has_begun: bool) -> None:
     if rows % processes:
         raise UsageError(
             what=f"A step has {rows} packed row{'s' * (rows > 1)}, not a multiple of the {processes} processes.",
-            why="The run began with these rows, and goes on with them."
+            why="The run began with these rows, and continues with them."
             if has_begun
             else "A row holds the longest conversation, so that a step has few of them.",
             fix="Use a number of processes that divides them, or change the rows with --allow-change micro_batch."

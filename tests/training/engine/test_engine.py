@@ -344,8 +344,8 @@ def test_memory_that_runs_out_in_the_trial_is_spared_until_it_does(mistral3, mon
     freed = fail_with_out_of_memory(monkeypatch, 3)
     chosen = select_engine(adapted_model(mistral3, "fp32"), "compile", PACKING, 10, recompute=False)
     assert chosen.mode == "compiled" and chosen.engine.recomputed_layers == 2 and freed == [True] * 3
-    assert f"ran out in a trial: {POINTWISE_RECOMPUTED}; memory ran out in a trial: more layers" in chosen.reason
-    assert chosen.reason.endswith("2 of 3 layers are recomputed")
+    assert f"ran out in a trial: {POINTWISE_RECOMPUTED}; memory ran out in a trial: more blocks" in chosen.reason
+    assert chosen.reason.endswith("2 of 3 decoder blocks are recomputed")
     assert relative_distance(run_engine(chosen.engine), run_plain_layers(mistral3)) < 1e-5
 
 
@@ -363,7 +363,7 @@ def test_whole_weights_go_before_layers_are_recomputed(mistral3):
         and not engine.weight_cache
         and not engine.recomputed_layers
     )
-    assert [engine.reduce_memory() for _ in range(5)] == [POINTWISE_RECOMPUTED, *["more layers are recomputed"] * 3, ""]
+    assert [engine.reduce_memory() for _ in range(5)] == [POINTWISE_RECOMPUTED, *["more blocks are recomputed"] * 3, ""]
 
 
 @pytest.mark.parametrize("quantization", ["fp32", "nf4", "fp8"])

@@ -232,7 +232,7 @@ class Engine:
             return POINTWISE_RECOMPUTED
         if self.recomputed_layers < len(self.layers):
             self.recomputed_layers = min(len(self.layers), self.recomputed_layers + ceil(len(self.layers) / 4))
-            return "more layers are recomputed"
+            return "more blocks are recomputed"
         return ""
 
     def discard_compiled(self) -> None:

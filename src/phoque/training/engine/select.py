@@ -103,7 +103,7 @@ def select_engine(
     if on_gpu:
         torch.cuda.empty_cache()  # memory that only the trial needed
     if engine.recomputed_layers:
-        reasons.append(f"{engine.recomputed_layers} of {len(engine.layers)} layers are recomputed")
+        reasons.append(f"{engine.recomputed_layers} of {len(engine.layers)} decoder blocks are recomputed")
     return EngineChoice(engine.mode, "; ".join(reasons), engine, seconds)
 
 
