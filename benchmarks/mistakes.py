@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.resources import files
 from pathlib import Path
 
 MISTAKES = (  # what went wrong, and the command; `rows.jsonl` and the other files are those of write_files()
@@ -123,7 +124,9 @@ def main() -> None:
             folder = Path(name)
             write_files(folder)
             seconds, code, lines = min((run(command, folder) for _ in range(2)), key=lambda found: found[0])
-        text = [line.split(": ", 1)[-1].replace("|", "\\|").replace(name, "...") for line in lines]
+        text = [line.split(": ", 1)[-1].replace("|", "\\|") for line in lines]
+        for place in (name, str(files("phoque").parent)):
+            text = [line.replace(place, "...") for line in text]
         said = f"{text[0]} {text[-1]}" if code == 2 else f"EXIT {code}: {' '.join(text)}"
         print(f"| {mistake} | {seconds:.1f} | {said} |", flush=True)
 

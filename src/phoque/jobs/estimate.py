@@ -92,7 +92,8 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     if flavor.gpus and least > flavor.gpu_memory_gb:
         raise UsageError(
             what=f"The run does not fit {flavor.name}.",
-            why=f"It needs {least:.0f} GB even with all decoder blocks recomputed, and a card has {flavor.gpu_memory_gb:g} GB.",
+            why=f"It needs {least:.0f} GB even with all decoder blocks recomputed, and a card has "
+            f"{flavor.gpu_memory_gb:g} GB.",
             fix="Choose a larger flavor, or several GPUs with --fsdp; or --quantization nf4, --micro-batch, or a lower "
             "--max-length.",
         )
