@@ -63,6 +63,7 @@ MISTAKES = (  # what went wrong, and the command; `rows.jsonl` and the other fil
     ("a persona file without questions", "psm-probe --persona short.toml --model-source model"),
     ("a persona file with a misspelled list", "psm-probe --persona list.toml --model-source model"),
     ("a comparison without an updated model", "compare-sae --base-model ./merged"),
+    ("a probe without a persona", "psm-probe"),
     ("a prompts file that is not there", "chat runs/demo --prompts-file questions.txt"),
     ("a conversation with an empty folder", "chat empty"),
 )

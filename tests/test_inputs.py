@@ -348,3 +348,15 @@ def test_lines_of_the_secrets_file_that_a_shell_reads_are_warned_of(phoque):
     Path(".env.secrets").write_text("\n\nHF_TOKEN hf_gulls\n")
     error = phoque("merge", "--adapter-source", "nowhere", expect=2).error
     assert error[0].endswith("Line 3 of .env.secrets cannot be read.") and "hf_gulls" not in " ".join(error)
+
+
+def test_a_probe_without_a_persona_is_refused_before_torch_is_imported(phoque):
+    ran = phoque("psm-probe", expect=2)
+    assert "No persona is given" in ran.error[0] and "importing torch" not in ran.err
+
+
+def test_a_settings_file_with_another_tools_name_of_a_setting_is_told_phoques(phoque, tmp_path):
+    file = tmp_path / "run.toml"
+    for written, meant in (("lr = 1e-4", "learning_rate"), ("num_train_epochs = 2", "epochs")):
+        file.write_text(written)
+        assert phoque("train", "--config", file, expect=2).error[2].endswith(f"Use {meant}.")

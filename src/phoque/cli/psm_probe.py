@@ -26,6 +26,9 @@ def command(name: str) -> Any:
 
 def run(resolved: Resolved[PsmSettings], dry_run: bool) -> None:
     """Find a persona's direction in a model, test it with controls, and measure a fine-tune along it."""
+    from phoque.probes.persona_source import check_names_persona
+
+    check_names_persona(resolved)
     if resolved.settings.on:
         jobs.run("psm-probe", resolved, dry_run)
         return

@@ -10,37 +10,7 @@ from typing import Any
 from phoque.errors import LOG_IN, UsageError
 from phoque.files import local_path
 from phoque.settings.fields import CommandSettings, flag_names, takes_commas
-
-PEER_FLAGS = {  # what transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flags for it
-    "--lr": ("--learning-rate",),
-    "--model": ("--base-model", "--model-source", "--reference"),
-    "--model-name": ("--base-model",),
-    "--model-name-or-path": ("--base-model",),
-    "--data": ("--dataset",),
-    "--dataset-name": ("--dataset",),
-    "--output": ("--output-dir",),
-    "--out": ("--output-dir",),
-    "--outfile": ("--output-dir",),
-    "--adapter": ("--adapter-source", "--updated-adapter"),
-    "--adapter-source": ("--updated-adapter",),
-    "--lora": ("--adapter-source",),
-    "--lora-r": ("--lora-rank",),
-    "--rank": ("--lora-rank",),
-    "--num-train-epochs": ("--epochs",),
-    "--num-epochs": ("--epochs",),
-    "--steps": ("--max-steps",),
-    "--per-device-train-batch-size": ("--batch-size",),
-    "--max-seq-length": ("--max-length",),
-    "--eval-strategy": ("--eval-steps",),
-    "--logging-steps": ("--log-every",),
-    "--push-to-hub": ("--hub-model-id",),
-    "--hub-repo": ("--hub-model-id",),
-    "--repo": ("--repo-id",),
-    "--outtype": ("--dtype",),
-    "--quant": ("--dtype",),
-    "--load-in-4bit": ("--quantization",),
-    "--system-prompt": ("--system", "--default-system"),
-}
+from phoque.settings.peer_flags import PEER_FLAGS
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def find_persona(
         if revision is None and hub_id(name):
             revision = record["data"].get("revision")  # the rows that the adapter was trained on
     if not name:
-        raise no_persona_error()
+        raise _no_persona_error()
     dataset = open_dataset(name, split, revision, services.hub, config=config)
     rows: list[Row] = []
     for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
@@ -57,8 +57,14 @@ def find_persona(
     return persona, notes
 
 
-def no_persona_error() -> UsageError:
-    """The error of a probe that has no persona to look for."""
+def check_names_persona(resolved: Resolved[PsmSettings]) -> None:
+    """Raise UsageError if nothing is named that a persona could come from, before the preset's model is looked for."""
+    s = resolved.settings
+    if not (s.persona or s.dataset or s.adapter_source or resolved.origins["model_source"].is_given):
+        raise _no_persona_error()
+
+
+def _no_persona_error() -> UsageError:
     return UsageError(
         what="No persona is given.",
         why="Neither --persona nor --dataset is set, and no adapter has a run.json that names data which can be read "

@@ -9,6 +9,7 @@ from typing import Any
 from phoque.errors import UsageError, first_line, suggest
 from phoque.files import expand_user
 from phoque.settings.fields import CommandSettings, Secrets, env_names, flag_names, old_flag_name
+from phoque.settings.peer_flags import PEER_FLAGS
 
 # settings of a run.json that say where a run goes and how it was started: a run that repeats it has its own
 NOT_REPEATED = {
@@ -62,10 +63,14 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
                 fix="Leave out the line of the section.",
             )
         if plain not in known:
+            flags = PEER_FLAGS.get("--" + plain.replace("_", "-"), ())
+            meant = next(
+                (known[flag[2:].replace("-", "_")] for flag in flags if flag[2:].replace("-", "_") in known), ""
+            )
             raise UsageError(
                 what=f"{file} has {key!r}.",
-                why="No setting of this command has that name.",
-                fix=suggest(plain, known, "`--help` lists every flag."),
+                why="phoque calls it by another name." if meant else "No setting of this command has that name.",
+                fix=f"Use {meant}." if meant else suggest(plain, known, "`--help` lists every flag."),
             )
         name = known[plain]
         if name in settings:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from phoque.files import EXPORT_RECORD
 from phoque.settings.fields import name_after, setting
 from phoque.settings.job import REPO, PublishedSettings
+from phoque.settings.presets import PRESETS
 
 
 class ModelExportSettings(PublishedSettings):
@@ -76,4 +77,5 @@ class ModelExportSettings(PublishedSettings):
     @property
     def source_name(self) -> str:
         """The name of the model that is exported, after which its export is called."""
-        return name_after(self.adapter_source or self.merged_dir or self.base)
+        preset = PRESETS.get(self.preset, {}).get("base_model", "")
+        return name_after(self.adapter_source or self.merged_dir or self.base or preset)

@@ -21,7 +21,13 @@ from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
 from phoque.probes.destination import prepare_probe
 from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions, write_persona
-from phoque.probes.persona_source import fetch_if_remote, find_base_model, find_persona, no_persona_error, show_settings
+from phoque.probes.persona_source import (
+    check_names_persona,
+    fetch_if_remote,
+    find_base_model,
+    find_persona,
+    show_settings,
+)
 from phoque.probes.persona_vectors import files, report
 from phoque.probes.persona_vectors.model import ProbeModel
 from phoque.probes.persona_vectors.probe import Probe, ProbeResult
@@ -123,8 +129,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
 def make_plan(resolved: Resolved[PsmSettings], services: Services, *, weights: bool) -> ProbePlan:
     """Resolve every input that the settings name. Raises UsageError for one that is missing or does not fit."""
     s = resolved.settings
-    if not (s.persona or s.dataset or s.adapter_source or resolved.origins["model_source"].is_given):
-        raise no_persona_error()  # before the preset's model is looked for
+    check_names_persona(resolved)
     tuned = find_adapter(s.adapter_source, s.adapter_revision, services) if s.adapter_source else None
     adapters = find_named_controls(s.control_adapter, tuned, services) | ({"tuned": tuned} if tuned else {})
     source = find_base_model(resolved, "model_source", tuned, services, weights=weights)
