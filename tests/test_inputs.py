@@ -357,6 +357,6 @@ def test_a_probe_without_a_persona_is_refused_before_torch_is_imported(phoque):
 
 def test_a_settings_file_with_another_tools_name_of_a_setting_is_told_phoques(phoque, tmp_path):
     file = tmp_path / "run.toml"
-    for written, meant in (("lr = 1e-4", "learning_rate"), ("num_train_epochs = 2", "epochs")):
+    for written, meant in (("lr = 1e-4", "learning_rate"), ("max_seq_length = 512", "max_length")):
         file.write_text(written)
         assert phoque("train", "--config", file, expect=2).error[2].endswith(f"Use {meant}.")
