@@ -42,13 +42,13 @@ def load_model(
     on: torch.device | None = None,
     *,
     projections_on_host: bool = False,
-    import_peft: bool = False,
+    import_meanwhile: str = "",
 ) -> Any:
     """Load the frozen text model in `nf4`, `fp8`, `bf16` or `fp32` on one device, by default `default_device()`.
 
     - `projections_on_host`: the weights of the decoder's linear layers go back to the host's memory, for a model that
       one device does not hold.
-    - `import_peft`: a thread imports peft, for adapters that will be attached, while the weights are read.
+    - `import_meanwhile`: a thread imports this module, which will be needed next, while the weights are read.
 
     One pass over the checkpoint: each tensor is read, dequantized if it is FP8, cast, quantized and assigned. Names and
     shapes are checked from the headers first. Raises UsageError when a weight is missing, unexpected, of a wrong
@@ -68,7 +68,7 @@ def load_model(
         dtype = torch.float32 if quantization == "fp32" else torch.bfloat16
         host = reader.architecture.lora_targets if projections_on_host else None
         with ThreadPoolExecutor(1) as threads:  # only now: nothing is imported in this thread any more
-            pending = threads.submit(import_module, "peft") if import_peft else None
+            pending = threads.submit(import_module, import_meanwhile) if import_meanwhile else None
             _load_weights(
                 model,
                 tensors,

@@ -69,7 +69,8 @@ def load_model_with_adapter(run: Run) -> Any:
         )
     run.record["attention"] = reason
     run.console.stage(f"loading {source.name} as {s.quantization}")
-    model = load_model(source, s.quantization, name, projections_on_host=s.fsdp)
+    trainer = "phoque.training.trainer"
+    model = load_model(source, s.quantization, name, projections_on_host=s.fsdp, import_meanwhile=trainer)
     commit = source.revision if source.on_hub else None
     model = add_lora_adapter(model, lora_options(s, run.prepared), commit)
     trained, total = model.get_nb_trainable_parameters()

@@ -95,7 +95,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     probe_model = ProbeModel(plan.tokenizer, plan.persona, plan.roles, s, console)
     context, scorers = _make_scorers(probe_model, plan.source, s, services)
     console.stage(f"loading {plan.source.name} in {s.quantization}")
-    probe_model.model = load_model(plan.source, s.quantization, import_peft=bool(plan.adapters)).eval()
+    probe_model.model = load_model(plan.source, s.quantization, import_meanwhile="peft" if plan.adapters else "").eval()
     for key, adapter in plan.adapters.items():
         console.stage(f"attaching {adapter.label}")
         probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(plan.config), key)

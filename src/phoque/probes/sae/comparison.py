@@ -116,7 +116,7 @@ class Comparison:
     def _load_models(self) -> ModelVariants:
         s, plan = self.s, self.plan
         self.services.console.stage(f"loading {plan.source.name} in {s.quantization}")
-        base = load_model(plan.source, s.quantization, import_peft=bool(plan.adapters)).eval()
+        base = load_model(plan.source, s.quantization, import_meanwhile="peft" if plan.adapters else "").eval()
         updated = load_model(plan.updated, s.quantization).eval() if plan.updated else None
         if updated is not None:
             check_compatible(base, updated, plan.names["tuned"])
