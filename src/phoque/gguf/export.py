@@ -227,7 +227,7 @@ class _Export:
 
     def _measure_accuracy(self, reports: dict[str, dict[str, Any]], held_out: accuracy.Ids) -> None:
         tokens = sum(ids.shape[1] for ids in held_out)
-        self.services.console.stage(f"comparing with the checkpoint on {tokens} tokens of held-out conversations")
+        self.services.console.stage(f"comparing with the original model on {tokens} tokens of held-out conversations")
         expected = accuracy.compute_reference(self.source, held_out)
         length = min(MAX_TOKENS, max(ids.shape[1] for ids in held_out) + 8)
         for report in reports.values():

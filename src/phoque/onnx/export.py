@@ -188,9 +188,8 @@ def _write_export(source: Source, layout: str, folder: Path, s: ExportSettings, 
         chunks = _write_graphs(export, *calibrated, console)
     write_side_files(source.folder, folder, layout, chunks, s.dtype)
     if s.accuracy:
-        console.stage(
-            f"comparing with the checkpoint on {sum(ids.shape[1] for ids in held_out)} tokens of held-out conversations"
-        )
+        tokens = sum(ids.shape[1] for ids in held_out)
+        console.stage(f"comparing with the original model on {tokens} tokens of held-out conversations")
         expected = accuracy.compute_reference(source, held_out)
         for dtype in s.dtype:
             reports[dtype] |= accuracy.measure_accuracy(OnnxChatModel(folder, dtype).run, held_out, expected)

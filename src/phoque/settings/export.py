@@ -62,8 +62,8 @@ class ModelExportSettings(PublishedSettings):
     )
     accuracy: bool = setting(
         True,
-        "Measure each precision's KL divergence and next-token agreement with the checkpoint. "
-        "--no-accuracy saves time.",
+        "Measure each precision's KL divergence and next-token agreement with the original model. --no-accuracy saves "
+        "time.",
     )
     verify_strict: bool = setting(
         True, "Fail if the export does not pass verification. With --no-verify-strict, only print a warning."

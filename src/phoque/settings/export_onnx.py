@@ -36,7 +36,7 @@ class ExportSettings(ModelExportSettings):
     )
     layout: Literal["auto", "text", "multimodal"] = setting(
         "auto",
-        "Export the text model alone (text) or with its vision encoder (multimodal). auto decides by the checkpoint.",
+        "Export the text model alone (text) or with its vision encoder (multimodal). auto decides by the model.",
     )
     engine: Literal["auto", "transformers", "optimum"] = setting(
         "auto",
