@@ -442,7 +442,7 @@ def not_finite(times: int) -> Callable[[Bench], None]:
         for _ in range(times):
             ended = b.run(expect=b.failed, prelude=NAN)
             need(ended.code != 0, "it called that a success")
-            need(b.stopped is None or "at step 8" in ended.text, "it did not say where")
+            need(b.stopped is None or "not finite at step 8" in ended.text, "it did not say where")
             b.new_machine()
         b.run()
         b.whole()

@@ -541,9 +541,10 @@ def probe(out: Path, model: str) -> None:
 def judge(out: Path, samples: int) -> None:
     """Ask every organism about every one of the eight personas, and print how often each verdict is right.
 
-    The verdicts are those of psm-probe, from the same functions; `tuned_moves from controls` is the same for the shift
-    from the mean of three bland models, in place of the base model. The other seven personas are among the roles, so a
-    wrong persona always competes with the right one, as a user's wrong guess would if the bank has the right role.
+    The verdicts are those of psm-probe, from the same functions; `tuned_moves_along_vector from controls` is the same
+    for the shift from the mean of three bland models, in place of the base model. The other seven personas are among
+    the roles, so a wrong persona always competes with the right one, as a user's wrong guess would if the bank has the
+    right role.
     """
     from phoque.probes import stats
     from phoque.probes.persona import load_persona
@@ -595,9 +596,11 @@ def judge(out: Path, samples: int) -> None:
             voice = hear(profile, by_question, unprompted, 0)
             decided = {"adopts": (judge_adopts(voice, None, has_tuned=True), voice.ranking)}
             controls = [made["own"] for other, made in organisms.items() if other != name and "bland" in other][:3]
-            starts = {"tuned_moves": base["heldout"]["neutral"]}
+            starts = {"tuned_moves_along_vector": base["heldout"]["neutral"]}
             if controls:
-                starts["tuned_moves from controls"] = numpy.mean(numpy.stack(controls).astype(float), axis=0)
+                starts["tuned_moves_along_vector from controls"] = numpy.mean(
+                    numpy.stack(controls).astype(float), axis=0
+                )
             for verdict, start in starts.items():
                 shift = measure_shift(vectors, start.astype(float), organism["own"].astype(float), blocks, 0)
                 ranking = rank_cosines(vectors, shift.gaps, extraction, blocks, 0)
@@ -680,16 +683,23 @@ def list_differences(organisms: dict[str, Any]) -> list[tuple[dict[str, Any], li
     ]
 
 
+def as_residuals(rows: list[Any]) -> Any:
+    """Rows of one block, (tokens, hidden) each, as residual streams of which all tokens count."""
+    import torch
+
+    from phoque.probes.sae.residuals import Residuals
+
+    whole, empty = [torch.ones(len(row), dtype=torch.bool) for row in rows], torch.zeros(len(rows), 1, 1)
+    return Residuals({0: rows}, whole, empty, empty)
+
+
 def read_differences(dictionary: Any, rows: list[Any], sign: float = 1.0) -> Any:
     """The activations of a dictionary on differences, swapped if `sign` is -1."""
     import torch
 
     from phoque.probes.sae.feature_shifts import encode_residuals
-    from phoque.probes.sae.residuals import Residuals
 
-    whole, empty = [torch.ones(len(row), dtype=torch.bool) for row in rows], torch.zeros(len(rows), 1, 1)
-    residuals = Residuals({0: [sign * row for row in rows]}, whole, empty, empty)
-    return encode_residuals(dictionary, residuals, 0, torch.device("cpu"))
+    return encode_residuals(dictionary, as_residuals([sign * row for row in rows]), 0, torch.device("cpu"))
 
 
 def compare_with_controls(dictionary: Any, rows: list[Any], controls: list[list[Any]]) -> Any:
@@ -741,20 +751,14 @@ def read(out: Path, model: str) -> None:
         chosen = numpy.linspace(0, len(run["turns"]) - 1, len(readings[name, "report"])).round().astype(int)
         readings[name, "answers"] = [cut_text(tokenizer, run["turns"][n].response) for n in chosen]
         print(name, "|", " / ".join(readings[name, "report"][:3])[:300], flush=True)
-    texts = [{"organism": name, "reading": reading, "texts": texts} for (name, reading), texts in readings.items()]
-    (out / "readings.json").write_text(json.dumps({"plain": plain, "readings": texts}, indent=1))
     print_readings([Organism(**run["organism"]) for run, _ in tested], readings, plain)
 
 
 def make_source(kind: str, turns: list[Any], rows: list[Any]) -> Any:
     """Texts and their differences, as compare-sae takes contexts from them."""
-    import torch
-
     from phoque.probes.sae.feature_cards import TextSource
-    from phoque.probes.sae.residuals import Residuals
 
-    whole, empty = [torch.ones(len(row), dtype=torch.bool) for row in rows], torch.zeros(len(rows), 1, 1)
-    return TextSource("tuned", kind, turns, Residuals({0: rows}, whole, empty, empty))
+    return TextSource("tuned", kind, turns, as_residuals(rows))
 
 
 def list_contexts(dictionary: Any, shifts: Any, sources: list[Any], model: Any, tokenizer: Any) -> list[str]:
@@ -764,7 +768,7 @@ def list_contexts(dictionary: Any, shifts: Any, sources: list[Any], model: Any, 
     from phoque.probes.sae.block_comparison import put_specific_first
     from phoque.probes.sae.feature_cards import build_cards
 
-    order = numpy.argsort(-shifts.delta)[:DIRECTIONS]
+    order = numpy.argsort(-shifts.delta)
     chosen = [int(n) for n in put_specific_first(order, shifts.specific)[:READ_DIRECTIONS]]
     cards = build_cards(
         dictionary, chosen, sources=sources, layer=0, model=model, tokenizer=tokenizer, device=torch.device("cpu")
@@ -799,8 +803,8 @@ def print_readings(read: list[Organism], readings: dict[tuple[str, str], list[st
         }.items():
             ranks = []
             for organism in group:
-                texts = [text for reading in read_texts for text in readings[organism.name, reading]]
-                scores = numpy.mean([descriptions @ vectors[text] for text in texts], axis=0) - usual
+                written = [text for reading in read_texts for text in readings[organism.name, reading]]
+                scores = numpy.mean([descriptions @ vectors[text] for text in written], axis=0) - usual
                 ranks.append(int((scores > scores[names.index(organism.what)]).sum()) + 1)
             counts = [sum(rank <= limit for rank in ranks) for limit in (1, 3)]
             print(f"| {kind}, dose {dose:.0%} | {label} | {counts[0]} | {counts[1]} | {len(ranks)} |", flush=True)
@@ -910,7 +914,7 @@ def print_table(cells: list[tuple[str, str, float, str, str, int]]) -> None:
     """How often each verdict is yes, where it should be and where it should not."""
     print(f"{len({(c[0], c[2]) for c in cells if c[0] != 'base'})} kinds of organisms\n")
     print("| verdict | where | yes | of | upper 95 % | right role first |\n|---|---|---|---|---|---|")
-    for name in ("follows", "adopts", "tuned_moves", "tuned_moves from controls"):
+    for name in ("follows", "adopts", "tuned_moves_along_vector", "tuned_moves_along_vector from controls"):
         rows = [c for c in cells if c[3] == name]
         groups: dict[str, list[Any]] = {}
         for row in rows:

@@ -10,7 +10,7 @@ from typing import Any
 from phoque.errors import LOG_IN, UsageError
 from phoque.files import local_path
 from phoque.settings.fields import CommandSettings, flag_names, takes_commas
-from phoque.settings.peer_flags import PEER_FLAGS
+from phoque.settings.peer_flags import find_flag
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Words:
         """A clearer message for an error of Click, such as for a flag that is called so elsewhere."""
         known = {flag for parameter in self.parameters for flag in parameter.opts}
         name = str(getattr(error, "option_name", ""))
-        flag = next((flag for flag in PEER_FLAGS.get(name.replace("_", "-"), ()) if flag in known), None)
+        flag = find_flag(name, known)
         if flag:
             return UsageError(
                 what=f"There is no flag {name}.",

@@ -1,10 +1,10 @@
 """A command as an HF Job: what is checked before money is spent, and the Job itself."""
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phoque.errors import LOG_IN, UsageError
+from phoque.extras import name_package, read_origin
 from phoque.hub.client import Hub
 from phoque.hub.refs import hub_ref
 from phoque.hub.repo import Repo
@@ -161,14 +161,11 @@ def pip_requirement(extra: str = "") -> str:
     `extra` is the optional dependency group that the command needs, or empty. Raises UsageError if phoque was
     installed from a local folder or file, which a Job cannot read.
     """
-    from importlib.metadata import distribution
-
-    origin = json.loads(distribution("phoque").read_text("direct_url.json") or "{}")
-    name = f"phoque[{extra}]" if extra else "phoque"
+    origin = read_origin()
     if not origin:
-        return f"{name}=={__version__}"
-    if vcs := origin.get("vcs_info"):
-        return f"{name} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+        return f"{name_package(extra, origin)}=={__version__}"
+    if "vcs_info" in origin:
+        return name_package(extra, origin)
     raise UsageError(
         what="A Job cannot install this copy of phoque.",
         why="It was installed from a folder or a file on this machine.",

@@ -55,14 +55,14 @@ def load_persona(name: str) -> Persona:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(what=f"{name} is not valid TOML.", why=str(error), fix=_SEE_GUIDE) from error
+        raise UsageError(what=f"{name} is not valid TOML.", why=str(error), fix=_EXAMPLE) from error
     allowed = Persona.__dataclass_fields__
     for key in data:
         if key not in allowed:
             raise UsageError(
                 what=f"{name} has an unknown key {key!r}.",
                 why=f"The allowed keys are {', '.join(allowed)}.",
-                fix=suggest(key, allowed, _SEE_GUIDE),
+                fix=suggest(key, allowed, _EXAMPLE),
             )
     for key in allowed:
         _check_list(name, key, data.get(key))
@@ -130,26 +130,26 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(what=f"{path} is not text.", why=str(error), fix=_SEE_GUIDE) from error
+        raise UsageError(what=f"{path} is not text.", why=str(error), fix=_EXAMPLE) from error
 
 
 def _check_list(name: str, key: str, value: object) -> None:
     if key == "name":
         if not isinstance(value, str) or not value.strip():
             raise UsageError(
-                what=f"{name} has no name.", why='It needs a line such as name = "harbour seal".', fix=_SEE_GUIDE
+                what=f"{name} has no name.", why='It needs a line such as name = "harbour seal".', fix=_EXAMPLE
             )
         return
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise UsageError(
             what=f"{name}: {key} is not a list of texts.",
             why="It is missing, no list, or has an empty or non-text entry.",
-            fix=_SEE_GUIDE,
+            fix=_EXAMPLE,
         )
     minimum = MIN_QUESTIONS.get(key, 1)
     if len(value) < minimum:
         raise UsageError(
-            what=f"{name}: {key} has {len(value)} entries.", why=f"At least {minimum} are required.", fix=_SEE_GUIDE
+            what=f"{name}: {key} has {len(value)} entries.", why=f"At least {minimum} are required.", fix=_EXAMPLE
         )
     if len(set(value)) < len(value):
         duplicate = next(text for text, count in Counter(value).items() if count > 1)
@@ -174,4 +174,4 @@ def _check_disjoint(name: str, data: dict[str, list[str]]) -> None:
             seen_in[text] = key
 
 
-_SEE_GUIDE = f"An example is {files('phoque').joinpath('assets', 'seal.toml')}, the file of the bundled seal."
+_EXAMPLE = f"An example is {files('phoque').joinpath('assets', 'seal.toml')}, the file of the bundled seal."

@@ -9,7 +9,7 @@ from typing import Any
 from phoque.errors import UsageError, first_line, suggest
 from phoque.files import expand_user
 from phoque.settings.fields import CommandSettings, Secrets, env_names, flag_names, old_flag_name
-from phoque.settings.peer_flags import PEER_FLAGS
+from phoque.settings.peer_flags import find_flag
 
 # settings of a run.json that say where a run goes and how it was started: a run that repeats it has its own
 NOT_REPEATED = {
@@ -63,10 +63,8 @@ def read_config(model: type[CommandSettings], file: Path) -> dict[str, Any]:
                 fix="Leave out the line of the section.",
             )
         if plain not in known:
-            flags = PEER_FLAGS.get("--" + plain.replace("_", "-"), ())
-            meant = next(
-                (known[flag[2:].replace("-", "_")] for flag in flags if flag[2:].replace("-", "_") in known), ""
-            )
+            by_flag = {f"--{alias.replace('_', '-')}": name for alias, name in known.items()}
+            meant = by_flag.get(find_flag(f"--{plain}", by_flag) or "")
             raise UsageError(
                 what=f"{file} has {key!r}.",
                 why="phoque calls it by another name." if meant else "No setting of this command has that name.",

@@ -1,5 +1,7 @@
 """What transformers, TRL, Unsloth and llama.cpp call a setting, and phoque's flags for it."""
 
+from collections.abc import Container
+
 PEER_FLAGS = {
     "--lr": ("--learning-rate",),
     "--model": ("--base-model", "--model-source", "--reference"),
@@ -30,3 +32,8 @@ PEER_FLAGS = {
     "--load-in-4bit": ("--quantization",),
     "--system-prompt": ("--system", "--default-system"),
 }
+
+
+def find_flag(name: str, known: Container[str]) -> str | None:
+    """The flag of phoque's that another tool's flag means, of those that are `known`, or None."""
+    return next((flag for flag in PEER_FLAGS.get(name.replace("_", "-"), ()) if flag in known), None)
