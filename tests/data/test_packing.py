@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.rows import write_rows
 
-from phoque.data.chat_template import ChatTemplate
+from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.held_out import HeldOut
 from phoque.data.packing import TIGHT, Packing, build_batch, pack_best_fit, pack_evenly
 from phoque.data.readers import open_dataset
@@ -218,3 +218,11 @@ def test_a_million_rows_stream_in_constant_memory(tmp_path, chat):
         if number % 500 == 0:
             sizes.append(psutil.Process().memory_info().rss / 1e6)
     assert max(sizes[2:]) < sizes[1] + 60, sizes
+
+
+def test_the_first_token_of_a_conversation_carries_no_loss():
+    """The token before it belongs to another conversation."""
+    whole = EncodedChat([5, 6, 7], [5, 6, 7])
+    batch = build_batch([whole, whole])
+    assert batch["loss_at"].tolist() == [0, 1, 3, 4]
+    assert len(batch["loss_at"]) == 2 * whole.trained_tokens

@@ -43,8 +43,8 @@ class EncodedChat:
 
     @property
     def trained_tokens(self) -> int:
-        """The number of tokens that carry loss."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        """The number of tokens that carry loss. The first never does: no token of the conversation predicts it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class ChatTemplate:

@@ -165,13 +165,13 @@ def build_batch(conversations: Sequence[EncodedChat], shape: Shape | None = None
     """Concatenate conversations into one batch of shape (1, T); position ids restart with each conversation.
 
     `cu_seq_lens_q` and `_k` hold the segment borders, `max_length_q` and `_k` an upper bound of segment lengths.
-    `loss_at` lists the positions whose next token has a label. There is no attention mask: with position ids it
-    would make transformers attend across conversations. Padding forms segments without labels; empty segments fill the
-    borders up to `shape.segments`.
+    `loss_at` lists the positions whose next token has a label; the first token of a conversation has none. There is no
+    attention mask: with position ids it would make transformers attend across conversations. Padding forms segments
+    without labels; empty segments fill the borders up to `shape.segments`.
     """
     lengths = [len(c.ids) for c in conversations]
     ids = [token for c in conversations for token in c.ids]
-    labels = [label for c in conversations for label in c.labels]
+    labels = [label for c in conversations for label in (IGNORE_INDEX, *c.labels[1:])]
     longest = max(lengths)
     if shape:
         padding, longest = shape.tokens - len(ids), shape.longest

@@ -1,5 +1,7 @@
 """How many tokens each row of a dataset has: kept in phoque's cache, so that only new rows are encoded in a scan.
 
+In a run of several processes, each packs all rows by these sizes and encodes only the rows that it trains on.
+
 Rendering and tokenizing take most of the time of a scan. What is kept is found by the row's content, so a dataset that
 was edited costs its changed rows, and what the encoding depends on is in the name of the file.
 """
@@ -43,13 +45,13 @@ class RowSizes:
     """
 
     def __init__(self, chat: ChatTemplate, file: Path | None = None) -> None:
-        self._chat, self._file = chat, file
+        self._chat, self.file = chat, file
         self._known: dict[str, Any] = _read(file) if file and file.is_file() else {}
         self._seen: dict[str, Any] = {}
 
     def measure(self, row: Row, encoded: EncodedChat | None = None) -> RowSize:
         """The size of a row, which may be `encoded` already. Raises BadRow if it cannot be encoded, or StaleSizes."""
-        key = _hash_row(row) if self._file else ""
+        key = _hash_row(row) if self.file else ""
         known = self._known.get(key)
         if encoded is None and known is not None:
             tokens, trained_tokens, notes = known
@@ -60,9 +62,14 @@ class RowSizes:
         entry = [size.tokens, size.trained_tokens, list(size.notes)]
         if known not in (None, entry):
             raise StaleSizes
-        if self._file:
+        if self.file:
             self._seen[key] = entry
         return size
+
+    def find(self, row: Row) -> RowSize | None:
+        """The size of a row that the scan has measured, if it kept it."""
+        entry = self._seen.get(_hash_row(row)) if self._seen else None
+        return None if entry is None else RowSize(entry[0], entry[1], tuple(entry[2]))
 
     def forget(self) -> None:
         """Use nothing of what was kept."""
@@ -70,9 +77,9 @@ class RowSizes:
 
     def save(self) -> None:
         """Keep the sizes of the rows that were measured, if any is new and they are many."""
-        if self._file and len(self._seen) >= MIN_KEPT_ROWS and not self._seen.keys() <= self._known.keys():
+        if self.file and len(self._seen) >= MIN_KEPT_ROWS and not self._seen.keys() <= self._known.keys():
             with suppress(OSError):  # a cache that cannot be written costs the next start its time, and nothing else
-                write_atomically(self._file, json.dumps(self._seen, separators=(",", ":")))
+                write_atomically(self.file, json.dumps(self._seen, separators=(",", ":")))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The endless, resumable stream of packed rows that a run trains on."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -11,17 +12,63 @@ import torch
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
 from phoque.data.held_out import HeldOut
-from phoque.data.packing import TIGHT, Packing, build_batch
+from phoque.data.packing import TIGHT, Packing, Shape, build_batch
 from phoque.data.readers import Dataset
-from phoque.data.rows import RawRow, parse_row
+from phoque.data.row_sizes import RowSize, RowSizes
+from phoque.data.rows import RawRow, Row, parse_row
 from phoque.data.turns import BadRow
-from phoque.errors import UsageError
+from phoque.errors import RunError, UsageError
 from phoque.prefetch import Prefetcher
 
 SHUFFLE_WINDOW = 50_000  # rows per shuffle window
 MIN_JUDGED_ROWS = 1000  # rows after the scan that must be read before their share of bad rows is judged
 PREFETCHED_ROWS = 16  # packed rows that are prepared ahead of their use
 _COUNTS = ("rows_seen", "tokens_seen", "filled", "epoch")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation of the stream, after `epoch` complete passes over the data.
+
+    It is not `encoded` yet if its size is known from the scan.
+    """
+
+    row: Row
+    size: RowSize
+    epoch: int
+    encoded: EncodedChat | None
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """The conversations that share a row, the shape that it is padded to, and the stream's state after it."""
+
+    conversations: list[Conversation]
+    shape: Shape | None
+    state: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens with padding."""
+        return self.shape.tokens if self.shape else sum(each.size.tokens for each in self.conversations)
+
+    @property
+    def trained_tokens(self) -> int:
+        """The number of tokens that carry loss."""
+        return sum(each.size.trained_tokens for each in self.conversations)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the stream knows of a row that it yields, or of the step that the row is dealt from.
+
+    `state` is the stream's after the row or step; `trained_tokens` are all of the row or step that carry loss; and
+    `numbers` are the places in the step of the rows that are yielded.
+    """
+
+    state: dict[str, Any]
+    trained_tokens: int = 0
+    numbers: Sequence[int] = ()
 
 
 @dataclass
@@ -39,7 +86,8 @@ class TrainStream:
 
     Rows are shuffled in windows and packed in groups, so that the state is small (where the window and the group begin,
     and how much of them is used) and still exact. datasets 5.2 resumes its own shuffle buffer empty, which loses the
-    rows in it. The state is that of the row yielded last, however many rows are prefetched.
+    rows in it. The state is that of the row yielded last, however many rows are prefetched. With `sizes`, rows whose
+    size is known are packed by it, and encoded when they are built into a batch.
     """
 
     def __init__(
@@ -51,11 +99,13 @@ class TrainStream:
         packing: Packing,
         seed: int,
         limit: "BadRowLimit | None" = None,
+        sizes: RowSizes | None = None,
     ) -> None:
-        self._reader = _Reader(dataset, chat, held_out, seed, limit)
+        self._chat = copy.deepcopy(chat)  # a tokenizer is not thread-safe, and sampling uses the original
+        self._reader = _Reader(dataset, self._chat, held_out, seed, limit, sizes)
         self.packing, self._seed = packing, seed
         start = {"reader": self._reader.state(), "taken": 0, "grouping": packing.grouping}
-        self._state: dict[str, Any] = start | dict.fromkeys(_COUNTS, 0)
+        self.step = Step(start | dict.fromkeys(_COUNTS, 0))
         self.waited = 0.0
 
     @property
@@ -66,33 +116,33 @@ class TrainStream:
     @property
     def epoch(self) -> int:
         """The number of complete passes over the data, by the number of conversations yielded so far."""
-        return self._state["epoch"]
+        return self.step.state["epoch"]
 
     @property
     def rows_seen(self) -> int:
         """The number of conversations yielded so far."""
-        return self._state["rows_seen"]
+        return self.step.state["rows_seen"]
 
     @property
     def tokens_seen(self) -> int:
         """The number of tokens yielded so far, without padding."""
-        return self._state["tokens_seen"]
+        return self.step.state["tokens_seen"]
 
     @property
     def padding(self) -> float:
         """The fraction of all tokens yielded so far that is padding."""
-        return 1 - self.tokens_seen / self._state["filled"] if self._state["filled"] else 0.0
+        return 1 - self.tokens_seen / self.step.state["filled"] if self.step.state["filled"] else 0.0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield batches, prepared ahead in a thread; `waited` is the time in seconds for which none was ready."""
         with Prefetcher(self._make_batches(), PREFETCHED_ROWS) as batches:
-            for batch, state in batches:
-                self._state, self.waited = state, batches.waited
+            for batch, step in batches:
+                self.step, self.waited = step, batches.waited
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last row that was yielded."""
-        return self._state
+        return self.step.state
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
         """Continue from a state; call this before iterating.
@@ -108,24 +158,47 @@ class TrainStream:
         if state.get("grouping") == earlier.grouping:
             self.packing = earlier
         repeats = bool(state["taken"]) and state["grouping"] != self.packing.grouping
-        self._state = state | {"grouping": self.packing.grouping} | ({"taken": 0} if repeats else {})
+        self.step = Step(state | {"grouping": self.packing.grouping} | ({"taken": 0} if repeats else {}))
         return repeats
 
-    def _make_batches(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield each batch with the state after it."""
-        reader, state = self._reader, self._state
+    def _make_batches(self) -> Iterator[tuple[dict[str, Any], Step]]:
+        """Yield each batch with what is known of it."""
+        for row in self._pack_rows():
+            yield self._build_batch(row), Step(row.state, row.trained_tokens, [0])
+
+    def _build_batch(self, row: PackedRow) -> dict[str, Any]:
+        """Encode what is not encoded yet. Raises RunError for a row whose size is another than in the scan."""
+        return _pin_memory(build_batch([self._encode(each) for each in row.conversations], row.shape))
+
+    def _encode(self, conversation: Conversation) -> EncodedChat:
+        if conversation.encoded:
+            return conversation.encoded
+        size, encoded = conversation.size, None
+        with suppress(BadRow):
+            encoded = self._chat.encode_row(conversation.row)
+        if encoded is None or (len(encoded.ids), encoded.trained_tokens) != (size.tokens, size.trained_tokens):
+            file = self._reader.sizes.file if self._reader.sizes else None
+            raise RunError(
+                what="A row is encoded to another number of tokens than when the dataset was scanned.",
+                why=f"Sizes of rows are kept in {file}, and something has changed that its name does not tell.",
+                fix="Delete that file on every machine, and run the same command again.",
+            )
+        return encoded
+
+    def _pack_rows(self) -> Iterator[PackedRow]:
+        reader, state = self._reader, self.step.state
         reader.load_state(state["reader"])
         conversations = reader.conversations()
         while True:
             group = self._read_group(conversations)
-            rows = self.packing.rows([len(encoded.ids) for encoded, _ in group])
+            rows = self.packing.rows([conversation.size.tokens for conversation in group])
             # best-fit opens rows in reading order: unpermuted, the loss would depend on the position in the group
             order = numpy.random.default_rng([self._seed, state["reader"]["read"]]).permutation(len(rows))
             n_conversations = sum(len(rows[number]) for number in order[: state["taken"]])
             for row_index in range(state["taken"], len(rows)):
                 row = [group[number] for number in rows[order[row_index]]]
                 n_conversations += len(row)
-                length = sum(len(encoded.ids) for encoded, _ in row)
+                length = sum(conversation.size.tokens for conversation in row)
                 shape = self.packing.shape(length)
                 is_last = row_index + 1 == len(rows)
                 state = {
@@ -135,16 +208,16 @@ class TrainStream:
                     "rows_seen": state["rows_seen"] + len(row),
                     "tokens_seen": state["tokens_seen"] + length,
                     "filled": state["filled"] + (shape.tokens if shape else length),
-                    "epoch": group[n_conversations - 1][1],
+                    "epoch": group[n_conversations - 1].epoch,
                 }
-                yield _pin_memory(build_batch([encoded for encoded, _ in row], shape)), state
+                yield PackedRow(row, shape, state)
 
-    def _read_group(self, conversations: Iterator[tuple[EncodedChat, int]]) -> list[tuple[EncodedChat, int]]:
+    def _read_group(self, conversations: Iterator[Conversation]) -> list[Conversation]:
         """Read the next conversations that are packed together."""
         group, tokens = [], 0
         while not self.packing.is_group_complete(len(group), tokens):
             group.append(next(conversations))
-            tokens += len(group[-1][0].ids)
+            tokens += group[-1].size.tokens
         return group
 
 
@@ -172,10 +245,16 @@ class _Reader:
     """Reads an endless sequence of usable, not held-out conversations, and keeps its position in it."""
 
     def __init__(
-        self, dataset: Dataset, chat: ChatTemplate, held_out: HeldOut, seed: int, limit: BadRowLimit | None
+        self,
+        dataset: Dataset,
+        chat: ChatTemplate,
+        held_out: HeldOut,
+        seed: int,
+        limit: BadRowLimit | None,
+        sizes: RowSizes | None,
     ) -> None:
         self._rows, self._held_out, self._seed, self._limit = dataset.stream, held_out, seed, limit
-        self._chat = copy.deepcopy(chat)  # a tokenizer is not thread-safe, and sampling uses the original
+        self._chat, self.sizes = chat, sizes
         self._position = _Position()
         self._read = self._bad = self._later_rows = self._later_bad = 0
         self.problem: UsageError | None = None
@@ -191,8 +270,8 @@ class _Reader:
         self._position.start = _convert_start(self._position)
         self._later_rows, self._later_bad = state.get("later", (0, 0))
 
-    def conversations(self) -> Iterator[tuple[EncodedChat, int]]:
-        """Yield each conversation with the number of passes over the data that were complete before it."""
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield the conversations that can be trained on, pass after pass."""
         while True:
             read, is_whole_pass = self._read, self._position == _Position(self._position.epoch)
             for raw in self._read_pass():
@@ -202,14 +281,17 @@ class _Reader:
                     row = parse_row(raw)
                     if self._held_out.excludes(row):
                         continue
-                    encoded = self._chat.encode_row(row)
+                    size, encoded = self.sizes.find(row) if self.sizes else None, None
+                    if size is None:
+                        encoded = self._chat.encode_row(row)
+                        size = RowSize(len(encoded.ids), encoded.trained_tokens)
                 except BadRow:
                     self._bad += 1
                     self._later_bad += is_later
                     self._check_limit()
                     continue
                 self._read += 1
-                yield encoded, self._position.epoch
+                yield Conversation(row, size, self._position.epoch, encoded)
             if is_whole_pass and self._read == read:  # only for a whole pass: a resumed one may have no row left
                 raise UsageError(
                     what="A whole pass over the data gave no row to train on.",

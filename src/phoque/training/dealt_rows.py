@@ -5,36 +5,32 @@ from typing import Any
 
 import torch
 
-from phoque.data.stream import TrainStream
+from phoque.data.stream import PackedRow, Step, TrainStream
 from phoque.distributed.processes import Processes, deal
 
 
-class DealtStream:
-    """This process's rows of each step of a stream; `labels` is the number of trained tokens of the whole step.
+class DealtStream(TrainStream):
+    """This process's rows of each step of a stream; `step` describes the whole step.
 
     Rows are dealt by length, the longest first and back and forth, so that all processes have about as many tokens.
-    The state is that after the whole step, so that any number of processes that divides a step can go on from it.
+    Each process packs all rows, and encodes its own. The state is that after the whole step, so that any number of
+    processes that divides a step can go on from it.
     """
 
-    def __init__(self, stream: TrainStream, rows_per_step: int, processes: Processes) -> None:
-        self._stream, self._rows, self._processes = stream, rows_per_step, processes
-        self.labels = 0
-        self.numbers: list[int] = []  # of this process's rows in the step
+    def __init__(self, *args: Any, rows_per_step: int, processes: Processes, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._rows_per_step, self._processes = rows_per_step, processes
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._stream, name)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        step: list[dict[str, Any]] = []
-        for batch in self._stream:
-            step.append(batch)
-            if len(step) == self._rows:
-                self.labels = sum(len(row["loss_at"]) for row in step)
-                self.numbers = deal([row["input_ids"].shape[1] for row in step], self._processes)
-                yield from (step[number] for number in self.numbers)
-                step = []
+    def _make_batches(self) -> Iterator[tuple[dict[str, Any], Step]]:
+        rows: list[PackedRow] = []
+        for row in self._pack_rows():
+            rows.append(row)
+            if len(rows) == self._rows_per_step:
+                numbers = deal([row.tokens for row in rows], self._processes)
+                step = Step(row.state, sum(row.trained_tokens for row in rows), numbers)
+                for number in numbers:
+                    yield self._build_batch(rows[number]), step
+                rows = []
 
 
 def seed_row(seed: int, step: int, number: int) -> None:

@@ -19,7 +19,6 @@ from phoque.models.lora import check_finite, save_adapter
 from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints, report
 from phoque.training.best import list_held_out_losses
-from phoque.training.dealt_rows import DealtStream
 from phoque.training.metrics_log import read_lines
 from phoque.training.run_files import METRICS, REPORT, SAMPLES
 from phoque.training.run_record import write_record
@@ -77,7 +76,7 @@ class TrainResult:
 def finish(
     run: Run,
     model: "PreTrainedModel",
-    stream: TrainStream | DealtStream,
+    stream: TrainStream,
     timer: Timer,
     *,
     steps: int,

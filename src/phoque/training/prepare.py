@@ -35,6 +35,7 @@ class Prepared:
     chat: ChatTemplate
     dataset: Dataset
     scan: DatasetScan
+    sizes: RowSizes
     targets: str | list[str] | None
 
 
@@ -79,7 +80,7 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
             why=f"{dataset.name} is too small to hold rows out, and --keep-best and --early-stop compare it.",
             fix="Leave them out, or give an --eval-split.",
         )
-    return Prepared(source, config, chat, dataset, scan, targets)
+    return Prepared(source, config, chat, dataset, scan, sizes, targets)
 
 
 def build_empty_model(config: Any) -> Any:

@@ -119,19 +119,23 @@ def build_engine(run: Run, model: Any) -> Engine | None:
     return choice.engine
 
 
-def open_stream(run: Run, static: bool) -> TrainStream | DealtStream:
+def open_stream(run: Run, static: bool) -> TrainStream:
     """The stream of packed rows, at the position that the checkpoint recorded; this process's share of several."""
     s, prepared = run.settings, run.prepared
     packing = packing_for(s, prepared.scan, static)
     run.record["packing"] = {"row_tokens": None if packing.exact else packing.tokens, "filled_up": packing.static}
     write_record(run.folder, run.record)
-    stream = TrainStream(
+    make_stream: Callable[..., TrainStream] = TrainStream
+    if run.record.get("seeded_by_row") or current().size > 1:
+        make_stream = partial(DealtStream, rows_per_step=run.record["rows_per_step"], processes=current())
+    stream = make_stream(
         prepared.dataset,
         prepared.chat,
         held_out=prepared.scan.rule,
         packing=packing,
         seed=s.seed,
         limit=None if prepared.scan.complete else BadRowLimit(s.max_bad_rows, prepared.scan.last),
+        sizes=prepared.sizes if current().size > 1 else None,
     )
     if current().is_main:  # all processes read the same rows
         run.stop.find_problem = lambda: stream.problem
@@ -139,8 +143,6 @@ def open_stream(run: Run, static: bool) -> TrainStream | DealtStream:
         state = json.loads((run.start.resume / checkpoints.DATA_STATE).read_text())
         if stream.load_state_dict(state):
             run.console.warn("rows are packed differently now: some of the latest conversations are trained on again")
-    if run.record.get("seeded_by_row") or current().size > 1:
-        return DealtStream(stream, run.record["rows_per_step"], current())
     return stream
 
 
@@ -172,7 +174,7 @@ def take_steps(
     model: Any,
     *,
     engine: Engine | None,
-    stream: TrainStream | DealtStream,
+    stream: TrainStream,
     tracker: Tracker | None,
     samples: "SamplesCallback | None",
     timer: Timer,
@@ -255,7 +257,7 @@ def _make_pusher(run: Run) -> "CheckpointPusher | None":
 def _make_metrics_callback(
     run: Run,
     model: Any,
-    stream: TrainStream | DealtStream,
+    stream: TrainStream,
     tracker: Tracker | None,
     show: Callable[[int, str], None],
     timer: Timer,

@@ -62,7 +62,7 @@ class PersonaTrainer(Trainer):
         tokenizer: "PreTrainedTokenizerBase",
         args: TrainingArguments,
         *,
-        stream: TrainStream | DealtStream,
+        stream: TrainStream,
         architecture: Architecture,
         policy: CheckpointPolicy,
         timer: Timer,
@@ -98,8 +98,8 @@ class PersonaTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         if isinstance(self.stream, DealtStream):
-            self._rows = iter(self.stream.numbers)
-            return self.stream.labels
+            self._rows = iter(self.stream.step.numbers)
+            return self.stream.step.trained_tokens
         return sum(len(batch["loss_at"]) for batch in batch_samples)
 
     def compute_loss(
@@ -141,7 +141,7 @@ class PersonaTrainer(Trainer):
         self._processes.sum(sums)
         self._step_losses.append(sums[0])
         self._all_correct.append(sums[1])
-        self._all_counted += cast(DealtStream, self.stream).labels
+        self._all_counted += self.stream.step.trained_tokens
         self._shares, self._correct, self._counted = [], [], 0
 
     def _check_pending_norm(self) -> None:

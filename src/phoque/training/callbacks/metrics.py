@@ -14,7 +14,6 @@ from phoque.data.stream import TrainStream
 from phoque.models.load import evaluation_mode
 from phoque.models.lora import compute_lora_norms
 from phoque.training.best import has_stalled, list_held_out_losses
-from phoque.training.dealt_rows import DealtStream
 from phoque.training.metrics_log import Tracker, read_lines
 from phoque.training.run_files import METRICS
 from phoque.training.timer import Timer
@@ -34,7 +33,7 @@ class MetricsCallback(TrainerCallback):
     def __init__(
         self,
         tracker: Tracker,
-        stream: "TrainStream | DealtStream",
+        stream: TrainStream,
         *,
         held_out: list[EncodedChat],
         norms_every: int,
