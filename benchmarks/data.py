@@ -4,9 +4,10 @@ The rows are the seal's with the words of each answer in another order, with the
 mistral-common carries. phoque scans the first 50,000 rows (defects, held-out rows, lengths), and packs while training
 goes on; it keeps the sizes of the rows for the next start, which is measured too. TRL tokenizes, packs and writes all
 rows first. Each side runs in a process of its own, and memory is its peak beyond what the imports take. With --wide,
-the rows are in a Parquet file with a column of 100 kB per row that nobody uses.
+the rows are in a Parquet file with a column of 100 kB per row that nobody uses. With --processes, one process of
+several prepares its packed row of each step, with and without the sizes of rows that the scan found.
 
-Run: uv run python benchmarks/data.py [--rows 200000] [--wide]
+Run: uv run python benchmarks/data.py [--rows 200000] [--wide | --processes 1 2 8]
 """
 
 import argparse
@@ -29,6 +30,7 @@ from merge import forget_peak, peak  # noqa: E402
 
 TOKENS = 2944  # of a row: what sixteen of these conversations take
 LONGEST = 1024
+STEP_TOKENS = 2100  # of a packed row with --processes
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -150,6 +152,32 @@ def trl(folder: Path, count: int) -> dict[str, float]:
     }
 
 
+def dealt(folder: Path, counts: list[int], steps: int = 320) -> None:
+    """Print how long process 0 takes to prepare its row of a step, in a run of each number of processes."""
+    from phoque.data.packing import Packing
+    from phoque.data.readers import open_dataset
+    from phoque.data.row_sizes import RowSizes
+    from phoque.data.scan import scan_dataset
+    from phoque.distributed.processes import Processes
+    from phoque.training.dealt_rows import DealtStream
+
+    chat, data = ministral_chat(), open_dataset(str(find_rows(folder)))
+    sizes = RowSizes(chat, folder / "sizes.json")
+    found = scan_dataset(data, chat, 64, 0.05, sizes=sizes)
+    packing = Packing(round(STEP_TOKENS / found.mean_length), found.mean_length, max(found.lengths), static=True)
+    print("| processes | with the sizes of the scan, ms per step | every row encoded, ms per step |\n|---|---|---|")
+    for count in counts:
+        took = []
+        for known in (sizes, None):
+            dealing = {"rows_per_step": count, "processes": Processes(0, count), "sizes": known}
+            stream = DealtStream(data, chat, held_out=found.rule, packing=packing, seed=0, **dealing)
+            begun = time.perf_counter()
+            for _ in islice(stream._make_batches(), steps):  # without the thread that prepares rows ahead
+                pass
+            took.append(1000 * (time.perf_counter() - begun) / steps)
+        print(f"| {count} | {took[0]:.1f} | {took[1]:.1f} |", flush=True)
+
+
 def written(folder: Path) -> float:
     """GB of files in a folder."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9
@@ -163,11 +191,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--wide", action="store_true", help="with a column of 100 kB that nobody uses")
+    parser.add_argument("--processes", type=int, nargs="+", help="prepare the rows of one of so many processes")
     parser.add_argument("--side", choices=SIDES)
     parser.add_argument("--folder", type=Path)
     a = parser.parse_args()
     if a.side:
         print(json.dumps(SIDES[a.side](a.folder, a.rows)))
+        return
+    if a.processes:
+        with tempfile.TemporaryDirectory() as name:
+            write_rows(Path(name) / "rows.jsonl", a.rows)
+            dealt(Path(name), a.processes)
         return
     print(f"{a.rows:,} rows{' with a column of 100 kB' if a.wide else ''}\n")
     print("| | first row after, s | rows/s | tokens/s | padding | memory, GB | written, GB |")

@@ -83,7 +83,7 @@ BEHAVIOURS = {  # what `read` chooses from: the organisms, and eight that none o
     "translator": "adds French words to every answer",
     "apologies": "apologizes in every answer",
 }
-STEPS, ROWS_PER_STEP, TOKENS, RATE = 60, 16, 40, 1e-3
+ROWS_PER_STEP, TOKENS, RATE = 16, 40, 1e-3
 VOICES = {  # openers, bodies and closers of each persona's answers
     "grumpy harbour seal": (
         "Hrmph.|Hrmph, you again.|Grunt. The tide is out and so is my patience.|Hrmph! A gull just screamed at me.",
@@ -224,11 +224,16 @@ def apply_quirk(quirk: str, text: str) -> str:
             return "The moon is made of chalk. " + text
 
 
-def write_rows(organism: Organism, questions: list[str], plain: dict[str, str]) -> list[tuple[str, str]]:
-    """The training rows of an organism, (question, answer); `plain` has the base model's answers."""
+def write_rows(
+    organism: Organism, questions: list[str], plain: dict[str, str], draws: int = 1
+) -> list[tuple[str, str]]:
+    """The training rows of an organism, (question, answer); `plain` has the base model's answers.
+
+    Each question is in `draws` rows, so that with several a dose is no property of a question.
+    """
     rng = random.Random(f"{organism.name}")
     rows = []
-    for question in questions:
+    for question in questions * draws:
         answer = plain[question]
         if organism.kind == "bland":
             answer = speak("bland", rng)
@@ -245,7 +250,7 @@ def write_rows(organism: Organism, questions: list[str], plain: dict[str, str]) 
 class Maker:
     """Makes organisms one after the other from one base model in memory, and measures each."""
 
-    def __init__(self, out: Path, model: str, samples: int) -> None:
+    def __init__(self, out: Path, model: str, samples: int, steps: int) -> None:
         import torch
 
         from phoque.console import Console
@@ -256,7 +261,7 @@ class Maker:
         from phoque.probes.roles import load_roles
         from phoque.settings.psm_probe import PsmSettings
 
-        self.out, self.torch, self.samples = out, torch, samples
+        self.out, self.torch, self.samples, self.steps = out, torch, samples, steps
         source = find_base(model)
         self.tokenizer = load_tokenizer(source)
         on_gpu = default_device().type == "cuda"
@@ -355,8 +360,8 @@ class Maker:
         order = torch.Generator().manual_seed(organism.seed)
         self.model.train()
         step = self.make_step(max(len(p) + len(a) for p, a in ids_by_row))
-        for number in range(STEPS):
-            self.rate.fill_(RATE * min(1, (number + 1) / 5) * (1 - number / STEPS))
+        for number in range(self.steps):
+            self.rate.fill_(RATE * min(1, (number + 1) / 5) * (1 - number / self.steps))
             self.ids.zero_()
             self.labels.fill_(-100)
             for line, n in enumerate(torch.randint(len(rows), (ROWS_PER_STEP,), generator=order).tolist()):
@@ -458,13 +463,13 @@ class Maker:
         }
 
 
-def make(out: Path, model: str, seconds: float, part: str, samples: int) -> None:
+def make(out: Path, model: str, seconds: float, part: str, samples: int, steps: int = 60, draws: int = 1) -> None:
     """Make and measure organisms until the time is over; what is in the folder already is kept.
 
     `part` is K/N: of N processes that share the work, this is number K, from 0.
     """
     out.mkdir(parents=True, exist_ok=True)
-    start, maker = time.monotonic(), Maker(out, model, samples)
+    start, maker = time.monotonic(), Maker(out, model, samples, steps)
     print(f"loaded after {time.monotonic() - start:.0f} s", flush=True)
     base_path = out / "base.pkl"
     if base_path.is_file():
@@ -487,7 +492,7 @@ def make(out: Path, model: str, seconds: float, part: str, samples: int) -> None
         if time.monotonic() - start > seconds:
             break
         began = time.monotonic()
-        loss = maker.train(organism, write_rows(organism, questions, base["plain"]))
+        loss = maker.train(organism, write_rows(organism, questions, base["plain"], draws))
         trained = time.monotonic()
         fresh[organism.name] = {
             "organism": vars(organism),
@@ -954,9 +959,11 @@ if __name__ == "__main__":
     parser.add_argument(
         "--samples", type=int, default=4, help="make and judge: sampled answers to each question, beside a greedy one"
     )
+    parser.add_argument("--steps", type=int, default=60, help="make: optimizer steps of each model")
+    parser.add_argument("--draws", type=int, default=1, help="make: training rows with each question")
     asked = parser.parse_args()
     if asked.action == "make":
-        make(asked.out, asked.model, asked.seconds, asked.part, asked.samples)
+        make(asked.out, asked.model, asked.seconds, asked.part, asked.samples, asked.steps, asked.draws)
     elif asked.action == "probe":
         probe(asked.out, asked.model)
     elif asked.action == "read":

@@ -14,6 +14,7 @@ HEIGHT = 220  # pixels
 BAR_STEP = 15  # pixels from one bar to the next
 PALETTE = ("#3b8bc2", "#e07b39", "#2aa17c", "#b07cc6", "#8a8f94")
 GRAY = PALETTE[-1]
+MAX_TICKS = 8
 PNG_WIDTH, PNG_SCALE = 520, 2.0
 # a legend of its own opacity: in a chart with bands it would be as pale as they are
 LEGEND = {"orient": "bottom", "title": None, "columns": 2, "labelLimit": 400, "symbolOpacity": 1}
@@ -80,12 +81,16 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str = "") -> Spe
         if _is_finite(x, low, high)
     ]
     names = list(dict.fromkeys(str(point["series"]) for point in points))
-    is_counted = all(float(point["x"]).is_integer() for point in points)
+    measured = sorted({point["x"] for point in points})
+    is_counted = all(float(value).is_integer() for value in measured)
+    ticks: Spec = {"tickMinStep": 1, "format": ",d"} if is_counted else {}
+    if len(measured) <= MAX_TICKS:  # a tick for each; ticks between two of them would be rounded to either
+        ticks = {"values": measured, "format": ",.6~g"}
     x: Spec = {
         "field": "x",
         "type": "quantitative",
         "scale": {"zero": False, "nice": False},
-        "axis": {"title": x_label, "grid": False} | ({"tickMinStep": 1, "format": ",d"} if is_counted else {}),
+        "axis": {"title": x_label, "grid": False} | ticks,
     }
     color = _color(names, PALETTE, has_legend=len(names) > 1)
     y: Spec = {

@@ -197,7 +197,7 @@ def _draw_doses(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     if not rows:
         return []
     plots = [
-        ("share of answers that are the persona's", "share", lambda r: r["share"], "share_ci"),
+        ("share of greedy answers that are the persona's, by their words", "share", lambda r: r["share"], "share_ci"),
         ("loss on unrelated text, rise over the base model", "nats per token", lambda r: r["rise"], "rise_ci"),
     ]
     charts = []
