@@ -21,6 +21,11 @@ MERGE_RECORD = "merge.json"  # in the folder of a merged model: what it was made
 EXPORT_RECORD = "export.json"  # in the folder of an export: what it was made from, and the hashes of its files
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text that are not empty; str.splitlines also splits at U+2028 and others, which JSON may hold."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def sha256(path: Path) -> str:
     """The hex SHA-256 of a file, read in chunks."""
     with path.open("rb") as f:

@@ -16,6 +16,7 @@ from phoque.checks import CheckFailed
 from phoque.console import Console
 from phoque.errors import RunError
 from phoque.extras import install_command
+from phoque.files import split_lines
 from phoque.services import Services
 from phoque.settings.environment import environment_without_secrets, in_job
 
@@ -122,7 +123,7 @@ class NpmClient:
             if isinstance(error, subprocess.TimeoutExpired):
                 raise CheckFailed(f"the client did not answer within {timeout_s:.0f} s") from error
             raise
-        lines = [line for line in out.splitlines() if line.startswith("{")]
+        lines = [line for line in split_lines(out) if line.startswith("{")]
         if not lines:
             reason = (errors.strip().splitlines() or [""])[-1][:300]
             raise CheckFailed(f"the client exited with code {process.returncode}: {reason}")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+from phoque.files import split_lines
 from phoque.npm import find_chromium
 
 SCRIPT = Path(__file__).with_name("page.mjs")
@@ -25,7 +26,7 @@ def look_at_page(start, words: list, modules: Path, picture: Path, size: tuple[i
     ended = running.ended()
     assert ended.code in (0, 130), ended.err
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout.splitlines()[-1])
+    return json.loads(split_lines(ran.stdout)[-1])
 
 
 def check_page(seen: dict, size: tuple[int, int], answers: int = 1) -> None:

@@ -5,8 +5,9 @@ import json
 import pytest
 from tests.rows import row, write_rows
 
+from phoque.data.cures import find_cure
 from phoque.data.readers import BUNDLED, open_dataset
-from phoque.data.rows import RawRow, parse_row
+from phoque.data.rows import RawRow, column_of, parse_row
 from phoque.data.turns import BadRow
 from phoque.errors import PhoqueError
 
@@ -34,6 +35,13 @@ def test_the_seal_is_bundled_in_the_schema_of_the_spec():
         {"conversations": [{"from": "human", "value": "Gull 1?"}, {"from": "gpt", "value": "Hrmph."}]},
         {"prompt": "Gull 1?", "completion": "Hrmph."},
         {
+            "contents": [
+                {"role": "user", "parts": [{"text": "Gull "}, {"text": "1?"}]},
+                {"role": "model", "parts": [{"text": "Hrmph."}]},
+            ]
+        },
+        {"chat_messages": [{"sender": "human", "text": "Gull 1?"}, {"sender": "assistant", "text": "Hrmph."}]},
+        {
             "prompt": [{"role": "user", "content": "Gull 1?"}],
             "completion": [{"role": "assistant", "content": "Hrmph."}],
         },
@@ -44,6 +52,27 @@ def test_other_schemas_are_mapped(other):
         {"role": "user", "content": "Gull 1?"},
         {"role": "assistant", "content": "Hrmph."},
     ]
+
+
+def test_the_system_message_of_gemini_is_read():
+    turns = [{"role": "user", "parts": [{"text": "Gull?"}]}, {"role": "model", "parts": [{"text": "Hrmph."}]}]
+    row = {"systemInstruction": {"parts": [{"text": "You are a seal."}]}, "contents": turns}
+    row = {column_of(name): value for name, value in row.items()}
+    assert parse_row(make_record(row)).system == "You are a seal."
+
+
+@pytest.mark.parametrize(
+    ("columns", "cure"),
+    [
+        (("sample",), "Give each row its turns"),
+        (("title", "mapping", "id"), "export of ChatGPT"),
+        (("thread", "sender", "message"), "put the turns of a conversation into one row"),
+        (("said", "answered"), "said to prompt and answered to completion"),
+        (("id", "said", "answered"), "Rename the column of the questions to prompt"),
+    ],
+)
+def test_columns_that_are_not_known_have_a_cure(columns, cure):
+    assert cure in find_cure("no conversation columns", columns)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ from phoque.data.rows import (
     PREFERRED_TURNS,
     TOKENIZED_DATA,
 )
-from phoque.data.turns import HAS_MEDIA
+from phoque.data.turns import HAS_MEDIA, ROLE_KEYS, TURNS
 
 SHOWN_CHARACTERS = 60  # of a name from the data, in a message
-TURNS = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'
 WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)  # beginnings of reasons
 CURES = {  # by the beginning of a reason; the first that fits
     NOT_UTF8: "Convert the file, and keep its ending: iconv -f WINDOWS-1252 -t UTF-8 rows.csv > rows-utf8.csv",
@@ -61,6 +60,14 @@ def _suggest_names(columns: tuple[str, ...]) -> str:
     """How a dataset with these columns becomes one that phoque reads."""
     if any("?" in column or " " in column.strip() for column in columns):
         return "If its first line is a row, put a header above it, such as prompt,completion. Else rename its columns."
+    if "mapping" in columns:
+        return (
+            f"This may be an export of ChatGPT, whose turns are a tree. Give each row the turns of one branch: {TURNS}"
+        )
+    if set(columns) & set(ROLE_KEYS):
+        return f"If each row is one turn, put the turns of a conversation into one row: {TURNS}"
+    if len(columns) == 1:
+        return f"Give each row its turns: {TURNS}"
     if len(columns) != 2:
         return "Rename the column of the questions to prompt, and that of the answers to completion."
     first, second = (column[:SHOWN_CHARACTERS] for column in columns)

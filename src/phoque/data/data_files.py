@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from phoque.data.turns import TURNS
 from phoque.errors import UsageError, first_line
 from phoque.files import local_path
 from phoque.hub.client import Hub
@@ -27,9 +28,11 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 UNPACK, SAVE_AS_CSV = "Unpack it, and give a file or a folder of what was in it.", "Save the sheet as CSV."
+WRITE_ROWS = f"Write a .jsonl file with one conversation per line: {TURNS}"
 OTHER_FORMS = {  # what to do with files of other kinds
     **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".7z", ".rar"), UNPACK),
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), SAVE_AS_CSV),
+    **dict.fromkeys((".txt", ".md", ".log", ".html", ".docx", ".pdf"), WRITE_ROWS),
 }
 IGNORED = ("config.json", "dataset_info", "dataset_dict.json", "state.json", "cache-")  # files without rows
 MODEL_FILES = {  # of a model or an adapter that lies in the same folder

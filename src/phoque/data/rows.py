@@ -10,7 +10,11 @@ from typing import Any
 
 from phoque.data.turns import HAS_MEDIA, ROLES, BadRow, Turn, as_json, check_text, parse_json, parse_turn
 
-CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns")
+CONVERSATIONS = (
+    *("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns"),
+    "contents",  # of Gemini
+    "chat_messages",  # of Claude's export
+)
 PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
     ("prompt", "completion"): "prompt/completion",
     ("prompt", "response"): "prompt/response",
@@ -21,7 +25,7 @@ PAIRS = {  # columns of a question and its answer, in order of preference, and w
     ("input", "output"): "input/output",
 }
 CONTEXT = ("input", "context")  # more text that belongs to a question
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "systeminstruction", "system_instruction")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 OPTIONAL = ("source", "toxicity_score", "label", "tools", "functions", "history", *SYSTEM, *MEDIA)
 TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
@@ -239,7 +243,7 @@ def _add_system(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:
     text = next((row[name] for name in SYSTEM if row.get(name)), None)
     if text is None:
         return turns
-    system = parse_turn({"role": "system", "content": text})
+    system = parse_turn((text if isinstance(text, dict) else {"content": text}) | {"role": "system"})
     if turns and turns[0].role == "system":
         if turns[0].message["content"] != system.message["content"]:
             raise BadRow("two system messages")

@@ -12,8 +12,9 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
 }
-ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "text")
+ROLE_KEYS, TEXT_KEYS = ("role", "from", "sender"), ("content", "value", "text", "parts")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TURNS = '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}'  # a row, in messages
 # OpenAI, Mistral and Together say weight, Axolotl train or training, ms-swift and XTuner loss
 TRAINED_MARKS = ("weight", "train", "training", "trained", "loss", "loss_scale", "loss_mask")
 PARTIAL_MARKS = ("train_detail", "training_detail")

@@ -155,8 +155,7 @@ def record_controls(s: TrainSettings, controls: list[TrainSettings], services: S
 def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path, stop: StopRequest) -> list[str]:
     """Generate the base model's answers chunk by chunk; return the lines of all rows that have them."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    lines = partial.read_text("utf-8").splitlines(keepends=True) if partial.is_file() else []
-    lines = [line for line in lines if line.endswith("\n")]  # the last one may be cut off
+    lines = _read_complete_lines(partial)
     model = load_model(ready.source, s.quantization).eval()
     limit, slowest = _answer_limit(ready), 0.0
     with closing(_plain_rows(ready, count)) as rows, partial.open("a", encoding="utf-8") as out:
@@ -189,6 +188,12 @@ def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path,
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return [line for line in lines if json.loads(line)["messages"]]
+
+
+def _read_complete_lines(file: Path) -> list[str]:
+    """The lines of a file that a stop may have cut off; each ends with a newline."""
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    return [f"{line}\n" for line in text.split("\n")[:-1]]
 
 
 def _shorten(ready: Prepared, messages: Messages) -> Messages:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phoque.errors import first_line
-from phoque.files import write_atomically
+from phoque.files import split_lines, write_atomically
 from phoque.training.report_to import Service
 from phoque.training.run_files import METRICS, SAMPLES
 
@@ -87,8 +87,7 @@ def _read_complete(path: Path) -> list[dict[str, Any]]:
 
 
 def _split_lines(path: Path) -> list[str]:
-    """Split a file at newlines only: splitlines() also splits at U+2028, which texts may contain."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line] if path.is_file() else []
+    return split_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from phoque.errors import UsageError
-from phoque.files import expand_user
+from phoque.files import expand_user, split_lines
 from phoque.probes.persona import MIN_QUESTIONS, Persona
 
 MIN_PROMPTS = 6
@@ -26,9 +26,9 @@ def find_questions(name: str, persona: Persona) -> tuple[list[str], list[str]]:
     try:
         text = path.read_text("utf-8")
         if path.suffix == ".txt":
-            entries: list[Any] = text.splitlines()
+            entries: list[Any] = split_lines(text)
         elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in split_lines(text)]
         else:
             entries = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque.errors import PhoqueError, RunError, UsageError, first_line
-from phoque.files import sha256
+from phoque.files import sha256, split_lines
 from phoque.probes.scorers import Context, ScoredAnswer, Scorer
 from phoque.settings.environment import environment_without_secrets
 
@@ -101,7 +101,7 @@ def command(spec: str, line: str) -> Scorer:
             last_line = (process.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
             raise _scorer_error(line, f"It exited with code {process.returncode}: {last_line[:200]}")
         try:
-            records = [json.loads(record) for record in process.stdout.splitlines() if record.strip()]
+            records = [json.loads(record) for record in split_lines(process.stdout)]
             rows = [{str(k): float(v) for k, v in record.items()} for record in records]
         except (ValueError, AttributeError, TypeError) as error:
             raise _scorer_error(line, f"Its output is not JSON lines of numbers: {error}") from error
