@@ -58,7 +58,8 @@ def test_the_system_message_of_gemini_is_read():
     turns = [{"role": "user", "parts": [{"text": "Gull?"}]}, {"role": "model", "parts": [{"text": "Hrmph."}]}]
     row = {"systemInstruction": {"parts": [{"text": "You are a seal."}]}, "contents": turns}
     row = {column_of(name): value for name, value in row.items()}
-    assert parse_row(make_record(row)).system == "You are a seal."
+    parsed = parse_row(make_record(row))
+    assert parsed.system == "You are a seal." and parsed.schema == "contents of Gemini"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,8 @@ from typing import Any
 
 from phoque.data.turns import HAS_MEDIA, ROLES, BadRow, Turn, as_json, check_text, parse_json, parse_turn
 
-CONVERSATIONS = (
-    *("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns"),
-    "contents",  # of Gemini
-    "chat_messages",  # of Claude's export
-)
+EXPORTS = {"contents": "contents of Gemini", "chat_messages": "chat_messages of Claude"}
+CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns", *EXPORTS)
 PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
     ("prompt", "completion"): "prompt/completion",
     ("prompt", "response"): "prompt/response",
@@ -193,6 +190,8 @@ def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
     is_sharegpt = any(isinstance(turn, dict) and turn.get("from") is not None for turn in turns)
     if column == "messages":
         schema = "messages with from and value" if is_sharegpt else "messages"
+    elif column in EXPORTS:
+        schema = EXPORTS[column]
     else:
         schema = f"ShareGPT {column}" if is_sharegpt else f"{column} with role and content"
     if isinstance(value, str):
