@@ -314,3 +314,12 @@ def test_an_unreadable_file_is_named(tmp_path, name, content, what):
     with pytest.raises(PhoqueError, match=what) as caught:
         list(open_dataset(str(tmp_path / name)).stream)
     assert caught.value.code == 2
+
+
+def test_a_cell_with_broken_quotes_costs_its_row_alone(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\nGull?,No.\n"Hi" she said,Hrmph.\nTide?,Out.\n')
+    stream = open_dataset(str(path)).stream
+    read = [(raw.number, raw.defect) for raw in stream]
+    assert read == [(1, ""), (2, "broken quotes"), (3, "")]
+    assert [raw.number for raw in stream.read(0, 2)] == [3]

@@ -205,6 +205,60 @@ def test_a_process_that_is_frozen_takes_the_others_down_within_a_minute(start_al
     assert started[frozen].ended().code == -signal.SIGKILL
 
 
+SLOW_PUSH = """
+import time
+from phoque.distributed import processes
+from phoque.training import run
+processes.HEARTBEAT_S, processes.HEARTBEAT_TIMEOUT_S = 0.2, 1.5
+steps = run.take_steps
+def stop_and_push(*given, **named):
+    stopped = steps(*given, **named)
+    if processes.current().is_main:
+        time.sleep(4)
+    return stopped
+run.take_steps = stop_and_push
+"""
+
+
+@pytest.mark.thorough
+def test_a_process_may_push_longer_than_heartbeats_may_be_missed(start_all, tmp_path):
+    out = tmp_path / "run"
+    preludes = (slowly(0.4) + SLOW_PUSH, slowly(0.4) + SLOW_PUSH)
+    started = start_all("--output-dir", out, "--max-steps", 40, preludes=preludes)
+    started[0].until(lambda: (out / "checkpoint-2").is_dir())
+    os.kill(started[0].pid, signal.SIGTERM)
+    assert [one.ended().code for one in started] == [75, 75]
+
+
+STALE_SIZE = """
+from phoque.data.stream import TrainStream
+from phoque.errors import RunError
+build = TrainStream._build_batch
+built = []
+def build_some(self, row):
+    built.append(row)
+    if len(built) > 2:
+        raise RunError(what="A row is of another size.", why="It is.", fix="Delete it.")
+    return build(self, row)
+TrainStream._build_batch = build_some
+"""
+
+
+@pytest.mark.thorough
+def test_an_error_that_one_process_meets_is_shown(start_all, tmp_path):
+    started = start_all("--output-dir", tmp_path / "run", preludes=("", STALE_SIZE))
+    ended = [one.ended() for one in started]
+    assert [one.code for one in ended] == [1, 1]
+    assert "A row is of another size." in ended[1].err and "lost the connection" in ended[0].err
+
+
+def test_a_process_that_encodes_otherwise_is_refused(start_all, tmp_path):
+    longer = "from phoque.training.prepare import Prepared\nPrepared.encoding_digest = lambda self: 'other'\n"
+    started = start_all("--output-dir", tmp_path / "run", preludes=("", longer))
+    ended = [one.ended() for one in started]
+    assert ended[1].code == 1 and "encodes the data otherwise" in ended[1].err and "row-sizes" in ended[1].err
+
+
 SLOW_START = """
 import time
 from phoque.distributed import processes
@@ -374,6 +428,7 @@ def test_the_first_node_of_a_list(nodes, first):
     [
         ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, "1"),
         ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "4,6"}, "6"),
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}, ""),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}, "1"),
         # srun --gpus-per-task 1 shows each task its own GPU alone
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0"}, "0"),

@@ -39,6 +39,7 @@ CURES = {  # by the beginning of a reason; the first that fits
     "empty assistant turn": "Delete these turns.",
     "empty ": "Delete these rows, or add what is missing.",
     "two system messages": "Keep one of them: the column or the first turn.",
+    "broken quotes": 'Double the quotes inside a cell, as in "a ""b"" c".',
     "more cells than columns": "Quote cells that contain the separator, which is a comma, a semicolon or a tab.",
     "broken JSON": "Correct or delete these lines; each holds one row.",
     TOKENIZED_DATA: "Give the conversations as text; phoque applies the model's chat template itself.",

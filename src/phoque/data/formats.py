@@ -200,8 +200,19 @@ def read_csv(raw: IO[bytes], file: DataFile, skipped: int) -> Iterator[tuple[str
             why="Which of the two is meant cannot be told.",
             fix="Rename one of them.",
         )
-    number = 0
-    for row in table:
+    number, rows = 0, iter(table)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):  # a quote that is never closed: the rest of the file is in its cell
+                raise
+            number += 1
+            if number > skipped:
+                yield "row", number, None, "broken quotes"
+            continue
         extra = row.pop(None, None)  # cells beyond the header's; a spreadsheet writes empty ones, and empty rows
         if not any(row.values()) and not any(extra or ()):
             continue

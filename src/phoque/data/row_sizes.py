@@ -22,6 +22,7 @@ from phoque.files import read_json_object, sha256, write_atomically
 from phoque.version import __version__
 
 PACKAGES = ("jinja2", "tokenizers", "transformers")  # their versions may change an encoding
+SIZES_FOLDER = "row-sizes"  # in phoque's cache
 MIN_KEPT_ROWS = 1000  # in a smaller dataset, all rows are encoded within a second
 
 
@@ -100,6 +101,7 @@ def find_sizes_file(cache: Path, dataset: str, tokenizer_files: Sequence[Path], 
     if "strftime_now" in str(chat.tokenizer.chat_template):
         return None
     digests = [(file.name, sha256(file)) for file in tokenizer_files]
-    parts = [__version__, dataset, chat.options, *map(version, PACKAGES), *digests]
+    templates = chat.tokenizer.chat_template  # a folder may have more of them, beside the tokenizer's files
+    parts = [__version__, dataset, chat.options, templates, *map(version, PACKAGES), *digests]
     name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-    return cache / "row-sizes" / f"{name}.json"
+    return cache / SIZES_FOLDER / f"{name}.json"

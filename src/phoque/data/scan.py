@@ -230,20 +230,25 @@ def _exclude_similar_rows(scan: DatasetScan, keys: list[str], sketches: list[Ske
 
 def _read_evaluation_rows(dataset: Dataset, chat: ChatTemplate, count: int) -> list[tuple[Row, EncodedChat]]:
     """The `count` usable rows with the smallest keys of another split. Raises UsageError if none is usable."""
-    rows: list[tuple[str, Row, EncodedChat]] = []
-    for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
+    smallest: list[tuple[int, int, Row, EncodedChat]] = []  # a heap; the largest key is on top
+    for number, raw in enumerate(islice(dataset.stream, MAX_SCANNED_ROWS)):
         try:
             row = parse_row(raw)
-            rows.append((row.key(), row, chat.encode_row(row)))
+            place = -int(row.key(), 16), -number
+            if len(smallest) < count or place > smallest[0][:2]:
+                heapq.heappush(smallest, (*place, row, chat.encode_row(row)))
         except BadRow:
             continue  # the rows of the split that is trained on are counted
-    if not rows:
+        if len(smallest) > count:
+            heapq.heappop(smallest)
+    if not smallest:
         raise UsageError(
             what=f"No row of the split {dataset.split} of {dataset.name} can be used.",
             why="The held-out loss would be measured on nothing.",
             fix="Check --eval-split, or leave it out.",
         )
-    return [(row, encoded) for _, row, encoded in sorted(rows, key=lambda item: item[0])[:count]]
+    ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])
+    return [(row, encoded) for _, _, row, encoded in ordered]
 
 
 def _count_bad(scan: DatasetScan, reason: str, line: str) -> None:

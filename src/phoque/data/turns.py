@@ -72,7 +72,7 @@ def parse_turn(turn: Any) -> Turn:
         turn = {str(key).strip().lower(): value for key, value in turn.items()}
     spelling = next((turn[key] for key in ROLE_KEYS if isinstance(turn.get(key), str)), None)
     if spelling is None:
-        keys = ", ".join(sorted(map(str, turn)))[:60]
+        keys = _escape(", ".join(sorted(map(str, turn)))[:60])
         raise BadRow(f"a turn has no role, only {keys}" if keys else "a turn has no role")
     name = spelling.strip().lower()
     role = ROLES.get(name)
@@ -100,9 +100,7 @@ def parse_turn(turn: Any) -> Turn:
         message,
         trained=_read_trained_mark(turn, role),
         unknown_keys=tuple(
-            str(key).encode("utf-8", "backslashreplace").decode()
-            for key, value in turn.items()
-            if key not in KNOWN_KEYS and value not in ("", [], {})
+            _escape(str(key)) for key, value in turn.items() if key not in KNOWN_KEYS and value not in ("", [], {})
         ),
         was_developer=name == "developer",
     )
@@ -149,7 +147,7 @@ def _parse_tool_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters")) or {}
     parsed = {
         "name": function["name"],
-        "arguments": parse_json(arguments) if isinstance(arguments, str) else as_json(arguments),
+        "arguments": as_json(parse_json(arguments) if isinstance(arguments, str) else arguments),
     }
     return {"type": "function", "function": parsed} | ({"id": str(call["id"])} if call.get("id") else {})
 
@@ -175,6 +173,11 @@ def _read_trained_mark(turn: dict[str, Any], role: str) -> bool:
         elif not value:
             trained = False
     return trained
+
+
+def _escape(name: str) -> str:
+    """A name that any file may hold: half of a UTF-16 pair becomes its number."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def has_surrogate(text: str) -> bool:

@@ -83,10 +83,11 @@ def claim_gpu() -> Launch | None:
     if _claimed or launch is None:
         return _claimed
     _visible_before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = [name for name in (_visible_before or "").split(",") if name]
-    if len(visible) != 1:  # one: the launcher has chosen, as srun --gpus-per-task does
-        gpu = visible[launch.local_rank : launch.local_rank + 1] if visible else [str(launch.local_rank)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu)
+    if _visible_before is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(launch.local_rank)
+    # one GPU: the launcher has chosen, as srun --gpus-per-task does; none: all are hidden
+    elif len(visible := [name for name in _visible_before.split(",") if name]) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[launch.local_rank : launch.local_rank + 1])
     for name in TORCHRUN:
         os.environ.pop(name, None)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns with a page of addresses of each lost process

@@ -209,8 +209,8 @@ class Processes:
                 self._store.add(f"heartbeat/{self.rank}", 1)
                 for rank, (last, _) in list(seen.items()):
                     beat = self._store.add(f"heartbeat/{rank}", 0)
-                    # one that has not begun to beat still loads, and one that has finished beats no more
-                    if beat != last or beat == 0 or self._store.check([f"finished/{rank}"]):
+                    # one that has not begun to beat still loads, and one that has finished well beats no more
+                    if beat != last or beat == 0 or self._has_finished_well(rank):
                         seen[rank] = beat, time.monotonic()
                 self._last_answer = time.monotonic()
                 if self.has_main_failed():
@@ -240,19 +240,22 @@ class Processes:
         )
         os._exit(FAILED)  # the main thread waits inside a collective operation
 
+    def _has_finished_well(self, rank: int) -> bool:
+        return self._store.check([f"finished/{rank}"]) and not self._store.check([f"failed/{rank}"])
+
     def has_main_failed(self) -> bool:
         """Whether this is another process than 0, and process 0 has ended with an error."""
         return not self.is_main and self._store.check(["failed/0"])
 
     def leave_error_to_main(self, code: int) -> None:
-        """Raise SystemExit in a process other than 0 if process 0 fails as well within WAIT_FOR_MAIN_S: it says why."""
+        """Raise SystemExit in a process other than 0 if process 0 ends as well within WAIT_FOR_MAIN_S: it says why."""
         if self.is_main:
             return
         self._finished.set()  # the watch would say that process 0 is gone
         end = time.monotonic() + WAIT_FOR_MAIN_S
         while time.monotonic() < end:
             try:
-                if self.has_main_failed():
+                if self._store.check(["finished/0"]):
                     raise SystemExit(code) from None
             except RuntimeError:  # process 0 has ended, and its store with it
                 raise SystemExit(code) from None
@@ -260,6 +263,8 @@ class Processes:
 
     def wait_for_main(self) -> None:
         """Wait until process 0 has finished: a launcher takes a process that ends before it for one that failed."""
+        with suppress(RuntimeError):
+            self._store.set(f"finished/{self.rank}", "1")  # or process 0, which may push for minutes, would miss beats
         self._finished.set()  # when process 0 has finished, its store is gone
         with suppress(RuntimeError):
             while self.size > 1 and not self._store.check(["finished/0"]):
@@ -333,7 +338,7 @@ def take_part(launch: Launch | None) -> Generator[None]:
     try:
         yield
         is_clean = True
-    except (Resumable, SystemExit):  # all processes stop together
+    except SystemExit:  # all processes stop together
         is_clean = True
         raise
     except KeyboardInterrupt:  # Ctrl-C reaches all processes of a terminal
@@ -343,6 +348,7 @@ def take_part(launch: Launch | None) -> Generator[None]:
     except LostProcess:
         raise
     except PhoqueError as error:
+        is_clean = isinstance(error, Resumable) and current().is_main  # the others then stop, with SystemExit
         current().leave_error_to_main(error.code)
         raise
     finally:

@@ -85,7 +85,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str = "") -> Spe
     is_counted = all(float(value).is_integer() for value in measured)
     ticks: Spec = {"tickMinStep": 1, "format": ",d"} if is_counted else {}
     if len(measured) <= MAX_TICKS:  # a tick for each; ticks between two of them would be rounded to either
-        ticks = {"values": measured, "format": ",.6~g"}
+        ticks = {"values": measured, "format": ",d" if is_counted else ",.6~g", "labelOverlap": "greedy"}
     x: Spec = {
         "field": "x",
         "type": "quantitative",

@@ -1,5 +1,7 @@
 """What a run needs before a weight is loaded: the base model's config and chat template, the data, the repository."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +39,11 @@ class Prepared:
     scan: DatasetScan
     sizes: RowSizes
     targets: str | list[str] | None
+
+    def encoding_digest(self) -> str:
+        """A hash of how many tokens each scanned row has, and of the chat template: by them rows are packed."""
+        encoded = [self.scan.lengths, self.scan.trained_tokens, self.chat.template]
+        return hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
 
 
 def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: bool) -> Prepared:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from phoque.distributed.launch import check_sharded
-from phoque.distributed.processes import LostProcess, current
-from phoque.errors import FAILED, PhoqueError, UsageError
+from phoque.distributed.processes import current
+from phoque.errors import FAILED, UsageError
 from phoque.models.architectures import architecture_of
 from phoque.models.lora import load_adapter
 from phoque.services import Services
@@ -162,16 +162,11 @@ def _follow(run: Run) -> None:
     stream = open_stream(run, static=engine is not None)
     is_over = processes.broadcast_from_main(bool)  # whether process 0 finds that
     processes.watch(run.console)
-    try:
-        if run.start.resume:
-            measure_what_a_stop_skipped(run, model, None)
-        if is_over:
-            return
-        _, stopped = take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)
-    except LostProcess:
-        raise
-    except PhoqueError as error:  # process 0 meets the same, and says it
-        raise SystemExit(error.code) from None
+    if run.start.resume:
+        measure_what_a_stop_skipped(run, model, None)
+    if is_over:
+        return
+    _, stopped = take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)
     if stopped:
         processes.wait_for_main()  # which saves and pushes
         raise SystemExit(stopped.code)

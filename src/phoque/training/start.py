@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from phoque.data.row_sizes import SIZES_FOLDER
 from phoque.distributed.processes import current
 from phoque.errors import RunError, UsageError
 from phoque.models.load import default_device_name
@@ -35,7 +36,8 @@ def start_run(resolved: Resolved[TrainSettings], services: Services, stop: StopR
     if processes.is_main:
         run, pinned = _open(resolved, services, stop, submission)
         told = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
-        processes.broadcast_from_main(lambda: told | {"digest": run.prepared.scan.digest})
+        read = {"digest": run.prepared.scan.digest, "encoded": run.prepared.encoding_digest()}
+        processes.broadcast_from_main(lambda: told | read)
         processes.broadcast_files(run.start.resume)
         return run
     told = processes.broadcast_from_main(dict[str, Any])  # what process 0 tells
@@ -46,6 +48,12 @@ def start_run(resolved: Resolved[TrainSettings], services: Services, stop: StopR
             what=f"Process {processes.rank} reads other data than process 0.",
             why=f"{resolved.settings.dataset} is not the same on both machines.",
             fix="Put the same files on every machine, or use a dataset on the Hub.",
+        )
+    if prepared.encoding_digest() != told["encoded"]:  # they would deal other rows to the processes
+        raise RunError(
+            what=f"Process {processes.rank} encodes the data otherwise than process 0.",
+            why="Its template, tokenizer, packages or the sizes of rows that phoque has kept are not the same.",
+            fix=f"Use equal environments, and delete {services.cache / SIZES_FOLDER} on every machine.",
         )
     return Run(
         resolved=replace(resolved, settings=told["planned"]),
