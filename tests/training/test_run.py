@@ -605,6 +605,20 @@ def test_the_batch_stays_what_was_asked_whatever_the_micro_batch(phoque, tiny_ll
     assert "a step trains on about" in ran.err and "instead of 16" in ran.err
 
 
+def test_epochs_count_what_steps_really_train_on(phoque, tiny_llama, tmp_path):
+    """A packed row holds the longest conversation, so a step has about four times the four of --batch-size."""
+    rows = [row(number) for number in range(200)]
+    rows[7]["messages"] = [*rows[7]["messages"][:2], {"role": "assistant", "content": "Gull. " * 300}]
+    data, run = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    ran = phoque(
+        *("train", "--base-model", tiny_llama, "--dataset", data, "--quantization", "fp32", "--output-dir", run),
+        *("--epochs", 1, "--batch-size", 4, "--sample-every", 0, "--held-out-rows", 0, "--max-length", 2048, "--json"),
+    )
+    state = json.loads((run / f"checkpoint-{ran.json['steps']}" / "data_state.json").read_text())
+    assert 0.95 * 200 <= state["rows_seen"] <= 1.15 * 200 and ran.json["steps"] < 25
+    assert re.search(r"are 1\.[01] epochs", ran.err)
+
+
 def test_an_allowed_change_of_the_batch_changes_the_rows_of_a_step(train, start, tmp_path, tiny_llama, rows):
     run = tmp_path / "run"
     command = ["--max-steps", 4, "--save-steps", 1, "--sample-every", 0, "--output-dir", run]

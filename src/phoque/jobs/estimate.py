@@ -25,7 +25,14 @@ from phoque.training.checkpoints import RECORD, get_step, sort_checkpoints
 from phoque.training.dry_run import count_parameters
 from phoque.training.memory import estimate_memory
 from phoque.training.metrics_log import read_lines
-from phoque.training.prepare import choose_micro_batch, find_store, lora_options, prepare, with_steps
+from phoque.training.prepare import (
+    choose_micro_batch,
+    conversations_per_step,
+    find_store,
+    lora_options,
+    prepare,
+    with_steps,
+)
 from phoque.training.run_files import METRICS
 
 MEASURED_TFLOPS = 790
@@ -81,9 +88,10 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     Raises UsageError for data that cannot be trained on, and for a model that does not fit the card in any way.
     """
     ready = prepare(resolved, services, weights=False)
-    s = with_steps(resolved, ready.scan).settings
+    s = resolved.settings
     gpus = int(s.gpus) if s.gpus and s.gpus.isdigit() else 1
     s = s.model_copy(update={"micro_batch": choose_micro_batch(s, gpus)})
+    s = with_steps(replace(resolved, settings=s), ready.scan, gpus).settings
     options: LoraOptions = lora_options(s, ready)
     counts = count_parameters(ready.config, options)
     memory = estimate_memory(ready, s, counts, gpus).on_device
@@ -100,7 +108,7 @@ def estimate_job(resolved: Resolved[TrainSettings], services: Services, flavor: 
     so_far = Progress() if s.run_dir else find_progress(find_store(s, services), flavor)
     if s.fresh_start:
         so_far = replace(so_far, steps=0)
-    per_step = s.batch_size * ready.scan.mean_length
+    per_step = conversations_per_step(s, ready.scan, gpus) * ready.scan.mean_length
     tokens = round(max(0, s.max_steps - so_far.steps) * per_step)
     minutes = None
     controls = s.control_seeds if s.with_control else 0  # each takes as many steps; its answers are left out

@@ -7,6 +7,7 @@ to beat. The controls are runs of their own: their checkpoints are pushed and re
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -30,7 +31,7 @@ from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
 from phoque.training.callbacks.stop import StopRequest
-from phoque.training.prepare import Prepared, find_store
+from phoque.training.prepare import Prepared, conversations_per_step, find_store
 from phoque.training.run_record import RECORD, write_record
 
 CHUNK = 256  # conversations whose answers are generated together
@@ -96,7 +97,9 @@ def write_control_rows(s: TrainSettings, ready: Prepared, services: Services, de
     """
     console = services.console
     store = find_store(s, services)
-    count = min(s.max_steps * s.batch_size, ready.scan.trained_rows or s.max_steps * s.batch_size)
+    per_step = max(s.batch_size, conversations_per_step(s, ready.scan, current().size))
+    count = math.ceil(s.max_steps * per_step)
+    count = min(count, ready.scan.trained_rows or count)
     made_of = (ready.source.revision, ready.dataset.revision, count)
     made_of += (s.dataset_config, s.split, s.default_system, s.quantization, s.max_length)
     prefix = f"control-rows-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]}"

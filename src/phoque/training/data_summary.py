@@ -6,7 +6,7 @@ from phoque.console import MAX_LISTED, Console, describe_counts, shorten, shorte
 from phoque.data.readers import Dataset
 from phoque.data.scan import MANY_SIMILAR, DatasetScan
 from phoque.settings.train import TrainSettings
-from phoque.training.prepare import packing_for, rows_per_step
+from phoque.training.prepare import conversations_per_step, packing_for, rows_per_step
 
 MANY_EPOCHS = 20  # above it, a run without --keep-best or --early-stop is warned of
 MAX_BATCH_RATIO = 1.25  # conversations per step, relative to --batch-size, above which it is said
@@ -28,9 +28,8 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
     )
     if s.packing == "budget":
         packing = packing_for(s, scan, static=True)
-        count = rows_per_step(s, packing)
+        count, conversations = rows_per_step(s, packing), conversations_per_step(s, scan)
         rows = f"{count} packed rows" if count > 1 else "one packed row"
-        conversations = count * packing.tokens / packing.mean
         console.say(
             f"  each step trains on {rows} of {packing.tokens:,} tokens, {conversations:.1f} conversations on average"
         )
@@ -96,7 +95,7 @@ def count_rows(count: int) -> str:
 
 def count_epochs(s: TrainSettings, scan: DatasetScan) -> float:
     """The passes over the rows that are trained on."""
-    return s.max_steps * s.batch_size / max(1, scan.trained_rows)
+    return s.max_steps * conversations_per_step(s, scan) / max(1, scan.trained_rows)
 
 
 def describe_schemas(scan: DatasetScan) -> str:

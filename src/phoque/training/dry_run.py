@@ -1,7 +1,7 @@
 """The dry run: what would be trained on what, estimated memory, what is in the run folder, and three masked rows."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +74,12 @@ def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan
     check_services(resolved.settings)
     pinned, rows = pin_recorded(resolved, resolved.settings.folder, None, services)
     ready = prepare(pinned, services, weights=False)
-    planned = with_steps(resolved, ready.scan)
     processes = _count_processes(resolved.settings)
     check_sharded(resolved.settings.fsdp, processes)
     micro_batch = choose_micro_batch(pinned.settings, processes, rows)
-    s = planned.settings.model_copy(update={"micro_batch": micro_batch})
+    dealt = replace(resolved, settings=resolved.settings.model_copy(update={"micro_batch": micro_batch}))
+    planned = with_steps(dealt, ready.scan, processes, rows)
+    s = planned.settings
     if rows is None:
         packed = rows_per_step(s, packing_for(s, ready.scan, static=True), processes)
         check_rows_divisible(packed, processes, has_begun=False)

@@ -106,10 +106,13 @@ def lora_options(s: TrainSettings, prepared: Prepared) -> LoraOptions:
     )
 
 
-def with_steps(resolved: Resolved[TrainSettings], scan: DatasetScan) -> Resolved[TrainSettings]:
+def with_steps(
+    resolved: Resolved[TrainSettings], scan: DatasetScan, processes: int = 1, rows: int | None = None
+) -> Resolved[TrainSettings]:
     """The settings with the steps that --epochs takes as their `max_steps`, at most those that the user gave.
 
-    Raises UsageError if the dataset is too large to be counted.
+    `rows` is the number of packed rows per step of a run that has begun. Raises UsageError if the dataset is too large
+    to be counted.
     """
     s, origin = resolved.settings, resolved.origins["max_steps"]
     if s.epochs is None:
@@ -120,7 +123,8 @@ def with_steps(resolved: Resolved[TrainSettings], scan: DatasetScan) -> Resolved
             why=f"{s.dataset} has more than the {scan.rows:,} rows that are scanned before training.",
             fix="Give --max-steps instead.",
         )
-    steps = max(1, math.ceil(s.epochs * scan.trained_rows / s.batch_size))
+    per_step = conversations_per_step(s, scan, processes, rows)
+    steps = max(1, math.ceil(s.epochs * scan.trained_rows / per_step - 1e-9))
     if origin.is_given and s.max_steps <= steps:
         return resolved
     origins = resolved.origins | {"max_steps": Origin("--epochs", "--epochs")}
@@ -145,6 +149,17 @@ def rows_per_step(s: TrainSettings, packing: Packing, processes: int = 1) -> int
     if nearest <= s.accumulation and abs(nearest - rows) <= max(0.5, ROUNDED_BATCH * rows):
         return nearest
     return max(1, min(s.accumulation, round(rows)))
+
+
+def conversations_per_step(s: TrainSettings, scan: DatasetScan, processes: int = 1, rows: int | None = None) -> float:
+    """The conversations of mean length that an optimizer step holds, in `rows` packed rows or those of a new run.
+
+    A row holds the longest conversation, so that a small batch may be a part of a row. About 2% of a row are padding.
+    """
+    packing = packing_for(s, scan, static=True)
+    if packing.exact:
+        return s.batch_size
+    return (rows or rows_per_step(s, packing, processes)) * packing.tokens / packing.mean
 
 
 def choose_micro_batch(s: TrainSettings, processes: int, recorded_rows: int | None = None) -> int | None:

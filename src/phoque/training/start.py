@@ -137,6 +137,7 @@ def _plan(
     resolved: Resolved[TrainSettings], pinned: Resolved[TrainSettings], prepared: Prepared, rows_so_far: int | None
 ) -> Resolved[TrainSettings]:
     """The settings with the steps of --epochs, and with rows that the processes can share."""
-    planned = with_steps(resolved, prepared.scan)
-    micro_batch = choose_micro_batch(pinned.settings, current().size, rows_so_far)
-    return replace(planned, settings=planned.settings.model_copy(update={"micro_batch": micro_batch}))
+    processes = current().size
+    micro_batch = choose_micro_batch(pinned.settings, processes, rows_so_far)
+    dealt = replace(resolved, settings=resolved.settings.model_copy(update={"micro_batch": micro_batch}))
+    return with_steps(dealt, prepared.scan, processes, rows_so_far)
