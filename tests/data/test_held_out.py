@@ -115,6 +115,16 @@ def test_an_eval_split_is_held_out_and_its_copies_are_not_trained_on(tmp_path, c
     assert not any(f"Gull {n}?" in text for n in range(25, 35) for text in texts)
 
 
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_the_rows_of_an_eval_split_are_those_with_the_smallest_keys(tmp_path, chat, count):
+    write_rows(tmp_path / "train.jsonl", [talk(n) for n in range(30)])
+    write_rows(tmp_path / "test.jsonl", [talk(n) for n in range(40, 60)])
+    train, test = open_dataset(str(tmp_path)), open_dataset(str(tmp_path), "test")
+    scan = scan_dataset(train, chat, count, 0.05, evaluation=test)
+    keys = sorted(parse_row(raw).key() for raw in test.stream)
+    assert [row.key() for row, _ in scan.held_out] == keys[:count]
+
+
 def test_similarity_is_estimated_within_its_error():
     first, second = (sketch_row(parse_row(RawRow("1", 0, 1, talk(5, changed=n)))) for n in (0, 4))
     assert estimate_similarity(first, first) == 1.0

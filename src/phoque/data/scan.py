@@ -186,7 +186,7 @@ def _scan(
     _check_bad_rows(scan, scan.good, dataset.name, max_bad)
     sizes.save()
     if evaluation:
-        scan.held_out = _read_evaluation_rows(evaluation, chat, held_out_rows)
+        scan.held_out = _read_evaluation_rows(evaluation, chat, held_out_rows) if held_out_rows else []
     else:
         max_held_out = (len(set(keys)) if keys else scan.good) // 10
         ordered = sorted(smallest, reverse=True, key=lambda item: item[:2])[: min(held_out_rows, max_held_out)]
