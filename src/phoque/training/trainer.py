@@ -119,7 +119,10 @@ class PersonaTrainer(Trainer):
         if self._processes.size > 1:
             self._sum_over_processes()
         # A NaN or infinity in the loss or in a gradient shows in the norm, before the optimizer writes it to a weight.
-        norm = super()._clip_grad_norm(model)
+        if self._engine:
+            norm = self._engine.flat.clip_gradients(self.args.max_grad_norm)
+        else:
+            norm = super()._clip_grad_norm(model)
         self._check_pending_norm()
         if norm.is_cuda:
             # Fused AdamW skips a step whose `found_inf` is 1, so the number itself may arrive one step later; waiting

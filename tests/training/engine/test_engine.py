@@ -217,6 +217,20 @@ def test_gradients_add_up_over_rows_and_go_with_zero_grad(mistral3):
     assert all(torch.equal(again[name], grad) for name, grad in once.items())
 
 
+@pytest.mark.parametrize("limit", [0.1, 1e9])
+def test_gradients_are_clipped_as_torch_clips_them(mistral3, limit):
+    engine = Engine(adapted_model(mistral3, "fp32"))
+    _, gradients = run_engine(engine)
+    trained = [p for p in engine.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == engine.flat.gradients.numel()
+    norm = engine.flat.clip_gradients(limit)
+    clipped = [p.grad.clone() for p in trained]
+    for parameter, gradient in zip(trained, gradients.values(), strict=True):
+        parameter.grad = gradient
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(trained, limit))
+    torch.testing.assert_close(clipped, [p.grad for p in trained])
+
+
 def test_recomputed_layers_change_nothing(mistral3):
     engine = Engine(adapted_model(mistral3, "fp32"))
     found = run_engine(engine)

@@ -56,6 +56,15 @@ class FlatParams:
         self.gradients[: self._split].add_(self._leaf_gradients[: self._split])
         self.gradients[self._split :].add_(self._leaf_gradients[self._split :], alpha=self.scaling)
 
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients of the parameters down to this norm; return their norm before, on their device.
+
+        The same as `torch.nn.utils.clip_grad_norm_`, in as many kernels for hundreds of matrices as for one.
+        """
+        norm = torch.linalg.vector_norm(self.gradients)
+        self.gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     def clear(self) -> None:
         """Drop gradients that autograd has stored on the leaves."""
         for leaf in self.leaves:
