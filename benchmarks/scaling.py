@@ -87,7 +87,9 @@ def train_trl(out: Path, model: Path, tokens: int, gpus: int, mean: float, *, ch
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *(["--multi_gpu"] if gpus > 1 else [])]
     command = [*launch, Path(__file__).with_name("trl_scaling.py"), "--model", model, "--rows", out / "equal.jsonl"]
     command += ["--batch", round(tokens / mean), *(["--checkpointing"] if checkpointing else [])]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    # beside a second GPU, one process would use DataParallel, which refuses models in 4 bits
+    visible = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=visible)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"tokens_per_s')]
     return json.loads(lines[-1]) if lines else {"error": done.stderr[-3000:]}
 

@@ -1,9 +1,11 @@
 """Files that are complete or absent, locks between processes, checksums, and values that JSON can hold."""
 
 import csv
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Generator
@@ -103,9 +105,18 @@ def check_output_folder(folder: Path, record: str, kind: str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
-    """Yield an empty folder beside `path`; it replaces `path` if the block ends without error, else it is deleted."""
+    """Yield an empty folder beside `path`; it replaces `path` if the block ends without error, else it is deleted.
+
+    Each process has a folder of its own: of two that write the same output, the last one to finish wins. What killed
+    processes of this machine have left is deleted.
+    """
     path = path.resolve()
-    staging = path.with_name(f".{path.name}.partial")
+    beginning = f".{path.name}.{platform.node()}-"
+    for left in path.parent.glob(f"{glob.escape(beginning)}*.partial"):
+        number = left.name.removeprefix(beginning).removesuffix(".partial")
+        if number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = path.with_name(f"{beginning}{os.getpid()}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
@@ -114,6 +125,17 @@ def atomic_folder(path: Path) -> Generator[Path]:
         staging.rename(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether this machine runs a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def lock(path: Path, timeout: float = -1) -> "BaseFileLock":

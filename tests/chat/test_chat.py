@@ -127,12 +127,19 @@ def test_a_conversation_that_outgrows_the_context_is_said_and_goes_on(llama_mode
 
 
 def test_what_is_no_model_is_not_chosen_from_a_folder():
-    from phoque.chat.find import _choose_gguf
+    from phoque.chat.find import _choose_gguf, list_parts
     from phoque.errors import UsageError
 
     sizes = {"m-Q8_0.gguf": 9, "m-Q4_K_M.gguf": 5, "mmproj-F16.gguf": 1, "m-imatrix.gguf": 1, "m-lora-F16.gguf": 1}
     assert _choose_gguf(sizes, "") == "m-Q4_K_M.gguf" and _choose_gguf(sizes, "q8_0") == "m-Q8_0.gguf"
     assert _choose_gguf({"m-00001-of-00003.gguf": 9, "m-00003-of-00003.gguf": 1}, "") == "m-00001-of-00003.gguf"
+    parts = {"m-Q8_0-00001-of-00002.gguf": 5, "m-Q8_0-00002-of-00002.gguf": 5, "m-F16.gguf": 6}
+    assert _choose_gguf(parts, "q8_0") == "m-Q8_0-00001-of-00002.gguf" and _choose_gguf(parts, "") == "m-F16.gguf"
+    assert list_parts("m-Q8_0-00001-of-00002.gguf", parts) == list(parts)[:2] and list_parts("m-F16.gguf", parts) == [
+        "m-F16.gguf"
+    ]
+    assert _choose_gguf({"qwen-lora-1-Q4_K_M.gguf": 1}, "") == "qwen-lora-1-Q4_K_M.gguf"
+    assert _choose_gguf({"qwen-lora-F16.gguf": 1}, "", models_only=True) == "qwen-lora-F16.gguf"
     with pytest.raises(UsageError) as caught:
         _choose_gguf({"m-lora-F16.gguf": 1}, "")
     assert "adapter alone" in caught.value.why

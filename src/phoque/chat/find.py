@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from phoque.chat.models import ChatModel, LlamaCppChatModel, OnnxModel, TorchChatModel
 from phoque.errors import UsageError
-from phoque.files import EXPORT_RECORD, expand_user
+from phoque.files import EXPORT_RECORD, expand_user, read_json_object
 from phoque.hub.refs import fetch_to_cache, hub_id, suggest_path
 from phoque.hub.repo import Repo
 from phoque.models.adapter_source import (
@@ -31,7 +31,9 @@ from phoque.services import Services
 from phoque.settings.chat import ChatSettings
 
 BASE, TUNED = "base", "tuned"
-NO_MODEL = re.compile(r"mmproj|imatrix|-lora-|-(?!0*1-)\d+-of-\d+")  # GGUF files that cannot be talked to alone
+NO_MODEL = re.compile(r"mmproj|imatrix")  # GGUF files that are no language models
+LORA_FILE = re.compile(r"-lora-(?:f32|f16|bf16)$")  # the end of the name of an adapter alone
+PART = re.compile(r"-(\d+)-of-\d+$")  # the end of the name of a part of a model in several files
 MIN_CONTEXT = 4096  # tokens of a GGUF file's context; more if the answer may be longer
 
 
@@ -70,7 +72,8 @@ def find_chat(s: ChatSettings, services: Services, *, fetch: bool = True) -> Fou
     if (path / "onnx").is_dir():
         return _onnx(s, path, [f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()])
     if files := sorted(path.glob("*.gguf")):
-        return _gguf(s, path / _choose_gguf({file.name: file.stat().st_size for file in files}, s.dtype), services)
+        sizes = {file.name: file.stat().st_size for file in files}
+        return _gguf(s, path / _choose_gguf(sizes, s.dtype, models_only=_has_models_only(path)), services)
     if (path / "config.json").is_file() and not (path / WEIGHTS).is_file():
         return _model(s, find_model(s.model, s.revision, services), services)
     return _adapter(s, AdapterSource(s.model, _adapter_folder(path, services)), services, fetch)
@@ -89,11 +92,12 @@ def _find_on_hub(s: ChatSettings, services: Services, fetch: bool) -> Found:
             folder = fetch_to_cache(repo, snapshot, needed, services.cache, "onnx")
         return _onnx(s, folder, needed)
     if kind == "gguf":
-        file = _choose_gguf({name: snapshot.files[name].size for name in names if _is_gguf(name)}, s.dtype)
+        record = [EXPORT_RECORD] if EXPORT_RECORD in names else []
+        folder = fetch_to_cache(repo, snapshot, record, services.cache, "gguf")
+        sizes = {name: snapshot.files[name].size for name in names if _is_gguf(name)}
+        file = _choose_gguf(sizes, s.dtype, models_only=_has_models_only(folder))
         if fetch:
-            folder = fetch_to_cache(
-                repo, snapshot, [n for n in (file, EXPORT_RECORD) if n in names], services.cache, "gguf"
-            )
+            fetch_to_cache(repo, snapshot, list_parts(file, sizes), services.cache, "gguf")
         return _gguf(s, folder / file, services, fetch=fetch)
     return _model(s, find_model(s.model, snapshot.sha, services, weights=fetch), services)
 
@@ -201,15 +205,37 @@ def _gguf(s: ChatSettings, file: Path, services: Services, *, fetch: bool = True
     return Found("gguf", file.name, _exported_system(s, file.parent), load)
 
 
-def _choose_gguf(sizes: dict[str, int], dtype: str) -> str:
+def _has_models_only(folder: Path) -> bool:
+    """Whether a folder is phoque's export of a model, in which no file is an adapter, whatever its name."""
+    try:
+        return read_json_object(folder / EXPORT_RECORD).get("kind") == "model"
+    except UsageError:
+        return False
+
+
+def list_parts(file: str, names: Iterable[str]) -> list[str]:
+    """The files that a model consists of, by the name of its first."""
+    whole, is_part = PART.subn("", Path(file).stem)
+    return sorted(name for name in names if PART.sub("", Path(name).stem) == whole) if is_part else [file]
+
+
+def _choose_gguf(sizes: dict[str, int], dtype: str, *, models_only: bool = False) -> str:
     """The file of a precision, or the smallest, which is the fastest. Raises UsageError if there is no model of it.
 
-    Vision projectors, LoRA files and importance matrices are no models; of a model in parts, the first is loaded.
+    Vision projectors, importance matrices and, unless `models_only`, LoRA files are no models; of a model in parts, the
+    first is loaded.
     """
-    models = {name: size for name, size in sizes.items() if not NO_MODEL.search(name.lower())}
-    chosen = [(size, name) for name, size in models.items() if Path(name).stem.lower().endswith(dtype.lower())]
+    adapters = [] if models_only else [name for name in sizes if LORA_FILE.search(Path(name).stem.lower())]
+    models: dict[str, int] = {}
+    for name in sizes.keys() - adapters:
+        part = PART.search(Path(name).stem)
+        if not NO_MODEL.search(name.lower()) and (part is None or int(part[1]) == 1):
+            models[name] = sum(sizes[one] for one in list_parts(name, sizes))
+    chosen = [
+        (size, name) for name, size in models.items() if PART.sub("", Path(name).stem).lower().endswith(dtype.lower())
+    ]
     if not chosen:
-        lora = next((name for name in sizes if "-lora-" in name.lower()), None)
+        lora = adapters[0] if adapters else None
         raise UsageError(
             what=f"There is no {dtype or 'model'} in this export.",
             why=f"{lora} is an adapter alone, for its base model."

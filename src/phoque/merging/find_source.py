@@ -3,11 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phoque.errors import UsageError
-from phoque.files import sha256
+from phoque.files import find_file_in_the_way, lock, sha256
+from phoque.hub.refs import hub_id
 from phoque.hub.repo import Repo
 from phoque.merging.run import merge_into
 from phoque.models.adapter_source import find_adapter, find_base
@@ -41,7 +44,8 @@ def find_source(
         key = sha256(adapter.folder / "adapter_model.safetensors")[:16]
         target = s.merged_out_dir or services.cache / "merged" / f"{base.revision[:16]}-{key}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        merge_into(base, adapter.folder, target, dtype="bf16", console=services.console, verify=False)
+        with nullcontext() if s.merged_out_dir else lock(target.with_name(f".{target.name}.lock")):
+            merge_into(base, adapter.folder, target, dtype="bf16", console=services.console, verify=False)
         return Source(name, target, base.revision, "merged")
     if s.merged_dir:
         source = _find_merged_model(s, services, dry_run)
@@ -59,18 +63,33 @@ def _find_merged_model(s: ModelExportSettings, services: Services, dry_run: bool
     try:
         source = find_model(s.merged_dir, s.merged_revision, services, weights=not dry_run)
     except RepositoryNotFoundError:
-        return _fetch_from_dataset(s, services, dry_run)
-    if s.merged_out_dir and source.on_hub and not dry_run:
-        shutil.copytree(source.folder, s.merged_out_dir, dirs_exist_ok=True)
-        return Source(source.name, s.merged_out_dir, source.revision, source.origin)
+        source = _fetch_from_dataset(s, services, dry_run)
+    if s.merged_out_dir and hub_id(s.merged_dir) and not dry_run:
+        _copy_model(source.folder, s.merged_out_dir)
+        return replace(source, folder=s.merged_out_dir)
     return source
+
+
+def _copy_model(model: Path, folder: Path) -> None:
+    """Copy a downloaded model to --merged-out-dir. Raises UsageError if the folder holds anything else."""
+    config = folder / "config.json"
+    if file := find_file_in_the_way(folder):
+        raise UsageError(what=f"{file} is a file.", why="A folder is needed.", fix="Choose another --merged-out-dir.")
+    is_same = config.is_file() and config.read_bytes() == (model / "config.json").read_bytes()
+    if folder.is_dir() and any(folder.iterdir()) and not is_same:
+        raise UsageError(
+            what=f"{folder} is not empty, and it is not this model.",
+            why="The downloaded model would be written over its files.",
+            fix="Choose another --merged-out-dir.",
+        )
+    shutil.copytree(model, folder, dirs_exist_ok=True)
 
 
 def _fetch_from_dataset(s: ModelExportSettings, services: Services, dry_run: bool) -> Source:
     """Download a merged model from a dataset repository at a pinned commit; the hash of every file is checked."""
     repo = Repo(services.hub, s.merged_dir, "dataset")
     commit = repo.snapshot(s.merged_revision)
-    folder = s.merged_out_dir or services.cache / "merged" / f"{repo.name.replace('/', '--')}-{commit.sha[:12]}"
+    folder = services.cache / "merged" / f"{repo.name.replace('/', '--')}-{commit.sha[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     index = None
     if INDEX in commit.files:

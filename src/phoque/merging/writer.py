@@ -1,5 +1,6 @@
 """Adapter + base -> a standalone checkpoint, tensor by tensor: unchanged tensors are copied, few are in memory."""
 
+import hashlib
 import json
 import math
 import os
@@ -18,9 +19,10 @@ from phoque.files import MERGE_RECORD, atomic_folder, check_output_folder, sha25
 from phoque.merging.deltas import Deltas, WeightDelta, read_deltas
 from phoque.models.adapter_source import WEIGHTS
 from phoque.models.checkpoint_reader import EMBEDDINGS, HEAD, CheckpointReader
-from phoque.models.config import copy_tokenizer
+from phoque.models.config import copy_tokenizer, find_tokenizer_folder, read_chat_template
 from phoque.models.safetensors_files import DTYPES
 from phoque.models.safetensors_headers import INDEX
+from phoque.models.source import list_tokenizer_files
 
 SHARD_BYTES = 4 << 30
 WORKERS = min(4, os.cpu_count() or 1)  # number of tensors merged at the same time
@@ -62,10 +64,11 @@ def write_merged(
         "base": reader.source.weights,
         "adapter": sha256(adapter / WEIGHTS),
         "adapter_config": sha256(adapter / "adapter_config.json"),
+        "side_files": _hash_side_files(reader.source.folder, adapter),
         "dtype": dtype,
     }
     check_output_folder(folder, MERGE_RECORD, "a merged model")
-    if (folder / MERGE_RECORD).is_file() and json.loads((folder / MERGE_RECORD).read_text())["asked"] == inputs:
+    if _holds_merge(folder, inputs):
         return None
     deltas = read_deltas(adapter, reader)
     plan = _plan_tensors(reader, deltas, FLOAT_DTYPES[dtype])
@@ -78,6 +81,25 @@ def write_merged(
         written = {"tensors": len(plan), "changed": changed, "bytes": size, "shards": len(files)}
         (staging / MERGE_RECORD).write_text(json.dumps({"asked": inputs, "made": written}, indent=1))
     return written
+
+
+def _holds_merge(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether a folder holds the merge of these inputs, with all of its weights."""
+    if not (folder / MERGE_RECORD).is_file():
+        return False
+    record = json.loads((folder / MERGE_RECORD).read_text())
+    shards = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    return (
+        record["asked"] == inputs and len(shards) == record["made"]["shards"] and sum(shards) >= record["made"]["bytes"]
+    )
+
+
+def _hash_side_files(base: Path, adapter: Path) -> str:
+    """A hash of the config and the tokenizer's files that a merge copies or reads."""
+    tokenizer = list_tokenizer_files(find_tokenizer_folder(base, adapter))
+    files = [base / name for name in ("config.json", *SIDE_FILES)] + list_tokenizer_files(adapter) + tokenizer
+    digests = [[file.name, sha256(file)] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _plan_tensors(reader: CheckpointReader, deltas: Deltas, dtype: torch.dtype) -> list[OutputTensor]:
@@ -210,6 +232,5 @@ def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str, delta
     for name in SIDE_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    # the adapter's tokenizer is the one that it was trained with, but an adapter may come without a tokenizer
-    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
-    copy_tokenizer(source, folder)
+    template = read_chat_template(adapter) or read_chat_template(base)
+    copy_tokenizer(find_tokenizer_folder(base, adapter), folder, template)

@@ -16,7 +16,10 @@ from phoque.services import Services
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 LORA = "LORA"  # the peft_type of the adapters that phoque runs
 RUN_RECORD = "run.json"
-ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens", RUN_RECORD)
+ADAPTER_FILES = (
+    *("adapter_", "tokenizer", "special_tokens", "chat_template", "added_tokens"),
+    *("vocab", "merges", "tekken", "spiece.model", "sentencepiece", RUN_RECORD),
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,12 @@ def find_base(adapter: Path, name: str, revision: str | None, services: Services
     return find_model(name, revision, services, weights=weights)
 
 
+def _is_trained_on_gguf(adapter: Path) -> bool:
+    """Whether phoque trained an adapter on the dequantized weights of a GGUF file."""
+    base = (find_run_record(adapter) or {}).get("base") or {}
+    return str(base.get("origin", "")).startswith("GGUF")
+
+
 def read_base_name(adapter: Path) -> tuple[str, str | None]:
     """The base model that an adapter's config names, and its revision there.
 
@@ -187,7 +196,7 @@ def read_base_name(adapter: Path) -> tuple[str, str | None]:
     """
     config = read_json_object(adapter / "adapter_config.json")
     name, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
-    if revision is None:  # trained on a model from a wheel, which the config names by its Hub id
+    if _is_trained_on_gguf(adapter):  # of a wheel, which the config names by its Hub id
         name = next((wheel for wheel, hub_id in PACKAGED_MODELS.items() if hub_id == name), name)
     if not name:
         raise UsageError(

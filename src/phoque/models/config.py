@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 from phoque.errors import UsageError, first_line
 from phoque.files import read_json_object
 from phoque.models.architectures import architecture_of
-from phoque.models.source import Source, check_tokenizer
+from phoque.models.source import (
+    UNUSED_PREFIXES,
+    Source,
+    check_tokenizer,
+    has_vocabulary,
+    list_tokenizer_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TEMPLATE = "chat_template.jinja"
-TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def load_config(source: Source) -> "PretrainedConfig":
@@ -65,25 +71,51 @@ def read_end_tokens(folder: Path) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
+def find_tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """The folder with the tokenizer that an adapter was trained with: its own if it is complete, else the base's."""
+    if adapter and (adapter / TOKENIZER_CONFIG).is_file() and has_vocabulary(adapter):
+        return adapter
+    return base
+
+
+def read_chat_template(folder: Path) -> str | dict[str, str] | None:
+    """The chat template in a folder, or the templates by name; None if it has none.
+
+    transformers wrote it into tokenizer_config.json until version 4.43, and later into a file of its own.
+    """
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return None
+    template = read_json_object(folder / TOKENIZER_CONFIG).get("chat_template")
+    return {one["name"]: one["template"] for one in template} if isinstance(template, list) else template
+
+
 def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, which has a chat template. Raises UsageError if it has none.
 
-    The template is that of `adapter`, the folder of an adapter, if it has one: the adapter was trained with it.
+    The tokenizer and the template are those in `adapter`, the folder of an adapter, as far as it has them: it was
+    trained with them.
     """
     from transformers import AutoTokenizer
 
-    check_tokenizer(source.folder, source.name)
+    folder, name = find_tokenizer_folder(source.folder, adapter), source.name
+    if folder == source.folder:
+        check_tokenizer(folder, name)
+    else:
+        name = str(adapter)
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source.folder, mistral_format=False, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)
     except Exception as error:  # whatever the reader of a damaged or incomplete tokenizer raises
         raise UsageError(
-            what=f"The tokenizer of {source.name} cannot be loaded.",
+            what=f"The tokenizer of {name} cannot be loaded.",
             why=first_line(error),
             fix="Copy the tokenizer's files again from the model that it was made from.",
         ) from error
-    if adapter is not None and (adapter / TEMPLATE).is_file():
-        tokenizer.chat_template = (adapter / TEMPLATE).read_text(encoding="utf-8")
+    template = read_chat_template(adapter) if adapter else None
+    if template or folder != source.folder:
+        tokenizer.chat_template = template or read_chat_template(source.folder)
     if not tokenizer.chat_template:
         raise UsageError(
             what=f"{source.name} has no chat template.",
@@ -93,19 +125,19 @@ def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTo
     return tokenizer
 
 
-def copy_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+def copy_tokenizer(source: Path, folder: Path, chat_template: str | dict[str, str] | None = None) -> dict[str, Any]:
     """Copy a tokenizer's files, with the chat template in two places; return its tokenizer_config.json.
 
-    Transformers.js reads the template from tokenizer_config.json only, transformers from chat_template.jinja.
+    Transformers.js reads the template from tokenizer_config.json only, transformers from chat_template.jinja. Another
+    `chat_template` replaces the one in `source`.
     """
-    for file in source.iterdir():
-        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
+    for file in list_tokenizer_files(source):
+        if not file.name.startswith(UNUSED_PREFIXES):
             shutil.copyfile(file, folder / file.name)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    template = folder / TEMPLATE
-    if template.is_file():
-        settings["chat_template"] = template.read_text()
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
-    elif isinstance(settings.get("chat_template"), str):
-        template.write_text(settings["chat_template"])
+    settings = json.loads((folder / TOKENIZER_CONFIG).read_text())
+    template = chat_template or read_chat_template(source)
+    if isinstance(template, str):
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+        settings["chat_template"] = template
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
     return settings

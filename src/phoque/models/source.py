@@ -142,12 +142,17 @@ def check_weights(folder: Path) -> None:
 
 def check_tokenizer(folder: Path, name: str) -> None:
     """Raise UsageError if a model's folder has no tokenizer; its configuration alone is none."""
-    if not {file.name for file in _list_files(folder, VOCABULARIES)} - {"tokenizer_config.json"}:
+    if not has_vocabulary(folder):
         raise UsageError(
             what=f"{name} has no tokenizer.",
             why="Neither tokenizer.json nor another vocabulary is in its folder.",
             fix="Copy the tokenizer's files from the model that it was made from.",
         )
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder has the vocabulary of a tokenizer."""
+    return bool({file.name for file in _list_files(folder, VOCABULARIES)} - {"tokenizer_config.json"})
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:
