@@ -1,6 +1,7 @@
 """Sizes of rows that are kept between scans: the same result, only new rows encoded, nothing that could be wrong."""
 
 import json
+from datetime import date
 
 import pytest
 from tests import tiny
@@ -140,4 +141,7 @@ def test_small_datasets_and_templates_with_a_date_keep_nothing(scan, model, tmp_
     assert not kept(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% set today = strftime_now('%d') %}" + tokenizer.chat_template
-    assert find_sizes_file(tmp_path, "rows", list_tokenizer_files(model), ChatTemplate(tokenizer, "", 512)) is None
+    files = list_tokenizer_files(model)
+    assert find_sizes_file(tmp_path, "rows", files, ChatTemplate(tokenizer, "", 512)) is None
+    dates = [ChatTemplate(tokenizer, "", 512, today=date(2026, 11, day)) for day in (8, 9)]
+    assert len({find_sizes_file(tmp_path, "rows", files, chat) for chat in dates}) == 2

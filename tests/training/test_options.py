@@ -374,7 +374,9 @@ def test_losses_on_other_held_out_rows_are_not_compared(phoque, overfit):
     Path("data/test.jsonl").write_text(lines)
     allowed = "max_steps,dataset_digest,dataset_revision,held_out_rows"
     ran = phoque(*overfit, "--keep-best", "--max-steps", 16, "--allow-change", allowed, "--json", env=QUIET)
-    assert ran.json["adapter_step"] > 8
+    assert ran.json["adapter_step"] > 8 and ran.json["held_out_loss"]["lowest_step"] > 8
+    later = [line["held_out_loss"] for line in metrics() if "held_out_loss" in line and line["step"] > 8]
+    assert ran.json["held_out_loss"]["before"] == pytest.approx(later[0])
 
 
 def test_a_card_bounds_the_energy_of_the_gpus():

@@ -38,6 +38,34 @@ def test_a_repository_that_has_moved_on_does_not_stop_a_resume(phoque, hub, aske
     assert are_equal(*adapters)
 
 
+ON_ANOTHER_DAY = """
+from datetime import datetime
+import phoque.training.prepare, transformers.utils.chat_template_utils
+class Later(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(2031, 5, 6, tzinfo=tz)
+for module in (phoque.training.prepare, transformers.utils.chat_template_utils):
+    module.datetime = Later
+"""
+
+
+def test_a_run_that_is_resumed_on_another_day_goes_on_with_its_date(phoque, tiny_llama, rows, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    template = base / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    asked = ["train", "--base-model", base, "--dataset", rows, "--max-steps", 6, "--save-steps", 2, *COMMON]
+    phoque(*asked, "--output-dir", tmp_path / "whole")
+    run = tmp_path / "run"
+    phoque(*asked, "--output-dir", run, "--timeout", "9s", expect=75, prelude=slowly(2.0))
+    phoque(*asked, "--output-dir", run, prelude=ON_ANOTHER_DAY)
+    assert are_equal(*(load_file(folder / "adapter" / WEIGHTS) for folder in (run, tmp_path / "whole")))
+    phoque(*asked, "--output-dir", tmp_path / "later", prelude=ON_ANOTHER_DAY)
+    assert json.loads((tmp_path / "later" / "run.json").read_text())["template_date"] == "2031-05-06"
+    assert not are_equal(*(load_file(folder / "adapter" / WEIGHTS) for folder in (run, tmp_path / "later")))
+
+
 def test_local_weights_that_changed_in_place_are_another_base(phoque, tiny_llama, rows, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)

@@ -50,7 +50,9 @@ def test_pruning_leaves_checkpoints_that_phoque_did_not_write(tmp_path):
         folder.mkdir()
         if step != 1:
             (folder / checkpoints.MANIFEST).write_text("{}")
-    checkpoints.prune(tmp_path, 1, set())
+    checkpoints.prune(tmp_path, 3, 1, set())  # 4 is damaged, and the run goes on from an earlier one
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    checkpoints.prune(tmp_path, 4, 1, set())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
 
 

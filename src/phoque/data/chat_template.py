@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -52,12 +53,21 @@ class ChatTemplate:
 
     Loss is on what the model generates: each assistant turn from the end of the generation prompt to its stop token,
     reasoning and tool calls included. An answer before the first question is context unless `train_greeting` is set.
+    `today` is the date that the template writes, if it writes one; without it, that is the present date.
     Raises UsageError if the template has no place for the assistant's text or ends its turns without a stop token.
     """
 
-    def __init__(self, tokenizer: Any, default_system: str, max_length: int, *, train_greeting: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        default_system: str,
+        max_length: int,
+        *,
+        train_greeting: bool = False,
+        today: date | None = None,
+    ) -> None:
         self.tokenizer, self.max_length, self._train_greeting = tokenizer, max_length, train_greeting
-        self._renderer = TemplateRenderer(tokenizer)
+        self.today, self._renderer = today, TemplateRenderer(tokenizer, today)
         self.template = self._renderer.source()
         self._rendered: dict[tuple[str, bool], bool] = {}
         self._spans = SpanFinder(self._renderer.render, re.compile(rf"\s*(?:{self.control_tokens.pattern})"))
@@ -65,6 +75,11 @@ class ChatTemplate:
         self._check_template()
         if self.default_system is not None and not self._renders(CONTENT_PROBES["system"]):
             self._refuse_default_system()
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template writes the date."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
 
     @property
     def options(self) -> tuple[str | None, int, bool]:

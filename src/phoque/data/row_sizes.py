@@ -97,11 +97,12 @@ def _hash_row(row: Row) -> str:
 
 
 def find_sizes_file(cache: Path, dataset: str, tokenizer_files: Sequence[Path], chat: ChatTemplate) -> Path | None:
-    """Where the sizes of a dataset's rows are kept for a tokenizer; None if its template writes the date."""
-    if "strftime_now" in str(chat.tokenizer.chat_template):
+    """Where the sizes of a dataset's rows are kept for a tokenizer; None if its template writes the present date."""
+    if chat.writes_date and chat.today is None:
         return None
     digests = [(file.name, sha256(file)) for file in tokenizer_files]
     templates = chat.tokenizer.chat_template  # a folder may have more of them, beside the tokenizer's files
-    parts = [__version__, dataset, chat.options, templates, *map(version, PACKAGES), *digests]
+    today = str(chat.today) if chat.writes_date else ""
+    parts = [__version__, dataset, chat.options, templates, today, *map(version, PACKAGES), *digests]
     name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
     return cache / SIZES_FOLDER / f"{name}.json"

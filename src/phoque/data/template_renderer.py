@@ -1,11 +1,13 @@
 """Rendering of a chat template, which is untrusted code: in transformers' sandbox, and within a time limit."""
 
 import ctypes
+import json
 import re
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +16,7 @@ from jinja2 import TemplateError
 from phoque.errors import PhoqueError, UsageError, first_line
 
 TIME_LIMIT_S = 10.0  # for one conversation; a template takes some 50 microseconds
+_DATE_CALL = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>[^'\"\\]*)(?P=quote)\s*\)")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = Sequence[dict[str, Any]]
@@ -60,6 +63,18 @@ _watchdog = _Watchdog()
 
 
 @lru_cache
+def _write_date(source: str, today: date | None) -> str:
+    """The template with the texts of a date in place of calls that format the present one.
+
+    transformers gives a template no functions but its own, so the calls cannot be answered otherwise. A call whose
+    format is no literal stays.
+    """
+    if today is None:
+        return source
+    return _DATE_CALL.sub(lambda call: json.dumps(today.strftime(call["format"])), source)
+
+
+@lru_cache
 def _has_marks(source: str) -> bool:
     return bool(_GENERATION_MARK.search(source))
 
@@ -77,9 +92,12 @@ class TemplateOnly:
 
 
 class TemplateRenderer:
-    """Renders conversations with the chat template of a tokenizer."""
+    """Renders conversations with the chat template of a tokenizer.
 
-    def __init__(self, tokenizer: Any) -> None:
+    A template that writes the date writes `today`, or the present date if that is None.
+    """
+
+    def __init__(self, tokenizer: Any, today: date | None = None) -> None:
         if not tokenizer.chat_template:
             raise UsageError(
                 what="This model has no chat template.",
@@ -87,7 +105,7 @@ class TemplateRenderer:
                 fix="Use the instruct variant of the model, or put a chat_template.jinja beside its tokenizer.",
             )
         self.tokenizer = tokenizer
-        self._special_tokens = dict(tokenizer.special_tokens_map)
+        self._special_tokens, self._today = dict(tokenizer.special_tokens_map), today
 
     def source(self, tools: Any = None) -> str:
         """The text of the template, or of the named one that is meant for conversations with tools."""
@@ -120,7 +138,7 @@ class TemplateRenderer:
                 rendered: Any = render_jinja_template(
                     conversations=[list(messages)],
                     tools=tools,
-                    chat_template=self.source(tools),
+                    chat_template=_write_date(self.source(tools), self._today),
                     **options,
                     **self._special_tokens,
                 )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from phoque.errors import IntegrityError, PublicRepoError, UsageError
@@ -48,6 +49,25 @@ class Repo(Store):
             warn(f"{self.name} exists and is private; --public does not change that: its settings on the Hub do")
         if not info.private:
             warn(f"{self.name} is public: {GATES[str(info.gated or 'off')]}")
+
+    def warn_of_foreign(self, replaced: str, record: str, warn: Callable[[str], None]) -> None:
+        """Warn if a push would replace or delete files that phoque did not write.
+
+        `replaced` is a regular expression of their paths; phoque writes the file `record` beside its own.
+        """
+        files = self.snapshot().files
+        foreign = [path for path in files if re.fullmatch(replaced, path)]
+        if foreign and record not in files:
+            warn(
+                f"{self.name} has {foreign[0]}, which phoque did not write: the push replaces it. Its history keeps it"
+            )
+
+    def list_recorded(self, snapshot: Snapshot, record: str) -> set[str]:
+        """The files of an export that the repository's own `record` lists; none if it has no record."""
+        if record not in snapshot.files:
+            return set()
+        with TemporaryDirectory() as folder:
+            return {*(self.read_json(snapshot, record, Path(folder)) or {}).get("sha256", {})}
 
     def check_write_access(self) -> None:
         """Raise the Hub's error if the token cannot write to the repository; writes nothing."""

@@ -52,6 +52,12 @@ def load_chats(
             why=f"Every row is malformed or longer than {MAX_CHAT_TOKENS} tokens.",
             fix="Check --chats, or export what needs no conversations: --no-accuracy --dtype fp32.",
         )
+    if len(encoded) == 1:
+        raise UsageError(
+            what=f"Only one conversation in {dataset} can be used.",
+            why="One calibrates the precisions, and another measures how accurate they are.",
+            fix="Give a --chats with more conversations.",
+        )
     ordered = [ids for _, ids in sorted(encoded, key=lambda pair: pair[0])]
     held_out = _take_tokens(ordered, HELD_OUT_TOKENS)
     return _take_tokens(ordered[len(held_out) :], CALIBRATION_TOKENS), held_out

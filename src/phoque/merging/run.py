@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from phoque.models.source import Source
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.fields import Resolved
+from phoque.settings.job import Access
 from phoque.settings.merge import MergeSettings
 
 SHARDS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -57,7 +59,12 @@ def merge(resolved: Resolved[MergeSettings], services: Services, *, dry_run: boo
         return DryRun(facts, resolved.provenance())
     repo = Repo(services.hub, s.push_repo_id) if s.push_repo_id else None
     if repo:
-        repo.open(s.access, console.warn)
+        open_merged_repo(repo, s.access, console.warn)
+        if (run := adapter.run_record()) and s.public:
+            console.warn(
+                f"{repo.name} is public, and its run.json tells how the adapter was trained: on {run['data']['name']}, "
+                "with which settings, and the most common system message of the data"
+            )
     result = merge_into(base, adapter.folder, folder, dtype=s.dtype, console=console, verify=s.proof)
     result = replace(result, base=base.name, adapter=adapter.label)
     return replace(result, repo=repo.name, commit=push_merged(repo, folder)) if repo else result
@@ -92,6 +99,12 @@ def merge_into(base: Source, adapter: Path, folder: Path, *, dtype: str, console
             fix="Check that the adapter was trained on this base; if it was, report a bug.",
         )
     return MergeResult(output_dir=str(folder), **record["made"], proof=proof)
+
+
+def open_merged_repo(repo: Repo, access: Access, warn: Callable[[str], None]) -> None:
+    """Open the repository of a merged model; warn if it has weights that phoque did not write."""
+    repo.open(access, warn)
+    repo.warn_of_foreign(SHARDS.pattern, MERGE_RECORD, warn)
 
 
 def push_merged(repo: Repo, folder: Path, message: str = "Merged model") -> str:

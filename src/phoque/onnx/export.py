@@ -98,6 +98,7 @@ def export_model(resolved: Resolved[ExportSettings], services: Services, *, dry_
         return DryRun(facts | {"dtypes": dict.fromkeys(s.dtype)}, resolved.provenance())
     if repo:
         repo.open(s.access, console.warn)
+        repo.warn_of_foreign(r"onnx/.+", EXPORT_RECORD, console.warn)
     started = time.monotonic()
     with atomic_folder(export_dir) as staging:
         (staging / "onnx").mkdir()

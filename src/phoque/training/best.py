@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoque.distributed.processes import current, is_connection_error
+from phoque.errors import disk_full
 from phoque.files import atomic_folder
 from phoque.models.architectures import Architecture, architecture_of
 from phoque.models.lora import load_adapter, save_adapter
@@ -25,12 +26,12 @@ Losses = list[tuple[int, float]]  # (step, held-out loss in nats per trained tok
 def list_held_out_losses(metrics: list[dict[str, Any]], since: int = 0) -> Losses:
     """The measurements of the held-out loss in the lines of metrics.jsonl; step 0 is before training.
 
-    Those before step `since` were of other held-out rows, after a change that was allowed.
+    Those up to step `since`, if it is not 0, were of other held-out rows: a change was allowed at that step.
     """
     return [
         (row["step"], row["held_out_loss"])
         for row in metrics
-        if row.get("held_out_loss") is not None and row["step"] >= since
+        if row.get("held_out_loss") is not None and (not since or row["step"] > since)
     ]
 
 
@@ -121,5 +122,13 @@ def use_best(run: "Run", model: Any, steps: int, samples: Any) -> int:
 def keep_if_best(run: "Run", model: Any, step: int, loss: float) -> None:
     """Keep the adapter as it is if --keep-best is given and its held-out loss is the lowest so far."""
     best = read_best(run.folder)
-    if run.settings.keep_best and step > 0 and (best is None or loss < best[1]):
+    if not run.settings.keep_best or step == 0 or (best is not None and loss >= best[1]):
+        return
+    try:
         save_best(model, run.folder, architecture_of(run.prepared.config), step, loss)
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        run.console.warn(
+            f"the adapter of step {step}, the best so far, was not kept: the disk is full; training continues"
+        )

@@ -141,11 +141,13 @@ def find_newest_valid(run: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(run: Path, keep: int, protected: set[Path]) -> None:
-    """Delete all but the newest `keep` checkpoints and the `protected` ones, which are still being pushed.
+def prune(run: Path, step: int, keep: int, protected: set[Path]) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step` and the `protected` ones, which are still being pushed.
 
-    A folder without a manifest is not phoque's, and stays.
+    A folder without a manifest is not phoque's, and stays. So does one of a later step: it was damaged when the run
+    was resumed from an earlier one.
     """
-    for old in list_checkpoints(run)[keep:]:
-        if old not in protected and (old / MANIFEST).is_file():
+    own = [folder for folder in list_checkpoints(run) if (folder / MANIFEST).is_file() and get_step(folder) <= step]
+    for old in own[keep:]:
+        if old not in protected:
             shutil.rmtree(old)

@@ -72,15 +72,15 @@ class TrainPlan(DryRun):
 def plan_run(resolved: Resolved[TrainSettings], services: Services) -> TrainPlan:
     """Show what a run would do. Writes only to phoque's cache."""
     check_services(resolved.settings)
-    pinned, rows = pin_recorded(resolved, resolved.settings.folder, None, services)
-    ready = prepare(pinned, services, weights=False)
+    pinned = pin_recorded(resolved, resolved.settings.folder, None, services)
+    ready = prepare(pinned.resolved, services, weights=False, today=pinned.today)
     processes = _count_processes(resolved.settings)
     check_sharded(resolved.settings.fsdp, processes)
-    micro_batch = choose_micro_batch(pinned.settings, processes, rows)
+    micro_batch = choose_micro_batch(pinned.resolved.settings, processes, pinned.rows)
     dealt = replace(resolved, settings=resolved.settings.model_copy(update={"micro_batch": micro_batch}))
-    planned = with_steps(dealt, ready.scan, processes, rows)
+    planned = with_steps(dealt, ready.scan, processes, pinned.rows)
     s = planned.settings
-    if rows is None:
+    if pinned.rows is None:
         packed = rows_per_step(s, packing_for(s, ready.scan, static=True), processes)
         check_rows_divisible(packed, processes, has_begun=False)
     counts = count_parameters(ready.config, lora_options(s, ready))

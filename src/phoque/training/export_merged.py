@@ -8,7 +8,7 @@ from pathlib import Path
 from phoque.errors import UsageError
 from phoque.hub.client import describe_error
 from phoque.hub.repo import Repo
-from phoque.merging.run import MergeResult, merge_into, push_merged
+from phoque.merging.run import MergeResult, merge_into, open_merged_repo, push_merged
 from phoque.training import checkpoints
 from phoque.training.finish import TrainResult, push_error
 from phoque.training.run_state import Run
@@ -29,7 +29,7 @@ def merge_final(run: Run, result: TrainResult) -> TrainResult:
     if repo is None:
         return result
     try:
-        repo.open(run.settings.access, run.console.warn)
+        open_merged_repo(repo, run.settings.access, run.console.warn)
         push_merged(repo, folder)
     except UsageError:
         raise
@@ -51,7 +51,7 @@ def merge_checkpoint(run: Run, checkpoint: Path) -> None:
     output = run.folder / TEMPORARY
     shutil.rmtree(output, ignore_errors=True)
     try:
-        repo.open(run.settings.access, run.console.warn)
+        open_merged_repo(repo, run.settings.access, run.console.warn)
         _merge(run, checkpoint, output, verify=False)
         push_merged(repo, output, f"Merged model of step {step}")
         run.console.say(f"the merged model of step {step} is in {repo.name}")

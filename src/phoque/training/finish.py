@@ -96,7 +96,7 @@ def finish(
         steps=steps,
         adapter_step=adapter_step,
         loss=next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
-        held_out_loss=summarize_held_out_loss(metrics, adapter_step),
+        held_out_loss=summarize_held_out_loss(metrics, adapter_step, record.get("held_out_since", 0)),
         tokens=stream.tokens_seen,
         padding=round(stream.padding, 4),
         seconds=round(timer.seconds, 1),
@@ -115,12 +115,14 @@ def finish(
     return result
 
 
-def summarize_held_out_loss(metrics: list[dict[str, Any]], adapter_step: int | None = None) -> dict[str, float] | None:
+def summarize_held_out_loss(
+    metrics: list[dict[str, Any]], adapter_step: int | None = None, since: int = 0
+) -> dict[str, float] | None:
     """The held-out loss as {before, after, lowest, lowest_step}, or None if none was measured.
 
-    `after` is that of `adapter_step`, or the last one.
+    `after` is that of `adapter_step`, or the last one. `since` is that of `list_held_out_losses`.
     """
-    losses = list_held_out_losses(metrics)
+    losses = list_held_out_losses(metrics, since)
     if not losses:
         return None
     lowest_step, lowest = min(losses, key=lambda pair: pair[1])
@@ -134,7 +136,9 @@ def write_card_for_checkpoint(run: Run, checkpoint: Path) -> Path:
     progress = {
         "steps": checkpoints.get_step(checkpoint),
         "tokens": state["tokens_seen"],
-        "held_out_loss": summarize_held_out_loss(read_lines(checkpoint / METRICS)),
+        "held_out_loss": summarize_held_out_loss(
+            read_lines(checkpoint / METRICS), since=run.record.get("held_out_since", 0)
+        ),
     }
     card = run.folder / f".{CARD}"
     card.write_text(render_adapter_card(run.record, progress, run.settings.hub_model_id))

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phoque.errors import first_line
+from phoque.errors import disk_full, first_line
 from phoque.files import split_lines, write_atomically
 from phoque.training.report_to import Service
 from phoque.training.run_files import METRICS, SAMPLES
@@ -28,13 +29,13 @@ class Tracker:
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """Log one line of metrics for a step. Non-finite values are written as null, because JSON has no NaN."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        _append(self.run / METRICS, {"step": step, **finite})
+        self._append(METRICS, {"step": step, **finite})
         self._report(step, lambda service: service.log_metrics(step, values))
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Log samples, each with SAMPLE_COLUMNS; services get the whole table so far."""
         for row in rows:
-            _append(self.run / SAMPLES, row)
+            self._append(SAMPLES, row)
         self._samples += rows
         table = [[row[column] for column in SAMPLE_COLUMNS] for row in self._samples]
         self._report(step, lambda service: service.log_samples(step, list(SAMPLE_COLUMNS), table))
@@ -46,6 +47,19 @@ class Tracker:
     def finish(self, code: int) -> None:
         """Close the services with the exit code of the run."""
         self._report(None, lambda service: service.finish(code))
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        """Append a line to a file of the run. If the disk is full, the line is left out and training continues."""
+        path = self.run / name
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            os.truncate(path, size)  # the beginning of the line may be there
+            self._warn(f"step {row['step']} is not in {name}: the disk is full; training continues")
 
     def _report(self, step: int | None, send: Callable[[Service], None]) -> None:
         """Send to each service that does not have the step yet; one that fails gets nothing more."""
@@ -88,8 +102,3 @@ def _read_complete(path: Path) -> list[dict[str, Any]]:
 
 def _split_lines(path: Path) -> list[str]:
     return split_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
-"""A run is resumed with what it began with: the revisions of base and data, and the rows of its steps."""
+"""A run is resumed with what it began with: the revisions of base and data, the rows of its steps, and the date."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,32 @@ from phoque.training.resume import DOWNLOADS, is_fresh_start_continued, read_rec
 from phoque.training.run_record import RECORD
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """What a run began with, if it has begun.
+
+    - `resolved`: the settings, with its --micro-batch, and the revisions of what is on the Hub and was given without
+      one.
+    - `rows`: the packed rows of its steps.
+    - `today`: the date that its chat template writes, if it writes one.
+    """
+
+    resolved: Resolved[TrainSettings]
+    rows: int | None = None
+    today: date | None = None
+
+
 def pin_recorded(
     resolved: Resolved[TrainSettings], run: Path, store: Store | None, services: Services, submission: str = ""
-) -> tuple[Resolved[TrainSettings], int | None]:
-    """The settings as the run began with them, and the packed rows of its steps, if it has begun.
+) -> Pinned:
+    """The settings, and what the run began with.
 
-    That is the --micro-batch, and the revisions of what is on the Hub and was given without one. Nothing is pinned for
-    a fresh start, and nothing that --allow-change names. Says what has newer commits.
+    Nothing is pinned for a fresh start, and nothing that --allow-change names. Says what has newer commits.
     """
     s = resolved.settings
     record = _find_record(run, store, s)
     if record is None or (s.fresh_start and not is_fresh_start_continued(record, s, submission)):
-        return resolved, None
+        return Pinned(resolved)
     rows = (
         None
         if {"micro_batch", "batch_size", "packing", "max_length"} & {*s.allow_change}
@@ -50,7 +65,9 @@ def pin_recorded(
                 f"newest, start another run, or pass --allow-change {key}"
             )
             pins[setting] = revision
-    return replace(resolved, settings=s.model_copy(update=pins)) if pins else resolved, rows
+    began = str(record.get("template_date") or record["started"])[:10]  # older versions wrote the present date
+    settings = replace(resolved, settings=s.model_copy(update=pins)) if pins else resolved
+    return Pinned(settings, rows, date.fromisoformat(began))
 
 
 def _find_record(run: Path, store: Store | None, s: TrainSettings) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,13 @@ class Prepared:
         return hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
 
 
-def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: bool) -> Prepared:
+def prepare(
+    resolved: Resolved[TrainSettings], services: Services, *, weights: bool, today: date | None = None
+) -> Prepared:
     """Find the base model and the dataset, and scan the dataset once; `weights=False` downloads no weights.
 
-    Raises UsageError for what cannot be trained on.
+    A template that writes the date writes `today`, by default the present one. Raises UsageError for what cannot be
+    trained on.
     """
     s = resolved.settings
     if not s.base_model:
@@ -77,7 +81,13 @@ def prepare(resolved: Resolved[TrainSettings], services: Services, *, weights: b
         )
     is_all = s.target_modules == "all-linear"  # which needs no model to be looked through
     targets = None if is_all else find_target_modules(build_empty_model(config), s.target_modules)
-    chat = ChatTemplate(load_tokenizer(source), s.default_system, s.max_length, train_greeting=s.greeting == "train")
+    chat = ChatTemplate(
+        load_tokenizer(source),
+        s.default_system,
+        s.max_length,
+        train_greeting=s.greeting == "train",
+        today=today or datetime.now(UTC).date(),
+    )
     evaluation = open_split(split=s.eval_split) if s.eval_split else None
     sizes = RowSizes(chat, find_sizes_file(services.cache, s.dataset, list_tokenizer_files(source.folder), chat))
     scan = scan_dataset(dataset, chat, s.held_out_rows, s.max_bad_rows, evaluation=evaluation, sizes=sizes)

@@ -113,6 +113,7 @@ def create_record(
     return {
         "phoque": __version__,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "template_date": str(prepared.chat.today),
         "settings": resolved.provenance(),
         "fingerprint": fingerprint,
         "run_id": run_id,

@@ -1,11 +1,14 @@
 """How a run starts: where its state is, what it was begun with, and the same in every process."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 from phoque.data.row_sizes import SIZES_FOLDER
 from phoque.distributed.processes import current
 from phoque.errors import RunError, UsageError
+from phoque.hub.repo import Repo
+from phoque.models.adapter_source import WEIGHTS
 from phoque.models.load import default_device_name
 from phoque.services import Services
 from phoque.settings.config_file import REVISIONS
@@ -26,7 +29,7 @@ from phoque.training.prepare import (
     with_steps,
 )
 from phoque.training.resume import find_start
-from phoque.training.run_record import check_writable, create_record, write_record
+from phoque.training.run_record import RECORD, check_writable, create_record, write_record
 from phoque.training.run_state import Run
 
 
@@ -36,13 +39,15 @@ def start_run(resolved: Resolved[TrainSettings], services: Services, stop: StopR
     if processes.is_main:
         run, pinned = _open(resolved, services, stop, submission)
         told = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
+        told["today"] = run.prepared.chat.today
         read = {"digest": run.prepared.scan.digest, "encoded": run.prepared.encoding_digest()}
         processes.broadcast_from_main(lambda: told | read)
         processes.broadcast_files(run.start.resume)
         return run
     told = processes.broadcast_from_main(dict[str, Any])  # what process 0 tells
     processes.broadcast_files(told["start"].resume)
-    prepared = prepare(replace(resolved, settings=told["pinned"]), services, weights=True)
+    pinned = replace(resolved, settings=told["pinned"])
+    prepared = prepare(pinned, services, weights=True, today=told["today"])
     if prepared.scan.digest != told["digest"]:
         raise RunError(
             what=f"Process {processes.rank} reads other data than process 0.",
@@ -76,10 +81,13 @@ def _open(
     store = find_store(s, services)
     if store:  # before time is spent: a run that may not write to its store could keep nothing there
         store.open(s.access, services.console.warn)
+        if isinstance(store, Repo):
+            store.warn_of_foreign(re.escape(WEIGHTS), RECORD, services.console.warn)
     services.console.stage(f"reading {s.dataset}")
-    pinned, rows_so_far = pin_recorded(resolved, folder, store, services, submission)
-    prepared = prepare(pinned, services, weights=True)
-    planned = _plan(resolved, pinned, prepared, rows_so_far)
+    begun = pin_recorded(resolved, folder, store, services, submission)
+    pinned = begun.resolved
+    prepared = prepare(pinned, services, weights=True, today=begun.today)
+    planned = _plan(resolved, pinned, prepared, begun.rows)
     s = planned.settings
     report_scan(prepared.scan, prepared.dataset, s, services.console)
     identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)

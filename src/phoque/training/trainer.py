@@ -208,7 +208,7 @@ class PersonaTrainer(Trainer):
             folder.rename(final)
             if pusher:
                 pusher.offer(final)
-            checkpoints.prune(run, self._policy.keep, pusher.in_use() if pusher else set())
+            checkpoints.prune(run, step, self._policy.keep, pusher.in_use() if pusher else set())
         except Exception as error:
             if not disk_full(error):
                 raise
