@@ -372,7 +372,9 @@ def test_losses_on_other_held_out_rows_are_not_compared(phoque, overfit):
     phoque(*overfit, "--keep-best", "--max-steps", 8, env=QUIET)
     lines = Path("data/test.jsonl").read_text().replace("a tide", "g g g g")
     Path("data/test.jsonl").write_text(lines)
-    allowed = "max_steps,dataset_digest,dataset_revision,held_out_rows"
+    error = phoque(*overfit, "--keep-best", "--max-steps", 8, env=QUIET, expect=2).error
+    assert "the held-out rows of --eval-split differ (eval_digest)" in error[1]
+    allowed = "max_steps,eval_digest"
     ran = phoque(*overfit, "--keep-best", "--max-steps", 16, "--allow-change", allowed, "--json", env=QUIET)
     assert ran.json["adapter_step"] > 8 and ran.json["held_out_loss"]["lowest_step"] > 8
     later = [line["held_out_loss"] for line in metrics() if "held_out_loss" in line and line["step"] > 8]

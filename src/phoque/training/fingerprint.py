@@ -57,6 +57,7 @@ DIGESTS = {  # what is recorded as a digest or commit, and what it means that it
     "dataset_revision": "the dataset has another revision",
     "base_revision": "the base model has another revision",
     "base_weights": "the base model has other weights",
+    "eval_digest": "the held-out rows of --eval-split differ",
     "template": "the chat template differs",
 }
 UNCHANGEABLE = (
@@ -106,8 +107,8 @@ class RunIdentity:
     def for_record(self, recorded: dict[str, Any]) -> dict[str, Any]:
         """The fingerprint that a run of these settings has under the rules by which `recorded` was written."""
         current = self.fingerprint
-        if "base_weights" not in recorded:  # of a run before version 0.2
-            current = {name: value for name, value in current.items() if name != "base_weights"}
+        newer = {"base_weights", "eval_digest"} - recorded.keys()  # than the run
+        current = {name: value for name, value in current.items() if name not in newer}
         if recorded["data_rules"] == DATA_RULES:
             return current
         # the digest of the template was of a text with marks in it; the revision of the base identifies the template
@@ -125,6 +126,7 @@ def compute_identity(
         "base_weights": hash_weights(source, services),
         "dataset_revision": dataset.revision,
         "dataset_digest": scan.digest,
+        "eval_digest": hashlib.sha256(str(sorted(scan.rule.keys)).encode()).hexdigest()[:16] if s.eval_split else None,
         "data_rules": DATA_RULES,
         "template": hashlib.sha256(chat.template.encode()).hexdigest()[:16],
         **{name: getattr(s, name) for name in FINGERPRINT_SETTINGS},
@@ -155,6 +157,8 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], allowed: list[str],
             )
     if {"keep_best", "early_stop"} & set(allowed):
         allowed = [*allowed, "measured_every"]  # which is part of the run only with one of the two
+    if {"eval_split", "held_out_rows"} & set(allowed):
+        allowed = [*allowed, "eval_digest"]
     differing = [name for name in new if old.get(name) != new[name] and name not in allowed]
     if differing:
         settings = [f"{name} was {old.get(name)}, is {new[name]}" for name in differing if name not in DIGESTS]

@@ -25,7 +25,13 @@ from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_r
 from phoque.training.run_state import StartState
 
 DOWNLOADS = ".fetching"
-HELD_OUT = ("dataset_digest", "eval_split", "held_out_rows", "keep_best")  # what losses can be compared by
+HELD_OUT = (
+    "dataset_digest",
+    "eval_split",
+    "eval_digest",
+    "held_out_rows",
+    "keep_best",
+)  # what losses can be compared by
 BATCH_SETTINGS = ("batch_size", "micro_batch", "packing", "max_length")  # what rows_per_step follows from
 ADAPTER_FILES = ("adapter_", "tokenizer", "special_tokens", "chat_template", "README.md")
 
