@@ -1,4 +1,4 @@
-# The habits of this repository.
+# Recipes for developing phoque.
 
 setup:
     uv sync

@@ -24,7 +24,7 @@ COMMANDS = {
     "export-gguf": "Export a model, or an adapter alone, for llama.cpp and Ollama, and verify the export.",
     "verify-gguf": "Check whether GGUF files run: files, tensors, llama.cpp, Node, browser.",
     "compare-sae": "Show which sparse autoencoder features a fine-tune moved, beyond chance and a control.",
-    "jobs": "List the Jobs that phoque submitted with --on; follow, cancel or rerun one.",
+    "jobs": "List the Jobs that phoque submitted with --on; follow, cancel or rerun one, or clean up their inputs.",
     "psm-probe": "Find a persona's direction in a model, test it with controls, measure a fine-tune along it.",
 }
 
@@ -82,9 +82,11 @@ app = typer.Typer(
 
 @app.callback(epilog="Start here: phoque train --preset demo --max-steps 20")
 def root(
-    version: bool = typer.Option(False, "--version", help="Show the versions that matter.", callback=_print_versions),
+    version: bool = typer.Option(
+        False, "--version", help="Show the versions of phoque and its main libraries.", callback=_print_versions
+    ),
 ) -> None:
-    """Fine-tune a small chat model into a persona, show what changed inside it, ship it to a browser."""
+    """Fine-tune a small chat model into a persona, measure what changed inside it, and export it."""
 
 
 # objects between collections; imports create a million that are no garbage, and with Python's 700 walking them takes an

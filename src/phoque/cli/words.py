@@ -9,8 +9,13 @@ from typing import Any
 
 from phoque.errors import LOG_IN, UsageError
 from phoque.files import local_path
-from phoque.settings.fields import CommandSettings, flag_names, takes_commas
+from phoque.settings.fields import CommandSettings, flag_names, takes_commas, value_aliases
 from phoque.settings.peer_flags import find_flag
+
+NO_NUMBER = {  # the beginnings of pydantic's messages
+    "Input should be a valid number": "It must be a number.",
+    "Input should be a valid integer": "It must be a whole number.",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,12 @@ class Words:
             return UsageError(
                 what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=LOG_IN
             )
+        parameter = getattr(error, "param", None)
+        if parameter is not None and type(error).__name__ == "BadParameter":
+            value, why = self._explain_value(str(getattr(error, "message", "")), parameter)
+            return UsageError(
+                what=f"{max(parameter.opts, key=len)} cannot be {value}.", why=why, fix=f"See `{self.command} --help`."
+            )
         if describe := getattr(error, "format_message", None):
             fix = f"See `{self.command} --help`."
             if name and "--then" in self.words:
@@ -44,6 +55,20 @@ class Words:
             what = describe().replace("Value error, ", "").removesuffix(".")
             return UsageError(what=f"{what}.", why="The command line is not valid.", fix=fix)
         return None
+
+    def _explain_value(self, message: str, parameter: Any) -> tuple[str, str]:
+        """The value that was refused, and why; values that are accepted, but not shown, are not named."""
+        message = message.removeprefix("Value error, ")
+        value, choice, choices = message.partition(" is not one of ")
+        if choice:
+            for alias in value_aliases(self.model, str(parameter.name)):
+                choices = choices.replace(f", {alias!r}", "")
+            shown = choices.replace("'", "").removesuffix(".")
+            return value, f"It can be {shown}."
+        words = [part for word in self.words for part in word.split("=", 1)]
+        value = [word for flag, word in pairwise(words) if flag in parameter.opts][-1]
+        reasons = [reason for begin, reason in NO_NUMBER.items() if message.startswith(begin)]
+        return repr(value), (*reasons, f"{message.removesuffix('.')}.")[0]
 
     def check_values(self) -> None:
         """Raise UsageError for a flag whose value is missing, so that the flag after it would be taken for it."""

@@ -107,7 +107,7 @@ def name_map(form: GgufFormat, blocks: int) -> gguf.TensorNameMap:
 
 
 def interleave_heads(form: GgufFormat, config: Any, text_name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The rows of q and k so that channels which rotate together are neighbours, where llama.cpp expects that.
+    """The rows of q and k so that channels which rotate together are neighbors, where llama.cpp expects that.
 
     transformers rotates channel n of a head with channel n + half; the first dimension of `weight` is heads x channels.
     """

@@ -1,4 +1,4 @@
-"""The Jobs that phoque submitted: their state and cost, cancelling, running again, and what they were given."""
+"""The Jobs that phoque submitted: their state and cost, canceling, running again, and what they were given."""
 
 import time
 from typing import Any
@@ -30,7 +30,7 @@ def list_jobs(hub: Hub, namespace: str, *, every: bool) -> list[dict[str, Any]]:
 def cancel_job(hub: Hub, job_id: str, namespace: str) -> dict[str, Any]:
     """Stop a Job; training saves before it ends, if the Hub gives it the time."""
     inspect_job(hub, job_id, namespace)
-    hub.retry("cancelling the Job", lambda: hub.api.cancel_job(job_id=job_id, namespace=namespace))
+    hub.retry("canceling the Job", lambda: hub.api.cancel_job(job_id=job_id, namespace=namespace))
     return {"job": job_id, "stage": "CANCELED"}
 
 

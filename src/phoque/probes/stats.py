@@ -58,7 +58,7 @@ def predict_spread(runs: Array) -> float:
 
 
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
-    """The 95 % studentised bootstrap interval of the mean of `values` (n,); see `column_intervals`."""
+    """The 95 % studentized bootstrap interval of the mean of `values` (n,); see `column_intervals`."""
     low, high = column_intervals(values[:, None], seed)
     return float(low[0]), float(high[0])
 
@@ -179,7 +179,7 @@ def benjamini_hochberg(p: Array) -> Array:
 
 
 def column_intervals(values: Array, seed: int = 0) -> tuple[Array, Array]:
-    """95 % studentised bootstrap intervals of the column means of `values` (n, columns); rows are resampled together.
+    """95 % studentized bootstrap intervals of the column means of `values` (n, columns); rows are resampled together.
 
     Each resample's mean is measured in its own standard errors (bootstrap-t, Efron 1981), so that the ends hold for the
     two dozen questions of a probe, also if the values are skewed: percentile intervals are too short there.

@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from phoque.files import expand_user
 from phoque.settings.artifacts import ARTIFACTS_GROUP, ArtifactsSettings
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import JOB_GROUP, REPO
 
 
@@ -103,14 +103,26 @@ class ChatSettings(ArtifactsSettings):
     @model_validator(mode="after")
     def _answers_to_keep(self) -> Self:
         if self.on and not (self.prompts or self.prompts_file):
-            raise ValueError("--on needs --prompt or --prompts-file: a Job cannot hold a conversation")
+            raise conflict(
+                "--on is given without a question.",
+                "A Job cannot hold a conversation.",
+                "Add --prompt or --prompts-file.",
+            )
         is_gguf = self.model.endswith(".gguf") or any(expand_user(self.model).glob("*.gguf"))
         if self.on and is_gguf:
-            raise ValueError("--on needs a checkpoint, an adapter or an ONNX export: a Job has no Node for llama.cpp")
+            raise conflict(
+                "A Job cannot run a GGUF file.",
+                "It has no Node for llama.cpp.",
+                "Name a checkpoint, an adapter or an ONNX export, or leave out --on.",
+            )
         return self
 
     @model_validator(mode="after")
     def _one_way_to_ask(self) -> Self:
         if self.serve and (self.prompts or self.prompts_file):
-            raise ValueError("--serve opens a page, and --prompt and --prompts-file answer without one")
+            raise conflict(
+                "--serve and --prompt exclude each other.",
+                "--serve opens a page to ask in; --prompt and --prompts-file are answered without one.",
+                "Leave one of them out.",
+            )
         return self

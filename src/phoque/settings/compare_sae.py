@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from phoque.settings.artifacts import ARTIFACTS_GROUP
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import JOB_GROUP
 from phoque.settings.probe import ProbeSettings
 
@@ -193,12 +193,23 @@ class SaeSettings(ProbeSettings):
 
     @model_validator(mode="after")
     def _one_after(self) -> Self:
-        if bool(self.updated_model) == bool(self.updated_adapter):
-            given = "both are" if self.updated_model else "neither is"
-            raise ValueError(f"give exactly one of --updated-model and --updated-adapter; {given} given")
+        if not self.updated_model and not self.updated_adapter:
+            raise conflict(
+                "There is no fine-tune to compare.",
+                "Neither --updated-model nor --updated-adapter is given.",
+                "Give one, such as --updated-adapter runs/demo.",
+            )
+        if self.updated_model and self.updated_adapter:
+            raise conflict(
+                "Two fine-tunes are given.",
+                "--updated-model and --updated-adapter exclude each other.",
+                "Leave one of them out.",
+            )
         if self.sae and self.seeds > 1:
-            raise ValueError(
-                "--seeds trains several autoencoders, but --sae uses a trained one; drop one of the two flags"
+            raise conflict(
+                "--seeds and --sae exclude each other.",
+                "--seeds trains several autoencoders; --sae names one that is trained.",
+                "Leave one of them out.",
             )
         return self
 

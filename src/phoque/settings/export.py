@@ -66,7 +66,9 @@ class ModelExportSettings(PublishedSettings):
         "time.",
     )
     verify_strict: bool = setting(
-        True, "Fail if the export does not pass verification. With --no-verify-strict, only print a warning."
+        True,
+        "Delete the export and exit with code 1 if it does not pass verification. --no-verify-strict keeps it and "
+        "prints a warning.",
     )
     push_repo_id: str | None = setting(
         None,

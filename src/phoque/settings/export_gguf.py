@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 from pydantic import field_validator, model_validator
 
 from phoque.settings.export import ModelExportSettings
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import JOB_GROUP
 
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
@@ -55,15 +55,23 @@ class GgufSettings(ModelExportSettings):
     def _known(cls, value: list[str]) -> list[str]:
         lowered = [name.lower() for name in value]  # llama.cpp writes Q4_K_M
         if unknown := [name for name in lowered if name not in GGUF_DTYPES]:
-            raise ValueError(f"there is no precision {unknown[0]!r}: choose from {', '.join(GGUF_DTYPES)}")
+            raise ValueError(f"There is no precision {unknown[0]!r}, only {', '.join(GGUF_DTYPES)}.")
         return [name for name in GGUF_DTYPES if name in lowered]
 
     @model_validator(mode="after")
     def _an_adapter_alone(self) -> Self:
         if self.lora and not self.adapter_source:
-            raise ValueError("--lora exports an adapter, and --adapter-source names none")
+            raise conflict(
+                "--lora is given without an adapter.",
+                "It exports an adapter alone, and --adapter-source names none.",
+                "Add --adapter-source, such as --adapter-source runs/demo.",
+            )
         if self.lora and "dtype" in self.model_fields_set and (bad := set(self.dtype) - set(LORA_DTYPES)):
-            raise ValueError(f"an adapter is exported as {', '.join(LORA_DTYPES)}, not as {sorted(bad)[0]}")
+            raise conflict(
+                f"--lora cannot export {sorted(bad)[0]}.",
+                "llama.cpp quantizes models, not adapters.",
+                f"Use --dtype with {', '.join(LORA_DTYPES)}.",
+            )
         return self
 
     @property

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from phoque.settings.export import ModelExportSettings
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import JOB_GROUP
 
 PRECISIONS = ("fp32", "fp16", "q8", "q4", "q4f16", "int8")
@@ -79,11 +79,15 @@ class ExportSettings(ModelExportSettings):
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
         if unknown := [name for name in value if name not in PRECISIONS]:
-            raise ValueError(f"there is no precision {unknown[0]!r}: choose from {', '.join(PRECISIONS)}")
+            raise ValueError(f"There is no precision {unknown[0]!r}, only {', '.join(PRECISIONS)}.")
         return [name for name in PRECISIONS if name in value]
 
     @model_validator(mode="after")
     def _used(self) -> Self:
         if self.onnx_export_python and self.engine == "transformers":
-            raise ValueError("--onnx-export-python is for optimum-onnx, which --engine transformers does not use")
+            raise conflict(
+                "--onnx-export-python and --engine transformers exclude each other.",
+                "The interpreter is for optimum-onnx, which this engine does not use.",
+                "Leave one of them out.",
+            )
         return self

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from phoque.errors import LOG_IN, UsageError
 from phoque.files import expand_user, local_path
 
 PREFIX = "PHOQUE_"
+CONFLICT = "conflict"  # pydantic's kind of an error that `conflict` makes
+COUNT = r"^(all|[1-9]\d*)$"  # the pattern of a number of GPUs
 
 
 class CommandSettings(BaseSettings):
@@ -154,6 +157,11 @@ class Resolved(Generic[S]):
             shown = "set" if getattr(self.secrets, name) else "not set"
             rows[name] = {"value": shown, **vars(self.origins[name]), "meaning": field.description}
         return rows
+
+
+def conflict(what: str, why: str, fix: str) -> PydanticCustomError:
+    """An error to raise for settings that contradict each other, or of which one is missing, in a command's words."""
+    return PydanticCustomError(CONFLICT, "{what} {why} {fix}", {"what": what, "why": why, "fix": fix})
 
 
 def setting(

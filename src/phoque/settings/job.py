@@ -11,6 +11,7 @@ from phoque.settings.fields import CommandSettings, setting
 REPO = r"^[\w.-]+/[\w.-]+$"
 JOB_GROUP = "on timeout attempts namespace job_name labels detach keep_inputs package"
 OWN_LABELS = ("tool", "command", "submission", "name")
+LABEL = r"^[A-Za-z0-9_-]+$"
 DURATION = r"^(\d+|\d+(\.\d+)?[smhd])$"
 
 
@@ -48,8 +49,8 @@ class JobSettings(HubSettings):
 
     timeout: str | None = setting(
         None,
-        "Time limit of a Job, and of train on this machine: 4h, 90m or 14400 (seconds). train saves and pushes before "
-        "it. Without it a Job stops after 30m.",
+        "Stop after this time: 4h, 90m or 14400 (seconds). train saves and pushes a checkpoint first. The Hub stops a "
+        "Job without it after 30 minutes.",
         pattern=DURATION,
     )
     on: str | None = setting(
@@ -65,7 +66,7 @@ class JobSettings(HubSettings):
         None, "Run the Job in this user's or organization's namespace. Without it, in yours."
     )
     job_name: str | None = setting(
-        None, "Give the Job this name. Without it, phoque and the command.", flag="name", pattern=r"^[A-Za-z0-9_-]+$"
+        None, "Give the Job this name. Without it, phoque and the command.", flag="name", pattern=LABEL
     )
     labels: list[str] = setting([], "Label the Job: KEY=VALUE. Repeat the flag for more labels.", flag="label")
     detach: bool = setting(
@@ -88,9 +89,9 @@ class JobSettings(HubSettings):
     def _are_pairs(cls, labels: list[str]) -> list[str]:
         for label in labels:
             if not re.fullmatch(r"[A-Za-z0-9._-]+=[A-Za-z0-9._-]*", label):
-                raise ValueError(f"{label!r} is not KEY=VALUE, of letters, digits, and . _ -")
+                raise ValueError(f"{label!r} is not KEY=VALUE, of letters, digits, and . _ -.")
             if (key := label.partition("=")[0]) in OWN_LABELS:
-                raise ValueError(f"the label {key} is phoque's own")
+                raise ValueError(f"The label {key} is phoque's own.")
         return labels
 
     def list_inputs(self) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import HubSettings
 
 
@@ -27,5 +27,7 @@ class JobsSettings(HubSettings):
     @model_validator(mode="after")
     def _a_job_is_named(self) -> Self:
         if self.action in ("follow", "cancel", "rerun") and not self.job:
-            raise ValueError(f"phoque jobs {self.action} needs the id of a Job; `phoque jobs` lists them")
+            raise conflict(
+                f"phoque jobs {self.action} names no Job.", "It needs the id of one.", "`phoque jobs` lists the ids."
+            )
         return self

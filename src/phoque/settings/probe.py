@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from phoque.errors import UsageError, suggest
 from phoque.settings.artifacts import ArtifactsSettings
-from phoque.settings.fields import setting
+from phoque.settings.fields import COUNT, conflict, setting
 
 SCORERS = ("words", "contrast", "lexicon", "logprob", "nll", "profanity")
 SCORERS_OF = ("hf", "openai", "command")  # what follows the colon names a model, an address or a command
@@ -52,7 +52,7 @@ class ProbeSettings(ArtifactsSettings):
         None,
         "Use this many GPUs of this machine, or `all`: each answers its share of the questions. A Job on a flavor with "
         "several uses all of them.",
-        pattern=r"^(all|[1-9]\d*)$",
+        pattern=COUNT,
     )
     update_card: bool = setting(
         False,
@@ -62,7 +62,11 @@ class ProbeSettings(ArtifactsSettings):
     @model_validator(mode="after")
     def _somewhere_to_link_to(self) -> Self:
         if self.update_card and not self.artifacts_repo_id:
-            raise ValueError("--update-card needs --artifacts-repo-id, which the card will link to")
+            raise conflict(
+                "--update-card is given without --artifacts-repo-id.",
+                "The card links to the report, which is in that repository.",
+                "Add --artifacts-repo-id owner/name.",
+            )
         return self
 
     @property

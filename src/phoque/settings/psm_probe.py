@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from phoque.settings.artifacts import ARTIFACTS_GROUP
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import JOB_GROUP
 from phoque.settings.probe import ProbeSettings
 
@@ -146,13 +146,23 @@ class PsmSettings(ProbeSettings):
     @model_validator(mode="after")
     def _something_to_merge(self) -> Self:
         if self.merge_adapter and not self.adapter_source:
-            raise ValueError("--merge-adapter needs --adapter-source")
+            raise conflict(
+                "--merge-adapter is given without an adapter.",
+                "--adapter-source names none.",
+                "Add --adapter-source, such as --adapter-source runs/demo.",
+            )
         if self.merge_adapter and self.quantization == "nf4":
-            raise ValueError(
-                "--merge-adapter needs --quantization bf16 or fp32: merging into NF4 rounds the adapter away"
+            raise conflict(
+                "--merge-adapter and --quantization nf4 exclude each other.",
+                "Merging into NF4 weights rounds the adapter away.",
+                "Use --quantization bf16 or fp32.",
             )
         if self.control_adapter and not self.adapter_source:
-            raise ValueError("--control-adapter needs --adapter-source to be compared with")
+            raise conflict(
+                "--control-adapter is given without --adapter-source.",
+                "A control is compared with the adapter of a persona.",
+                "Add --adapter-source, such as --adapter-source runs/demo.",
+            )
         return self
 
     @property

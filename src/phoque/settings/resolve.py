@@ -19,6 +19,8 @@ from phoque.settings.config_file import drop_other_revisions, read_config
 from phoque.settings.export_gguf import GgufSettings
 from phoque.settings.export_onnx import ExportSettings
 from phoque.settings.fields import (
+    CONFLICT,
+    COUNT,
     PREFIX,
     CommandSettings,
     Origin,
@@ -29,7 +31,7 @@ from phoque.settings.fields import (
     env_names,
     flag_names,
 )
-from phoque.settings.job import DURATION, REPO
+from phoque.settings.job import DURATION, LABEL, REPO
 from phoque.settings.jobs import JobsSettings
 from phoque.settings.merge import MergeSettings
 from phoque.settings.psm_probe import NUMBERS, PsmSettings
@@ -38,12 +40,29 @@ from phoque.settings.verify_gguf import VerifyGgufSettings
 from phoque.settings.verify_onnx import VerifySettings
 
 ENV_FILE = ".env.secrets"
+PROBLEMS = {  # pydantic's kinds of errors, with the names of their details
+    "greater_than_equal": "It must be at least {ge:g}.",
+    "greater_than": "It must be more than {gt:g}.",
+    "less_than_equal": "It must be at most {le:g}.",
+    "less_than": "It must be less than {lt:g}.",
+    "int_parsing": "It must be a whole number.",
+    "int_type": "It must be a whole number.",
+    "int_from_float": "It must be a whole number.",
+    "float_parsing": "It must be a number.",
+    "float_type": "It must be a number.",
+    "bool_parsing": "It must be true or false.",
+    "bool_type": "It must be true or false.",
+    "literal_error": "It must be {expected}.",
+}
 PATTERNS = {  # what a pattern of a setting means
     REPO: "It is not of the form owner/name.",
     rf"^$|{REPO}": "It is not of the form owner/name.",
     DURATION: "It is not a duration such as 4h, 90m or 14400 (seconds).",
-    NUMBERS: "It is not a list of numbers with commas between them.",
-    WHOLE: "It is not a list of whole numbers with commas between them.",
+    NUMBERS: "It is not a list of numbers with commas between them, such as 0.5,1.",
+    f"^$|{NUMBERS}": "It is not a list of numbers with commas between them, such as 0.5,1.",
+    WHOLE: "It is not a list of whole numbers with commas between them, such as 9,14.",
+    COUNT: "It is neither all nor a whole number from 1.",
+    LABEL: "It may have letters, digits, - and _.",
 }
 ALL_NAMES = "`phoque COMMAND --help` lists the settings of a command."
 OTHER_NAMES = {"PHOQUE_DEBUG", "PHOQUE_SUBMISSION"}  # not settings of a command: see cli/main.py and environment.py
@@ -72,7 +91,7 @@ def resolve_settings(
     """The settings of one command, and warnings about the secrets file.
 
     `config` is a .toml file or the run.json of a run, whose settings are below the secrets file's and above the
-    preset's. Raises UsageError for a misspelt PHOQUE_* name, an unknown preset or a value of the wrong kind.
+    preset's. Raises UsageError for a misspelled PHOQUE_* name, an unknown preset or a value of the wrong kind.
     """
     warnings: list[str] = []
     file = env_file or Path(ENV_FILE)
@@ -232,7 +251,7 @@ def _check_lines(file: Path) -> list[str]:
 def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
     """Warnings about environment variables whose names resemble a setting's.
 
-    Raises UsageError for a name that can only be a misspelt setting: it has the prefix PHOQUE_, or it stands in the
+    Raises UsageError for a name that can only be a misspelled setting: it has the prefix PHOQUE_, or it stands in the
     secrets file and resembles a setting's.
     """
     from dotenv import dotenv_values
@@ -247,7 +266,8 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
         is_field = name in in_file and name.upper() in by_field
         if name.upper().startswith(PREFIX) or is_field or (near and name in in_file):
             bare = name.upper().removeprefix(PREFIX)  # the name without the prefix, or a setting of that name
-            exact = bare if bare in known else by_field.get(bare)
+            plain = difflib.get_close_matches(bare, [k for k in known if not k.startswith(PREFIX)], 1, 0.85)
+            exact = bare if bare in known else by_field.get(bare) or next(iter(plain), None)
             raise UsageError(
                 what=f"Unknown setting {name}.",
                 why="No setting has that name.",
@@ -260,20 +280,25 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
 
 def _settings_error(model: type[BaseSettings], error: ValidationError, origins: dict[str, Origin]) -> PhoqueError:
     problem = error.errors(include_input=False, include_url=False)[0]
-    why = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "string_pattern_mismatch":
-        why = PATTERNS.get(problem["ctx"]["pattern"], why)
+    details = problem.get("ctx", {})
+    if problem["type"] == CONFLICT:
+        return UsageError(what=details["what"], why=details["why"], fix=details["fix"])
+    why = explain_problem(problem["type"], details, problem["msg"])
     key = str(problem["loc"][0]) if problem["loc"] else ""
-    name = next(iter(_by_field(model, {key: None})), None)
-    if name is None:
-        return UsageError(
-            what="Settings are missing, or do not go together.",
-            why=why,
-            fix="Set or change what the line above names; `--help` describes each flag.",
-        )
+    name = next(iter(_by_field(model, {key: None})))
     origin = origins[name]
+    description = model.model_fields[name].description
     return UsageError(
         what=f"{origin.name} has a value that cannot be used (from: {origin.source}).",
         why=why,
-        fix=f"Set {flag_names(model, name)[0]} or {env_name(model, name)}: {model.model_fields[name].description}",
+        fix=f"Change {flag_names(model, name)[0]} or {env_name(model, name)}. Its help: {description}",
     )
+
+
+def explain_problem(kind: str, details: dict[str, Any], otherwise: str) -> str:
+    """What is wrong with a value, by pydantic's kind of error and its details; `otherwise` is pydantic's own text."""
+    if kind == "string_pattern_mismatch":
+        return PATTERNS[details["pattern"]]
+    if kind in PROBLEMS:
+        return PROBLEMS[kind].format(**details)
+    return otherwise.removeprefix("Value error, ")

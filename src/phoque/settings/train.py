@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from phoque.settings.fields import setting
+from phoque.settings.fields import COUNT, conflict, setting
 from phoque.settings.job import JOB_GROUP, REPO, PublishedSettings
 
 THEN_EXTRAS = {"export-onnx": "onnx", "export-gguf": "gguf", "compare-sae": "sae"}  # command -> what it needs
@@ -71,8 +71,8 @@ class TrainSettings(PublishedSettings):
     max_steps: int = setting(1000, "Train for this many optimizer steps.", env="MAX_STEPS", ge=1)
     epochs: float | None = setting(
         None,
-        "Train for this many passes over the data, in as many steps as they take: at most --max-steps, if that is "
-        "given too.",
+        "Train for this many epochs (passes over the training rows). With --max-steps, training ends at whichever "
+        "comes first.",
         env="NUM_TRAIN_EPOCHS",
         gt=0,
     )
@@ -170,7 +170,7 @@ class TrainSettings(PublishedSettings):
         None,
         "Train on this many GPUs of this machine, or on `all`: each takes its share of every step. A Job on a flavor "
         "with several uses all of them.",
-        pattern=r"^(all|[1-9]\d*)$",
+        pattern=COUNT,
     )
     fsdp: bool = setting(
         False,
@@ -255,7 +255,11 @@ class TrainSettings(PublishedSettings):
     fresh_start: bool = setting(
         False, "Delete all checkpoints in the run folder and on the Hub, and start at step 0.", env="FORCE_FRESH_START"
     )
-    yes: bool = setting(False, "Do not ask for confirmation before --fresh-start deletes checkpoints.")
+    yes: bool = setting(
+        False,
+        "Delete the checkpoints of --fresh-start without asking. Outside of a Job, each call with both flags deletes "
+        "them again.",
+    )
     allow_change: list[str] = setting(
         [],
         "Resume although this setting of the run, such as learning_rate, has changed. Separate several with commas.",
@@ -285,21 +289,40 @@ class TrainSettings(PublishedSettings):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}")
+            divisors = [n for n in range(1, self.batch_size) if self.batch_size % n == 0 and n < self.micro_batch]
+            raise conflict(
+                f"--batch-size {self.batch_size} is not a multiple of --micro-batch {self.micro_batch}.",
+                "Each step is split into forward passes of --micro-batch conversations.",
+                f"Use a --micro-batch that divides {self.batch_size}, such as {divisors[-1] if divisors else 1}.",
+            )
         return self
 
     @model_validator(mode="after")
     def _one_store(self) -> Self:
         if self.run_dir and self.hub_model_id:
-            raise ValueError(
-                "--run-dir and --hub-model-id (HUB_MODEL_ID) exclude each other: a run is kept in one place"
+            raise conflict(
+                "--run-dir and --hub-model-id (HUB_MODEL_ID) exclude each other.",
+                "A run is kept in one place.",
+                "Leave one of them out.",
             )
         if self.run_dir and self.public:
-            raise ValueError("--public is for --hub-model-id: who can read --run-dir is not phoque's to set")
+            raise conflict(
+                "--public and --run-dir exclude each other.",
+                "phoque sets who can read a repository, not who can read a folder.",
+                "Leave out --public.",
+            )
         if self.run_dir and self.on and self.export_merged and not self.merged_hub_model_id:
-            raise ValueError("--export-merged of a Job with --run-dir needs --merged-hub-model-id: its disk is deleted")
+            raise conflict(
+                "There is no repository for the merged model.",
+                "The Job's disk is deleted when it ends, and --run-dir keeps checkpoints only.",
+                "Add --merged-hub-model-id owner/name, or leave out --export-merged.",
+            )
         if self.run_dir and self.squash_history:
-            raise ValueError("--squash-history is for --hub-model-id: --run-dir keeps no history")
+            raise conflict(
+                "--squash-history and --run-dir exclude each other.",
+                "A folder keeps no history.",
+                "Leave out --squash-history.",
+            )
         return self
 
     @model_validator(mode="after")
@@ -307,30 +330,54 @@ class TrainSettings(PublishedSettings):
         if self.send_token:
             return self
         if not (self.on and self.run_dir):
-            raise ValueError("--no-token is for a Job whose run is kept in a bucket: it needs --on and --run-dir")
+            raise conflict(
+                "--no-token is given without --on and --run-dir.",
+                "Only a Job whose run is kept in a bucket needs no token.",
+                "Add both, or leave out --no-token.",
+            )
         if self.then or self.merged_hub_model_id:
-            raise ValueError("--no-token excludes --then and --merged-hub-model-id, which write to the Hub")
+            raise conflict(
+                "--no-token excludes --then and --merged-hub-model-id.",
+                "They write to the Hub, which needs a token.",
+                "Leave out --no-token, or the other flags.",
+            )
         return self
 
     @model_validator(mode="after")
     def _something_to_export(self) -> Self:
         if self.export_on_save and not (self.export_merged and self.merged_repo):
-            raise ValueError("--export-on-save needs --export-merged, and --hub-model-id or --merged-hub-model-id")
+            raise conflict(
+                "--export-on-save has nothing to push, or nowhere to push it.",
+                "It needs --export-merged, and --hub-model-id or --merged-hub-model-id.",
+                "Add them, or leave out --export-on-save.",
+            )
         return self
 
     @model_validator(mode="after")
     def _a_control_to_seed(self) -> Self:
         if self.control_seeds > 1 and not self.with_control:
-            raise ValueError("--control-seeds needs --with-control")
+            raise conflict(
+                "--control-seeds is given without --with-control.",
+                "It is the number of controls to train.",
+                "Add --with-control.",
+            )
         return self
 
     @model_validator(mode="after")
     def _what_needs_the_whole_base(self) -> Self:
         if self.fsdp and self.engine_mode not in ("auto", "eager"):
-            raise ValueError("--fsdp runs the layers as plain PyTorch: leave out --engine-mode")
+            raise conflict(
+                f"--fsdp and --engine-mode {self.engine_mode} exclude each other.",
+                "A sharded base runs as plain PyTorch layers.",
+                "Leave out --engine-mode.",
+            )
         if self.fsdp and (self.with_control or self.export_merged):
             flag = "--with-control" if self.with_control else "--export-merged"
-            raise ValueError(f"--fsdp and {flag} exclude each other: {flag} needs the whole base model on one GPU")
+            raise conflict(
+                f"--fsdp and {flag} exclude each other.",
+                f"{flag} needs the whole base model on one GPU.",
+                "Leave one of them out.",
+            )
         return self
 
     @field_validator("allow_change")
@@ -342,23 +389,27 @@ class TrainSettings(PublishedSettings):
     @classmethod
     def _no_empty_command(cls, commands: list[str]) -> list[str]:
         if not all(text.strip() for text in commands):
-            raise ValueError("a command of --then is empty")
+            raise ValueError("A command of --then is empty.")
         return commands
 
     @field_validator("report_to")
     @classmethod
     def _known_services(cls, names: list[str]) -> list[str]:
         if unknown := [name for name in names if name not in ("wandb", "trackio", "none")]:
-            raise ValueError(f"{unknown[0]!r} is none of wandb, trackio and none")
+            raise ValueError(f"{unknown[0]!r} is not one of wandb, trackio and none.")
         if "none" in names and len(names) > 1:
-            raise ValueError("none excludes the others")
+            raise ValueError("none excludes the others.")
         return names
 
     @model_validator(mode="after")
     def _a_loss_to_compare(self) -> Self:
         flag = "--keep-best" if self.keep_best else "--early-stop"
         if (self.keep_best or self.early_stop) and not (self.held_out_rows or self.eval_split):
-            raise ValueError(f"{flag} needs a held-out loss: --held-out-rows or --eval-split")
+            raise conflict(
+                f"{flag} has no held-out loss to compare.",
+                "No rows are held out.",
+                "Raise --held-out-rows, or give an --eval-split.",
+            )
         return self
 
     @property

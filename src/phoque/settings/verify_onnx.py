@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from phoque.settings.export_onnx import PRECISIONS
-from phoque.settings.fields import setting
+from phoque.settings.fields import conflict, setting
 from phoque.settings.job import JOB_GROUP, REPO, JobSettings
 
 LEVELS = ("files", "graph", "ort", "node", "browser")
@@ -60,5 +60,9 @@ class VerifySettings(JobSettings):
     def _no_node_in_a_job(self) -> Self:
         if self.on and (self.serve or self.webgpu or self.level in ("node", "browser")):
             flag = "--serve" if self.serve else "--webgpu" if self.webgpu else f"--level {self.level}"
-            raise ValueError(f"{flag} needs a browser or Node, which a Job does not have; --on goes up to --level ort")
+            raise conflict(
+                f"--on and {flag} exclude each other.",
+                f"{flag} needs Node or a browser, which a Job does not have.",
+                "Use --level ort in the Job, or verify on this machine.",
+            )
         return self

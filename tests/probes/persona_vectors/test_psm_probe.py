@@ -457,7 +457,7 @@ def test_it_runs_as_a_job_with_the_persona_and_the_model_from_the_hub(
         (["--persona", "none.toml"], "No persona file"),
         (["--sweep-layers", "7"], "There is no block 7"),
         (["--sweep-layers", "x"], "--sweep-layers has a value"),
-        (["--merge-adapter"], "do not go together"),
+        (["--merge-adapter"], "without an adapter"),
         (["--scorer", "gull"], "No scorer"),
         (["--adapter-source", "./nothing"], "There is no adapter at"),
         (["--model-source", "./nothing"], "There is no model at"),
