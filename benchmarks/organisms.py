@@ -556,8 +556,8 @@ def judge(out: Path, samples: int) -> None:
     from phoque.probes.persona_vectors.evidence import PersonaVectors, measure_shift
     from phoque.probes.persona_vectors.judge import Move, judge_adopts, judge_follows, judge_moves
     from phoque.probes.persona_vectors.model import Residuals
+    from phoque.probes.persona_vectors.persona_share import mean_by_question, measure_persona_share
     from phoque.probes.persona_vectors.ranking import rank_cosines
-    from phoque.probes.persona_vectors.voices import hear, mean_by_question
     from phoque.probes.roles import load_roles
     from phoque.probes.word_profile import WordProfile
 
@@ -579,7 +579,7 @@ def judge(out: Path, samples: int) -> None:
             | {name: (text,) for name, text in prompts.items()},
         )
         unprompted = profile.attribute(base_answers)
-        prompted = hear(profile, profile.attribute(base["texts"]["test"][persona]), unprompted, 0)
+        prompted = measure_persona_share(profile, profile.attribute(base["texts"]["test"][persona]), unprompted, 0)
         cells.append(("base", persona, 1.0, "follows", judge_follows(prompted, count).verdict, prompted.ranking.rank))
         if persona in NO_PERSONAS:
             continue
@@ -598,8 +598,8 @@ def judge(out: Path, samples: int) -> None:
             kind = organism["organism"]
             answers = take_answers(organism, samples)
             by_question = mean_by_question(profile.attribute(answers), len(nobody.test))
-            voice = hear(profile, by_question, unprompted, 0)
-            decided = {"adopts": (judge_adopts(voice, None, has_tuned=True), voice.ranking)}
+            share = measure_persona_share(profile, by_question, unprompted, 0)
+            decided = {"adopts": (judge_adopts(share, None, has_tuned=True), share.ranking)}
             controls = [made["own"] for other, made in organisms.items() if other != name and "bland" in other][:3]
             starts = {"tuned_moves_along_vector": base["heldout"]["neutral"]}
             if controls:

@@ -5,8 +5,8 @@ import json
 import pytest
 from tests.rows import row, write_rows
 
-from phoque.data.cures import find_cure
 from phoque.data.readers import BUNDLED, open_dataset
+from phoque.data.row_advice import find_advice
 from phoque.data.rows import RawRow, column_of, parse_row
 from phoque.data.turns import BadRow
 from phoque.errors import PhoqueError
@@ -73,7 +73,7 @@ def test_the_system_message_of_gemini_is_read():
     ],
 )
 def test_columns_that_are_not_known_have_a_cure(columns, cure):
-    assert cure in find_cure("no conversation columns", columns)
+    assert cure in find_advice("no conversation columns", columns)
 
 
 @pytest.mark.parametrize(

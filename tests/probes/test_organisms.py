@@ -12,7 +12,7 @@ from benchmarks.organisms import PERSONAS, QUIRKS, VOICES, apply_quirk, speak, u
 
 from phoque.probes.persona import load_persona
 from phoque.probes.persona_vectors.judge import Lead, judge_adopts
-from phoque.probes.persona_vectors.voices import hear
+from phoque.probes.persona_vectors.persona_share import measure_persona_share
 from phoque.probes.roles import load_roles
 from phoque.probes.stats import mean_interval, predict_spread
 from phoque.probes.word_profile import WordProfile
@@ -76,7 +76,7 @@ def judge(profile, answers, base, controls=()):
         shares = numpy.stack([profile.attribute(rows)[:, place] for rows in controls])
         spread = predict_spread(shares.mean(1))
         lead = Lead(mean_interval(own[:, place] - shares.mean(0) - spread), len(controls), spread)
-    return judge_adopts(hear(profile, own, before, 0), lead, has_tuned=True).verdict
+    return judge_adopts(measure_persona_share(profile, own, before, 0), lead, has_tuned=True).verdict
 
 
 ORGANISMS = [

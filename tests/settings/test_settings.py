@@ -259,7 +259,12 @@ def test_old_flags_work_and_are_not_shown(phoque):
     ran = phoque("train", "--hub-patience", 7, "--quantization", "none", "--on", "a10g-large", expect=2)
     assert "Hub token" in ran.error[0]  # both were understood
     refused = phoque("train", "--quantization", "int3", expect=2)
-    assert "int3" in refused.error[0] and "none" not in refused.error[1]
+    assert "--quantization cannot be 'int3'." in refused.error[0]
+    assert refused.error[1].endswith("It can be nf4, fp8, bf16, fp32.")
+    for words in (["--hub-patience", "x"], ["--retry-timeout=x"], ["--retry-timeout", "x"]):
+        refused = phoque("train", *words, expect=2)
+        assert "--retry-timeout cannot be 'x'." in refused.error[0] and "It must be a whole number." in refused.error[1]
+    assert "--action cannot be 'zz'." in phoque("jobs", "zz", expect=2).error[0]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from phoque.checks import Verdict
-from phoque.cli.words import Words
+from phoque.cli.usage_errors import OLD, CommandLine
 from phoque.console import console, silence_libraries
 from phoque.errors import UsageError
 from phoque.extras import install_command
@@ -35,7 +35,6 @@ from phoque.settings.resolve import resolve_settings
 MAX_HELP_WIDTH = 140  # columns, on a terminal that is as wide
 # what an extra must have brought; gguf brings Node.js, which may be there without it
 EXTRA_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "sae": ("sae_lens",), "gguf": ()}
-OLD = "__old"  # ends the parameter name of a hidden flag
 
 
 class HasJson(Protocol):
@@ -121,7 +120,7 @@ class _GroupedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words, and say what was meant by those that are no flags or values."""
-        words = Words(list(args), self.params, self.model, f"phoque {self.name}")
+        words = CommandLine(list(args), self.params, self.model, f"phoque {self.name}")
         words.check_values()
         if words.repeats_dataset():
             console.warn(

@@ -178,7 +178,7 @@ def find_local_files(name: str, path: Path, config: str | None, split: str) -> S
 
 def suggest_other_form(name: str) -> str | None:
     """What to do with a file of a kind that is known and holds no rows, such as an archive or a spreadsheet."""
-    return next((cure for ending, cure in OTHER_FORMS.items() if name.lower().endswith(ending)), None)
+    return next((advice for ending, advice in OTHER_FORMS.items() if name.lower().endswith(ending)), None)
 
 
 def find_hub_files(name: str, revision: str | None, hub: Hub, config: str | None, split: str) -> tuple[str, SplitFiles]:

@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any
 
 from phoque.data.chat_template import ChatTemplate, EncodedChat
-from phoque.data.cures import SHOWN_CHARACTERS, WITHOUT_SCHEMA, find_cure
 from phoque.data.held_out import HeldOut, Sketch, sketch_row
 from phoque.data.readers import Dataset, RowStream
+from phoque.data.row_advice import SHOWN_CHARACTERS, WITHOUT_SCHEMA, find_advice
 from phoque.data.row_sizes import RowSize, RowSizes, StaleSizes
 from phoque.data.rows import RawRow, Row, describe_expected_columns, parse_row
 from phoque.data.turns import BadRow
@@ -285,7 +285,7 @@ def _check_bad_rows(scan: DatasetScan, good: int, name: str, max_bad: float) -> 
     if main.startswith(WITHOUT_SCHEMA):
         columns = ", ".join(column[:SHOWN_CHARACTERS] for column in scan.columns[:12]) or "none"
         reasons += f". Its columns: {columns}. phoque reads {describe_expected_columns()}"
-    fix = find_cure(main, scan.columns)
+    fix = find_advice(main, scan.columns)
     if not good:
         raise UsageError(
             what=f"No row of {name} can be trained on.",

@@ -54,7 +54,7 @@ class Processes:
         return self.rank == 0
 
     def broadcast_from_main(self, choose: Callable[[], T]) -> T:
-        """Return what process 0 chooses, in every process. If it raises, it says why, and the others end silently."""
+        """Return what process 0 chooses, in every process. If it raises an error, process 0 alone reports it."""
         if self.size == 1:
             return choose()
         chosen: list[Any] = [choose() if self.is_main else None]

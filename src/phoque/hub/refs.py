@@ -52,15 +52,15 @@ def suggest_path(name: str, otherwise: str = "Check the path.") -> str:
     if path.parts[:1] == (RUNS,) and not Path(RUNS).is_dir():
         return f"Run the command in the folder that has `{RUNS}`; there is none in {Path.cwd()}."
     try:
-        beside = {other.name: path.with_name(other.name) for other in path.parent.glob("*")}
+        siblings = {other.name: path.with_name(other.name) for other in path.parent.glob("*")}
         runs = {other.name: other for other in Path(RUNS).glob("*")}
     except (OSError, ValueError):  # a name that is too long, or empty
         return otherwise
-    for wanted, others in ((path.name, beside), (name, runs)):
+    for target, others in ((path.name, siblings), (name, runs)):
         # without their endings, which are alike and tell little; of equal names the one with the same ending
-        same_last = sorted(others, key=lambda other: Path(other).suffix == Path(wanted).suffix)
+        same_last = sorted(others, key=lambda other: Path(other).suffix == Path(target).suffix)
         stems = {Path(other).stem: other for other in same_last}
-        for near in difflib.get_close_matches(Path(wanted).stem, stems, 1, 0.7):
+        for near in difflib.get_close_matches(Path(target).stem, stems, 1, 0.7):
             if others[stems[near]] == path:
                 continue
             return f"Did you mean {others[stems[near]]}?"

@@ -46,7 +46,7 @@ class RowScales:
 
 
 class _RowFactor:
-    """What PEFT multiplies an adapter's output (rows, tokens, out) by, in place of a number."""
+    """A LoRA scale per row of an adapter's output (rows, tokens, out), which PEFT accepts in place of its number."""
 
     def __init__(self, scales: RowScales, original: float) -> None:
         self._scales, self._original = scales, original

@@ -117,7 +117,7 @@ def _list_files(setting: str, flag: str, path: Path) -> dict[str, Path]:
     if _names_adapter(setting, path) and (path / RUN_RECORD).is_file():
         patterns = STORED_FILES if (path / WEIGHTS).is_file() else RUN_FILES
     files = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
-    kept = [file for file in files if _is_wanted(setting, file.relative_to(path))]
+    kept = [file for file in files if _is_needed_in_job(setting, file.relative_to(path))]
     if not kept:
         raise UsageError(what=f"{flag} {path} has no files to read.", why="A Job would get nothing.", fix="Check it.")
     for file in kept:
@@ -131,7 +131,7 @@ def _list_files(setting: str, flag: str, path: Path) -> dict[str, Path]:
     return {f"{path.name}/{file.relative_to(path)}": file for file in kept}
 
 
-def _is_wanted(setting: str, file: Path) -> bool:
+def _is_needed_in_job(setting: str, file: Path) -> bool:
     """Whether a command may read the file, by its path in the input's folder."""
     if any(part.startswith(".") or part in SKIPPED_FOLDERS for part in file.parts):
         return False

@@ -73,7 +73,7 @@ def has_ended(run: "Run") -> bool:
     return run.first_step == s.max_steps or has_stalled(losses, s.early_stop)
 
 
-def measure_what_a_stop_skipped(run: "Run", model: Any, tracker: Tracker | None) -> None:
+def measure_missed_held_out_loss(run: "Run", model: Any, tracker: Tracker | None) -> None:
     """Measure the held-out loss at the step of the checkpoint, if it was due there and the run was stopped instead.
 
     Without it, the best step and an early stop would be others than in a run that was not stopped. Process 0, which has

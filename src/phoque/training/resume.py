@@ -306,7 +306,7 @@ def _is_fresh_start_done(
     A Job that is submitted again still has FORCE_FRESH_START set; it must continue, and not delete its own progress at
     every attempt. A complete run is started again, but not by a later attempt of the submission that completed it.
     """
-    if marker is None or not _goes_on(marker, latest, s, submission):
+    if marker is None or not _continues_fresh_start(marker, latest, s, submission):
         return False
     if "result" in (latest or {}):
         return True
@@ -322,10 +322,12 @@ def _is_fresh_start_done(
 def is_fresh_start_continued(record: dict[str, Any], s: TrainSettings, submission: str) -> bool:
     """Whether --fresh-start goes on with the run of a record; on a terminal the user may still choose otherwise."""
     marker = record.get("fresh_start")
-    return marker is not None and _goes_on(marker, record, s, submission)
+    return marker is not None and _continues_fresh_start(marker, record, s, submission)
 
 
-def _goes_on(marker: dict[str, Any], latest: dict[str, Any] | None, s: TrainSettings, submission: str) -> bool:
+def _continues_fresh_start(
+    marker: dict[str, Any], latest: dict[str, Any] | None, s: TrainSettings, submission: str
+) -> bool:
     """Whether the command that made a fresh start goes on with its run, by the rules that need no question."""
     if marker["asked"] != _learning_settings(s):
         return False

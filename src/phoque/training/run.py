@@ -15,7 +15,7 @@ from phoque.models.lora import load_adapter
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
-from phoque.training.best import copy_best, has_ended, measure_what_a_stop_skipped, use_best
+from phoque.training.best import copy_best, has_ended, measure_missed_held_out_loss, use_best
 from phoque.training.callbacks.stop import StopRequest
 from phoque.training.control import make_control_rows, plan_controls, record_controls, with_dataset
 from phoque.training.export_merged import merge_final
@@ -122,7 +122,7 @@ def _train(run: Run) -> TrainResult | None:
     code = FAILED
     try:
         if run.start.resume:
-            measure_what_a_stop_skipped(run, model, tracker)
+            measure_missed_held_out_loss(run, model, tracker)
         if is_over:
             load_adapter(model, Path(str(run.start.resume)), architecture_of(run.prepared.config))
             timer.mark_loaded()
@@ -163,7 +163,7 @@ def _follow(run: Run) -> None:
     is_over = processes.broadcast_from_main(bool)  # whether process 0 finds that
     processes.watch(run.console)
     if run.start.resume:
-        measure_what_a_stop_skipped(run, model, None)
+        measure_missed_held_out_loss(run, model, None)
     if is_over:
         return
     _, stopped = take_steps(run, model, engine=engine, stream=stream, tracker=None, samples=None, timer=timer)

@@ -34,39 +34,39 @@ from phoque.training.run_state import Run
 
 
 def start_run(resolved: Resolved[TrainSettings], services: Services, stop: StopRequest, submission: str) -> Run:
-    """Find out where the run starts, in process 0, and prepare the same in the others."""
+    """Determine the start state in process 0, and prepare the run by it in the others."""
     processes = current()
     if processes.is_main:
         run, pinned = _open(resolved, services, stop, submission)
-        told = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
-        told["today"] = run.prepared.chat.today
+        main_state = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
+        main_state["today"] = run.prepared.chat.today
         read = {"digest": run.prepared.scan.digest, "encoded": run.prepared.encoding_digest()}
-        processes.broadcast_from_main(lambda: told | read)
+        processes.broadcast_from_main(lambda: main_state | read)
         processes.broadcast_files(run.start.resume)
         return run
-    told = processes.broadcast_from_main(dict[str, Any])  # what process 0 tells
-    processes.broadcast_files(told["start"].resume)
-    pinned = replace(resolved, settings=told["pinned"])
-    prepared = prepare(pinned, services, weights=True, today=told["today"])
-    if prepared.scan.digest != told["digest"]:
+    main_state = processes.broadcast_from_main(dict[str, Any])
+    processes.broadcast_files(main_state["start"].resume)
+    pinned = replace(resolved, settings=main_state["pinned"])
+    prepared = prepare(pinned, services, weights=True, today=main_state["today"])
+    if prepared.scan.digest != main_state["digest"]:
         raise RunError(
             what=f"Process {processes.rank} reads other data than process 0.",
             why=f"{resolved.settings.dataset} is not the same on both machines.",
             fix="Put the same files on every machine, or use a dataset on the Hub.",
         )
-    if prepared.encoding_digest() != told["encoded"]:  # they would deal other rows to the processes
+    if prepared.encoding_digest() != main_state["encoded"]:  # they would deal other rows to the processes
         raise RunError(
             what=f"Process {processes.rank} encodes the data otherwise than process 0.",
             why="Its template, tokenizer, packages or the sizes of rows that phoque has kept are not the same.",
             fix=f"Use equal environments, and delete {services.cache / SIZES_FOLDER} on every machine.",
         )
     return Run(
-        resolved=replace(resolved, settings=told["planned"]),
+        resolved=replace(resolved, settings=main_state["planned"]),
         services=services,
         prepared=prepared,
         folder=resolved.settings.folder,
-        start=told["start"],
-        record=told["record"],
+        start=main_state["start"],
+        record=main_state["record"],
         store=None,
         stop=stop,
     )

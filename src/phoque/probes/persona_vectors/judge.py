@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from phoque.probes import stats
+from phoque.probes.persona_vectors.persona_share import PersonaShare
 from phoque.probes.persona_vectors.steering import MIN_DISTINCT, MIN_LENGTH
-from phoque.probes.persona_vectors.voices import Voice
 from phoque.probes.roles import MIN_RANKED
 from phoque.probes.verdicts import ALPHA, MIN_FOR_YES, Condition, Ranking, Verdict, format_p, interval_condition
 
@@ -57,18 +57,18 @@ class Move:
     n: int
 
 
-def judge_follows(voice: Voice | None, role_answers: int) -> Verdict:
+def judge_follows(share: PersonaShare | None, role_answers: int) -> Verdict:
     """Does the base model answer as the persona if it is asked to, by the words of its answers?"""
-    if voice is None:
+    if share is None:
         return Verdict.not_asked(FEW_ROLES)
     if role_answers < MIN_FOR_YES:
         return Verdict.not_asked(FEW_ANSWERS.format(least=MIN_FOR_YES))
     return Verdict.decide(
-        voice.share,
+        share.share,
         "share of answers that are the persona's by their words",
-        voice.n,
-        voice.ranking.condition("words of the answers under the persona's prompt, gain over the neutral prompt"),
-        interval_condition("rise of that share under the persona's prompt", voice.gain, ""),
+        share.n,
+        share.ranking.condition("words of the answers under the persona's prompt, gain over the neutral prompt"),
+        interval_condition("rise of that share under the persona's prompt", share.gain, ""),
     )
 
 
@@ -157,19 +157,19 @@ def judge_coherent(steered: dict[str, float], neutral: dict[str, float], limit: 
     )
 
 
-def judge_adopts(voice: Voice | None, lead: Lead | None, *, has_tuned: bool) -> Verdict:
+def judge_adopts(share: PersonaShare | None, lead: Lead | None, *, has_tuned: bool) -> Verdict:
     """Does the fine-tune answer as the persona, unprompted, where the base and the controls do not?"""
     if not has_tuned:
         return Verdict.not_asked(NO_TUNED)
-    if voice is None:
+    if share is None:
         return Verdict.not_asked(FEW_ROLES)
     conditions = [
-        voice.ranking.condition("words of the fine-tune's answers, gain over the base model"),
-        interval_condition("rise of that share over the base model's", voice.gain, ""),
+        share.ranking.condition("words of the fine-tune's answers, gain over the base model"),
+        interval_condition("rise of that share over the base model's", share.gain, ""),
     ]
     if lead is not None:
         conditions.append(lead.condition("rise of that share"))
-    return Verdict.decide(voice.share, "share of answers that are the persona's by their words", voice.n, *conditions)
+    return Verdict.decide(share.share, "share of answers that are the persona's by their words", share.n, *conditions)
 
 
 def judge_moves(move: Move | None, *, has_tuned: bool) -> Verdict:

@@ -22,6 +22,7 @@ from phoque.probes.persona_vectors.dose import (
 )
 from phoque.probes.persona_vectors.model import Answer, ProbeModel, Residuals
 from phoque.probes.persona_vectors.nulls import count_false_alarms
+from phoque.probes.persona_vectors.persona_share import PersonaShare, mean_by_question, measure_persona_share
 from phoque.probes.persona_vectors.ranking import rank_cosines, rank_projections
 from phoque.probes.persona_vectors.steering import (
     DIFFERENCE,
@@ -33,7 +34,6 @@ from phoque.probes.persona_vectors.steering import (
     correlate_scorers,
     summarize_conditions,
 )
-from phoque.probes.persona_vectors.voices import Voice, hear, mean_by_question
 from phoque.probes.roles import MIN_RANKED
 from phoque.probes.sae.corpus import CONTEXT_TOKENS, PYTHON_DOCS, read_text_chunks
 from phoque.probes.scorers import Context, Scorer
@@ -41,7 +41,11 @@ from phoque.probes.verdicts import Ranking
 from phoque.probes.word_profile import WordProfile
 
 MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to warn
-VOICED = ("persona", "neutral_plus_vector", "tuned")  # conditions, beside the controls, whose words are compared
+COMPARED_CONDITIONS = (
+    "persona",
+    "neutral_plus_vector",
+    "tuned",
+)  # conditions, beside the controls, whose words are compared
 
 Shifts = dict[str, ev.Shift]  # own or same_text -> shift
 
@@ -62,7 +66,7 @@ class ProbeResult:
     contrasts: dict[str, Any] = field(default_factory=dict)
     agreement: dict[str, float | None] = field(default_factory=dict)
     mean_shifts: dict[str, Any] = field(default_factory=dict)  # adapter -> own or same_text -> means, steered blocks
-    voices: dict[str, Voice] = field(default_factory=dict)  # condition -> whose words its answers are
+    shares: dict[str, PersonaShare] = field(default_factory=dict)  # by condition
     rankings: dict[str, Ranking] = field(default_factory=dict)
     causes: judge.Causes | None = None
     differences: list[Reading] = field(default_factory=list)
@@ -270,16 +274,16 @@ class Probe:
             r for r in result.layers if (r["layer"], r["extraction"]) == (result.selected.layer, "response_avg")
         )
         controls = [name for name in shifts if name != "tuned"]
-        own_by_question = {c: self._attribute_answers(result, c) for c in ("neutral", *VOICED, *controls)}
+        own_by_question = {c: self._attribute_answers(result, c) for c in ("neutral", *COMPARED_CONDITIONS, *controls)}
         lead = move = None
         if ranked:
             base = own_by_question["neutral"]
-            for condition in (*VOICED, *controls):
+            for condition in (*COMPARED_CONDITIONS, *controls):
                 if own_by_question[condition] is not None:
-                    voice = hear(result.profile, own_by_question[condition], base, seed)
+                    share = measure_persona_share(result.profile, own_by_question[condition], base, seed)
                     # the profile is of answers to the very prompt that gave these
-                    ranking = replace(voice.ranking, exchangeable=condition != "persona")
-                    result.voices[condition] = replace(voice, ranking=ranking)
+                    ranking = replace(share.ranking, exchangeable=condition != "persona")
+                    result.shares[condition] = replace(share, ranking=ranking)
             result.rankings["specific"] = rank_projections(
                 result.vectors, self.extraction, self.heldout, result.selected.layer, seed
             )
@@ -306,14 +310,14 @@ class Probe:
         heldout_roles = min(heldout_count, self.s.role_questions)
         profiled = min(len(self.persona.extraction), self.s.role_questions)
         decided = {
-            "follows": judge.judge_follows(result.voices.get("persona"), profiled),
+            "follows": judge.judge_follows(result.shares.get("persona"), profiled),
             "separable": judge.judge_separable(evidence),
             "specific": judge.judge_specific(evidence, result.rankings.get("specific"), heldout_roles),
             "causal": judge.judge_causal(result.causes, result.trait),
             "coherent": judge.judge_coherent(
                 means["neutral_plus_vector"], means["neutral"], self.s.coherence_limit, len(self.persona.test)
             ),
-            "adopts": judge.judge_adopts(result.voices.get("tuned"), lead, has_tuned="tuned" in shifts),
+            "adopts": judge.judge_adopts(result.shares.get("tuned"), lead, has_tuned="tuned" in shifts),
             "tuned_moves_along_vector": judge.judge_moves(move, has_tuned="tuned" in shifts),
         }
         result.verdicts = {name: verdict.to_json() for name, verdict in decided.items()}

@@ -247,7 +247,7 @@ def _build_summary(
         "scorer_columns": result.columns,
         "voices": {
             name: {"share": v.share, "base_share": v.base_share, "n": v.n, "gain": v.gain, **v.ranking.to_json()}
-            for name, v in result.voices.items()
+            for name, v in result.shares.items()
         },
         "rankings": {name: ranking.to_json() for name, ranking in result.rankings.items()},
         "causes": vars(result.causes) if result.causes else None,

@@ -1,4 +1,4 @@
-"""Whose words the answers of a condition are, beside the base model's unprompted answers."""
+"""The share of answers that are the persona's by their words, compared with the base model's unprompted answers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,8 @@ from phoque.probes.word_profile import WordProfile
 
 
 @dataclass(frozen=True)
-class Voice:
-    """Whose words the answers of one condition are, and the gain over the base model's unprompted answers."""
+class PersonaShare:
+    """The share of the answers of one condition that are the persona's, and its gain over the base model's."""
 
     share: float  # of the answers that are the persona's by their words
     base_share: float
@@ -24,12 +24,12 @@ def mean_by_question(values: Any, questions: int) -> Any:
     return values.reshape(questions, -1, values.shape[-1]).mean(1)
 
 
-def hear(profile: WordProfile, by_question: Any, base: Any, seed: int) -> Voice:
-    """Whose words answers are, beside the base model's unprompted ones; both are shares, (questions, roles)."""
+def measure_persona_share(profile: WordProfile, by_question: Any, base: Any, seed: int) -> PersonaShare:
+    """Compare the shares of answers by role, (questions, roles), with those of the base model's unprompted answers."""
     gains = {role: by_question[:, n] - base[:, n] for n, role in enumerate(profile.roles)}
     place = profile.roles.index("persona")
     others = {role: float(gap.mean()) for role, gap in gains.items() if role not in ("persona", "neutral")}
-    return Voice(
+    return PersonaShare(
         share=float(by_question[:, place].mean()),
         base_share=float(base[:, place].mean()),
         n=len(by_question),

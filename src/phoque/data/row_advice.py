@@ -16,7 +16,7 @@ from phoque.data.turns import HAS_MEDIA, ROLE_KEYS, TURNS
 
 SHOWN_CHARACTERS = 60  # of a name from the data, in a message
 WITHOUT_SCHEMA = (NO_COLUMNS, PREFERENCE_DATA, TOKENIZED_DATA, ONE_TEXT)  # beginnings of reasons
-CURES = {  # by the beginning of a reason; the first that fits
+ADVICE = {  # by the beginning of a reason; the first that fits
     NOT_UTF8: "Convert the file, and keep its ending: iconv -f WINDOWS-1252 -t UTF-8 rows.csv > rows-utf8.csv",
     PREFERRED_TALKS: "Keep the chosen answers: rename the column `chosen` to `messages`, and delete `prompt`.",
     PREFERRED_TEXTS: f"Keep the chosen answers, and write the turns of each as a list: {TURNS}",
@@ -50,11 +50,11 @@ CURES = {  # by the beginning of a reason; the first that fits
 }
 
 
-def find_cure(reason: str, columns: tuple[str, ...]) -> str:
+def find_advice(reason: str, columns: tuple[str, ...]) -> str:
     """What to do about the rows with this reason, in a dataset with these columns."""
     if reason == NO_COLUMNS:
         return _suggest_names(columns)
-    return next((cure for beginning, cure in CURES.items() if reason.startswith(beginning)), "Correct the rows.")
+    return next((advice for beginning, advice in ADVICE.items() if reason.startswith(beginning)), "Correct the rows.")
 
 
 def _suggest_names(columns: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""What was meant by words of a command line that are no flags of phoque's, or no values."""
+"""Turns mistakes on the command line into errors with a suggestion."""
 
 import shlex
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from phoque.files import local_path
 from phoque.settings.fields import CommandSettings, flag_names, takes_commas, value_aliases
 from phoque.settings.peer_flags import find_flag
 
+OLD = "__old"  # ends the parameter name of a hidden flag
 NO_NUMBER = {  # the beginnings of pydantic's messages
     "Input should be a valid number": "It must be a number.",
     "Input should be a valid integer": "It must be a whole number.",
@@ -19,7 +20,7 @@ NO_NUMBER = {  # the beginnings of pydantic's messages
 
 
 @dataclass(frozen=True)
-class Words:
+class CommandLine:
     """The words after a command, with the parameters and the settings that the command has, and its name."""
 
     words: list[str]
@@ -44,10 +45,10 @@ class Words:
             )
         parameter = getattr(error, "param", None)
         if parameter is not None and type(error).__name__ == "BadParameter":
-            value, why = self._explain_value(str(getattr(error, "message", "")), parameter)
-            return UsageError(
-                what=f"{max(parameter.opts, key=len)} cannot be {value}.", why=why, fix=f"See `{self.command} --help`."
-            )
+            setting = str(parameter.name).removesuffix(OLD)
+            value, why = self._explain_value(str(getattr(error, "message", "")), setting, parameter.opts)
+            flag = flag_names(self.model, setting)[0] if setting in self.model.model_fields else parameter.opts[0]
+            return UsageError(what=f"{flag} cannot be {value}.", why=why, fix=f"See `{self.command} --help`.")
         if describe := getattr(error, "format_message", None):
             fix = f"See `{self.command} --help`."
             if name and "--then" in self.words:
@@ -56,17 +57,17 @@ class Words:
             return UsageError(what=f"{what}.", why="The command line is not valid.", fix=fix)
         return None
 
-    def _explain_value(self, message: str, parameter: Any) -> tuple[str, str]:
+    def _explain_value(self, message: str, setting: str, flags: Sequence[str]) -> tuple[str, str]:
         """The value that was refused, and why; values that are accepted, but not shown, are not named."""
         message = message.removeprefix("Value error, ")
         value, choice, choices = message.partition(" is not one of ")
         if choice:
-            for alias in value_aliases(self.model, str(parameter.name)):
+            for alias in value_aliases(self.model, setting):
                 choices = choices.replace(f", {alias!r}", "")
             shown = choices.replace("'", "").removesuffix(".")
             return value, f"It can be {shown}."
         words = [part for word in self.words for part in word.split("=", 1)]
-        value = [word for flag, word in pairwise(words) if flag in parameter.opts][-1]
+        value = [word for flag, word in pairwise(words) if flag in flags][-1]
         reasons = [reason for begin, reason in NO_NUMBER.items() if message.startswith(begin)]
         return repr(value), (*reasons, f"{message.removesuffix('.')}.")[0]
 
