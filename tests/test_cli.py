@@ -86,7 +86,7 @@ def test_debug_shows_the_traceback(phoque):
     assert "Traceback" in ran.err
 
 
-def test_a_misspelt_command_gets_a_suggestion(phoque):
+def test_a_misspelled_command_gets_a_suggestion(phoque):
     what, _, fix = phoque("trian", expect=2).error
     assert "'trian'" in what and "Did you mean train?" in fix
 

@@ -37,7 +37,18 @@ def test_of_two_processes_that_write_a_folder_each_writes_it_whole(tmp_path):
     assert process.returncode == 0 and read(tmp_path / "out") == {"one": "slow", "two": "slow"}
 
 
+def test_two_processes_that_finish_at_the_same_time_both_succeed(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from phoque.files import atomic_folder\n"
+        "for _ in range(200):\n with atomic_folder(Path(sys.argv[1])) as staging: (staging / 'a').write_text('a')"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"]) for _ in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert read(tmp_path / "out") == {"a": "a"} and len(list(tmp_path.iterdir())) == 1
+
+
 def test_what_a_killed_process_left_is_deleted(tmp_path):
+    (tmp_path / ".out.partial").mkdir()  # of an earlier version
     process, left = start_writer(tmp_path / "out")
     process.kill()
     process.communicate()

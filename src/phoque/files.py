@@ -1,12 +1,14 @@
 """Files that are complete or absent, locks between processes, checksums, and values that JSON can hold."""
 
 import csv
+import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -108,34 +110,65 @@ def atomic_folder(path: Path) -> Generator[Path]:
     """Yield an empty folder beside `path`; it replaces `path` if the block ends without error, else it is deleted.
 
     Each process has a folder of its own: of two that write the same output, the last one to finish wins. What killed
-    processes of this machine have left is deleted.
+    processes have left is deleted.
     """
     path = path.resolve()
-    beginning = f".{path.name}.{platform.node()}-"
-    for left in path.parent.glob(f"{glob.escape(beginning)}*.partial"):
-        number = left.name.removeprefix(beginning).removesuffix(".partial")
-        if number.isdigit() and not _is_running(int(number)):
-            shutil.rmtree(left, ignore_errors=True)
-    staging = path.with_name(f"{beginning}{os.getpid()}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
+        with _locked_folder(left) as is_left:
+            if is_left:  # its process has ended
+                shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(".new", f".{path.name}.", path.parent))
+    new.chmod(0o777 & ~_umask())
+    with _locked_folder(new):  # before it has a name by which another process would delete it
+        staging = new.rename(new.with_suffix(".partial"))
+        try:
+            yield staging
+            _replace_folder(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_folder(new: Path, old: Path) -> None:
+    """Rename a folder to the name of another, which is deleted."""
+    while True:
+        shutil.rmtree(old, ignore_errors=True)
+        try:
+            new.rename(old)
+        except OSError as error:  # another process has just put its own there
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Generator[bool]:
+    """Lock a folder inside the `with` statement, and yield whether that worked: no other process has locked it.
+
+    The lock ends with the process, whatever ends it.
+    """
     try:
-        yield staging
-        shutil.rmtree(path, ignore_errors=True)
-        staging.rename(path)
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except OSError:  # it is another's, or the file system has no locks
+            is_locked = False
+        yield is_locked
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(opened)
 
 
-def _is_running(process: int) -> bool:
-    """Whether this machine runs a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+def _umask() -> int:
+    """The mode bits that new folders lack; they can only be read by being set."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def lock(path: Path, timeout: float = -1) -> "BaseFileLock":

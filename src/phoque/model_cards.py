@@ -298,10 +298,16 @@ def render_adapter_card(record: dict[str, Any], result: dict[str, Any], repo: st
         place=repo or "path/to/adapter",
         other_weights=DEQUANTIZED if origin.startswith("GGUF ") else "",
         tokens=f"{result['tokens']:,}",
-        held_out_loss=f"{losses['before']:.3f} before, {losses['after']:.3f} after" if losses else "not measured",
+        held_out_loss=_describe_losses(losses) if losses else "not measured",
         phoque=record["phoque"],
         settings=", ".join(f"`{name}` {value}" for name, value in changed.items()) or "none",
     )
+
+
+def _describe_losses(losses: dict[str, Any]) -> str:
+    """The held-out loss before training, or of the first step with these held-out rows, and after it."""
+    start = f"at step {losses['before_step']}" if losses.get("before_step") else "before"
+    return f"{losses['before']:.3f} {start}, {losses['after']:.3f} after"
 
 
 def _describe_revision(revision: str, origin: str) -> str:

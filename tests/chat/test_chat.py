@@ -139,6 +139,8 @@ def test_what_is_no_model_is_not_chosen_from_a_folder():
         "m-F16.gguf"
     ]
     assert _choose_gguf({"qwen-lora-1-Q4_K_M.gguf": 1}, "") == "qwen-lora-1-Q4_K_M.gguf"
+    for name in ("m-lora-q8_0.gguf", "ggml-lora-f16-00001-of-00002.gguf", "m-F16-LoRA.gguf"):
+        assert _choose_gguf({name: 1, "m-Q8_0.gguf": 5}, "") == "m-Q8_0.gguf"
     assert _choose_gguf({"qwen-lora-F16.gguf": 1}, "", models_only=True) == "qwen-lora-F16.gguf"
     with pytest.raises(UsageError) as caught:
         _choose_gguf({"m-lora-F16.gguf": 1}, "")
@@ -214,7 +216,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(run, tmp_path):
         (["not-here"], "nothing to talk to at not-here"),
         (["not-here.gguf"], "nothing to talk to"),
         (["."], "nothing to talk to in"),
-        (["--serve", "--prompt", "x"], "go together"),
+        (["--serve", "--prompt", "x"], "exclude each other"),
         (["RUN", "--temperature", "-1"], "cannot be used"),
         (["RUN", "--prompts-file", "gone.txt"], "no file gone.txt"),
     ],

@@ -63,7 +63,7 @@ def test_the_system_message_of_gemini_is_read():
 
 
 @pytest.mark.parametrize(
-    ("columns", "cure"),
+    ("columns", "advice"),
     [
         (("sample",), "Give each row its turns"),
         (("title", "mapping", "id"), "export of ChatGPT"),
@@ -72,8 +72,8 @@ def test_the_system_message_of_gemini_is_read():
         (("id", "said", "answered"), "Rename the column of the questions to prompt"),
     ],
 )
-def test_columns_that_are_not_known_have_a_cure(columns, cure):
-    assert cure in find_advice("no conversation columns", columns)
+def test_columns_that_are_not_known_have_advice(columns, advice):
+    assert advice in find_advice("no conversation columns", columns)
 
 
 @pytest.mark.parametrize(

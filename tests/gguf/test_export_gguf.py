@@ -252,3 +252,15 @@ def test_an_export_runs_as_a_job_and_is_pushed(hub, forkserver, phoque, llama_mo
     assert ran.json["stage"] == "COMPLETED", ran.err
     assert {"tiny-Q8_0.gguf", "Modelfile", "README.md", "export.json"} <= hub.files("harbour/tiny-gguf").keys()
     assert hub.repos["models", "harbour/tiny-gguf"].private
+    # the next export replaces this one, and nothing else: an ONNX export has a record of the same name
+    record = json.loads(hub.files("harbour/tiny-gguf")["export.json"].content)
+    record["sha256"]["onnx/model.onnx"] = "0"
+    kept = {"onnx/model.onnx": b"graph", "mine.gguf": b"another's"}
+    hub.put("harbour/tiny-gguf", kept | {"export.json": json.dumps(record).encode()})
+    export = ["export-gguf", "--merged-dir", llama_model, "--dtype", "f16", "--no-accuracy", "--output-dir", "local"]
+    phoque(*export, "--push-repo-id", "harbour/tiny-gguf", env={"HF_TOKEN": TOKEN})
+    files = hub.files("harbour/tiny-gguf").keys()
+    assert kept.keys() | {"llama-F16.gguf"} <= files and "tiny-Q8_0.gguf" not in files
+    hub.put("harbour/tiny-gguf", {"export.json": b"[1]"})  # another program's
+    phoque(*export[:-1], "again", "--push-repo-id", "harbour/tiny-gguf", env={"HF_TOKEN": TOKEN})
+    assert kept.keys() | {"llama-F16.gguf"} <= hub.files("harbour/tiny-gguf").keys()

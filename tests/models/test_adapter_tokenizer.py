@@ -52,6 +52,35 @@ def test_a_template_without_a_vocabulary_is_used_with_the_bases_tokenizer(tiny_l
     assert len(tokenizer) == len(tiny.tokenizer()) and tokenizer.chat_template == TEMPLATE
 
 
+def test_the_class_of_the_tokenizer_follows_the_bases_model_type(tmp_path, adapter):
+    """Of some models, transformers replaces the class that tokenizer_config.json names."""
+    base = tiny.llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
+    for folder in (base, adapter):
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {
+            "tokenizer_class": "LlamaTokenizerFast"
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    source = Source("base", base, "0", "test")
+    of_base, of_adapter = load_tokenizer(source), load_tokenizer(source, adapter)
+    text = "gulls, of course: tide"
+    assert type(of_base) is type(of_adapter) and of_base.tokenize(text) == of_adapter.tokenize(text)
+
+
+def test_templates_by_name_survive_a_merge(phoque, tiny_llama, adapter, tmp_path):
+    use_old_layout(adapter)
+    named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": TEMPLATE + "tools"}]
+    settings = json.loads((adapter / "tokenizer_config.json").read_text()) | {"chat_template": named}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    (adapter / "tokenizer.json").rename(adapter / "tekken.json")  # no vocabulary that transformers reads
+    words = ["--adapter-source", adapter, "--base-model", tiny_llama, "--no-proof", "--output-dir", tmp_path / "out"]
+    phoque("merge", *words)
+    merged = load_tokenizer(Source("merged", tmp_path / "out", "0", "test"))
+    assert merged.chat_template == {one["name"]: one["template"] for one in named}
+    assert len(merged) == len(tiny.tokenizer())
+
+
 def test_a_tokenizer_without_a_template_has_the_bases(phoque, tiny_llama, adapter, tmp_path):
     (adapter / "chat_template.jinja").unlink()
     tokenizer = load_tokenizer(Source("base", tiny_llama, "0", "test"), adapter)

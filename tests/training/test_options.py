@@ -264,7 +264,7 @@ def test_the_best_adapter_survives_a_move_to_another_machine(phoque, start, over
 
 def test_a_loss_that_is_not_measured_cannot_choose(phoque, asked, tmp_path, tiny_llama):
     error = phoque(*asked, "--keep-best", "--held-out-rows", 0, env=QUIET, expect=2).error
-    assert "--keep-best needs a held-out loss" in error[1]
+    assert "--keep-best has no held-out loss to compare" in error[0]
     few = write_rows(tmp_path / "few.jsonl", [row(n) for n in range(5)])
     words = ["train", "--base-model", tiny_llama, "--dataset", few, "--quantization", "fp32", "--early-stop", 1]
     assert "no held-out loss" in phoque(*words, env=QUIET, expect=2).error[0]
@@ -322,7 +322,7 @@ def test_trackio_has_each_step_once_also_of_a_resumed_run(phoque, start, asked, 
     assert any("sample_outputs" in metrics for _, metrics in lines)
 
 
-@pytest.mark.parametrize(("value", "words"), [("wandbb", "none of wandb, trackio"), ("none,wandb", "excludes")])
+@pytest.mark.parametrize(("value", "words"), [("wandbb", "not one of wandb, trackio"), ("none,wandb", "excludes")])
 def test_a_service_that_is_unknown_is_refused(phoque, asked, value, words):
     assert words in phoque(*asked, "--report-to", value, expect=2).error[1]
 

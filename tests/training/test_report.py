@@ -37,6 +37,11 @@ def test_a_conclusion_follows_from_the_held_out_loss(losses, held_out, words):
     assert all(word in text for word in words), text
 
 
+def test_losses_of_other_held_out_rows_are_not_concluded_from():
+    text = " ".join(conclude(metrics(4.0, 3.0, 1.0, 1.2), record() | {"held_out_since": 10}))
+    assert "did not fall: 1.000 at step 20, the first with these held-out rows, 1.200 after 30 steps" in text
+
+
 def test_a_report_concludes_and_names_the_next_command(phoque, tiny_llama, rows, tmp_path):
     run = tmp_path / "run"
     command = ["train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--output-dir", run]

@@ -32,7 +32,7 @@ from phoque.settings.chat import ChatSettings
 
 BASE, TUNED = "base", "tuned"
 NO_MODEL = re.compile(r"mmproj|imatrix")  # GGUF files that are no language models
-LORA_FILE = re.compile(r"-lora-(?:f32|f16|bf16)$")  # the end of the name of an adapter alone
+LORA_FILE = re.compile(r"-lora(?:-(?:f32|f16|bf16|q8_0|auto))?$")  # the end of the name of an adapter alone
 PART = re.compile(r"-(\d+)-of-\d+$")  # the end of the name of a part of a model in several files
 MIN_CONTEXT = 4096  # tokens of a GGUF file's context; more if the answer may be longer
 
@@ -216,7 +216,12 @@ def _has_models_only(folder: Path) -> bool:
 def list_parts(file: str, names: Iterable[str]) -> list[str]:
     """The files that a model consists of, by the name of its first."""
     whole, is_part = PART.subn("", Path(file).stem)
-    return sorted(name for name in names if PART.sub("", Path(name).stem) == whole) if is_part else [file]
+    return sorted(name for name in names if _whole_stem(name) == whole) if is_part else [file]
+
+
+def _whole_stem(name: str) -> str:
+    """The name of a file without its ending, and without the number of its part."""
+    return PART.sub("", Path(name).stem)
 
 
 def _choose_gguf(sizes: dict[str, int], dtype: str, *, models_only: bool = False) -> str:
@@ -225,15 +230,13 @@ def _choose_gguf(sizes: dict[str, int], dtype: str, *, models_only: bool = False
     Vision projectors, importance matrices and, unless `models_only`, LoRA files are no models; of a model in parts, the
     first is loaded.
     """
-    adapters = [] if models_only else [name for name in sizes if LORA_FILE.search(Path(name).stem.lower())]
+    adapters = [] if models_only else [name for name in sizes if LORA_FILE.search(_whole_stem(name).lower())]
     models: dict[str, int] = {}
     for name in sizes.keys() - adapters:
         part = PART.search(Path(name).stem)
         if not NO_MODEL.search(name.lower()) and (part is None or int(part[1]) == 1):
             models[name] = sum(sizes[one] for one in list_parts(name, sizes))
-    chosen = [
-        (size, name) for name, size in models.items() if PART.sub("", Path(name).stem).lower().endswith(dtype.lower())
-    ]
+    chosen = [(size, name) for name, size in models.items() if _whole_stem(name).lower().endswith(dtype.lower())]
     if not chosen:
         lora = adapters[0] if adapters else None
         raise UsageError(

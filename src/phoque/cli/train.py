@@ -108,7 +108,9 @@ def _describe_held_out_loss(losses: dict[str, Any], step: int) -> list[str]:
     before, after = losses["before"], losses["after"]
     change = abs(after / before - 1)
     direction = "lower" if after < before else "higher"
-    lines = [f"held-out loss {before:.3f} -> {after:.3f} at step {step} ({change:.0%} {direction})"]
+    first = losses.get("before_step", 0)
+    start = f"{before:.3f} at step {first}" if first else f"{before:.3f}"
+    lines = [f"held-out loss {start} -> {after:.3f} at step {step} ({change:.0%} {direction})"]
     lowest, lowest_step = losses.get("lowest", after), losses.get("lowest_step")
     if lowest_step == 0:
         lines.append("         it was never lower than before training: check the data, or lower --learning-rate")

@@ -105,8 +105,8 @@ def export_gguf(resolved: Resolved[GgufSettings], services: Services, *, dry_run
     files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
 
     def find_stale(snapshot: Snapshot) -> list[str]:
-        earlier = repo.list_recorded(snapshot, EXPORT_RECORD)
-        return [path for path in snapshot.files if path in earlier and path not in files]
+        earlier = repo.list_recorded(snapshot)
+        return [path for path in snapshot.files if path.endswith(".gguf") and path in earlier and path not in files]
 
     return replace(result, repo=repo.name, commit=repo.push(files, "GGUF export", find_stale))
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from phoque.errors import IntegrityError, PublicRepoError, UsageError
+from phoque.files import EXPORT_RECORD, read_json_object
 from phoque.hub.client import Hub
 from phoque.hub.store import CARD, NEVER_UPLOADED, FileHashes, Snapshot, Store
 from phoque.settings.job import Access
@@ -53,21 +54,33 @@ class Repo(Store):
     def warn_of_foreign(self, replaced: str, record: str, warn: Callable[[str], None]) -> None:
         """Warn if a push would replace or delete files that phoque did not write.
 
-        `replaced` is a regular expression of their paths; phoque writes the file `record` beside its own.
+        `replaced` is a regular expression of their paths. Phoque writes the file `record` beside its own, and the
+        record of an export lists them.
         """
-        files = self.snapshot().files
-        foreign = [path for path in files if re.fullmatch(replaced, path)]
-        if foreign and record not in files:
+        snapshot = self.snapshot()
+        foreign = [path for path in snapshot.files if re.fullmatch(replaced, path)]
+        if record == EXPORT_RECORD:
+            own = self.list_recorded(snapshot)
+            foreign = [path for path in foreign if path not in own]
+        elif record in snapshot.files:
+            foreign = []
+        if foreign:
             warn(
-                f"{self.name} has {foreign[0]}, which phoque did not write: the push replaces it. Its history keeps it"
+                f"{self.name} has {foreign[0]}, which phoque did not write: the push replaces or deletes it. The "
+                "repository's history keeps it"
             )
 
-    def list_recorded(self, snapshot: Snapshot, record: str) -> set[str]:
-        """The files of an export that the repository's own `record` lists; none if it has no record."""
-        if record not in snapshot.files:
+    def list_recorded(self, snapshot: Snapshot) -> set[str]:
+        """The files of an export that the repository's own record of it lists; none if it has no such record."""
+        if EXPORT_RECORD not in snapshot.files:
             return set()
         with TemporaryDirectory() as folder:
-            return {*(self.read_json(snapshot, record, Path(folder)) or {}).get("sha256", {})}
+            try:
+                record = read_json_object(self.fetch(snapshot, EXPORT_RECORD, Path(folder)))
+            except UsageError:  # another program's file of that name
+                return set()
+        digests = record.get("sha256")
+        return {*digests} if isinstance(digests, dict) else set()
 
     def check_write_access(self) -> None:
         """Raise the Hub's error if the token cannot write to the repository; writes nothing."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phoque.errors import UsageError
-from phoque.files import find_file_in_the_way, lock, sha256
+from phoque.files import atomic_folder, find_file_in_the_way, lock, sha256
 from phoque.hub.refs import hub_id
 from phoque.hub.repo import Repo
 from phoque.merging.run import merge_into
@@ -72,17 +72,23 @@ def _find_merged_model(s: ModelExportSettings, services: Services, dry_run: bool
 
 def _copy_model(model: Path, folder: Path) -> None:
     """Copy a downloaded model to --merged-out-dir. Raises UsageError if the folder holds anything else."""
-    config = folder / "config.json"
     if file := find_file_in_the_way(folder):
         raise UsageError(what=f"{file} is a file.", why="A folder is needed.", fix="Choose another --merged-out-dir.")
-    is_same = config.is_file() and config.read_bytes() == (model / "config.json").read_bytes()
-    if folder.is_dir() and any(folder.iterdir()) and not is_same:
+    if folder.is_dir() and _list_sizes(model).items() <= _list_sizes(folder).items():
+        return
+    if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(
             what=f"{folder} is not empty, and it is not this model.",
             why="The downloaded model would be written over its files.",
             fix="Choose another --merged-out-dir.",
         )
-    shutil.copytree(model, folder, dirs_exist_ok=True)
+    with atomic_folder(folder) as staging:
+        shutil.copytree(model, staging, dirs_exist_ok=True)
+
+
+def _list_sizes(folder: Path) -> dict[str, int]:
+    """The sizes of the files in a folder."""
+    return {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
 
 
 def _fetch_from_dataset(s: ModelExportSettings, services: Services, dry_run: bool) -> Source:

@@ -12,8 +12,8 @@ from phoque.models.source import (
     UNUSED_PREFIXES,
     Source,
     check_tokenizer,
-    has_vocabulary,
     list_tokenizer_files,
+    list_vocabulary_files,
 )
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def read_end_tokens(folder: Path) -> list[int]:
 
 def find_tokenizer_folder(base: Path, adapter: Path | None) -> Path:
     """The folder with the tokenizer that an adapter was trained with: its own if it is complete, else the base's."""
-    if adapter and (adapter / TOKENIZER_CONFIG).is_file() and has_vocabulary(adapter):
-        return adapter
-    return base
+    vocabulary = list_vocabulary_files(adapter) if adapter else []
+    has_own = any(not file.name.startswith(UNUSED_PREFIXES) for file in vocabulary)
+    return adapter if adapter and has_own and (adapter / TOKENIZER_CONFIG).is_file() else base
 
 
 def read_chat_template(folder: Path) -> str | dict[str, str] | None:
@@ -99,14 +99,16 @@ def load_tokenizer(source: Source, adapter: Path | None = None) -> "PreTrainedTo
     """
     from transformers import AutoTokenizer
 
-    folder, name = find_tokenizer_folder(source.folder, adapter), source.name
+    folder, name, of_model = find_tokenizer_folder(source.folder, adapter), source.name, {}
     if folder == source.folder:
         check_tokenizer(folder, name)
-    else:
-        name = str(adapter)
+    else:  # an adapter has no config, by whose model type transformers chooses the tokenizer's class
+        name, of_model = str(adapter), {"config": load_config(source)}
     # transformers prefers mistral-common's own tokenizer where that is installed, but it renders no template
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, mistral_format=False, trust_remote_code=False, **of_model
+        )
     except Exception as error:  # whatever the reader of a damaged or incomplete tokenizer raises
         raise UsageError(
             what=f"The tokenizer of {name} cannot be loaded.",
@@ -139,5 +141,9 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | dict[str, st
     if isinstance(template, str):
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
         settings["chat_template"] = template
+    elif template:  # several templates by name have only one place
+        (folder / TEMPLATE).unlink(missing_ok=True)
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
     return settings

@@ -142,7 +142,7 @@ def check_weights(folder: Path) -> None:
 
 def check_tokenizer(folder: Path, name: str) -> None:
     """Raise UsageError if a model's folder has no tokenizer; its configuration alone is none."""
-    if not has_vocabulary(folder):
+    if not list_vocabulary_files(folder):
         raise UsageError(
             what=f"{name} has no tokenizer.",
             why="Neither tokenizer.json nor another vocabulary is in its folder.",
@@ -150,9 +150,9 @@ def check_tokenizer(folder: Path, name: str) -> None:
         )
 
 
-def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder has the vocabulary of a tokenizer."""
-    return bool({file.name for file in _list_files(folder, VOCABULARIES)} - {"tokenizer_config.json"})
+def list_vocabulary_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold the vocabulary of a tokenizer."""
+    return [file for file in _list_files(folder, VOCABULARIES) if file.name != "tokenizer_config.json"]
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:

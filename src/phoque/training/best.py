@@ -82,7 +82,9 @@ def measure_missed_held_out_loss(run: "Run", model: Any, tracker: Tracker | None
     from phoque.training.callbacks.metrics import measure_held_out_loss
 
     step, held_out = run.first_step, [encoded for _, encoded in run.prepared.scan.held_out]
-    if not current().broadcast_from_main(lambda: step not in _read_measured(run)):
+    # the rows of a run that was resumed with others count from the next measurement
+    is_known = lambda: step in _read_measured(run) or step == run.record.get("held_out_since")
+    if current().broadcast_from_main(is_known):
         return
     if step % run.settings.measured_every or not held_out or not (tracker or run.settings.fsdp):
         return

@@ -37,7 +37,8 @@ class TrainResult:
 
     - `steps` were taken, and the adapter, whose weights have `adapter_sha256`, is that of `adapter_step`.
     - `loss` is that of the last logged step. `held_out_loss` is {before, after, lowest, lowest_step}: before training,
-      of the adapter, and the lowest one with its step.
+      of the adapter, and the lowest one with its step. If the held-out rows have changed, `before` is the first one of
+      these rows, and `before_step` its step.
     - `padding` is the share of positions without a token, `seconds_of` the seconds by activity.
     - `repo` and `commit` are set if the adapter was pushed, `merged` and `proof` if a merged model was made.
     """
@@ -126,8 +127,9 @@ def summarize_held_out_loss(
     if not losses:
         return None
     lowest_step, lowest = min(losses, key=lambda pair: pair[1])
+    changed = {"before_step": losses[0][0]} if since else {}
     after = dict(losses).get(adapter_step, losses[-1][1]) if adapter_step is not None else losses[-1][1]
-    return {"before": losses[0][1], "after": after, "lowest": lowest, "lowest_step": lowest_step}
+    return {"before": losses[0][1], "after": after, "lowest": lowest, "lowest_step": lowest_step, **changed}
 
 
 def write_card_for_checkpoint(run: Run, checkpoint: Path) -> Path:

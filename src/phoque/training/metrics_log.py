@@ -58,7 +58,8 @@ class Tracker:
         except OSError as error:
             if not disk_full(error):
                 raise
-            os.truncate(path, size)  # the beginning of the line may be there
+            if path.is_file():
+                os.truncate(path, size)  # the beginning of the line may be there
             self._warn(f"step {row['step']} is not in {name}: the disk is full; training continues")
 
     def _report(self, step: int | None, send: Callable[[Service], None]) -> None:

@@ -36,7 +36,7 @@ def write_report(run: Path) -> Path:
         chat_command=f"phoque chat {shlex.quote(str(run))}",
         tiles=_list_tiles(record, result),
         time_spent=format_breakdown(result["seconds_of"]) if "seconds_of" in result else "",
-        curves=_draw_curves(metrics),
+        curves=_draw_curves(metrics, record.get("held_out_since", 0)),
         samples=_arrange_samples(samples, result.get("adapter_step")),
         sample_warning=WARNING,
         data=_summarize_data(record["data"]),
@@ -64,21 +64,23 @@ def _list_tiles(record: dict[str, Any], result: dict[str, Any]) -> list[tuple[st
 
 def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
     """What a run's numbers say, in sentences: did the held-out loss fall, where was it lowest, is it overfitting."""
-    measured = list_held_out_losses(metrics)
+    since = record.get("held_out_since", 0)
+    measured = list_held_out_losses(metrics, since)
     if len(measured) < 2:
         return ["The held-out loss was not measured after training, so this run cannot be judged by its loss."]
-    (_, before), (step, after) = measured[0], measured[-1]
+    (first, before), (step, after) = measured[0], measured[-1]
+    start = f"at step {first}, the first with these held-out rows" if since else "before training"
     best_step, best = min(measured, key=lambda pair: pair[1])
     count = record["data"]["held_out"]
     kept = (record.get("result") or {}).get("adapter_step") or step
     last, after = after, dict(measured).get(kept, after)
     if after >= before:
         return [
-            f"The held-out loss did not fall: {before:.3f} before training, {after:.3f} after {kept} steps.",
+            f"The held-out loss did not fall: {before:.3f} {start}, {after:.3f} after {kept} steps.",
             "The model did not get better at the held-out conversations. Check the data, or lower --learning-rate.",
         ]
     sentences = [
-        f"The held-out loss fell by {1 - after / before:.0%}, from {before:.3f} to {after:.3f}, on {count} "
+        f"The held-out loss fell by {1 - after / before:.0%}, from {before:.3f} {start} to {after:.3f}, on {count} "
         f"conversations that were not trained on."
     ]
     if kept != step:
@@ -91,7 +93,7 @@ def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]
             f"about {best_step} steps, or more data."
         )
     elif len(measured) == 2:
-        sentences.append("It was measured before and after training only, so this run shows no trend.")
+        sentences.append("It was measured twice only, so this run shows no trend.")
     elif measured[-2][1] > after * (1 + OVERFITTING):
         sentences.append("It was still falling at the end: more steps are likely to lower it further.")
     else:
@@ -101,13 +103,19 @@ def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]
     return sentences
 
 
-def _draw_curves(metrics: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+def _draw_curves(metrics: list[dict[str, Any]], since: int) -> list[tuple[str, Any]]:
+    """The charts of a run; held-out losses up to step `since` are of other rows, and are left out."""
+
     def series(label: str, name: str) -> Series:
         return Series(label, [(row["step"], row[name]) for row in metrics if row.get(name) is not None])
 
     memory = "gpu_memory_gb" if any("gpu_memory_gb" in row for row in metrics) else "memory_gb"
     plots = [
-        ("loss per trained token", "nats", [series("training", "loss"), series("held out", "held_out_loss")]),
+        (
+            "loss per trained token",
+            "nats",
+            [series("training", "loss"), Series("held out", list_held_out_losses(metrics, since))],
+        ),
         ("token accuracy", "share", [series("training", "accuracy"), series("held out", "held_out_accuracy")]),
         ("learning rate", "", [series("learning rate", "learning_rate")]),
         ("gradient norm", "", [series("gradient norm", "grad_norm")]),

@@ -96,8 +96,10 @@ def _open(
     start = find_start(
         s, folder, store, identity=identity, epoch=epoch, console=services.console, submission=submission
     )
-    if start.is_fresh and pinned is not resolved:  # the user chose to start again, with what the repositories hold now
-        if any(getattr(pinned.settings, name) != getattr(resolved.settings, name) for name, _ in REVISIONS.values()):
+    if start.is_fresh and begun.today:  # the user chose to start again, with what the repositories hold now
+        settings = pinned.settings, resolved.settings
+        has_moved = any(len({getattr(s, name) for s in settings}) > 1 for name, _ in REVISIONS.values())
+        if has_moved or prepared.chat.writes_date:
             prepared = prepare(resolved, services, weights=True)
         pinned = resolved
         planned = _plan(resolved, pinned, prepared, None)

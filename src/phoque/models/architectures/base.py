@@ -37,7 +37,7 @@ class GgufFormat:
     """How llama.cpp stores a family.
 
     - `name`: `general.architecture` in the file.
-    - `interleaves_rope`: whether llama.cpp rotates neighbouring channels, where transformers rotates the two halves of
+    - `interleaves_rope`: whether llama.cpp rotates neighboring channels, where transformers rotates the two halves of
       a head; the rows of q and k are then permuted.
     - `norm_offset`: what is added to the weights of norms.
     - `has_windows`: whether llama.cpp knows the family's sliding windows; otherwise a file allows no longer context.
