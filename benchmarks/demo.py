@@ -1,7 +1,7 @@
 """The demo beside the shortest TRL script that does the same training: same model, rows, order, batch and step.
 
 Both run in processes of their own, one after the other, and so twice over, in turn; the better run of each counts.
-Prints seconds a step (median, the first left out), peak memory, and the largest difference of the losses.
+Prints seconds per step (median, the first left out), peak memory, and the largest difference of the losses.
 
 Run: uv run python benchmarks/demo.py [--steps 10] [--batch 4]
 """
@@ -159,7 +159,7 @@ def main() -> None:
                 part(which)
                 results.append(json.loads((folder / f"{which}.json").read_text()))
                 subprocess.run(["rm", "-rf", folder / "ours", folder / "trl"], check=True)
-        print("| | seconds a step | peak memory, GB |\n|---|---|---|")
+        print("| | seconds per step | peak memory, GB |\n|---|---|---|")
         for which, label in (("ours", "phoque train"), ("trl", "plain TRL script")):
             best = min(statistics.median(r["seconds"][1:]) for r in found[which])
             print(f"| {label} | {best:.2f} | {min(r['peak_gb'] for r in found[which]):.2f} |")

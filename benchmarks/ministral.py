@@ -283,7 +283,7 @@ def train(folder: Path, tiny: bool) -> dict:
     losses = [m["loss"] for m in metrics if "loss" in m]
     return {
         "step_seconds": statistics.median(seconds[5:]),
-        "tokens_a_step": result["tokens"] / result["steps"],
+        "tokens_per_step": result["tokens"] / result["steps"],
         "gpu_gb": torch.cuda.max_memory_reserved() / 1e9,
         "estimate_gb": estimate,
         "loss": [sum(losses[:5]) / 5, sum(losses[-5:]) / 5],
@@ -324,9 +324,9 @@ def main() -> None:
         if row := found.get(part):
             print(f"| {label} | {row['seconds']:.1f} | {row['host_gb']:.1f} | {row['gpu_gb']:.1f} |")
     row = found["train"]
-    print(f"\n| training, {CONVERSATIONS} conversations a step, card capped at {CAP_GB} GB | |\n|---|---|")
-    print(f"| seconds a step (median) | {row['step_seconds']:.2f} |")
-    print(f"| tokens a step | {row['tokens_a_step']:,.0f} |")
+    print(f"\n| training, {CONVERSATIONS} conversations per step, card capped at {CAP_GB} GB | |\n|---|---|")
+    print(f"| seconds per step (median) | {row['step_seconds']:.2f} |")
+    print(f"| tokens per step | {row['tokens_per_step']:,.0f} |")
     print(f"| peak GPU memory, GB (the dry run's estimate) | {row['gpu_gb']:.1f} ({row['estimate_gb']:.1f}) |")
     print(f"| loss, first and last five steps | {row['loss'][0]:.2f}, {row['loss'][1]:.2f} |")
 

@@ -86,7 +86,7 @@ class Graph:
 
 
 def speeds(graphs: dict[str, Graph], prompt: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Of each graph the seconds to the first token, and tokens a second after it."""
+    """Of each graph the seconds to the first token, and tokens per second after it."""
     firsts: dict[str, list[float]] = {name: [] for name in graphs}
     steps: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(ROUNDS):

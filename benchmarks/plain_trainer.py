@@ -14,7 +14,7 @@ PROJECTIONS = r".*layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
 
 
 class Log(TrainerCallback):
-    """One line a step."""
+    """Print one line per step."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)

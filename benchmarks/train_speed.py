@@ -1,15 +1,15 @@
-"""Seconds a step of QLoRA on the 3B shape, through phoque's own trainer and its peers', on the same conversations.
+"""Seconds per step of QLoRA on the 3B shape, in phoque's own trainer and its peers', on the same conversations.
 
-The weights are random, in the published layout. Conversations are short (a log-normal around 120 tokens), and every
-trainer gets the same ids, labels, adapter and optimizer. Each part runs in a process of its own; times are between
-CUDA events at the ends of steps, so that nothing waits for a clock; the limit is what a bf16 matrix product reaches
-on this GPU, at 4 FLOPs a parameter and token (LoRA: forward, and backward to the inputs).
+The weights are random, in the published layout. Conversations are short (log-normal around 120 tokens), and every
+trainer gets the same ids, labels, adapter and optimizer. Each part runs in a process of its own. Times are between
+CUDA events at the ends of steps, so the CPU does not wait for the GPU. The limit is what a bf16 matrix product reaches
+on this GPU, at 4 FLOPs per parameter and token (LoRA: forward pass, and backward pass to the inputs).
 
 The losses of 32 steps are compared as well: plain layers twice, the second time with another setting of the matrix
-products' reductions, which is the noise that kernels make; then ours. A plot of them is written to train_speed.html.
+products' reductions, whose difference is the noise of kernels; then phoque's. They are plotted in train_speed.html.
 
 Run on a GPU machine: python benchmarks/train_speed.py [--results FILE --folder FOLDER]. What FILE has already is not
-measured again, so a run that was cut off goes on.
+measured again, so an interrupted run continues.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def write_ids(folder: Path, checkpoint: str) -> None:
 
 
 def limit(folder: Path, a: argparse.Namespace) -> dict:
-    """FLOPs a second of a large bf16 matrix product."""
+    """FLOPs per second of a large bf16 matrix product."""
     x, w = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         x @ w
@@ -275,7 +275,7 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
         torch.cuda.set_per_process_memory_fraction(1.0)
         try:
             found[asked] = ours(folder, argparse.Namespace(**given))
-        except Exception as error:  # the other runs are worth their time whatever one of them met
+        except Exception as error:  # the other runs continue
             found[asked] = {"error": repr(error)[:300]}
         gc.collect()
         torch.compiler.reset()
@@ -285,12 +285,12 @@ def several(folder: Path, a: argparse.Namespace) -> dict:
 
 
 def tell(found: dict) -> None:
-    """Hand what a part found to the process that asked for it; phoque's console keeps `sys.stdout` to itself."""
+    """Print a part's results for the process that started it; phoque's console has replaced `sys.stdout`."""
     print("RESULT " + json.dumps(found), file=sys.__stdout__, flush=True)
 
 
 def trl(folder: Path, a: argparse.Namespace) -> dict:
-    """TRL's trainer on the same ids: `--trl` BATCH:PADDING_FREE:CHECKPOINTING, 16 conversations a step."""
+    """TRL's trainer on the same ids: `--trl` BATCH:PADDING_FREE:CHECKPOINTING, 16 conversations per step."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -499,7 +499,7 @@ def show(found: dict[str, dict]) -> None:
 
     most = found["limit"]["flops"]
     print(f"{found['limit']['gpu']}, {most / 1e12:.0f} TFLOP/s in bf16\n")
-    print("| | tokens a step | seconds | tokens/s | of the limit | memory, GB | first step after, s |")
+    print("| | tokens per step | seconds | tokens/s | of the limit | memory, GB | first step after, s |")
     print("|---|---|---|---|---|---|---|")
     plain = {"nf4:eager:16:32:1": "plain layers, packed, NF4"}
     for name, label in (PEERS | UNSLOTH | plain | SPEED | FLASH).items():
@@ -516,7 +516,7 @@ def show(found: dict[str, dict]) -> None:
     print(f"\nwaiting for data: at most {max(waited):.2%} of the time")
     if shares := found.get(WHOLE, {}).get("seconds_of"):
         parts = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in shares.items())
-        print(f"200 steps as they come: {parts}")
+        print(f"200 steps with samples, held-out loss and checkpoints: {parts}")
     learnt = LEARNING | {FLASH_LEARNING: "phoque, NF4, flash-attn-4"}
     curves = {label: found[name]["losses"] for name, label in learnt.items() if "losses" in found.get(name, {})}
 
@@ -548,7 +548,7 @@ def show(found: dict[str, dict]) -> None:
         ("loss per trained token", line_chart(series, "step", "nats")),
         ("difference to the loss of plain layers in NF4", line_chart(less, "step", "nats")),
     ]
-    page = render_page("charts", title="phoque: the same losses, sooner", charts=charts)
+    page = render_page("charts", title="Losses of phoque and of plain layers", charts=charts)
     Path(__file__).with_suffix(".html").write_text(page, encoding="utf-8")
 
 
