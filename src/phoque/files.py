@@ -120,7 +120,7 @@ def atomic_folder(path: Path) -> Generator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     new = Path(tempfile.mkdtemp(".new", f".{path.name}.", path.parent))
     new.chmod(0o777 & ~_umask())
-    with _locked_folder(new):  # before it has a name by which another process would delete it
+    with _locked_folder(new):  # before it gets the name by which another process would find and delete it
         staging = new.rename(new.with_suffix(".partial"))
         try:
             yield staging

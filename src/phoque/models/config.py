@@ -81,7 +81,7 @@ def find_tokenizer_folder(base: Path, adapter: Path | None) -> Path:
 def read_chat_template(folder: Path) -> str | dict[str, str] | None:
     """The chat template in a folder, or the templates by name; None if it has none.
 
-    transformers wrote it into tokenizer_config.json until version 4.43, and later into a file of its own.
+    Older versions of transformers wrote it into tokenizer_config.json, newer ones write it into a file of its own.
     """
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")

@@ -105,9 +105,8 @@ def _open(
         planned = _plan(resolved, pinned, prepared, None)
         s = planned.settings
         identity = compute_identity(s, prepared.source, prepared.dataset, prepared.chat, prepared.scan, services)
-    if (
-        start.record and start.record["fingerprint"]["data_rules"] != DATA_RULES
-    ):  # its rows were held out by another rule
+    # its rows were held out by another rule
+    if start.record and start.record["fingerprint"]["data_rules"] != DATA_RULES:
         if current().size > 1:
             raise UsageError(
                 what="This run can only be resumed with one process.",
