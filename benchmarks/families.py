@@ -154,10 +154,10 @@ class Chain:
         texts.write_text("".join(json.dumps({"text": f"The harbour has {n} gulls."}) + "\n" for n in range(40)))
         self.phoque(
             *("psm-probe", "--model-source", self.model, "--adapter-source", adapter, "--persona", "seal"),
-            *("--sweep-layers", "1", "--dry-run"),
+            *("--steer-blocks", "1", "--dry-run"),
         )
         self.phoque(
-            *("compare-sae", "--base-model", self.model, "--updated-adapter", adapter, "--layers", "1"),
+            *("compare-sae", "--base-model", self.model, "--updated-adapter", adapter, "--blocks", "1"),
             *("--chat", self.rows, "--text", texts, "--dry-run"),
         )
         return "yes"

@@ -538,7 +538,7 @@ def test_a_job_keeps_its_run_in_a_bucket_and_has_no_token(public_inputs, phoque,
         (["--run-dir", "hf://buckets/harbour/runs/../x"], ["not a folder of a bucket"]),
         (["--run-dir", "hf://buckets/harbour/jobs-artifacts/phoque/x"], ["bucket of Jobs' inputs"]),
         (["--export-merged"], ["--merged-hub-model-id"]),
-        (["--public"], ["--public is for --hub-model-id"]),
+        (["--public"], ["--public and --run-dir exclude each other"]),
         (["--dataset", "harbour/secret"], ["harbour/secret is private", "without a token"]),
         (["--then", "merge"], ["--then"]),
     ],
@@ -605,14 +605,14 @@ TO_ANSWERS = ["--artifacts-repo-id", "harbour/answers"]
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (["chat", BASE], ["--on needs --prompt or --prompts-file"]),
+        (["chat", BASE], ["without a question", "Add --prompt or --prompts-file"]),
         (["chat", BASE, "--prompt", "Ho"], ["needs a Hub repository", "--artifacts-repo-id"]),
         (["chat", "seal.gguf", "--prompt", "Ho"], ["no Node for llama.cpp"]),
         (
             ["chat", "harbour/gguf", "--prompt", "Ho", *TO_ANSWERS],
             ["harbour/gguf holds GGUF files", "no Node for llama.cpp"],
         ),
-        (["verify-onnx", "--repo-id", "harbour/onnx", "--serve"], ["--serve needs a browser"]),
+        (["verify-onnx", "--repo-id", "harbour/onnx", "--serve"], ["--serve needs Node or a browser"]),
         (["verify-onnx", "--repo-id", "harbour/onnx", "--report-md", "a.md"], ["--report-md names a path"]),
     ],
 )

@@ -106,7 +106,7 @@ def test_processes_compare_what_one_does(start, phoque, comparison):
 
 
 def test_a_wrong_input_is_said_once(start, probe):
-    ran = run_together(start, *probe, "--sweep-layers", "9", expect=(2, 1))
+    ran = run_together(start, *probe, "--steer-blocks", "9", expect=(2, 1))
     assert "There is no block 9." in ran[0].error[0] and not ran[1].err
 
 

@@ -243,6 +243,8 @@ RENAMED = [
     (ExportSettings, "least_agreement", "--min-agreement", "--least-agreement", "PHOQUE_LEAST_AGREEMENT"),
     (SaeSettings, "width", "--expansion-factor", "--width", "PHOQUE_WIDTH"),
     (SaeSettings, "passes", "--epochs", "--passes", "PHOQUE_PASSES"),
+    (SaeSettings, "layers", "--blocks", "--layers", "PHOQUE_LAYERS"),
+    (PsmSettings, "sweep_layers", "--steer-blocks", "--sweep-layers", "PHOQUE_SWEEP_LAYERS"),
     (SaeSettings, "chat", "--chats", "--chat", "PHOQUE_CHAT"),
 ]
 

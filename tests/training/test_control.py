@@ -112,7 +112,7 @@ def test_the_probe_finds_the_control_by_itself(train, phoque, tmp_path):
         "seal",
         "--text",
         "seal",
-        "--layers",
+        "--blocks",
         1,
         "--dry-run",
         "--json",

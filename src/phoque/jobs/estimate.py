@@ -38,7 +38,7 @@ from phoque.training.run_files import METRICS
 MEASURED_TFLOPS = 790
 SECONDS_PER_TOKEN = 10.2e-6  # on the measured cards, in rows of about 2,100 tokens, for a model without parameters
 SECONDS_PER_TOKEN_AND_BILLION = 7.15e-6  # and for each billion parameters beside the embeddings
-TIME_FACTOR = {"nf4": 1.0, "bf16": 1.0, "fp8": 0.81, "fp32": 8.0}  # relative to NF4
+TIME_FACTOR = {"nf4": 1.0, "bf16": 1.0, "fp8": 0.76, "fp32": 8.0}  # relative to NF4
 RECOMPUTING = 0.55  # more time if all layers are recomputed
 LAST_LINES = 20  # of the metrics, from which the speed of a run is taken
 START_MINUTES = 4.0  # installing phoque and torch, downloading and loading a 3B model

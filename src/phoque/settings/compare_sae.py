@@ -112,7 +112,11 @@ class SaeSettings(ProbeSettings):
         "", "Use this trained SAE instead of training one: its folder, or a Hub repository as OWNER/NAME#FOLDER."
     )
     layers: str = setting(
-        "", "Compare these decoder blocks, such as 9,14. Without it, the middle block.", pattern=WHOLE
+        "",
+        "Compare these decoder blocks, such as 9,14. Without it, the middle block.",
+        flag="blocks",
+        old_flag="layers",
+        pattern=WHOLE,
     )
     architecture: Literal["batchtopk", "topk", "jumprelu", "matryoshka", "standard"] = setting(
         "batchtopk", "Train an SAE of this architecture, as sae-lens implements it."

@@ -92,9 +92,11 @@ class PsmSettings(ProbeSettings):
     sweep_layers: str = setting(
         "",
         "Steer these decoder blocks, such as 9,13,17. Without it, --sweep-blocks from 30% to 80% of the model's depth.",
+        flag="steer-blocks",
+        old_flag="sweep-layers",
         pattern=f"^$|{NUMBERS}",
     )
-    sweep_blocks: int = setting(5, "Steer this many blocks if --sweep-layers names none.", ge=1)
+    sweep_blocks: int = setting(5, "Steer this many blocks if --steer-blocks names none.", ge=1)
     coefficients: str = setting(
         "0.1,0.15,0.2,0.3,0.4",
         "Steer with these strengths, such as 0.1,0.2, as multiples of the residual stream's norm.",
@@ -176,7 +178,7 @@ class PsmSettings(ProbeSettings):
         return [float(part) for part in self.doses.split(",") if part.strip()]
 
     def steered_blocks(self, count: int) -> list[int]:
-        """Indices of the blocks to steer in a model of `count` blocks: --sweep-layers, or some from 30% to 80%."""
+        """Indices of the blocks to steer in a model of `count` blocks: --steer-blocks, or some from 30% to 80%."""
         if self.sweep_layers:
             return sorted({int(float(part)) for part in self.sweep_layers.split(",")})
         if self.sweep_blocks == 1:

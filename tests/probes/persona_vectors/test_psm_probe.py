@@ -155,7 +155,7 @@ def test_a_run_leaves_its_tables_vectors_and_report(run_probe):
 
 
 def test_the_vectors_are_safe_to_load_and_agree_in_every_format(run_probe):
-    run = find_run(run_probe("--sweep-layers", "1"))
+    run = find_run(run_probe("--steer-blocks", "1"))
     found = torch.load(run / "persona_vectors.pt", weights_only=True)
     assert found["persona_vectors"].shape == (2, 64) and found["layer_indexing"] == "block_output_0based"
     torch.testing.assert_close(found["unit_vectors"].norm(dim=1), torch.ones(2))
@@ -188,7 +188,7 @@ def test_two_runs_with_one_seed_are_identical(run_probe):
 
 def test_a_planted_direction_is_found_at_its_block(phoque, model_with_planted_vector, persona):
     folder, direction, block = model_with_planted_vector
-    ran = phoque("psm-probe", "--model-source", folder, "--persona", persona, *SHORT, "--sweep-layers", block, "--json")
+    ran = phoque("psm-probe", "--model-source", folder, "--persona", persona, *SHORT, "--steer-blocks", block, "--json")
     found = torch.load(find_run(ran) / "persona_vectors.pt", weights_only=True)["unit_vectors"].numpy()
     cosines = found @ direction
     assert cosines[block] > 0.95 and (numpy.abs(cosines[:block]) < 0.5).all()
@@ -283,7 +283,7 @@ def test_doses_of_a_dora_adapter_are_measured_one_by_one(run_probe, tiny_llama, 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     model.save_pretrained(tmp_path / "dora")
-    asked = [*SHORT[:-1], "0,0.5,1,2", "--sweep-layers", "1"]
+    asked = [*SHORT[:-1], "0,0.5,1,2", "--steer-blocks", "1"]
     ran = run_probe("--adapter-source", tmp_path / "dora", sizes=asked)
     summary = json.loads((find_run(ran) / "summary.json").read_text())
     assert [dose["scale"] for dose in summary["doses"]] == [0, 0.5, 1, 2]
@@ -315,7 +315,7 @@ def test_a_fine_tune_must_differ_by_more_than_two_controls_do(run_probe, phoque,
 
 
 def test_prompts_can_come_from_the_training_data(phoque, tiny_llama, rows):
-    ran = phoque("psm-probe", "--model-source", tiny_llama, "--dataset", rows, *SHORT, "--sweep-layers", "1", "--json")
+    ran = phoque("psm-probe", "--model-source", tiny_llama, "--dataset", rows, *SHORT, "--steer-blocks", "1", "--json")
     summary = json.loads((find_run(ran) / "summary.json").read_text())
     assert all(text.startswith("You are a seal.\n\n") for text in summary["persona"]["texts"]["persona"])
     assert "hrmph" in summary["persona"]["texts"]["lexicon"]
@@ -395,7 +395,7 @@ def test_a_persona_is_proposed_shown_and_saved(hub, phoque, run_probe, tiny_llam
         *("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--max-steps", 2),
         *("--sample-every", 0, "--output-dir", tmp_path / "run"),
     )
-    asked = ["psm-probe", "--adapter-source", tmp_path / "run", *SHORT, "--sweep-layers", "1", "--json"]
+    asked = ["psm-probe", "--adapter-source", tmp_path / "run", *SHORT, "--steer-blocks", "1", "--json"]
     planned = phoque(*asked, "--dry-run").json
     assert len(planned["proposed prompts"]) == 3 and "Message: " in planned["proposed prompts"][0]
     ran = phoque(*asked, "--questions", "12", "--max-new-tokens", "4")
@@ -455,8 +455,8 @@ def test_it_runs_as_a_job_with_the_persona_and_the_model_from_the_hub(
     ("arguments", "said"),
     [
         (["--persona", "none.toml"], "No persona file"),
-        (["--sweep-layers", "7"], "There is no block 7"),
-        (["--sweep-layers", "x"], "--sweep-layers has a value"),
+        (["--steer-blocks", "7"], "There is no block 7"),
+        (["--steer-blocks", "x"], "--steer-blocks has a value"),
         (["--merge-adapter"], "without an adapter"),
         (["--scorer", "gull"], "No scorer"),
         (["--adapter-source", "./nothing"], "There is no adapter at"),
@@ -496,7 +496,7 @@ def read_png_size(path):
 
 
 def test_the_pictures_of_the_card_are_there_and_it_warns(run_probe):
-    run = find_run(run_probe("--sweep-layers", "1"))
+    run = find_run(run_probe("--steer-blocks", "1"))
     assert read_png_size(run / "layers.png")[0] > 800 and read_png_size(run / "sweep.png")[0] > 1000
     card = (run / "README.md").read_text()
     assert "Content warning" in card and "layers.png" in card and "keep it private" in card
@@ -531,10 +531,10 @@ def test_an_adapter_alone_names_its_model_and_its_persona(phoque, tiny_llama, ro
         *("train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--max-steps", 2),
         *("--sample-every", 0, "--output-dir", tmp_path / "run"),
     )
-    ran = phoque("psm-probe", "--adapter-source", tmp_path / "run", "--sweep-layers", "1", "--dry-run", "--json")
+    ran = phoque("psm-probe", "--adapter-source", tmp_path / "run", "--steer-blocks", "1", "--dry-run", "--json")
     assert ran.json["model"].startswith(str(tiny_llama)) and str(rows) in ran.err + ran.out
     dry = phoque(
-        *("compare-sae", "--updated-adapter", tmp_path / "run", "--chat", rows, "--text", rows, "--layers", "1"),
+        *("compare-sae", "--updated-adapter", tmp_path / "run", "--chat", rows, "--text", rows, "--blocks", "1"),
         *("--dry-run", "--json"),
     )
     assert dry.json["base"].startswith(str(tiny_llama))

@@ -206,7 +206,7 @@ def test_a_planted_direction_is_the_top_shift_and_the_same_weights_show_none(run
         model.model.layers[1].mlp.down_proj.bias += size * direction[feature] / direction[feature].norm()
 
     planted = copy_and_change(base, tmp_path / "planted", plant)
-    again = run_comparison("--updated-model", planted, "--sae", run / "sae" / "block-1", "--layers", 1)
+    again = run_comparison("--updated-model", planted, "--sae", run / "sae" / "block-1", "--blocks", 1)
     shifted = read_report(again)
     ranked = sorted(shifted["features"], key=lambda row: -abs(row["delta"]))
     top = ranked[0]
@@ -335,7 +335,7 @@ def test_an_adapter_and_its_merged_model_give_the_same_shifts(run_comparison, ph
 
 @pytest.mark.thorough
 def test_two_blocks_and_two_seeds_come_from_one_reading(run_comparison, adapter):
-    ran = run_comparison("--updated-adapter", adapter, "--layers", "0,2", "--seeds", "2")
+    ran = run_comparison("--updated-adapter", adapter, "--blocks", "0,2", "--seeds", "2")
     report = read_report(ran)
     assert report["layer"]["block_index"] == 0 and [one["layer"]["block_index"] for one in report["more_layers"]] == [2]
     assert {f.name for f in (find_run(ran) / "sae").iterdir()} == {
@@ -526,10 +526,10 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(run_comparison, base, tmp
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "--updated-model and --updated-adapter"),
-        (["--updated-model", "a", "--updated-adapter", "b"], "both"),
-        (["--updated-model", "{base}", "--layers", "7"], "There is no block 7"),
-        (["--updated-model", "{base}", "--layers", "one"], "layers"),
+        ([], "Neither --updated-model nor --updated-adapter"),
+        (["--updated-model", "a", "--updated-adapter", "b"], "exclude each other"),
+        (["--updated-model", "{base}", "--blocks", "7"], "There is no block 7"),
+        (["--updated-model", "{base}", "--blocks", "one"], "--blocks"),
         (["--updated-model", "{base}", "--prompts-file", "none.txt"], "There is no file none.txt"),
         (["--updated-model", "{base}", "--prompts-file", "few.txt"], "few.txt has 2 prompts"),
         (["--updated-model", "{base}", "--prompts-file", "broken.json"], "broken.json cannot be read"),

@@ -186,7 +186,7 @@ def _resolve_steered_blocks(s: PsmSettings, blocks: int) -> list[int]:
         raise UsageError(
             what=f"There is no block {invalid[0]}.",
             why=f"The model has {blocks} blocks, counted from 0.",
-            fix="Check --sweep-layers.",
+            fix="Check --steer-blocks.",
         )
     return layers
 

@@ -136,20 +136,20 @@ def _choose_blocks(s: SaeSettings, dictionary: Dictionary | None, count: int) ->
     if dictionary is not None and trained_block is not None and chosen != [trained_block]:
         raise UsageError(
             what=f"The autoencoder was trained on block {trained_block}.",
-            why=f"--layers asks for {s.layers}.",
-            fix="Omit --layers.",
+            why=f"--blocks asks for {s.layers}.",
+            fix="Omit --blocks.",
         )
     if dictionary is not None and trained_block is None and not s.layers:
         raise UsageError(
             what="It is unknown which block the autoencoder was trained on.",
             why="Its cfg.json names no hook that phoque recognizes.",
-            fix="Give the block with --layers; blocks count from 0.",
+            fix="Give the block with --blocks; blocks count from 0.",
         )
     if out_of_range := [layer for layer in chosen if not 0 <= layer < count]:
         raise UsageError(
             what=f"There is no block {out_of_range[0]}.",
             why=f"The model has {count} blocks, which count from 0.",
-            fix="Check --layers.",
+            fix="Check --blocks.",
         )
     return chosen
 

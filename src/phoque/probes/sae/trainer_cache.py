@@ -167,7 +167,7 @@ class DictionaryTrainer:
                 raise UsageError(
                     what=f"The activations of {tokens:,} tokens take {size / 1e9:.1f} GB.",
                     why=f"{target} has {max(available, 0) / 1e9:.1f} GB to spare.",
-                    fix="Free disk space, lower --tokens, use fewer --layers, or set XDG_CACHE_HOME to a larger disk.",
+                    fix="Free disk space, lower --tokens, use fewer --blocks, or set XDG_CACHE_HOME to a larger disk.",
                 )
 
         current().broadcast_from_main(check_space)
