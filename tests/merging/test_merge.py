@@ -269,6 +269,26 @@ def test_from_the_hub_to_the_hub(phoque, hub, tmp_path, tiny_llama):
     assert hub.repos[merged].private and ran.json["commit"] == hub.sha(*merged)
     assert files["model.safetensors"].content == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert "Content warning" in files["README.md"].content.decode()
+    # a repository that another program wrote, and a second push to one that phoque wrote
+    hub.add("models", "harbour/other", {"model-00001-of-00002.safetensors": b"theirs", "mine.txt": b"kept"})
+    record = {"settings": {}, "fingerprint": {}, "data": {"name": "harbour/private-rows"}}
+    hub.put("harbour/seal", {"run.json": json.dumps(record).encode()})
+    again = [
+        "merge",
+        "--adapter-source",
+        "harbour/seal",
+        "--base-model",
+        "harbour/tiny",
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    ran = phoque(*again, "--push-repo-id", "harbour/other", env={"HF_TOKEN": TOKEN})
+    assert "model-00001-of-00002.safetensors, which phoque did not write" in ran.err
+    assert {"mine.txt", "merge.json"} < hub.files("harbour/other").keys()
+    assert "model-00001-of-00002.safetensors" not in hub.files("harbour/other")
+    assert "did not write" not in phoque(*again, "--push-repo-id", merged[1], env={"HF_TOKEN": TOKEN}).err
+    shown = phoque(*again, "--push-repo-id", "harbour/shown", "--public", env={"HF_TOKEN": TOKEN}).err
+    assert "harbour/shown is public" in shown and "on harbour/private-rows" in shown
     missing = phoque(
         "merge", "--adapter-source", "harbour/tiny", "--output-dir", tmp_path / "no", expect=2, env={"HF_TOKEN": TOKEN}
     ).error
