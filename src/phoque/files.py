@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,8 +118,8 @@ def atomic_folder(path: Path) -> Generator[Path]:
         with _locked_folder(left) as is_left:
             if is_left:  # its process has ended
                 shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(".new", f".{path.name}.", path.parent))
-    new.chmod(0o777 & ~_umask())
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    new.mkdir()
     with _locked_folder(new):  # before it gets the name by which another process would find and delete it
         staging = new.rename(new.with_suffix(".partial"))
         try:
@@ -162,13 +162,6 @@ def _locked_folder(folder: Path) -> Generator[bool]:
         yield is_locked
     finally:
         os.close(opened)
-
-
-def _umask() -> int:
-    """The mode bits that new folders lack; they can only be read by being set."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def lock(path: Path, timeout: float = -1) -> "BaseFileLock":

@@ -1,9 +1,7 @@
 """Find what to talk to: which kind of thing a name stands for, and the models that it gives."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,10 +205,15 @@ def _gguf(s: ChatSettings, file: Path, services: Services, *, fetch: bool = True
 
 def _has_models_only(folder: Path) -> bool:
     """Whether a folder is phoque's export of a model, in which no file is an adapter, whatever its name."""
+    return _read_export_record(folder).get("kind") == "model"
+
+
+def _read_export_record(folder: Path) -> dict[str, Any]:
+    """The record of an export; empty if the folder has none that can be read."""
     try:
-        return read_json_object(folder / EXPORT_RECORD).get("kind") == "model"
+        return read_json_object(folder / EXPORT_RECORD)
     except UsageError:
-        return False
+        return {}
 
 
 def list_parts(file: str, names: Iterable[str]) -> list[str]:
@@ -286,10 +289,8 @@ def _exported_system(s: ChatSettings, folder: Path) -> str | None:
     """The system message: --system, or the one of the training data, as the record of the export has it."""
     if s.system is not None:
         return s.system
-    with suppress(OSError, ValueError, AttributeError):
-        system = json.loads((folder / EXPORT_RECORD).read_text(encoding="utf-8")).get("system")
-        return str(system) if system else None
-    return None
+    system = _read_export_record(folder).get("system")
+    return str(system) if system else None
 
 
 def _refuse_compare(s: ChatSettings, what: str) -> None:

@@ -39,8 +39,8 @@ def start_run(resolved: Resolved[TrainSettings], services: Services, stop: StopR
     if processes.is_main:
         run, pinned = _open(resolved, services, stop, submission)
         main_state = {"pinned": pinned, "planned": run.settings, "start": run.start, "record": run.record}
-        main_state["today"] = run.prepared.chat.today
-        read = {"digest": run.prepared.scan.digest, "encoded": run.prepared.encoding_digest()}
+        prepared = run.prepared
+        read = {"digest": prepared.scan.digest, "encoded": prepared.encoding_digest(), "today": prepared.chat.today}
         processes.broadcast_from_main(lambda: main_state | read)
         processes.broadcast_files(run.start.resume)
         return run

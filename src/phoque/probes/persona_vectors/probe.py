@@ -41,11 +41,8 @@ from phoque.probes.verdicts import Ranking
 from phoque.probes.word_profile import WordProfile
 
 MAX_MASSIVE_SHARE = 0.02  # share of response tokens left out above which to warn
-COMPARED_CONDITIONS = (
-    "persona",
-    "neutral_plus_vector",
-    "tuned",
-)  # conditions, beside the controls, whose words are compared
+# beside the controls, those whose words are compared
+COMPARED_CONDITIONS = ("persona", "neutral_plus_vector", "tuned")
 
 Shifts = dict[str, ev.Shift]  # own or same_text -> shift
 
