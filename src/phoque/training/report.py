@@ -93,7 +93,7 @@ def conclude(metrics: list[dict[str, Any]], record: dict[str, Any]) -> list[str]
             f"about {best_step} steps, or more data."
         )
     elif len(measured) == 2:
-        sentences.append("It was measured twice only, so this run shows no trend.")
+        sentences.append("It was measured only twice, so this run shows no trend.")
     elif measured[-2][1] > after * (1 + OVERFITTING):
         sentences.append("It was still falling at the end: more steps are likely to lower it further.")
     else:
