@@ -1,10 +1,12 @@
 """Safetensors files: headers first, then tensors one by one, without mapping or loading a whole file."""
 
+import os
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ DTYPES = {
 }
 READ_AHEAD = 16  # tensors: about 0.4 GB of a 3B model in FP8
 CHUNK = 32 << 20  # bytes per pinned buffer
+THREADS = 4  # that fill a buffer together: one thread copies from the page cache at a fraction of memory's speed
 
 
 @dataclass(frozen=True)
@@ -84,21 +87,23 @@ class _PinnedReader:
 
     def __init__(self, on: torch.device, files: ExitStack) -> None:
         self._on, self._files = on, files
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, int] = {}
+        self._threads = files.enter_context(ThreadPoolExecutor(THREADS))
         self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]
 
     def read(self, stored: StoredTensor) -> torch.Tensor:
         if stored.file not in self._open:
-            self._open[stored.file] = self._files.enter_context(stored.file.open("rb", buffering=0))
-        f = self._open[stored.file]
-        f.seek(stored.start)
+            self._open[stored.file] = self._files.enter_context(stored.file.open("rb", buffering=0)).fileno()
+        file = self._open[stored.file]
         size = stored.end - stored.start
         raw = torch.empty(size, dtype=torch.uint8, device=self._on)
         for start in range(0, size, CHUNK):
             self._copied[0].synchronize()
             part = self._buffers[0][: min(CHUNK, size - start)]
-            _read_into(f, part)
+            pieces = part.split(CHUNK // THREADS)
+            offsets = range(stored.start + start, stored.end, CHUNK // THREADS)
+            list(self._threads.map(partial(_read_into, file), pieces, offsets))
             raw[start : start + len(part)].copy_(part, non_blocking=True)
             self._copied[0].record()
             self._buffers.reverse()
@@ -109,12 +114,11 @@ class _PinnedReader:
 def _read_to_host(stored: StoredTensor) -> torch.Tensor:
     raw = torch.empty(stored.end - stored.start, dtype=torch.uint8)
     with stored.file.open("rb", buffering=0) as f:
-        f.seek(stored.start)
-        _read_into(f, raw)
+        _read_into(f.fileno(), raw, stored.start)
     return raw.view(stored.dtype).reshape(stored.shape)
 
 
-def _read_into(f: Any, raw: torch.Tensor) -> None:
+def _read_into(file: int, raw: torch.Tensor, offset: int) -> None:
     view, done = memoryview(raw.numpy()), 0
     while done < len(view):  # one read gives at most 2 GiB
-        done += f.readinto(view[done:])
+        done += os.preadv(file, [view[done:]], offset + done)

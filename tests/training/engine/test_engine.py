@@ -25,6 +25,7 @@ from phoque.training.engine.cuda_graphs import PackedRow, _GraphPair
 from phoque.training.engine.engine import POINTWISE_RECOMPUTED, Engine
 from phoque.training.engine.lora_linear import apply_lora_linear, join_weights
 from phoque.training.engine.select import select_engine
+from phoque.training.engine.trial import check_against_plain
 
 LENGTHS = (17, 40, 23, 9, 31)
 PACKING = Packing(5, 24.0, 40, static=True)
@@ -320,6 +321,25 @@ def test_a_wrong_adapter_is_found_out_though_a_fresh_one_does_nothing(mistral3, 
             torch.nn.init.zeros_(parameter)
     assert select_engine(model, "compile", PACKING, 10, recompute=False).mode == "eager"
     assert all(not p.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(("factor", "problem"), [(1, ""), (2, "the captured graphs compute something else")])
+def test_captured_graphs_are_compared_with_the_run_before_their_capture(mistral3, factor, problem):
+    class Graphs:
+        def forward(self, row, run_forward, run_backward, gradients):
+            self.out = run_forward(row).detach()
+            return self.out * factor
+
+        def backward(self, grad):
+            pass
+
+        def take_uncaptured_output(self):
+            return self.out
+
+    engine = Engine(adapted_model(mistral3, traced=False), captured=True)
+    engine._graphs = Graphs()
+    assert check_against_plain(engine, static_row(), sum(LENGTHS)) == problem
+    assert engine._compiled is None  # torch.compile would import inductor, which takes a second
 
 
 def fail_with_out_of_memory(monkeypatch, times):

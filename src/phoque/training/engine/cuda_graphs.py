@@ -53,6 +53,7 @@ class CudaGraphs:
         self._current: _GraphPair | None = None
         self._pool: Any = None
         self._stream: Any = None  # shared by all captures: cuBLAS keeps a workspace per stream
+        self._uncaptured: Tensor | None = None  # the output of the last capture's first run
 
     def forward(self, row: PackedRow, run_forward: RunForward, run_backward: RunBackward, gradients: Tensor) -> Tensor:
         """Run the forward pass of `run_forward` on the row; return its output.
@@ -74,10 +75,16 @@ class CudaGraphs:
         pair.grad.copy_(grad)
         pair.backward.replay()
 
+    def take_uncaptured_output(self) -> Tensor:
+        """Return what the row of the last capture gave without graphs, and keep it no longer."""
+        out, self._uncaptured = self._uncaptured, None
+        assert out is not None, "nothing has been captured"
+        return out
+
     def clear(self) -> None:
         """Delete all graphs and free their memory."""
         self._pairs.clear()
-        self._pool = self._current = None
+        self._pool = self._current = self._uncaptured = None
 
     def _capture(
         self, row: PackedRow, run_forward: RunForward, run_backward: RunBackward, gradients: Tensor
@@ -87,11 +94,11 @@ class CudaGraphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         side_stream = self._stream = self._stream or torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            for _ in range(2):  # first runs compile and allocate (cuBLAS, autograd), which a capture must not do
-                out = run_forward(row)
-                run_backward(out, torch.zeros_like(out))
-                del out
+        with torch.cuda.stream(side_stream):  # the first run compiles and allocates, which a capture must not do
+            out = run_forward(row)
+            self._uncaptured = out.detach().clone()
+            run_backward(out, torch.zeros_like(out))
+            del out
         torch.cuda.current_stream().wait_stream(side_stream)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self._pool, capture_error_mode="thread_local"):

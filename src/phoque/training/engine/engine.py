@@ -64,8 +64,8 @@ class Engine:
         self.flat = FlatParams(self.groups, self.dtype)
         self._patched: list[Any] = []  # modules whose forward method is replaced
         self._anchor = torch.zeros((), device=self.flat.weights.device, requires_grad=True)
+        self._compiled: Any = None  # run_layer compiled, once it is needed
         self.set_weight_cache(enabled=False)
-        self._compile()
 
     def set_weight_cache(self, enabled: bool) -> None:
         """Turn the cache of ready-to-use weights on or off; it takes `weight_cache_bytes` more memory."""
@@ -108,7 +108,6 @@ class Engine:
         self.recompute_pointwise = True
         self._fuse_mlps()
         self.discard_compiled()
-        self._compile()
 
     @property
     def is_fp8(self) -> bool:
@@ -139,6 +138,10 @@ class Engine:
             self._out = self._run(row)
             return self._out.detach()
         return self._graphs.forward(row, self._run, self._backward, self.flat.gradients)
+
+    def take_uncaptured_output(self) -> Tensor:
+        """Return the hidden states of the row of the last capture, from its run without graphs."""
+        return self._graphs.take_uncaptured_output()
 
     def backward(self, grad: Tensor) -> None:
         """Add to the adapter's gradients, given the gradient of the hidden states."""
@@ -238,6 +241,7 @@ class Engine:
     def discard_compiled(self) -> None:
         """Delete the captured graphs and the compiled code."""
         self._release_graphs()
+        self._compiled = None
         torch.compiler.reset()
 
     def restore_modules(self) -> None:
@@ -249,12 +253,13 @@ class Engine:
             del module.forward
         self._patched = []
 
-    def _compile(self) -> None:
+    def _compile(self) -> Any:
+        """Return run_layer compiled; only now, because torch.compile imports inductor, which takes a second."""
         from torch._functorch import config
 
         # the partitioner never recomputes the inputs of a custom operator unless this is off
         patched = config.patch(ban_recompute_materialized_backward=not self.recompute_pointwise)
-        self._compiled = patched(torch.compile(run_layer, dynamic=self.dynamic))
+        return patched(torch.compile(run_layer, dynamic=self.dynamic))
 
     def _release_graphs(self) -> None:
         """Delete the captured graphs, and the output and gradients that an interrupted pass left behind."""
@@ -308,7 +313,10 @@ class Engine:
     @property
     def layer_function(self) -> Callable[..., Tensor]:
         """How a layer runs: compiled or not."""
-        return self._compiled if self.compiled else run_layer
+        if not self.compiled:
+            return run_layer
+        self._compiled = self._compiled or self._compile()
+        return self._compiled
 
     @property
     def has_dropout(self) -> bool:
