@@ -93,3 +93,15 @@ def test_a_template_cannot_reach_python(program, tmp_path, monkeypatch):
     with pytest.raises(PhoqueError) as caught:
         ChatTemplate(tokenizer, "", 512)
     assert "unsafe" in caught.value.why and not list(tmp_path.iterdir())
+
+
+def test_tokens_of_spaces_are_trained_where_a_tokenizer_leaves_them_out_of_its_offsets():
+    from tokenizers import processors
+
+    answer = {"role": "assistant", "content": "if x:\n    y  z"}
+    labels = []
+    for trim_offsets in (False, True):
+        tokenizer = tiny.tokenizer()
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+        labels.append(ChatTemplate(tokenizer, "", 512).encode([TALK[0], answer]).labels)
+    assert labels[0] == labels[1]

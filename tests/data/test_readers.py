@@ -62,6 +62,8 @@ FILES = {
     "pretty.jsonl": "\n".join(json.dumps(r, indent=1) for r in ROWS).encode(),
     "data.json": json.dumps({"version": 1, "data": ROWS}).encode(),
     "pandas.json": json.dumps({k: {str(i): r[k] for i, r in enumerate(ROWS)} for k in ROWS[0]}).encode(),
+    "lists.json": json.dumps({k: [r[k] for r in ROWS] for k in ROWS[0]}).encode(),
+    "split.json": json.dumps({"columns": [*ROWS[0]], "data": [[*r.values()] for r in ROWS]}).encode(),
     "rows.jsonl.gz": gzip.compress(lines().encode()),
     "rows.jsonl.bz2": bz2.compress(lines().encode()),
     "rows.jsonl.zst": zstd(lines().encode()),
@@ -323,3 +325,13 @@ def test_a_cell_with_broken_quotes_costs_its_row_alone(tmp_path):
     read = [(raw.number, raw.defect) for raw in stream]
     assert read == [(1, ""), (2, "broken quotes"), (3, "")]
     assert [raw.number for raw in stream.read(0, 2)] == [3]
+
+
+def test_a_system_prompt_in_another_spelling_is_kept_beside_turns(tmp_path):
+    turns = [{"role": "user", "parts": [{"text": "Tide?"}]}, {"role": "model", "parts": [{"text": "Low."}]}]
+    row = {"contents": turns, "systemInstruction": {"parts": [{"text": "Be a seal."}]}, "Context": "pier"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    dataset = open_dataset(str(tmp_path / "rows.jsonl"))
+    (raw,) = dataset.stream
+    assert [turn["content"] for turn in parse_row(raw).messages] == ["Be a seal.", "Tide?", "Low."]
+    assert list(dataset.stream.unused_columns) == ["Context"]

@@ -21,7 +21,7 @@ def parse(content):
 
 SCHEMAS = {
     "messages": {"messages": PLAIN},
-    "messages as JSON text": {"messages": json.dumps(PLAIN)},
+    "messages as text": {"messages": json.dumps(PLAIN)},
     "messages with from and value": {
         "messages": [{"from": "human", "value": "Tide?"}, {"from": "gpt", "value": "Low."}]
     },
@@ -31,6 +31,8 @@ SCHEMAS = {
     "conversations with role and content": {"conversations": PLAIN},
     "prompt/completion": {"prompt": "Tide?", "completion": "Low."},
     "prompt/response": {"prompt": "Tide?", "response": "Low."},
+    "question/response": {"question": "Tide?", "response": "Low."},
+    "context/response": {"context": "Tide?", "response": "Low."},
     "question/answer": {"question": "Tide?", "answer": "Low."},
     "Alpaca (instruction, input, output)": {"instruction": "Tide?", "input": "", "output": "Low."},
 }
@@ -219,3 +221,46 @@ def test_a_weight_may_be_text():
 def test_turns_as_json_text_in_a_table_are_turns():
     assert parse({"prompt": json.dumps([QUESTION]), "completion": json.dumps([ANSWER])}).messages == PLAIN
     assert parse({"prompt": "[{not turns}]", "completion": "Low."}).messages[0]["content"] == "[{not turns}]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(PLAIN, indent=1),
+        repr(PLAIN),
+        f"[{QUESTION}\n {ANSWER}]",  # as numpy writes an array
+    ],
+)
+def test_turns_as_text_are_read_as_json_or_as_python_writes_them(text):
+    assert parse({"messages": text}).messages == PLAIN
+
+
+def test_a_prompt_and_a_completion_as_python_writes_lists_are_turns():
+    row = parse({"prompt": f"[{QUESTION}\n {ANSWER}\n {QUESTION}]", "completion": repr([ANSWER])})
+    assert row.messages == [*PLAIN, *PLAIN] and row.untrained == {1}
+    with pytest.raises(BadRow, match="neither JSON nor Python"):
+        parse({"prompt": "[{'role': 'user', 'content': it's low}]", "completion": "Low."})
+
+
+def test_context_that_is_not_one_text_is_not_lost():
+    row = {"instruction": "Double this", "input": 7, "output": 14}
+    assert [turn["content"] for turn in parse(row).messages] == ["Double this\n\n7", "14"]
+    row = {"question": "When?", "context": ["The tide turns.", "It is six."], "answer": "Six."}
+    assert parse(row).messages[0]["content"] == "When?\n\nThe tide turns.\n\nIt is six."
+    with pytest.raises(BadRow, match="`context` is not text"):
+        parse(row | {"context": {"title": ["Tides"]}})
+    assert parse(row | {"context": float("nan")}).messages[0]["content"] == "When?"
+
+
+def test_several_calls_in_one_turn_are_all_read():
+    calls = json.dumps([{"name": "tide", "arguments": {"place": "pier"}}, {"name": "gull", "arguments": {}}])
+    turns = [{"from": "human", "value": "Tide?"}, {"from": "function_call", "value": calls}]
+    row = parse({"conversations": [*turns, {"from": "observation", "value": "low"}, {"from": "gpt", "value": "Low."}]})
+    assert [call["function"]["name"] for call in row.messages[1]["tool_calls"]] == ["tide", "gull"]
+
+
+def test_turns_that_are_stored_by_key_are_turns():
+    by_key = {"from": ["human", "gpt"], "value": ["Tide?", "Low."]}
+    assert parse({"conversations": by_key}).messages == PLAIN
+    with pytest.raises(BadRow, match="conversations is not a list"):
+        parse({"conversations": by_key | {"value": ["Tide?"]}})

@@ -174,7 +174,10 @@ class ChatTemplate:
             raise BadRow(f"{TOO_LONG} {self.max_length} tokens")
         labels, remaining = [IGNORE_INDEX] * len(ids), iter(ranges)
         start, end = next(remaining, (len(text) + 1, len(text) + 1))
+        before = 0
         for index, (first, last) in enumerate(encoded["offset_mapping"]):
+            # some tokenizers leave white space out of their offsets, but a token of spaces is to be learned, too
+            first, before = min(first, before), last
             while first >= end:
                 start, end = next(remaining, (len(text) + 1, len(text) + 1))
             if last > start and first < last:

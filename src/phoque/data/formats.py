@@ -147,7 +147,7 @@ def _parse_documents(text: str) -> list[Any]:
 
 
 def _list_rows(values: list[Any]) -> list[Any]:
-    """The rows of JSON documents: a list, objects one after another, {"data": [...]}, or a table that pandas wrote."""
+    """The rows of JSON documents: a list, objects one after another, {"data": [...]}, or a table by columns."""
     if len(values) != 1:
         return values
     (value,) = values
@@ -156,12 +156,19 @@ def _list_rows(values: list[Any]) -> list[Any]:
         return [value] if is_one_conversation else value
     if not isinstance(value, dict):
         return [value]
+    names, table = value.get("columns"), value.get("data")
+    is_split = isinstance(names, list) and isinstance(table, list)
+    if is_split and all(isinstance(cells, list) and len(cells) == len(names) for cells in table):
+        return [dict(zip(names, cells, strict=True)) for cells in table]
     tables = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict | list)]
     if not COLUMNS & set(map(column_of, value)) and len(tables) == 1:
         return tables[0]
     columns = list(value.values())
     if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
+    are_lists = all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1
+    if are_lists and not any(isinstance(cell, dict) and {"role", "from"} & cell.keys() for c in columns for cell in c):
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return [value]
 
 

@@ -17,7 +17,7 @@ from phoque.data.data_files import (
     format_of,
 )
 from phoque.data.formats import explain_defects, read_arrow, read_csv, read_json, read_parquet
-from phoque.data.rows import COLUMNS, RawRow, column_of, has_conversation
+from phoque.data.rows import ANY_SPELLING, COLUMNS, RawRow, column_of, has_conversation
 from phoque.errors import UsageError
 from phoque.files import local_path, sha256
 from phoque.hub.client import LOOKUP_PATIENCE_S, Hub
@@ -69,11 +69,12 @@ class RowStream:
         names = tuple(sys.intern(str(name)) for name in value)
         used = {name: value[name] for name in names if name in self.columns}
         others = [name for name in names if name not in self.columns]
-        if others and not has_conversation(used):  # else another spelling is no column, such as `Context`
-            for name in list(others):
-                if (column := column_of(name)) in self.columns and used.get(column) is None:
-                    used[column] = value[name]
-                    others.remove(name)
+        is_found = has_conversation(used)  # then few other spellings are columns: `Context` is none
+        for name in list(others):
+            column = column_of(name)
+            if column in self.columns and used.get(column) is None and (not is_found or column in ANY_SPELLING):
+                used[column] = value[name]
+                others.remove(name)
         self._note_unused(others)
         return RawRow(location, file, number, used, names, defect)
 

@@ -11,6 +11,7 @@ from phoque.data.rows import (
     PREFERRED_TEXTS,
     PREFERRED_TURNS,
     TOKENIZED_DATA,
+    UNREADABLE_TURNS,
 )
 from phoque.data.turns import HAS_MEDIA, ROLE_KEYS, TURNS
 
@@ -44,6 +45,7 @@ ADVICE = {  # by the beginning of a reason; the first that fits
     "broken JSON": "Correct or delete these lines; each holds one row.",
     TOKENIZED_DATA: "Give the conversations as text; phoque applies the model's chat template itself.",
     ONE_TEXT: f"Give each row its turns: {TURNS}",
+    UNREADABLE_TURNS: "Write the list as JSON: json.dumps(turns).",
     HAS_MEDIA: "Use rows of text alone; phoque trains the language model.",
     TOO_LONG: "Raise --max-length, or split the conversations.",
     NO_PLACE: "Use a base model whose chat template has it, or take it out of the rows.",

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from phoque.data.turns import HAS_MEDIA, ROLES, BadRow, Turn, as_json, check_text, parse_json, parse_turn
+from phoque.data.turns import HAS_MEDIA, ROLES, BadRow, Turn, as_json, check_text, parse_cell, parse_turn
 
 EXPORTS = {"contents": "contents of Gemini", "chat_messages": "chat_messages of Claude"}
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns", *EXPORTS)
@@ -20,11 +21,18 @@ PAIRS = {  # columns of a question and its answer, in order of preference, and w
     ("question", "answer"): "question/answer",
     ("query", "response"): "query/response",
     ("input", "output"): "input/output",
+    ("question", "response"): "question/response",
+    ("problem", "solution"): "problem/solution",
+    ("prompt", "answer"): "prompt/answer",
+    ("input", "response"): "input/response",
+    ("user", "assistant"): "user/assistant",
+    ("context", "response"): "context/response",
 }
 CONTEXT = ("input", "context")  # more text that belongs to a question
 SYSTEM = ("system", "system_prompt", "systeminstruction", "system_instruction")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 OPTIONAL = ("source", "toxicity_score", "label", "tools", "functions", "history", *SYSTEM, *MEDIA)
+ANY_SPELLING = frozenset(("tools", "functions", *SYSTEM, *MEDIA))  # as `systemInstruction` beside the turns of Gemini
 TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
 COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair), *CONTEXT, *OPTIONAL, *TELLING])
 
@@ -37,7 +45,9 @@ PREFERRED_TURNS = f"{PREFERENCE_DATA} after a conversation"
 BAD_ANSWERS = "answers with `label` false: if that marks bad ones, delete these rows"
 BAD_LABELS = (False, 0, "false", "False", "0")
 TOKENIZED_DATA = "tokenized data (input_ids)"
+UNREADABLE_TURNS = "a list of turns as text that is neither JSON nor Python"
 ONE_TEXT = "one text, no turns"
+TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{.*["'](?:role|from)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
 
 
 def column_of(name: str) -> str:
@@ -184,7 +194,9 @@ def _describe_preference(row: dict[str, Any]) -> str:
 
 
 def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
-    turns = parse_json(value) if isinstance(value, str) else value
+    turns = parse_cell(value) if isinstance(value, str) else value
+    if isinstance(turns, dict):  # as older versions of datasets store a list of objects: one list per key
+        turns = _split_columns(turns)
     if not isinstance(turns, list):
         raise BadRow(f"{column} is not a list")
     is_sharegpt = any(isinstance(turn, dict) and turn.get("from") is not None for turn in turns)
@@ -195,15 +207,23 @@ def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
     else:
         schema = f"ShareGPT {column}" if is_sharegpt else f"{column} with role and content"
     if isinstance(value, str):
-        schema += " as JSON text"
+        schema += " as text"
     return schema, [parse_turn(turn) for turn in turns]
+
+
+def _split_columns(columns: dict[str, Any]) -> Any:
+    """The turns of {key: list of values}, or the value as it is if its lists are not of one length."""
+    lists = [values for values in columns.values() if isinstance(values, list)]
+    if len(lists) < len(columns) or len({len(values) for values in lists}) != 1:
+        return columns
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
 def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
     """Turns of a question and an answer; assistant turns before the answer are context, as they are in TRL."""
-    questions, answered = (_parse_turns_in_text(row[name]) for name in (question, answer))
+    questions, answered = (_parse_turns_in_text(_write_number(row[name])) for name in (question, answer))
     if isinstance(questions, str):
-        extra = [row[name] for name in CONTEXT if name != question and isinstance(row.get(name), str)]
+        extra = [_read_context(name, row[name]) for name in CONTEXT if name != question and row.get(name) is not None]
         questions = "\n\n".join(text for text in (questions, *extra) if text.strip())
     history = _read_history(row.get("history"))
     context = questions if isinstance(questions, list) else [{"role": "user", "content": questions}]
@@ -215,18 +235,35 @@ def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
     ]
 
 
+def _write_number(value: Any) -> Any:
+    """A number as text, such as an answer 14; any other value is unchanged."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _read_context(column: str, value: Any) -> str:
+    """More text of a question: a text, texts, or a number. Raises BadRow for anything else, which would be lost."""
+    if isinstance(value, float) and math.isnan(value):  # tables store a missing value as NaN
+        return ""
+    texts = [_write_number(part) for part in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"`{column}` is not text")
+    return "\n\n".join(text for text in texts if text.strip())
+
+
 def _parse_turns_in_text(value: Any) -> Any:
-    """The turns that a cell of a table has as JSON text; any other value is unchanged."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+    """The turns that a cell of a table has as JSON or as Python writes them; any other value is unchanged."""
+    if not isinstance(value, str) or not TURNS_AS_TEXT.fullmatch(value):
         return value
-    turns = parse_json(value)
+    turns = parse_cell(value)
+    if isinstance(turns, str):
+        raise BadRow(UNREADABLE_TURNS)
     has_roles = isinstance(turns, list) and all(isinstance(t, dict) and {"role", "from"} & t.keys() for t in turns)
     return turns if has_roles else value
 
 
 def _read_history(value: Any) -> list[dict[str, Any]]:
     """Earlier turns: a list of [question, answer] pairs, as LLaMA-Factory has it, or of turns."""
-    history = parse_json(value) if isinstance(value, str) else value
+    history = parse_cell(value) if isinstance(value, str) else value
     if not history:
         return []
     if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
@@ -279,7 +316,7 @@ def _arrange_turns(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
 
 def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     value = row.get("tools") or row.get("functions")
-    tools = parse_json(value) if isinstance(value, str) else value
+    tools = parse_cell(value) if isinstance(value, str) else value
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -1,6 +1,8 @@
 """Turns of a conversation: roles, texts, tool calls and marks in the spellings of every common tool."""
 
+import ast
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +57,22 @@ def parse_json(text: str) -> Any:
         return text
 
 
+def parse_cell(text: str) -> Any:
+    """The value of a cell of a table: JSON, or a list or object as Python or numpy writes it; else the text itself.
+
+    pandas writes what Python's str() makes of a list into a CSV file; numpy puts a line break where a comma should be.
+    """
+    value = parse_json(text)
+    if not isinstance(value, str) or not text.lstrip().startswith(("[", "{")):
+        return value
+    for literal in (text, re.sub(r"\}\s*\n\s*\{", "}, {", text)):
+        try:
+            return ast.literal_eval(literal.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
 def as_json(value: Any) -> Any:
     """The value with JSON's types alone: a table may hold dates, decimals, bytes. Raises BadRow if it is too deep."""
     try:
@@ -81,7 +99,8 @@ def parse_turn(turn: Any) -> Turn:
     text, reasoning = _read_text(next((turn[key] for key in TEXT_KEYS if key in turn), None))
     calls = _read_tool_calls(turn)
     if name == "function_call":
-        calls, text = [_parse_tool_call(parse_json(text or ""))], ""
+        called = parse_json(text or "")
+        calls, text = [_parse_tool_call(call) for call in (called if isinstance(called, list) else [called])], ""
     if text is None and not calls:
         raise BadRow("a turn has no text")
     message: dict[str, Any] = {"role": role, "content": text or ""}
