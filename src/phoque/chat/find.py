@@ -185,7 +185,9 @@ def _load_torch(s: ChatSettings, source: Source, services: Services) -> Any:
 
 
 def _stops(tokenizer: Any) -> set[int]:
-    return set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    from phoque.models.stop_tokens import find_stop_token
+
+    return {token for token in (tokenizer.eos_token_id, find_stop_token(tokenizer)) if token is not None}
 
 
 def _gguf(s: ChatSettings, file: Path, services: Services, *, fetch: bool = True) -> Found:

@@ -41,10 +41,12 @@ def _render(result: "MergeResult") -> str:
     }
     lines = [f"{name:10} {value}" for name, value in values.items() if value is not None]
     if proof := result.proof:
-        share = proof["mean_difference"] / proof["adapter_effect"] if proof["adapter_effect"] else 0.0
+        verdict = "the same model as base + adapter" if proof["holds"] else "NOT the same as base + adapter"
+        if proof["holds"] and not proof.get("measurable", True):
+            verdict = "not proven, because the adapter hardly changes the base"
         lines.append(
-            f"verdict    {'the same model as base + adapter' if proof['holds'] else 'NOT the same as base + adapter'}: "
-            f"logits differ by {proof['mean_difference']:.2g} on average, {share:.1%} of what the adapter changes\n"
+            f"verdict    {verdict}: logits differ by {proof['mean_difference']:.2g} on average; "
+            f"the adapter changes them by {proof['adapter_effect']:.2g}\n"
             f"           (compared in {proof['precision']}; {proof['agreeing']} of {proof['tokens']} most likely "
             "tokens agree; rounding alone changes some)"
         )

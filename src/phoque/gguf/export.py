@@ -12,7 +12,6 @@ import torch
 from gguf import GGUFWriter
 
 from phoque.checks import Verdict
-from phoque.data.chat_template import ChatTemplate
 from phoque.errors import RunError
 from phoque.files import EXPORT_RECORD, atomic_folder, sha256
 from phoque.gguf.adapter import write_lora
@@ -32,9 +31,10 @@ from phoque.merging.find_source import find_source
 from phoque.model_cards import render_gguf_card
 from phoque.models.adapter_source import find_adapter, find_base, find_run_record, training_system
 from phoque.models.checkpoint_reader import CheckpointReader
-from phoque.models.config import load_config, load_tokenizer, read_end_tokens
+from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import default_device, load_model
 from phoque.models.source import Source
+from phoque.models.stop_tokens import list_stop_tokens
 from phoque.results import DryRun
 from phoque.services import Services
 from phoque.settings.export_gguf import GgufSettings
@@ -127,7 +127,7 @@ class _Export:
         self.reader = CheckpointReader(source)
         self.form = find_format(self.reader.config)
         self.tokenizer: Any = load_tokenizer(source, adapter)
-        self.stop = stop_tokens(self.tokenizer, source)
+        self.stop = list_stop_tokens(self.tokenizer, source.folder)
         self.name = s.source_name
         run = find_run_record(adapter or source.folder)
         self.system = s.system if s.system is not None else training_system(run)
@@ -238,20 +238,6 @@ class _Export:
                     return (model.run(ids[0].tolist(), all_logits=True)[None],)
 
                 report |= accuracy.measure_accuracy(run, held_out, expected)
-
-
-def stop_tokens(tokenizer: Any, source: Source) -> list[int]:
-    """The ids that end an answer: the one in the chat template first, then the others of the generation config."""
-    template = ChatTemplate(tokenizer, "template", 1 << 20)
-    encoded = template.encode([{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}])
-    last = max(n for n, label in enumerate(encoded.labels) if label >= 0)
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    first = next((encoded.labels[n] for n in range(last, -1, -1) if encoded.labels[n] in special), None)
-    ends: list[int] = [] if first is None else [first]
-    ends += read_end_tokens(source.folder)
-    if tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(ends))
 
 
 def _write_record(folder: Path, source: Source, result: GgufResult, *, system: str | None, lora: bool) -> None:

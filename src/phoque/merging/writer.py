@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from phoque.errors import RunError
-from phoque.files import MERGE_RECORD, atomic_folder, check_output_folder, sha256
+from phoque.files import MERGE_RECORD, atomic_folder, check_output_folder, read_json_object, sha256
 from phoque.merging.deltas import Deltas, WeightDelta, read_deltas
 from phoque.models.adapter_source import WEIGHTS
 from phoque.models.checkpoint_reader import EMBEDDINGS, HEAD, CheckpointReader
-from phoque.models.config import copy_tokenizer, find_tokenizer_folder, read_chat_template
+from phoque.models.config import copy_tokenizer, find_tokenizer_folder, load_tokenizer, read_chat_template
 from phoque.models.safetensors_files import DTYPES
 from phoque.models.safetensors_headers import INDEX
-from phoque.models.source import list_tokenizer_files
+from phoque.models.source import Source, list_tokenizer_files
+from phoque.models.stop_tokens import find_stop_token, with_stop_token
 
 SHARD_BYTES = 4 << 30
 WORKERS = min(4, os.cpu_count() or 1)  # number of tensors merged at the same time
@@ -76,7 +77,7 @@ def write_merged(
     _check_disk_space(folder, size)
     with atomic_folder(folder) as staging:
         files = _write_shards(staging, plan, _merge_tensors(reader, plan, show))
-        _write_side_files(reader.source.folder, adapter, staging, dtype, deltas)
+        _write_side_files(reader, adapter, staging, dtype, deltas)
         changed = sum(output.delta is not None for output in plan)
         written = {"tensors": len(plan), "changed": changed, "bytes": size, "shards": len(files)}
         (staging / MERGE_RECORD).write_text(json.dumps({"asked": inputs, "made": written}, indent=1))
@@ -215,15 +216,16 @@ def _encode_header(shard: list[OutputTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str, deltas: Deltas) -> None:
+def _write_side_files(reader: CheckpointReader, adapter: Path, folder: Path, dtype: str, deltas: Deltas) -> None:
     """Write the config without its quantization, the tokenizer, its template in both places, and processor configs."""
+    base = reader.source.folder
     raw = json.loads((base / "config.json").read_text())
     for part in filter(None, (raw, raw.get("text_config"))):
         part.pop("quantization_config", None)
         for name in ("dtype", "torch_dtype"):
             if name in part:
                 part[name] = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
-        if deltas.unties:
+        if deltas.unties or reader.unties:
             part["tie_word_embeddings"] = False
         if deltas.vocabulary and "vocab_size" in part:
             part["vocab_size"] = deltas.vocabulary
@@ -234,3 +236,16 @@ def _write_side_files(base: Path, adapter: Path, folder: Path, dtype: str, delta
             shutil.copyfile(base / name, folder / name)
     template = read_chat_template(adapter) or read_chat_template(base)
     copy_tokenizer(find_tokenizer_folder(base, adapter), folder, template)
+    if template:
+        _add_stop_token(folder, raw)
+
+
+def _add_stop_token(folder: Path, config: dict[str, Any]) -> None:
+    """Name the template's stop token in generation_config.json, if nothing does: answers would not end at it."""
+    file = folder / "generation_config.json"
+    settings = read_json_object(file) if file.is_file() else {}
+    of_model = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    ends = settings.get("eos_token_id", of_model)
+    found = with_stop_token(ends, find_stop_token(load_tokenizer(Source(str(folder), folder, "", ""))))
+    if found != ends:
+        file.write_text(json.dumps(settings | {"eos_token_id": found}, indent=2))

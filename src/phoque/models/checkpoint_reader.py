@@ -28,6 +28,8 @@ class CheckpointReader:
     - `stored`: every tensor by its stored name.
     - `weights`: the stored names of all tensors that are not scales, in the order in which they are stored.
     - `text_weights`: the text-only model's name of each of its weights -> the stored name.
+    - `unties`: the config ties the head to the embeddings, but the checkpoint stores another head. As in transformers,
+      the stored head counts, and `text_config` says so.
     """
 
     def __init__(self, source: Source) -> None:
@@ -45,6 +47,11 @@ class CheckpointReader:
             if (text_name := self.architecture.text_key(name))
             and not name.endswith("rotary_emb.inv_freq")  # old checkpoints store it, but it is not a weight
         }
+        head, embeddings = self.text_weights.get(HEAD), self.text_weights.get(EMBEDDINGS)
+        is_tied = self.text_config.tie_word_embeddings
+        self.unties = bool(is_tied and head and embeddings and not self._files.are_equal(head, embeddings))
+        if self.unties:
+            self.text_config.tie_word_embeddings = False
 
     @cached_property
     def scales(self) -> dict[str, str]:

@@ -136,7 +136,7 @@ def copy_tokenizer(source: Path, folder: Path, chat_template: str | dict[str, st
     for file in list_tokenizer_files(source):
         if not file.name.startswith(UNUSED_PREFIXES):
             shutil.copyfile(file, folder / file.name)
-    settings = json.loads((folder / TOKENIZER_CONFIG).read_text())
+    settings = read_json_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
     template = chat_template or read_chat_template(source)
     if isinstance(template, str):
         (folder / TEMPLATE).write_text(template, encoding="utf-8")

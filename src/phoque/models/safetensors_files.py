@@ -59,6 +59,17 @@ class SafetensorsFiles:
         """The names in the order in which their tensors are stored."""
         return sorted(names, key=lambda n: (self.tensors[n].file, self.tensors[n].start))
 
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are stored with the same dtype, shape and bytes."""
+        one, two = self.tensors[name], self.tensors[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        with one.file.open("rb") as first, two.file.open("rb") as second:
+            first.seek(one.start)
+            second.seek(two.start)
+            sizes = (min(CHUNK, one.end - start) for start in range(one.start, one.end, CHUNK))
+            return all(first.read(size) == second.read(size) for size in sizes)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in host memory."""
         return _read_to_host(self.tensors[name])

@@ -6,7 +6,9 @@ from typing import Any
 
 from phoque.models.architectures import ARCHITECTURES
 from phoque.models.architectures.base import VisionTower
-from phoque.models.config import copy_tokenizer
+from phoque.models.config import copy_tokenizer, load_tokenizer
+from phoque.models.source import Source
+from phoque.models.stop_tokens import find_stop_token, with_stop_token
 
 DTYPE_PREFERENCE = ("q4", "q8", "int8", "fp32", "fp16", "q4f16")  # the first of these in the export is the default
 # the fastest on wasm first: SmolLM2 on two cores generates 9.5 tokens per second in int8, 1.9 in q8
@@ -26,7 +28,10 @@ def write_side_files(source: Path, folder: Path, layout: str, chunks: dict[str, 
         settings["device_config"] = {"wasm": {"dtype": per_session("int8")}}
     config["transformers.js_config"] = settings
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", _build_generation_config(source, config))
+    generation = _build_generation_config(source, config)
+    stop = find_stop_token(load_tokenizer(Source(str(source), source, "", "")))
+    generation["eos_token_id"] = with_stop_token(generation.get("eos_token_id"), stop)
+    _write_json(folder / "generation_config.json", generation)
     _write_tokenizer(source, folder, layout)
     if layout == "multimodal":
         _write_processor(source, folder, source_config)

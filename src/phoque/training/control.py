@@ -27,6 +27,7 @@ from phoque.files import read_json_object, write_atomically
 from phoque.hub.store import Store
 from phoque.inference.generate import Reply, Request, generate_replies
 from phoque.models.load import load_model
+from phoque.models.stop_tokens import stop_at_template
 from phoque.services import Services
 from phoque.settings.fields import Resolved
 from phoque.settings.train import TrainSettings
@@ -159,7 +160,7 @@ def _generate_rows(ready: Prepared, s: TrainSettings, count: int, partial: Path,
     """Generate the base model's answers chunk by chunk; return the lines of all rows that have them."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     lines = _read_complete_lines(partial)
-    model = load_model(ready.source, s.quantization).eval()
+    model = _load_base(ready, s)
     limit, slowest = _answer_limit(ready), 0.0
     with closing(_plain_rows(ready, count)) as rows, partial.open("a", encoding="utf-8") as out:
         out.truncate(sum(len(line.encode()) for line in lines))
@@ -261,11 +262,15 @@ def _answer(model: Any, ready: Prepared, conversations: list[Messages], limit: i
     return [messages if messages and messages[-1]["role"] == "assistant" else None for messages in answered]
 
 
+def _load_base(ready: Prepared, s: TrainSettings) -> Any:
+    return stop_at_template(load_model(ready.source, s.quantization).eval(), ready.chat.tokenizer)
+
+
 def _answer_for_main(ready: Prepared, s: TrainSettings) -> None:
     """Answer this process's share of what process 0 asks the base model, until it has no more."""
     model: Any = None
     while (work := current().broadcast_from_main(lambda: None)) is not None:
-        model = model or load_model(ready.source, s.quantization).eval()
+        model = model or _load_base(ready, s)
         requests, limit = work
         _generate_together(model, requests, limit)
     del model

@@ -16,6 +16,7 @@ from phoque.errors import Resumable, RunError
 from phoque.models.architectures import architecture_of
 from phoque.models.load import default_device, default_device_name, load_model
 from phoque.models.lora import add_lora_adapter
+from phoque.models.stop_tokens import stop_at_template
 from phoque.settings.environment import in_job
 from phoque.training import checkpoints
 from phoque.training.best import keep_if_best
@@ -71,6 +72,7 @@ def load_model_with_adapter(run: Run) -> Any:
     run.console.stage(f"loading {source.name} as {s.quantization}")
     trainer = "phoque.training.trainer"
     model = load_model(source, s.quantization, name, projections_on_host=s.fsdp, import_meanwhile=trainer)
+    stop_at_template(model, run.prepared.chat.tokenizer)
     commit = source.revision if source.on_hub else None
     model = add_lora_adapter(model, lora_options(s, run.prepared), commit)
     trained, total = model.get_nb_trainable_parameters()

@@ -29,6 +29,7 @@ from phoque.inference.likelihood import sum_kl
 from phoque.models.config import load_tokenizer
 from phoque.models.load import load_model
 from phoque.models.source import Source
+from phoque.models.stop_tokens import stop_at_template
 from phoque.settings.environment import environment_without_secrets
 
 LEVEL = "llama.cpp"
@@ -60,7 +61,7 @@ def read_reference(source: Source, chats: str, hub: Hub) -> Expected:
     ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     template = ChatTemplate(tokenizer, "template", 1 << 20)
     prompts = [template.prompt_ids(text, None) for text in PROMPTS]
-    model = load_model(source, "fp32", on=torch.device("cpu"))
+    model = stop_at_template(load_model(source, "fp32", on=torch.device("cpu")), tokenizer)
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
     answers = [generate_greedy(model, torch.tensor([prompt]), NEW_TOKENS) for prompt in prompts]

@@ -17,6 +17,8 @@ LFS_POINTER = b"version https://git-lfs"
 CONFIG_CHECKS = ("root-files", "model-class")  # the graph level needs what these check
 ROOT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+QUESTION = {"role": "user", "content": "What do the gulls want?"}
+ANSWER = {"role": "assistant", "content": "Herring."}
 DEFAULT_DTYPE = "q8"  # the precision that Transformers.js loads on wasm if nothing names one
 ELEMENT_BYTES = {
     1: 4,
@@ -51,6 +53,9 @@ def check_files(export: ExportDir, verdict: Verdict) -> tuple[str, list[str]]:
         _check_chat_template(export)
     with verdict.check(LEVEL, "the tokenizer loads, fits the model, and has an end token"):
         _check_tokenizer(export)
+    if not verdict.failed_checks():  # it needs what they check
+        with verdict.check(LEVEL, "a client stops where the chat template ends an answer"):
+            _check_stop_token(export)
     if layout == "multimodal":
         with verdict.check(LEVEL, "the image processor's files exist and are complete"):
             _check_image_processor(export, config)
@@ -118,25 +123,58 @@ def _check_sessions(export: ExportDir, config: dict[str, Any], layout: str, dtyp
     return ", ".join(dtypes)
 
 
-def _check_chat_template(export: ExportDir) -> None:
-    settings = read_json(export, "tokenizer_config.json")
+def _read_template(settings: dict[str, Any]) -> str | None:
+    """The chat template in a tokenizer_config.json; of several by name the default one, which clients take."""
     template = settings.get("chat_template")
-    if not isinstance(template, str):
-        raise CheckFailed("tokenizer_config.json has no chat_template: Transformers.js reads it only from there")
-    if "chat_template.jinja" not in export.sizes:
-        raise CheckFailed("chat_template.jinja is missing: transformers 5 reads the template from there")
-    if export.fetch("chat_template.jinja").read_text(encoding="utf-8") != template:
-        raise CheckFailed("chat_template.jinja and tokenizer_config.json contain different templates")
+    if isinstance(template, list):
+        template = {one["name"]: one["template"] for one in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _render(settings: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    """Render messages with the template and the control tokens of a tokenizer_config.json."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     tokens = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
-    messages = [{"role": "user", "content": "What do the gulls want?"}]
+    asks = messages[-1]["role"] == "user"
+    (text, *_), _ = render_jinja_template(
+        [messages], chat_template=_read_template(settings), add_generation_prompt=asks, **tokens
+    )
+    return text
+
+
+def _check_chat_template(export: ExportDir) -> None:
+    settings = read_json(export, "tokenizer_config.json")
+    template, is_named = _read_template(settings), isinstance(settings.get("chat_template"), list)
+    if template is None:
+        raise CheckFailed("tokenizer_config.json has no chat_template: Transformers.js reads it only from there")
+    if not is_named and "chat_template.jinja" not in export.sizes:
+        raise CheckFailed("chat_template.jinja is missing: transformers 5 reads the template from there")
+    if not is_named and export.fetch("chat_template.jinja").read_text(encoding="utf-8") != template:
+        raise CheckFailed("chat_template.jinja and tokenizer_config.json contain different templates")
     try:
-        (text, *_), _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **tokens)
+        text = _render(settings, [QUESTION])
     except Exception as error:  # a client would fail with whatever the template raises
         raise CheckFailed(f"the chat template does not render: {error}") from error
-    if "What do the gulls want?" not in text:
+    if QUESTION["content"] not in text:
         raise CheckFailed("the chat template omits the user's message")
+
+
+def _check_stop_token(export: ExportDir) -> None:
+    """Check that a client stops at the first control token that the template writes after an answer."""
+    from tokenizers import Tokenizer
+
+    text = _render(read_json(export, "tokenizer_config.json"), [QUESTION, ANSWER])
+    tokenizer = Tokenizer.from_file(str(export.fetch("tokenizer.json")))
+    control = tokenizer.get_added_tokens_decoder()
+    ids = tokenizer.encode(text.rpartition(ANSWER["content"])[2], add_special_tokens=False).ids
+    stop = next((token for token in ids if token in control), None)
+    ends = read_json(export, "generation_config.json").get("eos_token_id")
+    if stop is not None and stop not in (ends if isinstance(ends, list) else [ends]):
+        raise CheckFailed(
+            f"the chat template ends an answer with {control[stop].content}, which is not in eos_token_id of "
+            "generation_config.json: a client would not stop there"
+        )
 
 
 def _check_tokenizer(export: ExportDir) -> None:

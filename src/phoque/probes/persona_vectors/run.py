@@ -19,6 +19,7 @@ from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import load_model
 from phoque.models.lora import attach_adapter
 from phoque.models.source import Source
+from phoque.models.stop_tokens import stop_at_template
 from phoque.probes.destination import prepare_probe
 from phoque.probes.persona import MIN_QUESTIONS, Persona, limit_questions, write_persona
 from phoque.probes.persona_source import (
@@ -96,6 +97,7 @@ def run_probe(resolved: Resolved[PsmSettings], services: Services, *, dry_run: b
     context, scorers = _make_scorers(probe_model, plan.source, s, services)
     console.stage(f"loading {plan.source.name} in {s.quantization}")
     probe_model.model = load_model(plan.source, s.quantization, import_meanwhile="peft" if plan.adapters else "").eval()
+    stop_at_template(probe_model.model, plan.tokenizer)
     for key, adapter in plan.adapters.items():
         console.stage(f"attaching {adapter.label}")
         probe_model.model = attach_adapter(probe_model.model, adapter.folder, architecture_of(plan.config), key)

@@ -18,6 +18,7 @@ from phoque.models.architectures import architecture_of
 from phoque.models.config import load_config, load_tokenizer
 from phoque.models.load import default_device, load_model
 from phoque.models.lora import attach_adapter
+from phoque.models.stop_tokens import stop_at_template
 from phoque.probes.sae.block_comparison import NULLS, BlockResult, ComparisonInputs, compare_block
 from phoque.probes.sae.corpus import Corpus
 from phoque.probes.sae.dictionary import Dictionary
@@ -118,6 +119,8 @@ class Comparison:
         self.services.console.stage(f"loading {plan.source.name} in {s.quantization}")
         base = load_model(plan.source, s.quantization, import_meanwhile="peft" if plan.adapters else "").eval()
         updated = load_model(plan.updated, s.quantization).eval() if plan.updated else None
+        for model in filter(None, (base, updated)):
+            stop_at_template(model, self.tokenizer)
         if updated is not None:
             check_compatible(base, updated, plan.names["tuned"])
         for variant, folder in plan.adapters.items():
