@@ -19,15 +19,15 @@ def arguments(tiny_llama, rows):
     return ["train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--sample-every", 0]
 
 
-@pytest.mark.parametrize("name", ["adapter/notes.txt", "merged/precious.bin", "report.html", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["adapter/notes.txt", "merged/precious.bin", "report.html", "metrics.jsonl", "run.json"])
 @pytest.mark.parametrize("fresh", [[], ["--fresh-start", "--yes"]])
 def test_a_folder_with_files_that_training_would_replace_is_refused_and_kept(phoque, arguments, tmp_path, name, fresh):
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
-    file.write_text("mine")
+    file.write_text('{"mine": 1}')
     error = phoque(*arguments, "--max-steps", 2, "--output-dir", tmp_path / "out", *fresh, expect=2).error
     assert "not the folder of a run" in error[0] and name.split("/")[0] in error[1]
-    assert file.read_text() == "mine" and [p.name for p in (tmp_path / "out").iterdir()] == [name.split("/")[0]]
+    assert file.read_text() == '{"mine": 1}' and [p.name for p in (tmp_path / "out").iterdir()] == [name.split("/")[0]]
 
 
 def test_a_second_process_in_the_same_folder_is_refused_and_the_first_goes_on(phoque, start, arguments, tmp_path):

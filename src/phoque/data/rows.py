@@ -32,7 +32,7 @@ CONTEXT = ("input", "context")  # more text that belongs to a question
 SYSTEM = ("system", "system_prompt", "systeminstruction", "system_instruction")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 OPTIONAL = ("source", "toxicity_score", "label", "tools", "functions", "history", *SYSTEM, *MEDIA)
-ANY_SPELLING = frozenset(("tools", "functions", *SYSTEM, *MEDIA))  # as `systemInstruction` beside the turns of Gemini
+ANY_SPELLING = frozenset(("tools", "functions", *SYSTEM))  # as `systemInstruction` beside the turns of Gemini
 TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
 COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair), *CONTEXT, *OPTIONAL, *TELLING])
 

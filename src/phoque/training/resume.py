@@ -21,7 +21,7 @@ from phoque.training.fingerprint import (
     use_current_values,
 )
 from phoque.training.run_files import METRICS, REPORT, SAMPLES
-from phoque.training.run_record import RECORD, delete_run, derive_run_id, read_record, write_record
+from phoque.training.run_record import RECORD, delete_run, derive_run_id, list_run_files, read_record, write_record
 from phoque.training.run_state import StartState
 
 DOWNLOADS = ".fetching"
@@ -273,17 +273,19 @@ def _start_fresh(
     s: TrainSettings, run: Path, remote: _Remote | None, submission: str, console: Console
 ) -> dict[str, Any]:
     """Delete every checkpoint, here and in the store, after asking on a terminal; return the marker of the new run."""
-    local, local_adapter = {path.name for path in run.glob("*checkpoint*")}, (run / "adapter").is_dir()
+    local = list_run_files(run)
     on_hub, final_files = set(), []
     if remote:
         on_hub, final_files = set(remote.snapshot.checkpoint_folders()), remote.final_files()
-    names = checkpoints.sort_checkpoints(local | on_hub)
-    if local_adapter or final_files:
-        names.append("the finished adapter")
-    if names:
-        places = [str(run)] if local or local_adapter else []
-        places += [remote.store.name] if remote and (on_hub or final_files) else []
-        console.say(f"a fresh start deletes {', '.join(names)} in {' and '.join(places)}")
+    places = {str(run): local}
+    if remote:
+        places[remote.store.name] = [
+            *checkpoints.sort_checkpoints(on_hub),
+            *["the finished adapter"] * bool(final_files),
+        ]
+    deleted = [f"{', '.join(names)} in {place}" for place, names in places.items() if names]
+    if deleted:
+        console.say(f"a fresh start deletes {'; '.join(deleted)}")
         if not s.yes and console.can_ask() and not console.confirm("Delete them and start at step 0?"):
             raise UsageError(
                 what="Nothing was started.",

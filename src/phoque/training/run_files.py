@@ -1,11 +1,13 @@
 """The names of a run's files, and the check that a folder is a run's; it imports nothing heavy."""
 
+import json
 from pathlib import Path
 
 from phoque.errors import UsageError
 from phoque.files import find_file_in_the_way
 
 RECORD, MANIFEST, REPORT = "run.json", "MANIFEST.json", "report.html"
+RECORD_KEYS = {"run_id", "fingerprint"}  # that every run.json of phoque has
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 BEST = "best"  # folder of the adapter with the lowest held-out loss so far, in the run folder and in each checkpoint
 
@@ -19,12 +21,20 @@ def check_own_folder(run: Path) -> None:
         raise UsageError(
             what=f"{run} cannot be the folder of a run.", why=f"{file} is a file.", fix="Choose another --output-dir."
         )
-    if (run / RECORD).is_file() or any(run.glob(f"*checkpoint*/{MANIFEST}")):
+    if _is_record(run / RECORD) or any(run.glob(f"*checkpoint*/{MANIFEST}")):
         return
-    for name in ("adapter", "merged", BEST, METRICS, SAMPLES, REPORT):
+    for name in (RECORD, "adapter", "merged", BEST, METRICS, SAMPLES, REPORT):
         if (run / name).exists():
             raise UsageError(
                 what=f"{run} is not the folder of a run of phoque.",
-                why=f"It has {name}, which training would replace, and no {RECORD}.",
+                why=f"It has {name}, which training would replace, and no {RECORD} of phoque.",
                 fix="Choose another --output-dir.",
             )
+
+
+def _is_record(file: Path) -> bool:
+    """Whether a run.json is phoque's: other tools write files of that name, too."""
+    try:
+        return set(json.loads(file.read_text())) >= RECORD_KEYS
+    except (OSError, ValueError, TypeError):
+        return False

@@ -19,7 +19,7 @@ from phoque.settings.train import TrainSettings
 from phoque.training import checkpoints
 from phoque.training.fingerprint import update_record
 from phoque.training.prepare import Prepared
-from phoque.training.run_files import BEST, METRICS, RECORD, REPORT, SAMPLES
+from phoque.training.run_files import BEST, METRICS, RECORD, RECORD_KEYS, REPORT, SAMPLES
 from phoque.version import __version__
 
 LOCK = ".lock"
@@ -85,7 +85,7 @@ def read_record(run: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        if not {"run_id", "fingerprint"} <= set(record):
+        if not set(record) >= RECORD_KEYS:
             raise ValueError("run_id or fingerprint is missing")
         return update_record(record)
     except (ValueError, TypeError) as error:
