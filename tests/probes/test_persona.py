@@ -1,5 +1,6 @@
 """Persona files are checked when they are read, and can take prompts and words from data."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -150,3 +151,29 @@ def test_questions_that_were_trained_on_are_left_out():
     rows = [Row([{"role": "user", "content": question}], "x") for question in seal.test]
     with pytest.raises(PhoqueError, match="Too few questions"):
         leave_out_questions(seal, rows)
+
+
+def test_questions_that_the_adapter_was_trained_on_are_left_out_of_a_given_persona(tmp_path):
+    from phoque.hub.client import Hub
+    from phoque.probes.persona_source import find_persona
+    from phoque.settings.psm_probe import PsmSettings
+
+    seal = load_persona("seal")
+    rows = [{"prompt": question.upper(), "completion": "Hrmph."} for question in (*seal.test[:3], *seal.heldout[:2])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    class Offline:
+        hub = Hub(None, print, 1.0)
+
+    def find(dataset):
+        record = {"settings": {"dataset": {"value": dataset}}, "data": {}}
+        return find_persona(PsmSettings(persona="seal"), Offline(), record)
+
+    persona, notes = find(str(tmp_path / "rows.jsonl"))
+    assert (
+        persona.test == seal.test[3:] and persona.heldout == seal.heldout[2:] and "5 questions are left out" in notes[0]
+    )
+    persona, notes = find(str(tmp_path / "gone.jsonl"))
+    assert persona == seal and "could not be compared" in notes[0]
+    (tmp_path / "rows.jsonl").write_text("broken\n" * 3)
+    assert find(str(tmp_path / "rows.jsonl"))[0] == seal

@@ -191,3 +191,12 @@ def test_resamples_with_the_mean_of_the_sample_are_ties(values):
     low, high = stats.bca_mean_interval(array)
     assert low == pytest.approx(wanted.confidence_interval.low, abs=0.03)
     assert high == pytest.approx(wanted.confidence_interval.high, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_the_interval_of_a_share_holds_it_and_has_a_width_at_the_ends(share):
+    drawn = numpy.random.default_rng(0).random((2000, 24)) < share
+    intervals = [stats.share_interval(row.astype(float)) for row in drawn]
+    assert numpy.mean([low - 1e-9 <= share <= high + 1e-9 for low, high in intervals]) > 0.9
+    assert all(0 <= low < high <= 1 for low, high in intervals)
+    assert stats.share_interval(numpy.zeros(24))[1] == pytest.approx(0.138, abs=0.001)

@@ -19,7 +19,9 @@ def arguments(tiny_llama, rows):
     return ["train", "--base-model", tiny_llama, "--dataset", rows, "--quantization", "fp32", "--sample-every", 0]
 
 
-@pytest.mark.parametrize("name", ["adapter/notes.txt", "merged/precious.bin", "report.html", "metrics.jsonl", "run.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter/notes.txt", "merged/precious.bin", "report.html", "metrics.jsonl", "run.json"]
+)
 @pytest.mark.parametrize("fresh", [[], ["--fresh-start", "--yes"]])
 def test_a_folder_with_files_that_training_would_replace_is_refused_and_kept(phoque, arguments, tmp_path, name, fresh):
     file = tmp_path / "out" / name

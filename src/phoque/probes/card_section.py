@@ -106,7 +106,7 @@ def _find_repository(adapter: AdapterSource) -> str | None:
 
 def render_section(command: str, verdicts: dict[str, Any], upload: Upload, weights: str) -> str:
     """The verdicts of one command as a table, below the heading of the command."""
-    rows = [f"| {name} | {v['verdict']} | {_describe_number(v)} |" for name, v in verdicts.items()]
+    rows = [f"| {name} | {v['verdict']} | {_describe_number(v)} | {_explain(v)} |" for name, v in verdicts.items()]
     lines = [
         f"### phoque {command}",
         "",
@@ -114,7 +114,13 @@ def render_section(command: str, verdicts: dict[str, Any], upload: Upload, weigh
         f"whose weights have the SHA-256 `{weights[:16]}`.",
         "",
     ]
-    return "\n".join([*lines, "| question | verdict | number |", "|---|---|---|", *rows])
+    return "\n".join([*lines, "| question | verdict | number | why |", "|---|---|---|---|", *rows])
+
+
+def _explain(verdict: dict[str, Any]) -> str:
+    """Why a verdict is not yes: the first condition that fails, or why it was not given."""
+    failed = next((c["text"] for c in verdict.get("conditions", []) if not c["holds"]), "")
+    return (verdict.get("why") or failed).replace("|", "\\|")
 
 
 def _describe_number(verdict: dict[str, Any]) -> str:

@@ -4,11 +4,11 @@ from itertools import islice
 from typing import Any
 
 from phoque.console import shorten_list
-from phoque.data.readers import open_dataset
+from phoque.data.readers import Dataset, open_dataset
 from phoque.data.rows import Row, parse_row
 from phoque.data.scan import MAX_SCANNED_ROWS
 from phoque.data.turns import BadRow
-from phoque.errors import UsageError
+from phoque.errors import UsageError, first_line
 from phoque.files import expand_user
 from phoque.hub.refs import fetch_to_cache, hub_id, hub_ref
 from phoque.hub.repo import Repo
@@ -21,16 +21,17 @@ from phoque.settings.compare_sae import SaeSettings
 from phoque.settings.fields import Resolved, flag_names
 from phoque.settings.psm_probe import PsmSettings
 
+UNCHECKED = "the persona's questions could not be compared with what the adapter was trained on"
+
 
 def find_persona(
     s: PsmSettings | SaeSettings, services: Services, record: dict[str, Any] | None = None
 ) -> tuple[Persona, list[str]]:
     """Load the persona that the settings name, or propose one from the data in `record`, the run.json of the adapter.
 
-    Returns it with notes for the user. Raises UsageError if there is none.
+    Questions that the data asks are left out. Returns it with notes for the user. Raises UsageError if there is none.
     """
-    if s.persona:
-        return load_persona(fetch_if_remote(s.persona, "--persona", services)), []
+    given = load_persona(fetch_if_remote(s.persona, "--persona", services)) if s.persona else None
     name, split, revision, config = s.dataset, s.split, s.dataset_revision, s.dataset_config
     if not name and record is not None:
         recorded = {key: row.get("value") for key, row in record["settings"].items()}
@@ -39,22 +40,37 @@ def find_persona(
         if revision is None and hub_id(name):
             revision = record["data"].get("revision")  # the rows that the adapter was trained on
     if not name:
-        raise _no_persona_error()
-    dataset = open_dataset(name, split, revision, services.hub, config=config)
+        if given is None:
+            raise _no_persona_error()
+        return given, [] if record is None else [f"{UNCHECKED}: its run.json names no data that can be read here"]
+    try:
+        dataset = open_dataset(name, split, revision, services.hub, config=config)
+        rows = _read_rows(dataset)
+    except Exception as error:  # whatever the Hub or a file raises: a given persona needs no data
+        if not given or s.dataset:
+            raise
+        return given, [f"{UNCHECKED}: {first_line(error)}"]
+    proposed = given or propose_persona(load_persona("seal"), rows, dataset.name)
+    persona, shared = leave_out_questions(proposed, rows)
+    name, notes = dataset.name, []
+    if not given:
+        notes.append(
+            f"the persona's prompts and words are taken from {name}; all other prompts and the questions are bundled "
+            "ones"
+        )
+    if shared:
+        notes.append(f"{len(shared)} questions are left out, because {name} trains on them: {shorten_list(shared)}")
+    return persona, notes
+
+
+def _read_rows(dataset: Dataset) -> list[Row]:
     rows: list[Row] = []
     for raw in islice(dataset.stream, MAX_SCANNED_ROWS):
         try:
             rows.append(parse_row(raw))
         except BadRow:
             continue  # `phoque train` counts and reports bad rows
-    persona, shared = leave_out_questions(propose_persona(load_persona("seal"), rows, dataset.name), rows)
-    name = dataset.name
-    notes = [
-        f"the persona's prompts and words are taken from {name}; all other prompts and the questions are bundled ones"
-    ]
-    if shared:
-        notes.append(f"{len(shared)} questions are left out, because {name} trains on them: {shorten_list(shared)}")
-    return persona, notes
+    return rows
 
 
 def check_names_persona(resolved: Resolved[PsmSettings]) -> None:

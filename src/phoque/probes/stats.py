@@ -12,6 +12,7 @@ import numpy
 BOOTSTRAPS = 2000
 FLIPS = 4096  # sign flips: all 2**n of them for up to 12 prompts, otherwise this many random ones
 Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
+Z_ONE_SIDED_95 = 1.644854  # its 95 % quantile
 MIN_SIZE = 1e-15  # root mean square of differences below which they are rounding, and count for less
 COLUMNS_PER_CHUNK, FLIPS_PER_CHUNK = 128, 1024  # bound the memory of the (flips, columns) statistics
 
@@ -55,6 +56,28 @@ def predict_spread(runs: Array) -> float:
 
     count = len(runs)
     return 0.0 if count < 2 else float(t.ppf(0.95, count - 1) * numpy.std(runs, ddof=1) * numpy.sqrt(1 + 1 / count))
+
+
+def bound_share(count: int, n: int, other_n: int, other_count: int) -> float:
+    """The share that `count` of `n` must exceed to be more than `other_count` of `other_n`, 19 times in 20.
+
+    It is the other share plus the one-sided 95 % limit of the difference of two samples with one share, the pooled one.
+    """
+    total = n + other_n
+    pooled = (count + other_count) / max(total, 1)
+    error = numpy.sqrt(pooled * (1 - pooled) * (1 / max(n, 1) + 1 / max(other_n, 1)))
+    return float(other_count / max(other_n, 1) + Z_ONE_SIDED_95 * error)
+
+
+def share_interval(outcomes: Array) -> tuple[float, float]:
+    """The 95 % interval of a share, of `outcomes` (n,) from 0 to 1, one per question (Wilson 1927).
+
+    A bootstrap gives an interval without width where all outcomes are equal, and one that is too short near 0 and 1.
+    """
+    n, share = len(outcomes), float(numpy.mean(outcomes))
+    center = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    half = Z_95 / (1 + Z_95**2 / n) * numpy.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+    return max(0.0, float(center - half)), min(1.0, float(center + half))
 
 
 def mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:

@@ -122,7 +122,7 @@ def read_difference(
         trait=value,
         p_trait=stats.rank_p(value, list(natural_traits)) if natural_traits else None,
         share=float(shares.mean()),
-        share_ci=stats.bca_mean_interval(shares, probe_model.s.seed),
+        share_ci=stats.share_interval(shares),
         n=len(answers),
     )
 

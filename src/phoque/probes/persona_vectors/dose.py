@@ -89,7 +89,7 @@ def measure_doses(
                     adapter=name,
                     scale=scale,
                     share=float(shares.mean()),
-                    share_ci=stats.bca_mean_interval(shares, seed),
+                    share_ci=stats.share_interval(shares),
                     loss=float(losses.mean()),
                     rise=float((losses - base_losses).mean()),
                     rise_ci=stats.mean_interval(losses - base_losses, seed),

@@ -115,7 +115,7 @@ def conclude(summary: dict[str, Any]) -> list[str]:
         elif shares:
             others.append(f"{len(shares)} control fine-tunes' {min(shares):.0%} to {max(shares):.0%}")
         sentences.append(
-            f"By their words, {tuned['share']:.0%} of the fine-tune's answers to {tuned['n']} new questions are those "
+            f"By their words, {tuned['share']:.0%} of the fine-tune's answers to {tuned['n']} questions are those "
             f"of the {persona}, without a prompt that asks for it; of {' and '.join(others)}."
         )
         sentences.append(_describe_rank(tuned, "Its words put"))
@@ -136,7 +136,9 @@ def conclude(summary: dict[str, Any]) -> list[str]:
     if readings := [r for r in summary["differences"] if r["adapter"] == "tuned"]:
         reading = readings[0]
         persona_tokens, count = len(reading["persona_tokens"]), len(reading["tokens"])
-        beside = f", {voices['tuned']['base_share']:.0%} unsteered" if "tuned" in voices else ""
+        # greedy as the steered answers are
+        unsteered = [dose["share"] for dose in summary["doses"] if dose["scale"] == 0]
+        beside = f", {unsteered[0]:.0%} unsteered" if unsteered else ""
         p_trait = "" if reading["p_trait"] is None else f", p {reading['p_trait']:.3f} by the trait"
         sentences.append(
             f"Steered along its mean change on unrelated text, {reading['share']:.0%} of the base model's answers are "
@@ -147,7 +149,7 @@ def conclude(summary: dict[str, Any]) -> list[str]:
     alarms = summary["false_alarms"]
     if alarms.get("nulls"):
         sentences.append(
-            f"With swapped labels, where there is nothing to find, held-out answers are told apart "
+            "With labels swapped by a coin, held-out answers are told apart "
             f"{alarms['separable']} of {alarms['nulls']} times."
         )
     sentences.append(
@@ -160,6 +162,8 @@ def conclude(summary: dict[str, Any]) -> list[str]:
 
 def _describe_rank(ranking: dict[str, Any], what: str) -> str:
     count = 1 + len(ranking["others"])
+    if len({ranking["value"], *ranking["others"].values()}) == 1:
+        return f"{what} no role first: all {count} are equal."
     next_role = (
         f", before the {ranking['next_role']}" if ranking["rank"] == 1 else f"; the {ranking['next_role']} is first"
     )

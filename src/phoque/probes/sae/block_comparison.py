@@ -21,7 +21,7 @@ from phoque.probes.sae.feature_shifts import (
     select_rows,
     swap_variants,
 )
-from phoque.probes.sae.interventions import InterventionTest
+from phoque.probes.sae.interventions import InterventionTest, match_unshifted
 from phoque.probes.sae.judge import judge_block
 from phoque.probes.sae.model_variants import ModelVariants
 from phoque.probes.sae.replication import Replication, find_replicated
@@ -326,6 +326,8 @@ def _summarize_overall(
         overall["n_matched"] = int((replication.matched & shifts.reported).sum())
         overall["n_unreported"] = int(unreported.sum())
         overall["n_unreported_matched"] = int((replication.matched & unreported).sum())
+        alike = match_unshifted(shifts, numpy.flatnonzero(shifts.reported).tolist(), count)
+        overall["n_alike"], overall["n_alike_matched"] = len(alike), int(replication.matched[alike].sum())
         if shifts.specific is not None:
             overall["n_specific_replicated"] = int((replication.replicated & shifts.specific).sum())
     return overall

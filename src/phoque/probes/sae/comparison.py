@@ -23,6 +23,7 @@ from phoque.probes.sae.block_comparison import NULLS, BlockResult, ComparisonInp
 from phoque.probes.sae.corpus import Corpus
 from phoque.probes.sae.dictionary import Dictionary
 from phoque.probes.sae.difference_sae import LearnedDifference, learn_difference
+from phoque.probes.sae.feature_shifts import MAX_Q
 from phoque.probes.sae.interventions import measure_interventions
 from phoque.probes.sae.model_variants import ModelVariants, check_compatible
 from phoque.probes.sae.plan import Plan
@@ -97,7 +98,13 @@ class Comparison:
         weak = [scorer.name for scorer in scorers if scorer.is_weak]
         self.warnings += [f"{name} is a weak scorer: it misses implied content" for name in weak]
         if len(questions) < FEW_PROMPTS:
-            self.warnings.append(f"{len(questions)} prompts: only large shifts can be detected")
+            least = 2 / 2 ** len(questions)
+            self.warnings.append(
+                f"{len(questions)} prompts: p cannot be below {least:.2g}, so features are reported only where over "
+                f"{least / MAX_Q:.0%} of those that are tested shift"
+                if least < MAX_Q
+                else f"{len(questions)} prompts: p cannot be below {least:.2g}, so no feature can be reported"
+            )
         if self.s.shuffle_pairs:
             self.warnings.insert(0, "a null run: the base and updated models are swapped on half the prompts")
         return ComparisonResult(

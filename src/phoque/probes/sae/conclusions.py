@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from phoque.probes.sae.judge import MIN_CONTROLS
 from phoque.reports.page import conclude_verdicts, format_number, format_percent
 
 SIDES = {"tuned": "updated model", "base": "base", "control": "control"}
 VERDICT_QUESTIONS = {
     "beyond_control": "Do more features shift than another run of the control's recipe would shift?",
-    "beyond_untrained": "Does the trained dictionary find more than random directions do?",
+    "beyond_untrained": "Do more of its features shift than of random directions?",
     "replicated": "Do the shifted features recur in a dictionary of another seed?",
     "causes": "Do the selected features cause the change of the answers, to questions that did not select them?",
     "good_dictionary": "Is the autoencoder good enough to rely on?",
@@ -32,27 +33,34 @@ def conclude(report: dict[str, Any]) -> list[str]:
         sentences.append(
             f"{overall['n_specific']:,} of {overall['n_tested']:,} tested features differ from "
             f"{overall['control_runs']} control runs by more than one further run of them would."
+            + " Features of one run move together, so with two runs this may be one difference between runs."
+            * (overall["control_runs"] < MIN_CONTROLS)
         )
     if together := report["causes"]["all"]:
         push = together["push"]
         sentences.append(
-            f"Steering the base model along the selected features restores {push['gap_share']:.0%} of what makes the "
-            f"updated model's answers likely; the mean difference alone {together['mean_difference_share']:.0%}, "
-            f"features that did not shift {push['random_share']:.0%}, directions that were never trained "
-            f"{together['untrained_share']:.0%}."
+            "The updated model does not make its own answers likelier than the base model does, so there is nothing "
+            "that steering could restore."
+            if together["gap"] <= 0
+            else "Steering the base model along the selected features restores "
+            f"{push['gap_share']:.0%} of what makes the updated model's answers likely; the mean difference alone "
+            f"{together['mean_difference_share']:.0%}, features that did not shift {push['random_share']:.0%}, "
+            f"directions that were never trained {together['untrained_share']:.0%}."
         )
     if sentence := _conclude_difference(report["difference"], overall["control_runs"]):
         sentences.append(sentence)
     sentences.append(conclude_verdicts(report["verdicts"], VERDICT_QUESTIONS))
     other = overall["untrained"]
     sentences.append(
-        f"{overall['n_reported']:,} features shifted by more than the rounding of equal weights, which nearly any "
-        f"fine-tune does: of a dictionary that was never trained, {other['n_reported']:,} of {other['n_tested']:,} did."
+        f"{overall['n_reported']:,} of {overall['n_tested']:,} features shifted by more than the rounding of equal "
+        "weights, which nearly any fine-tune does: of a dictionary that was never trained, "
+        f"{other['n_reported']:,} of {other['n_tested']:,} did."
     )
     if alarms := overall["null_reports"]:
         sentences.append(
-            "With the two models swapped by a coin for each question, where nothing shifts, "
-            f"{sum(map(bool, alarms))} of {len(alarms)} repeats report any feature, {max(alarms):,} at most."
+            "With the two models swapped by a coin for each question, "
+            f"{sum(map(bool, alarms))} of {len(alarms)} repeats report any feature, {max(alarms):,} at most. That is "
+            "the rate of false alarms if the differences between equal models are symmetric."
         )
     if others := overall["control_beyond_controls"]:
         sentences.append(

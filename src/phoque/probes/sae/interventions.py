@@ -121,7 +121,7 @@ class InterventionTest:
         Each row has {push, ablate}, both with the gain, the share of the gap between the models, and those of matched
         features. p is corrected for the number of features (Holm). Only features that rise are ablated.
         """
-        pool = self._match_unshifted(features)
+        pool = match_unshifted(self.shifts, features, self.matched)
         if not features or len(pool) < 2 or not self.rows:
             measure_interventions(None, self.variants, self.dictionary)
             return {"features": [], "all": None, "prompts": len(self.rows), "random": 0}
@@ -162,30 +162,14 @@ class InterventionTest:
             "push": self._compare(joint_pushed, groups_pushed, gap),
             "ablate": None if joint_ablated is None else self._compare(joint_ablated, groups_ablated, gap),
             "gap": gap,
+            "strength": float(find_strength(self.shifts)[list(features)].mean()),
+            "random_strength": float(find_strength(self.shifts)[pool].mean()),
+            "group_size": min(len(features), len(pool)),
+            "groups": len(groups),
             **{f"{name}_share": _share(float(gains.mean()), gap) for name, gains in yardsticks.items()},
         }
         rows = [{"feature_id": int(f), **{kind: tested.get(f) for kind, tested in by_kind.items()}} for f in features]
         return {"features": rows, "all": joint, "prompts": len(self.rows), "random": len(pool)}
-
-    def _match_unshifted(self, features: Sequence[int]) -> Array:
-        """Tested features that did not shift, as often and as strongly active as the given ones, taking turns."""
-        unshifted = numpy.flatnonzero(self.shifts.tested & ~self.shifts.reported)
-        if not len(unshifted) or not features:
-            return unshifted
-        frequency = numpy.maximum(self.shifts.base_freq, self.shifts.tuned_freq)
-        strength = numpy.maximum(self.shifts.base_mean, self.shifts.tuned_mean)
-        size = numpy.log(numpy.stack([frequency, strength], axis=1) + 1e-6)
-        size /= numpy.maximum(size[self.shifts.tested].std(0), 1e-9)
-        nearest = [
-            iter(unshifted[numpy.argsort(numpy.linalg.norm(size[unshifted] - size[f], axis=1), kind="stable")])
-            for f in features
-        ]
-        pool: list[int] = []
-        for candidates in cycle(nearest):
-            if len(pool) == min(self.matched, len(unshifted)):
-                break
-            pool.append(next(int(f) for f in candidates if int(f) not in pool))
-        return numpy.array(pool)
 
     def _compare_all(self, gains: dict[int, Array], matched: Sequence[Array], gap: float) -> dict[int, dict[str, Any]]:
         """Each feature's comparison, with p corrected for their number."""
@@ -219,6 +203,37 @@ class InterventionTest:
         unit = torch.nn.functional.normalize(self.dictionary.decoder[indices.to(self.dictionary.decoder.device)], dim=1)
         shift = torch.tensor(self.shifts.delta[indices.numpy()], device=unit.device, dtype=unit.dtype)
         return torch.where(shift == 0, 1e-6, shift) @ unit
+
+
+def match_unshifted(shifts: FeatureShifts, features: Sequence[int], most: int) -> Array:
+    """At most `most` tested features that did not shift, the nearest to the given ones in how often and how strongly
+    they are active; the given ones take turns.
+    """
+    unshifted = numpy.flatnonzero(shifts.tested & ~shifts.reported)
+    if not len(unshifted) or not len(features):
+        return unshifted[:0]
+    size = numpy.log(numpy.stack([find_frequency(shifts), find_strength(shifts)], axis=1) + 1e-6)
+    size /= numpy.maximum(size[shifts.tested].std(0), 1e-9)
+    nearest = [
+        iter(unshifted[numpy.argsort(numpy.linalg.norm(size[unshifted] - size[f], axis=1), kind="stable")])
+        for f in features
+    ]
+    pool: dict[int, None] = {}
+    for candidates in cycle(nearest):
+        if len(pool) == min(most, len(unshifted)):
+            break
+        pool[next(int(f) for f in candidates if int(f) not in pool)] = None
+    return numpy.array([*pool])
+
+
+def find_frequency(shifts: FeatureShifts) -> Array:
+    """The share of tokens at which each feature is active, in the model where that is larger."""
+    return numpy.maximum(shifts.base_freq, shifts.tuned_freq)
+
+
+def find_strength(shifts: FeatureShifts) -> Array:
+    """The mean activation of each feature, in the model where that is larger."""
+    return numpy.maximum(shifts.base_mean, shifts.tuned_mean)
 
 
 def _share(gain: float, gap: float) -> float:

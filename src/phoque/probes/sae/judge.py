@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from phoque.probes import stats
 from phoque.probes.sae.run_spread import LEVEL
 from phoque.probes.verdicts import Condition, Verdict
 
@@ -56,36 +57,48 @@ def _judge_beyond_control(overall: dict[str, Any]) -> Verdict:
 
 
 def _judge_beyond_untrained(overall: dict[str, Any]) -> Verdict:
-    """Does a larger share of features differ than of a dictionary that was never trained?"""
+    """Does a larger share of features differ than of a dictionary that was never trained?
+
+    That one has independent random directions, so its share varies as that of a sample does.
+    """
     key = "n_specific" if "n_specific" in overall else "n_reported"
     other = overall["untrained"]
-    share, untrained = overall[key] / max(overall["n_tested"], 1), other[key] / max(other["n_tested"], 1)
+    share = overall[key] / max(overall["n_tested"], 1)
+    bound = stats.bound_share(overall[key], overall["n_tested"], other["n_tested"], other[key])
     what = "that differ from the control" if key == "n_specific" else "that shift"
     return Verdict.decide(
         share,
         "of the tested features",
         overall["n_questions"],
         Condition(
-            f"features {what}: {share:.1%} (must be above {untrained:.1%}, that of an untrained dictionary)",
-            share > untrained,
+            f"features {what}: {overall[key]:,} of {overall['n_tested']:,} (must be above {bound:.1%}; of an untrained "
+            f"dictionary {other[key]:,} of {other['n_tested']:,}, p 0.05)",
+            share > bound,
         ),
     )
 
 
 def _judge_replicated(overall: dict[str, Any]) -> Verdict:
-    """Do shifted features recur in a dictionary of another seed more than features that did not shift?"""
+    """Do shifted features recur in a dictionary of another seed more than features that did not shift?
+
+    Active features are both shifted and found again more often, so each is compared with one that is about as active.
+    """
     if overall.get("replicated_share") is None:
         return Verdict.not_asked("one dictionary, or no shifted feature; --seeds 2 trains another")
     matched, reported = overall["n_matched"], overall["n_reported"]
-    other = overall["n_unreported_matched"] / max(overall["n_unreported"], 1)
+    alike, alike_matched = overall["n_alike"], overall["n_alike_matched"]
+    if not alike:
+        return Verdict.not_asked("every tested feature shifted, so there are none to compare with")
+    bound = stats.bound_share(matched, reported, alike, alike_matched)
     return Verdict.decide(
         overall["replicated_share"],
         "of the shifted features",
         overall["n_questions"],
         Condition(
-            f"shifted features with a partner of their own in every other dictionary: {matched / reported:.1%} (must "
-            f"be above {other:.1%}, that of features that did not shift)",
-            matched / reported > other,
+            f"shifted features with a partner of their own in every other dictionary: {matched:,} of {reported:,} "
+            f"(must be above {bound:.1%}; of features about as active that did not shift "
+            f"{alike_matched:,} of {alike:,}, p 0.05)",
+            matched / reported > bound,
         ),
         Condition(
             f"of these {matched} partners, {overall['n_replicated']} shift alike (must be at least half)",
@@ -99,11 +112,17 @@ def _judge_causes(together: dict[str, Any] | None, prompts: int) -> Verdict:
     if together is None:
         return Verdict.not_asked("no feature was selected, or too few did not shift to compare with")
     push = together["push"]
+    if together["gap"] <= 0:
+        return Verdict.not_asked(
+            "on these questions the updated model does not make its own answers likelier than the base model does (by "
+            f"{together['gap']:.2f} nats per token), so there is no gap to restore"
+        )
     conditions = [
         Condition(
             f"steering the base model along them restores {push['gap_share']:.0%} of the gap in likelihood; groups of "
-            f"features as active that did not shift restore {push['random_share']:.0%} (p {push['p']:.2g}), at most "
-            f"{push['random_max_share']:.0%}",
+            f"the features nearest in activity that did not shift (mean activation {together['random_strength']:.3g}, "
+            f"of the selected ones {together['strength']:.3g}) restore {push['random_share']:.0%} "
+            f"(p {push['p']:.2g}), at most {push['random_max_share']:.0%}",
             push["holds"],
         ),
         Condition(

@@ -81,7 +81,7 @@ def write_reports(run: Path, name: str) -> None:
         cards=[_arrange_card(f) for f in cards],
         difference_head=DIFFERENCE_HEAD,
         difference=_arrange_difference(report["difference"]),
-        all_together=_arrange_cause(causes["all"], causes["random"]) if causes["all"] else None,
+        all_together=_arrange_cause(causes["all"]) if causes["all"] else None,
         baselines=_arrange_baselines(report),
         **_arrange_answers(report),
         content_warning=CONTENT_WARNING,
@@ -150,7 +150,7 @@ def _arrange_card(feature: dict[str, Any]) -> dict[str, Any]:
         "title": f"Feature {feature['feature_id']} {'▲' if feature['direction'] == 'up' else '▼'} "
         f"{feature['delta']:+.3g}",
         "summary": f"{feature['base_mean']:.3g} → {feature['tuned_mean']:.3g}; {'; '.join(marks)}",
-        "cause": _arrange_cause(feature["cause"], None) if feature.get("cause") else None,
+        "cause": _arrange_cause(feature["cause"]) if feature.get("cause") else None,
         **_arrange_contexts(feature),
     }
 
@@ -215,17 +215,23 @@ def _arrange_contexts(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _arrange_cause(cause: dict[str, Any], random: int | None) -> dict[str, Any]:
+def _arrange_cause(cause: dict[str, Any]) -> dict[str, Any]:
     effects = []
     for kind, what in (("push", "steering the base along it"), ("ablate", "resetting it in the updated model")):
         if row := cause[kind]:
             effect = "more likely" if kind == "push" else "less likely"
             text = (
                 f"{what} makes the updated answers {row['gain']:+.3f} nats per token {effect}, {row['gap_share']:.0%} "
-                f"of the gap (features as active that did not shift: {row['random_share']:.0%}, p {row['p']:.3f})"
+                f"of the gap (the nearest features in activity that did not shift: {row['random_share']:.0%}, "
+                f"p {row['p']:.3f})"
             )
             effects.append({"word": "yes" if row["holds"] else "no", "text": text})
-    note = f"; compared with groups of {random} features that did not shift" if random else ""
+    note = ""
+    if "groups" in cause:  # all selected features together
+        note = (
+            f"; compared with {cause['groups']} groups of {cause['group_size']} features that did not shift (mean "
+            f"activation {cause['random_strength']:.3g}, of the selected ones {cause['strength']:.3g})"
+        )
     return {"effects": effects, "note": note}
 
 
