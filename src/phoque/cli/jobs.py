@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WITHOUT_FP8 = ("T4", "A10G", "A100")
 EPILOG = (
     "Examples: `phoque jobs` lists the Jobs that phoque submitted. `phoque jobs follow ID` prints a Job's log until it "
-    "ends. `phoque jobs clean` deletes the local files that ended Jobs were given."
+    "ends. `phoque jobs clean` deletes the uploaded copies of the inputs of ended Jobs."
 )
 
 

@@ -43,11 +43,18 @@ class CommandLine:
             return UsageError(
                 what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=LOG_IN
             )
+        if name.replace("_", "-") in ("--resume", "--resume-from-checkpoint"):
+            return UsageError(
+                what=f"There is no flag {name}.",
+                why="A run continues from its newest checkpoint on its own.",
+                fix="Run the same command again, with the same --output-dir.",
+            )
         parameter = getattr(error, "param", None)
         if parameter is not None and type(error).__name__ == "BadParameter":
             setting = str(parameter.name).removesuffix(OLD)
             value, why = self._explain_value(str(getattr(error, "message", "")), setting, parameter.opts)
-            flag = flag_names(self.model, setting)[0] if setting in self.model.model_fields else parameter.opts[0]
+            is_flag = setting in self.model.model_fields and parameter.param_type_name == "option"
+            flag = flag_names(self.model, setting)[0] if is_flag else parameter.opts[0].removesuffix(OLD)
             return UsageError(what=f"{flag} cannot be {value}.", why=why, fix=f"See `{self.command} --help`.")
         if describe := getattr(error, "format_message", None):
             fix = f"See `{self.command} --help`."

@@ -96,7 +96,8 @@ def resolve_settings(
     warnings: list[str] = []
     file = env_file or Path(ENV_FILE)
     if env_file and not file.is_file():
-        raise UsageError(what=f"No such secrets file: {file}", why="--secrets-file names it.", fix="Check the path.")
+        why = "It is a folder." if file.is_dir() else "--secrets-file names it."
+        raise UsageError(what=f"No such secrets file: {file}", why=why, fix="Check the path.")
     warnings += _check_lines(file)
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{file} can be read by others on this machine: run `chmod 600 {file}`.")
@@ -273,7 +274,10 @@ def _check_names(model: type[CommandSettings], file: Path) -> list[str]:
                 why="No setting has that name.",
                 fix=f"Did you mean {exact}?" if exact else suggest(name.upper(), known, ALL_NAMES),
             )
-        if near:
+        # of one word, it may well be for another program
+        if name.upper() in by_field and "_" in name:
+            warnings.append(f"{name} is set, but phoque reads {by_field[name.upper()]}")
+        elif near:
             warnings.append(f"{name} is set, but it is not a setting of phoque; did you mean {near[0]}?")
     return sorted(warnings)
 
@@ -288,10 +292,12 @@ def _settings_error(model: type[BaseSettings], error: ValidationError, origins: 
     name = next(iter(_by_field(model, {key: None})))
     origin = origins[name]
     description = model.model_fields[name].description
+    is_flag_or_variable = origin.source in ("flag", "environment")
+    place = f"{flag_names(model, name)[0]} or {env_name(model, name)}" if is_flag_or_variable else "it there"
     return UsageError(
         what=f"{origin.name} has a value that cannot be used (from: {origin.source}).",
         why=why,
-        fix=f"Change {flag_names(model, name)[0]} or {env_name(model, name)}. Its help: {description}",
+        fix=f"Change {place}. Its help: {description}",
     )
 
 
