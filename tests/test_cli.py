@@ -118,14 +118,14 @@ HEAVY = (
 )
 
 
-def test_a_run_that_compiles_nothing_imports_no_compiler(rows, tiny_llama, tmp_path):
+def test_a_run_that_compiles_nothing_imports_no_compiler_and_no_tables(rows, tiny_llama, tmp_path):
     script = (
         "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
         "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
     )
     arguments = ["train", "--dataset", rows, "--base-model", tiny_llama, "--output-dir", tmp_path / "run"]
     arguments += ["--engine-mode", "eager", "--quantization", "nf4", "--max-steps", 1, "--sample-every", 0]
-    compilers = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
+    compilers = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx", "datasets", "pandas")
     command = [sys.executable, "-c", script.format([*map(str, arguments)], compilers)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     # transformers imports dynamo itself

@@ -4,9 +4,11 @@ import gc
 import importlib
 import os
 import shlex
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from phoque import api
@@ -79,7 +81,26 @@ def _import_trainer() -> None:
     with _without_compiler():
         importlib.import_module("bitsandbytes")
     importlib.import_module("phoque.training.run")
+    # Trainer imports datasets, and with it pandas, for a method that phoque never calls
+    importlib.import_module("transformers.utils").is_datasets_available()  # it keeps the answer, and looks once only
+    with _postponed("datasets"):
+        importlib.import_module("phoque.training.trainer")
     gc.freeze()
+
+
+@contextmanager
+def _postponed(name: str) -> Generator[None]:
+    """Give what is imported meanwhile a stand-in for a module, which imports it when an attribute is needed."""
+    stand_in: Any = ModuleType(name)
+    stand_in.__getattr__ = lambda attribute: getattr(importlib.import_module(name), attribute)
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextmanager
