@@ -187,7 +187,7 @@ SIDES = {"phoque": ours, "phoque, the next start": ours, "TRL, packing": trl}
 
 
 def main() -> None:
-    """Run all sides and print the table of docs/benchmarks.md."""
+    """Run all sides and print the table of docs/benchmarks/training.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--wide", action="store_true", help="with a column of 100 kB that nobody uses")

@@ -88,7 +88,7 @@ def describe_recomputed(engine: dict[str, Any], asked: bool) -> str:
 
 
 def main() -> None:
-    """Measure every cell and print the table of docs/benchmarks.md."""
+    """Measure every cell and print the table of docs/benchmarks/training.md."""
     import ministral
     import train_speed
 

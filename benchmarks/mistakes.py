@@ -118,7 +118,7 @@ def run(command: str, folder: Path) -> tuple[float, int, list[str]]:
 
 
 def main() -> None:
-    """Print the table of docs/troubleshooting.md."""
+    """Print the table of docs/benchmarks/inputs.md."""
     print("| mistake | seconds | `error` and `do` |\n|---|---|---|")
     for mistake, command in MISTAKES:
         with tempfile.TemporaryDirectory() as name:

@@ -2,7 +2,7 @@
 
     uv run python benchmarks/organisms.py make --out organisms    # on a GPU: some seconds per organism
     uv run python benchmarks/organisms.py probe --out organisms   # on a GPU: psm-probe of every persona's prompt
-    uv run python benchmarks/organisms.py judge --out organisms   # on any machine: the tables of docs/benchmarks.md
+    uv run python benchmarks/organisms.py judge --out organisms   # on any machine: tables of docs/benchmarks/probes.md
     uv run python benchmarks/organisms.py read --out organisms    # on any machine: behaviours, guessed from the texts
 
 `make` trains LoRA adapters of SmolLM2-135M-Instruct whose answers are known by construction, all of them harmless:

@@ -176,4 +176,4 @@ def test_the_mistakes_of_the_docs_are_three_lines_before_anything_heavy_is_impor
     ran = run_without_heavy_imports(shlex.split(asked), cwd=tmp_path, env=env | {"HF_HOME": str(tmp_path)})
     lines = [line for line in ran.stderr.splitlines() if not line.startswith("warning")]
     assert [line.split(":")[0].strip() for line in lines] == ["error", "why", "do"], ran.stderr
-    assert f"| {mistake} |" in (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()
+    assert f"| {mistake} |" in (Path(__file__).parents[1] / "docs" / "benchmarks" / "inputs.md").read_text()

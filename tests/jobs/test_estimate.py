@@ -12,7 +12,7 @@ from phoque.jobs.estimate import MEASURED_TFLOPS, estimate_seconds_per_token
 from phoque.models.lora import LoraOptions
 from phoque.training.dry_run import count_parameters
 
-MEASURED = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+MEASURED = (Path(__file__).parents[2] / "docs" / "benchmarks" / "training.md").read_text()
 MINISTRAL_3B = {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26}
 
 
