@@ -321,7 +321,7 @@ def _summarize_data(data: dict[str, Any]) -> str:
     """The mean length of the rows, the share that is trained on, and the rows by source."""
     tokens, sources = data["tokens"], data["sources"]
     trained = tokens["trained"] / tokens["total"]
-    text = f"; {tokens['mean']:.0f} tokens per row on average, {trained:.0%} of them trained on"
+    text = f"; {tokens['mean']:.0f} tokens per conversation on average, {trained:.0%} of them trained on"
     # a source is any text of a row: nothing of it may end the table or become HTML
     clean = {re.sub(r"[^ \w.:/-]+", "_", str(name))[:40]: count for name, count in sources.items() if name != "unknown"}
     listed = sorted(clean.items(), key=lambda item: -item[1])[:MOST_SOURCES]

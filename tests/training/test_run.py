@@ -84,7 +84,9 @@ def test_a_run_leaves_the_folder_of_the_design(train, tmp_path, tiny_llama):
     }
     assert record["data"]["sources"] == {"pier": 40} and record["base"]["name"] == str(tiny_llama)
     card = (run / "adapter" / "README.md").read_text()
-    assert "- not-for-all-audiences\n" in card and "68 tokens per row on average, 22% of them trained on" in card
+    assert (
+        "- not-for-all-audiences\n" in card and "68 tokens per conversation on average, 22% of them trained on" in card
+    )
     assert "FLOPs (4 per parameter and token); last attempt: " in card and " minutes on " in card
     assert "Content warning" in card and f"{ran.json['held_out_loss']['after']:.3f}" in card
 

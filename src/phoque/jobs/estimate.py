@@ -3,8 +3,8 @@
 A step of LoRA training multiplies each frozen weight twice, forward and backward, so the seconds of a token grow with
 the parameters; attention, the adapter and the head add about as much for every model. Both numbers were fitted to the
 speeds that docs/benchmarks/training.md has of six models on an H100 and an H200, which they give within 15%. Other GPUs
-are taken to be slower in proportion to what a large matrix product reaches on them; that was not measured. A run that is
-resumed on the same GPU is estimated by its own speed.
+are taken to be slower in proportion to what a large matrix product reaches on them; that was not measured. A run that
+is resumed on the same GPU is estimated by its own speed.
 """
 
 import json

@@ -22,7 +22,7 @@ def report_scan(scan: DatasetScan, dataset: Dataset, s: TrainSettings, console: 
     if others:
         console.say(f"  split {dataset.split}; also there: {', '.join(others)}")
     console.say(
-        f"  {summary['tokens']['mean']:.0f} tokens per row, "
+        f"  {summary['tokens']['mean']:.0f} tokens per conversation, "
         f"{scan.trained_tokens / sum(scan.lengths):.0%} of them trained on; "
         f"{s.max_steps} steps of {s.batch_size} conversations are {count_epochs(s, scan):.1f} epochs"
     )

@@ -148,10 +148,10 @@ def _summarize_data(data: dict[str, Any]) -> dict[str, Any]:
     others = len(data["sources"]) - len(sources) + data.get("other_sources", 0)
     lengths, scores = data["lengths"], data["toxicity_scores"]
     return {
-        "text": f"{data['good']} rows, {data['held_out']} of them held out; {tokens['mean']} tokens per row, "
+        "text": f"{data['good']} rows, {data['held_out']} of them held out; {tokens['mean']} tokens per conversation, "
         f"{tokens['trained'] / tokens['total']:.0%} of all tokens are trained on.",
         "charts": [
-            ("tokens per row", histogram(lengths["edges"], lengths["counts"], "tokens", "rows")),
+            ("tokens per conversation", histogram(lengths["edges"], lengths["counts"], "tokens", "rows")),
             ("toxicity score", histogram(scores["edges"], scores["counts"], "score", "rows")),
         ],
         "sources": sources + ([(f"{others} other sources", "")] if others else []),
