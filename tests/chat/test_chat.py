@@ -226,6 +226,12 @@ def test_what_cannot_be_talked_to_is_refused(phoque, run, words, expected):
     assert expected in " ".join(error)
 
 
+def test_a_path_beside_a_model_names_its_folder(phoque, tiny_llama):
+    error = phoque("chat", tiny_llama.parent, expect=2).error
+    assert f"such as {tiny_llama}." in error[2]
+    assert phoque("chat", tiny_llama / "model.safetensors", expect=2).error[2].endswith(f"phoque chat {tiny_llama}")
+
+
 def test_there_is_nothing_to_compare_a_model_with(phoque, tiny_llama):
     error = phoque("chat", tiny_llama, "--compare", "--prompt", "x", expect=2).error
     assert "nothing to compare" in error[0]

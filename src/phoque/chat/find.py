@@ -123,12 +123,26 @@ def _adapter_folder(path: Path, services: Services) -> Path:
             services.console.say(f"the run has not finished: talking to its checkpoint {max(steps)}")
             return path / f"checkpoint-{max(steps)}"
     if not any((path / name).exists() for name in (WEIGHTS, "adapter", RUN_RECORD)):
-        raise UsageError(
-            what=f"There is nothing to talk to in {path}.",
-            why="It has no adapter, no model, no GGUF file and no ONNX export.",
-            fix=suggest_path(str(path)) if not path.is_dir() else "Name a folder that has one of them.",
-        )
+        raise _nothing_here_error(path)
     return find_local_adapter(path, "The command")
+
+
+def _nothing_here_error(path: Path) -> UsageError:
+    """The error for a path with no model, which names a folder that has one, if it is near."""
+    fix = "Name a folder that has one of them."
+    if path.suffix == ".safetensors":
+        fix = f"Name the folder that it is in: phoque chat {path.parent}"
+    elif not path.is_dir():
+        fix = suggest_path(str(path))
+    else:
+        marks = (WEIGHTS, f"adapter/{WEIGHTS}", "config.json", "onnx")
+        within = [child for child in sorted(path.iterdir()) if any((child / mark).exists() for mark in marks)]
+        fix = f"Name a folder that has one of them, such as {within[0]}." if within else fix
+    return UsageError(
+        what=f"There is nothing to talk to in {'this folder' if path == Path() else path}.",
+        why="It has no adapter, no model, no GGUF file and no ONNX export.",
+        fix=fix,
+    )
 
 
 def _adapter(s: ChatSettings, adapter: AdapterSource, services: Services, fetch: bool) -> Found:
