@@ -144,7 +144,9 @@ def find_local_adapter(path: Path, flag: str = "The command") -> Path:
         newest = path / f"checkpoint-{max(steps)}" if steps else None
         raise UsageError(
             what=f"The run {path} has not finished.",
-            why=f"It has no adapter yet, and {f'its newest checkpoint is {newest.name}' if newest else 'no checkpoint'}.",
+            why=f"It has no adapter yet; its newest checkpoint is {newest.name}."
+            if newest
+            else "It has a run.json, but no adapter and no checkpoint.",
             fix="Finish it with the same `phoque train` command" + (f", or use {newest}." if newest else "."),
         )
     if path.exists():
