@@ -191,11 +191,11 @@ def test_an_earlier_export_is_replaced_at_the_end_and_only_then(phoque, start, t
 
 @pytest.mark.thorough
 def test_what_does_not_verify_is_not_kept_unless_asked(phoque, text_model, tmp_path):
-    """A model that names no token to end at passes the exporter, and would talk for ever."""
+    """A model that names a token to end at that it does not have passes the exporter, and would talk for ever."""
     endless = shutil.copytree(text_model, tmp_path / "endless")
     (endless / "generation_config.json").unlink()
     config = json.loads((endless / "config.json").read_text())
-    (endless / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (endless / "config.json").write_text(json.dumps(config | {"eos_token_id": 99_999}))
     asked = ["export-onnx", "--merged-dir", endless, "--dtype", "fp32", "--no-accuracy", "--output-dir", "x"]
     error = phoque(*asked, expect=1).error
     assert "does not verify" in error[0] and "never end" in error[1] and not (tmp_path / "x").exists()
