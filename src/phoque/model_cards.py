@@ -105,6 +105,8 @@ def render_merged_card(base: Source, record: dict[str, Any]) -> str:
             f"{proof_record['adapter_effect']:.2g}; {proof_record['agreeing']} of {proof_record['tokens']} "
             "greedy tokens are the same"
         )
+        if not proof_record.get("measurable", True):
+            summary += ". The adapter changes too little to prove that the merge has it"
     request, result = record["asked"], record["made"]
     return MERGED_CARD.format(
         base_model=_base_model_line(base.hub_id),

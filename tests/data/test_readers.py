@@ -335,3 +335,15 @@ def test_a_system_prompt_in_another_spelling_is_kept_beside_turns(tmp_path):
     (raw,) = dataset.stream
     assert [turn["content"] for turn in parse_row(raw).messages] == ["Be a seal.", "Tide?", "Low."]
     assert list(dataset.stream.unused_columns) == ["Context"]
+
+
+@pytest.mark.parametrize("key", ["role", "sender", "Speaker"])
+def test_the_turns_of_one_conversation_in_a_file_are_one_row(tmp_path, key):
+    turns = [{key: "human", "text": "Tide?"}, {key: "assistant", "text": "Low."}]
+    (tmp_path / "rows.json").write_text(json.dumps({"chat_messages": turns}))
+    assert len(list(open_dataset(str(tmp_path / "rows.json")).stream)) == 1
+
+
+def test_rows_beside_the_name_of_a_user_are_rows(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"user": "bob", "rows": ROWS}))
+    assert read(tmp_path / "rows.json") == MESSAGES

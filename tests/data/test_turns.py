@@ -238,8 +238,9 @@ def test_turns_as_text_are_read_as_json_or_as_python_writes_them(text):
 def test_a_prompt_and_a_completion_as_python_writes_lists_are_turns():
     row = parse({"prompt": f"[{QUESTION}\n {ANSWER}\n {QUESTION}]", "completion": repr([ANSWER])})
     assert row.messages == [*PLAIN, *PLAIN] and row.untrained == {1}
-    with pytest.raises(BadRow, match="neither JSON nor Python"):
-        parse({"prompt": "[{'role': 'user', 'content': it's low}]", "completion": "Low."})
+    for text in ("[{'role': 'user', 'content': it's low}]", "[{{'role': 'user', 'content': 'x'}}]"):
+        with pytest.raises(BadRow, match="neither JSON nor Python"):
+            parse({"prompt": text, "completion": "Low."})
 
 
 def test_context_that_is_not_one_text_is_not_lost():
@@ -249,7 +250,21 @@ def test_context_that_is_not_one_text_is_not_lost():
     assert parse(row).messages[0]["content"] == "When?\n\nThe tide turns.\n\nIt is six."
     with pytest.raises(BadRow, match="`context` is not text"):
         parse(row | {"context": {"title": ["Tides"]}})
-    assert parse(row | {"context": float("nan")}).messages[0]["content"] == "When?"
+    for nothing in (float("nan"), {}, [], "", False):
+        assert parse(row | {"context": nothing}).messages[0]["content"] == "When?"
+    assert parse(row | {"context": ["Low.", None, 0]}).messages[0]["content"] == "When?\n\nLow.\n\n0"
+    assert parse(row | {"context": 0}).messages[0]["content"] == "When?\n\n0"
+
+
+def test_a_missing_answer_is_not_the_word_nan():
+    for answer in (float("nan"), float("inf")):
+        with pytest.raises(BadRow, match="no text"):
+            parse({"question": "When?", "answer": answer})
+
+
+def test_a_long_text_that_only_begins_like_turns_is_a_text():
+    text = "[{" + '"role": "user", "content": "x"}, {' * 40_000
+    assert parse({"prompt": text, "completion": "Low."}).messages[0]["content"] == text
 
 
 def test_several_calls_in_one_turn_are_all_read():

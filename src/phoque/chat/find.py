@@ -129,15 +129,14 @@ def _adapter_folder(path: Path, services: Services) -> Path:
 
 def _nothing_here_error(path: Path) -> UsageError:
     """The error for a path with no model, which names a folder that has one, if it is near."""
-    fix = "Name a folder that has one of them."
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and path.is_file():
         fix = f"Name the folder that it is in: phoque chat {path.parent}"
     elif not path.is_dir():
         fix = suggest_path(str(path))
     else:
         marks = (WEIGHTS, f"adapter/{WEIGHTS}", "config.json", "onnx")
         within = [child for child in sorted(path.iterdir()) if any((child / mark).exists() for mark in marks)]
-        fix = f"Name a folder that has one of them, such as {within[0]}." if within else fix
+        fix = f"Name a folder that has one of them{f', such as {within[0]}' if within else ''}."
     return UsageError(
         what=f"There is nothing to talk to in {'this folder' if path == Path() else path}.",
         why="It has no adapter, no model, no GGUF file and no ONNX export.",

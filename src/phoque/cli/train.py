@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,7 @@ def _import_trainer() -> None:
     with _without_compiler():
         importlib.import_module("bitsandbytes")
     importlib.import_module("phoque.training.run")
-    # Trainer imports datasets, and with it pandas, for a method that phoque never calls
-    importlib.import_module("transformers.utils").is_datasets_available()  # it keeps the answer, and looks once only
-    with _postponed("datasets"):
+    with _postponed("datasets"):  # which Trainer imports, and with it pandas, for a method that phoque never calls
         importlib.import_module("phoque.training.trainer")
     gc.freeze()
 
@@ -91,16 +90,25 @@ def _import_trainer() -> None:
 @contextmanager
 def _postponed(name: str) -> Generator[None]:
     """Give what is imported meanwhile a stand-in for a module, which imports it when an attribute is needed."""
-    stand_in: Any = ModuleType(name)
-    stand_in.__getattr__ = lambda attribute: getattr(importlib.import_module(name), attribute)
     if name in sys.modules:
         yield
         return
+    stand_in: Any = ModuleType(name)
+
+    def find_attribute(attribute: str) -> Any:
+        if attribute.startswith("__"):  # by which inspect and importlib look into modules
+            raise AttributeError(attribute)
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    stand_in.__getattr__, stand_in.__spec__ = find_attribute, find_spec(name)
     sys.modules[name] = stand_in
     try:
         yield
     finally:
-        del sys.modules[name]
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class CommandLine:
             return UsageError(
                 what=f"There is no flag {name}.", why="The command line would be in the shell's history.", fix=LOG_IN
             )
-        if name.replace("_", "-") in ("--resume", "--resume-from-checkpoint"):
+        resumes = name.replace("_", "-") in ("--resume", "--resume-from-checkpoint")
+        if resumes and self.command == "phoque train":
             return UsageError(
                 what=f"There is no flag {name}.",
                 why="A run continues from its newest checkpoint on its own.",

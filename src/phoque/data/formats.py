@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from phoque.data.data_files import DataFile, format_of
-from phoque.data.rows import COLUMNS, CONVERSATIONS, column_of
+from phoque.data.rows import COLUMNS, COMMON_WORDS, CONVERSATIONS, column_of
 from phoque.data.turns import has_surrogate
 from phoque.errors import UsageError, first_line
 
@@ -161,13 +161,14 @@ def _list_rows(values: list[Any]) -> list[Any]:
     if is_split and all(isinstance(cells, list) and len(cells) == len(names) for cells in table):
         return [dict(zip(names, cells, strict=True)) for cells in table]
     tables = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict | list)]
-    if not COLUMNS & set(map(column_of, value)) and len(tables) == 1:
+    if not (COLUMNS - COMMON_WORDS) & set(map(column_of, value)) and len(tables) == 1:
         return tables[0]
     columns = list(value.values())
     if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
     are_lists = all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1
-    if are_lists and not any(isinstance(cell, dict) and {"role", "from"} & cell.keys() for c in columns for cell in c):
+    # a list of objects is the turns of one conversation, or its tools
+    if are_lists and not any(isinstance(cell, dict) for column in columns for cell in column):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return [value]
 

@@ -32,6 +32,7 @@ CONTEXT = ("input", "context")  # more text that belongs to a question
 SYSTEM = ("system", "system_prompt", "systeminstruction", "system_instruction")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 OPTIONAL = ("source", "toxicity_score", "label", "tools", "functions", "history", *SYSTEM, *MEDIA)
+COMMON_WORDS = frozenset(("user", "assistant", "problem", "solution"))  # which are columns only as pairs
 ANY_SPELLING = frozenset(("tools", "functions", *SYSTEM))  # as `systemInstruction` beside the turns of Gemini
 TELLING = ("chosen", "rejected", "text", "input_ids")  # columns of data that is no conversation, which a reason names
 COLUMNS = frozenset([*CONVERSATIONS, *(name for pair in PAIRS for name in pair), *CONTEXT, *OPTIONAL, *TELLING])
@@ -47,7 +48,7 @@ BAD_LABELS = (False, 0, "false", "False", "0")
 TOKENIZED_DATA = "tokenized data (input_ids)"
 UNREADABLE_TURNS = "a list of turns as text that is neither JSON nor Python"
 ONE_TEXT = "one text, no turns"
-TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{.*["'](?:role|from)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
+ROLE_IN_TEXT = re.compile(r"""["'](?:role|from)["']\s*:""")
 
 
 def column_of(name: str) -> str:
@@ -237,14 +238,16 @@ def _read_pair(row: dict[str, Any], question: str, answer: str) -> list[Turn]:
 
 def _write_number(value: Any) -> Any:
     """A number as text, such as an answer 14; any other value is unchanged."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else value
 
 
 def _read_context(column: str, value: Any) -> str:
     """More text of a question: a text, texts, or a number. Raises BadRow for anything else, which would be lost."""
-    if isinstance(value, float) and math.isnan(value):  # tables store a missing value as NaN
-        return ""
-    texts = [_write_number(part) for part in (value if isinstance(value, list) else [value])]
+    if not value or (isinstance(value, float) and math.isnan(value)):  # tables store a missing value as NaN
+        return _write_number(value) if value == 0 and value is not False else ""
+    parts = value if isinstance(value, list) else [value]
+    texts = [_write_number(part) for part in parts if part is not None]
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(f"`{column}` is not text")
     return "\n\n".join(text for text in texts if text.strip())
@@ -252,7 +255,9 @@ def _read_context(column: str, value: Any) -> str:
 
 def _parse_turns_in_text(value: Any) -> Any:
     """The turns that a cell of a table has as JSON or as Python writes them; any other value is unchanged."""
-    if not isinstance(value, str) or not TURNS_AS_TEXT.fullmatch(value):
+    text = value.strip() if isinstance(value, str) else ""
+    inner = text[1:-1].strip() if text.startswith("[") and text.endswith("]") else ""
+    if not (inner.startswith("{") and inner.endswith("}") and ROLE_IN_TEXT.search(inner)):
         return value
     turns = parse_cell(value)
     if isinstance(turns, str):

@@ -68,7 +68,7 @@ def parse_cell(text: str) -> Any:
     for literal in (text, re.sub(r"\}\s*\n\s*\{", "}, {", text)):
         try:
             return ast.literal_eval(literal.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text
 

@@ -12,6 +12,7 @@ import torch
 from gguf import GGUFWriter
 
 from phoque.checks import Verdict
+from phoque.data.chat_template import ChatTemplate
 from phoque.errors import RunError
 from phoque.files import EXPORT_RECORD, atomic_folder, sha256
 from phoque.gguf.adapter import write_lora
@@ -127,6 +128,7 @@ class _Export:
         self.reader = CheckpointReader(source)
         self.form = find_format(self.reader.config)
         self.tokenizer: Any = load_tokenizer(source, adapter)
+        ChatTemplate(self.tokenizer, "template", 1 << 20)  # refuses one in which no answer can be located
         self.stop = list_stop_tokens(self.tokenizer, source.folder)
         self.name = s.source_name
         run = find_run_record(adapter or source.folder)

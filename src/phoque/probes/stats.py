@@ -58,7 +58,7 @@ def predict_spread(runs: Array) -> float:
     return 0.0 if count < 2 else float(t.ppf(0.95, count - 1) * numpy.std(runs, ddof=1) * numpy.sqrt(1 + 1 / count))
 
 
-def bound_share(count: int, n: int, other_n: int, other_count: int) -> float:
+def bound_share(count: int, n: int, other_count: int, other_n: int) -> float:
     """The share that `count` of `n` must exceed to be more than `other_count` of `other_n`, 19 times in 20.
 
     It is the other share plus the one-sided 95 % limit of the difference of two samples with one share, the pooled one.

@@ -67,11 +67,12 @@ class ProbeSettings(ArtifactsSettings):
                 "The card links to the report, which is in that repository.",
                 "Add --artifacts-repo-id owner/name.",
             )
-        if self.update_card and (getattr(self, "shuffle_labels", False) or getattr(self, "shuffle_pairs", False)):
+        shuffled = next((name for name in ("shuffle_labels", "shuffle_pairs") if getattr(self, name, False)), None)
+        if self.update_card and shuffled:
             raise conflict(
                 "--update-card is given for a null run.",
                 "Its labels or models are swapped, so its verdicts are not about the adapter.",
-                "Leave out --update-card, or --shuffle-labels and --shuffle-pairs.",
+                f"Leave out --update-card, or --{shuffled.replace('_', '-')}.",
             )
         return self
 

@@ -272,7 +272,7 @@ def _import_newest_trainer_checkpoint(run: Path, epoch: dict[str, Any], console:
 def _start_fresh(
     s: TrainSettings, run: Path, remote: _Remote | None, submission: str, console: Console
 ) -> dict[str, Any]:
-    """Delete every checkpoint, here and in the store, after asking on a terminal; return the marker of the new run."""
+    """Delete the run, here and in the store, after asking on a terminal; return the marker of the new run."""
     local = list_run_files(run)
     on_hub, final_files = set(), []
     if remote:

@@ -33,8 +33,11 @@ def check_own_folder(run: Path) -> None:
 
 
 def _is_record(file: Path) -> bool:
-    """Whether a run.json is phoque's: other tools write files of that name, too."""
-    try:
-        return set(json.loads(file.read_text())) >= RECORD_KEYS
-    except (OSError, ValueError, TypeError):
+    """Whether a run.json is phoque's, or damaged: other tools write files of that name, too."""
+    if not file.is_file():
         return False
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        return True  # who reads it says so
+    return isinstance(record, dict) and record.keys() >= RECORD_KEYS

@@ -33,6 +33,7 @@ from phoque.settings.compare_sae import SaeSettings
 Array = Any
 NULLS = ("dtype", "packing")
 TESTED_SETS = ("response",)  # the set of texts that shifts are tested on
+MATCHED_FEATURES = 500  # reported features that one like them is looked for
 
 
 @dataclass
@@ -326,7 +327,9 @@ def _summarize_overall(
         overall["n_matched"] = int((replication.matched & shifts.reported).sum())
         overall["n_unreported"] = int(unreported.sum())
         overall["n_unreported_matched"] = int((replication.matched & unreported).sum())
-        alike = match_unshifted(shifts, numpy.flatnonzero(shifts.reported).tolist(), count)
+        compared = numpy.flatnonzero(shifts.reported)
+        compared = compared[:: max(1, len(compared) // MATCHED_FEATURES)].tolist()  # evenly, for the time it takes
+        alike = match_unshifted(shifts, compared, len(compared))
         overall["n_alike"], overall["n_alike_matched"] = len(alike), int(replication.matched[alike].sum())
         if shifts.specific is not None:
             overall["n_specific_replicated"] = int((replication.replicated & shifts.specific).sum())

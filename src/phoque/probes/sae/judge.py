@@ -64,7 +64,7 @@ def _judge_beyond_untrained(overall: dict[str, Any]) -> Verdict:
     key = "n_specific" if "n_specific" in overall else "n_reported"
     other = overall["untrained"]
     share = overall[key] / max(overall["n_tested"], 1)
-    bound = stats.bound_share(overall[key], overall["n_tested"], other["n_tested"], other[key])
+    bound = stats.bound_share(overall[key], overall["n_tested"], other[key], other["n_tested"])
     what = "that differ from the control" if key == "n_specific" else "that shift"
     return Verdict.decide(
         share,
@@ -89,7 +89,7 @@ def _judge_replicated(overall: dict[str, Any]) -> Verdict:
     alike, alike_matched = overall["n_alike"], overall["n_alike_matched"]
     if not alike:
         return Verdict.not_asked("every tested feature shifted, so there are none to compare with")
-    bound = stats.bound_share(matched, reported, alike, alike_matched)
+    bound = stats.bound_share(matched, reported, alike_matched, alike)
     return Verdict.decide(
         overall["replicated_share"],
         "of the shifted features",

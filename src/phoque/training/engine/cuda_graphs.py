@@ -61,6 +61,7 @@ class CudaGraphs:
         `run_backward(output, grad)` must add to `gradients`. The first row of each length is used to capture both
         graphs; the capture leaves `gradients` unchanged.
         """
+        self._uncaptured = None
         pair = self._pairs.get(row.ids.shape[1]) or self._capture(row, run_forward, run_backward, gradients)
         for buffer, value in zip(pair.row.tensors, row.tensors, strict=True):
             buffer.copy_(value)
@@ -76,7 +77,7 @@ class CudaGraphs:
         pair.backward.replay()
 
     def take_uncaptured_output(self) -> Tensor:
-        """Return what the row of the last capture gave without graphs, and keep it no longer."""
+        """Return what the last row gave without graphs, if it was captured; kept until the next row."""
         out, self._uncaptured = self._uncaptured, None
         assert out is not None, "nothing has been captured"
         return out
