@@ -30,6 +30,7 @@ WORKERS = min(4, os.cpu_count() or 1)  # number of tensors merged at the same ti
 MERGING_BYTES = 1 << 28  # at most so many bytes of them, unless one alone is larger
 FLOAT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIDE_FILE_RULES = "2"  # raised when other files are written from the same inputs: older merges are then made again
 SIDE_FILES = ("processor_config.json", "preprocessor_config.json", "generation_config.json")
 
 
@@ -99,7 +100,7 @@ def _hash_side_files(base: Path, adapter: Path) -> str:
     """A hash of the config and the tokenizer's files that a merge copies or reads."""
     tokenizer = list_tokenizer_files(find_tokenizer_folder(base, adapter))
     files = [base / name for name in ("config.json", *SIDE_FILES)] + list_tokenizer_files(adapter) + tokenizer
-    digests = [[file.name, sha256(file)] for file in files if file.is_file()]
+    digests = [[file.name, sha256(file)] for file in files if file.is_file()] + [["rules", SIDE_FILE_RULES]]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

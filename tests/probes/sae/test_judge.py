@@ -5,7 +5,7 @@ import pytest
 
 from phoque.probes.sae.judge import judge_block
 
-QUALITY = {"ev": 0.9, "verdict": "good"}
+QUALITY = {"ev": 0.9, "verdict": "good", "reasons": []}
 OVERALL = {
     "n_questions": 24,
     "n_tested": 1000,

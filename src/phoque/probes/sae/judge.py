@@ -22,7 +22,10 @@ def judge_block(
             quality["ev"],
             "of the variance of held-out chats explained",
             overall["n_questions"],
-            Condition(f"the autoencoder's quality is {quality['verdict']}", quality["verdict"] == "good"),
+            Condition(
+                ": ".join([f"the autoencoder's quality is {quality['verdict']}", *quality["reasons"]]),
+                quality["verdict"] == "good",
+            ),
         ),
     }
 
