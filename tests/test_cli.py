@@ -118,27 +118,27 @@ HEAVY = (
 )
 
 
-def test_a_run_that_compiles_nothing_imports_no_compiler_and_no_tables(rows, tiny_llama, tmp_path):
+def run_and_list_imports(arguments, names, **options):
+    """Run a command; return what it did, and those of the names that it has imported, as the last line shows them."""
     script = (
         "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
         "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
     )
+    command = [sys.executable, "-c", script.format([*map(str, arguments)], names)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_a_run_that_compiles_nothing_imports_no_compiler_and_no_tables(rows, tiny_llama, tmp_path):
     arguments = ["train", "--dataset", rows, "--base-model", tiny_llama, "--output-dir", tmp_path / "run"]
     arguments += ["--engine-mode", "eager", "--quantization", "nf4", "--max-steps", 1, "--sample-every", 0]
     unneeded = ("torch._inductor.compile_fx", "datasets", "pandas")  # transformers imports dynamo itself
-    command = [sys.executable, "-c", script.format([*map(str, arguments)], unneeded)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = run_and_list_imports(arguments, unneeded, timeout=120)
     assert ran.returncode == 0 and ran.stdout.splitlines()[-1] == "[]", ran
 
 
 def run_without_heavy_imports(arguments, **options):
     """Run a command that has to end with exit code 2 before any of HEAVY is imported."""
-    script = (
-        "import sys; from phoque.cli.main import main; sys.argv[1:] = {}\n"
-        "try: main()\nfinally: print([name for name in {} if name in sys.modules], file=sys.__stdout__)"
-    )
-    command = [sys.executable, "-c", script.format(arguments, HEAVY)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    ran = run_and_list_imports(arguments, HEAVY, timeout=60, **options)
     assert ran.returncode == 2 and ran.stdout.strip() == "[]", (ran.stdout, ran.stderr)
     return ran
 

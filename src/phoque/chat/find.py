@@ -274,10 +274,10 @@ def _onnx(s: ChatSettings, folder: Path, names: list[str]) -> Found:
     def load() -> list[ChatModel]:
         from transformers import PreTrainedTokenizerFast
 
-        from phoque.models.config import read_end_tokens
+        from phoque.models.stop_tokens import list_stop_tokens
 
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-        return [OnnxModel(TUNED, folder, dtype, tokenizer, {*read_end_tokens(folder)} | _stops(tokenizer))]
+        return [OnnxModel(TUNED, folder, dtype, tokenizer, {*list_stop_tokens(tokenizer, folder)})]
 
     return Found("onnx", f"{folder.name} in {dtype}", _exported_system(s, folder), load)
 

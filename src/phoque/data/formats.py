@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from phoque.data.data_files import DataFile, format_of
-from phoque.data.rows import COLUMNS, COMMON_WORDS, CONVERSATIONS, column_of
+from phoque.data.rows import COLUMNS, COMMON_WORDS, CONVERSATIONS, column_of, split_columns
 from phoque.data.turns import has_surrogate
 from phoque.errors import UsageError, first_line
 
@@ -166,11 +166,9 @@ def _list_rows(values: list[Any]) -> list[Any]:
     columns = list(value.values())
     if columns and all(isinstance(c, dict) and c.keys() == columns[0].keys() for c in columns):
         return [{name: column[key] for name, column in value.items()} for key in columns[0]]
-    are_lists = all(isinstance(c, list) for c in columns) and len({len(c) for c in columns}) == 1
+    rows = split_columns(value)
     # a list of objects is the turns of one conversation, or its tools
-    if are_lists and not any(isinstance(cell, dict) for column in columns for cell in column):
-        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    return [value]
+    return [value] if rows is None or any(isinstance(cell, dict) for row in rows for cell in row.values()) else rows
 
 
 def _decode_stream(raw: Any) -> io.TextIOWrapper:

@@ -13,21 +13,24 @@ from phoque.data.turns import HAS_MEDIA, ROLES, BadRow, Turn, as_json, check_tex
 
 EXPORTS = {"contents": "contents of Gemini", "chat_messages": "chat_messages of Claude"}
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog", "turns", *EXPORTS)
-PAIRS = {  # columns of a question and its answer, in order of preference, and what a reader calls that schema
-    ("prompt", "completion"): "prompt/completion",
-    ("prompt", "response"): "prompt/response",
-    ("instruction", "output"): "Alpaca (instruction, input, output)",
-    ("instruction", "response"): "instruction/response",
-    ("question", "answer"): "question/answer",
-    ("query", "response"): "query/response",
-    ("input", "output"): "input/output",
-    ("question", "response"): "question/response",
-    ("problem", "solution"): "problem/solution",
-    ("prompt", "answer"): "prompt/answer",
-    ("input", "response"): "input/response",
-    ("user", "assistant"): "user/assistant",
-    ("context", "response"): "context/response",
-}
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("input", "output"),
+    ("question", "response"),
+    ("problem", "solution"),
+    ("prompt", "answer"),
+    ("input", "response"),
+    ("user", "assistant"),
+    ("context", "response"),
+)
+# columns of a question and its answer, in order of preference, and what a reader calls that schema
+PAIRS = {pair: "/".join(pair) for pair in _PAIRS}
+PAIRS["instruction", "output"] = "Alpaca (instruction, input, output)"
 CONTEXT = ("input", "context")  # more text that belongs to a question
 SYSTEM = ("system", "system_prompt", "systeminstruction", "system_instruction")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -195,9 +198,9 @@ def _describe_preference(row: dict[str, Any]) -> str:
 
 
 def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
-    turns = parse_cell(value) if isinstance(value, str) else value
+    turns = parse_cell(value)
     if isinstance(turns, dict):  # as older versions of datasets store a list of objects: one list per key
-        turns = _split_columns(turns)
+        turns = split_columns(turns)
     if not isinstance(turns, list):
         raise BadRow(f"{column} is not a list")
     is_sharegpt = any(isinstance(turn, dict) and turn.get("from") is not None for turn in turns)
@@ -212,11 +215,11 @@ def _read_conversation(column: str, value: Any) -> tuple[str, list[Turn]]:
     return schema, [parse_turn(turn) for turn in turns]
 
 
-def _split_columns(columns: dict[str, Any]) -> Any:
-    """The turns of {key: list of values}, or the value as it is if its lists are not of one length."""
+def split_columns(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The objects of {key: list of values}, or None if its values are not lists of one length."""
     lists = [values for values in columns.values() if isinstance(values, list)]
     if len(lists) < len(columns) or len({len(values) for values in lists}) != 1:
-        return columns
+        return None
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
@@ -244,8 +247,9 @@ def _write_number(value: Any) -> Any:
 
 def _read_context(column: str, value: Any) -> str:
     """More text of a question: a text, texts, or a number. Raises BadRow for anything else, which would be lost."""
+    value = _write_number(value)
     if not value or (isinstance(value, float) and math.isnan(value)):  # tables store a missing value as NaN
-        return _write_number(value) if value == 0 and value is not False else ""
+        return ""
     parts = value if isinstance(value, list) else [value]
     texts = [_write_number(part) for part in parts if part is not None]
     if not all(isinstance(text, str) for text in texts):
@@ -268,7 +272,7 @@ def _parse_turns_in_text(value: Any) -> Any:
 
 def _read_history(value: Any) -> list[dict[str, Any]]:
     """Earlier turns: a list of [question, answer] pairs, as LLaMA-Factory has it, or of turns."""
-    history = parse_cell(value) if isinstance(value, str) else value
+    history = parse_cell(value)
     if not history:
         return []
     if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
@@ -320,8 +324,7 @@ def _arrange_turns(turns: list[Turn]) -> tuple[list[Turn], tuple[str, ...]]:
 
 
 def _parse_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    value = row.get("tools") or row.get("functions")
-    tools = parse_cell(value) if isinstance(value, str) else value
+    tools = parse_cell(row.get("tools") or row.get("functions"))
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

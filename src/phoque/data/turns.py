@@ -57,12 +57,12 @@ def parse_json(text: str) -> Any:
         return text
 
 
-def parse_cell(text: str) -> Any:
-    """The value of a cell of a table: JSON, or a list or object as Python or numpy writes it; else the text itself.
+def parse_cell(text: Any) -> Any:
+    """The value of a cell of a table: JSON, or a list or object as Python or numpy writes it; else the cell itself.
 
     pandas writes what Python's str() makes of a list into a CSV file; numpy puts a line break where a comma should be.
     """
-    value = parse_json(text)
+    value = parse_json(text) if isinstance(text, str) else text
     if not isinstance(value, str) or not text.lstrip().startswith(("[", "{")):
         return value
     for literal in (text, re.sub(r"\}\s*\n\s*\{", "}, {", text)):

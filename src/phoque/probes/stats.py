@@ -112,15 +112,6 @@ def bca_interval(statistic: Callable[[Array], Array], n: int, seed: int = 0) -> 
     return ends[0], ends[1]
 
 
-def bca_mean_interval(values: Array, seed: int = 0) -> tuple[float, float]:
-    """The BCa interval of the mean of `values` (n,), which lies inside their range.
-
-    A studentized interval can cover the whole range because of one outlier.
-    """
-    low, high = bca_interval(lambda weights: weights @ values, len(values), seed)
-    return float(low), float(high)
-
-
 class MeanCosine:
     """The cosine of the weighted mean of `vectors` (n, blocks, hidden) with unit vectors (blocks, hidden)."""
 
